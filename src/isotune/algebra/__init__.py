@@ -1,0 +1,1 @@
+"""Maps from trainable parameters to operators: plain torch, no modules, no PEFT."""

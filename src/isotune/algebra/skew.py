@@ -1,0 +1,53 @@
+"""Skew-symmetric matrices and the vectors of their free entries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def skew_size(n: int) -> int:
+    """Number of free entries of an n × n skew-symmetric matrix, n(n − 1)/2."""
+    return n * (n - 1) // 2
+
+
+def _upper_positions(n: int, device: torch.device) -> Tensor:
+    """Positions of the strict upper triangle in a flattened n × n matrix, row by row."""
+    rows, columns = torch.triu_indices(n, n, offset=1, device=device).unbind(0)
+    return rows * n + columns
+
+
+def skew_from_vector(entries: Tensor, n: int) -> Tensor:
+    """Build Q = U − Uᵀ from the entries of its strict upper triangle U, row by row.
+
+    Args:
+        entries: (..., n(n − 1)/2).
+        n: the size of the matrix.
+
+    Returns:
+        (..., n, n), exactly skew-symmetric.
+
+    Raises:
+        ValueError: the last dimension of `entries` is not n(n − 1)/2.
+    """
+    if entries.shape[-1] != skew_size(n):
+        raise ValueError(
+            f"A skew-symmetric {n} × {n} matrix has {skew_size(n)} free entries, but {entries.shape[-1]} were given."
+        )
+    leading = entries.shape[:-1]
+    upper = entries.new_zeros(*leading, n * n).index_copy(-1, _upper_positions(n, entries.device), entries)
+    upper = upper.view(*leading, n, n)
+    return upper - upper.mT
+
+
+def vector_from_skew(matrix: Tensor) -> Tensor:
+    """Read the strict upper triangle of a skew-symmetric matrix, the inverse of `skew_from_vector`.
+
+    Args:
+        matrix: (..., n, n).
+
+    Returns:
+        (..., n(n − 1)/2), row by row.
+    """
+    n = matrix.shape[-1]
+    return matrix.flatten(-2).index_select(-1, _upper_positions(n, matrix.device))

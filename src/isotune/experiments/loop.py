@@ -1,0 +1,365 @@
+"""One training run through transformers' Trainer: two learning rates, a calm progress bar, safe to interrupt."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from isotune.experiments.files import read_json, write_json
+from isotune.experiments.recipe import Metric, Train
+
+Row = dict[str, Any]
+
+
+class TrainingDiverged(ValueError):
+    """The loss is no longer a number; the message names the step and the last good checkpoint."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during training, raised once a checkpoint has been written."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run trains and scores: encoded rows, how to batch them, and the metric to choose by."""
+
+    train: Sequence[Row]
+    validation: Sequence[Row]
+    test: Sequence[Row]
+    collate: Any
+    metric: Metric
+    lengths: Sequence[int]
+
+
+def scores(logits: Any, labels: Any) -> dict[str, float]:
+    """Accuracy and Matthews correlation of logits (examples, classes) against labels (examples,)."""
+    from sklearn.metrics import accuracy_score, matthews_corrcoef
+
+    predicted = np.asarray(logits).argmax(-1)
+    return {
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "matthews_correlation": float(matthews_corrcoef(labels, predicted)),
+    }
+
+
+class LengthGrouped(Sampler[int]):
+    """A shuffle in which a batch holds texts of like length, so little is padded.
+
+    The order depends on seed and epoch alone, never on the global generator: a run resumed in the middle of an epoch
+    sees the rest of the very same order.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, grouped: bool) -> None:
+        self.lengths, self.batch_size, self.seed, self.grouped = lengths, batch_size, seed, grouped
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader at the start of each epoch, counted from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        order = generator.permutation(len(self.lengths))
+        if not self.grouped:
+            return iter(order.tolist())
+        # Sorting within pools of 50 batches keeps the batches random from epoch to epoch.
+        pool = 50 * self.batch_size
+        batches: list[Any] = []
+        for start in range(0, len(order), pool):
+            chunk = order[start : start + pool]
+            chunk = chunk[np.argsort([self.lengths[i] for i in chunk], kind="stable")]
+            batches += [chunk[i : i + self.batch_size] for i in range(0, len(chunk), self.batch_size)]
+        # A short last batch stays last, or every batch after it would straddle two groups.
+        short = [batches.pop()] if len(batches[-1]) < self.batch_size else []
+        shuffled = [batches[i] for i in generator.permutation(len(batches))] + short
+        return iter(np.concatenate(shuffled).tolist())
+
+
+class Loop(Trainer):  # type: ignore[misc]
+    """transformers' Trainer with a head learning rate, an order that survives resuming, and a stop at NaN."""
+
+    def __init__(
+        self, settings: Train, lr: float, head: Sequence[str], lengths: Sequence[int], **kwargs: Any
+    ) -> None:
+        self.settings, self.lr, self.head, self.lengths = settings, lr, head, lengths
+        super().__init__(**kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with a group each for adapter and head, each with and without weight decay."""
+        if self.optimizer is None:
+            model = model if model is not None else self.model
+            decayed = set(self.get_decay_parameter_names(model))
+            groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault((is_head(name, self.head), name in decayed), []).append(parameter)
+            lr_head = self.settings.lr_head or self.lr
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {
+                        "params": parameters,
+                        "lr": lr_head if in_head else self.lr,
+                        "weight_decay": self.settings.weight_decay if decay else 0.0,
+                    }
+                    for (in_head, decay), parameters in groups.items()
+                ],
+                lr=self.lr,
+            )
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
+        return LengthGrouped(
+            self.lengths, self.settings.batch_size, self.settings.seed, self.settings.group_by_length
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One step; raises TrainingDiverged at a loss that is not finite."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise diverged(
+                f"the training loss is {loss.item()}", self.state.global_step + 1, self.args.output_dir
+            )
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Scores of a split; raises TrainingDiverged, before anything is saved, where the loss is not finite."""
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        loss = metrics.get("eval_loss", 0.0)
+        if not math.isfinite(loss):
+            raise diverged(f"the validation loss is {loss}", self.state.global_step, self.args.output_dir)
+        return metrics
+
+
+def is_head(name: str, head: Sequence[str]) -> bool:
+    """Whether the parameter `name` belongs to one of the modules in `head`."""
+    return any(f".{part}." in f".{name}." for part in head)
+
+
+def diverged(what: str, step: int, folder: str) -> TrainingDiverged:
+    """The error for a loss that is not a number at `step`."""
+    last = last_checkpoint(Path(folder))
+    kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+    return TrainingDiverged(f"{what} at step {step}: lower train.lr, or raise train.warmup_ratio; {kept}")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; one cut off while it was written is removed.
+
+    Trainer writes `trainer_state.json` last, so a checkpoint that has it has all.
+    """
+    while folder.is_dir() and (newest := get_last_checkpoint(str(folder))) is not None:
+        try:
+            read_json(Path(newest) / "trainer_state.json")
+            return Path(newest)
+        except ValueError:
+            shutil.rmtree(newest)
+    return None
+
+
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """A progress bar, the seconds spent over all sessions of a run, and a checkpoint at Ctrl-C."""
+
+    def __init__(self, title: str, folder: Path, metric: Metric) -> None:
+        self.title, self.folder, self.metric = title, folder, metric
+        self.interrupted = False
+        self.before, self.started = 0.0, time.perf_counter()
+        self.bar: Any = None
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.started
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        spent = self.folder / "seconds.json"
+        if state.global_step and spent.exists():
+            self.before = float(read_json(spent).get(str(state.global_step), 0.0))
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.title,
+            unit="step",
+            dynamic_ncols=True,
+            # Where the output is a file a bar every tenth of a second fills it.
+            mininterval=0.2 if sys.stderr.isatty() else 15,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+        if state.global_step >= state.max_steps and args.eval_strategy == "steps":
+            control.should_evaluate = True  # the last step is scored wherever it falls
+        if self.interrupted:
+            control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "loss" in logs:
+            self.bar.set_postfix({"loss": f"{logs['loss']:.3f}"}, refresh=False)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        self.bar.set_postfix({f"validation {self.metric}": f"{metrics[f'eval_{self.metric}']:.3f}"})
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # Trainer pickles its own arguments beside each checkpoint; nothing here reads a pickle.
+        (self.folder / f"checkpoint-{state.global_step}" / "training_args.bin").unlink(missing_ok=True)
+        spent = self.folder / "seconds.json"
+        write_json(
+            spent, {**(read_json(spent) if spent.exists() else {}), str(state.global_step): self.seconds}
+        )
+        # Left from here, not by `should_training_stop`: that would score and save once more in mid-epoch.
+        if self.interrupted and state.global_step < state.max_steps:
+            raise Interrupted(str(self.folder))
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    @contextlib.contextmanager
+    def catching_interrupts(self) -> Iterator[None]:
+        """The first Ctrl-C asks for a checkpoint after the running step; a second one stops at once."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            tqdm.write("interrupted: saving a checkpoint (Ctrl-C again to stop at once)", file=sys.stderr)
+
+        try:
+            previous = signal.signal(signal.SIGINT, ask)
+        except ValueError:  # not the main thread, which alone may set handlers
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves: the model at its best checkpoint, scores, and the course of training."""
+
+    model: Any
+    validation: dict[str, float] | None
+    test: dict[str, float]
+    predictions: list[int]
+    curve: list[dict[str, float]]
+    best_step: int
+    seconds: float
+
+
+def train(
+    model: Any,
+    task: Task,
+    settings: Train,
+    lr: float,
+    head: Sequence[str],
+    folder: Path,
+    title: str,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Outcome:
+    """Train `model` on a task, continuing from the last checkpoint in `folder` where there is one.
+
+    Raises TrainingDiverged at a loss that is not finite, and Interrupted at Ctrl-C once a checkpoint is written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    watched = bool(task.validation)
+    every = "steps" if settings.eval_steps else "epoch"
+    progress = _Progress(title, folder, task.metric)
+    per_epoch = math.ceil(len(task.train) / settings.batch_size)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.eval_batch_size,
+        learning_rate=lr,
+        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        warmup_steps=settings.warmup_ratio,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        eval_strategy=every if watched else "no",
+        save_strategy=every,
+        eval_steps=settings.eval_steps,
+        save_steps=settings.eval_steps or 500,
+        save_total_limit=2,
+        load_best_model_at_end=watched and settings.select_best,
+        metric_for_best_model=task.metric if watched else None,
+        greater_is_better=True if watched else None,
+        logging_steps=max(1, min(10, per_epoch // 4)),
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to="none",
+    )
+    trainer = Loop(
+        settings,
+        lr,
+        head,
+        task.lengths,
+        model=model,
+        args=arguments,
+        data_collator=task.collate,
+        train_dataset=task.train,
+        eval_dataset=task.validation or None,
+        compute_metrics=lambda output: scores(output.predictions, output.label_ids),
+        callbacks=[progress, *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)
+    resume = last_checkpoint(folder)
+    try:
+        with progress.catching_interrupts():
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        progress.close()
+    seconds = progress.seconds
+    validation = _scored(trainer.predict(task.validation)) if watched else None
+    tested = trainer.predict(task.test)
+    state = trainer.state
+    chosen = watched and settings.select_best and state.best_global_step
+    return Outcome(
+        model=trainer.model,
+        validation=validation,
+        test=_scored(tested),
+        predictions=np.asarray(tested.predictions).argmax(-1).tolist(),
+        curve=_curve(state.log_history),
+        best_step=state.best_global_step if chosen else state.global_step,
+        seconds=seconds,
+    )
+
+
+def _scored(output: Any) -> dict[str, float]:
+    return scores(output.predictions, output.label_ids)
+
+
+def _curve(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Trainer's log without what depends on the speed of the machine."""
+    kept = ("step", "epoch", "loss", "grad_norm", "learning_rate")
+    curve = []
+    for entry in history:
+        row = {key: entry[key] for key in kept if key in entry}
+        for name in ("loss", "accuracy", "matthews_correlation"):
+            if f"eval_{name}" in entry:
+                row[f"validation_{name}"] = entry[f"eval_{name}"]
+        if len(row) > 2:
+            curve.append({key: value for key, value in row.items() if math.isfinite(value)})
+    return curve

@@ -1,0 +1,98 @@
+"""From a method's name in a recipe to an adapter configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import typing
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from isotune.experiments.recipe import Method, RecipeError
+
+# Not adapters: the encoder frozen and a head on it, and everything trained.
+PLAIN = ("head", "full")
+# Set by the loop itself, from the task and the model.
+_RESERVED = ("task_type", "inference_mode", "modules_to_save", "peft_type", "auto_mapping", "peft_version")
+
+
+def _config_class(name: str) -> tuple[type, dict[str, Any]]:
+    """The configuration class of a method and the fields that its name fixes."""
+    import peft
+
+    if name in ("psoft", "psoft_so"):
+        fixed = {"psoft_mag_a": False, "psoft_mag_b": False} if name == "psoft_so" else {}
+        return peft.PsoftConfig, fixed
+    return peft.LoraConfig, {"use_dora": True} if name == "dora" else {}
+
+
+def check(method: Method) -> None:
+    """Check the options of a method against its configuration class; raises RecipeError about the first bad one."""
+    if method.name in PLAIN:
+        if method.options:
+            raise RecipeError(f"the method {method.name} has no options, given {', '.join(method.options)}")
+        return
+    cls, fixed = _config_class(method.name)
+    hints = typing.get_type_hints(cls)
+    allowed = sorted(
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.init and field.name not in _RESERVED and field.name not in fixed
+    )
+    for key, value in method.options.items():
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, n=1)
+            raise RecipeError(
+                f"unknown key 'method.{key}': {method.name} allows {', '.join(allowed)}"
+                + (f"; did you mean 'method.{near[0]}'?" if near else "")
+            )
+        try:
+            _adapter(hints[key]).validate_python(value)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"].removeprefix("Input ")
+            raise RecipeError(f"method.{key}: {message}, not {value!r}") from error
+    try:
+        adapter_config(method.name, **method.options)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"method {method.name}: {error}") from error
+
+
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(hint)
+    except Exception:  # a type that pydantic has no schema for; the configuration class then checks by itself
+        return TypeAdapter(Any)
+
+
+def adapter_config(name: str, **options: Any) -> Any:
+    """The adapter configuration of a method, one of psoft, psoft_so, lora and dora.
+
+    Unless the options say otherwise all linear layers are adapted, and the scale of the update is one:
+    `psoft_alpha` or `lora_alpha` equals the rank.
+    """
+    cls, fixed = _config_class(name)
+    hints = typing.get_type_hints(cls)
+    values = {
+        key: _adapter(hints[key]).validate_python(value) for key, value in options.items() if key in hints
+    }
+    rank = values.get("r", inspect.signature(cls).parameters["r"].default)
+    alpha = "psoft_alpha" if name in ("psoft", "psoft_so") else "lora_alpha"
+    return cls(**{"target_modules": "all-linear", alpha: rank, **values, **fixed})
+
+
+def attach(method: Method, model: Any, head: list[str]) -> Any:
+    """Make `model` trainable by `method`: an adapter with the modules named `head` saved beside it, or a plain one."""
+    if method.name == "full":
+        return model
+    if method.name == "head":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(part in head for part in name.split(".")))
+        return model
+    import peft
+
+    config = adapter_config(method.name, **method.options)
+    config.task_type = peft.TaskType.SEQ_CLS
+    config.modules_to_save = list(head)
+    return peft.get_peft_model(model, config)

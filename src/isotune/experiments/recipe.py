@@ -1,0 +1,340 @@
+"""Recipes: what to train on what and how, as validated YAML plus `key=value` overrides."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+MethodName = Literal["psoft", "psoft_so", "lora", "dora", "head", "full"]
+Metric = Literal["accuracy", "matthews_correlation"]
+
+
+class RecipeError(ValueError):
+    """A recipe or an override is not valid; the message is one line for the person who wrote it."""
+
+
+def _as_list(value: Any) -> Any:
+    return value if value is None or isinstance(value, list) else [value]
+
+
+def _as_method(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Rate = Annotated[FiniteFloat, Field(gt=0)]
+Names = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class HubData(_Section):
+    """A data set on the Hugging Face Hub: its name, its configuration and which of its splits to use."""
+
+    name: str
+    config: str | None = None
+    revision: str | None = None
+    train: str = "train"
+    validation: str | None = None
+    test: str | None = None
+
+
+class FileData(_Section):
+    """Local csv, tsv, json or jsonl files, relative to `data.path`; `columns` names those of files without a header."""
+
+    train: Names
+    validation: Names | None = None
+    test: Names | None = None
+    columns: list[str] | None = None
+
+
+class Data(_Section):
+    """Where the examples come from, which columns hold text and label, and what is held out for what.
+
+    With `path` the `files` are read from that folder; without it the `builtin` or `hub` data are used where the
+    recipe names them, else the `files` relative to the working directory.
+    """
+
+    builtin: Literal["stdlib-docstrings"] | None = None
+    hub: HubData | None = None
+    files: FileData | None = None
+    path: str | None = None
+    text: Names = Field(default_factory=lambda: ["text"], max_length=2)
+    label: str = "label"
+    labels: list[str | int] | None = None
+    split_validation_half: bool = False
+    split_seed: int = 0
+    max_train: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Data:
+        if self.path is not None and self.files is None:
+            raise ValueError("data.path needs data.files, which names the files in that folder")
+        if self.builtin is None and self.hub is None and self.files is None:
+            raise ValueError("one of data.files, data.hub and data.builtin is needed")
+        return self
+
+
+class Method(BaseModel):
+    """A method by name, the options of its adapter configuration, and training settings of its own.
+
+    The options are checked against the method's configuration class by `methods.check`.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    name: MethodName
+    train: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options for the adapter configuration."""
+        return dict(self.model_extra or {})
+
+
+MethodSpec = Annotated[Method, BeforeValidator(_as_method)]
+
+
+class Train(_Section):
+    """How to train: AdamW with a learning rate for the adapter (several: a search) and one for the head."""
+
+    epochs: FiniteFloat = Field(default=3, gt=0)
+    max_steps: PositiveInt | None = None
+    batch_size: PositiveInt = 32
+    eval_batch_size: PositiveInt = 64
+    lr: Annotated[list[Rate], BeforeValidator(_as_list), Field(min_length=1)] = Field(
+        default_factory=lambda: [1e-3]
+    )
+    lr_head: Rate | None = None
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: FiniteFloat = Field(default=0.1, ge=0, lt=1)
+    weight_decay: FiniteFloat = Field(default=0.0, ge=0)
+    max_grad_norm: Rate = 1.0
+    max_length: PositiveInt = 128
+    seed: int = Field(default=0, ge=0)
+    select_best: bool = True
+    eval_steps: PositiveInt | None = None
+    group_by_length: bool = False
+    start_from_head: bool = False
+
+
+class Recipe(_Section):
+    """A whole experiment: model, task, data, method, training and where the results go."""
+
+    description: str = ""
+    task: Literal["text-classification"] = "text-classification"
+    model: str
+    pooling: Literal["auto", "native", "mean"] = "auto"
+    data: Data
+    method: MethodSpec
+    baselines: list[MethodSpec] = Field(default_factory=list)
+    train: Train = Field(default_factory=Train)
+    metric: Metric = "accuracy"
+    check_saved: bool = False
+    chart: bool = False
+    output: str | None = None
+
+    def training(self, method: Method) -> Train:
+        """The training settings of one method: those of the recipe with the method's own put over them."""
+        return Train.model_validate({**self.train.model_dump(), **method.train})
+
+    @property
+    def methods(self) -> list[Method]:
+        """All methods in the order in which they are trained; the recipe's own is the last."""
+        return [*self.baselines, self.method]
+
+    @model_validator(mode="after")
+    def _start_from_head(self) -> Recipe:
+        heads = [m for m in self.baselines if m.name == "head"]
+        if self.train.start_from_head and not heads:
+            raise ValueError(
+                "train.start_from_head needs 'head' among the baselines, whose head is started from"
+            )
+        return self
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys and says nothing; in a recipe that hides a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key!r} is given twice", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def packaged() -> dict[str, str]:
+    """The packaged recipes: {name as given to `isotune train`: YAML text}, sorted by name."""
+    root = resources.files("isotune.experiments") / "recipes"
+
+    def walk(folder: Any, prefix: str) -> Iterator[tuple[str, str]]:
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                yield from walk(entry, f"{prefix}{entry.name}/")
+            elif entry.name.endswith(".yaml"):
+                yield prefix + entry.name.removesuffix(".yaml"), entry.read_text(encoding="utf-8")
+
+    return dict(sorted(walk(root, "")))
+
+
+def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a packaged recipe by name, or a YAML file by path, and put `key=value` overrides over it.
+
+    Values are read as YAML. Raises RecipeError with one line that says which key, what is allowed and the nearest
+    valid name.
+    """
+    text, where = _read(source)
+    try:
+        raw = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(
+            f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}"
+        ) from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of keys to values, not {type(raw).__name__}")
+    for override in overrides:
+        _override(raw, override)
+    recipe = validate(raw, where)
+    if recipe.output is None:
+        recipe.output = str(Path("runs") / (source if source in packaged() else Path(source).stem))
+    return recipe
+
+
+def validate(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Turn a parsed mapping into a Recipe; raises RecipeError about the first thing that is wrong."""
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_explain(error, Recipe)}") from error
+    for method in recipe.methods:
+        try:
+            recipe.training(method)
+        except ValidationError as error:
+            raise RecipeError(
+                f"{where}: in 'train' of method {method.name}: {_explain(error, Train)}"
+            ) from error
+    return recipe
+
+
+def _read(source: str) -> tuple[str, str]:
+    known = packaged()
+    if source in known:
+        return known[source], f"packaged recipe {source}"
+    path = Path(source)
+    if not path.exists():
+        if path.suffix in {".yaml", ".yml"}:
+            raise RecipeError(f"there is no recipe file {source}")
+        near = _nearest(source, known)
+        raise RecipeError(
+            f"there is no recipe {source!r}: give a YAML file or one of {', '.join(known)}"
+            + (f"; did you mean {near!r}?" if near else "")
+        )
+    try:
+        return path.read_text(encoding="utf-8"), source
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {source}: {error}") from error
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.split(".")
+    if not separator or not all(parts):
+        raise RecipeError(f"an override is key=value, such as train.lr=1e-3, not {override!r}")
+    try:
+        value = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{key}: the value {text!r} is not valid YAML") from error
+    node = raw
+    for depth, part in enumerate(parts[:-1]):
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        elif part == "method" and isinstance(child, str):
+            child = node[part] = {"name": child}
+        if not isinstance(child, dict):
+            raise RecipeError(f"unknown key {key!r}: {'.'.join(parts[: depth + 1])!r} has no keys below it")
+        node = child
+    node[parts[-1]] = value
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """All dotted keys below a recipe section."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for inner in _sections(field.annotation):
+            yield from keys_of(inner, f"{prefix}{name}.")
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections(argument)]
+
+
+def _nearest(name: str, valid: Any) -> str | None:
+    """The valid name most like `name`, also where only its last part is, as in `lr` for `train.lr`."""
+    options = list(valid)
+    same_leaf = [option for option in options if option.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = same_leaf or difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    return near[0] if near else None
+
+
+def _explain(error: ValidationError, root: type[BaseModel]) -> str:
+    # Unknown names first: a misspelt required key shows up as unknown and as missing, and the former says more.
+    first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    path = [str(part) for part in first["loc"] if isinstance(part, str)]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        section = root
+        for part in path[:-1]:
+            section = _sections(section.model_fields[part].annotation)[0]
+        near = _nearest(key, keys_of(root))
+        return f"unknown key {key!r}: allowed here are {', '.join(section.model_fields)}" + (
+            f"; did you mean {near!r}?" if near else ""
+        )
+    if first["type"] == "missing":
+        return f"the key {key!r} is missing"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    message = first["msg"].removeprefix("Input ")
+    near = None
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        expected = first["ctx"]["expected"]
+        near = _nearest(
+            first["input"], [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
+        )
+    return f"{key}: {message}, not {first['input']!r}" + (f"; did you mean {near!r}?" if near else "")
+
+
+def listing() -> str:
+    """The packaged recipes as a table: name, model, data, metric and description."""
+    lines = [("recipe", "model", "data", "metric", "description")]
+    for name in packaged():
+        recipe = load(name)
+        hub = recipe.data.hub
+        source = recipe.data.builtin or (f"{hub.name} {hub.config or ''}".strip() if hub else "local files")
+        lines.append((name, recipe.model, source, recipe.metric, recipe.description))
+    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+    return "\n".join(
+        "  ".join([*(line[i].ljust(widths[i]) for i in range(4)), line[4]]).rstrip() for line in lines
+    )

@@ -1,0 +1,340 @@
+"""From a recipe to a result: every method and learning rate trained, chosen on validation, scored on test."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from isotune.experiments import data as data_module
+from isotune.experiments import methods, summary
+from isotune.experiments.files import read_json, write_json
+from isotune.experiments.recipe import Method, Recipe, RecipeError, Train
+
+FORMAT = 1
+# What may differ between two runs of one experiment without making them two experiments.
+_NOT_IDENTITY = ("output", "description", "chart", "check_saved")
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Train and score a recipe, print a table, and write `result.json` in its output folder.
+
+    Continues where an earlier call with the same recipe stopped; where that had finished, prints its result and does
+    nothing else. Raises RecipeError, DataError, ModelError or TrainingDiverged, all of them ValueErrors, with one
+    line for the user.
+    """
+    for method in recipe.methods:
+        methods.check(method)
+    _check_extras()
+    examples = data_module.load(recipe.data)
+    _check_choice(recipe, examples)
+    folder = Path(recipe.output or "runs/experiment")
+    identity = {
+        "recipe": recipe.model_dump(mode="json", exclude=set(_NOT_IDENTITY)),
+        "data": examples.fingerprint(),
+    }
+    _claim(folder, identity)
+    finished = folder / "result.json"
+    if finished.exists():
+        result: dict[str, Any] = read_json(finished)
+        print(f"already finished; remove {folder} to run it again")
+        print(summary.table(result))
+        return result
+
+    from isotune.experiments import models
+
+    print(
+        f"{len(examples.train)} training, {len(examples.validation)} validation and {len(examples.test)} test "
+        f"examples of {len(examples.labels)} classes; results in {folder}",
+        flush=True,
+    )
+    started = time.perf_counter()
+    tokenizer = models.tokenizer_for(recipe.model)
+    encoded = _encode(examples, tokenizer, recipe.train.max_length)
+    trained = []
+    for method in recipe.methods:
+        tried = [_one(recipe, method, lr, examples, encoded, folder) for lr in recipe.training(method).lr]
+        best = max(range(len(tried)), key=lambda i: (tried[i]["validation"] or {}).get(recipe.metric, 0.0))
+        trained += [{**entry, "chosen": i == best} for i, entry in enumerate(tried)]
+    main = trained[-len(recipe.train.lr if not recipe.method.train else recipe.training(recipe.method).lr) :]
+    chosen = next(entry for entry in main if entry["chosen"])
+    result = {
+        "format": FORMAT,
+        "recipe": recipe.model_dump(mode="json"),
+        "versions": versions(),
+        "hardware": hardware(),
+        "seed": recipe.train.seed,
+        "metric": recipe.metric,
+        "data": _about(examples, identity["data"]),
+        "runs": trained,
+        "metrics": chosen["test"],
+        "trainable_parameters": chosen["trainable_parameters"],
+        "adapter_bytes": chosen["adapter_bytes"],
+    }
+    if recipe.check_saved:
+        result["saved"] = _check_saved(recipe, chosen, examples, folder)
+    # The sum over the runs, and not the time since the start, which a resumed experiment does not know.
+    result["seconds"] = sum(entry["seconds"] for entry in trained)
+    result["seconds_this_session"] = time.perf_counter() - started
+    if recipe.chart:
+        summary.chart(result, folder / "chart.png")
+    write_json(finished, result)
+    print(summary.table(result))
+    return result
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a result depends on."""
+    names = ("isotune", "torch", "transformers", "peft", "accelerate", "scikit-learn", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def hardware() -> dict[str, Any]:
+    """The machine that a result was made on."""
+    import torch
+
+    return {
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _check_extras() -> None:
+    missing = [name for name in ("accelerate", "sklearn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RecipeError(f"training needs {' and '.join(missing)}: pip install 'isotune[train]'")
+
+
+def _check_choice(recipe: Recipe, examples: data_module.Examples) -> None:
+    if not examples.validation:
+        for method in recipe.methods:
+            if len(recipe.training(method).lr) > 1:
+                raise RecipeError(
+                    "several values of train.lr are chosen from on a validation set, and there is none"
+                )
+
+
+def _claim(folder: Path, identity: dict[str, Any]) -> None:
+    """Take the folder for this experiment; raises RecipeError where it holds another's results."""
+    stored = folder / "experiment.json"
+    if stored.exists():
+        other = read_json(stored)
+        if other != identity:
+            raise RecipeError(
+                f"{folder} holds the results of another experiment ({_difference(other, identity)}); "
+                "give another folder with output=FOLDER, or remove it"
+            )
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RecipeError(f"{folder} exists and holds something else; give another folder with output=FOLDER")
+    write_json(stored, identity)
+
+
+def _difference(old: Any, new: Any, key: str = "") -> str:
+    """The first key in which two experiments differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            if old.get(name) != new.get(name):
+                return _difference(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    if key == "data":
+        return "the data have changed"
+    return f"{key.removeprefix('recipe.')} is {old!r} there and {new!r} here"
+
+
+def _about(examples: data_module.Examples, fingerprint: str) -> dict[str, Any]:
+    majority = examples.majority()
+    return {
+        "train": len(examples.train),
+        "validation": len(examples.validation),
+        "test": len(examples.test),
+        "labels": examples.labels,
+        "fingerprint": fingerprint,
+        "majority_accuracy": sum(e.label == majority for e in examples.test) / len(examples.test),
+    }
+
+
+def _encode(examples: data_module.Examples, tokenizer: Any, max_length: int) -> dict[str, Any]:
+    """Tokenise all splits; validation and test sorted by length, which saves padding and changes no score."""
+
+    def rows(split: Sequence[data_module.Example]) -> list[dict[str, Any]]:
+        pairs = [e.pair for e in split] if split and split[0].pair is not None else None
+        if not split:
+            return []
+        tokens = tokenizer([e.text for e in split], pairs, truncation=True, max_length=max_length)
+        names = list(tokens.keys())
+        return [
+            {**{name: tokens[name][i] for name in names}, "labels": example.label}
+            for i, example in enumerate(split)
+        ]
+
+    def by_length(split: Sequence[data_module.Example]) -> list[dict[str, Any]]:
+        return sorted(rows(split), key=lambda row: len(row["input_ids"]))
+
+    from transformers import DataCollatorWithPadding
+
+    return {
+        "train": rows(examples.train),
+        "validation": by_length(examples.validation),
+        "test": by_length(examples.test),
+        "collate": DataCollatorWithPadding(tokenizer),
+    }
+
+
+def _one(
+    recipe: Recipe,
+    method: Method,
+    lr: float,
+    examples: data_module.Examples,
+    encoded: dict[str, Any],
+    output: Path,
+) -> dict[str, Any]:
+    """Train one method at one learning rate in a folder of its own; read the stored result where it has finished."""
+    from transformers import set_seed
+
+    from isotune.experiments import loop, models
+
+    settings = recipe.training(method)
+    folder = output / (method.name if len(settings.lr) == 1 else f"{method.name}-lr={lr:g}")
+    stored = folder / "run.json"
+    if stored.exists():
+        kept: dict[str, Any] = read_json(stored)
+        return kept
+    began = time.perf_counter()
+    set_seed(settings.seed)  # the new head and the adapter start alike in every run of this seed
+    model, head = models.load_classifier(recipe.model, recipe.pooling, examples.labels)
+    if settings.start_from_head:
+        _start_from(model, output)
+    with models.quiet():
+        model = methods.attach(method, model, head)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    entry: dict[str, Any] = {
+        "method": {"name": method.name, **method.options},
+        "lr": lr,
+        "lr_head": settings.lr_head or lr,
+        "trainable_parameters": trainable,
+        "head_parameters": sum(
+            p.numel() for n, p in model.named_parameters() if p.requires_grad and loop.is_head(n, head)
+        ),
+    }
+    trained: Any = model
+    rows = {split: encoded[split] for split in ("train", "validation", "test")}
+    lengths = [len(row["input_ids"]) for row in encoded["train"]]
+    collate = encoded["collate"]
+    if method.name == "head" and isinstance(model, models.MeanPooledClassifier):
+        # The encoder does not change, so each text is embedded once and not once an epoch.
+        from transformers import default_data_collator
+
+        rows = {split: _features(model, split_rows, collate, settings) for split, split_rows in rows.items()}
+        trained, collate = models.FeatureHead(model.dropout, model.classifier), default_data_collator
+        entry["untrained"] = _untrained(trained, rows["test"])
+    setup = time.perf_counter() - began
+    outcome = loop.train(
+        trained,
+        loop.Task(**rows, collate=collate, metric=recipe.metric, lengths=lengths),
+        settings,
+        lr,
+        head,
+        folder,
+        f"{method.name} lr {lr:g}",
+    )
+    saved = _save(method, model if method.name == "head" else outcome.model, folder / "adapter")
+    write_json(folder / "predictions.json", outcome.predictions)
+    entry |= {
+        "validation": outcome.validation,
+        "test": outcome.test,
+        "best_step": outcome.best_step,
+        "curve": outcome.curve,
+        "seconds": setup + outcome.seconds,
+        "adapter_bytes": saved.stat().st_size,
+        "folder": folder.name,
+    }
+    write_json(stored, entry)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)  # what they were kept for, resuming and choosing, is over
+    return entry
+
+
+def _start_from(model: Any, output: Path) -> None:
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(next(output.glob("head*/adapter/model.safetensors"))), strict=False)
+
+
+def _features(
+    model: Any, rows: Sequence[dict[str, Any]], collate: Any, settings: Train
+) -> list[dict[str, Any]]:
+    import torch
+    from tqdm.auto import tqdm
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).eval()
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    found: list[Any] = [None] * len(rows)
+    with torch.no_grad():
+        for start in tqdm(
+            range(0, len(rows), settings.eval_batch_size), desc="embedding", unit="batch", leave=False
+        ):
+            indices = order[start : start + settings.eval_batch_size]
+            batch = {name: value.to(device) for name, value in collate([rows[i] for i in indices]).items()}
+            batch.pop("labels")
+            for i, feature in zip(indices, model.embed(**batch).cpu(), strict=True):
+                found[i] = {"features": feature, "labels": rows[i]["labels"]}
+    return found
+
+
+def _untrained(head: Any, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    import torch
+
+    from isotune.experiments.loop import scores
+
+    head.eval()
+    with torch.no_grad():
+        logits = head(
+            torch.stack([row["features"] for row in rows]).to(next(head.parameters()).device)
+        ).logits
+    return scores(logits.cpu(), [row["labels"] for row in rows])
+
+
+def _save(method: Method, model: Any, folder: Path) -> Path:
+    """Save what was trained, and return the file that holds it."""
+    if method.name == "head":
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {
+            name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad
+        }
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder / "model.safetensors"
+    if method.name == "full":
+        from safetensors.torch import save_model
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+        return folder / "model.safetensors"
+    # The embeddings are the base model's; asking whether they changed would ask the Hub.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder / "adapter_model.safetensors"
+
+
+def _check_saved(
+    recipe: Recipe, chosen: dict[str, Any], examples: data_module.Examples, output: Path
+) -> dict[str, Any]:
+    """Score the saved adapter, reloaded and merged, in a new process; raises RuntimeError where that fails."""
+    print("reloading the saved adapter in a new process", flush=True)
+    command = [sys.executable, "-m", "isotune.experiments.reload", str(output), chosen["folder"]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"reloading {output / chosen['folder']} in a new process failed:\n{done.stderr}")
+    found: dict[str, Any] = read_json(output / chosen["folder"] / "reloaded.json")
+    return found

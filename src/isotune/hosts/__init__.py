@@ -1,0 +1,35 @@
+"""Frozen layers that can be adapted, each seen as a matrix W of shape (out, in)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from isotune.hosts.linear import Host, LinearHost
+
+__all__ = ["Host", "LinearHost", "host_for"]
+
+_HOSTS: tuple[type[Host], ...] = (LinearHost,)
+
+
+def host_for(module: nn.Module, name: str = "") -> Host:
+    """Find the host class of a module.
+
+    Args:
+        module: the frozen layer.
+        name: its name in the model, for the message.
+
+    Returns:
+        The host around it.
+
+    Raises:
+        ValueError: no host takes such a layer, or its weight is not a floating-point matrix.
+    """
+    for host in _HOSTS:
+        if host.accepts(module):
+            return host(module, name)
+    supported = ", ".join(sorted(kind for host in _HOSTS for kind in host.kinds))
+    raise ValueError(
+        f"The target module {name!r} is a {type(module).__module__}.{type(module).__qualname__}, which cannot be "
+        f"adapted. Supported: {supported}. Choose target_modules that match only these, or exclude the module with "
+        "exclude_modules."
+    )

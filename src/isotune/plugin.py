@@ -1,0 +1,214 @@
+"""Registration with PEFT, and the tuner model that puts isotune's layers into a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import peft
+import torch
+from packaging.version import Version
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method
+from torch import Tensor, nn
+
+from isotune.config import IsotuneConfig
+from isotune.errors import AdapterFileError, IsotuneWarning, UnsupportedVersionError
+from isotune.layer import AdapterGroup, Linear
+from isotune.methods import METHODS
+
+MINIMUM_VERSIONS = {"torch": "2.6", "peft": "0.21.2"}
+UNTESTED_VERSIONS = {"peft": "0.22"}
+_PREFIX = "isotune_"
+
+
+class IsotuneModel(BaseTuner):
+    """The tuner model of every isotune method.
+
+    Args:
+        model: the model to adapt.
+        config: one configuration, or a dictionary of them by adapter name.
+        adapter_name: which of them to inject now.
+
+    Raises:
+        ValueError: a layer cannot be adapted, a rank does not fit, nothing matches; the model is left as it was.
+    """
+
+    prefix = _PREFIX
+    tuner_layer_cls = Linear
+    # What LoRA adapts by default in a known architecture is a good default here too: projections of attention.
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the adapter into the model, then find the subspaces of all its layers; all or nothing."""
+        trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            layers = [m for m in model.modules() if isinstance(m, Linear) and adapter_name in m.isotune_operator]
+            group = AdapterGroup(adapter_name, layers)
+            group.place()
+            group.batch()
+        except BaseException:
+            self._roll_back(model, adapter_name, trainable)
+            raise
+        if not hasattr(model, "_isotune_load_hook"):
+            model._isotune_load_hook = model.register_load_state_dict_post_hook(_after_load)
+
+    def _roll_back(self, model: nn.Module, adapter_name: str, trainable: Mapping[nn.Parameter, bool]) -> None:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Linear) and adapter_name in module.isotune_operator:
+                if len(module.isotune_operator) > 1:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # PEFT tells which adapter is active now
+                        module.delete_adapter(adapter_name)
+                else:
+                    parent = model.get_submodule(name.rpartition(".")[0])
+                    setattr(parent, name.rpartition(".")[2], module.base_layer)
+        for parameter, flag in trainable.items():
+            parameter.requires_grad_(flag)
+        self.peft_config.pop(adapter_name, None)
+
+    def _create_and_replace(
+        self,
+        peft_config: IsotuneConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, Linear):
+            target.update_layer(adapter_name, peft_config)
+            return
+        layer = Linear(target, current_key)
+        layer.update_layer(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Let `adapter_names` of a mixed batch reach the layers for the time of one call."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        unknown = sorted(set(names) - {"__base__", *self.peft_config})
+        if unknown:
+            raise ValueError(
+                f"adapter_names holds {', '.join(map(repr, unknown))}; this model has "
+                f"{', '.join(map(repr, self.peft_config))}, and '__base__' stands for none."
+            )
+        if self.training:
+            raise ValueError("adapter_names is for inference; call model.eval() first, or train one adapter at a time.")
+        layers = [m for m in self.model.modules() if isinstance(m, Linear)]
+        if any(layer.merged for layer in layers):
+            raise ValueError("adapter_names needs every adapter unmerged; call unmerge_adapter() first.")
+        for layer in layers:
+            layer._batch_adapters = tuple(names)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._batch_adapters = None
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: IsotuneConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        _check_file(model, adapter_name, remapped)
+        return remapped
+
+
+def _check_file(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> None:
+    """Refuse a file that lacks what the adapter needs or holds what cannot be, before anything is changed."""
+    own = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if f".{_PREFIX}" in name and f".{adapter_name}." in name
+    }
+    strip = "base_model.model."
+    given = {name.removeprefix(strip): tensor for name, tensor in state.items()}
+    for name, tensor in own.items():
+        short = name.removeprefix(strip)
+        if short not in given:
+            raise AdapterFileError(
+                f"The adapter file has no {short!r}. It is incomplete, or was made for other target_modules, another "
+                "rank or another basis than its adapter_config.json says; save the adapter again."
+            )
+        if given[short].shape != tensor.shape:
+            raise AdapterFileError(
+                f"{short!r} has shape {tuple(given[short].shape)} in the adapter file, and {tuple(tensor.shape)} is "
+                "needed on this base model by its adapter_config.json. Check that both belong together."
+            )
+        if not torch.isfinite(given[short]).all():
+            raise AdapterFileError(f"{short!r} holds NaN or infinity in the adapter file; load an earlier checkpoint.")
+
+
+def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
+    """After any load_state_dict: find the loaded bases on this base model, and refuse one that does not fit."""
+    groups = {id(g): g for m in model.modules() if isinstance(m, Linear) for g in m.groups.values()}
+    for group in groups.values():
+        group.refresh()
+
+
+def check_versions() -> None:
+    """Refuse versions of torch and PEFT that isotune does not run on, and say so once for untested ones.
+
+    Raises:
+        UnsupportedVersionError: a version below the minimum; it is both a ValueError and an ImportError.
+    """
+    for name, found in (("torch", torch.__version__), ("peft", peft.__version__)):
+        if Version(found).release < Version(MINIMUM_VERSIONS[name]).release:
+            raise UnsupportedVersionError(
+                f"isotune needs {name} {MINIMUM_VERSIONS[name]} or later, and {found} is installed: "
+                f"pip install -U '{name}>={MINIMUM_VERSIONS[name]}'."
+            )
+        limit = UNTESTED_VERSIONS.get(name)
+        if limit is not None and Version(found).release >= Version(limit).release:
+            warnings.warn(
+                f"isotune was tested with {name} below {limit}, and {found} is installed; if something fails, "
+                f"pip install '{name}<{limit}'.",
+                IsotuneWarning,
+                stacklevel=2,
+            )
+
+
+def peft_type_of(method: str) -> PeftType:
+    """The PEFT type of a method, ISOTUNE_…, made on the first call.
+
+    PEFT's own registration takes names of its enumeration only, and get_model_status() lists types through it, so the
+    enumeration is given the member; how is the one place where isotune touches another library's internals.
+    """
+    name = f"{_PREFIX}{method}".upper()
+    if name not in PeftType.__members__:
+        member = str.__new__(PeftType, name)
+        member._name_, member._value_ = name, name
+        PeftType._member_map_[name] = member
+        PeftType._value2member_map_[name] = member
+        PeftType._member_names_.append(name)
+    return PeftType(name)
+
+
+def register() -> None:
+    """Make every method known to PEFT; more calls change nothing."""
+    check_versions()
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    for method, config in METHODS.items():
+        kind = peft_type_of(method)
+        config.method_type = kind
+        if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            register_peft_method(
+                name=f"{_PREFIX}{method}", config_cls=config, model_cls=IsotuneModel, prefix=_PREFIX
+            )
+        assert PEFT_TYPE_TO_TUNER_MAPPING[kind] is IsotuneModel
+        assert PEFT_TYPE_TO_PREFIX_MAPPING[kind] == _PREFIX

@@ -157,9 +157,9 @@ def measure(width: int, tokens: int, dtype: torch.dtype, rounds: int, ranks: tup
     models: dict[str, nn.Module] = {}
     for name, make in variants(ranks).items():
         models[name] = make(copy.deepcopy(base))
-    for name, model in models.items():
+    for model in models.values():
         # A trained-looking adapter: at exactly zero some kernels are faster than they will ever be again.
-        for key, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 with torch.no_grad():
                     parameter.add_(torch.randn_like(parameter) * 1e-3)

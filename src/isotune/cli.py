@@ -1,4 +1,4 @@
-"""The command line: `isotune COMMAND`. Each command imports the function that does its work, so --help is quick."""
+"""The command line: `isotune COMMAND`. Commands import what does the work when called, so --help is quick."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _root() -> None:
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turn a ValueError, which is the user's to mend, into one line and exit code 2; all else keeps its traceback."""
+    """Turn a ValueError, which the user can mend, into one line and exit code 2; others keep a traceback."""
     try:
         yield
     except KeyboardInterrupt as stop:

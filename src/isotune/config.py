@@ -77,7 +77,7 @@ class IsotuneConfig(PeftConfig):
                 setattr(cls, name, getattr(IsotuneConfig, name))
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = self.method_type
         if self.isotune_format not in range(1, FORMAT_VERSION + 1):
             raise AdapterFileError(
@@ -94,7 +94,9 @@ class IsotuneConfig(PeftConfig):
         for name, rank in self.rank_pattern.items():
             require_positive_integer(f"rank_pattern[{name!r}]", rank)
         if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ValueError("layers_pattern is set but layers_to_transform is not; it says which of those layers to adapt.")
+            raise ValueError(
+                "layers_pattern is set but layers_to_transform is not; it says which of those layers to adapt."
+            )
         if isinstance(self.target_modules, str):
             if self.layers_to_transform is not None:
                 raise ValueError(
@@ -134,7 +136,7 @@ class IsotuneConfig(PeftConfig):
 
 
 def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    return patterns.get(get_pattern_key(patterns.keys(), module), default)
+    return patterns.get(get_pattern_key(list(patterns), module), default)
 
 
 def require_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
@@ -156,7 +158,9 @@ def _require_expression(name: str, value: str) -> None:
     try:
         re.compile(value)
     except re.error as error:
-        raise ValueError(f"{name}={value!r} is not a regular expression ({error}); give a list for plain names.") from None
+        raise ValueError(
+            f"{name}={value!r} is not a regular expression ({error}); give a list for plain names."
+        ) from None
 
 
 def config_fields(config: type[IsotuneConfig]) -> tuple[str, ...]:

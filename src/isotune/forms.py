@@ -262,7 +262,7 @@ class SubspaceUpdate(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> SubspaceUpdate:
         # What the file will hold stays float32 whatever the model is cast to; it only moves between devices.
         before = self.stored
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.stored.dtype != before.dtype:
             self.stored = before.to(self.stored.device)
         return self

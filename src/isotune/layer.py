@@ -15,8 +15,8 @@ from isotune.config import IsotuneConfig
 from isotune.errors import BaseMismatchError, IsotuneWarning
 from isotune.forms import SubspaceUpdate
 from isotune.hosts import host_for
-from isotune.operators import Operator, OperatorBatch, is_symbolic, batch_operators
-from isotune.pinning import MAX_RESIDUAL, candidate_rank, pin, pin_width, recover
+from isotune.operators import Operator, OperatorBatch, batch_operators, is_symbolic
+from isotune.pinning import MAX_RESIDUAL, candidate_rank, pin_width, recover
 from isotune.subspace import SubspaceRequest, principal_subspaces
 from isotune.subspace_cache import SubspaceCache
 
@@ -92,7 +92,7 @@ class Linear(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer and from the computations it shares."""
-        operator = self.isotune_operator[adapter_name] if adapter_name in self.isotune_operator else None
+        operator = dict(self.isotune_operator).get(adapter_name)
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
         self.groups.pop(adapter_name, None)
@@ -231,7 +231,7 @@ class Linear(nn.Module, BaseTunerLayer):
         """The change of the host's weight by an adapter, in the layout of the weight and float32 at least."""
         with torch.no_grad():
             delta = self.form(adapter_name).delta(self.operator(adapter_name).difference())
-        return delta.T if self.host.transposed else delta
+        return self.host.stored(delta)
 
     def low_rank(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Exact factors (out, r) and (r, in) of the change of W by an adapter, float32 at least."""

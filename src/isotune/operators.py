@@ -42,7 +42,7 @@ class Operator(nn.Module, ABC):
         """
         batch = self._batch
         if batch is None or torch.compiler.is_compiling() or not batch.holds(self, self._slot):
-            result = _compute(self, {name: p for name, p in self.named_parameters()})
+            result: Tensor = _compute(self, dict(self.named_parameters()))
             return result if dtype is None else result.to(dtype)
         return batch.difference(self._slot, dtype)
 
@@ -53,7 +53,8 @@ class Operator(nn.Module, ABC):
 
     def inverse(self) -> Tensor:
         """M⁻¹, (n, n)."""
-        return torch.linalg.inv(self.matrix())
+        inverse: Tensor = torch.linalg.inv(self.matrix())
+        return inverse
 
     def forward(self, x: Tensor) -> Tensor:
         """x M for x of shape (..., n)."""
@@ -71,9 +72,7 @@ class Operator(nn.Module, ABC):
 def _compute(operator: Operator, parameters: Mapping[str, Tensor]) -> Tensor:
     """M − I in float32 at least: a factorisation does not exist, and a small rotation is lost, in half precision."""
     device_type = next(iter(parameters.values())).device.type
-    wide = {
-        name: p.float() if p.dtype in (torch.float16, torch.bfloat16) else p for name, p in parameters.items()
-    }
+    wide = {name: p.float() if p.dtype in (torch.float16, torch.bfloat16) else p for name, p in parameters.items()}
     with torch.autocast(device_type, enabled=False):
         return operator.compute(wide)
 
@@ -117,9 +116,7 @@ class _Evaluation:
     def current(self, slot: int, parameters: tuple[Tensor, ...]) -> bool:
         """Whether the layer at `slot` still has the very parameters that this evaluation used."""
         source, versions = self.sources[slot], self.versions[slot]
-        return all(
-            p is q and p._version == v for p, q, v in zip(parameters, source, versions, strict=True)
-        )
+        return all(p is q and p._version == v for p, q, v in zip(parameters, source, versions, strict=True))
 
 
 class OperatorBatch:

@@ -1,4 +1,10 @@
-"""Pinning: a small sketch of a basis from which the same basis is found again on the same or a similar weight."""
+"""Pinning: a small sketch of a basis, from which the same basis is found again on the same or a similar weight.
+
+Singular vectors are fixed only up to signs and rotations among near-equal singular values, so a basis cannot be
+recomputed; and storing it whole is what an adapter is meant to avoid. Its sketch S = V Ω with a fixed Gaussian Ω holds
+slightly more numbers than the rotation to any other basis of the same span has, and the surplus tells how much of V
+that span does not hold.
+"""
 
 from __future__ import annotations
 
@@ -8,45 +14,96 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_RESIDUAL = 0.05
+MAX_RESIDUAL = 0.03
+"""The residual of `recover` above which a base is another one than the basis was pinned on."""
 
 
 def pin_width(rank: int, in_features: int) -> int:
-    """Say how many columns p the pin of a basis has; part of the file format."""
+    """Say how many columns p the pin of a basis (rank, in_features) has.
+
+    Part of the file format: r + max(8, r // 4), and never more than in_features, where the pin is as good as V itself.
+    """
     return min(in_features, rank + max(8, rank // 4))
 
 
 def candidate_rank(rank: int, in_features: int, out_features: int) -> int:
-    """Say how many singular vectors of the base `recover` wants as candidates."""
+    """Say how many right singular vectors k of the base `recover` should be given.
+
+    More than r, so that a group of near-equal singular values that straddles the cut at r lies inside; fewer than p, so
+    that what is left of p can measure the residual.
+    """
     return min(in_features, out_features, rank + max(4, rank // 8))
 
 
 def pin(basis: Tensor, *, seed: int = 0, oversampling: int | None = None) -> Tensor:
-    """Sketch a basis V (r, in) as S = V Ω, (r, p) float32."""
+    """Sketch a basis V (r, in) with orthonormal rows as S = V Ω, (r, p) float32, on the CPU.
+
+    Ω (in, p) holds the standard normal numbers of numpy's `RandomState(seed)`, whose stream is frozen. p is
+    `pin_width(r, in)`, or at most r + `oversampling`.
+
+    Raises ValueError for a basis that is not a finite matrix with r ≤ in, or a negative oversampling.
+    """
+    _check_matrix(basis, "the basis", "(r, in) with r ≤ in")
     rank, width = basis.shape
+    if oversampling is not None and oversampling < 0:
+        raise ValueError(f"oversampling is {oversampling}; give 0 or more columns beyond the rank, or None")
     columns = pin_width(rank, width) if oversampling is None else min(width, rank + oversampling)
     return (basis.detach().cpu().double() @ _omega(width, columns, seed)).float()
 
 
 def recover(pin: Tensor, candidates: Tensor, *, seed: int = 0) -> tuple[Tensor, float]:
-    """Find the basis V (r, in) that `pin` was made of in the span of `candidates` (k, in); also the residual."""
-    rank, columns = pin.shape
-    count, width = candidates.shape
-    span = candidates.detach().double()
-    sketch = (span.cpu() @ _omega(width, columns, seed))
+    """Find the basis that `pin` was made of in the span of the base's own singular vectors.
+
+    `pin` is (r, p) from `pin`, with the same `seed`; `candidates` V' is (k, in), the base's top right singular vectors,
+    orthonormal rows, k from `candidate_rank`. Returns V (r, in), orthonormal rows, in the dtype and on the device of
+    `candidates`, and the residual: an estimate of the root mean square over V's rows of the sine of the angle between
+    the pinned V and the span of V', from 0 (rounding: about 1e-5) to about 1 (another base). A residual above
+    `MAX_RESIDUAL` means that V is not to be trusted; the caller decides.
+
+    V' Ω has full rank, so S = T (V' Ω) has one least-squares solution T, and V is the orthonormal polar factor of T V':
+    the nearest basis in the span (Golub and Van Loan, Matrix Computations, 4th ed., section 9.4.3). The part of V
+    outside the span has a Gaussian sketch independent of V' Ω, which leaves E‖S − T V' Ω‖² = (p − k) ‖V⊥‖². A T whose
+    rows are not orthonormal counts as well, in the same units. With k = in the span holds every V; with k ≥ p < in
+    nothing is left to measure and the residual comes from T alone.
+
+    Raises ValueError for shapes that do not fit (r ≤ k ≤ in, r ≤ p ≤ in) and numbers that are not finite.
+    """
+    _check_matrix(pin, "the pin", "(r, p) with r ≤ p")
+    _check_matrix(candidates, "the candidates", "(k, in) with k ≤ in")
+    (rank, columns), (count, width) = pin.shape, candidates.shape
+    if not rank <= count or columns > width:
+        raise ValueError(
+            f"a pin of shape {tuple(pin.shape)} does not fit candidates of shape {tuple(candidates.shape)}: it needs at "
+            f"least {rank} candidates and vectors of length {columns} or more; was it pinned on a layer of another size?"
+        )
+    span = candidates.detach().double() if candidates.device.type != "mps" else candidates.detach().cpu().double()
+    sketch = span.cpu() @ _omega(width, columns, seed)
     stored = pin.detach().cpu().double()
     mixing = torch.linalg.lstsq(sketch.T, stored.T, driver="gelsd").solution.T
-    left = stored - mixing @ sketch
-    free = columns - count
-    residual = float((left.square().sum() / (max(free, 1) * rank)).sqrt()) if free > 0 else 0.0
-    defect = float((mixing @ mixing.T - torch.eye(rank, dtype=torch.float64)).square().sum().div(rank).sqrt())
-    residual = max(residual, defect)
-    factor, _, other = torch.linalg.svd(mixing, full_matrices=False)
-    basis = (factor @ other).to(span) @ span
-    return basis.to(candidates.dtype), residual
+    left, _, right = torch.linalg.svd(mixing, full_matrices=False)
+    basis = (left @ right).to(span) @ span
+    return basis.to(candidates), _residual(stored, sketch, mixing)
+
+
+def _residual(stored: Tensor, sketch: Tensor, mixing: Tensor) -> float:
+    (rank, columns), count = stored.shape, sketch.shape[0]
+    defect = torch.linalg.matrix_norm(mixing @ mixing.T - torch.eye(rank, dtype=mixing.dtype)) / rank**0.5
+    surplus = columns - count
+    if surplus <= 0:
+        return float(defect)
+    outside = torch.linalg.matrix_norm(stored - mixing @ sketch) / (surplus * rank) ** 0.5
+    # A part of relative size ε outside the span perturbs T, as least squares does, by ε √(k / (p − k − 1)) a row, and
+    # T Tᵀ by √2 times that: over this the defect is in the same units, and no louder than `outside` unless T is wrong.
+    return float(torch.maximum(outside, defect / (2.0 * count / max(surplus - 1, 1)) ** 0.5))
+
+
+def _check_matrix(matrix: Tensor, what: str, shape: str) -> None:
+    if matrix.dim() != 2 or not 0 < matrix.shape[0] <= matrix.shape[1]:
+        raise ValueError(f"{what} has shape {tuple(matrix.shape)}; give a matrix {shape}")
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError(f"{what} holds NaN or infinity; the file or the base it comes from is damaged")
 
 
 @lru_cache(maxsize=8)
 def _omega(width: int, columns: int, seed: int) -> Tensor:
-    # RandomState's stream is frozen by numpy's compatibility policy.
     return torch.from_numpy(np.random.RandomState(seed).standard_normal((width, columns)))

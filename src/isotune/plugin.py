@@ -12,11 +12,16 @@ import torch
 from packaging.version import Version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    ModulesToSaveWrapper,
+    PeftType,
+    register_peft_method,
+)
 from torch import Tensor, nn
 
 from isotune.config import IsotuneConfig
-from isotune.errors import AdapterFileError, IsotuneWarning, UnsupportedVersionError
+from isotune.errors import AdapterFileError, BaseMismatchError, IsotuneWarning, UnsupportedVersionError
 from isotune.layer import AdapterGroup, Linear
 from isotune.methods import METHODS
 
@@ -40,7 +45,7 @@ class IsotuneModel(BaseTuner):
     prefix = _PREFIX
     tuner_layer_cls = Linear
     # What LoRA adapts by default in a known architecture is a good default here too: projections of attention.
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter into the model, then find the subspaces of all its layers; all or nothing."""
@@ -52,24 +57,13 @@ class IsotuneModel(BaseTuner):
             group.place()
             group.batch()
         except BaseException:
-            self._roll_back(model, adapter_name, trainable)
+            _remove_adapter(model, adapter_name)
+            self.peft_config.pop(adapter_name, None)
+            for parameter, flag in trainable.items():
+                parameter.requires_grad_(flag)
             raise
         if not hasattr(model, "_isotune_load_hook"):
-            model._isotune_load_hook = model.register_load_state_dict_post_hook(_after_load)
-
-    def _roll_back(self, model: nn.Module, adapter_name: str, trainable: Mapping[nn.Parameter, bool]) -> None:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, Linear) and adapter_name in module.isotune_operator:
-                if len(module.isotune_operator) > 1:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")  # PEFT tells which adapter is active now
-                        module.delete_adapter(adapter_name)
-                else:
-                    parent = model.get_submodule(name.rpartition(".")[0])
-                    setattr(parent, name.rpartition(".")[2], module.base_layer)
-        for parameter, flag in trainable.items():
-            parameter.requires_grad_(flag)
-        self.peft_config.pop(adapter_name, None)
+            model._isotune_load_hook = model.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     def _create_and_replace(
         self,
@@ -79,7 +73,6 @@ class IsotuneModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        *,
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, Linear):
@@ -157,7 +150,34 @@ def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
     """After any load_state_dict: find the loaded bases on this base model, and refuse one that does not fit."""
     groups = {id(g): g for m in model.modules() if isinstance(m, Linear) for g in m.groups.values()}
     for group in groups.values():
-        group.refresh()
+        try:
+            group.refresh()
+        except BaseMismatchError:
+            _remove_adapter(model, group.adapter_name)
+            configs = getattr(model, "peft_config", {})
+            configs.pop(group.adapter_name, None)
+            if not configs and hasattr(model, "peft_config"):
+                del model.peft_config
+            raise
+
+
+def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter that was refused out of the model, and every wrapper that held only it."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear) and adapter_name in module.isotune_operator:
+            alone, original = len(module.isotune_operator) == 1, module.base_layer
+        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            alone, original = len(module.modules_to_save) == 1, module.original_module
+        else:
+            continue
+        if alone:
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], original)
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT tells which adapter is active now
+            module.delete_adapter(adapter_name, None) if isinstance(module, ModulesToSaveWrapper) else (
+                module.delete_adapter(adapter_name)
+            )
 
 
 def check_versions() -> None:
@@ -207,8 +227,6 @@ def register() -> None:
         kind = peft_type_of(method)
         config.method_type = kind
         if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-            register_peft_method(
-                name=f"{_PREFIX}{method}", config_cls=config, model_cls=IsotuneModel, prefix=_PREFIX
-            )
+            register_peft_method(name=f"{_PREFIX}{method}", config_cls=config, model_cls=IsotuneModel, prefix=_PREFIX)
         assert PEFT_TYPE_TO_TUNER_MAPPING[kind] is IsotuneModel
         assert PEFT_TYPE_TO_PREFIX_MAPPING[kind] == _PREFIX

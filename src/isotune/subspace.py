@@ -283,7 +283,7 @@ def _lowrank(matrix: Tensor, rank: int, tolerance: float, seed: int) -> tuple[tu
     start = torch.from_numpy(_gaussian(short, block, seed)).to(tall)
     vectors = torch.linalg.qr(tall.T @ (tall @ start)).Q
     applications = 1
-    angle = math.inf
+    relative = math.inf
     while True:
         image = tall @ vectors
         ritz, rotation = torch.linalg.eigh(image.double().T @ image.double())
@@ -293,10 +293,11 @@ def _lowrank(matrix: Tensor, rank: int, tolerance: float, seed: int) -> tuple[tu
         applied = tall.T @ image
         applications += 1
         residuals = torch.linalg.vector_norm(applied.double() - vectors.double() * ritz, dim=0)
-        previous, angle = angle, _angle_bound(ritz, residuals, rank)
-        # An angle that has stopped falling has met rounding (or a cut between equal values): then energy decides.
-        stalled = angle > 0.5 * previous and _missing_energy(ritz, residuals, rank) <= energy_tolerance
-        if block == short or angle <= tolerance or stalled:
+        previous, relative = relative, _relative_residual(ritz, residuals, rank)
+        # Residuals that have stopped falling have met rounding: no more can be known of a cut between such close
+        # values, and the energy decides.
+        settled = relative > 0.5 * previous and _missing_energy(ritz, residuals, rank) <= energy_tolerance
+        if block == short or settled or _angle_bound(ritz, residuals, rank) <= tolerance:
             top = (image if wide else vectors)[:, :rank].double()
             return (torch.linalg.qr(top).Q.T, ritz[:rank].sqrt()), applications
         if applications >= _MAX_APPLICATIONS:
@@ -320,6 +321,12 @@ def _angle_bound(ritz: Tensor, residuals: Tensor, rank: int) -> float:
     if float(gaps[-1]) <= 0.0:
         return 1.0
     return min(1.0, float(torch.linalg.vector_norm(residuals[:rank] / gaps)))
+
+
+def _relative_residual(ritz: Tensor, residuals: Tensor, rank: int) -> float:
+    # Relative to each value, as rounding alone leaves more on the strong directions than on the weak ones.
+    floor = torch.finfo(torch.float32).eps * ritz[0]
+    return float(torch.linalg.vector_norm(residuals[:rank] / (ritz[:rank] + floor)))
 
 
 def _missing_energy(ritz: Tensor, residuals: Tensor, rank: int) -> float:

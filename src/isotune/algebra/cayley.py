@@ -22,18 +22,20 @@ class _CayleyDifference(torch.autograd.Function):
         # I − Q of a skew Q is never singular (its eigenvalues are 1 ± iθ), so the check for that, which would make a
         # GPU wait, is left out. Factor and solve are called apart: together they measured three times slower on a CPU.
         factor = torch.linalg.lu_factor_ex(eye - generator, check_errors=False)
-        return torch.linalg.lu_solve(factor.LU, factor.pivots, 2 * generator)
+        result: Tensor = torch.linalg.lu_solve(factor.LU, factor.pivots, 2 * generator)
+        return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (difference,) = ctx.saved_tensors
         # dR = ½ (R + I) dQ (R + I), hence ∂L/∂Q = ½ (R + I)ᵀ G (R + I)ᵀ, and (R + I)/2 = I + (R − I)/2.
         half_sum = torch.eye(difference.shape[-1], dtype=difference.dtype, device=difference.device) + difference / 2
-        return 2 * (half_sum.mT @ gradient @ half_sum.mT)
+        result: Tensor = 2 * (half_sum.mT @ gradient @ half_sum.mT)
+        return result
 
 
 def cayley_difference(generator: Tensor) -> Tensor:
@@ -88,4 +90,5 @@ def bound_generator(generator: Tensor, bound: float) -> Tensor:
         (..., n, n).
     """
     norm = torch.linalg.matrix_norm(generator, keepdim=True)
-    return generator * (bound / norm.clamp_min(bound))
+    bounded: Tensor = generator * (bound / norm.clamp_min(bound))
+    return bounded

@@ -58,7 +58,7 @@ class _Row:
 
 
 def load(data: Data) -> Examples:
-    """Read, check and split the data of a recipe; raises DataError naming the file, line and column at fault."""
+    """Read, check and split the data of a recipe; raises DataError naming the file, line and column."""
     if data.path is None and data.builtin is not None:
         rows = _builtin_rows()
         text, label = ["text"], "label"
@@ -70,14 +70,15 @@ def load(data: Data) -> Examples:
     for split, found in rows.items():
         if not found:
             raise DataError(f"the {split} split is empty")
+        for row in found:
+            for column in (*text, label):
+                _cell(row, column)
     names = [str(name) for name in data.labels] if data.labels is not None else None
     if names is None:
         seen = {_cell(row, label) for row in rows["train"]}
         names = sorted(seen, key=lambda name: (0, int(name), "") if _is_integer(name) else (1, 0, name))
     if len(names) < 2 or len(set(names)) != len(names):
-        raise DataError(
-            f"a classification needs at least two different labels, found {', '.join(names) or 'none'}"
-        )
+        raise DataError(f"a classification needs at least two different labels, found {', '.join(names) or 'none'}")
     splits = {split: [_example(row, text, label, names) for row in found] for split, found in rows.items()}
     if data.max_train is not None:
         splits["train"] = random.Random(data.split_seed).sample(
@@ -92,8 +93,8 @@ def load(data: Data) -> Examples:
         splits["validation"], splits["test"] = halves(splits["validation"], data.split_seed)
     if "test" not in splits:
         raise DataError(
-            "there is nothing to report on: give a test set, or set data.split_validation_half=true to choose on "
-            "one half of the validation set and report on the other"
+            "there is nothing to report on: give a test set, or set data.split_validation_half=true "
+            "to choose on one half of the validation set and report on the other"
         )
     return Examples(names, **splits)
 
@@ -101,8 +102,8 @@ def load(data: Data) -> Examples:
 def halves(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:
     """Two disjoint halves by a shuffle with a fixed seed, the same on every machine.
 
-    Equal texts fall into the same half, so what is chosen on one half has not been seen in the other; the first half
-    may therefore be longer by more than one.
+    Equal texts fall into the same half, so what is chosen on one half has not been seen in the other; the
+    first half may therefore be longer by more than one.
     """
     groups: dict[tuple[str, str | None], list[Example]] = {}
     for example in examples:
@@ -128,8 +129,7 @@ def _builtin_rows() -> dict[str, list[_Row]]:
     splits, _ = stdlib_docstrings.build()
     return {
         split: [
-            _Row({"text": text, "label": label}, f"{split} docstring {i + 1}")
-            for i, (text, label) in enumerate(rows)
+            _Row({"text": text, "label": label}, f"{split} docstring {i + 1}") for i, (text, label) in enumerate(rows)
         ]
         for split, rows in splits.items()
     }
@@ -167,9 +167,7 @@ def _file_rows(files: FileData, folder: Path) -> dict[str, list[_Row]]:
 
 def _table(path: Path, columns: list[str] | None) -> Iterator[_Row]:
     if path.suffix not in SUFFIXES:
-        raise DataError(
-            f"{path}: the kind of file is told by its name, which must end in {', '.join(SUFFIXES)}"
-        )
+        raise DataError(f"{path}: the kind of file is told by its name, which must end in {', '.join(SUFFIXES)}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
@@ -228,16 +226,12 @@ def _separated_rows(path: Path, text: str, columns: list[str] | None) -> Iterato
 
 def _cell(row: _Row, column: str) -> str:
     if column not in row.values:
-        raise DataError(
-            f"{row.where}: there is no column {column!r}; there are {', '.join(map(str, row.values))}"
-        )
+        raise DataError(f"{row.where}: there is no column {column!r}; there are {', '.join(map(str, row.values))}")
     value = row.values[column]
     if isinstance(value, bool):
         value = int(value)
     if not isinstance(value, str | int) or value == "":
-        raise DataError(
-            f"{row.where}: the column {column!r} holds {value!r}, neither text nor a whole number"
-        )
+        raise DataError(f"{row.where}: the column {column!r} holds {value!r}, neither text nor a whole number")
     return str(value)
 
 

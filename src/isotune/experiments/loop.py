@@ -1,4 +1,4 @@
-"""One training run through transformers' Trainer: two learning rates, a calm progress bar, safe to interrupt."""
+"""One training run through transformers' Trainer: two learning rates, a calm bar, safe to interrupt."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def scores(logits: Any, labels: Any) -> dict[str, float]:
 class LengthGrouped(Sampler[int]):
     """A shuffle in which a batch holds texts of like length, so little is padded.
 
-    The order depends on seed and epoch alone, never on the global generator: a run resumed in the middle of an epoch
-    sees the rest of the very same order.
+    The order depends on seed and epoch alone, never on the global generator: a run resumed in the middle of
+    an epoch sees the rest of the very same order.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, grouped: bool) -> None:
@@ -97,11 +97,11 @@ class LengthGrouped(Sampler[int]):
 class Loop(Trainer):  # type: ignore[misc]
     """transformers' Trainer with a head learning rate, an order that survives resuming, and a stop at NaN."""
 
-    def __init__(
-        self, settings: Train, lr: float, head: Sequence[str], lengths: Sequence[int], **kwargs: Any
-    ) -> None:
+    def __init__(self, settings: Train, lr: float, head: Sequence[str], lengths: Sequence[int], **kwargs: Any) -> None:
         self.settings, self.lr, self.head, self.lengths = settings, lr, head, lengths
         super().__init__(**kwargs)
+
+    optimizer: torch.optim.Optimizer | None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with a group each for adapter and head, each with and without weight decay."""
@@ -127,21 +127,17 @@ class Loop(Trainer):  # type: ignore[misc]
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
-        return LengthGrouped(
-            self.lengths, self.settings.batch_size, self.settings.seed, self.settings.group_by_length
-        )
+        return LengthGrouped(self.lengths, self.settings.batch_size, self.settings.seed, self.settings.group_by_length)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One step; raises TrainingDiverged at a loss that is not finite."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            raise diverged(
-                f"the training loss is {loss.item()}", self.state.global_step + 1, self.args.output_dir
-            )
+            raise diverged(f"the training loss is {loss.item()}", self.state.global_step + 1, self.args.output_dir)
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Scores of a split; raises TrainingDiverged, before anything is saved, where the loss is not finite."""
+        """Scores of a split; raises TrainingDiverged, before a save, where the loss is not finite."""
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         loss = metrics.get("eval_loss", 0.0)
         if not math.isfinite(loss):
@@ -166,13 +162,15 @@ def last_checkpoint(folder: Path) -> Path | None:
 
     Trainer writes `trainer_state.json` last, so a checkpoint that has it has all.
     """
-    while folder.is_dir() and (newest := get_last_checkpoint(str(folder))) is not None:
-        try:
-            read_json(Path(newest) / "trainer_state.json")
-            return Path(newest)
-        except ValueError:
-            shutil.rmtree(newest)
-    return None
+    newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if newest is None:
+        return None
+    try:
+        read_json(Path(newest) / "trainer_state.json")
+    except ValueError:
+        shutil.rmtree(newest)
+        return last_checkpoint(folder)
+    return Path(newest)
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]
@@ -220,9 +218,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         # Trainer pickles its own arguments beside each checkpoint; nothing here reads a pickle.
         (self.folder / f"checkpoint-{state.global_step}" / "training_args.bin").unlink(missing_ok=True)
         spent = self.folder / "seconds.json"
-        write_json(
-            spent, {**(read_json(spent) if spent.exists() else {}), str(state.global_step): self.seconds}
-        )
+        write_json(spent, {**(read_json(spent) if spent.exists() else {}), str(state.global_step): self.seconds})
         # Left from here, not by `should_training_stop`: that would score and save once more in mid-epoch.
         if self.interrupted and state.global_step < state.max_steps:
             raise Interrupted(str(self.folder))
@@ -277,7 +273,7 @@ def train(
 ) -> Outcome:
     """Train `model` on a task, continuing from the last checkpoint in `folder` where there is one.
 
-    Raises TrainingDiverged at a loss that is not finite, and Interrupted at Ctrl-C once a checkpoint is written.
+    Raises TrainingDiverged at a loss that is not finite, Interrupted at Ctrl-C once a checkpoint is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     watched = bool(task.validation)

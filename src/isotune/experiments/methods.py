@@ -22,14 +22,16 @@ def _config_class(name: str) -> tuple[type, dict[str, Any]]:
     """The configuration class of a method and the fields that its name fixes."""
     import peft
 
+    import isotune
+
     if name in ("psoft", "psoft_so"):
         fixed = {"psoft_mag_a": False, "psoft_mag_b": False} if name == "psoft_so" else {}
-        return peft.PsoftConfig, fixed
+        return isotune.PsoftConfig, fixed
     return peft.LoraConfig, {"use_dora": True} if name == "dora" else {}
 
 
 def check(method: Method) -> None:
-    """Check the options of a method against its configuration class; raises RecipeError about the first bad one."""
+    """Check a method's options against its configuration class; raises RecipeError about a bad one."""
     if method.name in PLAIN:
         if method.options:
             raise RecipeError(f"the method {method.name} has no options, given {', '.join(method.options)}")
@@ -69,21 +71,19 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 def adapter_config(name: str, **options: Any) -> Any:
     """The adapter configuration of a method, one of psoft, psoft_so, lora and dora.
 
-    Unless the options say otherwise all linear layers are adapted, and the scale of the update is one:
-    `psoft_alpha` or `lora_alpha` equals the rank.
+    Unless the options say otherwise all linear layers are adapted and the scale of the update is one:
+    `lora_alpha` equals the rank, as isotune's `psoft_alpha` does of itself.
     """
     cls, fixed = _config_class(name)
     hints = typing.get_type_hints(cls)
-    values = {
-        key: _adapter(hints[key]).validate_python(value) for key, value in options.items() if key in hints
-    }
-    rank = values.get("r", inspect.signature(cls).parameters["r"].default)
-    alpha = "psoft_alpha" if name in ("psoft", "psoft_so") else "lora_alpha"
-    return cls(**{"target_modules": "all-linear", alpha: rank, **values, **fixed})
+    values = {key: _adapter(hints[key]).validate_python(value) for key, value in options.items() if key in hints}
+    if "lora_alpha" in hints:
+        values.setdefault("lora_alpha", values.get("r", inspect.signature(cls).parameters["r"].default))
+    return cls(**{"target_modules": "all-linear", **values, **fixed})
 
 
 def attach(method: Method, model: Any, head: list[str]) -> Any:
-    """Make `model` trainable by `method`: an adapter with the modules named `head` saved beside it, or a plain one."""
+    """Make `model` trainable by `method`; modules named in `head` are trained and saved with an adapter."""
     if method.name == "full":
         return model
     if method.name == "head":
@@ -92,7 +92,9 @@ def attach(method: Method, model: Any, head: list[str]) -> Any:
         return model
     import peft
 
+    import isotune
+
     config = adapter_config(method.name, **method.options)
     config.task_type = peft.TaskType.SEQ_CLS
     config.modules_to_save = list(head)
-    return peft.get_peft_model(model, config)
+    return isotune.get_peft_model(model, config)

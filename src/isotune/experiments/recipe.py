@@ -56,7 +56,7 @@ class HubData(_Section):
 
 
 class FileData(_Section):
-    """Local csv, tsv, json or jsonl files, relative to `data.path`; `columns` names those of files without a header."""
+    """Local csv, tsv, json or jsonl files in `data.path`; `columns` names those of files without a header."""
 
     train: Names
     validation: Names | None = None
@@ -67,8 +67,8 @@ class FileData(_Section):
 class Data(_Section):
     """Where the examples come from, which columns hold text and label, and what is held out for what.
 
-    With `path` the `files` are read from that folder; without it the `builtin` or `hub` data are used where the
-    recipe names them, else the `files` relative to the working directory.
+    With `path` the `files` are read from that folder; without it the `builtin` or `hub` data are used where
+    the recipe names them, else the `files` relative to the working directory.
     """
 
     builtin: Literal["stdlib-docstrings"] | None = None
@@ -117,9 +117,7 @@ class Train(_Section):
     max_steps: PositiveInt | None = None
     batch_size: PositiveInt = 32
     eval_batch_size: PositiveInt = 64
-    lr: Annotated[list[Rate], BeforeValidator(_as_list), Field(min_length=1)] = Field(
-        default_factory=lambda: [1e-3]
-    )
+    lr: Annotated[list[Rate], BeforeValidator(_as_list), Field(min_length=1)] = Field(default_factory=lambda: [1e-3])
     lr_head: Rate | None = None
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: FiniteFloat = Field(default=0.1, ge=0, lt=1)
@@ -162,9 +160,7 @@ class Recipe(_Section):
     def _start_from_head(self) -> Recipe:
         heads = [m for m in self.baselines if m.name == "head"]
         if self.train.start_from_head and not heads:
-            raise ValueError(
-                "train.start_from_head needs 'head' among the baselines, whose head is started from"
-            )
+            raise ValueError("train.start_from_head needs 'head' among the baselines, whose head is started from")
         return self
 
 
@@ -172,7 +168,7 @@ class _UniqueKeys(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys and says nothing; in a recipe that hides a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
@@ -198,8 +194,8 @@ def packaged() -> dict[str, str]:
 def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a packaged recipe by name, or a YAML file by path, and put `key=value` overrides over it.
 
-    Values are read as YAML. Raises RecipeError with one line that says which key, what is allowed and the nearest
-    valid name.
+    Values are read as YAML. Raises RecipeError with one line that says which key, what is allowed and the
+    nearest valid name.
     """
     text, where = _read(source)
     try:
@@ -207,9 +203,7 @@ def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(
-            f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}"
-        ) from error
+        raise RecipeError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{where}: a recipe is a mapping of keys to values, not {type(raw).__name__}")
     for override in overrides:
@@ -226,13 +220,11 @@ def validate(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(error, Recipe)}") from error
-    for method in recipe.methods:
-        try:
+    try:
+        for method in recipe.methods:
             recipe.training(method)
-        except ValidationError as error:
-            raise RecipeError(
-                f"{where}: in 'train' of method {method.name}: {_explain(error, Train)}"
-            ) from error
+    except ValidationError as error:
+        raise RecipeError(f"{where}: in 'train' of method {method.name}: {_explain(error, Train)}") from error
     return recipe
 
 
@@ -300,7 +292,7 @@ def _nearest(name: str, valid: Any) -> str | None:
 
 
 def _explain(error: ValidationError, root: type[BaseModel]) -> str:
-    # Unknown names first: a misspelt required key shows up as unknown and as missing, and the former says more.
+    # Unknown names first: a misspelt required key is both unknown and missing, and the former says more.
     first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     path = [str(part) for part in first["loc"] if isinstance(part, str)]
     key = ".".join(path)
@@ -320,9 +312,7 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     near = None
     if first["type"] == "literal_error" and isinstance(first["input"], str):
         expected = first["ctx"]["expected"]
-        near = _nearest(
-            first["input"], [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
-        )
+        near = _nearest(first["input"], [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")])
     return f"{key}: {message}, not {first['input']!r}" + (f"; did you mean {near!r}?" if near else "")
 
 
@@ -335,6 +325,4 @@ def listing() -> str:
         source = recipe.data.builtin or (f"{hub.name} {hub.config or ''}".strip() if hub else "local files")
         lines.append((name, recipe.model, source, recipe.metric, recipe.description))
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    return "\n".join(
-        "  ".join([*(line[i].ljust(widths[i]) for i in range(4)), line[4]]).rstrip() for line in lines
-    )
+    return "\n".join("  ".join([*(line[i].ljust(widths[i]) for i in range(4)), line[4]]).rstrip() for line in lines)

@@ -26,7 +26,7 @@ def predict(model: Any, encoded: dict[str, Any], batch_size: int) -> list[int]:
 
 
 def score(output: Path, folder: str) -> dict[str, Any]:
-    """Reload the run in `output / folder`, score it on the test set as it is and merged, and say what has changed.
+    """Reload the run in `output / folder` and score it on the test set, as it is and merged.
 
     `changed` counts test examples whose prediction differs from that of the model in memory after training.
     """

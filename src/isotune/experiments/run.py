@@ -27,9 +27,9 @@ _NOT_IDENTITY = ("output", "description", "chart", "check_saved")
 def run(recipe: Recipe) -> dict[str, Any]:
     """Train and score a recipe, print a table, and write `result.json` in its output folder.
 
-    Continues where an earlier call with the same recipe stopped; where that had finished, prints its result and does
-    nothing else. Raises RecipeError, DataError, ModelError or TrainingDiverged, all of them ValueErrors, with one
-    line for the user.
+    Continues where an earlier call with the same recipe stopped; where that had finished, prints its result
+    and does nothing else. Raises RecipeError, DataError, ModelError or TrainingDiverged, all of them
+    ValueErrors with one line for the user.
     """
     for method in recipe.methods:
         methods.check(method)
@@ -37,7 +37,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     examples = data_module.load(recipe.data)
     _check_choice(recipe, examples)
     folder = Path(recipe.output or "runs/experiment")
-    identity = {
+    identity: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json", exclude=set(_NOT_IDENTITY)),
         "data": examples.fingerprint(),
     }
@@ -52,8 +52,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
     from isotune.experiments import models
 
     print(
-        f"{len(examples.train)} training, {len(examples.validation)} validation and {len(examples.test)} test "
-        f"examples of {len(examples.labels)} classes; results in {folder}",
+        f"{len(examples.train)} training, {len(examples.validation)} validation and {len(examples.test)} "
+        f"test examples of {len(examples.labels)} classes; results in {folder}",
         flush=True,
     )
     started = time.perf_counter()
@@ -64,8 +64,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         tried = [_one(recipe, method, lr, examples, encoded, folder) for lr in recipe.training(method).lr]
         best = max(range(len(tried)), key=lambda i: (tried[i]["validation"] or {}).get(recipe.metric, 0.0))
         trained += [{**entry, "chosen": i == best} for i, entry in enumerate(tried)]
-    main = trained[-len(recipe.train.lr if not recipe.method.train else recipe.training(recipe.method).lr) :]
-    chosen = next(entry for entry in main if entry["chosen"])
+    chosen = next(entry for entry in reversed(trained) if entry["chosen"])  # the recipe's own method is last
     result = {
         "format": FORMAT,
         "recipe": recipe.model_dump(mode="json"),
@@ -119,9 +118,7 @@ def _check_choice(recipe: Recipe, examples: data_module.Examples) -> None:
     if not examples.validation:
         for method in recipe.methods:
             if len(recipe.training(method).lr) > 1:
-                raise RecipeError(
-                    "several values of train.lr are chosen from on a validation set, and there is none"
-                )
+                raise RecipeError("several values of train.lr are chosen from on a validation set, and there is none")
 
 
 def _claim(folder: Path, identity: dict[str, Any]) -> None:
@@ -173,8 +170,7 @@ def _encode(examples: data_module.Examples, tokenizer: Any, max_length: int) -> 
         tokens = tokenizer([e.text for e in split], pairs, truncation=True, max_length=max_length)
         names = list(tokens.keys())
         return [
-            {**{name: tokens[name][i] for name in names}, "labels": example.label}
-            for i, example in enumerate(split)
+            {**{name: tokens[name][i] for name in names}, "labels": example.label} for i, example in enumerate(split)
         ]
 
     def by_length(split: Sequence[data_module.Example]) -> list[dict[str, Any]]:
@@ -198,7 +194,7 @@ def _one(
     encoded: dict[str, Any],
     output: Path,
 ) -> dict[str, Any]:
-    """Train one method at one learning rate in a folder of its own; read the stored result where it has finished."""
+    """Train one method at one learning rate in a folder of its own, or read what it stored at its end."""
     from transformers import set_seed
 
     from isotune.experiments import loop, models
@@ -270,9 +266,7 @@ def _start_from(model: Any, output: Path) -> None:
     model.load_state_dict(load_file(next(output.glob("head*/adapter/model.safetensors"))), strict=False)
 
 
-def _features(
-    model: Any, rows: Sequence[dict[str, Any]], collate: Any, settings: Train
-) -> list[dict[str, Any]]:
+def _features(model: Any, rows: Sequence[dict[str, Any]], collate: Any, settings: Train) -> list[dict[str, Any]]:
     import torch
     from tqdm.auto import tqdm
 
@@ -281,9 +275,7 @@ def _features(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     found: list[Any] = [None] * len(rows)
     with torch.no_grad():
-        for start in tqdm(
-            range(0, len(rows), settings.eval_batch_size), desc="embedding", unit="batch", leave=False
-        ):
+        for start in tqdm(range(0, len(rows), settings.eval_batch_size), desc="embedding", unit="batch", leave=False):
             indices = order[start : start + settings.eval_batch_size]
             batch = {name: value.to(device) for name, value in collate([rows[i] for i in indices]).items()}
             batch.pop("labels")
@@ -299,9 +291,7 @@ def _untrained(head: Any, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
     head.eval()
     with torch.no_grad():
-        logits = head(
-            torch.stack([row["features"] for row in rows]).to(next(head.parameters()).device)
-        ).logits
+        logits = head(torch.stack([row["features"] for row in rows]).to(next(head.parameters()).device)).logits
     return scores(logits.cpu(), [row["labels"] for row in rows])
 
 
@@ -311,9 +301,7 @@ def _save(method: Method, model: Any, folder: Path) -> Path:
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad
-        }
+        weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         return folder / "model.safetensors"
     if method.name == "full":
@@ -330,7 +318,7 @@ def _save(method: Method, model: Any, folder: Path) -> Path:
 def _check_saved(
     recipe: Recipe, chosen: dict[str, Any], examples: data_module.Examples, output: Path
 ) -> dict[str, Any]:
-    """Score the saved adapter, reloaded and merged, in a new process; raises RuntimeError where that fails."""
+    """Score the saved adapter, reloaded and merged, in a new process; raises RuntimeError at failure."""
     print("reloading the saved adapter in a new process", flush=True)
     command = [sys.executable, "-m", "isotune.experiments.reload", str(output), chosen["folder"]]
     done = subprocess.run(command, capture_output=True, text=True)

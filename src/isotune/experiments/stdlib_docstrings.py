@@ -1,7 +1,7 @@
 """A text task that every Python installation carries: which standard-library module is this docstring from?
 
-The sources are parsed with `ast` and never imported. The names of all the classes are masked in all texts, so a
-docstring cannot give its module away by naming it, and masking itself tells nothing.
+The sources are parsed with `ast` and never imported. The names of all the classes are masked in all texts, so
+a docstring cannot give its module away by naming it, and masking itself tells nothing.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-# Not modules one would look a docstring up in: tests, vendored or generated copies, whole applications; and what
-# lies in the folder without belonging to the library. Linux distributions leave several of them out anyway.
+# Not modules one would look a docstring up in: tests, vendored or generated copies, whole applications; and
+# what lies in the folder without belonging to the library. Linux distributions leave several out anyway.
 _EXCLUDED = frozenset(
-    "test tests idlelib lib2to3 turtledemo ensurepip pydoc_data turtle site-packages dist-packages".split()
+    [
+        *("test", "tests", "idlelib", "lib2to3", "turtledemo", "turtle", "ensurepip", "pydoc_data"),
+        *("site-packages", "dist-packages"),
+    ]
 )
 
 
@@ -43,7 +46,7 @@ def docstrings(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def normalised(text: str) -> str:
-    """The text without case, punctuation, digits and spacing: equal for what a reader would call a duplicate."""
+    """The text without case, punctuation, digits and spacing: equal for what a reader calls a duplicate."""
     return " ".join(re.findall(r"[^\W\d_]+", text.lower()))
 
 
@@ -59,9 +62,9 @@ def split_of(text: str) -> str:
 def build(root: Path | None = None, classes: int = 20) -> tuple[dict[str, list[tuple[str, str]]], list[str]]:
     """Build the task from the standard library's sources.
 
-    Returns ({"train" | "validation" | "test": [(text, module), ...]}, module names). The classes are the `classes`
-    modules with most docstrings. A text found in two modules has no right answer and is left out; a text found
-    twice in one module is kept once; texts of fewer than three words are left out.
+    Returns ({"train" | "validation" | "test": [(text, module), ...]}, module names). The classes are the
+    `classes` modules with most docstrings. A text found in two modules has no right answer and is left out; a
+    text found twice in one module is kept once; texts of fewer than three words are left out.
 
     Raises ValueError where the sources are not installed.
     """
@@ -72,9 +75,7 @@ def build(root: Path | None = None, classes: int = 20) -> tuple[dict[str, list[t
         key = normalised(text)
         owners[key].add(module)
         texts.setdefault(key, text)
-    unique = {
-        key: next(iter(names)) for key, names in owners.items() if len(names) == 1 and key.count(" ") >= 2
-    }
+    unique = {key: next(iter(names)) for key, names in owners.items() if len(names) == 1 and key.count(" ") >= 2}
     counts = Counter(unique.values())
     names = sorted(sorted(counts, key=lambda name: (-counts[name], name))[:classes])
     if len(names) < 2:

@@ -7,14 +7,16 @@ from typing import Any
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The chosen run of each method after the two baselines that need no training; each a row of the table."""
+    """The chosen run of each method, after what needs no training; each a row of the table."""
     metric = result["metric"]
     found: list[dict[str, Any]] = []
     if metric == "accuracy":
         found.append({"name": "majority class", "score": result["data"]["majority_accuracy"]})
-    for entry in result["runs"]:
-        if "untrained" in entry and entry["chosen"]:
-            found.append({"name": "untrained head", "score": entry["untrained"][metric]})
+    found += [
+        {"name": "untrained head", "score": entry["untrained"][metric]}
+        for entry in result["runs"]
+        if "untrained" in entry and entry["chosen"]
+    ]
     for entry in result["runs"]:
         if entry["chosen"]:
             method = entry["method"]
@@ -40,9 +42,9 @@ def table(result: dict[str, Any]) -> str:
     """The result as lines of text, one row a method."""
     percent = result["metric"] == "accuracy"
     head = ("", "accuracy" if percent else "Matthews", "trainable", "file", "time", "lr")
-    lines = [head]
-    for row in rows(result):
-        lines.append(
+    lines = [
+        head,
+        *(
             (
                 row["name"],
                 f"{row['score']:.1%}" if percent else f"{row['score']:.4f}",
@@ -51,7 +53,9 @@ def table(result: dict[str, Any]) -> str:
                 f"{row['seconds']:.0f} s" if "seconds" in row else "",
                 f"{row['lr']:g}" if "lr" in row else "",
             )
-        )
+            for row in rows(result)
+        ),
+    ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     shown = [
         "  ".join(
@@ -77,9 +81,7 @@ def chart(result: dict[str, Any], path: Path) -> None:
     bars = axes.barh([row["name"] for row in found], [row["score"] for row in found], color=colours)
     for bar, row in zip(bars, found, strict=True):
         score = f"{row['score']:.1%}" if result["metric"] == "accuracy" else f"{row['score']:.3f}"
-        note = f"  {score}" + (
-            f"   {row['parameters']:,} trainable parameters" if "parameters" in row else ""
-        )
+        note = f"  {score}" + (f"   {row['parameters']:,} trainable parameters" if "parameters" in row else "")
         # Inside a long bar, beside a short one, so the text never leaves the axes.
         long = row["score"] > 0.5
         axes.text(

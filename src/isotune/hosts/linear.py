@@ -6,7 +6,6 @@ import sys
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 
@@ -32,6 +31,10 @@ class Host(ABC):
     @abstractmethod
     def matrix(self) -> Tensor:
         """W as (out, in), a view of the parameter, in its own dtype, without a graph."""
+
+    @abstractmethod
+    def stored(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) in the layout of the module's own weight."""
 
     @abstractmethod
     def set_matrix(self, matrix: Tensor) -> None:
@@ -94,13 +97,14 @@ class LinearHost(Host):
         weight = self.weight.detach()
         return weight.T if self.transposed else weight
 
+    def stored(self, matrix: Tensor) -> Tensor:
+        """W, or Wᵀ for Conv1D."""
+        return matrix.T if self.transposed else matrix
+
     def set_matrix(self, matrix: Tensor) -> None:
         """Replace the weight parameter by a new one."""
-        stored = matrix.T if self.transposed else matrix
-        with torch.no_grad():
-            self.module.weight = nn.Parameter(
-                stored.contiguous().to(self.weight), requires_grad=self.weight.requires_grad
-            )
+        weight = self.stored(matrix).contiguous().to(self.weight)
+        self.module.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
 
     def restore(self, weight: nn.Parameter) -> None:
         """The very parameter object, so ties to other modules are ties again."""

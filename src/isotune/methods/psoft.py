@@ -82,7 +82,9 @@ class PsoftConfig(IsotuneConfig):
                     f"cayley_neumann_eps={self.cayley_neumann_eps!r} is not allowed; it must be between 0 and 1, "
                     "where the Neumann series converges."
                 )
-        if self.psoft_orth and any(self.scale_of(name) != 1.0 for name in ("", *self.alpha_pattern, *self.rank_pattern)):
+        if self.psoft_orth and any(
+            self.scale_of(name) != 1.0 for name in ("", *self.alpha_pattern, *self.rank_pattern)
+        ):
             warnings.warn(
                 "psoft_alpha differs from r, so the update is scaled by psoft_alpha / r and the angles and norms of "
                 "the principal weights are no longer strictly kept. Leave psoft_alpha at None for the strict method.",

@@ -1,0 +1,68 @@
+"""A tiny random BERT and a tiny task on disk, so that whole experiments take about a second."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORDS = "good fine great nice bad poor awful sad the a film book was is very quite".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentence-transformers-like folder: two layers, hidden 32, with a tokeniser of 21 words."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=32,
+        )
+    ).save_pretrained(folder)
+    (folder / "modules.json").write_text("[]")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three jsonl files: is the text about something good (1) or bad (0)?"""
+    folder = tmp_path_factory.mktemp("data")
+    random_ = random.Random(0)
+    for split, count in {"train": 64, "validation": 24, "test": 24}.items():
+        lines = []
+        for number in range(count):
+            label = number % 2
+            words = random_.choices(WORDS[8:], k=random_.randint(1, 6))
+            words.insert(random_.randrange(len(words)), random_.choice(WORDS[:4] if label else WORDS[4:8]))
+            lines.append(json.dumps({"text": " ".join(words), "label": label}))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
+    """A recipe of two epochs, 16 steps, as a plain mapping for the test to change."""
+    return {
+        "model": str(tiny_model),
+        "data": {
+            "path": str(tiny_data),
+            "files": {"train": "train.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"},
+        },
+        "method": {"name": "psoft", "r": 4},
+        "train": {"epochs": 2, "batch_size": 8, "lr": 0.02, "lr_head": 0.01, "max_length": 16},
+        "output": str(tmp_path / "run"),
+    }

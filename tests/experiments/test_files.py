@@ -1,0 +1,39 @@
+"""Result files are all or nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from isotune.experiments.files import read_json, write_json
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "result.json"
+    write_json(path, {"old": 1})
+    written: list[str] = []
+
+    def fail(source: str, target: Path) -> None:
+        written.append(Path(source).read_text())
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_json(path, {"new": 2})
+    assert written == ['{\n  "new": 2\n}\n']  # the whole text was there before the old file was touched
+    assert read_json(path) == {"old": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["result.json"]
+
+
+def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "result.json", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cannot read .*x\.json"):
+        read_json(tmp_path / "x.json")

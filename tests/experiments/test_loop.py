@@ -1,0 +1,399 @@
+"""Whole experiments on a tiny BERT: results, resuming, interruption, NaN, reloading."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from isotune.experiments import loop, models, reload, summary
+from isotune.experiments.files import read_json
+from isotune.experiments.recipe import RecipeError, validate
+from isotune.experiments.run import run
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
+    """Let `act(model)` happen at the start of a step, counted from 1."""
+
+    class Act(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if state.global_step + 1 == step:
+                act(model)
+
+    original = loop.train
+    monkeypatch.setattr(loop, "train", lambda *a, **k: original(*a, **k, callbacks=[Act()]))
+
+
+@pytest.mark.parametrize("method", ["psoft", "psoft_so", "lora", "dora"])
+def test_an_adapter_is_trained_scored_and_saved(tiny: dict[str, Any], method: str) -> None:
+    tiny["method"]["name"] = method
+    result = run(validate(tiny))
+    folder = Path(tiny["output"])
+    assert json.loads((folder / "result.json").read_text()) == result
+    entry = result["runs"][0]
+    assert entry["head_parameters"] == 2 * 32 + 2
+    assert 0 < entry["head_parameters"] < result["trainable_parameters"] < 10_000
+    assert result["metrics"] == entry["test"]
+    assert set(result["metrics"]) == {"accuracy", "matthews_correlation"}
+    assert result["adapter_bytes"] == (folder / method / "adapter" / "adapter_model.safetensors").stat().st_size
+    scored = [row["step"] for row in entry["curve"] if "validation_accuracy" in row]
+    assert scored == [8, 16]
+    assert entry["best_step"] in scored
+    assert all(np.isfinite(row.get("loss", 0.0)) for row in entry["curve"])
+    assert result["data"]["labels"] == ["0", "1"]
+    assert result["data"]["majority_accuracy"] == 0.5
+    # No pickle stays behind, and no checkpoint once there is nothing to resume.
+    assert not any(name.endswith((".bin", ".pt", ".pth")) or "checkpoint" in name for name in files_of(folder))
+
+
+def test_the_task_is_learnt(tiny: dict[str, Any]) -> None:
+    tiny["train"] |= {"epochs": 12, "lr": 0.05}
+    assert run(validate(tiny))["metrics"]["accuracy"] >= 0.9
+
+
+def test_the_best_checkpoint_is_what_is_reported_and_saved(tiny: dict[str, Any]) -> None:
+    tiny["train"] |= {"epochs": 6, "lr": 0.05}
+    tiny["data"]["files"]["test"] = "validation.jsonl"
+    result = run(validate(tiny))
+    entry = result["runs"][0]
+    by_step = {r["step"]: r["validation_accuracy"] for r in entry["curve"] if "validation_accuracy" in r}
+    assert by_step[entry["best_step"]] == max(by_step.values())
+    assert len(set(by_step.values())) > 1  # else there was nothing to choose
+    assert entry["validation"]["accuracy"] == max(by_step.values()) == result["metrics"]["accuracy"]
+
+
+def test_the_reloaded_and_the_merged_model_predict_the_same(tiny: dict[str, Any]) -> None:
+    tiny["train"]["epochs"] = 4
+    tiny["check_saved"] = True  # in a new process
+    result = run(validate(tiny))
+    for name in ("reloaded", "merged"):
+        assert result["saved"][name] == {"accuracy": result["metrics"]["accuracy"], "changed": 0}
+    # The check is able to fail: a damaged head changes what is predicted.
+    folder = Path(tiny["output"])
+    path = folder / "psoft" / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: -w if "classifier.weight" in name else w for name, w in weights.items()},
+        path,
+        metadata={"format": "pt"},
+    )
+    assert reload.score(folder, "psoft")["reloaded"]["changed"] > 0
+
+
+def test_the_classifier_reloads_through_peft_alone(tiny: dict[str, Any], tiny_model: Path) -> None:
+    run(validate(tiny))
+    adapter = Path(tiny["output"]) / "psoft" / "adapter"
+    assert json.loads((adapter / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+    model = models.reload(str(tiny_model), "auto", ["0", "1"], adapter, "psoft")
+    saved = load_file(adapter / "adapter_model.safetensors")
+    key = next(name for name in saved if name.endswith("classifier.weight"))
+    merged = model.merge_and_unload()
+    assert isinstance(merged, models.MeanPooledClassifier)
+    assert torch.equal(merged.classifier.weight, saved[key])
+
+
+@pytest.mark.parametrize("method", ["head", "full"])
+def test_what_is_no_adapter_is_saved_and_reloaded_too(tiny: dict[str, Any], method: str) -> None:
+    tiny["method"] = method
+    tiny["train"]["lr"] = 1e-3
+    result = run(validate(tiny))
+    folder = Path(tiny["output"])
+    total = sum(p.numel() for p in models.load_classifier(tiny["model"], "auto", ["0", "1"])[0].parameters())
+    assert result["trainable_parameters"] == (66 if method == "head" else total)
+    assert reload.score(folder, method)["reloaded"] == {
+        "accuracy": result["metrics"]["accuracy"],
+        "changed": 0,
+    }
+
+
+def test_the_native_head_of_a_model_is_saved_whole(tiny: dict[str, Any]) -> None:
+    tiny["pooling"] = "native"
+    # The tiny BERT has a trained pooler, so only the classifier is new; without its pooler both are.
+    _, head = models.load_classifier(tiny["model"], "native", ["0", "1"])
+    assert head == ["classifier"]
+    from transformers import AutoModel
+
+    bare = Path(tiny["output"]).parent / "bare"
+    AutoModel.from_pretrained(tiny["model"], add_pooling_layer=False).save_pretrained(bare)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).write_bytes((Path(tiny["model"]) / name).read_bytes())
+    tiny["model"] = str(bare)
+    _, head = models.load_classifier(tiny["model"], "native", ["0", "1"])
+    assert head == ["bert.pooler", "classifier"]
+    result = run(validate(tiny))
+    assert reload.score(Path(tiny["output"]), "psoft")["merged"]["changed"] == 0
+    assert result["runs"][0]["head_parameters"] == 66 + 32 * 32 + 32
+
+
+def test_several_learning_rates_choose_on_validation_only(tiny: dict[str, Any]) -> None:
+    tiny["train"]["lr"] = [1e-7, 0.05]
+    tiny["train"]["lr_head"] = None
+    tiny["train"]["epochs"] = 8
+    result = run(validate(tiny))
+    slow, fast = result["runs"]
+    assert (slow["lr"], fast["lr"]) == (1e-7, 0.05)
+    assert (slow["chosen"], fast["chosen"]) == (False, True)
+    assert fast["validation"]["accuracy"] > slow["validation"]["accuracy"]
+    assert result["metrics"] == fast["test"]
+    assert {slow["folder"], fast["folder"]} == {"psoft-lr=1e-07", "psoft-lr=0.05"}
+
+
+def test_learning_rates_without_validation_are_refused(tiny: dict[str, Any]) -> None:
+    tiny["train"]["lr"] = [1e-3, 1e-2]
+    tiny["data"]["files"].pop("validation")
+    with pytest.raises(RecipeError, match="chosen from on a validation set, and there is none"):
+        run(validate(tiny))
+
+
+def test_training_without_validation_reports_the_last_step(tiny: dict[str, Any]) -> None:
+    tiny["data"]["files"].pop("validation")
+    tiny["train"] |= {"max_steps": 3, "epochs": 1}
+    entry = run(validate(tiny))["runs"][0]
+    assert (entry["best_step"], entry["validation"]) == (3, None)
+
+
+def test_head_and_adapter_have_their_own_learning_rates(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[float, list[tuple[float, float]]] = {}
+
+    class Look(TrainerCallback):
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+        ) -> None:
+            names = {id(p): n for n, p in model.named_parameters()}
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    found[names[id(parameter)]] = (group["initial_lr"], group["weight_decay"])
+
+    original = loop.train
+    monkeypatch.setattr(loop, "train", lambda *a, **k: original(*a, **k, callbacks=[Look()]))
+    tiny["train"] |= {"weight_decay": 0.1, "max_steps": 1}
+    run(validate(tiny))
+    heads = {name: rates for name, rates in found.items() if "classifier" in name}
+    assert {rate for rate, _ in heads.values()} == {0.01}
+    assert {rate for name, (rate, _) in found.items() if name not in heads} == {0.02}
+    assert {name.rpartition(".")[2]: decay for name, (_, decay) in heads.items()} == {
+        "weight": 0.1,
+        "bias": 0.0,
+    }
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("step", [4, 8, 11])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, grouped: bool
+) -> None:
+    tiny["train"] |= {"lr": 0.05, "group_by_length": grouped, "select_best": False}
+    whole = run(validate({**tiny, "output": str(tmp_path / "whole")}))
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda model: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            run(validate(tiny))
+    folder = Path(tiny["output"])
+    assert loop.last_checkpoint(folder / "psoft") == folder / "psoft" / f"checkpoint-{step}"
+    assert not (folder / "result.json").exists()
+    seen: list[int] = []
+    at_step(monkeypatch, step + 1, lambda model: seen.append(step + 1))
+    resumed = run(validate(tiny))
+    assert seen == [step + 1]  # it went on, and did not start again
+    assert resumed["metrics"] == whole["metrics"]
+    assert [r["step"] for r in resumed["runs"][0]["curve"]] == [r["step"] for r in whole["runs"][0]["curve"]]
+    first, second = (
+        load_file(f / "psoft" / "adapter" / "adapter_model.safetensors") for f in (folder, tmp_path / "whole")
+    )
+    for name, weights in second.items():
+        torch.testing.assert_close(first[name], weights, rtol=1e-3, atol=1e-4)
+
+
+def test_a_checkpoint_cut_off_while_written_is_passed_over(tmp_path: Path) -> None:
+    for step, state in {2: "{}", 4: '{"half'}.items():
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-6").mkdir()
+    assert loop.last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert not (tmp_path / "checkpoint-6").exists()
+    assert loop.last_checkpoint(tmp_path / "absent") is None
+
+
+def test_a_second_interrupt_stops_at_once(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(model: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    at_step(monkeypatch, 3, twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(validate(tiny))
+    assert loop.last_checkpoint(Path(tiny["output"]) / "psoft") is None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def poison(model: Any) -> None:
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+
+    at_step(monkeypatch, 11, poison)
+    with pytest.raises(loop.TrainingDiverged, match="training loss is nan at step 11: lower train.lr") as caught:
+        run(validate(tiny))
+    kept = Path(tiny["output"]) / "psoft" / "checkpoint-8"
+    assert str(kept) in str(caught.value)
+    weights = load_file(kept / "adapter_model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    assert not (Path(tiny["output"]) / "result.json").exists()
+
+
+def test_nan_after_the_last_step_before_a_save_is_not_saved(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Poison(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if state.global_step == 8:
+                with torch.no_grad():
+                    next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+
+    original = loop.train
+    monkeypatch.setattr(loop, "train", lambda *a, **k: original(*a, **k, callbacks=[Poison()]))
+    with pytest.raises(loop.TrainingDiverged, match="validation loss is nan at step 8.*no checkpoint yet"):
+        run(validate(tiny))
+
+
+def test_a_finished_experiment_is_printed_and_not_run_again(
+    tiny: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny["train"]["max_steps"] = 2
+    result = run(validate(tiny))
+    table = summary.table(result)
+    capsys.readouterr()
+    monkeypatch.setattr(loop, "train", None)
+    before = (Path(tiny["output"]) / "result.json").read_bytes()
+    assert run(validate(tiny)) == result
+    assert table in capsys.readouterr().out
+    assert (Path(tiny["output"]) / "result.json").read_bytes() == before
+
+
+def test_another_experiment_is_not_mixed_into_a_folder(tiny: dict[str, Any], tmp_path: Path) -> None:
+    tiny["train"]["max_steps"] = 1
+    run(validate(tiny))
+    with pytest.raises(RecipeError, match=r"another experiment \(method.r is 4 there and 2 here\)"):
+        run(validate({**tiny, "method": {"name": "psoft", "r": 2}}))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    with pytest.raises(RecipeError, match="holds something else"):
+        run(validate({**tiny, "output": str(tmp_path / "full")}))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("package:no_such_package", "no_such_package is not installed"),
+        ("package:json", "carries no model"),
+        ("/no/such/folder", "there is no model folder"),
+        ("no-such-model", "cannot load the tokeniser of no-such-model"),
+    ],
+)
+def test_a_model_that_is_not_there_is_one_line(tiny: dict[str, Any], model: str, said: str) -> None:
+    with pytest.raises(models.ModelError, match=said) as caught:
+        run(validate({**tiny, "model": model}))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(models.ModelError, match="there is no config.json"):
+        models.locate(str(tmp_path))
+
+
+def test_mean_pooling_leaves_padding_out(tiny_model: Path) -> None:
+    model, head = models.load_classifier(str(tiny_model), "auto", ["a", "b", "c"])
+    assert head == ["classifier"]
+    model.eval()
+    ids = torch.tensor([[2, 7, 9, 3]])
+    alone = model(ids, torch.ones_like(ids)).logits
+    padded = torch.tensor([[2, 7, 9, 3, 0, 0, 0]])
+    torch.testing.assert_close(model(padded, (padded != 0).long()).logits, alone, rtol=1e-5, atol=1e-6)
+    assert alone.shape == (1, 3)
+
+
+def test_the_head_on_stored_embeddings_is_the_head_on_the_model(tiny: dict[str, Any]) -> None:
+    tiny["method"] = "head"
+    tiny["train"]["max_steps"] = 2
+    result = run(validate(tiny))
+    assert reload.score(Path(tiny["output"]), "head")["reloaded"]["changed"] == 0
+    assert 0 <= result["runs"][0]["untrained"]["accuracy"] <= 1
+
+
+def test_start_from_head_starts_where_the_head_ended(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny["baselines"] = [{"name": "head", "train": {"lr": 0.1, "epochs": 5, "start_from_head": False}}]
+    tiny["train"] |= {"start_from_head": True, "lr": 1e-9, "lr_head": 1e-9, "max_steps": 1}
+    tiny["baselines"][0]["train"]["max_steps"] = 20
+    result = run(validate(tiny))
+    head, psoft = result["runs"]
+    assert head["test"] == psoft["test"]
+    assert head["test"] != head["untrained"]
+
+
+def test_length_groups_are_a_fixed_permutation_with_little_padding() -> None:
+    lengths = np.random.default_rng(0).integers(1, 60, 1003).tolist()
+    sampler = loop.LengthGrouped(lengths, 8, seed=3, grouped=True)
+    order = list(sampler)
+    assert sorted(order) == list(range(1003))
+    assert order == list(sampler)
+    sampler.set_epoch(1)
+    assert order != list(sampler)
+
+    def padded(indices: list[int]) -> int:
+        return sum(8 * max(lengths[i] for i in indices[at : at + 8]) for at in range(0, 1003, 8))
+
+    assert padded(order) < 1.1 * sum(lengths)
+    assert padded(list(loop.LengthGrouped(lengths, 8, 3, False))) > 1.5 * sum(lengths)
+
+
+def test_scores_agree_with_their_definitions() -> None:
+    logits = np.array([[2, 1], [0, 1], [0, 1], [3, 0]])
+    found = loop.scores(logits, np.array([0, 1, 0, 0]))
+    assert found["accuracy"] == 0.75
+    assert found["matthews_correlation"] == pytest.approx((1 * 2 - 1 * 0) / (2 * 1 * 3 * 2) ** 0.5)
+
+
+def test_the_chart_is_a_picture_of_the_scores(tiny: dict[str, Any]) -> None:
+    import matplotlib.image
+
+    tiny["train"]["max_steps"] = 1
+    tiny["chart"] = True
+    run(validate(tiny))
+    picture = matplotlib.image.imread(Path(tiny["output"]) / "chart.png")
+    assert picture.shape[1] == 1280
+    assert picture[..., :3].std() > 0.05  # not a blank page
+
+
+def test_training_says_nothing_that_is_not_ours(tiny: dict[str, Any], tmp_path: Path) -> None:
+    import yaml
+
+    tiny["train"]["epochs"] = 2
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    command = [
+        sys.executable,
+        "-c",
+        "from isotune.cli import main; main()",
+        "train",
+        str(tmp_path / "tiny.yaml"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    assert all("step" in line or "weight" in line for line in said), said  # progress bars only
+    assert "Warning" not in done.stdout + done.stderr
+    assert read_json(Path(tiny["output"]) / "result.json")["metrics"]["accuracy"] >= 0

@@ -1,0 +1,169 @@
+"""Recipes: loading, overrides, and one clear line for every kind of mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from isotune.experiments import methods
+from isotune.experiments.recipe import RecipeError, keys_of, listing, load, packaged
+from isotune.experiments.recipe import Recipe as RecipeModel
+
+MINIMAL = """
+model: some/model
+data: {files: {train: a.csv, test: b.csv}}
+method: lora
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    (tmp_path / "mine.yaml").write_text(MINIMAL)
+    return str(tmp_path / "mine.yaml")
+
+
+def test_every_packaged_recipe_is_valid_and_listed() -> None:
+    assert set(packaged()) == {"demo", "glue/cola"}
+    for name in packaged():
+        recipe = load(name)
+        assert recipe.output == f"runs/{name}"
+        for method in recipe.methods:
+            methods.check(method)
+        assert any(line.startswith(name) and recipe.model in line for line in listing().splitlines())
+
+
+def test_cola_has_the_papers_settings() -> None:
+    train = load("glue/cola").train
+    assert (train.lr, train.lr_head, train.epochs, train.batch_size) == ([6e-4], 5e-4, 20, 32)
+    assert (train.max_length, train.warmup_ratio, train.schedule) == (64, 0.1, "linear")
+
+
+def test_overrides_reach_nested_keys_and_are_read_as_yaml(path: str) -> None:
+    recipe = load(
+        path,
+        [
+            "method.r=8",
+            "train.lr=[1e-3, 2e-3]",
+            "train.select_best=false",
+            "data.text=[a, b]",
+            "output=there",
+        ],
+    )
+    assert recipe.method.name == "lora"
+    assert recipe.method.options == {"r": 8}
+    assert recipe.train.lr == [1e-3, 2e-3]
+    assert recipe.train.select_best is False
+    assert recipe.data.text == ["a", "b"]
+    assert recipe.output == "there"
+
+
+def test_a_method_may_replace_the_whole_section() -> None:
+    assert load("demo", ["method=head", "train.start_from_head=false"]).method.options == {}
+
+
+def test_a_methods_own_training_settings_go_over_the_recipes(path: str) -> None:
+    recipe = load(path, ["train.epochs=7", "method.train={lr: 0.5}"])
+    assert recipe.training(recipe.method).lr == [0.5]
+    assert recipe.training(recipe.method).epochs == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.lrr=1", ["'train.lrr'", "lr_head", "did you mean 'train.lr'?"]),
+        ("lr=1", ["'lr'", "did you mean 'train.lr'?"]),
+        ("modle=x", ["'modle'", "did you mean 'model'?"]),
+        ("data.files.trian=x.csv", ["'data.files.trian'", "did you mean 'data.files.train'?"]),
+        ("model.size=3", ["'model.size'", "'model' has no keys below it"]),
+        ("train.epochs=many", ["train.epochs", "valid number", "'many'"]),
+        ("train.batch_size=0", ["train.batch_size", "greater than 0", "0"]),
+        ("train.batch_size=2.5", ["train.batch_size", "integer", "2.5"]),
+        ("train.lr=[1e-3, fast]", ["train.lr", "valid number", "'fast'"]),
+        ("train.lr=[]", ["train.lr", "at least 1"]),
+        ("train.lr=.nan", ["train.lr", "finite"]),
+        ("train.warmup_ratio=1.5", ["train.warmup_ratio", "less than 1"]),
+        (
+            "train.schedule=linaer",
+            ["train.schedule", "'linear', 'cosine' or 'constant'", "did you mean 'linear'?"],
+        ),
+        ("method.name=psfot", ["method.name", "'psoft_so'", "did you mean 'psoft'?"]),
+        ("metric=f1", ["metric", "'accuracy' or 'matthews_correlation'", "'f1'"]),
+        ("data.files=null", ["one of data.files, data.hub and data.builtin is needed"]),
+        ("train.start_from_head=true", ["needs 'head' among the baselines"]),
+        ("method.train={lrr: 1}", ["in 'train' of method lora", "'lrr'", "did you mean 'lr'?"]),
+        ("model", ["an override is key=value", "'model'"]),
+        ("=3", ["an override is key=value"]),
+        ("train..lr=3", ["an override is key=value"]),
+        ("train.lr=[1", ["train.lr", "'[1' is not valid YAML"]),
+    ],
+)
+def test_a_wrong_override_is_one_line(path: str, override: str, said: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(path, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in said:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: [", "line"),
+        ("- a\n- b", "a mapping of keys to values, not list"),
+        ("", "a mapping of keys to values, not NoneType"),
+        ("model: a\nmodel: b", "'model' is given twice"),
+        ("model: a\nmethod: lora", "the key 'data' is missing"),
+    ],
+)
+def test_a_bad_file_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=said) as caught:
+        load(str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_or_name_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="there is no recipe file .*absent.yaml"):
+        load(str(tmp_path / "absent.yaml"))
+    with pytest.raises(RecipeError, match="one of demo, glue/cola; did you mean 'glue/cola'"):
+        load("glue/coal")
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        load(str(tmp_path))
+    (tmp_path / "latin").write_bytes(b"model: caf\xe9")
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        load(str(tmp_path / "latin"))
+
+
+def test_keys_are_dotted() -> None:
+    assert {"model", "train.lr", "data.hub.name", "data.files.columns"} <= set(keys_of(RecipeModel))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["method.rank=8"], "unknown key 'method.rank'"),
+        (["method.lora_alhpa=8"], "did you mean 'method.lora_alpha'"),
+        (["method.r=eight"], r"method.r: .*integer.*'eight'"),
+        (["method={name: head, r: 3}"], "the method head has no options, given r"),
+        (["method={name: psoft, r: -1}"], "method psoft: .*r=-1"),
+        (["method={name: psoft_so, psoft_mag_a: true}"], "unknown key 'method.psoft_mag_a'"),
+        (["method.modules_to_save=[x]"], "unknown key 'method.modules_to_save'"),
+    ],
+)
+def test_method_options_are_checked_against_the_configuration(path: str, overrides: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        methods.check(load(path, overrides).method)
+
+
+def test_configurations_have_scale_one_on_all_linear_layers() -> None:
+    lora = methods.adapter_config("lora", r="8")
+    assert (lora.r, lora.lora_alpha, lora.use_dora, lora.target_modules) == (8, 8, False, "all-linear")
+    assert methods.adapter_config("lora", r=8, lora_alpha=16).lora_alpha == 16
+    assert methods.adapter_config("dora").use_dora is True
+    so, full = methods.adapter_config("psoft_so", r=4), methods.adapter_config("psoft", r=4)
+    assert (so.psoft_mag_a, so.psoft_mag_b, full.psoft_mag_a, full.psoft_mag_b) == (False, False, True, True)
+    assert full.psoft_alpha in (None, 4)

@@ -10,37 +10,42 @@ from torch import Tensor, nn
 from isotune.pinning import pin
 
 
+_WIDE = (torch.float32, torch.float64)
+
+
+def _refuse_double_backward() -> None:
+    # What a node keeps of its forward is not connected to the graph, so a second derivative would be silently wrong.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "An adapted layer can be differentiated once; create_graph=True through it is not supported. "
+            "Compute second derivatives on the merged model, or by finite differences of gradients."
+        )
+
+
 class _SubspaceUpdate(torch.autograd.Function):
-    """residual + ((x readerᵀ) D) writerᵀ, keeping only x readerᵀ (tokens × r) for backward.
-
-    `residual=None` stands for x itself, which turns the update of an output into a change of an input.
-    """
+    """residual + ((x readerᵀ) D) writerᵀ, keeping only x readerᵀ (tokens × r) for backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, difference: Tensor, reader: Tensor, writer: Tensor, residual: Tensor | None
-    ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        coordinates = flat @ reader.T
-        base = flat if residual is None else residual.reshape(-1, residual.shape[-1])
-        ctx.to_input = residual is None
-        ctx.save_for_backward(coordinates, difference, reader, writer)
-        result = torch.addmm(base, coordinates @ difference, writer.T)
-        return result.view(*x.shape[:-1], writer.shape[0])
+    def forward(ctx: Any, x: Tensor, difference: Tensor, residual: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
+        reader, writer = factors
+        coordinates = torch.mm(x.reshape(-1, x.shape[-1]), reader.t())
+        ctx.save_for_backward(coordinates, difference)
+        ctx.factors = factors
+        flat = residual.reshape(-1, residual.shape[-1])
+        return torch.addmm(flat, torch.mm(coordinates, difference), writer.t()).view(residual.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        coordinates, difference, reader, writer = ctx.saved_tensors
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        read = flat @ writer
-        grad_difference = coordinates.T @ read if ctx.needs_input_grad[1] else None
+        _refuse_double_backward()
+        coordinates, difference = ctx.saved_tensors
+        reader, writer = ctx.factors
+        needs_x, needs_difference, needs_residual, _ = ctx.needs_input_grad
+        read = torch.mm(gradient.reshape(-1, gradient.shape[-1]), writer)
+        grad_difference = torch.mm(coordinates.t(), read) if needs_difference else None
         grad_x = None
-        if ctx.needs_input_grad[0]:
-            back = read @ difference.T
-            grad_x = torch.addmm(flat, back, reader) if ctx.to_input else back @ reader
-            grad_x = grad_x.view(*gradient.shape[:-1], reader.shape[1])
-        return grad_x, grad_difference, None, None, gradient if ctx.needs_input_grad[4] else None
+        if needs_x:
+            grad_x = torch.mm(torch.mm(read, difference.t()), reader).view(*gradient.shape[:-1], reader.shape[1])
+        return grad_x, grad_difference, gradient if needs_residual else None, None
 
 
 class _LinearSubspaceUpdate(torch.autograd.Function):
@@ -52,42 +57,36 @@ class _LinearSubspaceUpdate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        difference: Tensor,
-        reader: Tensor,
-        writer: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        on_input: bool,
-    ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        coordinates = flat @ reader.T
-        update = coordinates @ difference
+    def forward(ctx: Any, x: Tensor, difference: Tensor, frozen: tuple[Any, ...]) -> Tensor:
+        reader, writer, weight, bias, on_input = frozen
+        shape = x.shape
+        flat = x.reshape(-1, shape[-1])
+        coordinates = torch.mm(flat, reader.t())
+        ctx.save_for_backward(coordinates, difference)
+        ctx.frozen = frozen
+        update = torch.mm(coordinates, difference)
         if on_input:
             flat = torch.addmm(flat, update, reader)
-        result = flat @ weight.T if bias is None else torch.addmm(bias, flat, weight.T)
+        result = torch.mm(flat, weight.t()) if bias is None else torch.addmm(bias, flat, weight.t())
         if not on_input:
-            result.addmm_(update, writer.T)
-        ctx.on_input = on_input
-        ctx.save_for_backward(coordinates, difference, reader, writer, weight)
-        return result.view(*x.shape[:-1], weight.shape[0])
+            result.addmm_(update, writer.t())
+        return result.view(*shape[:-1], weight.shape[0])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        coordinates, difference, reader, writer, weight = ctx.saved_tensors
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        needs_x = ctx.needs_input_grad[0]
-        grad_x = flat @ weight if needs_x or ctx.on_input else None
-        read = grad_x @ reader.T if ctx.on_input else flat @ writer
-        grad_difference = coordinates.T @ read if ctx.needs_input_grad[1] else None
-        if needs_x:
-            assert grad_x is not None
-            grad_x.addmm_(read @ difference.T, reader)
-            grad_x = grad_x.view(*gradient.shape[:-1], weight.shape[1])
-        return grad_x if needs_x else None, grad_difference, None, None, None, None, None
+        _refuse_double_backward()
+        coordinates, difference = ctx.saved_tensors
+        reader, writer, weight, _, on_input = ctx.frozen
+        needs_x, needs_difference, _ = ctx.needs_input_grad
+        shape = gradient.shape
+        flat = gradient.reshape(-1, shape[-1])
+        grad_x = torch.mm(flat, weight) if needs_x or on_input else None
+        read = torch.mm(flat, writer) if grad_x is None or not on_input else torch.mm(grad_x, reader.t())
+        grad_difference = torch.mm(coordinates.t(), read) if needs_difference else None
+        if grad_x is None or not needs_x:
+            return None, grad_difference, None
+        grad_x.addmm_(torch.mm(read, difference.t()), reader)
+        return grad_x.view(*shape[:-1], weight.shape[1]), grad_difference, None
 
 
 class SubspaceUpdate(nn.Module):
@@ -143,7 +142,7 @@ class SubspaceUpdate(nn.Module):
     @property
     def stored(self) -> Tensor:
         """The pin, (r, p), or with `embedded` the basis, (r, in); float32."""
-        stored = self.basis if self.embedded else self.pin
+        stored = self._buffers["basis" if self.embedded else "pin"]
         assert stored is not None
         return stored
 
@@ -152,12 +151,13 @@ class SubspaceUpdate(nn.Module):
         self._buffers["basis" if self.embedded else "pin"] = value
 
     def _mark(self) -> tuple[int, int]:
-        return id(self.stored), self.stored._version
+        stored = self.stored
+        return id(stored), stored._version
 
     @property
     def settled(self) -> bool:
         """Whether reader and writer are there and nothing has touched the stored tensor since: a cheap test."""
-        return self.reader is not None and self._seen == self._mark()
+        return self._buffers["reader"] is not None and self._seen == self._mark()
 
     def needs_placing(self) -> bool:
         """Whether reader and writer must be made (again): they are missing, or the stored tensor has other values."""
@@ -272,22 +272,21 @@ class SubspaceUpdate(nn.Module):
     def update(self, x: Tensor, difference: Tensor, residual: Tensor) -> Tensor:
         """residual + ((x readerᵀ)(M − I)) writerᵀ, in the dtype of `residual`, for any host and any input."""
         dtype = residual.dtype
-        reader, writer = self._factors(dtype)
-        result: Tensor = _SubspaceUpdate.apply(x.to(dtype), difference, reader, writer, residual)  # type: ignore[no-untyped-call]
+        result: Tensor = _SubspaceUpdate.apply(x.to(dtype), difference, residual, self._factors(dtype))  # type: ignore[no-untyped-call]
         return result
 
     def linear(self, x: Tensor, difference: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x Wᵀ + b with its update, for a frozen plain linear host whose dtype x has."""
-        reader, writer = self._factors(x.dtype)
         # The update of the input saves work where in < out. It needs ∂L/∂(x), which a first layer does not compute,
         # and in half precision a small update would be rounded away in x, so both keep the update of the output.
         on_input = (
             self._plain
-            and x.dtype in (torch.float32, torch.float64)
             and weight.shape[1] < weight.shape[0]
+            and x.dtype in _WIDE
             and (x.requires_grad or not torch.is_grad_enabled())
         )
-        result: Tensor = _LinearSubspaceUpdate.apply(x, difference, reader, writer, weight, bias, on_input)  # type: ignore[no-untyped-call]
+        frozen = (*self._factors(x.dtype), weight, bias, on_input)
+        result: Tensor = _LinearSubspaceUpdate.apply(x, difference, frozen)  # type: ignore[no-untyped-call]
         return result
 
     def delta(self, difference: Tensor) -> Tensor:
@@ -297,13 +296,16 @@ class SubspaceUpdate(nn.Module):
 
     def low_rank(self, difference: Tensor) -> tuple[Tensor, Tensor]:
         """Exact factors of the change of W, (out, r) and (r, in), in float32 at least."""
-        reader, writer = self._factors(None)
-        wide = torch.promote_types(reader.dtype, torch.float32)
-        return writer.to(wide) @ difference.to(wide).T, reader.to(wide)
-
-    def _factors(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         assert self.reader is not None
-        assert self.writer is not None
-        if dtype is None:
-            return self.reader, self.writer
-        return self.reader.to(dtype), self.writer.to(dtype)
+        wide = torch.promote_types(self.reader.dtype, torch.float32)
+        reader, writer = self._factors(wide)
+        return writer @ difference.to(wide).T, reader
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # Buffers by their dictionary: a module's attribute look-up costs as much as launching an operation.
+        reader, writer = self._buffers["reader"], self._buffers["writer"]
+        assert reader is not None
+        assert writer is not None
+        if reader.dtype != dtype:
+            return reader.to(dtype), writer.to(dtype)
+        return reader, writer

@@ -101,13 +101,13 @@ class Linear(nn.Module, BaseTunerLayer):
 
     def operator(self, adapter_name: str) -> Operator:
         """The operator of an adapter."""
-        operator = self.isotune_operator[adapter_name]
+        operator = self._modules["isotune_operator"]._modules[adapter_name]  # type: ignore[union-attr]
         assert isinstance(operator, Operator)
         return operator
 
     def raw_form(self, adapter_name: str) -> SubspaceUpdate:
         """The form of an adapter, placed or not."""
-        form = self.isotune_form[adapter_name]
+        form = self._modules["isotune_form"]._modules[adapter_name]  # type: ignore[union-attr]
         assert isinstance(form, SubspaceUpdate)
         return form
 
@@ -154,19 +154,23 @@ class Linear(nn.Module, BaseTunerLayer):
                 modules[adapter_name].to(target)
 
     # -- forward -------------------------------------------------------------------------------------------------
+    # Looking a submodule up as an attribute costs as much as launching an operation, so what every call needs is
+    # taken from `_modules` and `_parameters`.
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The host's output with the active adapters' updates."""
-        if self.disable_adapters:
+        if self._disable_adapters:
             if self.merged:
                 self.unmerge()
             return self._host_output(x, *args, **kwargs)
         if self._batch_adapters is not None:
             return self._mixed(x, self._batch_adapters, *args, **kwargs)
-        if self.merged:
+        if self.merged_adapters:
             return self._host_output(x, *args, **kwargs)
-        active = [name for name in self.active_adapters if name in self.isotune_operator]
-        if len(active) == 1 and not args and not kwargs and self._is_plain(x):
+        operators = self._modules["isotune_operator"]._modules  # type: ignore[union-attr]
+        names = self._active_adapter
+        active = [name for name in ([names] if isinstance(names, str) else names) if name in operators]
+        if len(active) == 1 and not args and not kwargs and self._is_plain(x) and not self._drops(active[0]):
             return self._fused(x, active[0])
         result = self._host_output(x, *args, **kwargs)
         for name in active:
@@ -179,28 +183,28 @@ class Linear(nn.Module, BaseTunerLayer):
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether the host is exactly x Wᵀ + b with frozen W and b, so that it may be computed with its update."""
-        host = self.base_layer
+        host = self._modules["base_layer"]
         if type(host) is not nn.Linear or host._forward_hooks or host._forward_pre_hooks or host._backward_hooks:
             return False
         if host._backward_pre_hooks or "forward" in host.__dict__:  # the latter: patched, e.g. by a dispatcher
             return False
-        weight, bias = host.weight, host.bias
+        weight, bias = host._parameters.get("weight"), host._parameters.get("bias")
         return (
-            isinstance(weight, nn.Parameter)
+            weight is not None
             and not weight.requires_grad
             and (bias is None or not bias.requires_grad)
             and x.dtype == weight.dtype
             and not torch.is_autocast_enabled(x.device.type)
         )
 
+    def _drops(self, name: str) -> bool:
+        return self.training and type(self._modules["isotune_dropout"]._modules[name]) is not nn.Identity  # type: ignore[union-attr]
+
     def _fused(self, x: Tensor, name: str) -> Tensor:
-        dropout = self.isotune_dropout[name]
-        if self.training and isinstance(dropout, nn.Dropout):
-            return self._add_update(self._host_output(x), x, name)
-        host = self.base_layer
-        assert isinstance(host, nn.Linear)
-        difference = self.operator(name).difference(x.dtype)
-        return self._form_in_use(name).linear(x, difference, host.weight, host.bias)
+        parameters = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
+        weight, bias = parameters["weight"], parameters["bias"]
+        assert weight is not None
+        return self._form_in_use(name).linear(x, self.operator(name).difference(x.dtype), weight, bias)
 
     def _add_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
         difference = self.operator(name).difference(result.dtype)

@@ -85,22 +85,19 @@ class _Batched(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, batch: OperatorBatch, dtype: torch.dtype | None, *parameters: Tensor) -> Tensor:
-        stacked = batch.stack(parameters)
+    def forward(ctx: Any, operator: Operator, dtype: torch.dtype | None, *stacked: Tensor) -> Tensor:
         # Neither checkpointing nor saved-tensor accounting should see the inner graph: it is recomputed by nobody.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             leaves = [s.detach().requires_grad_() for s in stacked]
-            result = _compute(batch.representative, dict(zip(batch.names, leaves, strict=True)))
+            result = _compute(operator, dict(zip(operator.parameter_names(), leaves, strict=True)))
         ctx.leaves, ctx.result = leaves, result
-        ctx.needed = [p.requires_grad for p in parameters]
         return result.detach() if dtype is None else result.detach().to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradients = torch.autograd.grad(ctx.result, ctx.leaves, gradient.to(ctx.result.dtype), retain_graph=True)
-        flat = [row for stacked in gradients for row in stacked.unbind(0)]
-        return None, None, *(g if needed else None for g, needed in zip(flat, ctx.needed, strict=True))
+        return None, None, *gradients
 
 
 class _Evaluation:
@@ -116,7 +113,10 @@ class _Evaluation:
     def current(self, slot: int, parameters: tuple[Tensor, ...]) -> bool:
         """Whether the layer at `slot` still has the very parameters that this evaluation used."""
         source, versions = self.sources[slot], self.versions[slot]
-        return all(p is q and p._version == v for p, q, v in zip(parameters, source, versions, strict=True))
+        for i, parameter in enumerate(parameters):
+            if parameter is not source[i] or parameter._version != versions[i]:
+                return False
+        return len(parameters) == len(source)
 
 
 class OperatorBatch:
@@ -186,7 +186,8 @@ class OperatorBatch:
         sources = [operator.parameter_tuple() for operator in self.operators]
         parameters = self._flat(sources)
         if tracked:
-            stacked: Tensor = _Batched.apply(self, dtype, *parameters)  # type: ignore[no-untyped-call]
+            inputs = self.stack(parameters)
+            stacked: Tensor = _Batched.apply(self.representative, dtype, *inputs)  # type: ignore[no-untyped-call]
             return _Evaluation(stacked.unbind(0), sources, [])
         with torch.no_grad():
             snapshot = self.stack(parameters)

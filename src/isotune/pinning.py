@@ -73,8 +73,8 @@ def recover(pin: Tensor, candidates: Tensor, *, seed: int = 0) -> tuple[Tensor, 
     (rank, columns), (count, width) = pin.shape, candidates.shape
     if not rank <= count or columns > width:
         raise ValueError(
-            f"a pin of shape {tuple(pin.shape)} does not fit candidates of shape {tuple(candidates.shape)}: it needs at "
-            f"least {rank} candidates and vectors of length {columns} or more; was it pinned on a layer of another size?"
+            f"a pin of shape {tuple(pin.shape)} does not fit candidates of shape {tuple(candidates.shape)}: it needs "
+            f"at least {rank} candidates, of length {columns} or more; was it pinned on a layer of another size?"
         )
     span = candidates.detach().double() if candidates.device.type != "mps" else candidates.detach().cpu().double()
     sketch = span.cpu() @ _omega(width, columns, seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -150,7 +151,7 @@ def principal_subspaces(
         desc="principal subspaces",
         unit="weight",
         delay=0.0 if progress else _PROGRESS_DELAY_SECONDS,
-        disable=progress is False,
+        disable=progress is False or (progress is None and _bars_are_off()),
     ) as bar:
         for request in requests:
             weight = request.weight if isinstance(request.weight, Tensor) else request.weight()
@@ -174,6 +175,11 @@ def principal_subspaces(
             del weight
             bar.update()
     return results
+
+
+def _bars_are_off() -> bool:
+    # tqdm reads its own switch only where nothing is passed, and then only once, at its import.
+    return os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
 
 
 def subspace_key(weight: Tensor, rank: int, solver: str, tolerance: float, seed: int) -> str:
@@ -213,7 +219,8 @@ def _check_request(weight: Tensor, rank: int, solver: str, tolerance: float, nam
         raise ValueError(f"{name}: solver is {solver!r}; choose one of {', '.join(map(repr, SOLVERS))}")
     if not 0.0 < tolerance < 1.0:
         raise ValueError(
-            f"{name}: tolerance is {tolerance!r}; it is the sine of an angle: give a number between 0 and 1, such as 1e-3"
+            f"{name}: tolerance is {tolerance!r}; it is the sine of an angle, so give a number between 0 and 1, such "
+            f"as 1e-3"
         )
 
 
@@ -221,18 +228,17 @@ def _check_request(weight: Tensor, rank: int, solver: str, tolerance: float, nam
 def _exact_matmul(device: torch.device) -> Iterator[None]:
     """Keep autocast and reduced-precision float32 products (TF32, bf16) out of the solvers."""
     precision = torch.get_float32_matmul_precision()
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False) if device.type != "meta" else contextlib.nullcontext():
-            yield
-    finally:
+    with contextlib.ExitStack() as stack:
+        for kind in {"cpu", device.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
+            torch.set_float32_matmul_precision("highest")
+            stack.callback(torch.set_float32_matmul_precision, precision)
+        yield
 
 
 def _solve(matrix: Tensor, rank: int, solver: str, tolerance: float, seed: int) -> Subspace:
-    total = float(matrix.double().square().sum())
+    total = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
     if solver == "auto":
         solver = cheaper_solver(matrix.shape[0], matrix.shape[1], rank, matrix.device)
     iterations = 0
@@ -245,7 +251,8 @@ def _solve(matrix: Tensor, rank: int, solver: str, tolerance: float, seed: int) 
     basis, values = found
     basis = _complete(basis, values, _NEGLIGIBLE[matrix.dtype])
     energy = min(1.0, float(values.square().sum()) / total) if total > 0.0 else 1.0
-    return Subspace(basis.to(matrix.dtype), values.to(matrix.dtype), energy, solver, iterations, True)
+    basis = basis.to(matrix.dtype).contiguous()
+    return Subspace(basis, values.to(matrix.dtype), energy, solver, iterations, True)
 
 
 def _full(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

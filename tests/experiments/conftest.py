@@ -9,7 +9,24 @@ from typing import Any
 
 import pytest
 
-WORDS = "good fine great nice bad poor awful sad the a film book was is very quite".split()
+WORDS = [
+    "good",
+    "fine",
+    "great",
+    "nice",
+    "bad",
+    "poor",
+    "awful",
+    "sad",
+    "the",
+    "a",
+    "film",
+    "book",
+    "was",
+    "is",
+    "very",
+    "quite",
+]
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,8 @@ def test_an_adapter_is_trained_scored_and_saved(tiny: dict[str, Any], method: st
 
 
 def test_the_task_is_learnt(tiny: dict[str, Any]) -> None:
-    tiny["train"] |= {"epochs": 12, "lr": 0.05}
+    tiny["method"] = "full"  # the encoder is random, so there is no knowledge to rotate
+    tiny["train"] |= {"epochs": 15, "lr": 5e-3, "lr_head": 5e-3}
     assert run(validate(tiny))["metrics"]["accuracy"] >= 0.9
 
 
@@ -98,7 +99,7 @@ def test_the_reloaded_and_the_merged_model_predict_the_same(tiny: dict[str, Any]
 def test_the_classifier_reloads_through_peft_alone(tiny: dict[str, Any], tiny_model: Path) -> None:
     run(validate(tiny))
     adapter = Path(tiny["output"]) / "psoft" / "adapter"
-    assert json.loads((adapter / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+    assert json.loads((adapter / "adapter_config.json").read_text())["modules_to_save"] == ["classifier", "score"]
     model = models.reload(str(tiny_model), "auto", ["0", "1"], adapter, "psoft")
     saved = load_file(adapter / "adapter_model.safetensors")
     key = next(name for name in saved if name.endswith("classifier.weight"))
@@ -134,7 +135,7 @@ def test_the_native_head_of_a_model_is_saved_whole(tiny: dict[str, Any]) -> None
         (bare / name).write_bytes((Path(tiny["model"]) / name).read_bytes())
     tiny["model"] = str(bare)
     _, head = models.load_classifier(tiny["model"], "native", ["0", "1"])
-    assert head == ["bert.pooler", "classifier"]
+    assert head == ["bert.pooler.dense", "classifier"]
     result = run(validate(tiny))
     assert reload.score(Path(tiny["output"]), "psoft")["merged"]["changed"] == 0
     assert result["runs"][0]["head_parameters"] == 66 + 32 * 32 + 32
@@ -247,7 +248,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tiny: dict[str, Any], monk
             next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
 
     at_step(monkeypatch, 11, poison)
-    with pytest.raises(loop.TrainingDiverged, match="training loss is nan at step 11: lower train.lr") as caught:
+    with pytest.raises(loop.TrainingDiverged, match=r"training loss is nan at step 11: lower train\.lr") as caught:
         run(validate(tiny))
     kept = Path(tiny["output"]) / "psoft" / "checkpoint-8"
     assert str(kept) in str(caught.value)
@@ -267,7 +268,7 @@ def test_nan_after_the_last_step_before_a_save_is_not_saved(
 
     original = loop.train
     monkeypatch.setattr(loop, "train", lambda *a, **k: original(*a, **k, callbacks=[Poison()]))
-    with pytest.raises(loop.TrainingDiverged, match="validation loss is nan at step 8.*no checkpoint yet"):
+    with pytest.raises(loop.TrainingDiverged, match=r"validation loss is nan at step 8.*no checkpoint yet"):
         run(validate(tiny))
 
 
@@ -312,7 +313,7 @@ def test_a_model_that_is_not_there_is_one_line(tiny: dict[str, Any], model: str,
 
 
 def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(models.ModelError, match="there is no config.json"):
+    with pytest.raises(models.ModelError, match=r"there is no config\.json"):
         models.locate(str(tmp_path))
 
 
@@ -336,9 +337,9 @@ def test_the_head_on_stored_embeddings_is_the_head_on_the_model(tiny: dict[str, 
 
 
 def test_start_from_head_starts_where_the_head_ended(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny["baselines"] = [{"name": "head", "train": {"lr": 0.1, "epochs": 5, "start_from_head": False}}]
+    tiny["baselines"] = [{"name": "head", "train": {"lr": 0.05, "epochs": 25, "start_from_head": False}}]
     tiny["train"] |= {"start_from_head": True, "lr": 1e-9, "lr_head": 1e-9, "max_steps": 1}
-    tiny["baselines"][0]["train"]["max_steps"] = 20
+    tiny["baselines"][0]["train"] |= {"lr_head": None, "max_steps": 150}
     result = run(validate(tiny))
     head, psoft = result["runs"]
     assert head["test"] == psoft["test"]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from isotune.experiments import methods
-from isotune.experiments.recipe import RecipeError, keys_of, listing, load, packaged
 from isotune.experiments.recipe import Recipe as RecipeModel
+from isotune.experiments.recipe import RecipeError, keys_of, listing, load, packaged
 
 MINIMAL = """
 model: some/model
@@ -127,7 +127,7 @@ def test_a_bad_file_is_one_line(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_a_missing_file_or_name_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="there is no recipe file .*absent.yaml"):
+    with pytest.raises(RecipeError, match=r"there is no recipe file .*absent\.yaml"):
         load(str(tmp_path / "absent.yaml"))
     with pytest.raises(RecipeError, match="one of demo, glue/cola; did you mean 'glue/cola'"):
         load("glue/coal")

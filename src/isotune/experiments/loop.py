@@ -204,7 +204,8 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         self.bar.update(state.global_step - self.bar.n)
         if state.global_step >= state.max_steps and args.eval_strategy == "steps":
             control.should_evaluate = True  # the last step is scored wherever it falls
-        if self.interrupted:
+        # At the end of an epoch the checkpoint is left to the epoch's own end, which scores before it saves.
+        if self.interrupted and not (args.eval_strategy == "epoch" and float(state.epoch).is_integer()):
             control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:

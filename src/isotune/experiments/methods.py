@@ -14,6 +14,8 @@ from isotune.experiments.recipe import Method, RecipeError
 
 # Not adapters: the encoder frozen and a head on it, and everything trained.
 PLAIN = ("head", "full")
+# What transformers calls the last layer of its sequence classifiers; PEFT trains and saves these by itself.
+HEADS = ("classifier", "score")
 # Set by the loop itself, from the task and the model.
 _RESERVED = ("task_type", "inference_mode", "modules_to_save", "peft_type", "auto_mapping", "peft_version")
 
@@ -96,5 +98,5 @@ def attach(method: Method, model: Any, head: list[str]) -> Any:
 
     config = adapter_config(method.name, **method.options)
     config.task_type = peft.TaskType.SEQ_CLS
-    config.modules_to_save = list(head)
+    config.modules_to_save = [name for name in head if name not in HEADS]
     return isotune.get_peft_model(model, config)

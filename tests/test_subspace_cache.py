@@ -135,7 +135,7 @@ def test_the_environment_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert SubspaceCache().directory == Path.home() / ".cache" / "isotune" / "subspaces"
     assert SubspaceCache().max_bytes == DEFAULT_MAX_BYTES == 4 * 2**30
     monkeypatch.setenv("ISOTUNE_CACHE_BYTES", "4 GiB")
-    with pytest.raises(ValueError, match="'4 GiB'.*whole number of bytes"):
+    with pytest.raises(ValueError, match=r"'4 GiB'.*whole number of bytes"):
         SubspaceCache()
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from isotune.base_model import load_base
 from isotune.config import IsotuneConfig
 from isotune.errors import AdapterFileError
 from isotune.layer import AdapterGroup, Linear
@@ -433,6 +434,49 @@ def _is_recoverable(layer: Linear, imported: _Imported) -> bool:
         candidates = principal_subspace(layer.unmerged_matrix(), count).basis
     found, _ = recover(pin(basis), candidates.to(basis))
     return bool((found - basis).norm() <= _RECOVERABLE * len(basis) ** 0.5)
+
+
+def convert_peft_psoft(
+    directory: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Import an adapter folder of PEFT's own PSOFT and write it as isotune's.
+
+    Args:
+        directory: the adapter's folder.
+        out: the folder to write; it appears only when it is complete.
+        base: the base model's name as in `isotune.base_model.resolve_base`; by default what the adapter's config names.
+        trust_remote_code: run code that the base model's repository carries.
+
+    Raises:
+        ValueError: `out` is not empty, or the base cannot be loaded.
+        AdapterFileError: as `import_peft_psoft`.
+    """
+    with new_directory(out) as folder:
+        raw = read_config(directory)
+        model = import_peft_psoft(directory, named_base(directory, base, trust_remote_code=trust_remote_code))
+        model.peft_config[_ADAPTER].base_model_name_or_path = raw.get("base_model_name_or_path") or base
+        model.save_pretrained(str(folder))
+
+
+def named_base(
+    directory: str | os.PathLike[str], base: str | None = None, *, trust_remote_code: bool = False
+) -> nn.Module:
+    """Load the base model of an adapter folder: `base`, or the one that its config names.
+
+    Raises:
+        ValueError: neither names one, or it cannot be loaded.
+    """
+    raw = read_config(directory)
+    name = base or raw.get("base_model_name_or_path")
+    if not name:
+        raise ValueError(
+            f"{directory} does not name its base model; give it: base=... in Python, --base on the command line."
+        )
+    return load_base(str(name), raw, trust_remote_code=trust_remote_code)
 
 
 def rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:

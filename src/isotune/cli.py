@@ -59,6 +59,67 @@ def recipes() -> None:
     typer.echo(listing())
 
 
+_TRUST = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the base model's repository carries.")]
+_BASE = Annotated[
+    str | None, typer.Option(help="Base model: folder, Hub name or package:NAME. Default: what the adapter names.")
+]
+_OUT = Annotated[str, typer.Option("--output", "-o", help="A new folder to write.")]
+
+
+@app.command("inspect")
+def inspect_adapter(
+    directory: Annotated[str, typer.Argument(help="An adapter's folder.")],
+    base: _BASE = None,
+    png: Annotated[str | None, typer.Option(help="Also draw a picture into this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    trust_remote_code: _TRUST = False,
+) -> None:
+    """Show what an adapter has learnt, layer by layer."""
+    with plain_errors():
+        import json
+
+        from isotune.report.inspect import inspect, save_png, to_text
+
+        report = inspect(directory, base, trust_remote_code=trust_remote_code)
+        if png is not None:
+            save_png(report, png)
+        typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else to_text(report))
+
+
+@app.command("export")
+def export_adapter(
+    directory: Annotated[str, typer.Argument(help="An adapter's folder.")],
+    to: Annotated[str, typer.Option(help="lora: an ordinary PEFT LoRA folder. merged: a plain model folder.")],
+    output: _OUT,
+    base: _BASE = None,
+    trust_remote_code: _TRUST = False,
+) -> None:
+    """Write an adapter in a form that needs no isotune, the same function."""
+    with plain_errors():
+        from isotune.export import export_lora, export_merged
+
+        writers = {"lora": export_lora, "merged": export_merged}
+        if to not in writers:
+            raise ValueError(f"--to {to} is not one of {', '.join(writers)}")
+        writers[to](directory, output, base=base, trust_remote_code=trust_remote_code)
+        typer.echo(f"wrote {output}")
+
+
+@app.command("import")
+def import_adapter(
+    directory: Annotated[str, typer.Argument(help="The folder of an adapter of PEFT's own PSOFT.")],
+    output: _OUT,
+    base: _BASE = None,
+    trust_remote_code: _TRUST = False,
+) -> None:
+    """Convert an adapter of PEFT's own PSOFT to isotune's, with its subspace pinned."""
+    with plain_errors():
+        from isotune.adapter_file import convert_peft_psoft
+
+        convert_peft_psoft(directory, output, base, trust_remote_code=trust_remote_code)
+        typer.echo(f"wrote {output}")
+
+
 def main() -> None:
     """The entry point of the command `isotune`."""
     app()

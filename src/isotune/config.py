@@ -154,6 +154,22 @@ def require_positive_integer(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} is not allowed; it must be an integer of at least 1.")
 
 
+def check_cayley_options(use_neumann: bool, terms: int, bound: float | None) -> None:
+    """Raise a ValueError for options of the Cayley transform that are not allowed or have no effect."""
+    require_positive_integer("num_cayley_neumann_terms", terms)
+    if bound is None:
+        return
+    if not use_neumann:
+        raise ValueError(
+            "cayley_neumann_eps bounds the generator of the Neumann series and has no effect with "
+            "use_cayley_neumann=False; leave it None or set use_cayley_neumann=True."
+        )
+    if not 0.0 < bound < 1.0:
+        raise ValueError(
+            f"cayley_neumann_eps={bound!r} is not allowed; it must be between 0 and 1, where the series converges."
+        )
+
+
 def _require_expression(name: str, value: str) -> None:
     try:
         re.compile(value)

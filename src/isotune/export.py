@@ -16,8 +16,8 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
 
-from isotune.adapter_file import KEY_PREFIX, WEIGHTS_FILE, describe, new_directory, rank_pattern, read_config
-from isotune.base_model import load_base, resolve_base
+from isotune.adapter_file import KEY_PREFIX, WEIGHTS_FILE, describe, named_base, new_directory, rank_pattern
+from isotune.base_model import resolve_base
 from isotune.config import IsotuneConfig
 from isotune.layer import Linear
 
@@ -70,7 +70,10 @@ def export_lora(
     else:
         file = describe(model_or_dir)
         config, extras, name = file.config, file.extras, "default"
-        layers = file.place(_base(model_or_dir, base, trust_remote_code))
+        plain = (
+            base if isinstance(base, nn.Module) else named_base(model_or_dir, base, trust_remote_code=trust_remote_code)
+        )
+        layers = file.place(plain)
     tensors = {KEY_PREFIX + k.removeprefix(KEY_PREFIX): tensor for k, tensor in extras.items()}
     for module, layer in layers.items():
         up, down = layer.low_rank(name)
@@ -108,7 +111,9 @@ def export_merged(
         model = model_or_dir
     else:
         describe(model_or_dir)  # its messages are clearer than what PEFT finds while loading
-        plain = _base(model_or_dir, base, trust_remote_code)
+        plain = (
+            base if isinstance(base, nn.Module) else named_base(model_or_dir, base, trust_remote_code=trust_remote_code)
+        )
         model, adapter_name = PeftModel.from_pretrained(plain, os.fspath(model_or_dir)), "default"
         sources = [os.fspath(model_or_dir)]
     config = _config(model, adapter_name)
@@ -120,18 +125,6 @@ def export_merged(
         with _merged_and_bare(inner, adapter_name):
             inner.save_pretrained(str(folder))
         _copy_tokenizer([*sources, *([str(named)] if named else [])], folder)
-
-
-def _base(directory: str | os.PathLike[str], base: nn.Module | str | None, trust_remote_code: bool) -> nn.Module:
-    if isinstance(base, nn.Module):
-        return base
-    raw = read_config(directory)
-    name = base or raw.get("base_model_name_or_path")
-    if not name:
-        raise ValueError(
-            f"{directory} does not name its base model; give it: base=... in Python, --base on the command line."
-        )
-    return load_base(str(name), raw, trust_remote_code=trust_remote_code)
 
 
 def _config(model: nn.Module, adapter_name: str) -> IsotuneConfig:

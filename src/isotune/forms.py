@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from isotune.pinning import pin
 
-
 _WIDE = (torch.float32, torch.float64)
 
 

@@ -75,6 +75,8 @@ class Linear(nn.Module, BaseTunerLayer):
         device = torch.device("cpu") if weight.is_meta else weight.device
         wide = torch.promote_types(weight.dtype, torch.float32)
         operator = config.build_operator(rank).to(device=device, dtype=wide)
+        if not config.init_weights:
+            operator.randomize_parameters()
         pinned = config.basis == "pinned"
         form = SubspaceUpdate(
             rank,

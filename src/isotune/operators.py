@@ -34,6 +34,12 @@ class Operator(nn.Module, ABC):
     def batch_key(self) -> Hashable:
         """Operators of one class with equal keys and parameter shapes are computed in one batch."""
 
+    def randomize_parameters(self) -> None:
+        """Move every parameter off the identity at random, for tests that need a trained-looking adapter."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.add_(torch.randn_like(parameter) * (0.5 / self.size**0.5))
+
     def difference(self, dtype: torch.dtype | None = None) -> Tensor:
         """M − I, (n, n), from the evaluation shared with the other layers where there is one.
 

@@ -63,8 +63,8 @@ def recover(pin: Tensor, candidates: Tensor, *, seed: int = 0) -> tuple[Tensor, 
     V' Ω has full rank, so S = T (V' Ω) has one least-squares solution T, and V is the orthonormal polar factor of T V':
     the nearest basis in the span (Golub and Van Loan, Matrix Computations, 4th ed., section 9.4.3). The part of V
     outside the span has a Gaussian sketch independent of V' Ω, which leaves E‖S − T V' Ω‖² = (p − k) ‖V⊥‖². A T whose
-    rows are not orthonormal counts as well, in the same units. With k = in the span holds every V; with k ≥ p < in
-    nothing is left to measure and the residual comes from T alone.
+    rows are not orthonormal counts as well, in the same units; it is all there is to measure with k ≥ p. Where
+    p = k = in, the pin holds all of V, and every base passes.
 
     Raises ValueError for shapes that do not fit (r ≤ k ≤ in, r ≤ p ≤ in) and numbers that are not finite.
     """
@@ -92,9 +92,11 @@ def _residual(stored: Tensor, sketch: Tensor, mixing: Tensor) -> float:
     if surplus <= 0:
         return float(defect)
     outside = torch.linalg.matrix_norm(stored - mixing @ sketch) / (surplus * rank) ** 0.5
-    # A part of relative size ε outside the span perturbs T, as least squares does, by ε √(k / (p − k − 1)) a row, and
-    # T Tᵀ by √2 times that: over this the defect is in the same units, and no louder than `outside` unless T is wrong.
-    return float(torch.maximum(outside, defect / (2.0 * count / max(surplus - 1, 1)) ** 0.5))
+    # A part of size ε outside the span reaches T through the least squares as noise of ε √c a row, so that T Tᵀ is off
+    # by about ε √(2 c) + ε² c. Solved for ε, the defect is in the same units, and no louder unless T itself is wrong.
+    c = count / max(surplus - 1, 1)
+    within = (2.0 * defect / ((2.0 * c) ** 0.5 + (2.0 * c + 4.0 * c * defect).sqrt())).clamp_max(1.0)
+    return float(torch.maximum(outside, within))
 
 
 def _check_matrix(matrix: Tensor, what: str, shape: str) -> None:

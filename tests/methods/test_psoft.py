@@ -237,9 +237,9 @@ def deberta_v3_base() -> nn.Module:
 
 
 def vit_b16() -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
+    from transformers import ViTConfig, ViTModel
 
-    return ViTForImageClassification(ViTConfig())
+    return ViTModel(ViTConfig(), add_pooling_layer=False)
 
 
 def llama(hidden: int, intermediate: int, layers: int, heads: int) -> nn.Module:
@@ -283,13 +283,13 @@ def test_parameter_counts_of_the_paper(build: Any, rank: int, targets: Any, mill
     """The #Params column of the paper's tables, on models of the real shapes without weights."""
     with torch.device("meta"):
         model = build()
-    options = {"modules_to_save": []} if targets == "all-linear" else {}
-    model = get_peft_model(model, PsoftConfig(r=rank, target_modules=targets, **options))
+    model = get_peft_model(model, PsoftConfig(r=rank, target_modules=targets))
     count = sum(
         p.numel() for layer in layers_of(model) for p in layer.operator("default").parameters() if p.requires_grad
     )
     assert count == len(layers_of(model)) * (rank * (rank - 1) // 2 + 2 * rank)
-    assert round(count / 1e6, digits) == millions
+    # The paper rounds some of its figures and cuts others off (1.2066 is printed as 1.20, 14.484 as 14.5).
+    assert abs(count / 1e6 - millions) < 10**-digits
 
 
 # -- dropout -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isotune.algebra.skew import skew_from_vector
+
 
 class _CayleyDifference(torch.autograd.Function):
     """R − I with the closed-form backward, which needs the result and nothing else."""
@@ -92,3 +94,23 @@ def bound_generator(generator: Tensor, bound: float) -> Tensor:
     norm = torch.linalg.matrix_norm(generator, keepdim=True)
     bounded: Tensor = generator * (bound / norm.clamp_min(bound))
     return bounded
+
+
+def orthogonal_difference(
+    entries: Tensor, n: int, neumann_terms: int | None = None, generator_bound: float | None = None
+) -> Tensor:
+    """R − I from the free entries of the generator, by the exact transform or the truncated series.
+
+    Args:
+        entries: (..., n(n − 1)/2), the strict upper triangle of Q.
+        n: size of R.
+        neumann_terms: k of the series; None for the exact transform.
+        generator_bound: largest Frobenius norm of Q; None for no bound.
+
+    Returns:
+        (..., n, n).
+    """
+    generator = skew_from_vector(entries, n)
+    if generator_bound is not None:
+        generator = bound_generator(generator, generator_bound)
+    return cayley_difference(generator) if neumann_terms is None else neumann_difference(generator, neumann_terms)

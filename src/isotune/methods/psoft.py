@@ -1,7 +1,6 @@
 """PSOFT: an orthogonal transformation of the principal subspace, relaxed by two vectors.
 
-Source: Wu, Hu, Min, Wang: Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation (ICLR 2026,
-arXiv 2505.11235).
+Source: Wu et al., Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation, ICLR 2026 (arXiv 2505.11235).
 """
 
 from __future__ import annotations
@@ -14,13 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from isotune.algebra.cayley import bound_generator, cayley_difference, neumann_difference
-from isotune.algebra.skew import skew_from_vector, skew_size
-from isotune.config import IsotuneConfig, by_pattern, require_choice, require_positive_integer
+from isotune.algebra.cayley import orthogonal_difference
+from isotune.algebra.skew import skew_size
+from isotune.config import IsotuneConfig, by_pattern, check_cayley_options, require_choice, require_positive_integer
 from isotune.errors import IsotuneWarning
 from isotune.operators import Operator
-
-__all__ = ["PsoftConfig", "PsoftOperator"]
 
 
 @dataclass
@@ -33,12 +30,11 @@ class PsoftConfig(IsotuneConfig):
         r: rank of the principal subspace; at most the smaller side of each adapted weight.
         psoft_alpha: the update is scaled by psoft_alpha / r; None means r. Only then is the geometry strict.
         psoft_dropout: dropout on the input of the update.
-        ab_svd_init: "psoft_init" reads with orthonormal rows V; "pissa_init" splits the singular values evenly, and
-            then nothing is claimed about angles.
+        ab_svd_init: "psoft_init" reads with orthonormal rows V; "pissa_init" splits the singular values evenly, without
+            any claim about angles.
         psoft_svd: "full" is exact, "lowrank" iterates until converged, "auto" takes the cheaper for each weight.
         psoft_orth: R orthogonal by the Cayley transform; False trains a free r × r matrix.
-        psoft_mag_a: train α, on the side of the input.
-        psoft_mag_b: train β, on the side of the output. Neither of the two gives PSOFT-SO, strictly orthogonal.
+        psoft_mag_a, psoft_mag_b: train α on the side of the input, β on that of the output; neither is PSOFT-SO.
         use_cayley_neumann: the truncated Neumann series in the place of the exact transform.
         num_cayley_neumann_terms: highest power of the series; each further one is closer to exact.
         cayley_neumann_eps: bound in (0, 1) on the Frobenius norm of the generator, with use_cayley_neumann.
@@ -62,7 +58,6 @@ class PsoftConfig(IsotuneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive_integer("r", self.r)
-        require_positive_integer("num_cayley_neumann_terms", self.num_cayley_neumann_terms)
         require_choice("ab_svd_init", self.ab_svd_init, ("psoft_init", "pissa_init"))
         require_choice("psoft_svd", self.psoft_svd, ("auto", "full", "lowrank"))
         if self.psoft_alpha is not None and not self.psoft_alpha > 0:
@@ -71,20 +66,9 @@ class PsoftConfig(IsotuneConfig):
             raise ValueError(f"psoft_dropout={self.psoft_dropout!r} is not allowed; it must be in [0, 1).")
         if self.use_cayley_neumann and not self.psoft_orth:
             raise ValueError("use_cayley_neumann=True has no effect with psoft_orth=False; set one of them otherwise.")
-        if self.cayley_neumann_eps is not None:
-            if not self.use_cayley_neumann:
-                raise ValueError(
-                    "cayley_neumann_eps bounds the generator of the Neumann series and has no effect with "
-                    "use_cayley_neumann=False; leave it None or set use_cayley_neumann=True."
-                )
-            if not 0.0 < self.cayley_neumann_eps < 1.0:
-                raise ValueError(
-                    f"cayley_neumann_eps={self.cayley_neumann_eps!r} is not allowed; it must be between 0 and 1, "
-                    "where the Neumann series converges."
-                )
-        if self.psoft_orth and any(
-            self.scale_of(name) != 1.0 for name in ("", *self.alpha_pattern, *self.rank_pattern)
-        ):
+        check_cayley_options(self.use_cayley_neumann, self.num_cayley_neumann_terms, self.cayley_neumann_eps)
+        names = ("", *self.alpha_pattern, *self.rank_pattern)
+        if self.psoft_orth and any(self.scale_of(name) != 1.0 for name in names):
             warnings.warn(
                 "psoft_alpha differs from r, so the update is scaled by psoft_alpha / r and the angles and norms of "
                 "the principal weights are no longer strictly kept. Leave psoft_alpha at None for the strict method.",
@@ -104,7 +88,7 @@ class PsoftConfig(IsotuneConfig):
 
     def build_operator(self, rank: int) -> PsoftOperator:
         """M = diag(α) R diag(β) on r coordinates."""
-        operator = PsoftOperator(
+        return PsoftOperator(
             rank,
             orthogonal=self.psoft_orth,
             input_scale=self.psoft_mag_a,
@@ -112,21 +96,15 @@ class PsoftConfig(IsotuneConfig):
             neumann_terms=self.num_cayley_neumann_terms if self.use_cayley_neumann else None,
             generator_bound=self.cayley_neumann_eps,
         )
-        if not self.init_weights:
-            operator.randomize_parameters()
-        return operator
 
 
 class PsoftOperator(Operator):
     """M = diag(α) R diag(β), R the Cayley transform of a skew generator or a free matrix.
 
     Args:
-        size: r.
-        orthogonal: R is orthogonal; False trains R − I itself, (r, r).
-        input_scale: train α, (r,).
-        output_scale: train β, (r,).
-        neumann_terms: k of the truncated series; None for the exact transform.
-        generator_bound: bound on the Frobenius norm of the generator.
+        orthogonal: False trains R − I itself, (r, r), for r = size.
+        input_scale, output_scale: train α, β, (r,) each.
+        neumann_terms, generator_bound: of `isotune.algebra.cayley.orthogonal_difference`.
     """
 
     def __init__(
@@ -155,36 +133,19 @@ class PsoftOperator(Operator):
             if scale is not None:
                 nn.init.ones_(scale)
 
-    def randomize_parameters(self) -> None:
-        """Make M differ from the identity at random, for tests that need a trained-looking adapter."""
-        nn.init.normal_(self.generator, std=0.5 / self.size**0.5)
-        for scale in (self.input_scale, self.output_scale):
-            if scale is not None:
-                nn.init.normal_(scale, mean=1.0, std=0.1)
-
     def batch_key(self) -> Hashable:
         """All that `compute` depends on besides the parameters."""
         return self.size, self.orthogonal, self.neumann_terms, self.generator_bound
 
     def compute(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """diag(α)(R − I)diag(β) + diag(αβ − 1), which keeps the precision of a small R − I."""
+        """M − I = diag(α)(R − I)diag(β) + diag(αβ − 1)."""
         difference = self.rotation_difference(parameters["generator"])
-        alpha, beta = parameters.get("input_scale"), parameters.get("output_scale")
-        if alpha is not None:
-            difference = difference * alpha[..., :, None]
-        if beta is not None:
-            difference = difference * beta[..., None, :]
-        if alpha is not None or beta is not None:
-            product = alpha if beta is None else beta if alpha is None else alpha * beta
-            assert product is not None
-            difference = difference + torch.diag_embed(product - 1)
-        return difference
+        ones = difference.new_ones(self.size)
+        alpha, beta = parameters.get("input_scale", ones), parameters.get("output_scale", ones)
+        return difference * (alpha[..., :, None] * beta[..., None, :]) + torch.diag_embed(alpha * beta - 1)
 
     def rotation_difference(self, generator: Tensor) -> Tensor:
         """R − I, (..., r, r), from the generator, (..., r(r − 1)/2) or (..., r, r)."""
         if not self.orthogonal:
             return generator
-        skew = skew_from_vector(generator, self.size)
-        if self.generator_bound is not None:
-            skew = bound_generator(skew, self.generator_bound)
-        return cayley_difference(skew) if self.neumann_terms is None else neumann_difference(skew, self.neumann_terms)
+        return orthogonal_difference(generator, self.size, self.neumann_terms, self.generator_bound)

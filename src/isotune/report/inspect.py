@@ -169,7 +169,8 @@ def _range(vector: Tensor | None) -> Range | None:
 
 
 def _most(layers: Sequence[LayerReport], field: str) -> float:
-    return max(value for layer in layers if (value := getattr(layer, field)) is not None)
+    values: list[float] = [getattr(layer, field) for layer in layers]
+    return max(value for value in values if value is not None)
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -238,8 +239,13 @@ def to_text(report: AdapterReport, width: int | None = None) -> str:
 
 
 def _common_prefix(names: list[str]) -> str:
-    shared = os.path.commonprefix(names) if len(names) > 1 else ""
-    return shared[: shared.rfind(".") + 1]
+    """The whole parts, with the dot after them, that all names begin with."""
+    shared = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0] + ".")
+    return "".join(shared)
 
 
 # -- the picture ------------------------------------------------------------------------------------------------------
@@ -250,22 +256,25 @@ class _Panel:
     title: str
     label: str
     fields: tuple[str, ...]
-    """One line each; a second one is dashed. A field that holds a range fills what lies between."""
+    """One line each, the second dashed; two lines for a field that holds a range."""
     percent: bool = False
     logarithmic: bool = False
 
 
 _PANELS = (
     _Panel("Largest rotation angle", "degrees", ("largest_angle",)),
-    _Panel("Range of α", "", ("alpha",)),
-    _Panel("Range of β", "", ("beta",)),
     _Panel("Orthogonality error of R", "largest |RᵀR − I|", ("orthogonality_error",), logarithmic=True),
+    _Panel("α: smallest and largest", "", ("alpha",)),
+    _Panel("β: smallest and largest", "", ("beta",)),
     _Panel("Energy in the principal subspace", "share of ‖W‖²", ("energy",), percent=True),
     _Panel("Size of the update", "‖ΔW‖ / ‖W‖", ("relative_norm",), percent=True),
-    _Panel("Rank of the update: stable, entropy (dashed)", "directions", ("stable_rank", "entropy_rank")),
-    _Panel("Angles of principal weights moved: mean, largest (dashed)", "degrees",
-           ("angle_moved_mean", "angle_moved_largest")),
-)  # fmt: skip
+    _Panel("Rank of the update: stable (solid), entropy (dashed)", "directions", ("stable_rank", "entropy_rank")),
+    _Panel(
+        "Angles of principal weights moved: mean (solid), largest (dashed)",
+        "degrees",
+        ("angle_moved_mean", "angle_moved_largest"),
+    ),
+)
 
 
 def save_png(report: AdapterReport, path: str | os.PathLike[str]) -> None:
@@ -285,37 +294,42 @@ def save_png(report: AdapterReport, path: str | os.PathLike[str]) -> None:
     series = _series(report.layers)
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = pyplot.subplots(rows, columns, figsize=(11, 2.4 * rows + 1.2), squeeze=False, sharex=True)
-        flat = list(axes.flat)
-        for axis, panel in zip(flat, panels, strict=False):
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with pyplot.rc_context(style):
+        size = (11, 2.2 * rows + 1)
+        figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, sharex=True, layout="constrained")
+        for axis, panel in zip(axes.flat, panels, strict=False):
             _draw(axis, panel, series)
-        for axis in flat[len(panels) :]:
+        for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
+        outside = "; beyond the last: modules outside of blocks" if _outside(report.layers) else ""
         for axis in axes[-1]:
-            axis.set_xlabel("block of the model")
-        handles, labels = flat[0].get_legend_handles_labels()
-        height = figure.get_figheight()
-        figure.suptitle(
-            f"{report.method}  ·  {Path(report.directory).name}", y=1 - 0.12 / height, va="top", weight="bold"
-        )
-        figure.legend(handles, labels, loc="upper center", ncols=min(6, len(labels)), frameon=False,
-                      bbox_to_anchor=(0.5, 1 - 0.32 / height))  # fmt: skip
-        lines = -(-len(labels) // 6)
-        figure.tight_layout(rect=(0, 0, 1, 1 - (0.4 + 0.2 * lines) / height))
+            axis.set_xlabel(f"block of the model{outside}")
+        figure.suptitle(f"{report.method}  ·  {Path(report.directory).name}", weight="bold")
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)), frameon=False)
+        figure.align_ylabels()
         figure.savefig(path, dpi=130)
         pyplot.close(figure)
 
 
+_BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+def _outside(layers: Sequence[LayerReport]) -> bool:
+    """Whether some layers, and not all, are in no numbered block."""
+    numbered = [bool(_BLOCK.search(layer.module)) for layer in layers]
+    return any(numbered) and not all(numbered)
+
+
 def _series(layers: Sequence[LayerReport]) -> dict[str, list[tuple[int, LayerReport]]]:
-    """The layers by kind of module (their name without numbers), each with the number of its block."""
+    """The layers by kind of module (their name after the block's number), each with the number of its block."""
     kinds: dict[str, list[tuple[int, LayerReport]]] = {}
-    prefix = _common_prefix([layer.module for layer in layers])
-    for layer in layers:
-        number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer.module)
-        tail = layer.module[number.end() :] if number else layer.module.removeprefix(prefix)
-        kind = kinds.setdefault(tail or layer.module, [])
-        kind.append((int(number.group(1)) if number else 0, layer))
+    found = [_BLOCK.search(layer.module) for layer in layers]
+    beyond = 1 + max((int(number[1]) for number in found if number), default=-1)
+    for layer, number in zip(layers, found, strict=True):
+        kind = layer.module[number.end() :] if number else layer.module
+        kinds.setdefault(kind or layer.module, []).append((int(number[1]) if number else beyond, layer))
     return kinds
 
 
@@ -323,29 +337,25 @@ def _draw(axis: Any, panel: _Panel, series: dict[str, list[tuple[int, LayerRepor
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    colours = colormaps["tab10" if len(series) <= 10 else "tab20"].colors
+    palette = colormaps["tab10" if len(series) <= 10 else "tab20"]
+    dots = {"marker": "o", "markersize": 3, "linewidth": 1.3}
     for index, (kind, members) in enumerate(series.items()):
-        colour = colours[index % len(colours)]
-        for field, style in zip(panel.fields, ("-", "--"), strict=False):
+        colour = palette(index % palette.N)
+        for field, line in zip(panel.fields, ("-", "--"), strict=False):
             points = [(x, value) for x, layer in members if (value := getattr(layer, field)) is not None]
             if not points:
                 continue
             xs, values = zip(*points, strict=True)
-            if isinstance(values[0], tuple):
-                low, high = zip(*values, strict=True)
-                axis.fill_between(xs, low, high, color=colour, alpha=0.12, linewidth=0)
-                axis.plot(xs, low, "-", color=colour, linewidth=1)
-                axis.plot(xs, high, "-", color=colour, linewidth=1)
-            else:
-                shown = kind if field == panel.fields[0] else None
-                axis.plot(xs, values, style, marker="o", markersize=3, color=colour, linewidth=1.3, label=shown)
+            label = kind if field == panel.fields[0] else None
+            # Of a range, matplotlib draws both columns as a line each.
+            axis.plot(xs, values, line, color=colour, label=label, **dots)
     axis.set_title(panel.title, loc="left", fontsize=9)
     axis.set_ylabel(panel.label)
     axis.grid(axis="y", alpha=0.25)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.logarithmic:
         axis.set_yscale("log")
-    elif not any(field in ("alpha", "beta") for field in panel.fields):
+    elif panel.fields[0] not in ("alpha", "beta"):
         axis.set_ylim(bottom=0)
     if panel.percent:
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))

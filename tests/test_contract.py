@@ -1,0 +1,654 @@
+"""The contract of DESIGN.md: every method on every host."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.pytorch_utils import Conv1D
+
+from helpers import (
+    AtenOps,
+    SavedTensors,
+    adapt,
+    assert_unchanged,
+    layers_of,
+    randomize,
+    relative_error,
+    snapshot,
+    tiny_llama,
+    tiny_opt,
+    trainable,
+)
+from isotune import get_peft_model
+from isotune.errors import IsotuneWarning
+from isotune.layer import Linear
+from isotune.methods import METHODS
+
+RANK = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One host: how to build it, and the shapes that go through it."""
+
+    build: Callable[[], nn.Module]
+    in_features: int
+    out_features: int
+
+
+def conv1d(out_features: int, in_features: int) -> nn.Module:
+    layer = Conv1D(out_features, in_features)
+    nn.init.normal_(layer.weight, std=0.3)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+HOSTS = {
+    "square": Case(lambda: nn.Linear(16, 16), 16, 16),
+    "square-no-bias": Case(lambda: nn.Linear(16, 16, bias=False), 16, 16),
+    "wide": Case(lambda: nn.Linear(23, 9), 23, 9),
+    "tall": Case(lambda: nn.Linear(7, 31), 7, 31),
+    "tall-no-bias": Case(lambda: nn.Linear(7, 31, bias=False), 7, 31),
+    "full-rank": Case(lambda: nn.Linear(RANK, 11), RANK, 11),
+    "conv1d-wide": Case(lambda: conv1d(9, 23), 23, 9),
+    "conv1d-tall": Case(lambda: conv1d(31, 7), 7, 31),
+}
+
+pytestmark = [
+    pytest.mark.parametrize("method", list(METHODS)),
+]
+
+
+@pytest.fixture(params=list(HOSTS))
+def case(request: pytest.FixtureRequest) -> Case:
+    return HOSTS[request.param]
+
+
+class Wrapped(nn.Module):
+    """A model of one layer called by name, so that keyword arguments of PEFT reach nobody else."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def config(method: str, **options: Any) -> Any:
+    return METHODS[method](**{"r": RANK, "target_modules": ["layer"], "init_weights": False, **options})
+
+
+def build(method: str, case: Case, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """An adapted layer whose host has requires_grad off, with random operators unless asked otherwise."""
+    return get_peft_model(Wrapped(case.build().to(dtype)), config(method, **options)).eval()
+
+
+def only(model: nn.Module) -> Linear:
+    return layers_of(model)[0]
+
+
+def inputs(case: Case, *leading: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*leading, case.in_features, dtype=dtype)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+
+
+# -- start -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_identity_at_the_start_bit_for_bit(method: str, case: Case, dtype: torch.dtype, training: bool) -> None:
+    base = Wrapped(case.build().to(dtype))
+    x = inputs(case, 3, 4, dtype=dtype)
+    with torch.no_grad():
+        expected = base(x)
+    model = get_peft_model(base, config(method, init_weights=True)).train(training)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(model(x.clone().requires_grad_()), expected)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+    weight = only(model).host.weight
+    model.merge_adapter()
+    assert torch.equal(only(model).host.weight, weight)
+
+
+def test_a_random_start_is_no_identity(method: str, case: Case) -> None:
+    base = Wrapped(case.build())
+    x = inputs(case, 3)
+    expected = base(x).detach()
+    assert relative_error(get_peft_model(base, config(method))(x), expected) > 1e-3
+
+
+# -- merging -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("safe_merge", [True, False])
+def test_merged_equals_unmerged_and_unmerge_restores_the_bits(
+    method: str, case: Case, dtype: torch.dtype, safe_merge: bool
+) -> None:
+    model = build(method, case, dtype)
+    x = inputs(case, 3, 4, dtype=dtype)
+    before, expected = only(model).host.weight.clone(), model(x).detach()
+    parameter = only(model).host.weight
+    model.merge_adapter(safe_merge=safe_merge)
+    assert only(model).merged
+    assert not torch.equal(only(model).host.weight, before)
+    assert relative_error(model(x), expected) < 10 * tolerance(dtype)
+    model.unmerge_adapter()
+    assert only(model).host.weight is parameter
+    assert torch.equal(parameter, before)
+    assert torch.equal(model(x), expected)
+
+
+def test_merge_and_unload_and_unload(method: str, case: Case) -> None:
+    model = build(method, case)
+    x = inputs(case, 5)
+    expected, host = model(x).detach(), only(model).get_base_layer()
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert type(merged.layer) is type(host)
+    assert relative_error(merged(x), expected) < 1e-5
+    assert not [p for name, p in merged.named_parameters() if "isotune" in name]
+    unloaded = model.unload()
+    assert unloaded.layer is host
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_merge_in_half_precision_rounds_once(method: str, case: Case, dtype: torch.dtype) -> None:
+    model = build(method, case, dtype)
+    for name in ("second", "third"):
+        model.add_adapter(name, config(method))
+    layer = only(model)
+    weight = layer.host.weight.detach().clone()
+    names = ["default", "second", "third"]
+    expected = (weight.float() + sum(layer.get_delta_weight(name) for name in names)).to(dtype)
+    model.merge_adapter(adapter_names=names)
+    assert layer.host.weight.dtype == dtype
+    # The order of a sum in float32 may tip a tie; anything more would be a second rounding.
+    different = layer.host.weight != expected
+    assert different.float().mean() <= 0.01
+    for name in reversed(names):
+        model.unmerge_adapter() if layer.merged else None
+        assert torch.equal(layer.host.weight, weight), name
+    for name in names:  # one after the other is the same as at once
+        model.merge_adapter(adapter_names=[name])
+    assert (layer.host.weight != expected).float().mean() <= 0.01
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing(method: str, case: Case, bad: float) -> None:
+    model = build(method, case)
+    with torch.no_grad():
+        next(iter(only(model).operator("default").parameters())).view(-1)[0] = bad
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="layer"):
+        model.merge_adapter(safe_merge=True)
+    assert_unchanged(model, before)
+    assert not only(model).merged
+    with pytest.raises(ValueError, match="NaN or infinit"):
+        model.merge_and_unload(safe_merge=True)
+    assert_unchanged(model, before)
+
+
+def test_several_adapters_merged_at_once(method: str, case: Case) -> None:
+    model = build(method, case)
+    model.add_adapter("other", config(method, r=RANK - 2))
+    layer, x = only(model), inputs(case, 6)
+    weight = layer.host.weight.detach().clone()
+    base = nn.functional.linear(x, layer.host.matrix(), layer.get_base_layer().bias)
+    outputs = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        outputs[name] = model(x).detach() - base
+    model.merge_adapter(adapter_names=["default", "other"])
+    assert relative_error(model(x) - base, outputs["default"] + outputs["other"]) < 1e-4
+    model.unmerge_adapter()
+    assert torch.equal(layer.host.weight, weight)
+
+
+def test_merging_twice_warns_or_does_nothing(method: str, case: Case) -> None:
+    model = build(method, case)
+    model.merge_adapter()
+    once = only(model).host.weight.clone()
+    model.merge_adapter()
+    assert torch.equal(only(model).host.weight, once)
+    model.unmerge_adapter()
+    with pytest.warns(IsotuneWarning, match="[Nn]othing"):
+        model.unmerge_adapter()
+
+
+def test_an_adapter_added_while_another_is_merged_is_of_the_base(method: str, case: Case) -> None:
+    model = build(method, case)
+    model.merge_adapter()
+    torch.manual_seed(9)
+    model.add_adapter("late", config(method))
+    found = only(model).get_delta_weight("late")
+    model.unmerge_adapter()
+    torch.manual_seed(9)
+    model.add_adapter("early", config(method))
+    assert torch.equal(found, only(model).get_delta_weight("late"))
+    assert torch.equal(found, only(model).get_delta_weight("early"))
+
+
+def test_delta_weight_is_what_the_forward_adds(method: str, case: Case) -> None:
+    model = build(method, case, torch.float64)
+    layer, x = only(model), inputs(case, 4, dtype=torch.float64)
+    delta = layer.get_delta_weight("default")
+    assert delta.shape == layer.host.weight.shape
+    expected = x @ (layer.host.weight + delta).T if not layer.host.transposed else x @ (layer.host.weight + delta)
+    bias = layer.get_base_layer().bias
+    expected = expected if bias is None else expected + bias
+    torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-12)
+    up, down = layer.low_rank("default")
+    torch.testing.assert_close(layer.host.stored(up @ down), delta)
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 2, 3), (0,), (0, 4), (2, 0)], ids=str)
+@pytest.mark.parametrize("grad", [True, False])
+def test_inputs_of_any_dimension(method: str, case: Case, leading: tuple[int, ...], grad: bool) -> None:
+    model = build(method, case)
+    if not leading and isinstance(only(model).get_base_layer(), Conv1D):
+        leading = (1,)  # Conv1D itself takes no vectors
+    x = inputs(case, *leading).requires_grad_(grad)
+    y = model(x)
+    assert y.shape == (*leading, case.out_features)
+    merged = copy.deepcopy(model)
+    merged.merge_adapter()
+    torch.testing.assert_close(y, merged(x.detach()), rtol=1e-4, atol=1e-5)
+    y.square().sum().backward()
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in trainable(model).values())
+
+
+def test_inputs_that_are_not_contiguous(method: str, case: Case) -> None:
+    model = build(method, case)
+    dense = torch.randn(case.in_features, 4, 3)
+    for x in (dense.permute(1, 2, 0), dense.permute(2, 1, 0), torch.randn(1, case.in_features).expand(6, -1)):
+        assert not x.is_contiguous()
+        views = [v.detach().requires_grad_() for v in (x, x.contiguous())]
+        grads = []
+        for view in views:
+            model.zero_grad()
+            y = model(view)
+            # The gradient that comes back is not contiguous either.
+            y.transpose(0, -1).square().sum().backward()
+            grads.append([p.grad.clone() for p in trainable(model).values()])
+        torch.testing.assert_close(views[0].grad, views[1].grad)
+        for first, second in zip(*grads, strict=True):
+            torch.testing.assert_close(first, second)
+        model.zero_grad()
+        model(x.detach()).sum().backward()  # an expanded gradient
+        torch.testing.assert_close(model(x), model(x.contiguous()))
+
+
+def test_the_input_and_the_output_may_be_changed_in_place(method: str, case: Case) -> None:
+    model = build(method, case)
+    x = inputs(case, 4)
+    kept = x.clone()
+    y = model(x)
+    assert torch.equal(x, kept)
+    expected = copy.deepcopy(model)
+    (2 * expected(kept)).square().sum().backward()
+    y.mul_(2).square().sum().backward()
+    for found, right in zip(trainable(model).values(), trainable(expected).values(), strict=True):
+        torch.testing.assert_close(found.grad, right.grad)
+
+
+# -- dtypes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [0.3, 1e-4])
+def test_half_precision_applies_the_update_that_is_merged(
+    method: str, case: Case, dtype: torch.dtype, size: float
+) -> None:
+    model = build(method, case, dtype, init_weights=True)
+    randomize(model, std=size)
+    layer, x = only(model), inputs(case, 64, dtype=dtype)
+    assert all(p.dtype == torch.float32 for p in layer.operator("default").parameters())
+    expected = x.float() @ layer.host.stored(layer.get_delta_weight("default")).T.float()
+    zero = torch.zeros(64, case.out_features, dtype=dtype)
+    form, difference = layer.form("default"), layer.operator("default").difference(dtype)
+    # Each of the three factors and two products is rounded once.
+    assert relative_error(form.update(x, difference, zero), expected) < 4 * torch.finfo(dtype).eps
+    # And what the layer gives is the output of the layer merged in float32, rounded.
+    weight = layer.host.matrix().float() + layer.host.stored(layer.get_delta_weight("default"))
+    bias = layer.get_base_layer().bias
+    exact = nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
+    assert relative_error(model(x), exact) < 2 * torch.finfo(dtype).eps
+    assert model(x).dtype == dtype
+
+
+@pytest.mark.parametrize("size", [0.3, 1e-4])
+def test_the_operator_keeps_its_precision_under_a_half_precision_base(method: str, case: Case, size: float) -> None:
+    """M − I is computed in float32 and rounded once: no cancellation, whatever its size."""
+    model = build(method, case, torch.bfloat16, init_weights=True)
+    randomize(model, std=size)
+    operator = only(model).operator("default")
+    wide = copy.deepcopy(operator).double()
+    assert relative_error(operator.difference(torch.bfloat16), wide.difference()) < 2**-8
+    assert relative_error(operator.difference(), wide.difference()) < 1e-5
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_autocast(method: str, case: Case, base: torch.dtype, given: torch.dtype) -> None:
+    model = build(method, case, base)
+    x = inputs(case, 6, dtype=given).requires_grad_()
+    wide = copy.deepcopy(model).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+        assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    expected = wide(x.detach().float())
+    assert relative_error(y, expected) < 2e-2
+    expected.square().sum().backward()
+    for found, right in zip(trainable(model).values(), trainable(wide).values(), strict=True):
+        assert found.grad.dtype == torch.float32
+        assert relative_error(found.grad, right.grad) < 6e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_model_goes_on(method: str, case: Case, dtype: torch.dtype) -> None:
+    model = build(method, case)
+    x = inputs(case, 6)
+    expected = model(x).detach()
+    pin = only(model).raw_form("default").stored.clone()
+    model.to(dtype)
+    assert torch.equal(only(model).raw_form("default").stored, pin)  # what the file holds is not rounded
+    assert relative_error(model(x.to(dtype)), expected) < max(tolerance(dtype), 1e-5)
+    model.float()
+    assert relative_error(model(x), expected) < max(tolerance(dtype), 1e-5)
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------
+
+
+def hook_host(model: nn.Module) -> None:
+    """Make the host one whose own forward must be called."""
+    only(model).get_base_layer().register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+@pytest.mark.parametrize("needs_input_grad", [True, False])
+def test_gradcheck_of_the_whole_layer(method: str, case: Case, hooked: bool, needs_input_grad: bool) -> None:
+    model = build(method, case, torch.float64)
+    if hooked:
+        hook_host(model)
+    x = inputs(case, 2, 2, dtype=torch.float64).requires_grad_(needs_input_grad)
+    parameters = trainable(model)
+
+    def function(*values: Tensor) -> Tensor:
+        named = dict(zip(parameters, values[1:], strict=True))
+        return torch.func.functional_call(model, named, (values[0],))
+
+    values = [p.detach().clone().requires_grad_() for p in parameters.values()]
+    assert torch.autograd.gradcheck(function, (x, *values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_fused_and_the_hooked_path_are_equal(method: str, case: Case, dtype: torch.dtype) -> None:
+    fused = build(method, case, dtype)
+    hooked = copy.deepcopy(fused)
+    hook_host(hooked)
+    results = []
+    for model in (fused, hooked):
+        x = torch.linspace(-1, 1, 3 * case.in_features, dtype=dtype).view(3, -1).requires_grad_()
+        y = model(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in trainable(model).values())])
+    for first, second in zip(*results, strict=True):
+        assert relative_error(first, second) < 10 * tolerance(dtype)
+
+
+@pytest.mark.parametrize("needs_input_grad", [True, False])
+def test_gradients_equal_a_plain_torch_twin(method: str, case: Case, needs_input_grad: bool) -> None:
+    """The merged weight as a plain function of the parameters, differentiated by torch."""
+    model = build(method, case, torch.float64)
+    layer = only(model)
+    x = inputs(case, 3, 2, dtype=torch.float64).requires_grad_(needs_input_grad)
+    same = x.detach().clone().requires_grad_(needs_input_grad)
+    ours = model(x)
+    form, weight = layer.form("default"), layer.host.matrix()
+    operator = copy.deepcopy(layer.operator("default"))
+    operator._batch = None
+    change = form.writer @ operator.difference().T @ form.reader
+    theirs = nn.functional.linear(same, weight + change, layer.get_base_layer().bias)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+    cotangent = torch.randn_like(ours)
+    ours.backward(cotangent)
+    theirs.backward(cotangent)
+    if needs_input_grad:
+        torch.testing.assert_close(x.grad, same.grad, rtol=1e-10, atol=1e-11)
+    for found, expected in zip(layer.operator("default").parameters(), operator.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-10)
+
+
+def test_a_trained_bias_or_weight_of_the_host_gets_its_gradient(method: str, case: Case) -> None:
+    model = build(method, case, torch.float64)
+    host = only(model).get_base_layer()
+    for name in ("bias", "weight"):
+        parameter = getattr(host, name)
+        if parameter is None:
+            continue
+        parameter.requires_grad_(True)
+        x = inputs(case, 4, dtype=torch.float64).requires_grad_()
+        model(x).square().sum().backward()
+        assert parameter.grad is not None
+        step = torch.zeros_like(parameter)
+        step.view(-1)[0] = 1e-6
+        with torch.no_grad():
+            values = []
+            for sign in (1, -1):
+                parameter.data += sign * step
+                values.append(float(model(x).square().sum()))
+                parameter.data -= sign * step
+        numeric = (values[0] - values[1]) / 2e-6
+        if name == "bias":  # the writer, W Vᵀ, is a constant, so only the bias is a plain sum
+            assert float(parameter.grad.view(-1)[0]) == pytest.approx(numeric, rel=1e-4, abs=1e-5)
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+# -- several adapters --------------------------------------------------------------------------------------------
+
+
+def test_two_adapters_active_at_once(method: str, case: Case) -> None:
+    model = build(method, case)
+    model.add_adapter("other", config(method, r=RANK - 1))
+    x, layer = inputs(case, 4), only(model)
+    with model.disable_adapter():
+        base = model(x).detach()
+    alone = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = model(x).detach() - base
+    model.base_model.set_adapter(["default", "other"])
+    both = model(x)
+    assert relative_error(both - base, alone["default"] + alone["other"]) < 1e-4
+    both.square().sum().backward()
+    assert all(p.grad is not None for name in alone for p in layer.operator(name).parameters())
+
+
+def test_switching_disabling_and_deleting(method: str, case: Case) -> None:
+    base = Wrapped(case.build())
+    x = inputs(case, 4)
+    expected = base(x).detach()
+    model = get_peft_model(base, config(method)).eval()
+    first = model(x).detach()
+    model.add_adapter("other", config(method))
+    assert torch.equal(model(x), first)  # adding does not activate
+    model.set_adapter("other")
+    second = model(x).detach()
+    assert relative_error(second, first) > 1e-3
+    assert {n for n in trainable(model)} == {n for n, _ in model.named_parameters() if ".other." in n}
+    with model.disable_adapter():
+        assert torch.equal(model(x), expected)
+    assert torch.equal(model(x), second)
+    model.set_adapter("default")
+    assert torch.equal(model(x), first)
+    model.delete_adapter("other")
+    assert torch.equal(model(x), first)
+    assert not [name for name in model.state_dict() if "other" in name]
+    assert not [name for name, _ in model.named_modules() if "other" in name.split(".")]
+    assert "other" not in repr(only(model))
+
+
+def test_disabling_while_merged(method: str, case: Case) -> None:
+    base = Wrapped(case.build())
+    x = inputs(case, 4)
+    expected = base(x).detach()
+    model = get_peft_model(base, config(method)).eval()
+    adapted = model(x).detach()
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(x), expected)
+    assert relative_error(model(x), adapted) < 1e-5
+
+
+def test_deleting_a_merged_adapter_does_not_break_the_layer(method: str, case: Case) -> None:
+    """Whatever deleting does to the merged weight, the base weight and the other adapter must be reachable after."""
+    model = build(method, case)
+    weight = only(model).host.weight.detach().clone()
+    model.add_adapter("other", config(method))
+    model.set_adapter("other")
+    x = inputs(case, 4)
+    other = model(x).detach()
+    model.merge_adapter(adapter_names=["default"])
+    try:
+        model.delete_adapter("default")
+    except ValueError:
+        return  # refusing is as good
+    model.merge_adapter(adapter_names=["other"])
+    model.unmerge_adapter()
+    assert torch.equal(only(model).host.weight, weight)
+    assert torch.equal(model(x), other)
+
+
+# -- mixed batches -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [["default", "other", "__base__", "other"], ["__base__"] * 4, ["other"] * 4])
+def test_each_sample_of_a_mixed_batch_is_as_if_alone(method: str, case: Case, names: list[str]) -> None:
+    model = build(method, case)
+    model.add_adapter("other", config(method, r=RANK - 1))
+    x = inputs(case, 4, 3)
+    expected = []
+    for sample, name in zip(x, names, strict=True):
+        if name == "__base__":
+            with model.disable_adapter():
+                expected.append(model(sample[None]))
+        else:
+            model.set_adapter(name)
+            expected.append(model(sample[None]))
+    model.set_adapter("default")
+    found = model(x, adapter_names=names)
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(x)[:1], model(x[:1]))  # and nothing of it is left
+
+
+def test_mixed_batches_that_cannot_be_are_refused(method: str, case: Case) -> None:
+    model = build(method, case)
+    x = inputs(case, 2)
+    with pytest.raises(ValueError, match="'unknown'"):
+        model(x, adapter_names=["default", "unknown"])
+    with pytest.raises(ValueError, match=r"3 entries .* 2"):
+        model(x, adapter_names=["default"] * 3)
+    with pytest.raises(ValueError, match="eval"):
+        model.train()(x, adapter_names=["default"] * 2)
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="unmerge"):
+        model(x, adapter_names=["default"] * 2)
+    model.unmerge_adapter()
+    model(x, adapter_names=["default"] * 2)
+
+
+# -- cost --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"])
+@pytest.mark.parametrize("host", ["wide", "tall", "square", "conv1d-wide"])
+def test_kept_for_backward_is_one_tokens_times_rank(method: str, host: str, dtype: Any) -> None:
+    """Beyond what the frozen layer keeps, exactly (tokens × r) and the operator; counted in bytes."""
+    case, tokens = HOSTS[host], 200
+    autocast = dtype == "autocast"
+    kind = torch.float32 if autocast else dtype
+    width = 4 if kind == torch.float32 and not autocast else 2
+    base = Wrapped(case.build().to(kind)).requires_grad_(False)
+    x = inputs(case, tokens, dtype=kind)
+
+    def kept(model: nn.Module) -> int:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            hidden = torch.ones_like(x).requires_grad_() * x
+            with SavedTensors(model) as saved:
+                model(hidden)
+        return saved.nbytes
+
+    frozen = kept(base)
+    model = build_on(base, method)
+    extra = kept(model) - frozen
+    operator = 8 * RANK * RANK  # M − I, and a copy of it in another dtype
+    assert extra <= tokens * RANK * width + operator
+    assert extra >= tokens * RANK * width
+
+
+def build_on(base: nn.Module, method: str) -> Any:
+    return get_peft_model(base, config(method)).eval()
+
+
+@pytest.mark.parametrize("build_model", [tiny_opt, tiny_llama])
+def test_kept_for_backward_in_a_whole_model(method: str, build_model: Callable[..., nn.Module]) -> None:
+    tokens = torch.randint(4, 90, (4, 32))
+    frozen = build_model(layers=3).requires_grad_(False)
+    embedded = frozen.get_input_embeddings()(tokens)
+
+    def kept(model: nn.Module) -> int:
+        with SavedTensors(model) as saved:
+            model(inputs_embeds=embedded.clone().requires_grad_())
+        return saved.nbytes
+
+    before = kept(frozen)
+    model = adapt(frozen, config(method, target_modules="all-linear"))
+    layers = layers_of(model)
+    extra = kept(model) - before
+    assert extra <= len(layers) * (tokens.numel() * RANK + 2 * RANK * RANK) * 4
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_at_most_ten_operations_a_layer(method: str, case: Case, grad: bool) -> None:
+    model = build(method, case)
+    layer, x = only(model), inputs(case, 8).requires_grad_(grad)
+    with torch.set_grad_enabled(grad):
+        layer(x)
+        layer.operator("default").difference()  # the one evaluation belongs to the model, not to the layer
+        if layer.operator("default")._batch is not None:
+            for evaluation in layer.operator("default")._batch._evaluations.values():
+                evaluation.served = [False]
+        with AtenOps() as operations:
+            layer(x)
+    assert len(operations.names) <= 10, operations.names
+
+
+def test_a_training_step_under_fake_tensors(method: str, case: Case) -> None:
+    with FakeTensorMode():
+        model = get_peft_model(Wrapped(case.build()), config(method, init_weights=True)).train()
+        optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.1)
+        for _ in range(2):
+            y = model(torch.randn(4, case.in_features))
+            assert y.shape == (4, case.out_features)
+            y.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()

@@ -234,7 +234,8 @@ def test_an_adapter_added_while_another_is_merged_is_of_the_base(method: str, ca
     torch.manual_seed(9)
     model.add_adapter("late", config(method))
     found = only(model).get_delta_weight("late")
-    model.unmerge_adapter()
+    if only(model).merged:  # PEFT unmerges when it sets the active adapters again
+        model.unmerge_adapter()
     torch.manual_seed(9)
     model.add_adapter("early", config(method))
     assert torch.equal(found, only(model).get_delta_weight("late"))
@@ -278,6 +279,8 @@ def test_inputs_that_are_not_contiguous(method: str, case: Case) -> None:
     dense = torch.randn(case.in_features, 4, 3)
     for x in (dense.permute(1, 2, 0), dense.permute(2, 1, 0), torch.randn(1, case.in_features).expand(6, -1)):
         assert not x.is_contiguous()
+        if only(model).host.transposed and x.ndim > 2:
+            continue  # Conv1D itself takes no such input
         views = [v.detach().requires_grad_() for v in (x, x.contiguous())]
         grads = []
         for view in views:
@@ -340,7 +343,7 @@ def test_the_operator_keeps_its_precision_under_a_half_precision_base(method: st
     operator = only(model).operator("default")
     wide = copy.deepcopy(operator).double()
     assert relative_error(operator.difference(torch.bfloat16), wide.difference()) < 2**-8
-    assert relative_error(operator.difference(), wide.difference()) < 1e-5
+    assert relative_error(operator.difference(), wide.difference()) < 1e-4
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])

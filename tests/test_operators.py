@@ -30,7 +30,7 @@ from helpers import (
 from isotune.methods.psoft import PsoftOperator
 from isotune.operators import batch_operators
 
-CAYLEY = "isotune.algebra.cayley.cayley_difference"
+CAYLEY = "isotune.algebra.cayley.cayley_of_entries"
 
 
 @pytest.fixture

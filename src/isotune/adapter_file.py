@@ -463,13 +463,15 @@ def convert_peft_psoft(
 
 
 def named_base(
-    directory: str | os.PathLike[str], base: str | None = None, *, trust_remote_code: bool = False
+    directory: str | os.PathLike[str], base: nn.Module | str | None = None, *, trust_remote_code: bool = False
 ) -> nn.Module:
-    """Load the base model of an adapter folder: `base`, or the one that its config names.
+    """The base model of an adapter folder: `base` itself, or loaded by that name or the one in the adapter's config.
 
     Raises:
         ValueError: neither names one, or it cannot be loaded.
     """
+    if isinstance(base, nn.Module):
+        return base
     raw = read_config(directory)
     name = base or raw.get("base_model_name_or_path")
     if not name:

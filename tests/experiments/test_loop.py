@@ -337,13 +337,19 @@ def test_the_head_on_stored_embeddings_is_the_head_on_the_model(tiny: dict[str, 
 
 
 def test_start_from_head_starts_where_the_head_ended(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny["baselines"] = [{"name": "head", "train": {"lr": 0.05, "epochs": 25, "start_from_head": False}}]
+    tiny["baselines"] = [{"name": "head", "train": {"lr": 0.05, "epochs": 25}}]
     tiny["train"] |= {"start_from_head": True, "lr": 1e-9, "lr_head": 1e-9, "max_steps": 1}
     tiny["baselines"][0]["train"] |= {"lr_head": None, "max_steps": 150}
     result = run(validate(tiny))
     head, psoft = result["runs"]
     assert head["test"] == psoft["test"]
     assert head["test"] != head["untrained"]
+
+
+def test_start_from_head_needs_a_head_trained_before(tiny: dict[str, Any]) -> None:
+    tiny["baselines"] = [{"name": "lora", "r": 2, "train": {"start_from_head": True}}, {"name": "head"}]
+    with pytest.raises(RecipeError, match="needs the method head to be trained before lora"):
+        run(validate(tiny))
 
 
 def test_length_groups_are_a_fixed_permutation_with_little_padding() -> None:

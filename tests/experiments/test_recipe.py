@@ -59,7 +59,7 @@ def test_overrides_reach_nested_keys_and_are_read_as_yaml(path: str) -> None:
 
 
 def test_a_method_may_replace_the_whole_section() -> None:
-    assert load("demo", ["method=head", "train.start_from_head=false"]).method.options == {}
+    assert load("demo", ["method=head"]).method.options == {}
 
 
 def test_a_methods_own_training_settings_go_over_the_recipes(path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -44,6 +45,17 @@ def test_operator_gradients_are_those_of_the_definition(orthogonal: bool) -> Non
     theirs = torch.autograd.grad((reference_difference(operator) * weights).sum(), list(operator.parameters()))
     for found, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-6])
+def test_small_magnitudes_keep_their_relative_precision(size: float) -> None:
+    """αβ − 1 must not be formed from a product that has been rounded next to one."""
+    operator = PsoftOperator(16)
+    with torch.no_grad():
+        operator.input_scale.add_(size * torch.randn(16))
+        operator.output_scale.add_(size * torch.randn(16))
+    expected = reference_difference(copy.deepcopy(operator).double())
+    assert relative_error(operator.difference(), expected) < 1e-5
 
 
 def test_the_rotation_trains_from_the_identity() -> None:

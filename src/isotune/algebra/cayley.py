@@ -11,7 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isotune.algebra.skew import skew_from_vector
+from isotune.algebra.skew import check_entries, skew_from_vector, skew_positions
+
+
+def _solve(minus: Tensor, twice: Tensor) -> Tensor:
+    """R − I from I − Q and 2Q, both contiguous; so is the result.
+
+    A solve costs no more than an inverse and is accurate for small and large Q alike. It is (R − I)ᵀ = (I + Q)⁻¹(−2Q)
+    that is solved: as Q is skew, both sides are the transposes of the arguments, which is the column order that LAPACK
+    wants, so nothing is copied to be reordered. I + Q is never singular (its eigenvalues are 1 ± iθ), so the check for
+    that, which would make a GPU wait, is left out. Factor and solve are called apart: torch.linalg.solve_ex measured up
+    to three times slower on a CPU.
+    """
+    factor = torch.linalg.lu_factor_ex(minus.mT, check_errors=False)
+    result: Tensor = torch.linalg.lu_solve(factor.LU, factor.pivots, twice.mT).mT
+    return result
+
+
+def _generator_gradient(difference: Tensor, gradient: Tensor) -> Tensor:
+    """Half of ∂L/∂Q for dR = ½ (R + I) dQ (R + I): (½(R + I))ᵀ G (½(R + I))ᵀ, where ½(R + I) = I + ½(R − I)."""
+    left = _plus_half_product(gradient, difference.mT, gradient)
+    return _plus_half_product(left, left, difference.mT)
+
+
+def _plus_half_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    if base.ndim == 3:
+        return torch.baddbmm(base, left, right, alpha=0.5)
+    return base + 0.5 * (left @ right)
 
 
 class _CayleyDifference(torch.autograd.Function):
@@ -20,12 +46,7 @@ class _CayleyDifference(torch.autograd.Function):
     @staticmethod
     def forward(generator: Tensor) -> Tensor:
         eye = torch.eye(generator.shape[-1], dtype=generator.dtype, device=generator.device)
-        # R − I = 2 (I − Q)⁻¹ Q. A solve costs no more than an inverse and is accurate for small and for large Q alike.
-        # I − Q of a skew Q is never singular (its eigenvalues are 1 ± iθ), so the check for that, which would make a
-        # GPU wait, is left out. Factor and solve are called apart: together they measured three times slower on a CPU.
-        factor = torch.linalg.lu_factor_ex(eye - generator, check_errors=False)
-        result: Tensor = torch.linalg.lu_solve(factor.LU, factor.pivots, 2 * generator)
-        return result
+        return _solve(eye - generator, 2 * generator)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -34,10 +55,33 @@ class _CayleyDifference(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (difference,) = ctx.saved_tensors
-        # dR = ½ (R + I) dQ (R + I), hence ∂L/∂Q = ½ (R + I)ᵀ G (R + I)ᵀ, and (R + I)/2 = I + (R − I)/2.
-        half_sum = torch.eye(difference.shape[-1], dtype=difference.dtype, device=difference.device) + difference / 2
-        result: Tensor = 2 * (half_sum.mT @ gradient @ half_sum.mT)
-        return result
+        return 2 * _generator_gradient(difference, gradient)
+
+
+class _CayleyOfEntries(torch.autograd.Function):
+    """The same from the free entries of Q: Q itself is never formed, forward or backward."""
+
+    @staticmethod
+    def forward(entries: Tensor, n: int) -> Tensor:
+        upper, lower = skew_positions(n, entries.device)
+        minus = entries.new_zeros(*entries.shape[:-1], n * n)
+        minus.index_copy_(-1, upper, -entries).index_copy_(-1, lower, entries)
+        minus = minus.view(*entries.shape[:-1], n, n)
+        twice = -2 * minus
+        minus.diagonal(dim1=-2, dim2=-1).fill_(1)
+        return _solve(minus, twice)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.n = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        half = _generator_gradient(difference, gradient).flatten(-2)
+        upper, lower = skew_positions(ctx.n, half.device)
+        return 2 * (half.index_select(-1, upper) - half.index_select(-1, lower)), None
 
 
 def cayley_difference(generator: Tensor) -> Tensor:
@@ -52,6 +96,24 @@ def cayley_difference(generator: Tensor) -> Tensor:
     Source: Cayley (1846); the backward formula is derived in the code.
     """
     result: Tensor = _CayleyDifference.apply(generator)  # type: ignore[no-untyped-call]
+    return result
+
+
+def cayley_of_entries(entries: Tensor, n: int) -> Tensor:
+    """`cayley_difference` of the skew-symmetric matrix with these free entries, in fewer passes over memory.
+
+    Args:
+        entries: (..., n(n − 1)/2), the strict upper triangle of Q, row by row.
+        n: size of R.
+
+    Returns:
+        R − I, (..., n, n), differentiable twice.
+
+    Raises:
+        ValueError: the last dimension of `entries` is not n(n − 1)/2.
+    """
+    check_entries(entries, n)
+    result: Tensor = _CayleyOfEntries.apply(entries, n)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -110,6 +172,8 @@ def orthogonal_difference(
     Returns:
         (..., n, n).
     """
+    if neumann_terms is None and generator_bound is None:
+        return cayley_of_entries(entries, n)
     generator = skew_from_vector(entries, n)
     if generator_bound is not None:
         generator = bound_generator(generator, generator_bound)

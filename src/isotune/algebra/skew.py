@@ -11,10 +11,18 @@ def skew_size(n: int) -> int:
     return n * (n - 1) // 2
 
 
-def _upper_positions(n: int, device: torch.device) -> Tensor:
-    """Positions of the strict upper triangle in a flattened n × n matrix, row by row."""
+def skew_positions(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the strict upper triangle, row by row, and its mirror image lie in a flattened n × n matrix."""
     rows, columns = torch.triu_indices(n, n, offset=1, device=device).unbind(0)
-    return rows * n + columns
+    return rows * n + columns, columns * n + rows
+
+
+def check_entries(entries: Tensor, n: int) -> None:
+    """Raise a ValueError unless the last dimension of `entries` is n(n − 1)/2."""
+    if entries.shape[-1] != skew_size(n):
+        raise ValueError(
+            f"A skew-symmetric {n} × {n} matrix has {skew_size(n)} free entries, but {entries.shape[-1]} were given."
+        )
 
 
 def skew_from_vector(entries: Tensor, n: int) -> Tensor:
@@ -30,12 +38,9 @@ def skew_from_vector(entries: Tensor, n: int) -> Tensor:
     Raises:
         ValueError: the last dimension of `entries` is not n(n − 1)/2.
     """
-    if entries.shape[-1] != skew_size(n):
-        raise ValueError(
-            f"A skew-symmetric {n} × {n} matrix has {skew_size(n)} free entries, but {entries.shape[-1]} were given."
-        )
+    check_entries(entries, n)
     leading = entries.shape[:-1]
-    upper = entries.new_zeros(*leading, n * n).index_copy(-1, _upper_positions(n, entries.device), entries)
+    upper = entries.new_zeros(*leading, n * n).index_copy(-1, skew_positions(n, entries.device)[0], entries)
     upper = upper.view(*leading, n, n)
     return upper - upper.mT
 
@@ -50,4 +55,4 @@ def vector_from_skew(matrix: Tensor) -> Tensor:
         (..., n(n − 1)/2), row by row.
     """
     n = matrix.shape[-1]
-    return matrix.flatten(-2).index_select(-1, _upper_positions(n, matrix.device))
+    return matrix.flatten(-2).index_select(-1, skew_positions(n, matrix.device)[0])

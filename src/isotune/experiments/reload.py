@@ -32,11 +32,11 @@ def score(output: Path, folder: str) -> dict[str, Any]:
     """
     import torch
 
-    from isotune.experiments.run import _encode
+    from isotune.experiments.run import encode
 
     recipe = Recipe.model_validate(read_json(output / "experiment.json")["recipe"])
     examples = data.load(recipe.data)
-    encoded = _encode(examples, models.tokenizer_for(recipe.model), recipe.train.max_length)
+    encoded = encode(examples, models.tokenizer_for(recipe.model), recipe.train.max_length)
     expected = read_json(output / folder / "predictions.json")
     labels = [row["labels"] for row in encoded["test"]]
     with models.quiet():

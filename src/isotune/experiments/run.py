@@ -58,10 +58,11 @@ def run(recipe: Recipe) -> dict[str, Any]:
     )
     started = time.perf_counter()
     tokenizer = models.tokenizer_for(recipe.model)
-    encoded = _encode(examples, tokenizer, recipe.train.max_length)
-    trained = []
+    encoded = encode(examples, tokenizer, recipe.train.max_length)
+    trained: list[dict[str, Any]] = []
     for method in recipe.methods:
-        tried = [_one(recipe, method, lr, examples, encoded, folder) for lr in recipe.training(method).lr]
+        head = next((e["folder"] for e in trained if e["chosen"] and e["method"]["name"] == "head"), None)
+        tried = [_one(recipe, method, lr, examples, encoded, folder, head) for lr in recipe.training(method).lr]
         best = max(range(len(tried)), key=lambda i: (tried[i]["validation"] or {}).get(recipe.metric, 0.0))
         trained += [{**entry, "chosen": i == best} for i, entry in enumerate(tried)]
     chosen = next(entry for entry in reversed(trained) if entry["chosen"])  # the recipe's own method is last
@@ -160,8 +161,11 @@ def _about(examples: data_module.Examples, fingerprint: str) -> dict[str, Any]:
     }
 
 
-def _encode(examples: data_module.Examples, tokenizer: Any, max_length: int) -> dict[str, Any]:
-    """Tokenise all splits; validation and test sorted by length, which saves padding and changes no score."""
+def encode(examples: data_module.Examples, tokenizer: Any, max_length: int) -> dict[str, Any]:
+    """Tokenise all splits and say how to batch them: {train, validation, test: rows, collate: function}.
+
+    Validation and test are sorted by length, which saves padding and changes no score.
+    """
 
     def rows(split: Sequence[data_module.Example]) -> list[dict[str, Any]]:
         pairs = [e.pair for e in split] if split and split[0].pair is not None else None
@@ -193,6 +197,7 @@ def _one(
     examples: data_module.Examples,
     encoded: dict[str, Any],
     output: Path,
+    head_folder: str | None,
 ) -> dict[str, Any]:
     """Train one method at one learning rate in a folder of its own, or read what it stored at its end."""
     from transformers import set_seed
@@ -208,8 +213,10 @@ def _one(
     began = time.perf_counter()
     set_seed(settings.seed)  # the new head and the adapter start alike in every run of this seed
     model, head = models.load_classifier(recipe.model, recipe.pooling, examples.labels)
-    if settings.start_from_head:
-        _start_from(model, output)
+    if settings.start_from_head and method.name != "head":
+        if head_folder is None:
+            raise RecipeError(f"start_from_head needs the method head to be trained before {method.name}")
+        _start_from(model, output / head_folder)
     with models.quiet():
         model = methods.attach(method, model, head)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -260,10 +267,10 @@ def _one(
     return entry
 
 
-def _start_from(model: Any, output: Path) -> None:
+def _start_from(model: Any, folder: Path) -> None:
     from safetensors.torch import load_file
 
-    model.load_state_dict(load_file(next(output.glob("head*/adapter/model.safetensors"))), strict=False)
+    model.load_state_dict(load_file(folder / "adapter" / "model.safetensors"), strict=False)
 
 
 def _features(model: Any, rows: Sequence[dict[str, Any]], collate: Any, settings: Train) -> list[dict[str, Any]]:

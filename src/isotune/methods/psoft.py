@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.algebra.cayley import orthogonal_difference
+from isotune.algebra.diagonal import scaled_difference
 from isotune.algebra.skew import skew_size
 from isotune.config import IsotuneConfig, by_pattern, check_cayley_options, require_choice, require_positive_integer
 from isotune.errors import IsotuneWarning
@@ -23,8 +24,6 @@ from isotune.operators import Operator
 @dataclass
 class PsoftConfig(IsotuneConfig):
     """Configuration of PSOFT: y = host(x) + (psoft_alpha / r)·((x Vᵀ)(M − I)) Pᵀ with M = diag(α) R diag(β).
-
-    Trainable parameters: r(r − 1)/2 for the orthogonal R, and r for each of α and β, a layer.
 
     Args:
         r: rank of the principal subspace; at most the smaller side of each adapted weight.
@@ -134,15 +133,16 @@ class PsoftOperator(Operator):
                 nn.init.ones_(scale)
 
     def batch_key(self) -> Hashable:
-        """All that `compute` depends on besides the parameters."""
+        """What `compute` depends on besides the parameters."""
         return self.size, self.orthogonal, self.neumann_terms, self.generator_bound
 
     def compute(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """M − I = diag(α)(R − I)diag(β) + diag(αβ − 1)."""
         difference = self.rotation_difference(parameters["generator"])
-        ones = difference.new_ones(self.size)
-        alpha, beta = parameters.get("input_scale", ones), parameters.get("output_scale", ones)
-        return difference * (alpha[..., :, None] * beta[..., None, :]) + torch.diag_embed(alpha * beta - 1)
+        if "input_scale" not in parameters and "output_scale" not in parameters:
+            return difference
+        ones = difference.new_ones(difference.shape[:-1])
+        return scaled_difference(difference, parameters.get("input_scale", ones), parameters.get("output_scale", ones))
 
     def rotation_difference(self, generator: Tensor) -> Tensor:
         """R − I, (..., r, r), from the generator, (..., r(r − 1)/2) or (..., r, r)."""

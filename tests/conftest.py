@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import isotune  # noqa: F401  registers the methods with PEFT
 from helpers import FAMILIES, make_tokenizer
-from torch import nn
 
 torch.set_num_threads(1)  # tiny matrices gain nothing from more, and several runs may share the machine
 

@@ -29,6 +29,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from isotune import PeftModel, PsoftConfig, cli, get_peft_model
+from isotune.errors import IsotuneWarning
 from isotune.export import export_lora, export_merged
 
 IDS = torch.arange(8).view(2, 4)
@@ -80,7 +81,7 @@ def adapted(name: str, folder: Path, **options: Any) -> tuple[PeftModel, Path]:
     model.save_pretrained(folder / "base")
     base = type(model).from_pretrained(folder / "base")
     before = output(base)
-    with pytest.warns(UserWarning) if "psoft_alpha" in config else nullcontext():
+    with pytest.warns(IsotuneWarning, match="psoft_alpha") if "psoft_alpha" in config else nullcontext():
         result = get_peft_model(base, PsoftConfig(r=5, init_weights=False, **{**config, **options}))
     assert (output(result) - before).abs().max() > 1e-2
     return result, folder / "base"
@@ -198,7 +199,7 @@ def test_the_named_adapter_is_exported_also_while_merged(tmp_path: Path) -> None
 
 def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
     model, base = adapted("llama", tmp_path)
-    with pytest.raises(ValueError, match="no isotune adapter 'missing'.*default"):
+    with pytest.raises(ValueError, match=r"no isotune adapter 'missing'.*default"):
         export_lora(model, tmp_path / "out", adapter_name="missing")
     with pytest.raises(ValueError, match="exists already"):
         export_lora(model, base)

@@ -212,14 +212,14 @@ def check_real_weight(name: str, weight: Tensor, rank: int) -> None:
     pinned, count = pin(basis), candidate_rank(rank, weight.shape[1], weight.shape[0])
     values, vectors = torch.linalg.svd(weight.double(), full_matrices=False)[1:]
     gesvd = scipy.linalg.svd(weight.numpy(), full_matrices=False, lapack_driver="gesvd")[2]
-    for candidates in (
-        torch.from_numpy(gesvd)[:count],
-        mix(vectors, values)[:count],
-        candidates_of(weight, rank, "lowrank"),
+    for candidates, bound in (
+        (torch.from_numpy(gesvd)[:count], 1e-4),
+        (candidates_of(weight, rank, "lowrank"), 1e-4),
+        (mix(vectors, values)[:count], 1e-3),  # more rounding than any driver leaves
     ):
         found, residual = recover(pinned, candidates)
-        assert error(weight, basis, found) <= 1e-4, name
-        assert residual <= 1e-4, name
+        assert error(weight, basis, found) <= bound, name
+        assert residual <= bound, name
     rounded = weight.bfloat16().float()
     found, residual = recover(pinned, candidates_of(rounded, rank))
     assert error(weight, basis, found, rounded) <= 5e-2, name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,8 @@ from torch import nn
 
 from helpers import (
     FAMILIES,
-    TARGETS,
     WORDS,
-    assert_unchanged,
     layers_of,
-    make_tokenizer,
     randomize,
     relative_error,
     snapshot,
@@ -490,5 +486,3 @@ def test_gemma(tmp_path: Path) -> None:
         merged = loaded.merge_and_unload()
         assert relative_error(merged(input_ids=tokens).logits, trained) < 1e-3
         assert torch.equal(merged.generate(input_ids=tokens[:1], max_new_tokens=8, do_sample=False), text)
-
-

@@ -329,9 +329,7 @@ def import_peft_psoft(directory: str | os.PathLike[str], base_model: nn.Module) 
             for key, parameter in layer.operator(_ADAPTER).named_parameters():
                 parameter.copy_(layers[name].parameters[key])
             form = layer.raw_form(_ADAPTER)
-            form.adopt(layers[name].basis(), layer.unmerged_matrix(), 1.0, config.basis_seed)
-            # Nobody else should take over this basis as one that isotune has solved.
-            form.solved_here, form.candidates = False, None
+            form.adopt_foreign(layers[name].basis(), layer.unmerged_matrix(), 1.0, config.basis_seed)
     if extras:
         done: Any = set_peft_model_state_dict(model, {**get_peft_model_state_dict(model), **extras})
         if done.unexpected_keys:
@@ -349,7 +347,7 @@ def _plain_weight(base_model: nn.Module, name: str, folder: Path) -> Tensor:
     except AttributeError:
         module = None
     if not isinstance(module, nn.Linear):
-        found = "has no such module" if module is None else f"has a {type(module).__name__} there"
+        found = "has no such module" if module is None else f"has a {type(module).__module__}.{type(module).__name__}"
         raise AdapterFileError(
             f"{folder}: the adapter is on an nn.Linear {name!r}, and this base model {found}. Give the plain base "
             "model that it was trained on, loaded with the same class."

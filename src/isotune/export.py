@@ -167,14 +167,13 @@ def _lora_config(config: IsotuneConfig, layers: Mapping[str, Linear], adapter_na
 @contextmanager
 def _merged_and_bare(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """For the time of the block: the update in the weights, and the model's own modules in the places of wrappers."""
-    layers = dict(_adapted(model, adapter_name))
-    for name, layer in layers.items():
-        if layer.merged and layer.merged_adapters != [adapter_name]:
-            raise ValueError(f"{name!r} has {layer.merged_adapters} merged; call unmerge_adapter() first.")
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and module.merged and module.merged_adapters != [adapter_name]:
+            raise ValueError(f"{name!r} has {module.merged_adapters} merged; call unmerge_adapter() first.")
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
     merged_here: list[Linear] = []
     try:
-        for layer in layers.values():
+        for _, layer in _adapted(model, adapter_name):
             if not layer.merged:
                 layer.merge(adapter_names=[adapter_name])
                 merged_here.append(layer)

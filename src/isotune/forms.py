@@ -30,8 +30,9 @@ class _SubspaceUpdate(torch.autograd.Function):
         coordinates = torch.mm(x.reshape(-1, x.shape[-1]), reader.t())
         ctx.save_for_backward(coordinates, difference)
         ctx.factors = factors
-        flat = residual.reshape(-1, residual.shape[-1])
-        return torch.addmm(flat, torch.mm(coordinates, difference), writer.t()).view(residual.shape)
+        result = residual.clone(memory_format=torch.contiguous_format)
+        result.view(len(coordinates), result.shape[-1]).addmm_(torch.mm(coordinates, difference), writer.t())
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -66,10 +67,17 @@ class _LinearSubspaceUpdate(torch.autograd.Function):
         update = torch.mm(coordinates, difference)
         if on_input:
             flat = torch.addmm(flat, update, reader)
-        result = torch.mm(flat, weight.t()) if bias is None else torch.addmm(bias, flat, weight.t())
+        # Allocated in its final shape and filled through a view: a result that was a view itself could not be changed
+        # in place by what follows, such as ReLU(inplace=True).
+        result = x.new_empty(*shape[:-1], weight.shape[0])
+        rows = result.view(len(flat), weight.shape[0])
+        if bias is None:
+            torch.mm(flat, weight.t(), out=rows)
+        else:
+            torch.addmm(bias, flat, weight.t(), out=rows)
         if not on_input:
-            result.addmm_(update, writer.t())
-        return result.view(*shape[:-1], weight.shape[0])
+            rows.addmm_(update, writer.t())
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -201,6 +209,12 @@ class SubspaceUpdate(nn.Module):
         self.place(basis, matrix, scale)
         self.solved_here = True
         self.candidates = None if self.embedded else subspace
+
+    def adopt_foreign(self, basis: Tensor, matrix: Tensor, scale: float, seed: int) -> None:
+        """Take a basis (r, in) that need not be the principal one, such as another library's, and record it."""
+        self.adopt(basis, matrix, scale, seed)
+        # Neither may another adapter take it over, nor does it hold what the pin of a file could be found in.
+        self.solved_here, self.candidates = False, None
 
     def adopt_twin(self, twin: SubspaceUpdate, matrix: Tensor, scale: float) -> None:
         """Take the basis of an adapter of equal rank on the same weight, and its very tensors where they agree."""

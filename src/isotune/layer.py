@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import takewhile
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -19,6 +20,8 @@ from isotune.operators import Operator, OperatorBatch, batch_operators, is_symbo
 from isotune.pinning import MAX_RESIDUAL, candidate_rank, pin_width, recover
 from isotune.subspace import SubspaceRequest, principal_subspaces
 from isotune.subspace_cache import SubspaceCache
+
+_M = TypeVar("_M", bound=nn.Module)
 
 
 class Linear(nn.Module, BaseTunerLayer):
@@ -48,12 +51,16 @@ class Linear(nn.Module, BaseTunerLayer):
         self.isotune_form = nn.ModuleDict()
         self.isotune_dropout = nn.ModuleDict()
         self.configs: dict[str, IsotuneConfig] = {}
-        self.groups: dict[str, AdapterGroup] = {}
+        self.links: Links | None = None
         self.merged_adapters: list[str] = []
         # In a list, since a parameter assigned to a module would be registered as one of its own.
         self._original_weight: list[nn.Parameter] = []
         self._batch_adapters: tuple[str, ...] | None = None
         self._host_mark: tuple[int, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of one layer must not bring the whole model along; the copy of a model links its layers anew.
+        return {**self.__dict__, "links": None}
 
     # -- adapters ------------------------------------------------------------------------------------------------
 
@@ -74,7 +81,7 @@ class Linear(nn.Module, BaseTunerLayer):
         weight = self.host.weight
         device = torch.device("cpu") if weight.is_meta else weight.device
         wide = torch.promote_types(weight.dtype, torch.float32)
-        operator = config.build_operator(rank).to(device=device, dtype=wide)
+        operator = _placed(config.build_operator(rank), device, wide)
         if not config.init_weights:
             operator.randomize_parameters()
         pinned = config.basis == "pinned"
@@ -94,12 +101,10 @@ class Linear(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer and from the computations it shares."""
-        operator = dict(self.isotune_operator).get(adapter_name)
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
-        self.groups.pop(adapter_name, None)
-        if isinstance(operator, Operator) and operator._batch is not None:
-            operator._batch.forget()
+        if self.links is not None:
+            self.links.built = False
 
     def operator(self, adapter_name: str) -> Operator:
         """The operator of an adapter."""
@@ -119,8 +124,7 @@ class Linear(nn.Module, BaseTunerLayer):
         if torch.compiler.is_compiling():
             return form
         if not form.settled or (form.symbolic and not is_symbolic(self.host.weight)):
-            group = self.groups.get(adapter_name) or AdapterGroup(adapter_name, [self])
-            group.place()
+            AdapterGroup(adapter_name, [self] if self.links is None else self.links.layers).place()
         return form
 
     def unmerged_matrix(self) -> Tensor:
@@ -153,7 +157,7 @@ class Linear(nn.Module, BaseTunerLayer):
             return
         for modules in (self.isotune_operator, self.isotune_form):
             if adapter_name in modules and not any(p.is_meta for p in modules[adapter_name].parameters()):
-                modules[adapter_name].to(target)
+                _placed(modules[adapter_name], target)
 
     # -- forward -------------------------------------------------------------------------------------------------
     # Looking a submodule up as an attribute costs as much as launching an operation, so what every call needs is
@@ -304,23 +308,110 @@ class Linear(nn.Module, BaseTunerLayer):
         return f"ranks={ranks}" if ranks else ""
 
 
+def _placed(module: _M, device: torch.device, dtype: torch.dtype | None = None) -> _M:
+    """`module.to`, only where something differs: under FakeTensorMode even a conversion to the same would fail."""
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if t is not None]
+    if any(t.device != device or (dtype is not None and t.dtype != dtype) for t in tensors):
+        module.to(device=device, dtype=dtype)
+    return module
+
+
+class Links:
+    """What the isotune layers of one model share: the batches of their operators, and when a forward pass runs.
+
+    It hangs on every module that contains all adapted layers, with a hook before and after its forward; the outermost
+    of them that is called is the forward pass. A copy of it is empty and finds the layers of the copied model itself.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[Linear] = []
+        self.batches: list[OperatorBatch] = []
+        self.built = False
+        self._running: list[int] = []
+
+    def __reduce__(self) -> tuple[type[Links], tuple[()]]:
+        return Links, ()
+
+    @classmethod
+    def attach(cls, model: nn.Module) -> Links:
+        """Link the isotune layers of a model, and watch the forward passes of it and of what holds all of them."""
+        links = cls()
+        links.build(model)
+        names = [name for name, module in model.named_modules() if isinstance(module, Linear)]
+        paths = [name.split(".")[:-1] for name in names]
+        common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
+        for depth in range(len(common) + 1):
+            module = model.get_submodule(".".join(common[:depth]))
+            if "_isotune_links" not in module.__dict__:
+                module.register_forward_pre_hook(_enter)
+                module.register_forward_hook(_leave, always_call=True)
+            module.__dict__["_isotune_links"] = links
+        return links
+
+    @staticmethod
+    def detach(model: nn.Module) -> None:
+        """Undo `attach`."""
+        for module in model.modules():
+            if module.__dict__.pop("_isotune_links", None) is not None:
+                for hooks, own in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
+                    for key in [key for key, hook in hooks.items() if hook is own]:
+                        del hooks[key]
+                        module._forward_hooks_always_called.pop(key, None)
+
+    def build(self, model: nn.Module) -> None:
+        """Find the layers, and batch their operators by adapter."""
+        self.layers = [module for module in model.modules() if isinstance(module, Linear)]
+        for layer in self.layers:
+            layer.links = self
+        adapters = dict.fromkeys(name for layer in self.layers for name in layer.isotune_operator)
+        self.batches = [
+            batch
+            for name in adapters
+            for batch in batch_operators(
+                layer.operator(name) for layer in self.layers if name in layer.isotune_operator
+            )
+        ]
+        self.built = True
+
+    def enter(self, module: nn.Module) -> None:
+        """A module that holds all layers is called."""
+        if id(module) in self._running:
+            self._running.clear()  # an interrupt (Ctrl-C in a notebook) left the last pass without an end
+        if not self._running:
+            if not self.built:
+                self.build(module)
+            for batch in self.batches:
+                batch.begin()
+        self._running.append(id(module))
+
+    def leave(self, module: nn.Module) -> None:
+        """It has returned or raised."""
+        if id(module) in self._running:
+            del self._running[self._running.index(id(module)) :]
+        if not self._running:
+            for batch in self.batches:
+                batch.end()
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    module.__dict__["_isotune_links"].enter(module)
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    module.__dict__["_isotune_links"].leave(module)
+
+
 class AdapterGroup:
     """One adapter on all its layers: what is found for them together, once.
 
     Args:
         adapter_name: the adapter.
-        layers: every layer that has it, in the order of the model.
+        layers: the layers of the model; those without the adapter are left out.
     """
 
-    def __init__(self, adapter_name: str, layers: list[Linear]) -> None:
+    def __init__(self, adapter_name: str, layers: Iterable[Linear]) -> None:
         self.adapter_name = adapter_name
-        self.layers = layers
-        for layer in layers:
-            layer.groups[adapter_name] = self
-
-    def batch(self) -> list[OperatorBatch]:
-        """Let the layers' operators be computed together."""
-        return batch_operators(layer.operator(self.adapter_name) for layer in self.layers)
+        self.layers = [layer for layer in layers if adapter_name in layer.isotune_operator]
 
     @torch.no_grad()
     def place(self) -> None:
@@ -345,7 +436,7 @@ class AdapterGroup:
         """Place again what a load of weights has changed: the stored bases, or the weights of the hosts."""
         for layer in self.layers:
             if layer.host_has_changed():
-                untrained = not bool(layer.operator(self.adapter_name).difference().any())
+                untrained = not bool(layer.operator(self.adapter_name).own_difference().any())
                 self._form(layer).forget(stored=untrained)
         self.place()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,11 +46,20 @@ class Operator(nn.Module, ABC):
         Args:
             dtype: of the result; the computation itself is in float32 at least.
         """
-        batch = self._batch
-        if batch is None or torch.compiler.is_compiling() or not batch.holds(self, self._slot):
-            result: Tensor = _compute(self, dict(self.named_parameters()))
-            return result if dtype is None else result.to(dtype)
-        return batch.difference(self._slot, dtype)
+        shared = None if self._batch is None else self._batch.difference(self, self._slot, dtype)
+        return self.own_difference(dtype) if shared is None else shared
+
+    def own_difference(self, dtype: torch.dtype | None = None) -> Tensor:
+        """M − I, (n, n), computed for this operator alone."""
+        parameters = self.parameter_tuple()
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+            tracked: Tensor = _Evaluation.apply(self, dtype, *parameters)  # type: ignore[no-untyped-call]
+            return tracked
+        return _compute(self, parameters, dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of one layer must not bring the whole model along; the copy of a model links its operators anew.
+        return {**self.__dict__, "_batch": None, "_slot": -1}
 
     def matrix(self) -> Tensor:
         """M itself, (n, n)."""
@@ -75,144 +84,108 @@ class Operator(nn.Module, ABC):
         return tuple(name for name, p in self._parameters.items() if p is not None)
 
 
-def _compute(operator: Operator, parameters: Mapping[str, Tensor]) -> Tensor:
+def _compute(operator: Operator, parameters: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
     """M − I in float32 at least: a factorisation does not exist, and a small rotation is lost, in half precision."""
-    device_type = next(iter(parameters.values())).device.type
-    wide = {name: p.float() if p.dtype in (torch.float16, torch.bfloat16) else p for name, p in parameters.items()}
-    with torch.autocast(device_type, enabled=False):
-        return operator.compute(wide)
+    wide = [p.float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in parameters]
+    with torch.autocast(parameters[0].device.type, enabled=False):
+        result = operator.compute(dict(zip(operator.parameter_names(), wide, strict=True)))
+    return result if dtype is None else result.to(dtype)
 
 
-class _Batched(torch.autograd.Function):
-    """All operators of a batch from all their parameters, as one node of the graph that may be passed many times.
+class _Evaluation(torch.autograd.Function):
+    """M − I from its parameters as one node of the graph that keeps its inner graph on itself.
 
-    Two forward passes may share one evaluation while each has its own backward pass (gradient accumulation, pipeline
-    schedules, two losses). An ordinary graph is freed by the first; this node keeps its inner graph on itself.
+    Such a node may be passed backward many times, which an ordinary graph, freed by the first, may not: two losses of
+    one forward pass share it. And what it keeps is seen neither by checkpointing, which would have to find the same
+    saved tensors when it computes a part of the model again, nor by offloading.
     """
 
     @staticmethod
-    def forward(ctx: Any, operator: Operator, dtype: torch.dtype | None, *stacked: Tensor) -> Tensor:
-        # Neither checkpointing nor saved-tensor accounting should see the inner graph: it is recomputed by nobody.
+    def forward(ctx: Any, operator: Operator, dtype: torch.dtype | None, *parameters: Tensor) -> Tensor:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-            leaves = [s.detach().requires_grad_() for s in stacked]
-            result = _compute(operator, dict(zip(operator.parameter_names(), leaves, strict=True)))
+            leaves = [p.detach().requires_grad_() for p in parameters]
+            result = _compute(operator, leaves, dtype)
         ctx.leaves, ctx.result = leaves, result
-        return result.detach() if dtype is None else result.detach().to(dtype)
+        return result.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = torch.autograd.grad(ctx.result, ctx.leaves, gradient.to(ctx.result.dtype), retain_graph=True)
-        return None, None, *gradients
-
-
-class _Evaluation:
-    """One result of a batch and what it was computed from."""
-
-    def __init__(self, differences: tuple[Tensor, ...], sources: list[tuple[Tensor, ...]], snapshot: list[Tensor]):
-        self.differences = differences
-        self.sources = sources
-        self.versions = [tuple(p._version for p in source) for source in sources]
-        self.snapshot = snapshot
-        self.served = [False] * len(sources)
-
-    def current(self, slot: int, parameters: tuple[Tensor, ...]) -> bool:
-        """Whether the layer at `slot` still has the very parameters that this evaluation used."""
-        source, versions = self.sources[slot], self.versions[slot]
-        for i, parameter in enumerate(parameters):
-            if parameter is not source[i] or parameter._version != versions[i]:
-                return False
-        return len(parameters) == len(source)
+        return None, None, *torch.autograd.grad(ctx.result, ctx.leaves, gradient, retain_graph=True)
 
 
 class OperatorBatch:
     """The operators of one adapter that one computation can serve: the same class, key, shapes and device.
 
-    The operators depend on parameters and not on tokens, so a forward pass of the model needs each once. The first
-    layer that asks makes the computation for all. When a layer asks a second time a new forward pass has begun: with
-    gradients everything is computed afresh; without, the parameters are compared with those that were used (by
-    content, since `param.data` can be written without a trace) and the result is kept if they are the same.
+    Operators depend on parameters and not on tokens, so one forward pass of the model needs each once, and the first
+    layer that asks has all of them computed. A result holds for that pass: with gradients the next one computes afresh;
+    without, it first compares the parameters with those that were used, by their content, since `param.data` can be
+    written without a trace. Outside of a pass (a layer called by itself) every operator is computed alone.
 
     Args:
         operators: at least one, all of them alike; they are told of the batch.
     """
 
-    def __init__(self, operators: list[Operator]) -> None:
-        self.operators = operators
-        self._evaluations: dict[tuple[bool, torch.dtype | None], _Evaluation] = {}
-        for slot, operator in enumerate(operators):
+    def __init__(self, operators: Sequence[Operator]) -> None:
+        self.operators = list(operators)
+        self.running = False
+        self._compared = False
+        self._tracked: dict[torch.dtype | None, tuple[Tensor, ...]] = {}
+        self._untracked: dict[torch.dtype | None, tuple[Tensor, ...]] = {}
+        self._snapshot: list[Tensor] = []
+        for slot, operator in enumerate(self.operators):
             operator._batch, operator._slot = self, slot
 
-    @property
-    def representative(self) -> Operator:
-        """Any of the operators: they compute alike."""
-        return self.operators[0]
+    def begin(self) -> None:
+        """A forward pass begins."""
+        self._tracked.clear()
+        self._compared = False
+        self.running = True
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the parameters, the same for every operator."""
-        return self.representative.parameter_names()
+    def end(self) -> None:
+        """The forward pass is over; its result stays for checkpointing, which repeats parts of it in backward."""
+        self.running = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Results belong to a graph, which can be neither copied nor pickled, and are made again when asked for.
-        return {"operators": self.operators, "_evaluations": {}}
-
-    def holds(self, operator: Operator, slot: int) -> bool:
-        """Whether `operator` is the one this batch knows at `slot`; a replica or a shallow copy is not."""
-        return slot < len(self.operators) and self.operators[slot] is operator
-
-    def stack(self, parameters: tuple[Tensor, ...]) -> list[Tensor]:
-        """One tensor for each parameter name from the flat list (all of the first name, then the second, …)."""
-        count = len(self.operators)
-        return [torch.stack(parameters[i : i + count]) for i in range(0, len(parameters), count)]
-
-    def difference(self, slot: int, dtype: torch.dtype | None) -> Tensor:
-        """M − I of the operator at `slot`, (n, n)."""
-        own = self.operators[slot].parameter_tuple()
-        tracked = torch.is_grad_enabled() and any(p.requires_grad for p in own)
-        key = (tracked, dtype)
-        evaluation = self._evaluations.get(key)
-        if evaluation is not None and evaluation.served[slot] and not tracked:
-            self._restart(key, evaluation)
-            evaluation = self._evaluations.get(key)
-        if evaluation is None or evaluation.served[slot] or not evaluation.current(slot, own):
-            self._evaluations.pop(key, None)  # the old one is freed before the new one is made
-            evaluation = self._evaluations[key] = self._evaluate(tracked, dtype)
-        evaluation.served[slot] = True
-        return evaluation.differences[slot]
-
-    def forget(self) -> None:
-        """Drop every result."""
-        self._evaluations.clear()
-
-    def _flat(self, sources: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        return tuple(parameter for same_name in zip(*sources, strict=True) for parameter in same_name)
-
-    def _evaluate(self, tracked: bool, dtype: torch.dtype | None) -> _Evaluation:
-        sources = [operator.parameter_tuple() for operator in self.operators]
-        parameters = self._flat(sources)
-        if tracked:
-            inputs = self.stack(parameters)
-            stacked: Tensor = _Batched.apply(self.representative, dtype, *inputs)  # type: ignore[no-untyped-call]
-            return _Evaluation(stacked.unbind(0), sources, [])
-        with torch.no_grad():
-            snapshot = self.stack(parameters)
-            stacked = _compute(self.representative, dict(zip(self.names, snapshot, strict=True)))
-            stacked = stacked if dtype is None else stacked.to(dtype)
-        return _Evaluation(stacked.unbind(0), sources, snapshot)
-
-    def _restart(self, key: tuple[bool, torch.dtype | None], evaluation: _Evaluation) -> None:
-        """A new forward pass without gradients: keep the evaluation if every parameter is what it was."""
-        sources = [operator.parameter_tuple() for operator in self.operators]
-        same = all(map(evaluation.current, range(len(sources)), sources)) and not is_symbolic(sources[0][0])
-        if same:
+    def difference(self, operator: Operator, slot: int, dtype: torch.dtype | None) -> Tensor | None:
+        """M − I of an operator, (n, n), or None where it must be computed alone."""
+        if self.operators[slot] is not operator or torch.compiler.is_compiling():
+            return None  # a replica on another device, or a trace, which needs no sharing by hand
+        if torch.is_grad_enabled() and any(p.requires_grad for p in operator.parameter_tuple()):
+            found = self._tracked.get(dtype)
+            if found is None and self.running:
+                inputs = self._stacked()
+                stacked: Tensor = _Evaluation.apply(self.operators[0], dtype, *inputs)  # type: ignore[no-untyped-call]
+                found = self._tracked[dtype] = stacked.unbind(0)
+            elif not self.running and not _in_backward():
+                return None
+            return None if found is None else found[slot]
+        if not self.running:
+            return None
+        if not self._compared:
+            self._compare()
+        found = self._untracked.get(dtype)
+        if found is None:
             with torch.no_grad():
-                fresh = self.stack(self._flat(sources))
-                same = all(map(torch.equal, fresh, evaluation.snapshot))
-        if same:
-            evaluation.served = [False] * len(sources)
-        else:
-            del self._evaluations[key]
+                self._snapshot = self._stacked()
+                found = self._untracked[dtype] = _compute(self.operators[0], self._snapshot, dtype).unbind(0)
+        return found[slot]
+
+    def _stacked(self) -> list[Tensor]:
+        """One tensor for each parameter, of all operators."""
+        return [torch.stack(same) for same in zip(*(o.parameter_tuple() for o in self.operators), strict=True)]
+
+    def _compare(self) -> None:
+        """Keep the results without gradients if every parameter is what it was."""
+        self._compared = True
+        if self._untracked:
+            with torch.no_grad():
+                fresh = self._stacked()
+            if is_symbolic(fresh[0]) or not all(map(torch.equal, fresh, self._snapshot)):
+                self._untracked.clear()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def is_symbolic(tensor: Tensor) -> bool:

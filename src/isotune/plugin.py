@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from isotune.config import IsotuneConfig
 from isotune.errors import AdapterFileError, BaseMismatchError, IsotuneWarning, UnsupportedVersionError
-from isotune.layer import AdapterGroup, Linear
+from isotune.layer import AdapterGroup, Linear, Links
 from isotune.methods import METHODS
 
 MINIMUM_VERSIONS = {"torch": "2.6", "peft": "0.21.2"}
@@ -52,18 +52,21 @@ class IsotuneModel(BaseTuner):
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            layers = [m for m in model.modules() if isinstance(m, Linear) and adapter_name in m.isotune_operator]
-            group = AdapterGroup(adapter_name, layers)
-            group.place()
-            group.batch()
+            links = Links.attach(model)
+            AdapterGroup(adapter_name, links.layers).place()
         except BaseException:
             _remove_adapter(model, adapter_name)
             self.peft_config.pop(adapter_name, None)
             for parameter, flag in trainable.items():
                 parameter.requires_grad_(flag)
             raise
-        if not hasattr(model, "_isotune_load_hook"):
-            model._isotune_load_hook = model.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+        if _after_load not in model._load_state_dict_post_hooks.values():
+            model.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        _detach(model)
+        return model
 
     def _create_and_replace(
         self,
@@ -82,7 +85,8 @@ class IsotuneModel(BaseTuner):
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        # PEFT's _replace_module would move the layer to its host's device, where it already is.
+        setattr(parent, target_name, layer)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -148,17 +152,27 @@ def _check_file(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]
 
 def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
     """After any load_state_dict: find the loaded bases on this base model, and refuse one that does not fit."""
-    groups = {id(g): g for m in model.modules() if isinstance(m, Linear) for g in m.groups.values()}
-    for group in groups.values():
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    for name in dict.fromkeys(name for layer in layers for name in layer.configs):
         try:
-            group.refresh()
+            AdapterGroup(name, layers).refresh()
         except BaseMismatchError:
-            _remove_adapter(model, group.adapter_name)
+            _remove_adapter(model, name)
             configs = getattr(model, "peft_config", {})
-            configs.pop(group.adapter_name, None)
+            configs.pop(name, None)
             if not configs and hasattr(model, "peft_config"):
                 del model.peft_config
             raise
+
+
+def _detach(model: nn.Module) -> None:
+    """Take the hooks off a model that has no isotune layer any more."""
+    if any(isinstance(module, Linear) for module in model.modules()):
+        return
+    Links.detach(model)
+    hooks = model._load_state_dict_post_hooks
+    for key in [key for key, hook in hooks.items() if hook is _after_load]:
+        del hooks[key]
 
 
 def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -178,6 +192,7 @@ def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
             module.delete_adapter(adapter_name, None) if isinstance(module, ModulesToSaveWrapper) else (
                 module.delete_adapter(adapter_name)
             )
+    _detach(model)
 
 
 def check_versions() -> None:

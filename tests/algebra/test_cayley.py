@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -108,7 +110,7 @@ def test_each_further_term_is_closer(n: int, norm: float) -> None:
     generator = random_skew(n, norm)
     exact = cayley_difference(generator)
     errors = [float((neumann_difference(generator, k) - exact).norm()) for k in range(1, 12)]
-    assert all(later < earlier for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(errors))
 
 
 @pytest.mark.parametrize("terms", [0, -1])

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from isotune.experiments import loop, models, reload, summary
 from isotune.experiments.files import read_json
 from isotune.experiments.recipe import RecipeError, validate
 from isotune.experiments.run import run
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as in a terminal, also where the tests themselves run in the background and ignore it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 def files_of(folder: Path) -> set[str]:
@@ -240,6 +249,14 @@ def test_a_second_interrupt_stops_at_once(tiny: dict[str, Any], monkeypatch: pyt
         run(validate(tiny))
     assert loop.last_checkpoint(Path(tiny["output"]) / "psoft") is None
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_background_job_goes_on_ignoring_ctrl_c(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tiny["train"]["max_steps"] = 3
+    at_step(monkeypatch, 2, lambda model: signal.raise_signal(signal.SIGINT))
+    assert run(validate(tiny))["runs"][0]["best_step"] == 3
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def test_numbers_are_those_of_the_full_matrices(options: dict[str, object], tmp_
         assert row.angle_moved_mean == pytest.approx(float(moved.sum()) / (len(moved) * (len(moved) - 1)), rel=1e-3)
         assert row.base_residual is not None
         assert row.base_residual < 1e-4
-        scale = layer.isotune_operator["default"].input_scale
+        scale = layer.isotune_operator["default"].input_scale.detach()
         assert row.alpha == pytest.approx((float(scale.min()), float(scale.max())))
         if options.get("psoft_orth", True):
             assert row.orthogonality_error < 1e-5

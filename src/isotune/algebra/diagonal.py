@@ -15,7 +15,7 @@ class _ScaledDifference(torch.autograd.Function):
     def forward(difference: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
         result = difference * alpha[..., :, None]
         result.mul_(beta[..., None, :])
-        result.diagonal(dim1=-2, dim2=-1).add_(alpha * beta - 1)
+        result.diagonal(dim1=-2, dim2=-1).add_((alpha - 1) + alpha * (beta - 1))
         return result
 
     @staticmethod
@@ -34,7 +34,9 @@ class _ScaledDifference(torch.autograd.Function):
 
 
 def scaled_difference(difference: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """diag(α) R diag(β) − I from N = R − I, as diag(α) N diag(β) + diag(αβ − 1), which keeps a small N precise.
+    """diag(α) R diag(β) − I from N = R − I, as diag(α) N diag(β) + diag((α − 1) + α(β − 1)).
+
+    So written, a result near zero keeps its own relative precision.
 
     Args:
         difference: N, (..., n, n).

@@ -7,6 +7,7 @@ import math
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -238,11 +239,12 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
             self.interrupted = True
             tqdm.write("interrupted: saving a checkpoint (Ctrl-C again to stop at once)", file=sys.stderr)
 
-        try:
-            previous = signal.signal(signal.SIGINT, ask)
-        except ValueError:  # not the main thread, which alone may set handlers
+        # Handlers are set by the main thread alone, and a job put into the background ignores Ctrl-C for a reason.
+        previous = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or previous is signal.SIG_IGN:
             yield
             return
+        signal.signal(signal.SIGINT, ask)
         try:
             yield
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -192,12 +193,20 @@ def randomize(model: nn.Module, adapter: str = "default", std: float = 0.1, seed
                     parameter.add_((std * noise).to(parameter))
 
 
+def _alone(operator: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    half = (torch.float16, torch.bfloat16)
+    parameters = {name: p.float() if p.dtype in half else p for name, p in operator.named_parameters()}
+    with torch.autocast("cpu", enabled=False):
+        result = operator.compute(parameters)
+    return result if dtype is None else result.to(dtype)
+
+
 def one_by_one(model: nn.Module) -> nn.Module:
     """A copy whose operators are computed each for itself, at every call: slow, and never stale."""
     twin = copy.deepcopy(model)
     for layer in layers_of(twin):
         for operator in layer.isotune_operator.values():
-            operator._batch = None
+            operator.difference = functools.partial(_alone, operator)
     return twin
 
 
@@ -284,7 +293,11 @@ def counted(monkeypatch: Any, target: str) -> Iterator[list[Any]]:
     import importlib
 
     module_name, _, name = target.rpartition(".")
-    module = importlib.import_module(module_name)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError:  # a method of a class
+        parent, _, owner = module_name.rpartition(".")
+        module = getattr(importlib.import_module(parent), owner)
     original, calls = getattr(module, name), []
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:

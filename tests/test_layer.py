@@ -92,8 +92,8 @@ def test_equal_weights_and_a_second_adapter_are_solved_once(monkeypatch: pytest.
         model.add_adapter("other", psoft(target_modules=["first", "second", "third"]))
         assert len(calls) == 3
     for layer in layers_of(model):
-        assert layer.form("default").reader is layer.form("other").reader
-        assert layer.form("default").writer is layer.form("other").writer
+        assert layer.form("default").aligned_reader is layer.form("other").aligned_reader
+        assert layer.form("default").aligned_writer is layer.form("other").aligned_writer
 
 
 def test_loading_on_the_same_base_solves_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -459,6 +459,35 @@ def test_casting_the_model(model: Any, x: Tensor) -> None:
     compare(model, one_by_one(model), x.double())
 
 
+def test_the_reference_shares_nothing(model: Any, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests above compare with computes every operator at every call."""
+    reference = one_by_one(model)
+    with counted(monkeypatch, "isotune.methods.psoft.PsoftOperator.compute") as calls:
+        for count in (3, 6):
+            reference(x)
+            assert len(calls) == count
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_forward_that_failed_leaves_nothing_behind(grad: bool, model: Any, x: Tensor) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    inner = model.get_base_model()
+    hidden = torch.randn(5, 40)
+    with torch.set_grad_enabled(grad):
+        handle = inner.third.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(x)
+        handle.remove()
+        write_data(model)
+        reference = one_by_one(model)
+        torch.testing.assert_close(
+            inner.second(hidden), reference.get_base_model().second(hidden), rtol=1e-5, atol=1e-6
+        )
+        torch.testing.assert_close(model(x), reference(x), rtol=1e-5, atol=1e-6)
+
+
 def test_stack_helper_really_skips() -> None:
     stack, x = Stack(), torch.randn(2, 24)
     model = adapt(stack, target_modules=["second"])

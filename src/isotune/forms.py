@@ -10,6 +10,19 @@ from torch import Tensor, nn
 from isotune.pinning import pin
 
 _WIDE = (torch.float32, torch.float64)
+_ALIGNMENT = 16
+"""Products with tokens × r results run up to twice as fast on a CPU, and on GPUs too, if r is a multiple of this."""
+
+
+def _aligned(rank: int) -> int:
+    """Rows of reader and columns of writer: r, filled up with zeros unless r is tiny."""
+    return rank if rank < _ALIGNMENT else -(-rank // _ALIGNMENT) * _ALIGNMENT
+
+
+def _to_coordinates(x: Tensor, aligned: Tensor, rank: int) -> Tensor:
+    """x alignedᵀ without the columns of the filling, (tokens, r)."""
+    wide = torch.mm(x, aligned.t())
+    return wide if wide.shape[1] == rank else wide[:, :rank]
 
 
 def _refuse_double_backward() -> None:
@@ -27,11 +40,12 @@ class _SubspaceUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, difference: Tensor, residual: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
         reader, writer = factors
-        coordinates = torch.mm(x.reshape(-1, x.shape[-1]), reader.t())
+        rank = len(difference)
+        coordinates = _to_coordinates(x.reshape(-1, x.shape[-1]), reader, rank).contiguous()
         ctx.save_for_backward(coordinates, difference)
         ctx.factors = factors
         result = residual.clone(memory_format=torch.contiguous_format)
-        result.view(len(coordinates), result.shape[-1]).addmm_(torch.mm(coordinates, difference), writer.t())
+        result.view(len(coordinates), result.shape[-1]).addmm_(torch.mm(coordinates, difference), writer.t()[:rank])
         return result
 
     @staticmethod
@@ -40,11 +54,12 @@ class _SubspaceUpdate(torch.autograd.Function):
         coordinates, difference = ctx.saved_tensors
         reader, writer = ctx.factors
         needs_x, needs_difference, needs_residual, _ = ctx.needs_input_grad
-        read = torch.mm(gradient.reshape(-1, gradient.shape[-1]), writer)
+        rank = len(difference)
+        read = _to_coordinates(gradient.reshape(-1, gradient.shape[-1]), writer.t(), rank)
         grad_difference = torch.mm(coordinates.t(), read) if needs_difference else None
         grad_x = None
         if needs_x:
-            grad_x = torch.mm(torch.mm(read, difference.t()), reader).view(*gradient.shape[:-1], reader.shape[1])
+            grad_x = torch.mm(torch.mm(read, difference.t()), reader[:rank]).view(*gradient.shape[:-1], reader.shape[1])
         return grad_x, grad_difference, gradient if needs_residual else None, None
 
 
@@ -59,14 +74,14 @@ class _LinearSubspaceUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, difference: Tensor, frozen: tuple[Any, ...]) -> Tensor:
         reader, writer, weight, bias, on_input = frozen
-        shape = x.shape
+        shape, rank = x.shape, len(difference)
         flat = x.reshape(-1, shape[-1])
-        coordinates = torch.mm(flat, reader.t())
+        coordinates = _to_coordinates(flat, reader, rank).contiguous()
         ctx.save_for_backward(coordinates, difference)
         ctx.frozen = frozen
         update = torch.mm(coordinates, difference)
         if on_input:
-            flat = torch.addmm(flat, update, reader)
+            flat = torch.addmm(flat, update, reader[:rank])
         # Allocated in its final shape and filled through a view: a result that was a view itself could not be changed
         # in place by what follows, such as ReLU(inplace=True).
         result = x.new_empty(*shape[:-1], weight.shape[0])
@@ -76,7 +91,7 @@ class _LinearSubspaceUpdate(torch.autograd.Function):
         else:
             torch.addmm(bias, flat, weight.t(), out=rows)
         if not on_input:
-            rows.addmm_(update, writer.t())
+            rows.addmm_(update, writer.t()[:rank])
         return result
 
     @staticmethod
@@ -85,14 +100,17 @@ class _LinearSubspaceUpdate(torch.autograd.Function):
         coordinates, difference = ctx.saved_tensors
         reader, writer, weight, _, on_input = ctx.frozen
         needs_x, needs_difference, _ = ctx.needs_input_grad
-        shape = gradient.shape
+        shape, rank = gradient.shape, len(difference)
         flat = gradient.reshape(-1, shape[-1])
         grad_x = torch.mm(flat, weight) if needs_x or on_input else None
-        read = torch.mm(flat, writer) if grad_x is None or not on_input else torch.mm(grad_x, reader.t())
+        if on_input and grad_x is not None:
+            read = _to_coordinates(grad_x, reader, rank)
+        else:
+            read = _to_coordinates(flat, writer.t(), rank)
         grad_difference = torch.mm(coordinates.t(), read) if needs_difference else None
         if grad_x is None or not needs_x:
             return None, grad_difference, None
-        grad_x.addmm_(torch.mm(read, difference.t()), reader)
+        grad_x.addmm_(torch.mm(read, difference.t()), reader[:rank])
         return grad_x.view(*shape[:-1], weight.shape[1]), grad_difference, None
 
 
@@ -104,7 +122,8 @@ class SubspaceUpdate(nn.Module):
     reader = Σ^½ V, writer = s P Σ^(−½), where σᵢ = ‖W vᵢ‖.
 
     What a file holds is `stored`: the pin S = V Ω, (r, p), or V itself. Reader and writer are made from it and from the
-    host's weight, are as wide as that weight, and are never stored.
+    host's weight, are as wide as that weight, and are never stored; in memory they are filled up with zeros to a rank
+    that matrix products like.
 
     Args:
         rank: r.
@@ -118,8 +137,8 @@ class SubspaceUpdate(nn.Module):
 
     pin: Tensor | None
     basis: Tensor | None
-    reader: Tensor | None
-    writer: Tensor | None
+    aligned_reader: Tensor | None
+    aligned_writer: Tensor | None
 
     def __init__(
         self, rank: int, in_features: int, *, symmetric: bool, pin_width: int | None, device: torch.device
@@ -133,8 +152,8 @@ class SubspaceUpdate(nn.Module):
         stored = torch.zeros(rank, columns, device=device)
         self.register_buffer("pin", None if self.embedded else stored)
         self.register_buffer("basis", stored if self.embedded else None)
-        self.register_buffer("reader", None, persistent=False)
-        self.register_buffer("writer", None, persistent=False)
+        self.register_buffer("aligned_reader", None, persistent=False)
+        self.register_buffer("aligned_writer", None, persistent=False)
         self.scale = 1.0
         self.residual = 0.0
         self.solved_here = False
@@ -157,6 +176,16 @@ class SubspaceUpdate(nn.Module):
     def stored(self, value: Tensor) -> None:
         self._buffers["basis" if self.embedded else "pin"] = value
 
+    @property
+    def reader(self) -> Tensor | None:
+        """(r, in), in the dtype of the host's weight; None until placed."""
+        return None if self.aligned_reader is None else self.aligned_reader[: self.rank]
+
+    @property
+    def writer(self) -> Tensor | None:
+        """(out, r), in the dtype of the host's weight; None until placed."""
+        return None if self.aligned_writer is None else self.aligned_writer[:, : self.rank]
+
     def _mark(self) -> tuple[int, int]:
         stored = self.stored
         return id(stored), stored._version
@@ -164,11 +193,11 @@ class SubspaceUpdate(nn.Module):
     @property
     def settled(self) -> bool:
         """Whether reader and writer are there and nothing has touched the stored tensor since: a cheap test."""
-        return self._buffers["reader"] is not None and self._seen == self._mark()
+        return self._buffers["aligned_reader"] is not None and self._seen == self._mark()
 
     def needs_placing(self) -> bool:
         """Whether reader and writer must be made (again): they are missing, or the stored tensor has other values."""
-        if self.reader is None or self.symbolic or self._accepted is None:
+        if self.aligned_reader is None or self.symbolic or self._accepted is None:
             return True
         stored = self.stored
         same = stored.shape == self._accepted.shape and torch.equal(self._accepted.to(stored), stored)
@@ -185,7 +214,7 @@ class SubspaceUpdate(nn.Module):
 
     def forget(self, *, stored: bool) -> None:
         """Drop reader and writer since the host's weight has changed, and with `stored` what was recorded of V."""
-        self.reader = self.writer = self.candidates = self._accepted = None
+        self.aligned_reader = self.aligned_writer = self.candidates = self._accepted = None
         if stored:
             self.stored.zero_()
 
@@ -218,11 +247,10 @@ class SubspaceUpdate(nn.Module):
 
     def adopt_twin(self, twin: SubspaceUpdate, matrix: Tensor, scale: float) -> None:
         """Take the basis of an adapter of equal rank on the same weight, and its very tensors where they agree."""
-        assert twin.reader is not None
         if self.stored.is_meta:
             self.stored = torch.empty_like(self.stored, device=matrix.device)
         self.stored.copy_(twin.stored)
-        self.reader, self.writer = twin.reader, twin.writer
+        self.aligned_reader, self.aligned_writer = twin.aligned_reader, twin.aligned_writer
         self.scale, self._plain, self.solved_here = twin.scale, twin._plain, True
         self._settle()
         self.rescale(scale)
@@ -241,15 +269,17 @@ class SubspaceUpdate(nn.Module):
         if self.symmetric:
             values = torch.linalg.vector_norm(projection, dim=0).clamp_min(torch.finfo(basis.dtype).tiny).sqrt()
             reader, projection = basis * values[:, None], projection / values
-        self.reader = reader.to(matrix).contiguous()
-        self.writer = (projection * scale if scale != 1.0 else projection).to(matrix).contiguous()
+        filling = _aligned(self.rank) - self.rank
+        scaled = projection * scale if scale != 1.0 else projection
+        self.aligned_reader = nn.functional.pad(reader.to(matrix), (0, 0, 0, filling)).contiguous()
+        self.aligned_writer = nn.functional.pad(scaled.to(matrix), (0, filling)).contiguous()
         self.scale, self.solved_here, self.candidates = scale, False, None
         self._settle()
 
     def place_symbolic(self, matrix: Tensor, scale: float) -> None:
         """Give reader and writer their shapes on a weight that has no values yet; placed again when it has."""
-        self.reader = matrix.new_empty(self.rank, matrix.shape[1])
-        self.writer = matrix.new_empty(matrix.shape[0], self.rank)
+        self.aligned_reader = matrix.new_zeros(_aligned(self.rank), matrix.shape[1])
+        self.aligned_writer = matrix.new_zeros(matrix.shape[0], _aligned(self.rank))
         self.scale = scale
         self._settle()
         self.symbolic = True
@@ -259,9 +289,9 @@ class SubspaceUpdate(nn.Module):
         """Change s."""
         if scale == self.scale:
             return
-        if scale == 0.0 or self.writer is None:
+        if scale == 0.0 or self.aligned_writer is None:
             raise ValueError("A scale of 0 would lose the adapter; use disable_adapter() or set_adapter() instead.")
-        self.writer = self.writer * (scale / self.scale)
+        self.aligned_writer = self.aligned_writer * (scale / self.scale)
         self.scale = scale
         self._settle()
 
@@ -309,14 +339,15 @@ class SubspaceUpdate(nn.Module):
 
     def low_rank(self, difference: Tensor) -> tuple[Tensor, Tensor]:
         """Exact factors of the change of W, (out, r) and (r, in), in float32 at least."""
-        assert self.reader is not None
-        wide = torch.promote_types(self.reader.dtype, torch.float32)
-        reader, writer = self._factors(wide)
-        return writer @ difference.to(wide).T, reader
+        reader, writer = self.reader, self.writer
+        assert reader is not None
+        assert writer is not None
+        wide = torch.promote_types(reader.dtype, torch.float32)
+        return writer.to(wide) @ difference.to(wide).T, reader.to(wide)
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # Buffers by their dictionary: a module's attribute look-up costs as much as launching an operation.
-        reader, writer = self._buffers["reader"], self._buffers["writer"]
+        reader, writer = self._buffers["aligned_reader"], self._buffers["aligned_writer"]
         assert reader is not None
         assert writer is not None
         if reader.dtype != dtype:

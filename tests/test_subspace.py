@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -55,20 +55,21 @@ def assert_orthonormal(basis: Tensor, tolerance: float = 1e-6) -> None:
     assert float((gram - torch.eye(len(basis), dtype=torch.float64)).abs().max()) < tolerance
 
 
+@example(out=16, width=15, rank=1, decay=1e-5, scale=1e-25, solver="lowrank", dtype=torch.float32)
 @settings(max_examples=40, deadline=None)
 @given(
     out=st.integers(1, 40),
     width=st.integers(1, 40),
-    data=st.data(),
+    rank=st.integers(1, 40),
     decay=st.floats(0.0, 3.0),
     scale=st.sampled_from([1e-25, 1.0, 1e20]),
     solver=st.sampled_from(["auto", "full", "lowrank"]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_captures_as_much_energy_as_the_svd(
-    out: int, width: int, data: st.DataObject, decay: float, scale: float, solver: str, dtype: torch.dtype
+    out: int, width: int, rank: int, decay: float, scale: float, solver: str, dtype: torch.dtype
 ) -> None:
-    rank = data.draw(st.integers(1, min(out, width)))
+    rank = min(rank, out, width)
     spectrum = torch.arange(1, min(out, width) + 1, dtype=torch.float64) ** -decay * scale
     weight = with_spectrum(out, width, spectrum, seed=out)[0].to(dtype)
     found = principal_subspace(weight, rank, solver=solver)

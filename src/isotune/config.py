@@ -7,10 +7,12 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
 
 from isotune.errors import AdapterFileError
 from isotune.operators import Operator
@@ -107,6 +109,24 @@ class IsotuneConfig(PeftConfig):
                 _require_expression("target_modules", self.target_modules)
         if isinstance(self.exclude_modules, str):
             _require_expression("exclude_modules", self.exclude_modules)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read adapter_config.json of a folder or Hub repository; a local adapter file that is damaged is refused.
+
+        Raises:
+            AdapterFileError: adapter_model.safetensors is truncated or no safetensors file.
+        """
+        file = Path(pretrained_model_name_or_path) / (subfolder or "") / "adapter_model.safetensors"
+        if file.is_file():
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise AdapterFileError(
+                    f"{file} is damaged and cannot be read ({error}). Copy or download it again."
+                ) from error
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that the file stores."""

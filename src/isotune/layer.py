@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from isotune.config import IsotuneConfig
 from isotune.errors import BaseMismatchError, IsotuneWarning
-from isotune.forms import SubspaceUpdate
+from isotune.forms import SubspaceUpdate, mark
 from isotune.hosts import host_for
 from isotune.operators import Operator, OperatorBatch, batch_operators, is_symbolic
 from isotune.pinning import MAX_RESIDUAL, candidate_rank, pin_width, recover
@@ -62,6 +63,13 @@ class Linear(nn.Module, BaseTunerLayer):
         # A copy of one layer must not bring the whole model along; the copy of a model links its layers anew.
         return {**self.__dict__, "links": None}
 
+    def train(self, mode: bool = True) -> Linear:
+        """Set the mode; a base is checked here too, since transformers' own loader ends in model.eval()."""
+        if self.links is not None and not all(self.raw_form(name).settled for name in self.configs):
+            self.links.settle()
+        super().train(mode)
+        return self
+
     # -- adapters ------------------------------------------------------------------------------------------------
 
     def update_layer(self, adapter_name: str, config: IsotuneConfig) -> None:
@@ -104,7 +112,7 @@ class Linear(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
         if self.links is not None:
-            self.links.built = False
+            self.links.unlink()
 
     def operator(self, adapter_name: str) -> Operator:
         """The operator of an adapter."""
@@ -137,12 +145,12 @@ class Linear(nn.Module, BaseTunerLayer):
     def note_host(self) -> None:
         """Remember the weight that subspaces were placed on."""
         weight = self._original_weight[0] if self._original_weight else self.host.weight
-        self._host_mark = (id(weight), weight._version)
+        self._host_mark = mark(weight)
 
     def host_has_changed(self) -> bool:
         """Whether the host's weight was replaced or written to since subspaces were placed on it."""
         weight = self._original_weight[0] if self._original_weight else self.host.weight
-        return self._host_mark is not None and self._host_mark != (id(weight), weight._version)
+        return self._host_mark is not None and self._host_mark != mark(weight)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply the configured scale of an adapter's update by `scale`, as PEFT's set_scale does."""
@@ -261,6 +269,21 @@ class Linear(nn.Module, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.isotune_operator]
         if not names:
             return
+        merged = self._merged_matrix(names, safe_merge)
+        if not self._original_weight:
+            self._original_weight.append(self.host.weight)
+        self.host.set_matrix(merged)
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Raise what `merge` with `safe_merge` would raise, and change nothing."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = [n for n in names if n in self.isotune_operator and n not in self.merged_adapters]
+        if names:
+            self._merged_matrix(names, safe_merge=True)
+
+    def _merged_matrix(self, names: list[str], safe_merge: bool) -> Tensor:
         matrix = self.unmerged_matrix()
         total = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         for name in (*self.merged_adapters, *names):
@@ -272,10 +295,7 @@ class Linear(nn.Module, BaseTunerLayer):
                 "The adapter is broken (a diverged training?), or its values exceed the range of "
                 f"{matrix.dtype}: load a good checkpoint, or the base in float32."
             )
-        if not self._original_weight:
-            self._original_weight.append(self.host.weight)
-        self.host.set_matrix(merged)
-        self.merged_adapters.extend(names)
+        return merged
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -310,7 +330,9 @@ class Linear(nn.Module, BaseTunerLayer):
 
 def _placed(module: _M, device: torch.device, dtype: torch.dtype | None = None) -> _M:
     """`module.to`, only where something differs: under FakeTensorMode even a conversion to the same would fail."""
-    tensors = [t for t in (*module.parameters(), *module.buffers()) if t is not None]
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(t.is_meta for t in tensors):
+        return module if dtype is None else module.to(dtype=dtype)  # to be replaced by what is loaded
     if any(t.device != device or (dtype is not None and t.dtype != dtype) for t in tensors):
         module.to(device=device, dtype=dtype)
     return module
@@ -327,6 +349,8 @@ class Links:
         self.layers: list[Linear] = []
         self.batches: list[OperatorBatch] = []
         self.built = False
+        self.model: nn.Module | None = None
+        self.trainable: dict[nn.Parameter, bool] = {}
         self._running: list[int] = []
 
     def __reduce__(self) -> tuple[type[Links], tuple[()]]:
@@ -335,7 +359,7 @@ class Links:
     @classmethod
     def attach(cls, model: nn.Module) -> Links:
         """Link the isotune layers of a model, and watch the forward passes of it and of what holds all of them."""
-        links = cls()
+        links = model.__dict__.get("_isotune_links") or cls()
         links.build(model)
         names = [name for name, module in model.named_modules() if isinstance(module, Linear)]
         paths = [name.split(".")[:-1] for name in names]
@@ -360,6 +384,7 @@ class Links:
 
     def build(self, model: nn.Module) -> None:
         """Find the layers, and batch their operators by adapter."""
+        self.model = model
         self.layers = [module for module in model.modules() if isinstance(module, Linear)]
         for layer in self.layers:
             layer.links = self
@@ -372,6 +397,26 @@ class Links:
             )
         ]
         self.built = True
+
+    def settle(self) -> None:
+        """Place every adapter whose stored basis has changed, and take one out that does not fit this base.
+
+        Raises:
+            BaseMismatchError: as `AdapterGroup.place`; the adapter is gone then and the base as it was.
+        """
+        for name in dict.fromkeys(name for layer in self.layers for name in layer.configs):
+            group = AdapterGroup(name, self.layers)
+            try:
+                group.refresh()
+            except BaseMismatchError:
+                if self.model is not None:
+                    remove_adapter(self.model, name)
+                raise
+
+    def unlink(self) -> None:
+        """Forget the batches; the next forward pass makes them anew."""
+        self.batches.clear()
+        self.built = False
 
     def enter(self, module: nn.Module) -> None:
         """A module that holds all layers is called."""
@@ -522,7 +567,7 @@ class AdapterGroup:
         worst, residual = max(above, key=lambda pair: pair[1])
         message = (
             f"The adapter {self.adapter_name!r} was not trained on this base model: in {len(above)} of "
-            f"{len(residuals)} layers the principal subspace differs, most in {worst.key!r} with a residual of "
+            f"{len(self.layers)} layers the principal subspace differs, most in {worst.key!r} with a residual of "
             f"{residual:.3f} (the same base gives below 0.001, a base rounded to bfloat16 about 0.01, at most "
             f"{MAX_RESIDUAL} is allowed). Load the adapter on the base it was trained on, unquantised; or train and "
             "save it with basis='embedded', which fits any base of the same shapes; or, to load it all the same, set "
@@ -532,3 +577,43 @@ class AdapterGroup:
             warnings.warn(message, IsotuneWarning, stacklevel=2)
         else:
             raise BaseMismatchError(message)
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter that was refused out of a model, and with the last one every trace of isotune.
+
+    Args:
+        model: the model that the adapter was injected into, not a PeftModel around it.
+        adapter_name: the adapter.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear) and adapter_name in module.isotune_operator:
+            alone, original = len(module.isotune_operator) == 1, module.base_layer
+        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            alone, original = len(module.modules_to_save) == 1, module.original_module
+        else:
+            continue
+        if alone:
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], original)
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT tells which adapter is active now
+            if isinstance(module, Linear):
+                module.delete_adapter(adapter_name)
+            else:
+                module.delete_adapter(adapter_name, None)
+    configs = getattr(model, "peft_config", {})
+    configs.pop(adapter_name, None)
+    links = model.__dict__.get("_isotune_links")
+    if any(isinstance(module, Linear) for module in model.modules()):
+        if links is not None:
+            links.unlink()
+        return
+    if links is not None:
+        for parameter, flag in links.trainable.items():
+            parameter.requires_grad_(flag)
+    Links.detach(model)
+    if not configs and hasattr(model, "peft_config"):
+        del model.peft_config
+        if getattr(model, "_hf_peft_config_loaded", False):
+            model._hf_peft_config_loaded = False  # type: ignore[assignment]

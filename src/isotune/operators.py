@@ -53,8 +53,8 @@ class Operator(nn.Module, ABC):
         """M − I, (n, n), computed for this operator alone."""
         parameters = self.parameter_tuple()
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-            tracked: Tensor = _Evaluation.apply(self, dtype, *parameters)  # type: ignore[no-untyped-call]
-            return tracked
+            tracked: tuple[Tensor] = _Evaluation.apply(self, dtype, 1, *parameters)  # type: ignore[no-untyped-call]
+            return tracked[0]
         return _compute(self, parameters, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,17 +101,32 @@ class _Evaluation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, operator: Operator, dtype: torch.dtype | None, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, operator: Operator, dtype: torch.dtype | None, count: int, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-            leaves = [p.detach().requires_grad_() for p in parameters]
+            leaves = [stacked.detach().requires_grad_() for stacked in _stack(parameters, count)]
             result = _compute(operator, leaves, dtype)
         ctx.leaves, ctx.result = leaves, result
-        return result.detach()
+        return result.detach().unbind(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *torch.autograd.grad(ctx.result, ctx.leaves, gradient, retain_graph=True)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        # An operator that had no part in the loss has no gradient: a zero would let an optimiser's momentum and weight
+        # decay move it.
+        used = [gradient is not None for gradient in gradients]
+        zero = torch.zeros_like(ctx.result[0])
+        gradient = torch.stack([zero if g is None else g for g in gradients])
+        found = torch.autograd.grad(ctx.result, ctx.leaves, gradient, retain_graph=True)
+        flat = [g if use else None for stacked in found for g, use in zip(stacked.unbind(0), used, strict=True)]
+        return None, None, None, *flat
+
+
+def _stack(parameters: Sequence[Tensor], count: int) -> list[Tensor]:
+    """One tensor for each parameter name, of all operators, from the list of all of the first name, the second, …"""
+    return [torch.stack(tuple(parameters[i : i + count])) for i in range(0, len(parameters), count)]
 
 
 class OperatorBatch:
@@ -153,9 +168,9 @@ class OperatorBatch:
         if torch.is_grad_enabled() and any(p.requires_grad for p in operator.parameter_tuple()):
             found = self._tracked.get(dtype)
             if found is None and self.running:
-                inputs = self._stacked()
-                stacked: Tensor = _Evaluation.apply(self.operators[0], dtype, *inputs)  # type: ignore[no-untyped-call]
-                found = self._tracked[dtype] = stacked.unbind(0)
+                flat = self._parameters()
+                found = _Evaluation.apply(self.operators[0], dtype, len(self.operators), *flat)  # type: ignore[no-untyped-call]
+                self._tracked[dtype] = found
             elif not self.running and not _in_backward():
                 return None
             return None if found is None else found[slot]
@@ -170,9 +185,12 @@ class OperatorBatch:
                 found = self._untracked[dtype] = _compute(self.operators[0], self._snapshot, dtype).unbind(0)
         return found[slot]
 
+    def _parameters(self) -> list[Tensor]:
+        by_name = zip(*(operator.parameter_tuple() for operator in self.operators), strict=True)
+        return [parameter for same_name in by_name for parameter in same_name]
+
     def _stacked(self) -> list[Tensor]:
-        """One tensor for each parameter, of all operators."""
-        return [torch.stack(same) for same in zip(*(o.parameter_tuple() for o in self.operators), strict=True)]
+        return _stack(self._parameters(), len(self.operators))
 
     def _compare(self) -> None:
         """Keep the results without gradients if every parameter is what it was."""

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 MAX_RESIDUAL = 0.03
-"""The residual of `recover` above which a base is another one than the basis was pinned on."""
+"""The residual of `recover` above which the base is not the one that the basis was pinned on.
+
+Measured at ranks 32 to 128 on all 36 linear layers of all-MiniLM-L6-v2 and 42 of Gemma 3 270M, each layer by itself:
+the same weights under another driver or solver, at most 8e-6; rounded to bfloat16, at most 4e-3 (the update off by at
+most 1e-2); to 8 bits, at most 1.5e-2 (4e-2); to 4 bits in blocks of 64, at least 4.7e-2 (0.2 to 0.5); another layer or
+a random weight, at least 0.67.
+"""
 
 
 def pin_width(rank: int, in_features: int) -> int:

@@ -10,19 +10,20 @@ from typing import Any
 import peft
 import torch
 from packaging.version import Version
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    ModulesToSaveWrapper,
+    AuxiliaryTrainingWrapper,
     PeftType,
     register_peft_method,
 )
 from torch import Tensor, nn
 
 from isotune.config import IsotuneConfig
-from isotune.errors import AdapterFileError, BaseMismatchError, IsotuneWarning, UnsupportedVersionError
-from isotune.layer import AdapterGroup, Linear, Links
+from isotune.errors import AdapterFileError, IsotuneWarning, UnsupportedVersionError
+from isotune.layer import AdapterGroup, Linear, Links, remove_adapter
 from isotune.methods import METHODS
 
 MINIMUM_VERSIONS = {"torch": "2.6", "peft": "0.21.2"}
@@ -50,12 +51,15 @@ class IsotuneModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter into the model, then find the subspaces of all its layers; all or nothing."""
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        first = not any(isinstance(module, Linear) for module in model.modules())
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             links = Links.attach(model)
+            if first:
+                links.trainable = trainable
             AdapterGroup(adapter_name, links.layers).place()
         except BaseException:
-            _remove_adapter(model, adapter_name)
+            remove_adapter(model, adapter_name)
             self.peft_config.pop(adapter_name, None)
             for parameter, flag in trainable.items():
                 parameter.requires_grad_(flag)
@@ -63,9 +67,28 @@ class IsotuneModel(BaseTuner):
         if _after_load not in model._load_state_dict_post_hooks.values():
             model.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
-        _detach(model)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge into the base; with `safe_merge` all layers are checked before the first is changed."""
+        self._check_merge(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        for module in self.model.modules() if safe_merge else ():
+            if isinstance(module, Linear):
+                module.check_merge(adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        self._check_merge(merge and safe_merge, adapter_names)
+        model: Any = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        Links.detach(model)
         return model
 
     def _create_and_replace(
@@ -108,11 +131,21 @@ class IsotuneModel(BaseTuner):
             raise ValueError("adapter_names needs every adapter unmerged; call unmerge_adapter() first.")
         for layer in layers:
             layer._batch_adapters = tuple(names)
+        # PEFT's wrappers of modules_to_save dispatch by themselves when they are told.
+        handles = [
+            module.register_forward_pre_hook(
+                lambda _, given, named: (given, {**named, "adapter_names": list(names)}), with_kwargs=True
+            )
+            for module in self.model.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
         try:
             yield
         finally:
             for layer in layers:
                 layer._batch_adapters = None
+            for handle in handles:
+                handle.remove()
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -121,12 +154,16 @@ class IsotuneModel(BaseTuner):
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        _check_file(model, adapter_name, remapped)
+        try:
+            _check_file(model, adapter_name, remapped)
+        except AdapterFileError:
+            remove_adapter(model.get_base_model() if isinstance(model, PeftModel) else model, adapter_name)
+            raise
         return remapped
 
 
 def _check_file(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> None:
-    """Refuse a file that lacks what the adapter needs or holds what cannot be, before anything is changed."""
+    """Refuse a file that lacks what the adapter needs or holds what cannot be."""
     own = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -146,53 +183,21 @@ def _check_file(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]
                 f"{short!r} has shape {tuple(given[short].shape)} in the adapter file, and {tuple(tensor.shape)} is "
                 "needed on this base model by its adapter_config.json. Check that both belong together."
             )
+        if short.endswith((".pin", ".basis")) and not given[short].any():
+            raise AdapterFileError(
+                f"{short!r} is empty in the adapter file: it was saved before its base had weights. Save it again."
+            )
         if not torch.isfinite(given[short]).all():
             raise AdapterFileError(f"{short!r} holds NaN or infinity in the adapter file; load an earlier checkpoint.")
 
 
 def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
     """After any load_state_dict: find the loaded bases on this base model, and refuse one that does not fit."""
-    layers = [module for module in model.modules() if isinstance(module, Linear)]
-    for name in dict.fromkeys(name for layer in layers for name in layer.configs):
-        try:
-            AdapterGroup(name, layers).refresh()
-        except BaseMismatchError:
-            _remove_adapter(model, name)
-            configs = getattr(model, "peft_config", {})
-            configs.pop(name, None)
-            if not configs and hasattr(model, "peft_config"):
-                del model.peft_config
-            raise
-
-
-def _detach(model: nn.Module) -> None:
-    """Take the hooks off a model that has no isotune layer any more."""
-    if any(isinstance(module, Linear) for module in model.modules()):
-        return
-    Links.detach(model)
-    hooks = model._load_state_dict_post_hooks
-    for key in [key for key, hook in hooks.items() if hook is _after_load]:
-        del hooks[key]
-
-
-def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter that was refused out of the model, and every wrapper that held only it."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Linear) and adapter_name in module.isotune_operator:
-            alone, original = len(module.isotune_operator) == 1, module.base_layer
-        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            alone, original = len(module.modules_to_save) == 1, module.original_module
-        else:
-            continue
-        if alone:
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], original)
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT tells which adapter is active now
-            module.delete_adapter(adapter_name, None) if isinstance(module, ModulesToSaveWrapper) else (
-                module.delete_adapter(adapter_name)
-            )
-    _detach(model)
+    links = model.__dict__.get("_isotune_links")
+    if links is not None:
+        if not links.built:
+            links = Links.attach(model)
+        links.settle()
 
 
 def check_versions() -> None:

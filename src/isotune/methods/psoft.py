@@ -5,6 +5,7 @@ Source: Wu et al., Efficient Orthogonal Fine-Tuning with Principal Subspace Adap
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -59,8 +60,9 @@ class PsoftConfig(IsotuneConfig):
         require_positive_integer("r", self.r)
         require_choice("ab_svd_init", self.ab_svd_init, ("psoft_init", "pissa_init"))
         require_choice("psoft_svd", self.psoft_svd, ("auto", "full", "lowrank"))
-        if self.psoft_alpha is not None and not self.psoft_alpha > 0:
-            raise ValueError(f"psoft_alpha={self.psoft_alpha!r} is not allowed; it must be above 0, or None for r.")
+        if not all(a is None or 0 < a < math.inf for a in (self.psoft_alpha, *self.alpha_pattern.values())):
+            given = f"psoft_alpha={self.psoft_alpha!r} with alpha_pattern={self.alpha_pattern!r}"
+            raise ValueError(f"{given} is not allowed; each must be above 0, or psoft_alpha None for r.")
         if not 0.0 <= self.psoft_dropout < 1.0:
             raise ValueError(f"psoft_dropout={self.psoft_dropout!r} is not allowed; it must be in [0, 1).")
         if self.use_cayley_neumann and not self.psoft_orth:

@@ -23,6 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from isotune.experiments.files import read_json, write_json
+from isotune.experiments.models import quiet
 from isotune.experiments.recipe import Metric, Train
 
 Row = dict[str, Any]
@@ -326,7 +327,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     resume = last_checkpoint(folder)
     try:
-        with progress.catching_interrupts():
+        with progress.catching_interrupts(), quiet():
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         progress.close()

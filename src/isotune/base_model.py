@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from isotune.errors import IsotuneWarning
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -16,6 +20,25 @@ _AUTO_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what the libraries say about a head that is new on purpose, and their loading bars."""
+    from transformers import logging as transformers_logging
+
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", IsotuneWarning)  # the noise is the other libraries'
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(level)
+            if bars:
+                transformers_logging.enable_progress_bar()
 
 
 def resolve_base(name: str) -> str:
@@ -77,7 +100,8 @@ def load_base(name: str, adapter_config: Mapping[str, Any], *, trust_remote_code
     loader = own_class or getattr(transformers, _AUTO_CLASSES.get(str(task), "AutoModel"))
     revision = adapter_config.get("revision") if name == adapter_config.get("base_model_name_or_path") else None
     try:
-        model = loader.from_pretrained(path, revision=revision or "main", trust_remote_code=trust_remote_code)
+        with quiet():
+            model = loader.from_pretrained(path, revision=revision or "main", trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"The base model {name!r} cannot be loaded by {loader.__name__}: {lines[0]}") from error

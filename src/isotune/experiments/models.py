@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +14,14 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers import logging as transformers_logging
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from isotune.base_model import resolve_base
-from isotune.errors import IsotuneWarning
+from isotune.base_model import quiet, resolve_base
 from isotune.experiments.methods import HEADS
 
 
 class ModelError(ValueError):
     """The model that a recipe names cannot be found or loaded."""
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what the libraries say about a head that is new on purpose, and their loading bars."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("default", IsotuneWarning)  # the noise is the other libraries'
-        try:
-            yield
-        finally:
-            transformers_logging.set_verbosity(level)
-            if bars:
-                transformers_logging.enable_progress_bar()
 
 
 def locate(name: str) -> str:

@@ -568,7 +568,7 @@ class AdapterGroup:
         message = (
             f"The adapter {self.adapter_name!r} was not trained on this base model: in {len(above)} of "
             f"{len(self.layers)} layers the principal subspace differs, most in {worst.key!r} with a residual of "
-            f"{residual:.3f} (the same base gives below 0.001, a base rounded to bfloat16 about 0.01, at most "
+            f"{residual:.3f} (the same base gives below 0.001, a base rounded to bfloat16 about 0.003, at most "
             f"{MAX_RESIDUAL} is allowed). Load the adapter on the base it was trained on, unquantised; or train and "
             "save it with basis='embedded', which fits any base of the same shapes; or, to load it all the same, set "
             "on_base_mismatch='warn' in PeftModel.from_pretrained or on the config."

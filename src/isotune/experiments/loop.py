@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from isotune.base_model import quiet
 from isotune.experiments.files import read_json, write_json
-from isotune.experiments.models import quiet
 from isotune.experiments.recipe import Metric, Train
 
 Row = dict[str, Any]

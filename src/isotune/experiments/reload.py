@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from isotune.base_model import quiet
 from isotune.experiments import data, models
 from isotune.experiments.files import read_json, write_json
 from isotune.experiments.recipe import Recipe
@@ -39,7 +40,7 @@ def score(output: Path, folder: str) -> dict[str, Any]:
     encoded = encode(examples, models.tokenizer_for(recipe.model), recipe.train.max_length)
     expected = read_json(output / folder / "predictions.json")
     labels = [row["labels"] for row in encoded["test"]]
-    with models.quiet():
+    with quiet():
         model = models.reload(
             recipe.model, recipe.pooling, examples.labels, output / folder / "adapter", recipe.method.name
         )

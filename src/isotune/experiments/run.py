@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from isotune.base_model import quiet
 from isotune.experiments import data as data_module
 from isotune.experiments import methods, summary
 from isotune.experiments.files import read_json, write_json
@@ -217,7 +218,7 @@ def _one(
         if head_folder is None:
             raise RecipeError(f"start_from_head needs the method head to be trained before {method.name}")
         _start_from(model, output / head_folder)
-    with models.quiet():
+    with quiet():
         model = methods.attach(method, model, head)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     entry: dict[str, Any] = {

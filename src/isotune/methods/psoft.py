@@ -1,7 +1,4 @@
-"""PSOFT: an orthogonal transformation of the principal subspace, relaxed by two vectors.
-
-Source: Wu et al., Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation, ICLR 2026 (arXiv 2505.11235).
-"""
+"""PSOFT (Wu et al., ICLR 2026, arXiv 2505.11235): an orthogonal map of the principal subspace, and two vectors."""
 
 from __future__ import annotations
 

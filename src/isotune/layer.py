@@ -142,15 +142,18 @@ class Linear(nn.Module, BaseTunerLayer):
                 return self.host.matrix()
         return self.host.matrix()
 
+    @property
+    def _base_weight(self) -> nn.Parameter:
+        """The base's own weight parameter, also while adapters are merged into the host."""
+        return self._original_weight[0] if self._original_weight else self.host.weight
+
     def note_host(self) -> None:
         """Remember the weight that subspaces were placed on."""
-        weight = self._original_weight[0] if self._original_weight else self.host.weight
-        self._host_mark = mark(weight)
+        self._host_mark = mark(self._base_weight)
 
     def host_has_changed(self) -> bool:
         """Whether the host's weight was replaced or written to since subspaces were placed on it."""
-        weight = self._original_weight[0] if self._original_weight else self.host.weight
-        return self._host_mark is not None and self._host_mark != mark(weight)
+        return self._host_mark is not None and self._host_mark != mark(self._base_weight)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply the configured scale of an adapter's update by `scale`, as PEFT's set_scale does."""

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from isotune.pinning import MAX_RESIDUAL, candidate_rank, pin, pin_width, recover
+from isotune.pinning import CANDIDATE_TOLERANCE, MAX_RESIDUAL, candidate_rank, pin, pin_width, recover
 from isotune.subspace import principal_subspace
 from test_subspace import assert_orthonormal, minilm_weights, orthogonal, weight_like, with_spectrum
 
@@ -31,7 +31,8 @@ def error(weight: Tensor, basis: Tensor, found: Tensor, base: Tensor | None = No
 
 def candidates_of(weight: Tensor, rank: int, solver: str = "full") -> Tensor:
     out, width = weight.shape
-    return principal_subspace(weight, candidate_rank(rank, width, out), solver=solver).basis
+    count = candidate_rank(rank, width, out)
+    return principal_subspace(weight, count, solver=solver, tolerance=CANDIDATE_TOLERANCE).basis
 
 
 def quantised(weight: Tensor, bits: int) -> Tensor:

@@ -119,6 +119,49 @@ def test_the_gram_solver_is_closer_than_the_float32_svd() -> None:
             assert ours <= sine(svd[:rank], true[:rank]) + 2e-7
 
 
+@pytest.mark.parametrize("shape", [(300, 400), (400, 300)])
+def test_rounds_in_bfloat16_change_the_cost_and_not_the_answer(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, vectors = weight_like(*shape)
+    products: list[torch.dtype] = []
+    product = module._product
+
+    def counted(matrix: Tensor, block: Tensor) -> Tensor:
+        products.append(matrix.dtype)
+        return product(matrix, block)
+
+    monkeypatch.setattr(module, "_product", counted)
+    for coarse in (False, True):
+        products.clear()
+        monkeypatch.setattr(module, "_rounds_cheaply", lambda matrix, block, coarse=coarse: coarse)
+        found = principal_subspace(weight.float(), 16, solver="lowrank")
+        assert found.solver == "lowrank"
+        assert sine(found.basis, vectors[:16]) <= 1e-3
+        assert (torch.bfloat16 in products) == coarse
+        # The rounds that decide are in full precision whatever came before.
+        assert products[-4:] == [torch.float32] * 4
+    assert products.count(torch.bfloat16) >= len(products) // 3
+
+
+def test_only_large_single_precision_weights_are_rounded() -> None:
+    assert not module._rounds_cheaply(torch.empty(64, 64), 16)
+    assert not module._rounds_cheaply(torch.empty(4096, 4096, dtype=torch.float64), 128)
+    supported = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    assert module._rounds_cheaply(torch.empty(4096, 4096), 128) == supported
+
+
+@pytest.mark.parametrize("decay", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("rank", [4, 16, 40])
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-3, 1e-5])
+def test_lowrank_stops_only_when_the_tolerance_is_reached(decay: float, rank: int, tolerance: float) -> None:
+    """The bound by which it stops holds: at the first round that meets it, for steep and for flat spectra."""
+    values = torch.arange(1, 301, dtype=torch.float64) ** -decay
+    weight, vectors = with_spectrum(320, 300, values, seed=rank)
+    found = principal_subspace(weight, rank, solver="lowrank", tolerance=tolerance)
+    assert sine(found.basis, vectors[:rank]) <= tolerance
+
+
 def test_lowrank_falls_back_to_the_exact_solver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_APPLICATIONS", 2)
     weight, vectors = weight_like(300, 300)

@@ -18,7 +18,7 @@ from isotune.errors import BaseMismatchError, IsotuneWarning
 from isotune.forms import SubspaceUpdate, mark
 from isotune.hosts import host_for
 from isotune.operators import Operator, OperatorBatch, batch_operators, is_symbolic
-from isotune.pinning import MAX_RESIDUAL, candidate_rank, pin_width, recover
+from isotune.pinning import CANDIDATE_TOLERANCE, MAX_RESIDUAL, candidate_rank, pin_width, recover
 from isotune.subspace import SubspaceRequest, principal_subspaces
 from isotune.subspace_cache import SubspaceCache
 
@@ -508,7 +508,8 @@ class AdapterGroup:
             requests.append(SubspaceRequest(layer.unmerged_matrix(), rank, f"module {layer.key!r}"))
         cache = SubspaceCache() if config.subspace_cache else None
         solver = getattr(config, "psoft_svd", "auto")
-        return [subspace.basis for subspace in principal_subspaces(requests, solver=solver, cache=cache)]
+        found = principal_subspaces(requests, solver=solver, tolerance=CANDIDATE_TOLERANCE, cache=cache)
+        return [subspace.basis for subspace in found]
 
     def _solve(self, layers: list[Linear]) -> None:
         fresh = []

@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+CANDIDATE_TOLERANCE = 1e-4
+"""How closely the subspaces of pinned adapters are solved: what remains is the error of an update after loading."""
+
 MAX_RESIDUAL = 0.03
 """The residual of `recover` above which the base is not the one that the basis was pinned on.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from isotune.subspace_cache import SubspaceCache
 
 SOLVERS = ("auto", "full", "lowrank")
-SOLVER_VERSION = 1
+SOLVER_VERSION = 2
 """Part of every cache key: raise it whenever a solver's result changes by more than rounding."""
 
 ENERGY_TOLERANCE = 1e-5
@@ -33,6 +33,10 @@ _MAX_APPLICATIONS = 60
 _MAX_DEGREE = 12
 _MAX_AMPLIFICATION = 1e6
 _PROGRESS_DELAY_SECONDS = 3.0
+# Rounds in bfloat16 end here: the sine of the angle that its rounding leaves room for, with a margin.
+_COARSE_ANGLE = 0.3
+# Below this many multiplications per product, converting the weight costs more than the products save.
+_COARSE_WORK = 2e8
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def principal_subspace(
 
     Source: Golub and Van Loan, Matrix Computations, 4th ed., section 8.6; Zhou, Saad, Tiago and Chelikowsky,
     "Self-consistent-field calculations using Chebyshev-filtered subspace iteration" (2006), algorithm 4.1; the
-    bound on the angle is Davis and Kahan (1970).
+    bounds on the angle are Davis and Kahan (1970) and Stewart (1973), Error and perturbation bounds for subspaces.
     """
     _check_request(weight, rank, solver, tolerance, name)
     device = weight.device
@@ -101,7 +105,8 @@ def principal_subspace(
         if device.type == "mps":
             matrix = matrix.cpu()  # no float64 there, and every small matrix below is float64
         matrix = matrix.to(torch.float64 if matrix.dtype == torch.float64 else torch.float32)
-        largest = float(matrix.abs().max())
+        lowest, highest = torch.aminmax(matrix)  # one pass, and no copy of a large weight
+        largest = float(torch.maximum(-lowest, highest))
         if not math.isfinite(largest):
             raise ValueError(
                 f"{name}: the weight holds NaN or infinity, and a principal subspace needs finite numbers; "
@@ -238,7 +243,8 @@ def _exact_matmul(device: torch.device) -> Iterator[None]:
 
 
 def _solve(matrix: Tensor, rank: int, solver: str, tolerance: float, seed: int) -> Subspace:
-    total = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+    # By rows: as accurate as float64 over everything, without converting a large weight.
+    total = float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
     if solver == "auto":
         solver = cheaper_solver(matrix.shape[0], matrix.shape[1], rank, matrix.device)
     iterations = 0
@@ -281,56 +287,90 @@ def _lowrank(matrix: Tensor, rank: int, tolerance: float, seed: int) -> tuple[tu
 
     Each round multiplies a block of about 2 rank vectors by a Chebyshev polynomial of WᵀW that is small on the
     unwanted end of the spectrum, [0, θ_b], and grows fastest beyond it: 2 to 4 times fewer products than powers.
+
+    Where the device multiplies bfloat16 much faster, the first rounds use it: a rounded product only makes a slightly
+    worse start for the next round. The residuals that decide are always those of a round in full precision.
     """
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if wide else matrix  # iterate on the short side; the long side comes with the last product
     short = tall.shape[1]
     block = min(short, block_size(rank))
     energy_tolerance = min(ENERGY_TOLERANCE, 10.0 * tolerance**2)
+    working = tall.to(torch.bfloat16) if _rounds_cheaply(tall, block) else tall
     start = torch.from_numpy(_gaussian(short, block, seed)).to(tall)
-    vectors = torch.linalg.qr(tall.T @ (tall @ start)).Q
+    vectors = torch.linalg.qr(_product(working.T, _product(working, start))).Q
     applications = 1
     relative = math.inf
     while True:
-        image = tall @ vectors
+        image = _product(working, vectors)
         ritz, rotation = torch.linalg.eigh(image.double().T @ image.double())
         ritz = ritz.flip(0).clamp_min(0.0)
         rotation = rotation.flip(1).to(vectors.dtype)
         vectors, image = vectors @ rotation, image @ rotation
-        applied = tall.T @ image
+        applied = _product(working.T, image)
         applications += 1
         residuals = torch.linalg.vector_norm(applied.double() - vectors.double() * ritz, dim=0)
         previous, relative = relative, _relative_residual(ritz, residuals, rank)
-        # Residuals that have fallen to rounding and no further: no more can be known of a cut between such close
-        # values, and the energy decides. Residuals that merely fall slowly (a flat spectrum) prove nothing, as larger
-        # eigenvalues may still be missing; those run into the budget and the exact solver.
-        rounding = 32.0 * torch.finfo(matrix.dtype).eps * math.sqrt(rank * float(ritz[0] / ritz[rank - 1]))
-        settled = 0.5 * previous < relative <= rounding
-        settled = settled and _missing_energy(ritz, residuals, rank) <= energy_tolerance
-        if block == short or settled or _angle_bound(ritz, residuals, rank) <= tolerance:
-            top = (image if wide else vectors)[:, :rank].double()
-            return (torch.linalg.qr(top).Q.T, ritz[:rank].sqrt()), applications
+        if working is not tall:
+            # The rounding of bfloat16 is where its rounds stop to gain.
+            if relative > 0.5 * previous or _angle_bound(ritz, residuals, rank) <= _COARSE_ANGLE:
+                working, relative = tall, math.inf
+        else:
+            # Residuals that have fallen to rounding and no further: no more can be known of a cut between such close
+            # values, and the energy decides. Residuals that merely fall slowly (a flat spectrum) prove nothing, as
+            # larger eigenvalues may still be missing; those run into the budget and the exact solver.
+            rounding = 32.0 * torch.finfo(matrix.dtype).eps * math.sqrt(rank * float(ritz[0] / ritz[rank - 1]))
+            settled = 0.5 * previous < relative <= rounding
+            settled = settled and _missing_energy(ritz, residuals, rank) <= energy_tolerance
+            if block == short or settled or _angle_bound(ritz, residuals, rank) <= tolerance:
+                top = (image if wide else vectors)[:, :rank].double()
+                return (torch.linalg.qr(top).Q.T, ritz[:rank].sqrt()), applications
         if applications >= _MAX_APPLICATIONS:
             return None, applications
         cut = max(float(ritz[-1]), 1e-12 * float(ritz[0]))
         degree = _filter_degree(float(ritz[0]) / cut, float(ritz[rank - 1]) / cut)
         before, vectors = vectors, applied * (2.0 / cut) - vectors
         for _ in range(degree - 1):
-            before, vectors = vectors, (tall.T @ (tall @ vectors)) * (4.0 / cut) - 2.0 * vectors - before
+            applied = _product(working.T, _product(working, vectors))
+            before, vectors = vectors, applied * (4.0 / cut) - 2.0 * vectors - before
         applications += degree - 1
         vectors = torch.linalg.qr(vectors).Q
+
+
+def _rounds_cheaply(matrix: Tensor, block: int) -> bool:
+    """Say whether products in bfloat16 are several times faster here than in the dtype of `matrix`."""
+    if matrix.dtype != torch.float32 or matrix.numel() * block < _COARSE_WORK:
+        return False
+    if matrix.device.type == "cpu":
+        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return matrix.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _product(matrix: Tensor, block: Tensor) -> Tensor:
+    """`matrix` @ `block` in the precision of `matrix`, as the dtype of `block`."""
+    return (matrix @ block.to(matrix.dtype)).to(block.dtype)
 
 
 def _angle_bound(ritz: Tensor, residuals: Tensor, rank: int) -> float:
     """Bound the sine of the largest angle between the span of the first `rank` Ritz vectors and the true one.
 
-    Davis and Kahan, vector by vector: each residual over its own distance to the rest of the spectrum, which begins at
-    the next Ritz value plus what that value's own residual may add. At least 1 says nothing.
+    The smaller of two. Davis and Kahan, vector by vector: each residual over its own distance to the rest of the
+    spectrum, which begins at the next Ritz value plus what that value's own residual may add. And the expansion to
+    second order in the residuals, which knows that Rayleigh-Ritz has already separated the vectors within the block:
+    what is missing lies beyond the block, a long way below, or comes back from there into the block. At least 1 says
+    nothing.
     """
+    bounds = [1.0]
     gaps = ritz[:rank] - (ritz[rank] + residuals[rank])
-    if float(gaps[-1]) <= 0.0:
-        return 1.0
-    return min(1.0, float(torch.linalg.vector_norm(residuals[:rank] / gaps)))
+    if float(gaps[-1]) > 0.0:
+        bounds.append(float(torch.linalg.vector_norm(residuals[:rank] / gaps)))
+    beyond = ritz[:rank] - (ritz[-1] + residuals[-1])
+    within = ritz[:rank, None] - ritz[None, rank:]
+    if float(beyond[-1]) > 0.0 and float(within[-1, 0]) > 0.0:
+        outside = residuals[:rank] / beyond
+        returned = outside[:, None] * residuals[None, rank:] / within
+        bounds.append(math.hypot(float(torch.linalg.vector_norm(outside)), float(torch.linalg.vector_norm(returned))))
+    return min(bounds)
 
 
 def _relative_residual(ritz: Tensor, residuals: Tensor, rank: int) -> float:

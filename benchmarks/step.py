@@ -14,6 +14,7 @@ would set: the frozen model's time and the update's products at the frozen model
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import platform
@@ -34,8 +35,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaModel
 
 import isotune
+import isotune.operators
 
-LAYERS = {512: 6, 1024: 4}
+LAYERS = {256: 6, 512: 6, 1024: 4, 2048: 2}
 RANKS = (46, 128)
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 REFERENCE = "PEFT LoRA r=8"
@@ -57,8 +59,8 @@ def llama(width: int, dtype: torch.dtype) -> LlamaModel:
     return LlamaModel(config).to(dtype).train()
 
 
-def variants(ranks: tuple[int, ...]) -> dict[str, Callable[[nn.Module], nn.Module]]:
-    """Name -> what makes the adapted model from a frozen one."""
+def variants(ranks: tuple[int, ...], family: bool) -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """Name -> what makes the adapted model from a frozen one: PSOFT at these ranks, or the orthogonal family."""
 
     def frozen(model: nn.Module) -> nn.Module:
         return model.requires_grad_(False)
@@ -70,8 +72,23 @@ def variants(ranks: tuple[int, ...]) -> dict[str, Callable[[nn.Module], nn.Modul
         "frozen": frozen,
         REFERENCE: adapted(peft.LoraConfig(r=8, lora_alpha=16, target_modules=PROJECTIONS)),
     }
+    if family:
+        targets: dict[str, Any] = {"target_modules": PROJECTIONS}
+        result["PEFT OFT b=32 exact"] = adapted(peft.OFTConfig(oft_block_size=32, use_cayley_neumann=False, **targets))
+        result["PEFT OFT b=32 Neumann"] = adapted(peft.OFTConfig(oft_block_size=32, use_cayley_neumann=True, **targets))
+        result["isotune OFT b=32 exact"] = adapted(isotune.OFTConfig(oft_block_size=32, **targets))
+        result["PEFT HRA r=8"] = adapted(peft.HRAConfig(r=8, **targets))
+        result["isotune HRA r=8"] = adapted(isotune.HRAConfig(r=8, **targets))
+        for factors, size in ((2, 8), (4, 4)):
+            options = {"boft_block_size": size, "boft_n_butterfly_factor": factors, **targets}
+            # PEFT silently takes m=1 where its CUDA extension is not there.
+            result[f"PEFT BOFT m={factors} b={size}"] = adapted(peft.BOFTConfig(**options))
+            result[f"isotune BOFT m={factors} b={size}"] = adapted(isotune.BOFTConfig(**options))
+        result["isotune GOFT"] = adapted(isotune.GOFTConfig(**targets))
+        result["isotune qGOFT"] = adapted(isotune.QGOFTConfig(**targets))
+        return result
     for rank in ranks:
-        options: dict[str, Any] = {"r": rank, "target_modules": PROJECTIONS}
+        options = {"r": rank, "target_modules": PROJECTIONS}
         # How the subspace was found does not change what a step costs, so the quickest way is taken.
         peers = {**options, "psoft_alpha": rank, "psoft_svd": "lowrank", "psoft_svd_lowrank_niter": 1}
         result[f"PEFT PSOFT r={rank} exact"] = adapted(peft.PsoftConfig(**peers))
@@ -102,8 +119,13 @@ def kept_bytes(model: nn.Module, embeddings: Tensor) -> int:
             alive.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(inputs_embeds=embeddings).last_hidden_state.float().square().mean()
+    hidden = isotune.operators.hidden_from_hooks
+    isotune.operators.hidden_from_hooks = contextlib.nullcontext  # count what an operator's own graph keeps, too
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(inputs_embeds=embeddings).last_hidden_state.float().square().mean()
+    finally:
+        isotune.operators.hidden_from_hooks = hidden
     return sum(seen.values())
 
 
@@ -150,12 +172,14 @@ class Row:
     bound: float | None
 
 
-def measure(width: int, tokens: int, dtype: torch.dtype, rounds: int, ranks: tuple[int, ...]) -> list[Row]:
+def measure(
+    width: int, tokens: int, dtype: torch.dtype, rounds: int, ranks: tuple[int, ...], family: bool = False
+) -> list[Row]:
     """All variants of one setting."""
     base = llama(width, dtype)
     embeddings = torch.randn(1, tokens, width, dtype=dtype, requires_grad=True)
     models: dict[str, nn.Module] = {}
-    for name, make in variants(ranks).items():
+    for name, make in variants(ranks, family).items():
         models[name] = make(copy.deepcopy(base))
     for model in models.values():
         # A trained-looking adapter: at exactly zero some kernels are faster than they will ever be again.
@@ -177,7 +201,7 @@ def measure(width: int, tokens: int, dtype: torch.dtype, rounds: int, ranks: tup
     reference_time = statistics.median(times[REFERENCE])
     rows = []
     for name, model in models.items():
-        rank = next((r for r in ranks if f"r={r} " in name), None)
+        rank = next((r for r in ranks if f"PSOFT r={r} " in name), None)
         ratio = statistics.median(a / b for a, b in zip(times[name], times[REFERENCE], strict=True))
         rows.append(
             Row(
@@ -196,10 +220,11 @@ def measure(width: int, tokens: int, dtype: torch.dtype, rounds: int, ranks: tup
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, nargs="+", choices=sorted(LAYERS), default=sorted(LAYERS))
+    parser.add_argument("--width", type=int, nargs="+", choices=sorted(LAYERS), default=[512, 1024])
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--rank", type=int, nargs="+", default=list(RANKS))
+    parser.add_argument("--family", action="store_true", help="OFT, BOFT, GOFT and HRA in the place of PSOFT")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -214,7 +239,9 @@ def main() -> None:
     for width in options.width:
         for dtype in options.dtype:
             for tokens in options.tokens:
-                rows = measure(width, tokens, getattr(torch, dtype), options.rounds, tuple(options.rank))
+                rows = measure(
+                    width, tokens, getattr(torch, dtype), options.rounds, tuple(options.rank), options.family
+                )
                 print(f"\nwidth {width}, {LAYERS[width]} layers, {tokens} tokens, {dtype}")
                 print(f"{'':28s} {'step / LoRA':>11s} {'bound':>6s} {'ms':>8s} {'kept MiB':>9s} {'aten/layer':>10s}")
                 for row in rows:

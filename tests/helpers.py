@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isotune import PsoftConfig, get_peft_model
-from isotune.layer import Linear
+from isotune.layer import Layer
 
 VOCABULARY = 96
 WORDS = [f"w{i}" for i in range(VOCABULARY - 4)]
@@ -177,9 +177,9 @@ def adapted_stack(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return adapt(Stack(dtype=dtype), **options)
 
 
-def layers_of(model: nn.Module) -> list[Linear]:
+def layers_of(model: nn.Module) -> list[Layer]:
     """Every isotune layer, in order."""
-    return [module for module in model.modules() if isinstance(module, Linear)]
+    return [module for module in model.modules() if isinstance(module, Layer)]
 
 
 def randomize(model: nn.Module, adapter: str = "default", std: float = 0.1, seed: int = 7) -> None:
@@ -193,12 +193,12 @@ def randomize(model: nn.Module, adapter: str = "default", std: float = 0.1, seed
                     parameter.add_((std * noise).to(parameter))
 
 
-def _alone(operator: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+def _alone(operator: nn.Module, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
     half = (torch.float16, torch.bfloat16)
     parameters = {name: p.float() if p.dtype in half else p for name, p in operator.named_parameters()}
     with torch.autocast("cpu", enabled=False):
-        result = operator.compute(parameters)
-    return result if dtype is None else result.to(dtype)
+        result = operator.evaluate(parameters, None)
+    return result if dtype is None else tuple(tensor.to(dtype) for tensor in result)
 
 
 def one_by_one(model: nn.Module) -> nn.Module:
@@ -206,7 +206,7 @@ def one_by_one(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     for layer in layers_of(twin):
         for operator in layer.isotune_operator.values():
-            operator.difference = functools.partial(_alone, operator)
+            operator.tensors = functools.partial(_alone, operator)
     return twin
 
 
@@ -256,7 +256,7 @@ def reference_difference(operator: nn.Module) -> Tensor:
     return rotation - eye
 
 
-def reference_update(layer: Linear, adapter: str = "default") -> Tensor:
+def reference_update(layer: Layer, adapter: str = "default") -> Tensor:
     """The change of W by the definition s·P(Mᵀ − I)V, from the layer's reader and a plain inverse, (out, in)."""
     form, operator = layer.form(adapter), layer.operator(adapter)
     weight = layer.unmerged_matrix().to(torch.promote_types(layer.host.weight.dtype, torch.float32))

@@ -43,7 +43,7 @@ def test_delta_is_the_definition(matrix: Tensor, symmetric: bool, scale: float) 
     else:
         expected = (matrix @ form.reader.T) @ difference.T @ form.reader
     torch.testing.assert_close(form.delta(difference), scale * expected)
-    up, down = form.low_rank(difference)
+    up, down = form.factors(difference)
     assert (up.shape, down.shape) == ((matrix.shape[0], RANK), (RANK, matrix.shape[1]))
 
 

@@ -308,7 +308,7 @@ def with_vector(model: nn.Module) -> nn.Module:
 
 
 def with_conv(model: nn.Module) -> nn.Module:
-    model.third = nn.Conv2d(3, 3, 1)
+    model.third = nn.ConvTranspose2d(3, 3, 1)
     return model
 
 
@@ -323,7 +323,7 @@ REFUSED: list[Any] = [
     pytest.param(with_nan, {}, "third.*NaN", id="NaN"),
     pytest.param(with_integers, {}, "'third'.*int8", id="integers"),
     pytest.param(with_vector, {}, "'third'.*shape", id="vector"),
-    pytest.param(with_conv, {}, "'third'.*Conv2d.*Supported", id="module type"),
+    pytest.param(with_conv, {}, "'third'.*ConvTranspose2d.*Supported", id="module type"),
     pytest.param(as_it_is, {"target_modules": ["nothing"]}, "nothing", id="no match"),
     pytest.param(as_it_is, {"target_modules": None}, "target_modules", id="no default"),
 ]

@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import isotune.layer
+import isotune.placing
 from helpers import (
     FAMILIES,
     TARGETS,
@@ -121,7 +121,7 @@ def replace_solver(monkeypatch: pytest.MonkeyPatch, other: Callable[[Tensor, int
             results.append(replace(found, basis=basis.contiguous()))
         return results
 
-    monkeypatch.setattr(isotune.layer, "principal_subspaces", solve)
+    monkeypatch.setattr(isotune.placing, "principal_subspaces", solve)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

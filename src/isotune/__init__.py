@@ -6,11 +6,24 @@ adapter works with isotune's configurations.
 
 from peft import PeftModel, get_peft_model
 
-from isotune.methods import PsoftConfig
+from isotune.methods import BOFTConfig, GOFTConfig, HRAConfig, OFTConfig, PsoftConfig, QGOFTConfig
 from isotune.plugin import register
+from isotune.regularization import regularization_callback, regularization_loss
 
 __version__ = "0.1.0"
 
 register()
 
-__all__ = ["PeftModel", "PsoftConfig", "__version__", "get_peft_model"]
+__all__ = [
+    "BOFTConfig",
+    "GOFTConfig",
+    "HRAConfig",
+    "OFTConfig",
+    "PeftModel",
+    "PsoftConfig",
+    "QGOFTConfig",
+    "__version__",
+    "get_peft_model",
+    "regularization_callback",
+    "regularization_loss",
+]

@@ -107,16 +107,16 @@ def export_adapter(
 
 @app.command("import")
 def import_adapter(
-    directory: Annotated[str, typer.Argument(help="The folder of an adapter of PEFT's own PSOFT.")],
+    directory: Annotated[str, typer.Argument(help="The folder of an adapter of PEFT's own PSOFT, OFT, BOFT or HRA.")],
     output: _OUT,
     base: _BASE = None,
     trust_remote_code: _TRUST = False,
 ) -> None:
-    """Convert an adapter of PEFT's own PSOFT to isotune's, with its subspace pinned."""
+    """Convert an adapter of PEFT's own PSOFT, OFT, BOFT or HRA to isotune's, the same function."""
     with plain_errors():
-        from isotune.adapter_file import convert_peft_psoft
+        from isotune.peft_import import convert_peft
 
-        convert_peft_psoft(directory, output, base, trust_remote_code=trust_remote_code)
+        convert_peft(directory, output, base, trust_remote_code=trust_remote_code)
         typer.echo(f"wrote {output}")
 
 

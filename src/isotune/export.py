@@ -19,7 +19,7 @@ from torch import nn
 from isotune.adapter_file import KEY_PREFIX, WEIGHTS_FILE, describe, named_base, new_directory, rank_pattern
 from isotune.base_model import resolve_base
 from isotune.config import IsotuneConfig
-from isotune.layer import Linear
+from isotune.layer import Layer
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -76,6 +76,12 @@ def export_lora(
         layers = file.place(plain)
     tensors = {KEY_PREFIX + k.removeprefix(KEY_PREFIX): tensor for k, tensor in extras.items()}
     for module, layer in layers.items():
+        if layer.host.folds:
+            kind = type(layer.get_base_layer()).__name__
+            raise ValueError(
+                f"The adapted module {module!r} is a {kind}, and only linear layers can be exported as LoRA; export "
+                "the merged model instead (--to merged)."
+            )
         up, down = layer.low_rank(name)
         tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = down
         tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = up
@@ -136,14 +142,14 @@ def _config(model: nn.Module, adapter_name: str) -> IsotuneConfig:
     return config
 
 
-def _adapted(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Linear]]:
+def _adapted(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Layer]]:
     for name, module in model.named_modules():
-        if isinstance(module, Linear) and adapter_name in module.isotune_operator:
+        if isinstance(module, Layer) and adapter_name in module.isotune_operator:
             yield name.removeprefix(KEY_PREFIX), module
 
 
-def _lora_config(config: IsotuneConfig, layers: Mapping[str, Linear], adapter_name: str) -> LoraConfig:
-    ranks = {name: layer.raw_form(adapter_name).rank for name, layer in layers.items()}
+def _lora_config(config: IsotuneConfig, layers: Mapping[str, Layer], adapter_name: str) -> LoraConfig:
+    ranks = {name: len(layer.low_rank(adapter_name)[1]) for name, layer in layers.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     other = rank_pattern(ranks, rank)
     saved = config.modules_to_save
@@ -168,17 +174,17 @@ def _lora_config(config: IsotuneConfig, layers: Mapping[str, Linear], adapter_na
 def _merged_and_bare(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """For the time of the block: the update in the weights, and the model's own modules in the places of wrappers."""
     for name, module in model.named_modules():
-        if isinstance(module, Linear) and module.merged and module.merged_adapters != [adapter_name]:
+        if isinstance(module, Layer) and module.merged and module.merged_adapters != [adapter_name]:
             raise ValueError(f"{name!r} has {module.merged_adapters} merged; call unmerge_adapter() first.")
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
-    merged_here: list[Linear] = []
+    merged_here: list[Layer] = []
     try:
         for _, layer in _adapted(model, adapter_name):
             if not layer.merged:
                 layer.merge(adapter_names=[adapter_name])
                 merged_here.append(layer)
         for name, module in list(model.named_modules()):
-            if isinstance(module, Linear):
+            if isinstance(module, Layer):
                 plain = module.base_layer
             elif isinstance(module, ModulesToSaveWrapper):
                 own = adapter_name in module.modules_to_save

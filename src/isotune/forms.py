@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from isotune.algebra.factors import LowRank, refuse_double_backward
+from isotune.operators import DenseOperator, Operator, Rotation
 from isotune.pinning import pin
 
 _WIDE = (torch.float32, torch.float64)
@@ -30,15 +33,6 @@ def _to_coordinates(x: Tensor, aligned: Tensor, rank: int) -> Tensor:
     return wide if wide.shape[1] == rank else wide[:, :rank]
 
 
-def _refuse_double_backward() -> None:
-    # What a node keeps of its forward is not connected to the graph, so a second derivative would be silently wrong.
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "An adapted layer can be differentiated once; create_graph=True through it is not supported. "
-            "Compute second derivatives on the merged model, or by finite differences of gradients."
-        )
-
-
 class _SubspaceUpdate(torch.autograd.Function):
     """residual + ((x readerᵀ) D) writerᵀ, keeping only x readerᵀ (tokens × r) for backward."""
 
@@ -55,7 +49,7 @@ class _SubspaceUpdate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward()
+        refuse_double_backward()
         coordinates, difference = ctx.saved_tensors
         reader, writer = ctx.factors
         needs_x, needs_difference, needs_residual, _ = ctx.needs_input_grad
@@ -101,7 +95,7 @@ class _LinearSubspaceUpdate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward()
+        refuse_double_backward()
         coordinates, difference = ctx.saved_tensors
         reader, writer, weight, _, on_input = ctx.frozen
         needs_x, needs_difference, _ = ctx.needs_input_grad
@@ -119,7 +113,78 @@ class _LinearSubspaceUpdate(torch.autograd.Function):
         return grad_x.view(*shape[:-1], weight.shape[1]), grad_difference, None
 
 
-class SubspaceUpdate(nn.Module):
+class Form(nn.Module, ABC):
+    """How the operator of one adapter changes the matrix W of one host."""
+
+    additive: ClassVar[bool]
+    """Whether the adapter adds an output of its own, or else changes the input (and scales the output)."""
+    settled = True
+    """Whether everything that the form makes from the host's weight is up to date: a cheap test."""
+    symbolic = False
+
+    @abstractmethod
+    def fold(self, matrix: Tensor, operator: Operator, rows: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """The matrix with the adapter in it, differentiably, in its own dtype, which should be float32 at least.
+
+        Args:
+            matrix: (out, in): W, or what other adapters have made of it.
+            operator: of the adapter.
+            rows: where `matrix` holds some rows only (an embedding's look-up): these rows of W itself, up to a factor.
+            at: (rows,), which rows of W these are.
+        """
+
+    @abstractmethod
+    def low_rank(self, matrix: Tensor, operator: Operator) -> tuple[Tensor, Tensor]:
+        """Exact factors of the change of W (out, in), (out, r) and (r, in), float32 at least.
+
+        Raises:
+            ValueError: the change has no low rank.
+        """
+
+    @abstractmethod
+    def has_low_rank(self, operator: Operator) -> bool:
+        """Whether `low_rank` has an answer."""
+
+    @abstractmethod
+    def describe(self, operator: Operator) -> str:
+        """A few words for `repr`."""
+
+
+class InputRotation(Form):
+    """The form y = host(x M): merged, W' = W Mᵀ; with a gain, diag(gain) W Mᵀ."""
+
+    additive = False
+
+    def fold(self, matrix: Tensor, operator: Operator, rows: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """diag(gain) W Mᵀ."""
+        assert isinstance(operator, Rotation)
+        rotated, gain = operator.transposed(matrix), operator.gain
+        if gain is None:
+            return rotated
+        own = gain.to(matrix.dtype)
+        return rotated * (own if at is None else own.index_select(0, at))[:, None]
+
+    def low_rank(self, matrix: Tensor, operator: Operator) -> tuple[Tensor, Tensor]:
+        """For reflections, M = I + L R: W Rᵀ and Lᵀ."""
+        if not self.has_low_rank(operator):
+            raise ValueError(
+                "This method rotates all inputs of a layer, so its update has full rank and is no LoRA adapter; export "
+                "the merged model instead (--to merged)."
+            )
+        left, right = operator.tensors()
+        return matrix.to(right.dtype) @ right.mT, left.mT
+
+    def has_low_rank(self, operator: Operator) -> bool:
+        """Reflections have; all other rotations turn every direction."""
+        assert isinstance(operator, Rotation)
+        return [type(factor) for factor in operator.chain] == [LowRank] and operator.gain is None
+
+    def describe(self, operator: Operator) -> str:
+        """The width that is rotated."""
+        return f"rotation of {operator.size}"
+
+
+class SubspaceUpdate(Form):
     """The form y = host(x) + ((x readerᵀ)(M − I)) writerᵀ of one adapter on one host.
 
     With V (r, in) the orthonormal basis of the principal subspace, P = W Vᵀ and the scale s: reader = V, writer = s P
@@ -140,6 +205,7 @@ class SubspaceUpdate(nn.Module):
     Source: Wu et al., PSOFT (ICLR 2026), equations 6–8; Meng et al., PiSSA (2024), for the symmetric split.
     """
 
+    additive = True
     pin: Tensor | None
     basis: Tensor | None
     aligned_reader: Tensor | None
@@ -195,7 +261,7 @@ class SubspaceUpdate(nn.Module):
         return mark(self.stored)
 
     @property
-    def settled(self) -> bool:
+    def settled(self) -> bool:  # type: ignore[override]
         """Whether reader and writer are there and nothing has touched the stored tensor since: a cheap test."""
         return self._buffers["aligned_reader"] is not None and self._seen == self._mark()
 
@@ -338,16 +404,42 @@ class SubspaceUpdate(nn.Module):
 
     def delta(self, difference: Tensor) -> Tensor:
         """The change of W, (out, in): writer (M − I)ᵀ reader, in float32 at least."""
-        up, down = self.low_rank(difference)
+        up, down = self.factors(difference)
         return up @ down
 
-    def low_rank(self, difference: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, difference: Tensor) -> tuple[Tensor, Tensor]:
         """Exact factors of the change of W, (out, r) and (r, in), in float32 at least."""
         reader, writer = self.reader, self.writer
         assert reader is not None
         assert writer is not None
         wide = torch.promote_types(reader.dtype, torch.float32)
         return writer.to(wide) @ difference.to(wide).T, reader.to(wide)
+
+    def fold(self, matrix: Tensor, operator: Operator, rows: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """W + writer (M − I)ᵀ reader."""
+        assert isinstance(operator, DenseOperator)
+        difference = operator.difference(matrix.dtype)
+        if rows is None:
+            return matrix + self.delta(difference).to(matrix.dtype)
+        # Rows of writer = s W readerᵀ, divided where the singular values are split; so that whatever the look-up
+        # multiplies the rows of W by, it multiplies their update by too.
+        assert self.reader is not None
+        reader = self.reader.to(matrix.dtype)
+        writer = rows @ (reader * (self.scale / reader.square().sum(1, keepdim=True))).T
+        return torch.addmm(matrix, writer @ difference.T, reader)
+
+    def low_rank(self, matrix: Tensor, operator: Operator) -> tuple[Tensor, Tensor]:
+        """writer (M − I)ᵀ and reader."""
+        assert isinstance(operator, DenseOperator)
+        return self.factors(operator.difference())
+
+    def has_low_rank(self, operator: Operator) -> bool:
+        """Always."""
+        return True
+
+    def describe(self, operator: Operator) -> str:
+        """The rank."""
+        return f"rank {self.rank}"
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # Buffers by their dictionary: a module's attribute look-up costs as much as launching an operation.

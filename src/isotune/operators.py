@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from isotune.algebra.factors import Chain, apply_chain, transpose_chain
 
 
 class Operator(nn.Module, ABC):
     """A trainable M on row vectors, x ↦ x M, which is the identity when training starts.
 
-    A subclass registers its parameters and says how they become M − I. Everything else (applying, inverting, batching
-    over layers) follows from that. Called as `operator(x)`, since `apply` is a method that every module already has.
+    A subclass registers its parameters and says how they become the tensors by which M acts. Everything else
+    (precision, batching over layers, the graph) follows from that. Called as `operator(x)`, since `apply` is a method
+    that every module already has.
 
     Args:
         size: n of the n × n map.
     """
+
+    recompute: ClassVar[bool] = False
+    """Whether `evaluate` takes many small steps, whose results backward computes again and does not keep."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -27,12 +35,20 @@ class Operator(nn.Module, ABC):
         self._slot = -1
 
     @abstractmethod
-    def compute(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Map parameters, each with any same leading dimensions, to M − I of shape (..., n, n)."""
+    def evaluate(self, parameters: Mapping[str, Tensor], noise: Tensor | None) -> tuple[Tensor, ...]:
+        """Map parameters, each with any same leading dimensions, and noise with the same, to the tensors of M."""
 
     @abstractmethod
     def batch_key(self) -> Hashable:
         """Operators of one class with equal keys and parameter shapes are computed in one batch."""
+
+    def sample_noise(self, count: int) -> Tensor | None:
+        """Random numbers for `count` evaluations in training, (count, …), or None for an operator without dropout."""
+        return None
+
+    def penalty(self) -> Tensor | None:
+        """What training adds to the loss, a scalar that is already weighted; None where there is no regulariser."""
+        return None
 
     def randomize_parameters(self) -> None:
         """Move every parameter off the identity at random, for tests that need a trained-looking adapter."""
@@ -40,40 +56,56 @@ class Operator(nn.Module, ABC):
             for parameter in self.parameters():
                 parameter.add_(torch.randn_like(parameter) * (0.5 / self.size**0.5))
 
-    def difference(self, dtype: torch.dtype | None = None) -> Tensor:
-        """M − I, (n, n), from the evaluation shared with the other layers where there is one.
+    def tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """The tensors of M, from the evaluation shared with the other layers where there is one.
 
         Args:
             dtype: of the result; the computation itself is in float32 at least.
         """
-        shared = None if self._batch is None else self._batch.difference(self, self._slot, dtype)
-        return self.own_difference(dtype) if shared is None else shared
+        shared = None if self._batch is None else self._batch.tensors(self, self._slot, dtype)
+        return self.own_tensors(dtype) if shared is None else shared
 
-    def own_difference(self, dtype: torch.dtype | None = None) -> Tensor:
-        """M − I, (n, n), computed for this operator alone."""
+    def own_tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """The tensors of M, computed for this operator alone."""
         parameters = self.parameter_tuple()
+        noise = self._noise_alone()
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-            tracked: tuple[Tensor] = _Evaluation.apply(self, dtype, 1, *parameters)  # type: ignore[no-untyped-call]
-            return tracked[0]
-        return _compute(self, parameters, dtype)
+            tracked: tuple[Tensor, ...] = _Evaluation.apply(self, dtype, 1, noise, *parameters)  # type: ignore[no-untyped-call]
+            return tracked
+        return _compute(self, self.parameter_names(), parameters, None if noise is None else noise[0], dtype)
+
+    def without_parameters(self) -> Operator:
+        """A copy that can evaluate given parameters and holds none, for a graph that must keep no model alive."""
+        twin = copy.copy(self)
+        twin.__dict__["_parameters"] = {}
+        return twin
+
+    def _noise_alone(self) -> Tensor | None:
+        # Re-entrant checkpointing runs a layer again in backward, and must find the noise of the forward pass.
+        if self._batch is not None and _in_backward():
+            return self._batch.noise(self._slot)
+        return self.sample_noise(1)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of one layer must not bring the whole model along; the copy of a model links its operators anew.
         return {**self.__dict__, "_batch": None, "_slot": -1}
 
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """x M for x of shape (..., n)."""
+
+    @abstractmethod
     def matrix(self) -> Tensor:
         """M itself, (n, n)."""
-        difference = self.difference()
-        return difference + torch.eye(self.size, dtype=difference.dtype, device=difference.device)
 
     def inverse(self) -> Tensor:
         """M⁻¹, (n, n)."""
         inverse: Tensor = torch.linalg.inv(self.matrix())
         return inverse
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x M for x of shape (..., n)."""
-        return x + x @ self.difference(x.dtype)
+    def is_identity(self) -> bool:
+        """Whether M is the identity to the last bit of every tensor, as before training."""
+        return not any(bool(tensor.any()) for tensor in self.own_tensors())
 
     def parameter_tuple(self) -> tuple[Tensor, ...]:
         """The parameters in the order of their names' registration."""
@@ -84,44 +116,148 @@ class Operator(nn.Module, ABC):
         return tuple(name for name, p in self._parameters.items() if p is not None)
 
 
-def _compute(operator: Operator, parameters: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
-    """M − I in float32 at least: a factorisation does not exist, and a small rotation is lost, in half precision."""
+class DenseOperator(Operator):
+    """An operator on so few coordinates that M − I is formed, (n, n)."""
+
+    @abstractmethod
+    def compute(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Map parameters, each with any same leading dimensions, to M − I of shape (..., n, n)."""
+
+    def evaluate(self, parameters: Mapping[str, Tensor], noise: Tensor | None) -> tuple[Tensor, ...]:
+        """M − I."""
+        return (self.compute(parameters),)
+
+    def difference(self, dtype: torch.dtype | None = None) -> Tensor:
+        """M − I, (n, n), from the evaluation shared with the other layers where there is one."""
+        return self.tensors(dtype)[0]
+
+    def own_difference(self, dtype: torch.dtype | None = None) -> Tensor:
+        """M − I, (n, n), computed for this operator alone."""
+        return self.own_tensors(dtype)[0]
+
+    def matrix(self) -> Tensor:
+        """M itself, (n, n)."""
+        difference = self.difference()
+        return difference + torch.eye(self.size, dtype=difference.dtype, device=difference.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x M for x of shape (..., n)."""
+        return x + x @ self.difference(x.dtype)
+
+
+class Rotation(Operator):
+    """An operator on all inputs of a layer, too many to form M: a chain of structured factors.
+
+    Args:
+        size: n.
+        chain: the factors whose tensors `evaluate` returns, the one that acts first in front.
+    """
+
+    orthogonal = True
+    """Whether M is orthogonal at every value of the parameters, so that M⁻¹ = Mᵀ."""
+
+    def __init__(self, size: int, chain: Chain) -> None:
+        super().__init__(size)
+        self.chain = chain
+
+    @property
+    def gain(self) -> nn.Parameter | None:
+        """Trained factors of the layer's outputs, (out,), where the method has them."""
+        return None
+
+    def is_identity(self) -> bool:
+        """Whether M is the identity and every gain one."""
+        return super().is_identity() and (self.gain is None or bool((self.gain == 1).all()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x M for x of shape (..., n)."""
+        return apply_chain(x, self.chain, self.tensors(x.dtype))
+
+    def transposed(self, x: Tensor) -> Tensor:
+        """x Mᵀ for x of shape (..., n): the rows of a weight W become those of W Mᵀ."""
+        chain, tensors = transpose_chain(self.chain, self.tensors(x.dtype))
+        return apply_chain(x, chain, tensors)
+
+    def matrix(self) -> Tensor:
+        """M itself, (n, n)."""
+        tensors = self.tensors()
+        eye = torch.eye(self.size, dtype=tensors[0].dtype, device=tensors[0].device)
+        return apply_chain(eye, self.chain, tensors)
+
+    def inverse(self) -> Tensor:
+        """M⁻¹, (n, n)."""
+        return self.matrix().mT if self.orthogonal else super().inverse()
+
+
+def _compute(
+    operator: Operator,
+    names: Sequence[str],
+    parameters: Sequence[Tensor],
+    noise: Tensor | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    """The tensors of M in float32 at least: a factorisation does not exist, and a small rotation is lost, in half."""
     wide = [p.float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in parameters]
     with torch.autocast(parameters[0].device.type, enabled=False):
-        result = operator.compute(dict(zip(operator.parameter_names(), wide, strict=True)))
-    return result if dtype is None else result.to(dtype)
+        result = operator.evaluate(dict(zip(names, wide, strict=True)), noise)
+    return result if dtype is None else tuple(tensor.to(dtype) for tensor in result)
 
 
 class _Evaluation(torch.autograd.Function):
-    """M − I from its parameters as one node of the graph that keeps its inner graph on itself.
+    """The tensors of M from its parameters as one node of the graph that keeps its inner graph on itself.
 
     Such a node may be passed backward many times, which an ordinary graph, freed by the first, may not: two losses of
     one forward pass share it. And what it keeps is seen neither by checkpointing, which would have to find the same
     saved tensors when it computes a part of the model again, nor by offloading.
+
+    For `count` operators, all of a tensor's kind come together: (first of operator 1, first of operator 2, …, second
+    of operator 1, …).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, operator: Operator, dtype: torch.dtype | None, count: int, *parameters: Tensor
+        ctx: Any, operator: Operator, dtype: torch.dtype | None, count: int, noise: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-            leaves = [stacked.detach().requires_grad_() for stacked in _stack(parameters, count)]
-            result = _compute(operator, leaves, dtype)
-        ctx.leaves, ctx.result = leaves, result
-        return result.detach().unbind(0)
+        leaves = [stacked.detach().requires_grad_() for stacked in _stack(parameters, count)]
+        names = operator.parameter_names()
+        ctx.count, ctx.leaves, ctx.results = count, leaves, None
+        if operator.recompute:
+            ctx.again = operator.without_parameters(), names, leaves, noise, dtype
+            with torch.no_grad():
+                results = _compute(operator, names, leaves, noise, dtype)
+        else:
+            results = ctx.results = _compute_with_graph(operator, names, leaves, noise, dtype)
+        return tuple(one for result in results for one in result.detach().unbind(0))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        results = _compute_with_graph(*ctx.again) if ctx.results is None else ctx.results
+        kinds = [gradients[i : i + ctx.count] for i in range(0, len(gradients), ctx.count)]
         # An operator that had no part in the loss has no gradient: a zero would let an optimiser's momentum and weight
         # decay move it.
-        used = [gradient is not None for gradient in gradients]
-        zero = torch.zeros_like(ctx.result[0])
-        gradient = torch.stack([zero if g is None else g for g in gradients])
-        found = torch.autograd.grad(ctx.result, ctx.leaves, gradient, retain_graph=True)
-        flat = [g if use else None for stacked in found for g, use in zip(stacked.unbind(0), used, strict=True)]
-        return None, None, None, *flat
+        used = [any(g is not None for g in own) for own in zip(*kinds, strict=True)]
+        stacked = []
+        for result, kind in zip(results, kinds, strict=True):
+            zero = torch.zeros_like(result[0]) if any(g is None for g in kind) else None
+            stacked.append(torch.stack([zero if g is None else g for g in kind]))  # type: ignore[misc]
+        found = torch.autograd.grad(results, ctx.leaves, stacked, retain_graph=True, allow_unused=True)
+        flat: list[Tensor | None] = []
+        for gradient in found:
+            rows = [None] * ctx.count if gradient is None else gradient.unbind(0)
+            flat.extend(g if use else None for g, use in zip(rows, used, strict=True))
+        return None, None, None, None, *flat
+
+
+def hidden_from_hooks() -> AbstractContextManager[Any]:
+    """A scope in which what is saved for backward is seen by no hooks from outside; benchmarks replace it to count."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+def _compute_with_graph(*arguments: Any) -> tuple[Tensor, ...]:
+    with torch.enable_grad(), hidden_from_hooks():
+        return _compute(*arguments)
 
 
 def _stack(parameters: Sequence[Tensor], count: int) -> list[Tensor]:
@@ -132,7 +268,7 @@ def _stack(parameters: Sequence[Tensor], count: int) -> list[Tensor]:
 class OperatorBatch:
     """The operators of one adapter that one computation can serve: the same class, key, shapes and device.
 
-    Operators depend on parameters and not on tokens, so one forward pass of the model needs each once, and the first
+    Operators depend on parameters and not on the input, so one forward pass of the model needs each once, and the first
     layer that asks has all of them computed. A result holds for that pass: with gradients the next one computes afresh;
     without, it first compares the parameters with those that were used, by their content, since `param.data` can be
     written without a trace. Outside of a pass (a layer called by itself) every operator is computed alone.
@@ -145,6 +281,7 @@ class OperatorBatch:
         self.operators = list(operators)
         self.running = False
         self._compared = False
+        self._noise: Tensor | None = None
         self._tracked: dict[torch.dtype | None, tuple[Tensor, ...]] = {}
         self._untracked: dict[torch.dtype | None, tuple[Tensor, ...]] = {}
         self._snapshot: list[Tensor] = []
@@ -155,35 +292,51 @@ class OperatorBatch:
         """A forward pass begins."""
         self._tracked.clear()
         self._compared = False
+        # Drawn here, not where it is first needed: that may lie in a part of the model that checkpointing runs again
+        # from a saved state of the random numbers, and then finds the evaluation done.
+        before, self._noise = self._noise, self.operators[0].sample_noise(len(self.operators))
+        if before is not None or self._noise is not None:
+            self._untracked.clear()
         self.running = True
 
     def end(self) -> None:
         """The forward pass is over; its result stays for checkpointing, which repeats parts of it in backward."""
         self.running = False
 
-    def difference(self, operator: Operator, slot: int, dtype: torch.dtype | None) -> Tensor | None:
-        """M − I of an operator, (n, n), or None where it must be computed alone."""
+    def noise(self, slot: int) -> Tensor | None:
+        """The noise of one operator in the last forward pass, (1, …)."""
+        return None if self._noise is None else self._noise[slot : slot + 1]
+
+    def tensors(self, operator: Operator, slot: int, dtype: torch.dtype | None) -> tuple[Tensor, ...] | None:
+        """The tensors of an operator, or None where it must be computed alone."""
         if self.operators[slot] is not operator or torch.compiler.is_compiling():
             return None  # a replica on another device, or a trace, which needs no sharing by hand
         if torch.is_grad_enabled() and any(p.requires_grad for p in operator.parameter_tuple()):
-            found = self._tracked.get(dtype)
-            if found is None and self.running:
-                flat = self._parameters()
-                found = _Evaluation.apply(self.operators[0], dtype, len(self.operators), *flat)  # type: ignore[no-untyped-call]
-                self._tracked[dtype] = found
-            elif not self.running and not _in_backward():
-                return None
-            return None if found is None else found[slot]
+            found = self._with_graph(dtype)
+        else:
+            found = self._without_graph(dtype)
+        return None if found is None else found[slot :: len(self.operators)]
+
+    def _with_graph(self, dtype: torch.dtype | None) -> tuple[Tensor, ...] | None:
+        found = self._tracked.get(dtype)
+        if self.running and found is None:
+            flat = self._parameters()
+            found = _Evaluation.apply(self.operators[0], dtype, len(self.operators), self._noise, *flat)  # type: ignore[no-untyped-call]
+            self._tracked[dtype] = found
+        return found if self.running or _in_backward() else None
+
+    def _without_graph(self, dtype: torch.dtype | None) -> tuple[Tensor, ...] | None:
         if not self.running:
             return None
         if not self._compared:
             self._compare()
-        found = self._untracked.get(dtype)
-        if found is None:
+        if dtype not in self._untracked:
             with torch.no_grad():
                 self._snapshot = self._stacked()
-                found = self._untracked[dtype] = _compute(self.operators[0], self._snapshot, dtype).unbind(0)
-        return found[slot]
+                first = self.operators[0]
+                results = _compute(first, first.parameter_names(), self._snapshot, self._noise, dtype)
+                self._untracked[dtype] = tuple(one for result in results for one in result.unbind(0))
+        return self._untracked[dtype]
 
     def _parameters(self) -> list[Tensor]:
         by_name = zip(*(operator.parameter_tuple() for operator in self.operators), strict=True)
@@ -200,6 +353,14 @@ class OperatorBatch:
                 fresh = self._stacked()
             if is_symbolic(fresh[0]) or not all(map(torch.equal, fresh, self._snapshot)):
                 self._untracked.clear()
+
+
+def keep_mask(operator: Operator, dropout: float, count: int, *shape: int) -> Tensor | None:
+    """1 for what stays and 0 for what is dropped with this probability, (count, *shape); None unless training."""
+    if not dropout or not operator.training:
+        return None
+    device = next(operator.parameters()).device
+    return (torch.rand(count, *shape, device=device) >= dropout).float()
 
 
 def _in_backward() -> bool:

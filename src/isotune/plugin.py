@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from isotune.config import IsotuneConfig
 from isotune.errors import AdapterFileError, IsotuneWarning, UnsupportedVersionError
-from isotune.layer import AdapterGroup, Linear, Links, remove_adapter
+from isotune.layer import Layer, adapt
+from isotune.links import Links, remove_adapter
 from isotune.methods import METHODS
+from isotune.placing import AdapterGroup
 
 MINIMUM_VERSIONS = {"torch": "2.6", "peft": "0.21.2"}
 UNTESTED_VERSIONS = {"peft": "0.22"}
@@ -44,14 +46,14 @@ class IsotuneModel(BaseTuner):
     """
 
     prefix = _PREFIX
-    tuner_layer_cls = Linear
+    tuner_layer_cls = Layer
     # What LoRA adapts by default in a known architecture is a good default here too: projections of attention.
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter into the model, then find the subspaces of all its layers; all or nothing."""
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        first = not any(isinstance(module, Linear) for module in model.modules())
+        first = not any(isinstance(module, Layer) for module in model.modules())
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             links = Links.attach(model)
@@ -74,7 +76,7 @@ class IsotuneModel(BaseTuner):
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         for module in self.model.modules() if safe_merge else ():
-            if isinstance(module, Linear):
+            if isinstance(module, Layer):
                 module.check_merge(adapter_names)
 
     def _unload_and_optionally_merge(
@@ -101,10 +103,10 @@ class IsotuneModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, Linear):
+        if isinstance(target, Layer):
             target.update_layer(adapter_name, peft_config)
             return
-        layer = Linear(target, current_key)
+        layer = adapt(target, current_key)
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -126,7 +128,7 @@ class IsotuneModel(BaseTuner):
             )
         if self.training:
             raise ValueError("adapter_names is for inference; call model.eval() first, or train one adapter at a time.")
-        layers = [m for m in self.model.modules() if isinstance(m, Linear)]
+        layers = [m for m in self.model.modules() if isinstance(m, Layer)]
         if any(layer.merged for layer in layers):
             raise ValueError("adapter_names needs every adapter unmerged; call unmerge_adapter() first.")
         for layer in layers:

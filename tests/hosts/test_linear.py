@@ -60,7 +60,7 @@ def test_subclasses_with_a_plain_weight_are_taken() -> None:
     assert host_for(Custom(4, 3)).matrix().shape == (3, 4)
 
 
-@pytest.mark.parametrize("module", [nn.Conv2d(3, 3, 1), nn.LayerNorm(3), nn.Bilinear(2, 2, 2), nn.Identity()])
+@pytest.mark.parametrize("module", [nn.ConvTranspose2d(3, 3, 1), nn.LayerNorm(3), nn.Bilinear(2, 2, 2), nn.Identity()])
 def test_other_modules_are_refused_by_name_and_type(module: nn.Module) -> None:
     with pytest.raises(
         ValueError, match=rf"'some\.name'.*{type(module).__name__}.*Supported: .*Linear.*exclude_modules"

@@ -28,6 +28,44 @@ def _solve(minus: Tensor, twice: Tensor) -> Tensor:
     return result
 
 
+def _polish(difference: Tensor) -> Tensor:
+    """R − I with R made orthogonal to rounding, by one Newton–Schulz step R ← ½ R (3 I − RᵀR).
+
+    A solve leaves an error that grows with the condition of I − Q, which is that of Q; the step squares it.
+    """
+    defect = difference + difference.mT + difference.mT @ difference
+    return difference - 0.5 * (defect + difference @ defect)
+
+
+_SMALL = range(5, 12)
+"""Block sizes for which LAPACK's solve of many blocks takes 1.5 to 3 times as long on a CPU as `_eliminate`."""
+
+
+def _eliminate(entries: Tensor, n: int) -> Tensor:
+    """R − I by Gauss–Jordan elimination of all matrices at once, in float64.
+
+    No pivots are searched: the symmetric part of I − Q is I, and so every pivot is at least 1. That bounds the growth
+    of rounding errors by about ‖Q‖², which float64 has to spare. The matrices lie along the last dimension, so that
+    each operation runs over all of them.
+    """
+    columns = entries.reshape(-1, entries.shape[-1]).double().t().contiguous()
+    rows, others = torch.triu_indices(n, n, offset=1, device=entries.device).unbind(0)
+    work = columns.new_zeros(n, n, columns.shape[1])
+    work.index_put_((rows, others), -columns).index_put_((others, rows), columns)
+    work.diagonal(dim1=0, dim2=1).fill_(1)
+    for k in range(n):
+        pivot = work[k, k].reciprocal()
+        row, column = work[k] * pivot, work[:, k].clone()
+        column[k] = 0
+        work -= column[:, None] * row[None]
+        work[:, k] = -column * pivot
+        row[k] = pivot
+        work[k] = row
+    work *= 2
+    work.diagonal(dim1=0, dim2=1).sub_(2)
+    return work.permute(2, 0, 1).to(entries.dtype).contiguous().view(*entries.shape[:-1], n, n)
+
+
 def _generator_gradient(difference: Tensor, gradient: Tensor) -> Tensor:
     """Half of ∂L/∂Q for dR = ½ (R + I) dQ (R + I): (½(R + I))ᵀ G (½(R + I))ᵀ, where ½(R + I) = I + ½(R − I)."""
     left = _plus_half_product(gradient, difference.mT, gradient)
@@ -63,13 +101,15 @@ class _CayleyOfEntries(torch.autograd.Function):
 
     @staticmethod
     def forward(entries: Tensor, n: int) -> Tensor:
+        if n in _SMALL and entries.device.type == "cpu":
+            return _eliminate(entries, n)
         upper, lower = skew_positions(n, entries.device)
         minus = entries.new_zeros(*entries.shape[:-1], n * n)
         minus.index_copy_(-1, upper, -entries).index_copy_(-1, lower, entries)
         minus = minus.view(*entries.shape[:-1], n, n)
         twice = -2 * minus
         minus.diagonal(dim1=-2, dim2=-1).fill_(1)
-        return _solve(minus, twice)
+        return _polish(_solve(minus, twice))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:

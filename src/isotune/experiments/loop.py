@@ -25,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from isotune.base_model import quiet
 from isotune.experiments.files import read_json, write_json
 from isotune.experiments.recipe import Metric, Train
+from isotune.regularization import has_regularization, regularization_callback
 
 Row = dict[str, Any]
 
@@ -311,6 +312,7 @@ def train(
         disable_tqdm=True,
         report_to="none",
     )
+    regularizers = [regularization_callback()] if has_regularization(model) else []
     trainer = Loop(
         settings,
         lr,
@@ -322,7 +324,7 @@ def train(
         train_dataset=task.train,
         eval_dataset=task.validation or None,
         compute_metrics=lambda output: scores(output.predictions, output.label_ids),
-        callbacks=[progress, *callbacks],
+        callbacks=[progress, *regularizers, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     resume = last_checkpoint(folder)

@@ -24,11 +24,12 @@ def _config_class(name: str) -> tuple[type, dict[str, Any]]:
     """The configuration class of a method and the fields that its name fixes."""
     import peft
 
-    import isotune
+    from isotune.methods import METHODS
 
-    if name in ("psoft", "psoft_so"):
-        fixed = {"psoft_mag_a": False, "psoft_mag_b": False} if name == "psoft_so" else {}
-        return isotune.PsoftConfig, fixed
+    if name == "psoft_so":
+        return METHODS["psoft"], {"psoft_mag_a": False, "psoft_mag_b": False}
+    if name in METHODS:
+        return METHODS[name], {}
     return peft.LoraConfig, {"use_dora": True} if name == "dora" else {}
 
 
@@ -71,7 +72,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 
 def adapter_config(name: str, **options: Any) -> Any:
-    """The adapter configuration of a method, one of psoft, psoft_so, lora and dora.
+    """The adapter configuration of a method: one of isotune's, psoft_so, or PEFT's lora and dora.
 
     Unless the options say otherwise all linear layers are adapted and the scale of the update is one:
     `lora_alpha` equals the rank, as isotune's `psoft_alpha` does of itself.

@@ -1,11 +1,20 @@
 """The methods: each is one file with a configuration and an operator, and one line here."""
 
 from isotune.config import IsotuneConfig
+from isotune.methods.boft import BOFTConfig
+from isotune.methods.goft import GOFTConfig, QGOFTConfig
+from isotune.methods.hra import HRAConfig
+from isotune.methods.oft import OFTConfig
 from isotune.methods.psoft import PsoftConfig
 
 METHODS: dict[str, type[IsotuneConfig]] = {
     "psoft": PsoftConfig,
+    "oft": OFTConfig,
+    "boft": BOFTConfig,
+    "goft": GOFTConfig,
+    "qgoft": QGOFTConfig,
+    "hra": HRAConfig,
 }
 """Name of the method -> its configuration. The PEFT type is ISOTUNE_ and the name in capitals."""
 
-__all__ = ["METHODS", "PsoftConfig"]
+__all__ = ["METHODS", "BOFTConfig", "GOFTConfig", "HRAConfig", "OFTConfig", "PsoftConfig", "QGOFTConfig"]

@@ -14,17 +14,16 @@ from torch import Tensor, nn
 from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.diagonal import scaled_difference
 from isotune.algebra.skew import skew_size
-from isotune.config import IsotuneConfig, by_pattern, check_cayley_options, require_choice, require_positive_integer
+from isotune.config import SubspaceConfig, by_pattern, check_cayley_options, check_probability, require_choice
 from isotune.errors import IsotuneWarning
-from isotune.operators import Operator
+from isotune.operators import DenseOperator
 
 
 @dataclass
-class PsoftConfig(IsotuneConfig):
+class PsoftConfig(SubspaceConfig):
     """Configuration of PSOFT: y = host(x) + (psoft_alpha / r)·((x Vᵀ)(M − I)) Pᵀ with M = diag(α) R diag(β).
 
     Args:
-        r: rank of the principal subspace; at most the smaller side of each adapted weight.
         psoft_alpha: the update is scaled by psoft_alpha / r; None means r. Only then is the geometry strict.
         psoft_dropout: dropout on the input of the update.
         ab_svd_init: "psoft_init" reads with orthonormal rows V; "pissa_init" splits the singular values evenly, without
@@ -40,7 +39,6 @@ class PsoftConfig(IsotuneConfig):
         ValueError: a value that is not allowed or a combination without effect; the message says what to change.
     """
 
-    r: int = field(default=32)
     psoft_alpha: float | None = field(default=None)
     psoft_dropout: float = field(default=0.0)
     ab_svd_init: Literal["psoft_init", "pissa_init"] = field(default="psoft_init")
@@ -54,29 +52,31 @@ class PsoftConfig(IsotuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive_integer("r", self.r)
         require_choice("ab_svd_init", self.ab_svd_init, ("psoft_init", "pissa_init"))
         require_choice("psoft_svd", self.psoft_svd, ("auto", "full", "lowrank"))
         if not all(a is None or 0 < a < math.inf for a in (self.psoft_alpha, *self.alpha_pattern.values())):
             given = f"psoft_alpha={self.psoft_alpha!r} with alpha_pattern={self.alpha_pattern!r}"
             raise ValueError(f"{given} is not allowed; each must be above 0, or psoft_alpha None for r.")
-        if not 0.0 <= self.psoft_dropout < 1.0:
-            raise ValueError(f"psoft_dropout={self.psoft_dropout!r} is not allowed; it must be in [0, 1).")
+        check_probability("psoft_dropout", self.psoft_dropout)
         if self.use_cayley_neumann and not self.psoft_orth:
             raise ValueError("use_cayley_neumann=True has no effect with psoft_orth=False; set one of them otherwise.")
         check_cayley_options(self.use_cayley_neumann, self.num_cayley_neumann_terms, self.cayley_neumann_eps)
         names = ("", *self.alpha_pattern, *self.rank_pattern)
         if self.psoft_orth and any(self.scale_of(name) != 1.0 for name in names):
-            warnings.warn(
-                "psoft_alpha differs from r, so the update is scaled by psoft_alpha / r and the angles and norms of "
-                "the principal weights are no longer strictly kept. Leave psoft_alpha at None for the strict method.",
-                IsotuneWarning,
-                stacklevel=3,
-            )
+            message = "psoft_alpha differs from r, so angles and norms of the principal weights are not strictly kept."
+            warnings.warn(f"{message} Leave it at None for the strict method.", IsotuneWarning, stacklevel=3)
 
-    def default_rank(self) -> int:
-        """r."""
-        return self.r
+    @property
+    def solver(self) -> str:
+        return self.psoft_svd
+
+    @property
+    def symmetric(self) -> bool:
+        return self.ab_svd_init == "pissa_init"
+
+    @property
+    def update_dropout(self) -> float:
+        return self.psoft_dropout
 
     def scale_of(self, module: str) -> float:
         """psoft_alpha / r, with both by pattern."""
@@ -84,7 +84,7 @@ class PsoftConfig(IsotuneConfig):
         alpha = by_pattern(self.alpha_pattern, module, self.psoft_alpha)
         return 1.0 if alpha is None else float(alpha) / rank
 
-    def build_operator(self, rank: int) -> PsoftOperator:
+    def subspace_operator(self, rank: int) -> PsoftOperator:
         """M = diag(α) R diag(β) on r coordinates."""
         return PsoftOperator(
             rank,
@@ -96,7 +96,7 @@ class PsoftConfig(IsotuneConfig):
         )
 
 
-class PsoftOperator(Operator):
+class PsoftOperator(DenseOperator):
     """M = diag(α) R diag(β), R the Cayley transform of a skew generator or a free matrix.
 
     Args:

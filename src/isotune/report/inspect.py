@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from isotune import geometry
 from isotune.adapter_file import AdapterFile, describe, read_config
+from isotune.algebra.factors import BlockDiagonal, LowRank
 from isotune.base_model import load_base
-from isotune.layer import Linear
+from isotune.config import SubspaceConfig
+from isotune.layer import Layer
+from isotune.operators import Rotation
 
 MISSING_BASE = (
     "Not shown, as they need the base model (--base MODEL): energy captured, size and ranks of the update, and how far "
@@ -26,6 +29,9 @@ MISSING_BASE = (
 
 Range = tuple[float, float]
 
+_MAX_DENSE = 1536
+"""Largest width at which a decomposition of an n × n matrix for each layer is still quick."""
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -33,10 +39,11 @@ class LayerReport:
 
     module: str
     rank: int
+    """Of the principal subspace; for a rotation of all inputs their number."""
     orthogonality_error: float
     """Largest entry of |RᵀR − I|; large on purpose for a free matrix."""
     largest_angle: float | None
-    """Largest rotation angle of R, degrees; None for a free matrix."""
+    """Largest rotation angle of R, degrees; None for a free matrix and where it would take too long."""
     alpha: Range | None
     """Smallest and largest entry."""
     beta: Range | None
@@ -53,7 +60,7 @@ class LayerReport:
     """Of ΔW, as isotune.geometry defines them."""
     angle_moved_largest: float | None = None
     angle_moved_mean: float | None = None
-    """Change of the angles between the rows of the principal weight P V, degrees."""
+    """Change of the angles between the rows of the principal weight P V, or of W for a rotation of all inputs, degrees."""
 
 
 @dataclass(frozen=True)
@@ -67,24 +74,27 @@ class AdapterReport:
     parameters: int
     """Trained numbers in the adapted layers."""
     layers: list[LayerReport]
+    subspaces: bool = True
+    """Whether the method acts on principal subspaces, or else rotates all inputs."""
 
     def summary(self) -> str:
         """One line about all layers."""
         ranks = sorted({layer.rank for layer in self.layers})
         shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         parts = [
-            f"{self.method}: {len(self.layers)} layers of rank {shown}, {self.parameters:,} trained parameters",
+            f"{self.method}: {len(self.layers)} layers of {'rank' if self.subspaces else 'width'} {shown}, "
+            f"{self.parameters:,} trained parameters",
             f"orthogonality error at most {_most(self.layers, 'orthogonality_error'):.1e}",
         ]
         if any(layer.largest_angle is not None for layer in self.layers):
             parts.append(f"rotated by at most {_most(self.layers, 'largest_angle'):.1f}°")
         if self.base is not None:
-            energies = [layer.energy for layer in self.layers if layer.energy is not None]
-            parts.append(f"principal subspaces hold {min(energies):.0%} to {max(energies):.0%} of the energy")
+            if self.subspaces:
+                energies = [layer.energy for layer in self.layers if layer.energy is not None]
+                parts.append(f"principal subspaces hold {min(energies):.0%} to {max(energies):.0%} of the energy")
             parts.append(f"update at most {_most(self.layers, 'relative_norm'):.1%} of the weight")
-            parts.append(
-                f"angles of principal weights moved by at most {_most(self.layers, 'angle_moved_largest'):.2g}°"
-            )
+            what = "principal weights" if self.subspaces else "weights"
+            parts.append(f"angles of {what} moved by at most {_most(self.layers, 'angle_moved_largest'):.2g}°")
         return "; ".join(parts) + "."
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,11 +134,14 @@ def inspect(
     with torch.no_grad():
         layers = [_measure(file, module, placed.get(module)) for module in file.layers]
     label = None if model is None else str(name or type(model).__name__)
-    return AdapterReport(str(directory), str(raw["peft_type"]), label, parameters, layers)
+    subspaces = isinstance(file.config, SubspaceConfig)
+    return AdapterReport(str(directory), str(raw["peft_type"]), label, parameters, layers, subspaces)
 
 
-def _measure(file: AdapterFile, module: str, layer: Linear | None) -> LayerReport:
+def _measure(file: AdapterFile, module: str, layer: Layer | None) -> LayerReport:
     operator: Any = file.operator(module)
+    if isinstance(operator, Rotation):
+        return _measure_rotation(module, operator, layer)
     matrix = operator.matrix()
     rotation = matrix
     if hasattr(operator, "rotation_difference"):
@@ -153,7 +166,7 @@ def _measure(file: AdapterFile, module: str, layer: Linear | None) -> LayerRepor
     size = float(torch.linalg.vector_norm(values))
     return dataclasses.replace(
         report,
-        base_residual=layer.raw_form("default").residual,
+        base_residual=getattr(layer.raw_form("default"), "residual", None),
         energy=geometry.energy_captured(weight, basis),
         update_norm=size,
         relative_norm=size / max(float(torch.linalg.vector_norm(weight)), torch.finfo(torch.float32).tiny),
@@ -162,6 +175,51 @@ def _measure(file: AdapterFile, module: str, layer: Linear | None) -> LayerRepor
         angle_moved_largest=math.degrees(moved.largest),
         angle_moved_mean=math.degrees(moved.mean),
     )
+
+
+def _measure_rotation(module: str, operator: Rotation, layer: Layer | None) -> LayerReport:
+    error, angle = _of_rotation(operator)
+    report = LayerReport(
+        module=module,
+        rank=operator.size,
+        orthogonality_error=error,
+        largest_angle=None if angle is None else math.degrees(angle),
+        alpha=None,
+        beta=_range(operator.gain),
+    )
+    if layer is None:
+        return report
+    weight = layer.unmerged_matrix().float()
+    merged = layer.raw_form("default").fold(weight, operator)
+    moved, change = geometry.angle_change(weight, merged), merged - weight
+    values = torch.linalg.svdvals(change) if min(change.shape) <= _MAX_DENSE else None
+    size = float(torch.linalg.vector_norm(change))
+    return dataclasses.replace(
+        report,
+        update_norm=size,
+        relative_norm=size / max(float(torch.linalg.vector_norm(weight)), torch.finfo(torch.float32).tiny),
+        stable_rank=None if values is None else geometry.stable_rank(values),
+        entropy_rank=None if values is None else geometry.entropy_rank(values),
+        angle_moved_largest=math.degrees(moved.largest),
+        angle_moved_mean=math.degrees(moved.mean),
+    )
+
+
+def _of_rotation(operator: Rotation) -> tuple[float, float | None]:
+    """The orthogonality error of M, and the largest angle by which it turns, radians, from its factors if it can be."""
+    kinds, tensors = [type(factor) for factor in operator.chain], operator.tensors()
+    if kinds == [BlockDiagonal]:
+        blocks = tensors[0].double() + torch.eye(tensors[0].shape[-1], dtype=torch.float64)
+        angles = torch.linalg.eigvals(blocks).angle().abs()
+        return max(geometry.orthogonality_error(block) for block in blocks), float(angles.max())
+    if kinds == [LowRank]:
+        # I + L R has the eigenvalues of I + R L, and 1 otherwise.
+        small = (tensors[1] @ tensors[0]).double()
+        eigenvalues = torch.linalg.eigvals(small + torch.eye(len(small), dtype=torch.float64))
+        return geometry.orthogonality_error(operator.matrix()), float(eigenvalues.angle().abs().max())
+    matrix = operator.matrix()
+    angle = float(geometry.rotation_angles(matrix)[0]) if operator.size <= _MAX_DENSE else None
+    return geometry.orthogonality_error(matrix), angle
 
 
 def _range(vector: Tensor | None) -> Range | None:

@@ -1,0 +1,275 @@
+"""Linear maps of row vectors as chains of structured factors I + D, applied without ever forming the whole matrix.
+
+A factor says how a few tensors act on x (tokens, n); a chain applies one after the other, keeps nothing but x itself
+for backward, and undoes nothing: what lies between two factors is computed again from x, which costs less than keeping
+it. D and not I + D is stored, so that a small rotation keeps its relative precision and D = 0 changes no bit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+def refuse_double_backward() -> None:
+    """Raise a RuntimeError where a backward pass is itself being recorded.
+
+    What a node keeps of its forward is not connected to the graph, so a second derivative would be silently wrong.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "An adapted layer can be differentiated once; create_graph=True through it is not supported. "
+            "Compute second derivatives on the merged model, or by finite differences of gradients."
+        )
+
+
+class Factor(ABC):
+    """x ↦ x (I + D) on row vectors of one width, D given by `count` tensors."""
+
+    count: ClassVar[int]
+
+    @abstractmethod
+    def apply(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """x (I + D), a new tensor, for x (tokens, n)."""
+
+    @abstractmethod
+    def backward(
+        self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor], needs_x: bool
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """The gradients of x, if needed, and of the tensors, from that of x (I + D)."""
+
+    @abstractmethod
+    def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The tensors, differentiably, with which the same factor is x ↦ x (I + D)ᵀ."""
+
+
+class BlockDiagonal(Factor):
+    """D is block-diagonal on all or some of the columns, in their order or permuted.
+
+    Its one tensor is (blocks, b, b).
+
+    Args:
+        size: b.
+        columns: slice of the columns that the blocks cover; None for all of them.
+        order: (n,), a permutation: position -> column; None for the columns as they are. Excludes `columns`.
+    """
+
+    count = 1
+
+    def __init__(self, size: int, columns: slice | None = None, order: Tensor | None = None) -> None:
+        self.size = size
+        self.columns = columns
+        self.permuted = order is not None
+        self._orders = {} if order is None else {order.device: (order, torch.argsort(order))}
+
+    def _order(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The permutation and its inverse on a device."""
+        if device not in self._orders:
+            order, inverse = next(iter(self._orders.values()))
+            self._orders[device] = order.to(device), inverse.to(device)
+        return self._orders[device]
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """The columns as (blocks, tokens, b), a view where they lie in order."""
+        if self.permuted:
+            x = x.index_select(1, self._order(x.device)[0])
+        elif self.columns is not None:
+            x = x[:, self.columns]
+        return x.reshape(x.shape[0], x.shape[1] // self.size, self.size).transpose(0, 1)
+
+    def _add(self, x: Tensor, update: Tensor) -> Tensor:
+        """x plus what (blocks, tokens, b) holds for its columns."""
+        update = update.transpose(0, 1)
+        if self.permuted:
+            return x + update.flatten(1).index_select(1, self._order(x.device)[1])
+        if self.columns is None:
+            return torch.add(x.reshape(update.shape), update).reshape(x.shape)
+        result = x.clone()
+        result[:, self.columns] += update.flatten(1)
+        return result
+
+    def apply(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """x + x D."""
+        return self._add(x, torch.bmm(self._blocks(x), tensors[0]))
+
+    def backward(
+        self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor], needs_x: bool
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """∂D = xᵀ g block by block, ∂x = g + g Dᵀ."""
+        blocks = self._blocks(gradient)
+        grad = torch.bmm(self._blocks(x).mT, blocks)
+        return self._add(gradient, torch.bmm(blocks, tensors[0].mT)) if needs_x else None, (grad,)
+
+    def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Each block transposed."""
+        return (tensors[0].mT,)
+
+
+class LowRank(Factor):
+    """D = left · right, from two tensors (n, r) and (r, n)."""
+
+    count = 2
+
+    def apply(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """x + (x left) right."""
+        left, right = tensors
+        return torch.addmm(x, torch.mm(x, left), right)
+
+    def backward(
+        self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor], needs_x: bool
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """∂left = xᵀ (g rightᵀ), ∂right = (x left)ᵀ g, ∂x = g + (g rightᵀ) leftᵀ."""
+        left, right = tensors
+        inner = torch.mm(gradient, right.t())
+        grads = (torch.mm(x.t(), inner), torch.mm(torch.mm(x, left).t(), gradient))
+        return torch.addmm(gradient, inner, left.t()) if needs_x else None, grads
+
+    def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Dᵀ = rightᵀ leftᵀ."""
+        left, right = tensors
+        return right.mT, left.mT
+
+
+Chain = tuple[Factor, ...]
+
+
+def split_tensors(chain: Chain, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """The tensors of each factor, from those of all in order."""
+    parts, start = [], 0
+    for factor in chain:
+        parts.append(tensors[start : start + factor.count])
+        start += factor.count
+    return parts
+
+
+def chain_forward(x: Tensor, chain: Chain, tensors: Sequence[Tensor]) -> Tensor:
+    """x (I + D₁) (I + D₂) … for x (tokens, n), without a graph."""
+    for factor, own in zip(chain, split_tensors(chain, tensors), strict=True):
+        x = factor.apply(x, own)
+    return x
+
+
+def chain_backward(
+    x: Tensor, gradient: Tensor, chain: Chain, tensors: Sequence[Tensor], needs_x: bool
+) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """The gradients of x, if needed, and of all tensors in order; x (tokens, n) is the input of the chain."""
+    parts = split_tensors(chain, tensors)
+    inputs = [x]
+    for factor, own in zip(chain[:-1], parts, strict=False):
+        inputs.append(factor.apply(inputs[-1], own))
+    grads: list[Tensor] = []
+    current: Tensor | None = gradient
+    for place in reversed(range(len(chain))):
+        assert current is not None
+        wanted = needs_x or place > 0
+        current, own_grads = chain[place].backward(inputs.pop(), current, parts[place], wanted)
+        grads = [*own_grads, *grads]
+    return current, tuple(grads)
+
+
+class _Chain(torch.autograd.Function):
+    """A chain that keeps its input and its tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, chain: Chain, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *tensors)
+        ctx.chain = chain
+        return chain_forward(x.reshape(-1, x.shape[-1]), chain, tensors).reshape(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        x, *tensors = ctx.saved_tensors
+        width = x.shape[-1]
+        grad_x, grads = chain_backward(
+            x.reshape(-1, width), gradient.reshape(-1, width), ctx.chain, tensors, ctx.needs_input_grad[0]
+        )
+        return None if grad_x is None else grad_x.reshape(x.shape), None, *grads
+
+
+def apply_chain(x: Tensor, chain: Chain, tensors: Sequence[Tensor]) -> Tensor:
+    """x (I + D₁) (I + D₂) … over the last dimension of x.
+
+    Args:
+        x: (..., n).
+        chain: the factors, the one that acts first in front; at least one.
+        tensors: of all factors in order, in the dtype of x.
+
+    Returns:
+        The shape of x; differentiable once. For backward x itself is kept, so layers that read the same x share it.
+    """
+    result: Tensor = _Chain.apply(x, chain, *tensors)  # type: ignore[no-untyped-call]
+    return result
+
+
+def transpose_chain(chain: Chain, tensors: Sequence[Tensor]) -> tuple[Chain, tuple[Tensor, ...]]:
+    """The chain of the transposed map, differentiably: ((I + D₁)(I + D₂))ᵀ = (I + D₂ᵀ)(I + D₁ᵀ)."""
+    pairs = list(zip(chain, split_tensors(chain, tensors), strict=True))[::-1]
+    return tuple(factor for factor, _ in pairs), tuple(t for factor, own in pairs for t in factor.transposed(own))
+
+
+class _GainedLinear(torch.autograd.Function):
+    """diag(gain) applied to chain(x) Wᵀ, plus bias, for a frozen W and bias; keeps x alone.
+
+    The gradient of the gain needs chain(x) Wᵀ once more. Keeping it would cost tokens × out; computing it again costs
+    one product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, chain: Chain, frozen: tuple[Tensor, Tensor | None], *tensors: Tensor
+    ) -> Tensor:
+        weight, bias = frozen
+        ctx.save_for_backward(x, gain, *tensors)
+        ctx.chain, ctx.weight = chain, weight
+        rotated = chain_forward(x.reshape(-1, x.shape[-1]), chain, tensors)
+        # Allocated in its final shape and filled through a view: a result that was a view itself could not be changed
+        # in place by what follows.
+        result = x.new_empty(*x.shape[:-1], weight.shape[0])
+        rows = result.view(len(rotated), weight.shape[0])
+        weight, less = weight.to(x.dtype), (gain - 1).to(x.dtype)
+        # As the layer itself computes, so that a gain of one changes no bit; then what the gain adds.
+        if bias is None:
+            torch.mm(rotated, weight.t(), out=rows)
+            rows.addcmul_(rows, less)
+        else:
+            bias = bias.to(x.dtype)
+            torch.addmm(bias, rotated, weight.t(), out=rows)
+            rows.addcmul_(rows - bias, less)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        x, gain, *tensors = ctx.saved_tensors
+        flat, grad = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        weight, grad_gain = ctx.weight.to(x.dtype), None
+        if ctx.needs_input_grad[1]:
+            output = torch.mm(chain_forward(flat, ctx.chain, tensors), weight.t())
+            grad_gain = (grad * output).sum(0, dtype=gain.dtype)
+        inner = torch.mm(grad * gain.to(x.dtype), weight)
+        grad_x, grads = chain_backward(flat, inner, ctx.chain, tensors, ctx.needs_input_grad[0])
+        return None if grad_x is None else grad_x.reshape(x.shape), grad_gain, None, None, *grads
+
+
+def gained_linear(
+    x: Tensor, gain: Tensor, chain: Chain, tensors: Sequence[Tensor], weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """gain ⊙ (chain(x) Wᵀ) + bias for a frozen layer.
+
+    Args:
+        x: (..., in).
+        gain: (out,), in float32 at least.
+        chain, tensors: as in `apply_chain`, on `in` coordinates.
+        weight: W, (out, in), not trained; of any dtype, it is multiplied in that of x.
+        bias: (out,), not trained, or None.
+
+    Returns:
+        (..., out); differentiable once.
+    """
+    result: Tensor = _GainedLinear.apply(x, gain, chain, (weight, bias), *tensors)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,81 @@
+"""Products of Householder reflections in compact form: two thin matrices, never an n × n one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unit_rows(vectors: Tensor) -> Tensor:
+    """Each row divided by its norm; a zero row stays zero, which makes its reflection the identity.
+
+    Args:
+        vectors: (..., r, n).
+    """
+    largest = vectors.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
+    scaled: Tensor = vectors / largest  # so that no square overflows or vanishes
+    norms = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    return scaled / torch.where(norms > 0, norms, 1.0)
+
+
+def reflections(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The product of reflections M = H_r ⋯ H₂ H₁, H_i = I − 2 u_i u_iᵀ, as I + left · right.
+
+    On row vectors, x M; a weight W becomes W Mᵀ = W H₁ H₂ ⋯ H_r. With the units U (n, r), H₁ ⋯ H_r = I − U T Uᵀ, where
+    T is upper triangular and T⁻¹ = ½ I + the strict upper triangle of UᵀU.
+
+    Args:
+        vectors: (..., r, n), the directions u_i before normalisation.
+
+    Returns:
+        left (..., n, r) and right (..., r, n).
+
+    Source: Yuan et al., HRA (NeurIPS 2024), equation 5; the compact form is that of Puglisi (1992).
+    """
+    units = unit_rows(vectors)
+    gram = units @ units.mT
+    half = torch.full_like(gram[..., 0], 0.5).diag_embed()
+    inner = torch.linalg.solve_triangular(gram.triu(1) + half, units, upper=True)  # T Uᵀ
+    return _by_pairs(-inner, units)
+
+
+def _by_pairs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """leftᵀ right, both (..., r, n), in terms of each pair's sum and half difference.
+
+    Training starts with equal pairs, whose reflections cancel. In terms of the vectors themselves they would cancel
+    only up to rounding, which in half precision is more than a small rotation; in these terms each product is small.
+    """
+    count = right.shape[-2] // 2 * 2
+    first, second, rest = right[..., 0:count:2, :], right[..., 1:count:2, :], right[..., count:, :]
+    one, two, last = left[..., 0:count:2, :], left[..., 1:count:2, :], left[..., count:, :]
+    readers = torch.cat([one + two, 0.5 * (one - two), last], -2)
+    writers = torch.cat([0.5 * (first + second), first - second, rest], -2)
+    return readers.mT, writers
+
+
+def orthonormal_reflection(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """M = I − 2 U Uᵀ with U from the Gram-Schmidt process, as I + left · right: r commuting reflections.
+
+    Args:
+        vectors: (..., r, n), r ≤ n, linearly independent.
+
+    Returns:
+        left (..., n, r) and right (..., r, n).
+
+    Source: Yuan et al., HRA (NeurIPS 2024), the case λ = ∞.
+    """
+    orthonormal = torch.linalg.qr(vectors.mT).Q
+    return -2 * orthonormal, orthonormal.mT
+
+
+def reflection_penalty(vectors: Tensor) -> Tensor:
+    """‖I − UᵀU‖²_F of the normalised directions, summed over leading dimensions.
+
+    Args:
+        vectors: (..., r, n).
+
+    Source: Yuan et al., HRA (NeurIPS 2024), equation 7.
+    """
+    units = unit_rows(vectors)
+    gram = units @ units.mT
+    return (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).square().sum()

@@ -1,0 +1,97 @@
+"""nn.Embedding as a host: each token's vector is one row of W."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from isotune.hosts.host import Fold, WeightHost, widen
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return gradient * factor, None
+
+
+class _Rows(TorchFunctionMode):
+    """Sees which rows an embedding looks up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.embedding:
+            self.found = args[0]
+        return func(*args, **(kwargs or {}))
+
+
+class EmbeddingHost(WeightHost):
+    """y = the rows of W that x names; W is (num_embeddings, embedding_dim), so adapters change the vectors.
+
+    The adapters see only the rows that are looked up. padding_idx and scale_grad_by_freq mean for their gradients what
+    they mean for the embedding's own: padding has none, and that of a token is divided by its number in the batch.
+
+    Raises:
+        ValueError: max_norm is set, with which every look-up rewrites the weight.
+    """
+
+    kinds = ("torch.nn.Embedding",)
+    folds = True
+
+    def __init__(self, module: nn.Module, name: str = "") -> None:
+        super().__init__(module, name)
+        if getattr(module, "max_norm", None) is not None:
+            raise ValueError(
+                f"The embedding {name!r} has max_norm={module.max_norm}, so it rewrites its frozen weight whenever it "
+                "is used. Set max_norm to None, or exclude the module with exclude_modules."
+            )
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """nn.Embedding and its subclasses."""
+        return isinstance(module, nn.Embedding)
+
+    def call_folded(self, base_layer: nn.Module, fold: Fold, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The folded rows, rounded once to the dtype of the weight."""
+        found, tokens = self._look_up(base_layer, x, *args, **kwargs)
+        rows = widen(found).reshape(-1, found.shape[-1])
+        folded = fold(rows, rows, tokens)
+        factor = self._gradient_factor(tokens, folded.dtype) if folded.requires_grad else None
+        if factor is not None:
+            folded = _ScaleGradient.apply(folded, factor)  # type: ignore[no-untyped-call]
+        return folded.to(found.dtype).view(found.shape)
+
+    def _look_up(self, base_layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The embedding's output, and which row of W each of its vectors is (a multiple of)."""
+        if base_layer is self.module and type(self.module).forward is nn.Embedding.forward:
+            return base_layer(x, *args, **kwargs), x.reshape(-1)
+        with _Rows() as seen:  # learned positions, for one, look up other rows than they are given
+            found: Tensor = base_layer(x, *args, **kwargs)
+        tokens = x if seen.found is None else seen.found
+        return found, tokens.reshape(-1)
+
+    def _gradient_factor(self, tokens: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """(tokens, 1), or None where every gradient counts once."""
+        padding, by_frequency = self.module.padding_idx, self.module.scale_grad_by_freq
+        if padding is None and not by_frequency:
+            return None
+        factor = torch.ones(tokens.shape, dtype=dtype, device=tokens.device)
+        if by_frequency:
+            counts = torch.zeros(self.out_features, dtype=dtype, device=tokens.device).index_add_(0, tokens, factor)
+            factor = factor / counts.index_select(0, tokens)
+        if padding is not None:
+            factor = factor * (tokens != padding)
+        return factor[:, None]

@@ -1,0 +1,143 @@
+"""BOFT (Liu et al., ICLR 2024, arXiv 2311.06243): a butterfly of block rotations, and a gain for each output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from isotune.algebra.butterfly import butterfly_blocks, butterfly_chain
+from isotune.algebra.cayley import orthogonal_difference
+from isotune.algebra.skew import skew_size
+from isotune.config import RotationConfig, check_probability, divisor_for, require_positive_integer
+from isotune.operators import Rotation, keep_mask
+
+
+@dataclass
+class BOFTConfig(RotationConfig):
+    """Configuration of BOFT: y = gain ⊙ (x B_m ⋯ B₂ B₁ Wᵀ) + bias, each B a block rotation at twice the last stride.
+
+    Args:
+        boft_block_size: size b of a block; 0: in_features / boft_block_num, or 4 if that is not given either.
+        boft_block_num: number of blocks of a factor; 0: in_features / boft_block_size.
+        boft_n_butterfly_factor: m; 1 is OFT with a gain. b · 2^(m − 1) must divide in_features.
+        boft_dropout: share of the blocks of a factor that are the identity at each training step.
+        boft_dropout_factors: share of the factors to which that happens at each step.
+
+    Raises:
+        ValueError: a value that is not allowed or a combination without effect; the message says what to change.
+    """
+
+    boft_block_size: int = field(default=0)
+    boft_block_num: int = field(default=0)
+    boft_n_butterfly_factor: int = field(default=1)
+    boft_dropout: float = field(default=0.0)
+    boft_dropout_factors: float = field(default=1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_integer("boft_n_butterfly_factor", self.boft_n_butterfly_factor)
+        check_probability("boft_dropout", self.boft_dropout)
+        if not 0.0 < self.boft_dropout_factors <= 1.0:
+            raise ValueError(
+                f"boft_dropout_factors={self.boft_dropout_factors!r} is not allowed; it must be in (0, 1]."
+            )
+        if self.boft_dropout_factors < 1.0 and not self.boft_dropout:
+            raise ValueError(
+                "boft_dropout_factors has no effect with boft_dropout=0; set boft_dropout, or leave it at 1."
+            )
+        for name in ("boft_block_size", "boft_block_num"):
+            if getattr(self, name):
+                require_positive_integer(name, getattr(self, name))
+        if self.boft_block_size and self.boft_block_num:
+            raise ValueError(
+                f"boft_block_size={self.boft_block_size} and boft_block_num={self.boft_block_num} are both given; set "
+                "one of them to 0, since it follows from the other."
+            )
+
+    def block_size_for(self, module: str, in_features: int) -> int:
+        """The size b of the blocks of a module.
+
+        Raises:
+            ValueError: the blocks do not divide in_features, or the butterfly does not fit.
+        """
+        if self.boft_block_num:
+            size = in_features // divisor_for("boft_block_num", self.boft_block_num, module, in_features)
+        else:
+            size = divisor_for("boft_block_size", self.boft_block_size or 4, module, in_features)
+        stages, most = self.boft_n_butterfly_factor, 1
+        while size % 2 == 0 and in_features % (size * 2**most) == 0:
+            most += 1
+        if stages > most:
+            raise ValueError(
+                f"boft_n_butterfly_factor={stages} is too large for {module!r} with {in_features} inputs and blocks of "
+                f"{size}: the size must be even and {size} · 2^(m − 1) must divide {in_features}, so m may be at most "
+                f"{most}. Choose a smaller m or other blocks, or exclude the module with exclude_modules."
+            )
+        return size
+
+    def build_operator(self, module: str, in_features: int, out_features: int) -> BOFTOperator:
+        """The butterfly on all inputs, and a gain for each output."""
+        size = self.block_size_for(module, in_features)
+        dropout = (self.boft_dropout, self.boft_dropout_factors)
+        return BOFTOperator(in_features, out_features, size, self.boft_n_butterfly_factor, dropout)
+
+    def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Blocks times their size, and the length of the gain."""
+        _, blocks, entries = tensors["generator"].shape
+        return blocks * round((1 + math.sqrt(1 + 8 * entries)) / 2), len(tensors["output_gain"])
+
+
+class BOFTOperator(Rotation):
+    """M = B_m ⋯ B₂ B₁ with blocks that are Cayley transforms, and the output gain.
+
+    Args:
+        in_features, out_features: of W.
+        block_size: b.
+        stages: m.
+        dropout: share of the blocks that are the identity in training, and share of the stages where this happens.
+    """
+
+    recompute = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        block_size: int,
+        stages: int,
+        dropout: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        super().__init__(in_features, butterfly_chain(in_features, block_size, stages))
+        self.block_size = block_size
+        self.dropout = dropout
+        self.generator = nn.Parameter(torch.zeros(stages, in_features // block_size, skew_size(block_size)))
+        self.output_gain = nn.Parameter(torch.ones(out_features))
+
+    @property
+    def gain(self) -> nn.Parameter:
+        """(out,)."""
+        return self.output_gain
+
+    def batch_key(self) -> Hashable:
+        """What `evaluate` depends on besides the parameters."""
+        return self.block_size, self.dropout
+
+    def sample_noise(self, count: int) -> Tensor | None:
+        """Which blocks are kept, (count, m, in / b)."""
+        stages, blocks, _ = self.generator.shape
+        kept = keep_mask(self, self.dropout[0], count, stages, blocks)
+        if kept is None or self.dropout[1] == 1.0:
+            return kept
+        untouched = keep_mask(self, self.dropout[1], count, stages, 1)
+        return kept if untouched is None else torch.maximum(kept, untouched)
+
+    def evaluate(self, parameters: Mapping[str, Tensor], noise: Tensor | None) -> tuple[Tensor, ...]:
+        """The folded blocks of `butterfly_chain`."""
+        difference = orthogonal_difference(parameters["generator"], self.block_size)
+        if noise is not None:
+            difference = difference * noise.to(difference.dtype)[..., None, None]
+        return butterfly_blocks(difference, self.block_size)

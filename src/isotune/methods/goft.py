@@ -1,0 +1,114 @@
+"""GOFT and qGOFT (Ma et al., ICML 2024, arXiv 2404.04316): a tree of Givens rotations, strict or nearly orthogonal."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from isotune.algebra.givens import givens_blocks, givens_chain, pair_penalty, rotation_pairs
+from isotune.config import RotationConfig, check_weight
+from isotune.operators import Rotation
+
+
+def _require_pair(module: str, in_features: int) -> None:
+    if in_features < 2:
+        raise ValueError(f"The module {module!r} has one input, which cannot be rotated; exclude it.")
+
+
+@dataclass
+class GOFTConfig(RotationConfig):
+    """Configuration of GOFT: y = host(x M), M a tree of in_features − 1 Givens rotations, exactly orthogonal."""
+
+    def build_operator(self, module: str, in_features: int, out_features: int) -> GOFTOperator:
+        """The tree on all inputs."""
+        _require_pair(module, in_features)
+        return GOFTOperator(in_features)
+
+    def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """One more than angles."""
+        return len(tensors["angles"]) + 1, 1
+
+
+@dataclass
+class QGOFTConfig(RotationConfig):
+    """Configuration of qGOFT: each rotation of the tree becomes a free 2 × 2 matrix, kept nearly orthogonal by a loss.
+
+    Args:
+        regularizer_weight: λ of the loss λ Σ (a₁b₁ + a₂b₂)² over all pairs, which `isotune.regularization_loss`
+            returns; 0 for none.
+
+    Raises:
+        ValueError: a weight below 0.
+    """
+
+    regularizer_weight: float = field(default=1e-3)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_weight("regularizer_weight", self.regularizer_weight)
+
+    def build_operator(self, module: str, in_features: int, out_features: int) -> QGOFTOperator:
+        """The tree on all inputs."""
+        _require_pair(module, in_features)
+        return QGOFTOperator(in_features, self.regularizer_weight)
+
+    def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """One more than pairs."""
+        return len(tensors["pairs"]) + 1, 1
+
+
+class GOFTOperator(Rotation):
+    """The tree of rotations by `angles`, (n − 1,): level by level from stride 1, within a level by position."""
+
+    recompute = True
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, givens_chain(size))
+        self.angles = nn.Parameter(torch.zeros(size - 1))
+
+    def batch_key(self) -> Hashable:
+        """What `evaluate` depends on besides the parameters."""
+        return self.size
+
+    def randomize_parameters(self) -> None:
+        """Angles of all sizes, whatever the width."""
+        nn.init.normal_(self.angles, std=0.5)
+
+    def evaluate(self, parameters: Mapping[str, Tensor], noise: Tensor | None) -> tuple[Tensor, ...]:
+        """The folded blocks of `givens_chain`."""
+        return givens_blocks(rotation_pairs(parameters["angles"]), self.size)
+
+
+class QGOFTOperator(Rotation):
+    """The tree of free 2 × 2 matrices I + `pairs`, (n − 1, 2, 2), in the order of `GOFTOperator`.
+
+    Args:
+        size: n.
+        regularizer_weight: λ.
+    """
+
+    orthogonal = False
+    recompute = True
+
+    def __init__(self, size: int, regularizer_weight: float = 0.0) -> None:
+        super().__init__(size, givens_chain(size))
+        self.regularizer_weight = regularizer_weight
+        self.pairs = nn.Parameter(torch.zeros(size - 1, 2, 2))
+
+    def batch_key(self) -> Hashable:
+        """What `evaluate` depends on besides the parameters."""
+        return self.size
+
+    def penalty(self) -> Tensor | None:
+        """λ Σ (a₁b₁ + a₂b₂)²."""
+        if not self.regularizer_weight:
+            return None
+        pairs = self.pairs.float() + torch.eye(2, device=self.pairs.device)
+        return self.regularizer_weight * pair_penalty(pairs)
+
+    def evaluate(self, parameters: Mapping[str, Tensor], noise: Tensor | None) -> tuple[Tensor, ...]:
+        """The folded blocks of `givens_chain`."""
+        return givens_blocks(parameters["pairs"], self.size)

@@ -1,0 +1,103 @@
+"""HRA (Yuan et al., NeurIPS 2024, arXiv 2405.17484): a product of Householder reflections of the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from isotune.algebra.factors import LowRank
+from isotune.algebra.householder import orthonormal_reflection, reflection_penalty, reflections
+from isotune.config import RotationConfig, check_weight, require_positive_integer
+from isotune.operators import Rotation
+
+
+@dataclass
+class HRAConfig(RotationConfig):
+    """Configuration of HRA: y = host(x M), W' = W H₁ H₂ ⋯ H_r with H = I − 2 u uᵀ.
+
+    Args:
+        r: number of reflections, even: they start in equal pairs, which cancel.
+        apply_GS: the strict form λ = ∞: orthonormal directions by the Gram-Schmidt process, W' = W (I − 2 U Uᵀ). It is
+            the identity for no U, so it needs init_weights=False, and the model does not start as its base.
+        regularizer_weight: λ of the loss λ ‖I − UᵀU‖²_F, which `isotune.regularization_loss` returns; 0 for none.
+
+    Raises:
+        ValueError: a value that is not allowed or a combination without effect; the message says what to change.
+    """
+
+    r: int = field(default=8)
+    apply_GS: bool = field(default=False)
+    regularizer_weight: float = field(default=0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_integer("r", self.r)
+        check_weight("regularizer_weight", self.regularizer_weight)
+        if self.apply_GS and self.init_weights:
+            raise ValueError(
+                "apply_GS=True cannot start at the identity: with orthonormal directions I − 2 U Uᵀ turns each of them "
+                "round. Set init_weights=False to start from random ones all the same, or apply_GS=False with a "
+                "regularizer_weight, such as 1e-4, to keep the directions nearly orthogonal."
+            )
+        if self.apply_GS and self.regularizer_weight:
+            raise ValueError("regularizer_weight has no effect with apply_GS=True; set one of them otherwise.")
+        if self.r % 2 and not self.apply_GS:
+            near = f"{self.r - 1} or {self.r + 1}" if self.r > 1 else "2"
+            raise ValueError(
+                f"r={self.r} is not allowed: an odd number of reflections has determinant −1, so it cannot start at "
+                f"the identity. Choose r={near}."
+            )
+
+    def build_operator(self, module: str, in_features: int, out_features: int) -> HRAOperator:
+        """The reflections of all inputs."""
+        if self.apply_GS and self.r > in_features:
+            raise ValueError(
+                f"r={self.r} is too large for {module!r} with apply_GS=True: of its {in_features} inputs there are at "
+                f"most {in_features} orthonormal directions. Choose a smaller r, or exclude the module."
+            )
+        return HRAOperator(in_features, self.r, strict=self.apply_GS, regularizer_weight=self.regularizer_weight)
+
+    def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """The length of a direction."""
+        return tensors["vectors"].shape[1], 1
+
+
+class HRAOperator(Rotation):
+    """M = H_r ⋯ H₂ H₁ with the directions `vectors`, (r, n), of any length above 0.
+
+    Args:
+        size: n.
+        reflections: r.
+        strict: orthonormal directions, M = I − 2 U Uᵀ.
+        regularizer_weight: λ.
+    """
+
+    recompute = True
+
+    def __init__(self, size: int, reflections: int, *, strict: bool = False, regularizer_weight: float = 0.0) -> None:
+        super().__init__(size, (LowRank(),))
+        self.strict = strict
+        self.regularizer_weight = regularizer_weight
+        directions = torch.randn(reflections if strict else reflections // 2, size)
+        directions = directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True)
+        self.vectors = nn.Parameter(directions if strict else directions.repeat_interleave(2, dim=0))
+
+    def batch_key(self) -> Hashable:
+        """What `evaluate` depends on besides the parameters."""
+        return self.strict
+
+    def is_identity(self) -> bool:
+        """Whether the directions are equal in pairs."""
+        return not self.strict and bool(torch.equal(self.vectors[0::2], self.vectors[1::2]))
+
+    def penalty(self) -> Tensor | None:
+        """λ ‖I − UᵀU‖²_F."""
+        return self.regularizer_weight * reflection_penalty(self.vectors.float()) if self.regularizer_weight else None
+
+    def evaluate(self, parameters: Mapping[str, Tensor], noise: Tensor | None) -> tuple[Tensor, ...]:
+        """M − I as (..., n, r) and (..., r, n)."""
+        vectors = parameters["vectors"]
+        return orthonormal_reflection(vectors) if self.strict else reflections(vectors)

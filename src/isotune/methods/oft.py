@@ -1,0 +1,146 @@
+"""OFT (Qiu et al., NeurIPS 2023, arXiv 2306.07280) and its second version (2025): rotations of blocks of the inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from isotune.algebra.cayley import orthogonal_difference
+from isotune.algebra.factors import BlockDiagonal
+from isotune.algebra.skew import skew_size
+from isotune.config import RotationConfig, check_cayley_options, check_probability, divisor_for, require_choice
+from isotune.operators import Rotation, keep_mask
+
+
+@dataclass
+class OFTConfig(RotationConfig):
+    """Configuration of OFT: y = host(x M), M block-diagonal with blocks R = (I + Q)(I − Q)⁻¹.
+
+    Args:
+        r: number of blocks; 0 or None: in_features / oft_block_size.
+        oft_block_size: size of a block; 0 or None: in_features / r, or 32 if r is not given either.
+        adjust: "refuse" a number that does not divide in_features, or take the "nearest" that does (the lower of two)
+            and say so once.
+        module_dropout: share of the blocks that are the identity at each training step.
+        coft: bound the rotation (COFT): the generators' Frobenius norm, over all blocks, is at most eps.
+        eps: that bound; each of the r blocks has eps / √r.
+        block_share: one rotation for all blocks.
+        use_cayley_neumann: the truncated Neumann series in the place of the exact transform.
+        num_cayley_neumann_terms: highest power of the series; each further one is closer to exact.
+
+    Raises:
+        ValueError: a value that is not allowed or a combination without effect; the message says what to change.
+    """
+
+    r: int | None = field(default=None)
+    oft_block_size: int | None = field(default=None)
+    adjust: Literal["refuse", "nearest"] = field(default="refuse")
+    module_dropout: float = field(default=0.0)
+    coft: bool = field(default=False)
+    eps: float = field(default=6e-5)
+    block_share: bool = field(default=False)
+    use_cayley_neumann: bool = field(default=False)
+    num_cayley_neumann_terms: int = field(default=5)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("adjust", self.adjust, ("refuse", "nearest"))
+        check_probability("module_dropout", self.module_dropout)
+        check_cayley_options(self.use_cayley_neumann, self.num_cayley_neumann_terms, None)
+        for name in ("r", "oft_block_size"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise ValueError(f"{name}={value!r} is not allowed; give an integer of at least 1, or 0 to derive it.")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps={self.eps!r} is not allowed; it bounds a norm, so it must be above 0.")
+        if self.module_dropout and self.block_share:
+            raise ValueError(
+                "module_dropout has no effect with block_share=True, where there is one block to drop; set it to 0, or "
+                "block_share to False."
+            )
+
+    def block_size_for(self, module: str, in_features: int) -> int:
+        """The size of the blocks of a module.
+
+        Raises:
+            ValueError: r or oft_block_size does not divide in_features, or both are given and disagree.
+        """
+        if not self.r:
+            return divisor_for("oft_block_size", self.oft_block_size or 32, module, in_features, self.adjust)
+        size = in_features // divisor_for("r", self.r, module, in_features, self.adjust)
+        if self.oft_block_size and self.oft_block_size != size:
+            raise ValueError(
+                f"r={self.r} blocks of oft_block_size={self.oft_block_size} do not make the {in_features} inputs of "
+                f"{module!r}; set one of them to 0, or oft_block_size to {size}."
+            )
+        return size
+
+    def build_operator(self, module: str, in_features: int, out_features: int) -> OFTOperator:
+        """M = blockdiag(R₁, R₂, …) on all inputs."""
+        size = self.block_size_for(module, in_features)
+        blocks = in_features // size
+        return OFTOperator(
+            size,
+            blocks,
+            shared=self.block_share,
+            neumann_terms=self.num_cayley_neumann_terms if self.use_cayley_neumann else None,
+            generator_bound=self.eps / math.sqrt(blocks) if self.coft else None,
+            dropout=self.module_dropout,
+        )
+
+    def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Blocks times their size; with block_share only one block is known, which stands for all."""
+        blocks, entries = tensors["generator"].shape
+        width = blocks * round((1 + math.sqrt(1 + 8 * entries)) / 2)
+        return width, width
+
+
+class OFTOperator(Rotation):
+    """M = blockdiag(R₁, R₂, …), each R the Cayley transform of a skew generator.
+
+    Args:
+        block_size: b.
+        blocks: number of blocks.
+        shared: one generator for all blocks, with (1, b(b − 1)/2) numbers and not (blocks, b(b − 1)/2).
+        neumann_terms, generator_bound: of `isotune.algebra.cayley.orthogonal_difference`.
+        dropout: share of the blocks that are the identity in training.
+    """
+
+    def __init__(
+        self,
+        block_size: int,
+        blocks: int,
+        *,
+        shared: bool = False,
+        neumann_terms: int | None = None,
+        generator_bound: float | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(block_size * blocks, (BlockDiagonal(block_size),))
+        self.block_size = block_size
+        self.blocks = blocks
+        self.neumann_terms = neumann_terms
+        self.generator_bound = generator_bound
+        self.dropout = dropout
+        self.orthogonal = neumann_terms is None
+        self.generator = nn.Parameter(torch.zeros(1 if shared else blocks, skew_size(block_size)))
+
+    def batch_key(self) -> Hashable:
+        """What `evaluate` depends on besides the parameters."""
+        return self.block_size, self.blocks, self.neumann_terms, self.generator_bound, self.dropout
+
+    def sample_noise(self, count: int) -> Tensor | None:
+        """Which blocks are kept, (count, blocks)."""
+        return keep_mask(self, self.dropout, count, self.blocks)
+
+    def evaluate(self, parameters: Mapping[str, Tensor], noise: Tensor | None) -> tuple[Tensor, ...]:
+        """R − I of all blocks, (..., blocks, b, b)."""
+        generator = parameters["generator"]
+        difference = orthogonal_difference(generator, self.block_size, self.neumann_terms, self.generator_bound)
+        difference = difference.expand(*difference.shape[:-3], self.blocks, -1, -1)
+        return (difference if noise is None else difference * noise.to(difference.dtype)[..., None, None],)

@@ -1,0 +1,167 @@
+"""Finding the principal subspaces of all layers of an adapter together: solved, pinned, or recovered from a file."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from isotune.config import SubspaceConfig
+from isotune.errors import BaseMismatchError, IsotuneWarning
+from isotune.forms import SubspaceUpdate
+from isotune.operators import is_symbolic
+from isotune.pinning import CANDIDATE_TOLERANCE, MAX_RESIDUAL, candidate_rank, recover
+from isotune.subspace import SubspaceRequest, principal_subspaces
+from isotune.subspace_cache import SubspaceCache
+
+if TYPE_CHECKING:
+    from isotune.layer import Layer
+
+
+class AdapterGroup:
+    """One adapter on all its layers: what is found for them together, once.
+
+    Args:
+        adapter_name: the adapter.
+        layers: the layers of the model; those without the adapter, or whose form needs no subspace, are left out.
+    """
+
+    def __init__(self, adapter_name: str, layers: Iterable[Layer]) -> None:
+        self.adapter_name = adapter_name
+        self.layers = [
+            layer
+            for layer in layers
+            if adapter_name in layer.isotune_operator and isinstance(layer.raw_form(adapter_name), SubspaceUpdate)
+        ]
+
+    @torch.no_grad()
+    def place(self) -> None:
+        """Solve the subspaces of all layers that need it, pin them or recover them from their pins, and place them.
+
+        Raises:
+            BaseMismatchError: a pinned basis was trained on another base; names the worst layer and the residual.
+            ValueError: a weight has no principal subspace (NaN, …).
+        """
+        pending = [layer for layer in self.layers if self._form(layer).needs_placing()]
+        real = []
+        for layer in pending:
+            if is_symbolic(layer.host.weight):
+                self._form(layer).place_symbolic(layer.host.matrix(), self._scale(layer))
+            else:
+                real.append(layer)
+        foreign = [layer for layer in real if self._form(layer).holds_foreign_basis()]
+        self._solve([layer for layer in real if layer not in foreign])
+        self._recover(foreign)
+
+    def refresh(self) -> None:
+        """Place again what a load of weights has changed: the stored bases, or the weights of the hosts."""
+        for layer in self.layers:
+            if layer.host_has_changed():
+                untrained = layer.operator(self.adapter_name).is_identity()
+                self._form(layer).forget(stored=untrained)
+        self.place()
+
+    def _form(self, layer: Layer) -> SubspaceUpdate:
+        form = layer.raw_form(self.adapter_name)
+        assert isinstance(form, SubspaceUpdate)
+        return form
+
+    def _config(self, layer: Layer) -> SubspaceConfig:
+        config = layer.configs[self.adapter_name]
+        assert isinstance(config, SubspaceConfig)
+        return config
+
+    def _scale(self, layer: Layer) -> float:
+        return self._config(layer).scale_of(layer.key)
+
+    def _subspaces(self, layers: list[Layer]) -> list[Tensor]:
+        """The leading right singular vectors of the layers' weights, (k, in) each, k ≥ r."""
+        if not layers:
+            return []
+        config = self._config(layers[0])
+        requests = []
+        for layer in layers:
+            rank = self._form(layer).rank
+            if config.basis == "pinned":
+                # A few more than r: a cut between nearly equal singular values may fall differently elsewhere.
+                rank = candidate_rank(rank, layer.in_features, layer.out_features)
+            requests.append(SubspaceRequest(layer.unmerged_matrix(), rank, f"module {layer.key!r}"))
+        cache = SubspaceCache() if config.subspace_cache else None
+        found = principal_subspaces(requests, solver=config.solver, tolerance=CANDIDATE_TOLERANCE, cache=cache)
+        return [subspace.basis for subspace in found]
+
+    def _solve(self, layers: list[Layer]) -> None:
+        fresh = []
+        for layer in layers:
+            twin = self._sibling(layer)
+            if twin is None:
+                fresh.append(layer)
+            else:
+                self._form(layer).adopt_twin(twin, layer.unmerged_matrix(), self._scale(layer))
+        solved: dict[tuple[int, int], SubspaceUpdate] = {}
+        for layer, subspace in zip(fresh, self._subspaces(fresh), strict=True):
+            form, matrix = self._form(layer), layer.unmerged_matrix()
+            twin = solved.setdefault((id(subspace), matrix.data_ptr()), form)
+            if twin is form:
+                form.adopt(subspace, matrix, self._scale(layer), self._config(layer).basis_seed)
+            else:
+                form.adopt_twin(twin, matrix, self._scale(layer))
+        for layer in layers:
+            layer.note_host()
+
+    def _sibling(self, layer: Layer) -> SubspaceUpdate | None:
+        """Another adapter's form on the same layer whose basis and tensors can be used as they are."""
+        own, config = self._form(layer), self._config(layer)
+        for name, other in layer.configs.items():
+            form = layer.raw_form(name)
+            if (
+                form is not own
+                and isinstance(form, SubspaceUpdate)
+                and isinstance(other, SubspaceConfig)
+                and form.solved_here
+                and form.settled
+                and (form.rank, form.symmetric, form.embedded) == (own.rank, own.symmetric, own.embedded)
+                and other.basis_seed == config.basis_seed
+            ):
+                return form
+        return None
+
+    def _recover(self, layers: list[Layer]) -> None:
+        """Bases that came from a file: embedded ones as they are, pinned ones found again on this base."""
+        pinned = [layer for layer in layers if not self._form(layer).embedded]
+        missing = [layer for layer in pinned if self._form(layer).candidates is None]
+        solved = dict(zip(map(id, missing), self._subspaces(missing), strict=True))
+        found: list[tuple[Layer, Tensor, float]] = [
+            (layer, self._form(layer).stored, 0.0) for layer in layers if self._form(layer).embedded
+        ]
+        for layer in pinned:
+            candidates = self._form(layer).candidates
+            seed = self._config(layer).basis_seed
+            candidates = solved[id(layer)] if candidates is None else candidates
+            found.append((layer, *recover(self._form(layer).stored, candidates, seed=seed)))
+        self._refuse_other_base([(layer, residual) for layer, _, residual in found])
+        for layer, basis, residual in found:
+            self._form(layer).place(basis, layer.unmerged_matrix(), self._scale(layer))
+            self._form(layer).residual = residual
+            layer.note_host()
+
+    def _refuse_other_base(self, residuals: list[tuple[Layer, float]]) -> None:
+        above = [(layer, residual) for layer, residual in residuals if not residual <= MAX_RESIDUAL]
+        if not above:
+            return
+        worst, residual = max(above, key=lambda pair: pair[1])
+        message = (
+            f"The adapter {self.adapter_name!r} was not trained on this base model: in {len(above)} of "
+            f"{len(self.layers)} layers the principal subspace differs, most in {worst.key!r} with a residual of "
+            f"{residual:.3f} (the same base gives below 0.001, a base rounded to bfloat16 about 0.003, at most "
+            f"{MAX_RESIDUAL} is allowed). Load the adapter on the base it was trained on, unquantised; or train and "
+            "save it with basis='embedded', which fits any base of the same shapes; or, to load it all the same, set "
+            "on_base_mismatch='warn' in PeftModel.from_pretrained or on the config."
+        )
+        if self._config(worst).on_base_mismatch == "warn":
+            warnings.warn(message, IsotuneWarning, stacklevel=2)
+        else:
+            raise BaseMismatchError(message)

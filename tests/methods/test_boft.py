@@ -1,0 +1,282 @@
+"""BOFT: the butterfly by the definition, that every m is real, the gain, refusals, and dropout over factors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from helpers import adapt, layers_of, trainable
+from isotune.algebra.factors import apply_chain
+from isotune.methods import BOFTConfig
+from isotune.methods.boft import BOFTOperator
+from isotune.methods.oft import OFTOperator
+from rotation_checks import (
+    assert_is,
+    assert_orthogonal,
+    bare,
+    cayley,
+    diagonal_blocks,
+    fill,
+    fillings,
+    maps_of,
+    orthogonality_error,
+)
+
+# -- the operator --------------------------------------------------------------------------------------------------
+
+
+def definition(operator: BOFTOperator, kept: Tensor | None = None) -> Tensor:
+    """B_m ⋯ B₂ B₁, each as a whole matrix; blocks that `kept` (m, n / b) has as 0 are the identity."""
+    size, n, generator = operator.block_size, operator.size, operator.generator
+    product = torch.eye(n, dtype=generator.dtype)
+    for stage in range(len(generator)):
+        if stage == 0:
+            places = [list(range(start, start + size)) for start in range(0, n, size)]
+        else:
+            # Chunks of b / 2 that lie 2^(m − 1) chunks apart make one block.
+            half, apart = size // 2, 2**stage
+            firsts = [chunk for chunk in range(n // half) if chunk // apart % 2 == 0]
+            places = [[c * half + k for c in (first, first + apart) for k in range(half)] for first in firsts]
+        factor = torch.eye(n, dtype=generator.dtype)
+        for block, place in enumerate(places):
+            if size == 1 or (kept is not None and not kept[stage, block]):
+                continue
+            index = torch.tensor(place)
+            factor = factor.index_put((index[:, None], index[None, :]), cayley(generator[stage, block], size))
+        product = factor @ product
+    return product
+
+
+SHAPES = [
+    (12, 4, 1),
+    (9, 3, 1),
+    (24, 4, 2),
+    (8, 2, 3),
+    (24, 6, 3),
+    (16, 4, 3),
+    (16, 2, 4),
+    (10, 10, 1),
+    (128, 4, 6),
+]  # the last is folded into two
+
+
+@pytest.mark.parametrize(("n", "size", "stages"), SHAPES)
+def test_operator_is_the_definition(n: int, size: int, stages: int) -> None:
+    operator = BOFTOperator(n, 5, size, stages).double()
+    assert torch.equal(operator.matrix(), torch.eye(n).double())
+    assert operator.is_identity()
+    fill(operator, "uniform", 0.6, seed=1)
+    assert not operator.is_identity()
+    assert_is(operator, lambda: definition(operator))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    filling=fillings(), shape=st.sampled_from([(24, 3, 1), (48, 8, 2), (64, 8, 4), (64, 4, 5), (32, 2, 5), (64, 16, 3)])
+)
+def test_exactly_orthogonal(filling: tuple[str, float, int], shape: tuple[int, int, int]) -> None:
+    n, size, stages = shape
+    operator = BOFTOperator(n, 5, size, stages)
+    fill(operator, *filling)
+    assert_orthogonal(operator)
+
+
+def test_a_gain_alone_is_no_identity() -> None:
+    operator = BOFTOperator(8, 3, 4, 2)
+    with torch.no_grad():
+        operator.output_gain[1] = 0.5
+    assert not operator.is_identity()
+    assert torch.equal(operator.matrix(), torch.eye(8))
+
+
+# -- the number of factors -----------------------------------------------------------------------------------------
+
+
+def test_one_factor_is_oft_with_a_gain() -> None:
+    layer = nn.Linear(12, 7)
+    model = adapt(nn.Sequential(layer), BOFTConfig(boft_block_size=4, target_modules=["0"], init_weights=False))
+    ours = layers_of(model)[0].operator("default")
+    oft = OFTOperator(4, 3)
+    with torch.no_grad():
+        oft.generator.copy_(ours.generator[0])
+    torch.testing.assert_close(ours.matrix(), oft.matrix(), rtol=0, atol=1e-7)
+    x = torch.randn(5, 12)
+    # The gain scales what W gives, and not the bias.
+    expected = nn.functional.linear(oft(x), ours.output_gain[:, None] * layer.weight, layer.bias)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "size"), [(32, 4), (32, 8), (32, 16), (16, 2)])
+def test_every_factor_is_real(n: int, size: int) -> None:
+    """Each reaches twice as many inputs, each differs from the one before, and log₂(2n/b) of them reach all."""
+    dense, before = round(math.log2(2 * n / size)), None
+    for stages in range(1, dense + 1):
+        torch.manual_seed(0)
+        config = BOFTConfig(boft_block_size=size, boft_n_butterfly_factor=stages)
+        model = bare(config, n, dtype=torch.float64)
+        operator = layers_of(model)[0].operator("default")
+        assert operator.generator.shape == (stages, n // size, size * (size - 1) // 2)
+        fill(operator, "uniform", 1.0, seed=4)  # the same first stages for every m
+        matrix = maps_of(model, n, torch.float64)[0].detach()
+        reached = (matrix.abs() > 1e-9).sum(1)
+        assert torch.equal(reached, torch.full_like(reached, size * 2 ** (stages - 1)))
+        assert before is None or float((matrix - before).abs().max()) > 1e-2
+        before = matrix
+    assert before is not None
+    assert bool((before.abs() > 1e-9).all())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_every_factor_is_trained(stage: int) -> None:
+    model = bare(BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=3, init_weights=False), 32)
+    maps = maps_of(model, 32)
+    (maps * torch.randn_like(maps)).sum().backward()
+    gradient = layers_of(model)[0].operator("default").generator.grad
+    assert bool((gradient[stage] != 0).all())
+
+
+# -- the gain ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_gain_is_trained(bias: bool) -> None:
+    layer = nn.Linear(8, 5, bias=bias)
+    x, weight = torch.randn(6, 8), layer.weight.detach().clone()
+    model = adapt(nn.Sequential(layer), BOFTConfig(target_modules=["0"]))
+    (name,) = (name for name in trainable(model) if name.endswith("output_gain"))
+    gain = trainable(model)[name]
+    assert torch.equal(gain, torch.ones(5))
+    cotangent = torch.randn(6, 5)
+    (model(x) * cotangent).sum().backward()
+    torch.testing.assert_close(gain.grad, (cotangent * (x @ weight.T)).sum(0), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        gain.copy_(torch.tensor([2.0, -1.0, 0.0, 1.0, 0.5]))
+    expected = gain * (x @ weight.T) + (layer.bias if bias else 0)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "width", "size"),
+    [({}, 24, 4), ({"boft_block_size": 6}, 24, 6), ({"boft_block_num": 6}, 24, 4), ({"boft_block_num": 1}, 7, 7)],
+    ids=str,
+)
+def test_the_block_size_follows_from_what_is_given(options: dict[str, Any], width: int, size: int) -> None:
+    operator = layers_of(bare(BOFTConfig(**options), width))[0].operator("default")
+    assert operator.generator.shape == (1, width // size, size * (size - 1) // 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "width", "message"),
+    [
+        ({"boft_n_butterfly_factor": 4}, 48, r"=4 is too large for 'layers\.0' with 48 inputs .* 4: .* at most 3\."),
+        ({"boft_block_size": 8, "boft_n_butterfly_factor": 9}, 64, r"=9 is too large .* m may be at most 4\."),
+        ({"boft_block_size": 2, "boft_n_butterfly_factor": 2}, 6, r"m may be at most 1\."),
+        ({"boft_block_size": 3, "boft_n_butterfly_factor": 2}, 48, r"blocks of 3: the size must be even .*at most 1\."),
+        ({"boft_block_num": 16, "boft_n_butterfly_factor": 2}, 48, r"blocks of 3: the size must be even"),
+        ({"boft_block_size": 5}, 24, r"boft_block_size=5 does not divide the 24 inputs .* 4 or 6\."),
+        ({"boft_block_num": 7}, 24, r"boft_block_num=7 does not divide the 24 inputs .* 6 or 8\."),
+        ({}, 10, r"boft_block_size=4 does not divide the 10 inputs .* 2 or 5\."),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit_are_refused(options: dict[str, Any], width: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bare(BOFTConfig(**options), width)
+
+
+@pytest.mark.parametrize(("size", "width"), [(4, 48), (8, 64), (2, 6), (3, 48), (6, 36), (12, 12)])
+def test_the_largest_number_of_factors_that_is_named_fits(size: int, width: int) -> None:
+    with pytest.raises(ValueError, match="at most") as refused:
+        bare(BOFTConfig(boft_block_size=size, boft_n_butterfly_factor=30), width)
+    most = int(str(refused.value).split("at most ")[1].split(".")[0])
+    model = bare(BOFTConfig(boft_block_size=size, boft_n_butterfly_factor=most, init_weights=False), width)
+    assert orthogonality_error(maps_of(model, width)[0] / layers_of(model)[0].operator("default").gain) < 1e-5
+    with pytest.raises(ValueError, match=f"={most + 1} is too large"):
+        bare(BOFTConfig(boft_block_size=size, boft_n_butterfly_factor=most + 1), width)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"boft_block_size": 4, "boft_block_num": 6}, "boft_block_size=4 and boft_block_num=6 are both given"),
+        ({"boft_block_size": -4}, "boft_block_size=-4 .*at least 1"),
+        ({"boft_block_num": 2.5}, r"boft_block_num=2\.5 .*integer"),
+        ({"boft_n_butterfly_factor": 0}, "boft_n_butterfly_factor=0 .*at least 1"),
+        ({"boft_n_butterfly_factor": True}, "boft_n_butterfly_factor=True"),
+        ({"boft_dropout": 1.0}, r"boft_dropout=1\.0 .*\[0, 1\)"),
+        ({"boft_dropout": -0.5}, r"boft_dropout=-0\.5 .*\[0, 1\)"),
+        ({"boft_dropout": 0.1, "boft_dropout_factors": 0.0}, r"boft_dropout_factors=0\.0 .*\(0, 1\]"),
+        ({"boft_dropout": 0.1, "boft_dropout_factors": 1.5}, r"boft_dropout_factors=1\.5 .*\(0, 1\]"),
+        ({"boft_dropout_factors": 0.5}, "boft_dropout_factors has no effect with boft_dropout=0"),
+    ],
+    ids=str,
+)
+def test_values_without_meaning_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BOFTConfig(**options)
+
+
+# -- dropout -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factors", [1.0, 0.5])
+def test_dropout_is_over_factors_and_over_their_blocks(factors: float) -> None:
+    operator = BOFTOperator(64, 3, 4, 5, (0.4, factors))
+    assert operator.eval().sample_noise(3) is None
+    noise = operator.train().sample_noise(600)
+    assert noise is not None
+    assert noise.shape == (600, 5, 16)
+    assert noise.unique().tolist() == [0, 1]
+    # Of 3000 factors a share has blocks dropped (0.6^16 is none), and in those 0.4 of the blocks.
+    touched = (noise == 0).any(-1)
+    assert abs(float(touched.float().mean()) - factors) < 0.03
+    assert abs(float((noise[touched] == 0).float().mean()) - 0.4) < 0.02
+    # Each factor is chosen for itself: at one half, all five alike in 1 of 16 evaluations.
+    assert factors == 1.0 or float((touched.any(1) & ~touched.all(1)).float().mean()) > 0.85
+
+
+def test_dropped_blocks_are_the_identity_and_the_others_what_they_were() -> None:
+    operator = BOFTOperator(16, 3, 4, 3, (0.4, 0.7)).double().train()
+    fill(operator, "uniform", 1.0, seed=0)
+    for noise in operator.sample_noise(6):  # type: ignore[union-attr]
+        tensors = operator.evaluate(dict(operator.named_parameters()), noise)
+        found = apply_chain(torch.eye(16).double(), operator.chain, tensors)
+        torch.testing.assert_close(found, definition(operator, noise), rtol=1e-10, atol=1e-11)
+
+
+def test_dropout_in_training_only() -> None:
+    config = BOFTConfig(boft_block_size=4, boft_dropout=0.3, init_weights=False)
+    model, off = bare(config, 128, layers=8), None
+    with torch.no_grad():  # so that a dropped block is exactly the identity
+        for layer in layers_of(model):
+            layer.operator("default").output_gain.fill_(1.0)
+    whole = maps_of(model, 128).detach()
+    assert not (diagonal_blocks(whole, 4) == torch.eye(4)).flatten(-2).all(-1).any()
+    for grad in (True, False):
+        model.train()
+        with torch.set_grad_enabled(grad):
+            blocks = diagonal_blocks(maps_of(model, 128).detach(), 4)
+            off = (blocks == torch.eye(4)).flatten(-2).all(-1)
+            assert abs(float(off.float().mean()) - 0.3) < 0.09  # 256 blocks: three standard deviations
+            assert len({tuple(row.tolist()) for row in off}) == 8
+            assert torch.equal(maps_of(model.eval(), 128).detach(), whole)
+
+
+@pytest.mark.parametrize("factors", [1.0, 0.5])
+def test_masks_follow_from_the_seed(factors: float) -> None:
+    config = BOFTConfig(boft_n_butterfly_factor=3, boft_dropout=0.4, boft_dropout_factors=factors, init_weights=False)
+    model, results = bare(config, 64).train(), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(maps_of(model, 64).detach())
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])

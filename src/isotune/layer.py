@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from isotune.algebra.factors import gained_linear
+from isotune.algebra.factors import rotated_linear
 from isotune.config import IsotuneConfig, SubspaceConfig
 from isotune.errors import IsotuneWarning
 from isotune.forms import Form, SubspaceUpdate, mark
@@ -223,8 +223,8 @@ class Layer(nn.Module, BaseTunerLayer):
             if isinstance(operator, DenseOperator):
                 if self._is_plain(x) and not self._drops(names[0]):
                     return self._fused(x, names[0], operator)
-            elif isinstance(operator, Rotation) and operator.gain is not None and self._is_bare():
-                return self._gained(_cast_by_autocast(x), operator, operator.gain)
+            elif isinstance(operator, Rotation) and self._is_bare():
+                return self._rotated(_cast_by_autocast(x), operator)
         return self._composed(x, names, *args, **kwargs)
 
     def _composed(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -285,9 +285,12 @@ class Layer(nn.Module, BaseTunerLayer):
         assert weight is not None
         return self._update_in_use(name).linear(x, operator.difference(x.dtype), weight, bias)
 
-    def _gained(self, x: Tensor, operator: Rotation, gain: Tensor) -> Tensor:
-        bias = self.host.module._parameters["bias"]
-        return gained_linear(x, gain, operator.chain, operator.tensors(x.dtype), self.host.matrix(), bias)
+    def _rotated(self, x: Tensor, operator: Rotation) -> Tensor:
+        parameters = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
+        weight, bias = parameters["weight"], parameters["bias"]
+        assert weight is not None
+        matrix = self.host.stored(weight)  # its own inverse: as it is, or transposed
+        return rotated_linear(x, operator.gain, operator.chain, operator.tensors(x.dtype), matrix, bias)
 
     def _add_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
         operator = self.operator(name)

@@ -19,8 +19,8 @@ from isotune.algebra.factors import (
     apply_chain,
     chain_backward,
     chain_forward,
-    gained_linear,
     refuse_double_backward,
+    rotated_linear,
     split_tensors,
     transpose_chain,
 )
@@ -263,7 +263,7 @@ def test_a_gained_layer_keeps_no_output(length: int) -> None:
     weight, bias = torch.randn(7, N, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        result = gained_linear(x, gain, chain, tensors, weight, bias)
+        result = rotated_linear(x, gain, chain, tensors, weight, bias)
     allowed = {t.data_ptr() for t in [x, gain, weight, bias, *tensors]}
     assert {t.data_ptr() for t in kept_by(result.grad_fn, saved)} <= allowed
     assert x.data_ptr() in {t.data_ptr() for t in saved}
@@ -278,7 +278,7 @@ def test_a_gained_layer_keeps_no_output(length: int) -> None:
     contiguous=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_gained_linear_equals_plain_torch(
+def test_rotated_linear_equals_plain_torch(
     names: list[str], shape: tuple[int, ...], out: int, has_bias: bool, contiguous: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -287,7 +287,7 @@ def test_gained_linear_equals_plain_torch(
     gain = torch.randn(out, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(out, N, dtype=torch.float64) if contiguous else torch.randn(N, out, dtype=torch.float64).T
     bias = torch.randn(out, dtype=torch.float64) if has_bias else None
-    ours = gained_linear(x, gain, chain, tensors, weight, bias)
+    ours = rotated_linear(x, gain, chain, tensors, weight, bias)
     theirs = gain * (x @ dense(chain, tensors) @ weight.T)
     if bias is not None:
         theirs = theirs + bias
@@ -299,26 +299,26 @@ def test_gained_linear_equals_plain_torch(
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_gradcheck_of_gained_linear(has_bias: bool) -> None:
+def test_gradcheck_of_rotated_linear(has_bias: bool) -> None:
     chain, tensors = build(["every second column", "low rank"])
     x = torch.randn(2, N, dtype=torch.float64, requires_grad=True)
     gain = torch.randn(3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, N, dtype=torch.float64)
     bias = torch.randn(3, dtype=torch.float64) if has_bias else None
     assert torch.autograd.gradcheck(
-        lambda x, gain, *t: gained_linear(x, gain, chain, t, weight, bias), (x, gain, *tensors)
+        lambda x, gain, *t: rotated_linear(x, gain, chain, t, weight, bias), (x, gain, *tensors)
     )
 
 
 @pytest.mark.parametrize("wanted", [[True, False, False], [False, True, False], [False, False, True]])
-def test_gained_linear_with_one_input_to_train(wanted: list[bool]) -> None:
+def test_rotated_linear_with_one_input_to_train(wanted: list[bool]) -> None:
     chain, tensors = build(["permuted"])
     weight, bias = torch.randn(4, N, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     inputs = [torch.randn(3, N, dtype=torch.float64), torch.randn(4, dtype=torch.float64), tensors[0].detach()]
     full = [t.clone().requires_grad_() for t in inputs]
     (full[1] * (full[0] @ dense(chain, full[2:]) @ weight.T) + bias).square().sum().backward()
     some = [t.clone().requires_grad_(need) for t, need in zip(inputs, wanted, strict=True)]
-    gained_linear(some[0], some[1], chain, some[2:], weight, bias).square().sum().backward()
+    rotated_linear(some[0], some[1], chain, some[2:], weight, bias).square().sum().backward()
     for one, other, need in zip(some, full, wanted, strict=True):
         if need:
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-10)
@@ -327,11 +327,11 @@ def test_gained_linear_with_one_input_to_train(wanted: list[bool]) -> None:
 
 
 @pytest.mark.parametrize("name", ["low rank", "all columns", "permuted"])
-def test_gained_linear_of_an_empty_batch(name: str) -> None:
+def test_rotated_linear_of_an_empty_batch(name: str) -> None:
     chain, tensors = build([name])
     x = torch.zeros(2, 0, N, dtype=torch.float64, requires_grad=True)
     gain = torch.ones(4, dtype=torch.float64, requires_grad=True)
-    result = gained_linear(x, gain, chain, tensors, torch.randn(4, N, dtype=torch.float64), None)
+    result = rotated_linear(x, gain, chain, tensors, torch.randn(4, N, dtype=torch.float64), None)
     assert result.shape == (2, 0, 4)
     result.sum().backward()
     assert x.grad is not None
@@ -346,7 +346,7 @@ def test_a_second_derivative_is_refused() -> None:
     x = torch.randn(2, N, dtype=torch.float64, requires_grad=True)
     gain = torch.ones(3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, N, dtype=torch.float64)
-    for result in (apply_chain(x, chain, tensors), gained_linear(x, gain, chain, tensors, weight, None)):
+    for result in (apply_chain(x, chain, tensors), rotated_linear(x, gain, chain, tensors, weight, None)):
         with pytest.raises(RuntimeError, match="differentiated once"):
             torch.autograd.grad(result.square().sum(), tensors, create_graph=True)
     with torch.no_grad():

@@ -33,14 +33,12 @@ class Factor(ABC):
     count: ClassVar[int]
 
     @abstractmethod
-    def apply(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        """x (I + D), a new tensor, for x (tokens, n)."""
+    def apply(self, x: Tensor, tensors: Sequence[Tensor], in_place: bool = False) -> Tensor:
+        """x (I + D) for x (tokens, n): a new tensor, or with `in_place` x itself if it is contiguous."""
 
     @abstractmethod
-    def backward(
-        self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor], needs_x: bool
-    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        """The gradients of x, if needed, and of the tensors, from that of x (I + D)."""
+    def gradients(self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The gradients of the tensors from that of x (I + D)."""
 
     @abstractmethod
     def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -81,28 +79,26 @@ class BlockDiagonal(Factor):
             x = x[:, self.columns]
         return x.reshape(x.shape[0], x.shape[1] // self.size, self.size).transpose(0, 1)
 
-    def _add(self, x: Tensor, update: Tensor) -> Tensor:
+    def _add(self, x: Tensor, update: Tensor, in_place: bool) -> Tensor:
         """x plus what (blocks, tokens, b) holds for its columns."""
         update = update.transpose(0, 1)
         if self.permuted:
-            return x + update.flatten(1).index_select(1, self._order(x.device)[1])
+            update = update.flatten(1).index_select(1, self._order(x.device)[1])
+            return x.add_(update) if in_place else x + update
         if self.columns is None:
-            return torch.add(x.reshape(update.shape), update).reshape(x.shape)
-        result = x.clone()
+            blocks = x.reshape(update.shape)
+            return (blocks.add_(update) if in_place else blocks + update).reshape(x.shape)
+        result = x if in_place else x.clone()
         result[:, self.columns] += update.flatten(1)
         return result
 
-    def apply(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    def apply(self, x: Tensor, tensors: Sequence[Tensor], in_place: bool = False) -> Tensor:
         """x + x D."""
-        return self._add(x, torch.bmm(self._blocks(x), tensors[0]))
+        return self._add(x, torch.bmm(self._blocks(x), tensors[0]), in_place)
 
-    def backward(
-        self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor], needs_x: bool
-    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        """∂D = xᵀ g block by block, ∂x = g + g Dᵀ."""
-        blocks = self._blocks(gradient)
-        grad = torch.bmm(self._blocks(x).mT, blocks)
-        return self._add(gradient, torch.bmm(blocks, tensors[0].mT)) if needs_x else None, (grad,)
+    def gradients(self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """∂D = xᵀ g block by block."""
+        return (torch.bmm(self._blocks(x).mT, self._blocks(gradient)),)
 
     def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Each block transposed."""
@@ -114,19 +110,16 @@ class LowRank(Factor):
 
     count = 2
 
-    def apply(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    def apply(self, x: Tensor, tensors: Sequence[Tensor], in_place: bool = False) -> Tensor:
         """x + (x left) right."""
         left, right = tensors
-        return torch.addmm(x, torch.mm(x, left), right)
+        inner = torch.mm(x, left)
+        return x.addmm_(inner, right) if in_place else torch.addmm(x, inner, right)
 
-    def backward(
-        self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor], needs_x: bool
-    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        """∂left = xᵀ (g rightᵀ), ∂right = (x left)ᵀ g, ∂x = g + (g rightᵀ) leftᵀ."""
+    def gradients(self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """∂left = xᵀ (g rightᵀ), ∂right = (x left)ᵀ g."""
         left, right = tensors
-        inner = torch.mm(gradient, right.t())
-        grads = (torch.mm(x.t(), inner), torch.mm(torch.mm(x, left).t(), gradient))
-        return torch.addmm(gradient, inner, left.t()) if needs_x else None, grads
+        return torch.mm(x.t(), torch.mm(gradient, right.t())), torch.mm(torch.mm(x, left).t(), gradient)
 
     def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Dᵀ = rightᵀ leftᵀ."""
@@ -146,29 +139,33 @@ def split_tensors(chain: Chain, tensors: Sequence[Tensor]) -> list[Sequence[Tens
     return parts
 
 
-def chain_forward(x: Tensor, chain: Chain, tensors: Sequence[Tensor]) -> Tensor:
-    """x (I + D₁) (I + D₂) … for x (tokens, n), without a graph."""
+def chain_forward(x: Tensor, chain: Chain, tensors: Sequence[Tensor], in_place: bool = False) -> Tensor:
+    """x (I + D₁) (I + D₂) … for x (tokens, n), without a graph; with `in_place` x, contiguous, may be overwritten."""
     for factor, own in zip(chain, split_tensors(chain, tensors), strict=True):
-        x = factor.apply(x, own)
+        x = factor.apply(x, own, in_place)
+        in_place = True  # what a factor has made is nobody else's
     return x
 
 
 def chain_backward(
-    x: Tensor, gradient: Tensor, chain: Chain, tensors: Sequence[Tensor], needs_x: bool
+    x: Tensor, gradient: Tensor, chain: Chain, tensors: Sequence[Tensor], needs_x: bool, in_place: bool = False
 ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """The gradients of x, if needed, and of all tensors in order; x (tokens, n) is the input of the chain."""
+    """The gradients of x, if needed, and of all tensors in order; x (tokens, n) is the input of the chain.
+
+    With `in_place` the gradient, contiguous, may be overwritten.
+    """
     parts = split_tensors(chain, tensors)
     inputs = [x]
     for factor, own in zip(chain[:-1], parts, strict=False):
         inputs.append(factor.apply(inputs[-1], own))
     grads: list[Tensor] = []
-    current: Tensor | None = gradient
     for place in reversed(range(len(chain))):
-        assert current is not None
-        wanted = needs_x or place > 0
-        current, own_grads = chain[place].backward(inputs.pop(), current, parts[place], wanted)
-        grads = [*own_grads, *grads]
-    return current, tuple(grads)
+        factor, own = chain[place], parts[place]
+        grads = [*factor.gradients(inputs.pop(), gradient, own), *grads]
+        if needs_x or place > 0:
+            gradient = factor.apply(gradient, factor.transposed(own), in_place)
+            in_place = True
+    return gradient if needs_x else None, tuple(grads)
 
 
 class _Chain(torch.autograd.Function):
@@ -212,16 +209,16 @@ def transpose_chain(chain: Chain, tensors: Sequence[Tensor]) -> tuple[Chain, tup
     return tuple(factor for factor, _ in pairs), tuple(t for factor, own in pairs for t in factor.transposed(own))
 
 
-class _GainedLinear(torch.autograd.Function):
+class _RotatedLinear(torch.autograd.Function):
     """diag(gain) applied to chain(x) Wᵀ, plus bias, for a frozen W and bias; keeps x alone.
 
-    The gradient of the gain needs chain(x) Wᵀ once more. Keeping it would cost tokens × out; computing it again costs
-    one product.
+    The gradient of a gain needs chain(x) Wᵀ once more. Keeping it would cost tokens × out; computing it again costs one
+    product.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gain: Tensor, chain: Chain, frozen: tuple[Tensor, Tensor | None], *tensors: Tensor
+        ctx: Any, x: Tensor, gain: Tensor | None, chain: Chain, frozen: tuple[Tensor, Tensor | None], *tensors: Tensor
     ) -> Tensor:
         weight, bias = frozen
         ctx.save_for_backward(x, gain, *tensors)
@@ -231,15 +228,15 @@ class _GainedLinear(torch.autograd.Function):
         # in place by what follows.
         result = x.new_empty(*x.shape[:-1], weight.shape[0])
         rows = result.view(len(rotated), weight.shape[0])
-        weight, less = weight.to(x.dtype), (gain - 1).to(x.dtype)
-        # As the layer itself computes, so that a gain of one changes no bit; then what the gain adds.
+        weight = weight.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
         if bias is None:
             torch.mm(rotated, weight.t(), out=rows)
-            rows.addcmul_(rows, less)
         else:
-            bias = bias.to(x.dtype)
             torch.addmm(bias, rotated, weight.t(), out=rows)
-            rows.addcmul_(rows - bias, less)
+        if gain is not None:
+            # What the gain adds to what the layer itself computes, so that a gain of one changes no bit.
+            rows.addcmul_(rows if bias is None else rows - bias, (gain - 1).to(x.dtype))
         return result
 
     @staticmethod
@@ -250,26 +247,26 @@ class _GainedLinear(torch.autograd.Function):
         weight, grad_gain = ctx.weight.to(x.dtype), None
         if ctx.needs_input_grad[1]:
             output = torch.mm(chain_forward(flat, ctx.chain, tensors), weight.t())
-            grad_gain = (grad * output).sum(0, dtype=gain.dtype)
-        inner = torch.mm(grad * gain.to(x.dtype), weight)
-        grad_x, grads = chain_backward(flat, inner, ctx.chain, tensors, ctx.needs_input_grad[0])
+            grad_gain = output.mul_(grad).sum(0, dtype=gain.dtype)
+        inner = torch.mm(grad if gain is None else grad * gain.to(x.dtype), weight)
+        grad_x, grads = chain_backward(flat, inner, ctx.chain, tensors, ctx.needs_input_grad[0], in_place=True)
         return None if grad_x is None else grad_x.reshape(x.shape), grad_gain, None, None, *grads
 
 
-def gained_linear(
-    x: Tensor, gain: Tensor, chain: Chain, tensors: Sequence[Tensor], weight: Tensor, bias: Tensor | None
+def rotated_linear(
+    x: Tensor, gain: Tensor | None, chain: Chain, tensors: Sequence[Tensor], weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """gain ⊙ (chain(x) Wᵀ) + bias for a frozen layer.
 
     Args:
         x: (..., in).
-        gain: (out,), in float32 at least.
+        gain: (out,), in float32 at least, or None.
         chain, tensors: as in `apply_chain`, on `in` coordinates.
         weight: W, (out, in), not trained; of any dtype, it is multiplied in that of x.
         bias: (out,), not trained, or None.
 
     Returns:
-        (..., out); differentiable once.
+        (..., out); differentiable once. For backward x itself is kept, and nothing else of that size.
     """
-    result: Tensor = _GainedLinear.apply(x, gain, chain, (weight, bias), *tensors)  # type: ignore[no-untyped-call]
+    result: Tensor = _RotatedLinear.apply(x, gain, chain, (weight, bias), *tensors)  # type: ignore[no-untyped-call]
     return result

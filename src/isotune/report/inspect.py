@@ -60,7 +60,7 @@ class LayerReport:
     """Of ΔW, as isotune.geometry defines them."""
     angle_moved_largest: float | None = None
     angle_moved_mean: float | None = None
-    """Change of the angles between the rows of the principal weight P V, or of W for a rotation of all inputs, degrees."""
+    """Change of the angles between the rows of the principal weight P V, or of W under a rotation, degrees."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,11 @@ class Case:
 
     build: Callable[[], nn.Module]
     in_features: int
+    """Columns of W."""
     out_features: int
+    """Rows of W."""
+    sample: Callable[[int], Tensor] | None = None
+    """Makes that many inputs, for a host that does not take (..., in_features)."""
 
 
 def conv1d(out_features: int, in_features: int) -> nn.Module:
@@ -63,6 +67,39 @@ HOSTS = {
     "conv1d-wide": Case(lambda: conv1d(9, 23), 23, 9),
     "conv1d-tall": Case(lambda: conv1d(31, 7), 7, 31),
 }
+
+
+def tokens(count: int) -> Tensor:
+    """Token numbers with repeated ones and the padding."""
+    return torch.randint(0, 19, (count, 7)).index_fill(1, torch.tensor([3]), 4)
+
+
+FOLDED = {
+    "conv1d": Case(lambda: nn.Conv1d(3, 8, 4, stride=3, padding=2), 12, 8, lambda n: torch.randn(n, 3, 11)),
+    "conv2d": Case(
+        lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(1, 2), groups=2),
+        12,
+        6,
+        lambda n: torch.randn(n, 4, 7, 6),
+    ),
+    "conv2d-1x1-no-bias": Case(lambda: nn.Conv2d(16, 5, 1, bias=False), 16, 5, lambda n: torch.randn(n, 16, 3, 2)),
+    "conv2d-circular": Case(
+        lambda: nn.Conv2d(2, 7, 3, padding=1, padding_mode="circular"), 18, 7, lambda n: torch.randn(n, 2, 5, 4)
+    ),
+    "conv3d": Case(lambda: nn.Conv3d(2, 6, 2, padding="same"), 16, 6, lambda n: torch.randn(n, 2, 3, 4, 2)),
+    "embedding": Case(lambda: nn.Embedding(19, 16), 16, 19, tokens),
+    "embedding-padding": Case(lambda: nn.Embedding(19, 12, padding_idx=4), 12, 19, tokens),
+}
+"""Hosts that take no matrix of inputs: the methods act on their weight. What only makes sense where W multiplies the
+input itself (inputs of any dimension, fused and hooked path, kept bytes, operations) is tested on HOSTS alone."""
+
+EVERY = {**HOSTS, **FOLDED}
+
+
+@pytest.fixture(params=list(EVERY))
+def host(request: pytest.FixtureRequest) -> Case:
+    return EVERY[request.param]
+
 
 pytestmark = [
     pytest.mark.parametrize("method", list(METHODS)),
@@ -115,6 +152,9 @@ def only(model: nn.Module) -> Layer:
 
 
 def inputs(case: Case, *leading: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    if case.sample is not None:
+        sample = case.sample(leading[0])
+        return sample.to(dtype) if sample.is_floating_point() else sample
     return torch.randn(*leading, case.in_features, dtype=dtype)
 
 
@@ -127,16 +167,17 @@ def tolerance(dtype: torch.dtype) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("training", [True, False])
-def test_identity_at_the_start(method: str, case: Case, dtype: torch.dtype, training: bool) -> None:
+def test_identity_at_the_start(method: str, host: Case, dtype: torch.dtype, training: bool) -> None:
     """Bit for bit but for HRA, whose reflections cancel in pairs up to rounding."""
-    base = Wrapped(case.build().to(dtype))
-    x = inputs(case, 3, 4, dtype=dtype)
+    base = Wrapped(host.build().to(dtype))
+    x = inputs(host, 3, 4, dtype=dtype)
     with torch.no_grad():
         expected = base(x)
     limit = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-6}[dtype] if method == "hra" else 0.0
-    model = get_peft_model(base, config(method, case, init_weights=True)).train(training)
+    model = get_peft_model(base, config(method, host, init_weights=True)).train(training)
     assert relative_error(model(x), expected) <= limit
-    assert relative_error(model(x.clone().requires_grad_()), expected) <= limit
+    if x.is_floating_point():
+        assert relative_error(model(x.clone().requires_grad_()), expected) <= limit
     with torch.no_grad():
         assert relative_error(model(x), expected) <= limit
     weight = only(model).host.weight.detach().clone()
@@ -144,11 +185,11 @@ def test_identity_at_the_start(method: str, case: Case, dtype: torch.dtype, trai
     assert relative_error(only(model).host.weight, weight) <= limit
 
 
-def test_a_random_start_is_no_identity(method: str, case: Case) -> None:
-    base = Wrapped(case.build())
-    x = inputs(case, 3)
+def test_a_random_start_is_no_identity(method: str, host: Case) -> None:
+    base = Wrapped(host.build())
+    x = inputs(host, 3)
     expected = base(x).detach()
-    assert relative_error(get_peft_model(base, config(method, case))(x), expected) > 1e-3
+    assert relative_error(get_peft_model(base, config(method, host))(x), expected) > 1e-3
 
 
 # -- merging -----------------------------------------------------------------------------------------------------
@@ -157,10 +198,10 @@ def test_a_random_start_is_no_identity(method: str, case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("safe_merge", [True, False])
 def test_merged_equals_unmerged_and_unmerge_restores_the_bits(
-    method: str, case: Case, dtype: torch.dtype, safe_merge: bool
+    method: str, host: Case, dtype: torch.dtype, safe_merge: bool
 ) -> None:
-    model = build(method, case, dtype)
-    x = inputs(case, 3, 4, dtype=dtype)
+    model = build(method, host, dtype)
+    x = inputs(host, 3, 4, dtype=dtype)
     before, expected = only(model).host.weight.clone(), model(x).detach()
     parameter = only(model).host.weight
     model.merge_adapter(safe_merge=safe_merge)
@@ -173,9 +214,9 @@ def test_merged_equals_unmerged_and_unmerge_restores_the_bits(
     assert torch.equal(model(x), expected)
 
 
-def test_merge_and_unload_and_unload(method: str, case: Case) -> None:
-    model = build(method, case)
-    x = inputs(case, 5)
+def test_merge_and_unload_and_unload(method: str, host: Case) -> None:
+    model = build(method, host)
+    x = inputs(host, 5)
     expected, host = model(x).detach(), only(model).get_base_layer()
     merged = copy.deepcopy(model).merge_and_unload()
     assert type(merged.layer) is type(host)
@@ -186,10 +227,10 @@ def test_merge_and_unload_and_unload(method: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_merge_in_half_precision_rounds_once(method: str, case: Case, dtype: torch.dtype) -> None:
-    model = build(method, case, dtype)
+def test_a_merge_in_half_precision_rounds_once(method: str, host: Case, dtype: torch.dtype) -> None:
+    model = build(method, host, dtype)
     for name in ("second", "third"):
-        model.add_adapter(name, config(method, case))
+        model.add_adapter(name, config(method, host))
     layer = only(model)
     weight = layer.host.weight.detach().clone()
     names = ["default", "second", "third"]
@@ -208,8 +249,8 @@ def test_a_merge_in_half_precision_rounds_once(method: str, case: Case, dtype: t
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing(method: str, case: Case, bad: float) -> None:
-    model = build(method, case)
+def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing(method: str, host: Case, bad: float) -> None:
+    model = build(method, host)
     with torch.no_grad():
         next(iter(only(model).operator("default").parameters())).view(-1)[0] = bad
     before = snapshot(model)
@@ -222,6 +263,12 @@ def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing(method: str, 
     assert_unchanged(model, before)
 
 
+def with_matrix(layer: Layer, matrix: Tensor, x: Tensor) -> Tensor:
+    """The base layer with another W, by torch itself."""
+    result: Tensor = torch.func.functional_call(layer.get_base_layer(), {"weight": layer.host.stored(matrix)}, (x,))
+    return result
+
+
 def merged_matrix(layer: Layer, names: list[str]) -> Tensor:
     """W with these adapters in this order, by the definition of the two forms, in float32 at least."""
     matrix = layer.unmerged_matrix()
@@ -231,7 +278,7 @@ def merged_matrix(layer: Layer, names: list[str]) -> Tensor:
         operator = layer.operator(name)
         if layer.raw_form(name).additive:
             delta = layer.get_delta_weight(name)
-            matrix = matrix + (delta.T if transposed else delta)
+            matrix = matrix + (delta.T if transposed else delta.flatten(1))
         else:
             matrix = matrix @ operator.matrix().T.to(matrix.dtype)
             matrix = matrix if operator.gain is None else operator.gain.to(matrix.dtype)[:, None] * matrix
@@ -239,12 +286,12 @@ def merged_matrix(layer: Layer, names: list[str]) -> Tensor:
 
 
 @pytest.mark.parametrize("order", [["default", "other"], ["other", "default"]])
-def test_several_adapters_merged_at_once(method: str, case: Case, order: list[str]) -> None:
-    model = build(method, case)
-    model.add_adapter("other", config(method, case, other=True))
-    layer, x = only(model), inputs(case, 6)
+def test_several_adapters_merged_at_once(method: str, host: Case, order: list[str]) -> None:
+    model = build(method, host)
+    model.add_adapter("other", config(method, host, other=True))
+    layer, x = only(model), inputs(host, 6)
     weight = layer.host.weight.detach().clone()
-    expected = nn.functional.linear(x, merged_matrix(layer, order), layer.get_base_layer().bias)
+    expected = with_matrix(layer, merged_matrix(layer, order), x)
     model.base_model.set_adapter(order)
     assert relative_error(model(x), expected) < 1e-5
     model.merge_adapter(adapter_names=order)
@@ -264,28 +311,27 @@ def test_merging_twice_warns_or_does_nothing(method: str, case: Case) -> None:
         model.unmerge_adapter()
 
 
-def test_an_adapter_added_while_another_is_merged_is_of_the_base(method: str, case: Case) -> None:
-    model = build(method, case)
+def test_an_adapter_added_while_another_is_merged_is_of_the_base(method: str, host: Case) -> None:
+    model = build(method, host)
     model.merge_adapter()
     torch.manual_seed(9)
-    model.add_adapter("late", config(method, case))
+    model.add_adapter("late", config(method, host))
     found = only(model).get_delta_weight("late")
     if only(model).merged:  # PEFT unmerges when it sets the active adapters again
         model.unmerge_adapter()
     torch.manual_seed(9)
-    model.add_adapter("early", config(method, case))
+    model.add_adapter("early", config(method, host))
     assert torch.equal(found, only(model).get_delta_weight("late"))
     assert torch.equal(found, only(model).get_delta_weight("early"))
 
 
-def test_delta_weight_is_what_the_forward_adds(method: str, case: Case) -> None:
-    model = build(method, case, torch.float64)
-    layer, x = only(model), inputs(case, 4, dtype=torch.float64)
+def test_delta_weight_is_what_the_forward_adds(method: str, host: Case) -> None:
+    model = build(method, host, torch.float64)
+    layer, x = only(model), inputs(host, 4, dtype=torch.float64)
     delta = layer.get_delta_weight("default")
     assert delta.shape == layer.host.weight.shape
-    expected = x @ (layer.host.weight + delta).T if not layer.host.transposed else x @ (layer.host.weight + delta)
-    bias = layer.get_base_layer().bias
-    expected = expected if bias is None else expected + bias
+    merged = {"weight": layer.host.weight + delta}
+    expected = torch.func.functional_call(layer.get_base_layer(), merged, (x,))
     torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-12)
     if layer.supports_lora_conversion("default"):
         up, down = layer.low_rank("default")
@@ -418,16 +464,16 @@ def test_autocast(method: str, case: Case, base: torch.dtype, given: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_cast_model_goes_on(method: str, case: Case, dtype: torch.dtype) -> None:
-    model = build(method, case)
-    x = inputs(case, 6)
+def test_a_cast_model_goes_on(method: str, host: Case, dtype: torch.dtype) -> None:
+    model = build(method, host)
+    x = inputs(host, 6)
     expected = model(x).detach()
     form = only(model).raw_form("default")
     pin = form.stored.clone() if form.additive else torch.zeros(1)
     model.to(dtype)
     if form.additive:
         assert torch.equal(form.stored, pin)  # what the file holds is not rounded
-    assert relative_error(model(x.to(dtype)), expected) < max(tolerance(dtype), 1e-5)
+    assert relative_error(model(x.to(dtype) if x.is_floating_point() else x), expected) < max(tolerance(dtype), 1e-5)
     model.float()
     assert relative_error(model(x), expected) < max(tolerance(dtype), 1e-5)
 
@@ -473,11 +519,13 @@ def test_the_fused_and_the_hooked_path_are_equal(method: str, case: Case, dtype:
 
 
 @pytest.mark.parametrize("needs_input_grad", [True, False])
-def test_gradients_equal_a_plain_torch_twin(method: str, case: Case, needs_input_grad: bool) -> None:
+def test_gradients_equal_a_plain_torch_twin(method: str, host: Case, needs_input_grad: bool) -> None:
     """The merged weight as a plain function of the parameters, differentiated by torch."""
-    model = build(method, case, torch.float64)
+    model = build(method, host, torch.float64)
     layer = only(model)
-    x = inputs(case, 3, 2, dtype=torch.float64).requires_grad_(needs_input_grad)
+    x = inputs(host, 3, 2, dtype=torch.float64)
+    needs_input_grad = needs_input_grad and x.is_floating_point()
+    x.requires_grad_(needs_input_grad)
     same = x.detach().clone().requires_grad_(needs_input_grad)
     ours = model(x)
     form, weight = layer.form("default"), layer.host.matrix()
@@ -487,7 +535,7 @@ def test_gradients_equal_a_plain_torch_twin(method: str, case: Case, needs_input
     else:
         weight = weight @ operator.matrix().T
         weight = weight if operator.gain is None else operator.gain[:, None] * weight
-    theirs = nn.functional.linear(same, weight, layer.get_base_layer().bias)
+    theirs = with_matrix(layer, weight, same)
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
     cotangent = torch.randn_like(ours)
     ours.backward(cotangent)
@@ -527,13 +575,13 @@ def test_a_trained_bias_or_weight_of_the_host_gets_its_gradient(method: str, cas
 # -- several adapters --------------------------------------------------------------------------------------------
 
 
-def test_two_adapters_active_at_once(method: str, case: Case) -> None:
-    model = build(method, case)
-    model.add_adapter("other", config(method, case, other=True))
-    x, layer = inputs(case, 4), only(model)
+def test_two_adapters_active_at_once(method: str, host: Case) -> None:
+    model = build(method, host)
+    model.add_adapter("other", config(method, host, other=True))
+    x, layer = inputs(host, 4), only(model)
     model.base_model.set_adapter(["default", "other"])
     both = model(x)
-    expected = nn.functional.linear(x, merged_matrix(layer, ["default", "other"]), layer.get_base_layer().bias)
+    expected = with_matrix(layer, merged_matrix(layer, ["default", "other"]), x)
     assert relative_error(both, expected) < 1e-5
     both.square().sum().backward()
     assert all(p.grad is not None for name in ("default", "other") for p in layer.operator(name).parameters())
@@ -542,34 +590,33 @@ def test_two_adapters_active_at_once(method: str, case: Case) -> None:
 @pytest.mark.parametrize("second", list(METHODS))
 @pytest.mark.parametrize("hooked", [True, False])
 def test_adapters_of_different_methods_compose_in_their_order(
-    method: str, case: Case, second: str, hooked: bool
+    method: str, host: Case, second: str, hooked: bool
 ) -> None:
     """A layer holds adapters of several methods; together they are what merging one after the other gives."""
-    model = build(method, case, torch.float64)
+    model = build(method, host, torch.float64)
     layer = only(model)
-    layer.update_layer("other", config(second, case, other=True))
+    layer.update_layer("other", config(second, host, other=True))
     AdapterGroup("other", [layer]).place()
     layer.eval()
     if hooked:
         hook_host(model)
-    x = inputs(case, 2, 4, dtype=torch.float64)
-    bias = layer.get_base_layer().bias
+    x = inputs(host, 2, 4, dtype=torch.float64)
     for order in (["default", "other"], ["other", "default"]):
         layer._active_adapter = order
-        expected = nn.functional.linear(x, merged_matrix(layer, order), bias)
+        expected = with_matrix(layer, merged_matrix(layer, order), x)
         torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-11)
         layer.merge(adapter_names=order)
         torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-11)
         layer.unmerge()
 
 
-def test_switching_disabling_and_deleting(method: str, case: Case) -> None:
-    base = Wrapped(case.build())
-    x = inputs(case, 4)
+def test_switching_disabling_and_deleting(method: str, host: Case) -> None:
+    base = Wrapped(host.build())
+    x = inputs(host, 4)
     expected = base(x).detach()
-    model = get_peft_model(base, config(method, case)).eval()
+    model = get_peft_model(base, config(method, host)).eval()
     first = model(x).detach()
-    model.add_adapter("other", config(method, case))
+    model.add_adapter("other", config(method, host))
     assert torch.equal(model(x), first)  # adding does not activate
     model.set_adapter("other")
     second = model(x).detach()
@@ -587,11 +634,11 @@ def test_switching_disabling_and_deleting(method: str, case: Case) -> None:
     assert "other" not in repr(only(model))
 
 
-def test_disabling_while_merged(method: str, case: Case) -> None:
-    base = Wrapped(case.build())
-    x = inputs(case, 4)
+def test_disabling_while_merged(method: str, host: Case) -> None:
+    base = Wrapped(host.build())
+    x = inputs(host, 4)
     expected = base(x).detach()
-    model = get_peft_model(base, config(method, case)).eval()
+    model = get_peft_model(base, config(method, host)).eval()
     adapted = model(x).detach()
     model.merge_adapter()
     with model.disable_adapter():
@@ -599,13 +646,13 @@ def test_disabling_while_merged(method: str, case: Case) -> None:
     assert relative_error(model(x), adapted) < 1e-5
 
 
-def test_deleting_a_merged_adapter_does_not_break_the_layer(method: str, case: Case) -> None:
+def test_deleting_a_merged_adapter_does_not_break_the_layer(method: str, host: Case) -> None:
     """Whatever deleting does to the merged weight, the base weight and the other adapter must be reachable after."""
-    model = build(method, case)
+    model = build(method, host)
     weight = only(model).host.weight.detach().clone()
-    model.add_adapter("other", config(method, case))
+    model.add_adapter("other", config(method, host))
     model.set_adapter("other")
-    x = inputs(case, 4)
+    x = inputs(host, 4)
     other = model(x).detach()
     model.merge_adapter(adapter_names=["default"])
     try:
@@ -622,10 +669,10 @@ def test_deleting_a_merged_adapter_does_not_break_the_layer(method: str, case: C
 
 
 @pytest.mark.parametrize("names", [["default", "other", "__base__", "other"], ["__base__"] * 4, ["other"] * 4])
-def test_each_sample_of_a_mixed_batch_is_as_if_alone(method: str, case: Case, names: list[str]) -> None:
-    model = build(method, case)
-    model.add_adapter("other", config(method, case, other=True))
-    x = inputs(case, 4, 3)
+def test_each_sample_of_a_mixed_batch_is_as_if_alone(method: str, host: Case, names: list[str]) -> None:
+    model = build(method, host)
+    model.add_adapter("other", config(method, host, other=True))
+    x = inputs(host, 4, 3)
     expected = []
     for sample, name in zip(x, names, strict=True):
         if name == "__base__":
@@ -640,9 +687,9 @@ def test_each_sample_of_a_mixed_batch_is_as_if_alone(method: str, case: Case, na
     torch.testing.assert_close(model(x)[:1], model(x[:1]))  # and nothing of it is left
 
 
-def test_mixed_batches_that_cannot_be_are_refused(method: str, case: Case) -> None:
-    model = build(method, case)
-    x = inputs(case, 2)
+def test_mixed_batches_that_cannot_be_are_refused(method: str, host: Case) -> None:
+    model = build(method, host)
+    x = inputs(host, 2)
     with pytest.raises(ValueError, match="'unknown'"):
         model(x, adapter_names=["default", "unknown"])
     with pytest.raises(ValueError, match=r"3 entries .* 2"):
@@ -730,13 +777,13 @@ def test_at_most_ten_operations_a_layer(method: str, case: Case, grad: bool, mon
     assert len(operations.names) <= 10, operations.names
 
 
-def test_a_training_step_under_fake_tensors(method: str, case: Case) -> None:
+def test_a_training_step_under_fake_tensors(method: str, host: Case) -> None:
     with FakeTensorMode():
-        model = get_peft_model(Wrapped(case.build()), config(method, case, init_weights=True)).train()
+        model = get_peft_model(Wrapped(host.build()), config(method, host, init_weights=True)).train()
         optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.1)
         for _ in range(2):
-            y = model(torch.randn(4, case.in_features))
-            assert y.shape == (4, case.out_features)
+            y = model(inputs(host, 4))
+            assert y.shape[0] == 4
             y.square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -12,7 +12,19 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
-from isotune import PeftModel, PsoftConfig, cli, get_peft_model
+from helpers import layers_of, randomize
+from isotune import (
+    BOFTConfig,
+    GOFTConfig,
+    HRAConfig,
+    OFTConfig,
+    PeftModel,
+    PsoftConfig,
+    QGOFTConfig,
+    cli,
+    get_peft_model,
+)
+from isotune.config import RotationConfig
 from isotune.errors import AdapterFileError, BaseMismatchError
 from isotune.report.inspect import inspect, save_png, to_text
 
@@ -145,3 +157,41 @@ def test_refusals(tmp_path: Path) -> None:
         inspect(tmp_path / "adapter", "package:json")
     with pytest.raises(ValueError, match=r"\.png"):
         save_png(inspect(tmp_path / "adapter"), tmp_path / "a.svg")
+
+
+@pytest.mark.parametrize(
+    ("config", "free"),
+    [
+        (OFTConfig(oft_block_size=8), False),
+        (BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2), False),
+        (GOFTConfig(), False),
+        (QGOFTConfig(), True),
+        (HRAConfig(r=4), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_rotations_of_all_inputs(config: RotationConfig, free: bool, tmp_path: Path) -> None:
+    base = bert()
+    config.target_modules = ["query", "dense"]
+    config.exclude_modules = ["classifier"]
+    model = get_peft_model(base, config)
+    randomize(model, std=0.2)
+    model.save_pretrained(str(tmp_path))
+    alone, report = inspect(tmp_path), inspect(tmp_path, bert())
+    layers = dict(zip([layer.key for layer in layers_of(model)], layers_of(model), strict=True))
+    assert len(report.layers) == len(layers) == len(alone.layers)
+    for found in report.layers:
+        layer = layers[found.module]
+        matrix = layer.operator("default").matrix().detach()
+        angle = float(torch.linalg.eigvals(matrix.double()).angle().abs().max())
+        assert (found.orthogonality_error > 1e-3) == free
+        if not free:
+            assert found.largest_angle == pytest.approx(math.degrees(angle), rel=1e-3, abs=1e-2)
+        delta = layer.get_delta_weight("default")
+        assert found.update_norm == pytest.approx(float(delta.norm()), rel=1e-4)
+        assert found.energy is None
+        if not free and layer.operator("default").gain is None:
+            assert found.angle_moved_largest == pytest.approx(0.0, abs=0.1)
+    assert "width" in report.summary()
+    assert all(layer.update_norm is None for layer in alone.layers)
+    assert "width" in alone.summary()

@@ -64,29 +64,46 @@ def butterfly_blocks(stages: Tensor, size: int) -> tuple[Tensor, ...]:
 
 
 def _fold(stages: list[Tensor], size: int, before: int) -> Tensor:
-    """M − I of consecutive stages as blocks of size · 2^(len − 1), in the order of `butterfly_chain`."""
-    leading, count, half = stages[0].shape[:-3], stages[0].shape[-3], size // 2
-    if len(stages) == 1:
-        return stages[0]
-    width = len(stages)
-    inner, chunks = 2**before, 2**width
-    outer = count * 2 // (chunks * inner)
-    block = chunks * half
-    # A stage's blocks in the order of their first coordinate: (outer, high, between, inner) for stage j of the group,
-    # where high counts the chunks above the joined bit within the group, and between those below it.
-    total = stages[0].new_zeros(*leading, outer * inner, block, block)
-    for j, stage in reversed(list(enumerate(stages))):
-        high, between = 2 ** (width - 1 - j), 2**j
+    """M − I of consecutive stages as blocks of size · 2^(len − 1), in the order of `butterfly_chain`.
+
+    Blocks grow from the lowest stage on, so that only the last doubling works on tensors of the final size.
+    """
+    leading, count = stages[0].shape[:-3], stages[0].shape[-3]
+    inner = 2**before
+    outer = count * 2 // (2 ** len(stages) * inner)
+    total: Tensor | None = None
+    for j, stage in enumerate(stages):
+        # A stage's blocks in the order of their first coordinate: (outer, high, between, inner), where between counts
+        # the chunks below the joined bit within the group, and high those above it.
+        high, between = 2 ** (len(stages) - 1 - j), 2**j
         own = stage.reshape(*leading, outer, high, between, inner, size, size)
-        own = own.movedim(-3, -5)  # (outer, inner, high, between, b, b)
-        own = own.reshape(*leading, outer * inner, high * between, size, size)
-        # (I + C)(I + E) − I = C + (I + C) E: E mixes columns of I + C, chunk pairs of the joined bit.
-        whole = total + torch.eye(block, dtype=total.dtype, device=total.device)
-        columns = whole.reshape(*leading, outer * inner, block, high, 2, between, half)
-        dims = columns.dim()
-        columns = columns.permute(*range(dims - 5), dims - 4, dims - 2, dims - 5, dims - 3, dims - 1)
-        mixed = columns.reshape(*leading, outer * inner, high * between, block, size) @ own
-        mixed = mixed.reshape(*leading, outer * inner, high, between, block, 2, half)
-        mixed = mixed.permute(*range(dims - 5), dims - 3, dims - 5, dims - 2, dims - 4, dims - 1)
-        total = total + mixed.reshape(*leading, outer * inner, block, block)
+        own = own.movedim(-3, -5).reshape(*leading, outer * inner * high, between, size, size)
+        total = own.squeeze(-3) if total is None else _double(total, own)
+    assert total is not None
     return total
+
+
+def _double(blocks: Tensor, stage: Tensor) -> Tensor:
+    """Join neighbouring blocks C by a stage that acts before them, chunk by chunk.
+
+    Args:
+        blocks: (..., 2k, S, S), C = M − I.
+        stage: (..., k, S / h, 2h, 2h), E = R − I: each joins a chunk of h coordinates of one block with the same chunk
+            of the next.
+
+    Returns:
+        (..., k, 2S, 2S), (I + E)(I + C) − I = C + E (I + C).
+    """
+    *leading, count, chunks, size, _ = stage.shape
+    width = blocks.shape[-1]
+    one, two = blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
+    eye = torch.eye(width, dtype=blocks.dtype, device=blocks.device)
+    parts = []
+    for side, own in enumerate((one, two)):
+        rows = (own + eye).reshape(*leading, count, chunks, size // 2, width)
+        mixed = stage[..., side * (size // 2) : (side + 1) * (size // 2)] @ rows
+        mixed = mixed.reshape(*leading, count, chunks, 2, size // 2, width).movedim(-3, -4)
+        parts.append(mixed.reshape(*leading, count, 2, width, width))
+    top = torch.cat([parts[0][..., 0, :, :] + one, parts[1][..., 0, :, :]], -1)
+    bottom = torch.cat([parts[0][..., 1, :, :], parts[1][..., 1, :, :] + two], -1)
+    return torch.cat([top, bottom], -2)

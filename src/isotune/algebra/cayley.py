@@ -37,8 +37,8 @@ def _polish(difference: Tensor) -> Tensor:
     return difference - 0.5 * (defect + difference @ defect)
 
 
-_SMALL = range(5, 12)
-"""Block sizes for which LAPACK's solve of many blocks takes 1.5 to 3 times as long on a CPU as `_eliminate`."""
+_SMALL = range(2, 12)
+"""Block sizes for which LAPACK's solves of many blocks take 1.5 to 3 times as long on a CPU as `_eliminate`."""
 
 
 def _eliminate(entries: Tensor, n: int) -> Tensor:

@@ -8,7 +8,7 @@ adapted layer adds to a forward pass of a frozen one plus its own; "bound" is th
 would set: the frozen model's time and the update's products at the frozen model's own speed.
 
     python benchmarks/step.py                 # the table of the README
-    python benchmarks/step.py --width 512 --tokens 256 --dtype float32 --rounds 15
+    python benchmarks/step.py --set family --width 512 --tokens 256 --dtype float32 --rounds 15
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ LAYERS = {256: 6, 512: 6, 1024: 4, 2048: 2}
 RANKS = (46, 128)
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 REFERENCE = "PEFT LoRA r=8"
+SETS = {
+    "psoft": "PSOFT beside PEFT's",
+    "family": "OFT, BOFT, GOFT and HRA beside PEFT's",
+    "growth": "the same with smaller and larger blocks, chains and numbers of reflections",
+}
 
 
 def llama(width: int, dtype: torch.dtype) -> LlamaModel:
@@ -59,8 +64,8 @@ def llama(width: int, dtype: torch.dtype) -> LlamaModel:
     return LlamaModel(config).to(dtype).train()
 
 
-def variants(ranks: tuple[int, ...], family: bool) -> dict[str, Callable[[nn.Module], nn.Module]]:
-    """Name -> what makes the adapted model from a frozen one: PSOFT at these ranks, or the orthogonal family."""
+def variants(ranks: tuple[int, ...], which: str) -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """Name -> what makes the adapted model from a frozen one, for one of SETS."""
 
     def frozen(model: nn.Module) -> nn.Module:
         return model.requires_grad_(False)
@@ -72,8 +77,18 @@ def variants(ranks: tuple[int, ...], family: bool) -> dict[str, Callable[[nn.Mod
         "frozen": frozen,
         REFERENCE: adapted(peft.LoraConfig(r=8, lora_alpha=16, target_modules=PROJECTIONS)),
     }
-    if family:
-        targets: dict[str, Any] = {"target_modules": PROJECTIONS}
+    targets: dict[str, Any] = {"target_modules": PROJECTIONS}
+    if which == "growth":
+        for size in (16, 32, 64):
+            result[f"isotune OFT b={size}"] = adapted(isotune.OFTConfig(oft_block_size=size, **targets))
+        for factors in (1, 2, 4, 6):
+            butterfly = {"boft_block_size": 4, "boft_n_butterfly_factor": factors, **targets}
+            result[f"isotune BOFT m={factors} b=4"] = adapted(isotune.BOFTConfig(**butterfly))
+        result["isotune GOFT"] = adapted(isotune.GOFTConfig(**targets))
+        for count in (2, 8, 32):
+            result[f"isotune HRA r={count}"] = adapted(isotune.HRAConfig(r=count, **targets))
+        return result
+    if which == "family":
         result["PEFT OFT b=32 exact"] = adapted(peft.OFTConfig(oft_block_size=32, use_cayley_neumann=False, **targets))
         result["PEFT OFT b=32 Neumann"] = adapted(peft.OFTConfig(oft_block_size=32, use_cayley_neumann=True, **targets))
         result["isotune OFT b=32 exact"] = adapted(isotune.OFTConfig(oft_block_size=32, **targets))
@@ -173,13 +188,13 @@ class Row:
 
 
 def measure(
-    width: int, tokens: int, dtype: torch.dtype, rounds: int, ranks: tuple[int, ...], family: bool = False
+    width: int, tokens: int, dtype: torch.dtype, rounds: int, ranks: tuple[int, ...], which: str = "psoft"
 ) -> list[Row]:
     """All variants of one setting."""
     base = llama(width, dtype)
     embeddings = torch.randn(1, tokens, width, dtype=dtype, requires_grad=True)
     models: dict[str, nn.Module] = {}
-    for name, make in variants(ranks, family).items():
+    for name, make in variants(ranks, which).items():
         models[name] = make(copy.deepcopy(base))
     for model in models.values():
         # A trained-looking adapter: at exactly zero some kernels are faster than they will ever be again.
@@ -224,7 +239,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--rank", type=int, nargs="+", default=list(RANKS))
-    parser.add_argument("--family", action="store_true", help="OFT, BOFT, GOFT and HRA in the place of PSOFT")
+    parser.add_argument(
+        "--set", choices=list(SETS), default="psoft", help="; ".join(f"{k}: {v}" for k, v in SETS.items())
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -239,9 +256,7 @@ def main() -> None:
     for width in options.width:
         for dtype in options.dtype:
             for tokens in options.tokens:
-                rows = measure(
-                    width, tokens, getattr(torch, dtype), options.rounds, tuple(options.rank), options.family
-                )
+                rows = measure(width, tokens, getattr(torch, dtype), options.rounds, tuple(options.rank), options.set)
                 print(f"\nwidth {width}, {LAYERS[width]} layers, {tokens} tokens, {dtype}")
                 print(f"{'':28s} {'step / LoRA':>11s} {'bound':>6s} {'ms':>8s} {'kept MiB':>9s} {'aten/layer':>10s}")
                 for row in rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -263,6 +263,56 @@ def reference_update(layer: Layer, adapter: str = "default") -> Tensor:
     basis = form.reader.to(weight)
     scale = layer.configs[adapter].scale_of(layer.key)
     return scale * (weight @ basis.T) @ reference_difference(operator).to(weight).T @ basis
+
+
+OPTIONS_FOR_12: dict[str, dict[str, Any]] = {
+    "psoft": {"r": 4},
+    "oft": {"oft_block_size": 3},
+    "boft": {"boft_block_size": 2, "boft_n_butterfly_factor": 2},
+    "goft": {},
+    "qgoft": {},
+    "hra": {"r": 4},
+}
+"""Options with which each method fits a layer whose W has a multiple of 12 columns."""
+
+
+class OneLayer(nn.Module):
+    """A model of one layer called by name, so that keyword arguments of PEFT reach nobody else."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def only(model: nn.Module) -> Layer:
+    """The one adapted layer of a model."""
+    (layer,) = layers_of(model)
+    return layer
+
+
+def merged_matrix(
+    layer: Layer, names: Sequence[str] = ("default",), update: Callable[[Layer, str], Tensor] = reference_update
+) -> Tensor:
+    """W with these adapters in this order by the definition of the two forms, (out, in), float32 at least.
+
+    `update` gives the change of W by an additive adapter, in the layout of W or of the layer's weight.
+    """
+    matrix = layer.unmerged_matrix()
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    for name in names:
+        operator = layer.operator(name)
+        if layer.form(name).additive:
+            change = update(layer, name)
+            matrix = matrix + (
+                change if change.shape == matrix.shape else layer.host.stored(change).reshape(matrix.shape)
+            )
+        else:
+            matrix = matrix @ operator.matrix().T.to(matrix.dtype)
+            matrix = matrix if operator.gain is None else operator.gain.to(matrix.dtype)[:, None] * matrix
+    return matrix
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

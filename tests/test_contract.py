@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from helpers import (
     AtenOps,
+    OneLayer,
     SavedTensors,
     adapt,
     assert_unchanged,
     layers_of,
+    merged_matrix,
+    only,
     randomize,
     relative_error,
     snapshot,
@@ -111,17 +114,6 @@ def case(request: pytest.FixtureRequest) -> Case:
     return HOSTS[request.param]
 
 
-class Wrapped(nn.Module):
-    """A model of one layer called by name, so that keyword arguments of PEFT reach nobody else."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
 def fitting(method: str, width: int, *, other: bool = False) -> dict[str, Any]:
     """Options with which a method fits that many inputs; `other` gives an adapter of another size."""
     block = max(d for d in range(1, 9) if width % d == 0)
@@ -144,11 +136,7 @@ def config(method: str, case: Case, *, other: bool = False, **options: Any) -> A
 
 def build(method: str, case: Case, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """An adapted layer whose host has requires_grad off, with random operators unless asked otherwise."""
-    return get_peft_model(Wrapped(case.build().to(dtype)), config(method, case, **options)).eval()
-
-
-def only(model: nn.Module) -> Layer:
-    return layers_of(model)[0]
+    return get_peft_model(OneLayer(case.build().to(dtype)), config(method, case, **options)).eval()
 
 
 def inputs(case: Case, *leading: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -169,7 +157,7 @@ def tolerance(dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("training", [True, False])
 def test_identity_at_the_start(method: str, host: Case, dtype: torch.dtype, training: bool) -> None:
     """Bit for bit but for HRA, whose reflections cancel in pairs up to rounding."""
-    base = Wrapped(host.build().to(dtype))
+    base = OneLayer(host.build().to(dtype))
     x = inputs(host, 3, 4, dtype=dtype)
     with torch.no_grad():
         expected = base(x)
@@ -186,7 +174,7 @@ def test_identity_at_the_start(method: str, host: Case, dtype: torch.dtype, trai
 
 
 def test_a_random_start_is_no_identity(method: str, host: Case) -> None:
-    base = Wrapped(host.build())
+    base = OneLayer(host.build())
     x = inputs(host, 3)
     expected = base(x).detach()
     assert relative_error(get_peft_model(base, config(method, host))(x), expected) > 1e-3
@@ -234,7 +222,7 @@ def test_a_merge_in_half_precision_rounds_once(method: str, host: Case, dtype: t
     layer = only(model)
     weight = layer.host.weight.detach().clone()
     names = ["default", "second", "third"]
-    expected = layer.host.stored(merged_matrix(layer, names)).to(dtype)
+    expected = layer.host.stored(merged(layer, names)).to(dtype)
     model.merge_adapter(adapter_names=names)
     assert layer.host.weight.dtype == dtype
     # The order of a sum in float32 may tip a tie; anything more would be a second rounding.
@@ -269,20 +257,9 @@ def with_matrix(layer: Layer, matrix: Tensor, x: Tensor) -> Tensor:
     return result
 
 
-def merged_matrix(layer: Layer, names: list[str]) -> Tensor:
-    """W with these adapters in this order, by the definition of the two forms, in float32 at least."""
-    matrix = layer.unmerged_matrix()
-    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    transposed = getattr(layer.host, "transposed", False)
-    for name in names:
-        operator = layer.operator(name)
-        if layer.raw_form(name).additive:
-            delta = layer.get_delta_weight(name)
-            matrix = matrix + (delta.T if transposed else delta.flatten(1))
-        else:
-            matrix = matrix @ operator.matrix().T.to(matrix.dtype)
-            matrix = matrix if operator.gain is None else operator.gain.to(matrix.dtype)[:, None] * matrix
-    return matrix
+def merged(layer: Layer, names: Sequence[str]) -> Tensor:
+    """W with these adapters in this order; updates as the layer itself gives them, in the precision of merging."""
+    return merged_matrix(layer, names, lambda layer, name: layer.get_delta_weight(name))
 
 
 @pytest.mark.parametrize("order", [["default", "other"], ["other", "default"]])
@@ -291,7 +268,7 @@ def test_several_adapters_merged_at_once(method: str, host: Case, order: list[st
     model.add_adapter("other", config(method, host, other=True))
     layer, x = only(model), inputs(host, 6)
     weight = layer.host.weight.detach().clone()
-    expected = with_matrix(layer, merged_matrix(layer, order), x)
+    expected = with_matrix(layer, merged(layer, order), x)
     model.base_model.set_adapter(order)
     assert relative_error(model(x), expected) < 1e-5
     model.merge_adapter(adapter_names=order)
@@ -330,8 +307,8 @@ def test_delta_weight_is_what_the_forward_adds(method: str, host: Case) -> None:
     layer, x = only(model), inputs(host, 4, dtype=torch.float64)
     delta = layer.get_delta_weight("default")
     assert delta.shape == layer.host.weight.shape
-    merged = {"weight": layer.host.weight + delta}
-    expected = torch.func.functional_call(layer.get_base_layer(), merged, (x,))
+    weights = {"weight": layer.host.weight + delta}
+    expected = torch.func.functional_call(layer.get_base_layer(), weights, (x,))
     torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-12)
     if layer.supports_lora_conversion("default"):
         up, down = layer.low_rank("default")
@@ -581,7 +558,7 @@ def test_two_adapters_active_at_once(method: str, host: Case) -> None:
     x, layer = inputs(host, 4), only(model)
     model.base_model.set_adapter(["default", "other"])
     both = model(x)
-    expected = with_matrix(layer, merged_matrix(layer, ["default", "other"]), x)
+    expected = with_matrix(layer, merged(layer, ["default", "other"]), x)
     assert relative_error(both, expected) < 1e-5
     both.square().sum().backward()
     assert all(p.grad is not None for name in ("default", "other") for p in layer.operator(name).parameters())
@@ -603,7 +580,7 @@ def test_adapters_of_different_methods_compose_in_their_order(
     x = inputs(host, 2, 4, dtype=torch.float64)
     for order in (["default", "other"], ["other", "default"]):
         layer._active_adapter = order
-        expected = with_matrix(layer, merged_matrix(layer, order), x)
+        expected = with_matrix(layer, merged(layer, order), x)
         torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-11)
         layer.merge(adapter_names=order)
         torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-11)
@@ -611,7 +588,7 @@ def test_adapters_of_different_methods_compose_in_their_order(
 
 
 def test_switching_disabling_and_deleting(method: str, host: Case) -> None:
-    base = Wrapped(host.build())
+    base = OneLayer(host.build())
     x = inputs(host, 4)
     expected = base(x).detach()
     model = get_peft_model(base, config(method, host)).eval()
@@ -635,7 +612,7 @@ def test_switching_disabling_and_deleting(method: str, host: Case) -> None:
 
 
 def test_disabling_while_merged(method: str, host: Case) -> None:
-    base = Wrapped(host.build())
+    base = OneLayer(host.build())
     x = inputs(host, 4)
     expected = base(x).detach()
     model = get_peft_model(base, config(method, host)).eval()
@@ -714,7 +691,7 @@ def test_kept_for_backward_is_one_tokens_times_rank_or_input(method: str, host: 
     autocast = dtype == "autocast"
     kind = torch.float32 if autocast else dtype
     width = 4 if kind == torch.float32 and not autocast else 2
-    base = Wrapped(case.build().to(kind)).requires_grad_(False)
+    base = OneLayer(case.build().to(kind)).requires_grad_(False)
     x = inputs(case, tokens, dtype=kind)
 
     def kept(model: nn.Module) -> int:
@@ -779,7 +756,7 @@ def test_at_most_ten_operations_a_layer(method: str, case: Case, grad: bool, mon
 
 def test_a_training_step_under_fake_tensors(method: str, host: Case) -> None:
     with FakeTensorMode():
-        model = get_peft_model(Wrapped(host.build()), config(method, host, init_weights=True)).train()
+        model = get_peft_model(OneLayer(host.build()), config(method, host, init_weights=True)).train()
         optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.1)
         for _ in range(2):
             y = model(inputs(host, 4))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,23 @@ import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from torch import Tensor, nn
 
-from helpers import assert_unchanged, layers_of, randomize, reference_update, relative_error, snapshot, trainable
+from helpers import (
+    OPTIONS_FOR_12,
+    OneLayer,
+    assert_unchanged,
+    layers_of,
+    merged_matrix,
+    only,
+    randomize,
+    relative_error,
+    snapshot,
+    trainable,
+)
 from isotune import get_peft_model
-from isotune.hosts import Conv1dHost, Conv2dHost, Conv3dHost, host_for
+from isotune.hosts import ConvHost, host_for
 from isotune.layer import Layer
 from isotune.methods import METHODS
 from isotune.placing import AdapterGroup
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "psoft": {"r": 4},
-    "oft": {"oft_block_size": 3},
-    "boft": {"boft_block_size": 2, "boft_n_butterfly_factor": 2},
-    "goft": {},
-    "qgoft": {},
-    "hra": {"r": 4},
-}
 
 
 @dataclass(frozen=True)
@@ -65,51 +67,21 @@ SOME = ["1d stride reflect", "2d not square", "2d groups", "3d"]
 MORE = [*SOME, "2d 1x1", "2d circular", "2d depthwise", "3d groups circular"]
 
 
-class One(nn.Module):
-    """A model of one layer, called by name."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
 @pytest.fixture(params=list(METHODS))
 def method(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 def config(method: str, **options: Any) -> Any:
-    return METHODS[method](**{"target_modules": ["layer"], "init_weights": False, **OPTIONS[method], **options})
+    return METHODS[method](**{"target_modules": ["layer"], "init_weights": False, **OPTIONS_FOR_12[method], **options})
 
 
 def build(method: str, case: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    return get_peft_model(One(CASES[case].build().to(dtype)), config(method, **options)).eval()
-
-
-def only(model: nn.Module) -> Layer:
-    (layer,) = layers_of(model)
-    return layer
+    return get_peft_model(OneLayer(CASES[case].build().to(dtype)), config(method, **options)).eval()
 
 
 def batch_for(case: str, dtype: torch.dtype = torch.float32, count: int = 3) -> Tensor:
     return torch.randn(count, *CASES[case].sample, dtype=dtype)
-
-
-def dense_matrix(layer: Layer, names: Sequence[str] = ("default",)) -> Tensor:
-    """W with these adapters, (out, in / groups · kernel elements), by dense products; differentiable."""
-    matrix = layer.unmerged_matrix()
-    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    for name in names:
-        operator = layer.operator(name)
-        if layer.form(name).additive:
-            matrix = matrix + reference_update(layer, name)
-        else:
-            matrix = matrix @ operator.matrix().T
-            matrix = matrix if operator.gain is None else operator.gain[:, None] * matrix
-    return matrix
 
 
 def convolved(layer: Layer, x: Tensor, matrix: Tensor) -> Tensor:
@@ -125,9 +97,9 @@ def convolved(layer: Layer, x: Tensor, matrix: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("module", "kind"),
     [
-        (nn.Conv1d(4, 6, 3), Conv1dHost),
-        (nn.Conv2d(4, 6, (3, 2), groups=2), Conv2dHost),
-        (nn.Conv3d(4, 6, (1, 3, 2)), Conv3dHost),
+        (nn.Conv1d(4, 6, 3), ConvHost),
+        (nn.Conv2d(4, 6, (3, 2), groups=2), ConvHost),
+        (nn.Conv3d(4, 6, (1, 3, 2)), ConvHost),
     ],
 )
 def test_matrix_is_a_view_with_a_row_for_each_output_channel(module: Any, kind: type) -> None:
@@ -175,7 +147,7 @@ class Custom(nn.Conv2d):
 
 
 def test_subclasses_are_taken() -> None:
-    assert isinstance(host_for(Custom(4, 6, 3)), Conv2dHost)
+    assert isinstance(host_for(Custom(4, 6, 3)), ConvHost)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +156,7 @@ def test_subclasses_are_taken() -> None:
     ids=lambda module: type(module).__name__,
 )
 def test_others_are_refused_and_the_model_is_left_alone(method: str, module: nn.Module) -> None:
-    model = One(module)
+    model = OneLayer(module)
     before = snapshot(model)
     kind = type(module).__name__
     with pytest.raises(ValueError, match=rf"'layer' is a .*\.{kind}, which cannot.*Supported: .*exclude_modules"):
@@ -209,7 +181,7 @@ def test_weights_that_are_no_floating_kernel_are_refused() -> None:
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: tuple[str, dict[str, Any]], message: str) -> None:
-    model = One(nn.Conv2d(4, 8, 3))
+    model = OneLayer(nn.Conv2d(4, 8, 3))
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
         get_peft_model(model, config(options[0], **options[1]))
@@ -221,7 +193,7 @@ def test_options_that_do_not_fit_are_refused(options: tuple[str, dict[str, Any]]
 
 @pytest.mark.parametrize("case", SOME)
 def test_identity_at_the_start(method: str, case: str) -> None:
-    base, x = One(CASES[case].build()), batch_for(case)
+    base, x = OneLayer(CASES[case].build()), batch_for(case)
     expected = base(x).detach()
     found = get_peft_model(base, config(method, init_weights=True))(x)
     if method == "hra":  # its reflections cancel in pairs up to rounding
@@ -234,7 +206,7 @@ def test_identity_at_the_start(method: str, case: str) -> None:
 def test_forward_is_the_convolution_with_the_merged_kernel(method: str, case: str) -> None:
     model, x = build(method, case), batch_for(case)
     layer = only(model)
-    found, expected = model(x), convolved(layer, x, dense_matrix(layer))
+    found, expected = model(x), convolved(layer, x, merged_matrix(layer))
     assert found.shape == layer.get_base_layer()(x).shape
     assert relative_error(layer.get_base_layer()(x), expected) > 1e-2  # so the adapter does something
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
@@ -247,7 +219,7 @@ def test_merge_and_unmerge(method: str, case: str) -> None:
     model, x = build(method, case), batch_for(case)
     layer = only(model)
     original, bits = layer.host.weight, layer.host.weight.detach().clone()
-    expected, matrix = model(x), dense_matrix(layer)
+    expected, matrix = model(x), merged_matrix(layer)
     delta = layer.get_delta_weight("default")
     model.merge_adapter()
     assert layer.host.weight is not original
@@ -289,7 +261,7 @@ def test_each_sample_of_a_mixed_batch_is_as_if_alone(method: str) -> None:
 @pytest.mark.parametrize("case", ["1d", "2d groups", "2d reflect", "3d"])
 def test_half_precision_rounds_the_kernel_once(method: str, case: str, dtype: torch.dtype) -> None:
     model, x = build(method, case, dtype), batch_for(case, dtype)
-    layer, wide = only(model), dense_matrix(only(model)).detach()
+    layer, wide = only(model), merged_matrix(only(model)).detach()
     if layer.form("default").additive:  # its reader and writer are of the weight's dtype
         up, down = layer.low_rank("default")
         wide = layer.host.matrix().float() + up @ down
@@ -309,7 +281,7 @@ def test_half_precision_rounds_the_kernel_once(method: str, case: str, dtype: to
 # fails: the kernel is folded under autocast, so in bfloat16 before it is rounded to that
 def test_autocast_rounds_the_kernel_once(method: str) -> None:
     model, x = build(method, "2d"), batch_for("2d")
-    matrix = dense_matrix(only(model)).detach()
+    matrix = merged_matrix(only(model)).detach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, expected = model(x), convolved(only(model), x, matrix)
     assert found.dtype == expected.dtype == torch.bfloat16
@@ -327,7 +299,7 @@ def test_hooks_of_the_host_run(method: str) -> None:
 # fails: the layer's kernel is used around the other tuner's layer, whose update is lost
 def test_the_update_of_a_layer_that_another_tuner_has_wrapped_is_kept(method: str) -> None:
     base = inject_adapter_in_model(
-        LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False), One(nn.Conv2d(4, 8, 3, padding=1))
+        LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False), OneLayer(nn.Conv2d(4, 8, 3, padding=1))
     )
     x, plain = batch_for("2d"), base.layer.get_base_layer()
     lora = (base(x) - plain(x)).detach()
@@ -335,7 +307,7 @@ def test_the_update_of_a_layer_that_another_tuner_has_wrapped_is_kept(method: st
     layer = Layer(base.layer, "layer")
     layer.update_layer("default", config(method))
     AdapterGroup("default", [layer]).place()
-    expected = convolved(layer, x, dense_matrix(layer)) + lora
+    expected = convolved(layer, x, merged_matrix(layer)) + lora
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -349,7 +321,7 @@ def test_gradients_equal_those_of_the_dense_twin(method: str, case: str, needs_i
     layer, twin = only(model), copy.deepcopy(only(model))
     x = batch_for(case, torch.float64).requires_grad_(needs_input_grad)
     same = x.detach().clone().requires_grad_(needs_input_grad)
-    ours, theirs = model(x), convolved(twin, same, dense_matrix(twin))
+    ours, theirs = model(x), convolved(twin, same, merged_matrix(twin))
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
     cotangent = torch.randn_like(ours)
     ours.backward(cotangent)
@@ -368,7 +340,7 @@ def test_gradients_equal_those_of_the_dense_twin(method: str, case: str, needs_i
 )
 def test_gradcheck(method: str, build_layer: Callable[[], nn.Module]) -> None:
     layer = build_layer().double()
-    model = get_peft_model(One(layer), config(method))
+    model = get_peft_model(OneLayer(layer), config(method))
     x = torch.randn(1, layer.in_channels, *(3,) * (layer.weight.ndim - 2), dtype=torch.float64, requires_grad=True)
     parameters = trainable(model)
 
@@ -400,7 +372,7 @@ def test_two_adapters_compose_in_their_order(method: str, second: str) -> None:
     outputs = []
     for order in (["default", "other"], ["other", "default"]):
         layer._active_adapter = order
-        expected = convolved(layer, x, dense_matrix(layer, order))
+        expected = convolved(layer, x, merged_matrix(layer, order))
         torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-11)
         layer.merge(adapter_names=order)
         torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-11)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +12,26 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-from helpers import assert_unchanged, layers_of, randomize, reference_update, relative_error, snapshot, trainable
+from helpers import (
+    OPTIONS_FOR_12,
+    OneLayer,
+    assert_unchanged,
+    layers_of,
+    merged_matrix,
+    only,
+    randomize,
+    relative_error,
+    snapshot,
+    trainable,
+)
 from isotune import get_peft_model
 from isotune.hosts import EmbeddingHost, host_for
-from isotune.layer import Layer
 from isotune.methods import METHODS
 from isotune.placing import AdapterGroup
 
 ROWS, WIDTH, PADDING = 14, 12, 3
-OPTIONS: dict[str, dict[str, Any]] = {
-    "psoft": {"r": 4},
-    "oft": {"oft_block_size": 3},
-    "boft": {"boft_block_size": 2, "boft_n_butterfly_factor": 2},
-    "goft": {},
-    "qgoft": {},
-    "hra": {"r": 4},
-}
 TOKENS = torch.tensor([[1, 5, 5, PADDING, 0], [PADDING, 13, 5, 1, 7]])
 """Some of them repeated, the padding among them."""
-
-
-class One(nn.Module):
-    """A model of one layer, called by name."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
 
 @pytest.fixture(params=list(METHODS))
@@ -50,7 +40,7 @@ def method(request: pytest.FixtureRequest) -> str:
 
 
 def config(method: str, **options: Any) -> Any:
-    return METHODS[method](**{"target_modules": ["layer"], "init_weights": False, **OPTIONS[method], **options})
+    return METHODS[method](**{"target_modules": ["layer"], "init_weights": False, **OPTIONS_FOR_12[method], **options})
 
 
 def embedding(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Embedding:
@@ -60,26 +50,7 @@ def embedding(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Embeddin
 
 
 def build(method: str, module: nn.Module | None = None, **options: Any) -> Any:
-    return get_peft_model(One(module or embedding()), config(method, **options)).eval()
-
-
-def only(model: nn.Module) -> Layer:
-    (layer,) = layers_of(model)
-    return layer
-
-
-def dense_matrix(layer: Layer, names: Sequence[str] = ("default",)) -> Tensor:
-    """W with these adapters, (num_embeddings, embedding_dim), by dense products; differentiable."""
-    matrix = layer.unmerged_matrix()
-    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    for name in names:
-        operator = layer.operator(name)
-        if layer.form(name).additive:
-            matrix = matrix + reference_update(layer, name)
-        else:
-            matrix = matrix @ operator.matrix().T
-            matrix = matrix if operator.gain is None else operator.gain[:, None] * matrix
-    return matrix
+    return get_peft_model(OneLayer(module or embedding()), config(method, **options)).eval()
 
 
 # -- the host ------------------------------------------------------------------------------------------------------
@@ -111,7 +82,7 @@ def test_set_and_restore(requires_grad: bool) -> None:
 
 
 def test_max_norm_is_refused_and_the_model_is_left_alone(method: str) -> None:
-    model = One(embedding(max_norm=1.0))
+    model = OneLayer(embedding(max_norm=1.0))
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"'layer' has max_norm=1\.0.*Set max_norm to None.*exclude_modules"):
         get_peft_model(model, config(method))
@@ -133,7 +104,7 @@ def test_others_are_refused(module: nn.Module) -> None:
     ],
 )
 def test_options_that_do_not_fit_are_refused(method_name: str, options: dict[str, Any], message: str) -> None:
-    model = One(embedding())
+    model = OneLayer(embedding())
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
         get_peft_model(model, config(method_name, **options))
@@ -154,7 +125,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", ["plain", "both"])
 def test_identity_at_the_start(method: str, kind: str) -> None:
-    base = One(embedding(**KINDS[kind]))
+    base = OneLayer(embedding(**KINDS[kind]))
     expected = base(TOKENS).detach()
     found = get_peft_model(base, config(method, init_weights=True))(TOKENS).detach()
     if method == "hra":  # its reflections cancel in pairs up to rounding
@@ -166,7 +137,7 @@ def test_identity_at_the_start(method: str, kind: str) -> None:
 @pytest.mark.parametrize(("kind", "dtype"), [*((kind, torch.long) for kind in KINDS), ("both", torch.int32)])
 def test_forward_is_the_look_up_in_the_merged_weight(method: str, kind: str, dtype: torch.dtype) -> None:
     model, tokens = build(method, embedding(**KINDS[kind])), TOKENS.to(dtype)
-    matrix = dense_matrix(only(model)).detach()
+    matrix = merged_matrix(only(model)).detach()
     found = model(tokens)
     assert relative_error(only(model).get_base_layer()(tokens), found.detach()) > 1e-2
     torch.testing.assert_close(found, functional.embedding(tokens, matrix), rtol=1e-5, atol=2e-6)
@@ -176,7 +147,7 @@ def test_forward_is_the_look_up_in_the_merged_weight(method: str, kind: str, dty
 @pytest.mark.parametrize("kind", ["plain", "both"])
 def test_tokens_of_any_shape(method: str, kind: str, shape: tuple[int, ...]) -> None:
     model, tokens = build(method, embedding(**KINDS[kind])), torch.randint(ROWS, shape)
-    matrix = dense_matrix(only(model)).detach()
+    matrix = merged_matrix(only(model)).detach()
     found = model(tokens)
     assert found.shape == (*shape, WIDTH)
     torch.testing.assert_close(found, functional.embedding(tokens, matrix), rtol=1e-5, atol=2e-6)
@@ -194,7 +165,7 @@ def test_merge_and_unmerge(method: str, kind: str) -> None:
     model = build(method, embedding(**KINDS[kind]))
     layer = only(model)
     original, bits = layer.host.weight, layer.host.weight.detach().clone()
-    expected, matrix, delta = model(TOKENS), dense_matrix(layer).detach(), layer.get_delta_weight("default")
+    expected, matrix, delta = model(TOKENS), merged_matrix(layer).detach(), layer.get_delta_weight("default")
     model.merge_adapter()
     assert layer.host.weight is not original
     torch.testing.assert_close(layer.host.matrix(), matrix, rtol=1e-5, atol=2e-6)
@@ -235,7 +206,7 @@ def test_each_sample_of_a_mixed_batch_is_as_if_alone(method: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_the_rows_once(method: str, dtype: torch.dtype) -> None:
     model = build(method, embedding(dtype))
-    layer, wide = only(model), dense_matrix(only(model)).detach()
+    layer, wide = only(model), merged_matrix(only(model)).detach()
     if layer.form("default").additive:  # its reader and writer are of the weight's dtype
         up, down = layer.low_rank("default")
         wide = layer.host.matrix().float() + up @ down
@@ -292,7 +263,7 @@ def test_scaled_embeddings(method: str, family: str) -> None:
     nn.init.normal_(module.weight)
     model = build(method, module.double())
     layer, twin = only(model), copy.deepcopy(only(model))
-    found, expected = model(TOKENS), 2.5 * functional.embedding(TOKENS, dense_matrix(twin), PADDING)
+    found, expected = model(TOKENS), 2.5 * functional.embedding(TOKENS, merged_matrix(twin), PADDING)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
     cotangent = torch.randn_like(found)
     found.backward(cotangent)
@@ -310,7 +281,7 @@ def test_embeddings_that_look_up_other_rows_than_they_are_given(method: str) -> 
 
     module = BartLearnedPositionalEmbedding(ROWS - 2, WIDTH)
     model = build(method, module)
-    expected = dense_matrix(only(model)).detach()[2 : 2 + TOKENS.shape[1]].expand(2, -1, -1)
+    expected = merged_matrix(only(model)).detach()[2 : 2 + TOKENS.shape[1]].expand(2, -1, -1)
     torch.testing.assert_close(model(TOKENS).detach(), expected, rtol=1e-5, atol=2e-6)
 
 
@@ -327,7 +298,7 @@ def test_gradients_equal_those_of_the_look_up_in_the_merged_weight(method: str, 
     layer, twin = only(model), copy.deepcopy(only(model))
     padding, by_frequency = options.get("padding_idx"), options.get("scale_grad_by_freq", False)
     ours = model(tokens)
-    theirs = functional.embedding(tokens, dense_matrix(twin), padding, scale_grad_by_freq=by_frequency)
+    theirs = functional.embedding(tokens, merged_matrix(twin), padding, scale_grad_by_freq=by_frequency)
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
     cotangent = torch.randn_like(ours)
     ours.backward(cotangent)
@@ -375,7 +346,7 @@ def test_two_adapters_compose_in_their_order(method: str, second: str) -> None:
     outputs = []
     for order in (["default", "other"], ["other", "default"]):
         layer._active_adapter = order
-        expected = functional.embedding(TOKENS, dense_matrix(layer, order).detach())
+        expected = functional.embedding(TOKENS, merged_matrix(layer, order).detach())
         torch.testing.assert_close(layer(TOKENS).detach(), expected, rtol=1e-10, atol=1e-11)
         layer.merge(adapter_names=order)
         torch.testing.assert_close(layer(TOKENS), expected, rtol=1e-10, atol=1e-11)

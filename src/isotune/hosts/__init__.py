@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from isotune.hosts.conv import Conv1dHost, Conv2dHost, Conv3dHost
+from isotune.hosts.conv import ConvHost
 from isotune.hosts.embedding import EmbeddingHost
 from isotune.hosts.host import Host
 from isotune.hosts.linear import LinearHost
 
-__all__ = ["Conv1dHost", "Conv2dHost", "Conv3dHost", "EmbeddingHost", "Host", "LinearHost", "host_for"]
+__all__ = ["ConvHost", "EmbeddingHost", "Host", "LinearHost", "host_for"]
 
-_HOSTS: tuple[type[Host], ...] = (LinearHost, Conv1dHost, Conv2dHost, Conv3dHost, EmbeddingHost)
+_HOSTS: tuple[type[Host], ...] = (LinearHost, ConvHost, EmbeddingHost)
 
 
 def host_for(module: nn.Module, name: str = "") -> Host:

@@ -78,7 +78,10 @@ class WeightHost(Host):
         ValueError: the weight is not floating-point, or has another number of dimensions than `dimensions`.
     """
 
-    dimensions: ClassVar[int] = 2
+    @property
+    def dimensions(self) -> int:
+        """How many the weight has."""
+        return 2
 
     def __init__(self, module: nn.Module, name: str = "") -> None:
         super().__init__(module, name)

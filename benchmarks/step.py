@@ -79,9 +79,9 @@ def variants(ranks: tuple[int, ...], which: str) -> dict[str, Callable[[nn.Modul
     }
     targets: dict[str, Any] = {"target_modules": PROJECTIONS}
     if which == "growth":
-        for size in (16, 32, 64):
+        for size in (8, 16, 32):
             result[f"isotune OFT b={size}"] = adapted(isotune.OFTConfig(oft_block_size=size, **targets))
-        for factors in (1, 2, 4, 6):
+        for factors in (1, 2, 3, 4):
             butterfly = {"boft_block_size": 4, "boft_n_butterfly_factor": factors, **targets}
             result[f"isotune BOFT m={factors} b=4"] = adapted(isotune.BOFTConfig(**butterfly))
         result["isotune GOFT"] = adapted(isotune.GOFTConfig(**targets))

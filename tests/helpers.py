@@ -233,6 +233,15 @@ def assert_same_gradients(model: nn.Module, reference: nn.Module, tolerance: flo
         assert float((found - expected).abs().max()) <= limit, name
 
 
+def assert_equal_with_gradients(found: Tensor, expected: Tensor, sources: Sequence[Tensor]) -> None:
+    """Equal values, and equal gradients of every source, in float64."""
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    weights = torch.randn_like(found)
+    gradients = torch.autograd.grad(found, sources, weights)
+    for one, other in zip(gradients, torch.autograd.grad(expected, sources, weights), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference over that of what is expected."""
     return float((found.double() - expected.double()).norm() / expected.double().norm())

@@ -89,6 +89,15 @@ def assert_is(operator: Rotation, definition: Callable[[], Tensor]) -> None:
             torch.testing.assert_close(one, other, **close)
 
 
+def assert_penalty_is(operator: Rotation, expected: Tensor) -> None:
+    """The operator's penalty has this value, and its gradient, which is not zero."""
+    (parameter,), penalty = operator.parameters(), operator.penalty()
+    torch.testing.assert_close(penalty, expected)
+    found, wanted = (torch.autograd.grad(value, parameter)[0] for value in (penalty, expected))
+    torch.testing.assert_close(found, wanted)
+    assert bool(found.any())
+
+
 def skew(entries: Tensor, size: int) -> Tensor:
     """Q with these entries above the diagonal, row by row, and their negatives below."""
     rows = []

@@ -272,7 +272,6 @@ def test_set_adapters_with_a_weight(method: str) -> None:
     torch.testing.assert_close(output(unet), full, rtol=1e-5, atol=1e-5)
 
 
-# fails: the layers have no scale_layer and unscale_layer, which diffusers calls for this
 def test_scale_of_one_call(method: str) -> None:
     unet = adapted_unet(method)
     full = output(unet)

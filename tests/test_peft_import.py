@@ -19,7 +19,7 @@ from helpers import tiny_bert
 from isotune import PeftModel, PsoftConfig, cli, get_peft_model
 from isotune.adapter_file import describe
 from isotune.errors import AdapterFileError
-from isotune.peft_import import import_peft, import_peft_psoft
+from isotune.peft_import import import_peft
 
 IDS = torch.arange(12).view(2, 6)
 TARGETS = ["q_proj", "fc1", "fc2"]
@@ -116,7 +116,7 @@ def test_imported_trains_on_and_keeps_saved_modules(tmp_path: Path) -> None:
     with torch.no_grad():
         base.classifier.weight.mul_(3)  # as trained: the file's head is not the base's
     wanted = saved_psoft(base, tmp_path / "theirs", target_modules=["query"], task_type="SEQ_CLS")
-    model = import_peft_psoft(tmp_path / "theirs", tiny_bert())  # the older name
+    model = import_peft(tmp_path / "theirs", tiny_bert())
     torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-5)
     output_before = output(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

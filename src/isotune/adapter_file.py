@@ -49,20 +49,19 @@ class AdapterFile:
         Raises:
             AdapterFileError: the tensors do not fit the config.
         """
-        prefix = "isotune_operator."
-        own = {k.removeprefix(prefix): t for k, t in self.layers[module].items() if k.startswith(prefix)}
         try:
-            operator = self.config.operator_of(module, own)
+            operator = self.config.operator_of(module, self._tensors(module, "isotune_operator."))
         except (KeyError, IndexError, ValueError) as error:
             raise self._misfit(module, str(error)) from error
         self._load(operator, module, "isotune_operator.")
         return operator
 
+    def _tensors(self, module: str, prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): t for name, t in self.layers[module].items() if name.startswith(prefix)}
+
     def _load(self, target: nn.Module, module: str, prefix: str) -> None:
-        tensors = self.layers[module]
-        state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         try:
-            target.load_state_dict(state)
+            target.load_state_dict(self._tensors(module, prefix))
         except RuntimeError as error:
             raise self._misfit(module, str(error).splitlines()[-1].strip()) from error
 
@@ -110,6 +109,13 @@ class AdapterFile:
             f"{self.directory}: the adapter is on a module {name!r}, which this base model does not have. Give the "
             "base model that it was trained on."
         )
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Layer]]:
+    """The layers of a model that hold an adapter, each with its name in the base model."""
+    for name, module in model.named_modules():
+        if isinstance(module, Layer) and adapter_name in module.isotune_operator:
+            yield name.removeprefix(KEY_PREFIX), module
 
 
 def describe(directory: str | os.PathLike[str]) -> AdapterFile:

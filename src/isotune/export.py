@@ -16,7 +16,15 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
 
-from isotune.adapter_file import KEY_PREFIX, WEIGHTS_FILE, describe, named_base, new_directory, rank_pattern
+from isotune.adapter_file import (
+    KEY_PREFIX,
+    WEIGHTS_FILE,
+    adapted_layers,
+    describe,
+    named_base,
+    new_directory,
+    rank_pattern,
+)
 from isotune.base_model import resolve_base
 from isotune.config import IsotuneConfig
 from isotune.layer import Layer
@@ -64,7 +72,7 @@ def export_lora(
     """
     if isinstance(model_or_dir, nn.Module):
         config = _config(model_or_dir, adapter_name)
-        layers, name = dict(_adapted(model_or_dir, adapter_name)), adapter_name
+        layers, name = dict(adapted_layers(model_or_dir, adapter_name)), adapter_name
         state = get_peft_model_state_dict(model_or_dir, adapter_name=adapter_name)
         extras = {k: tensor for k, tensor in state.items() if ".isotune_" not in k}
     else:
@@ -75,6 +83,7 @@ def export_lora(
         )
         layers = file.place(plain)
     tensors = {KEY_PREFIX + k.removeprefix(KEY_PREFIX): tensor for k, tensor in extras.items()}
+    ranks: dict[str, int] = {}
     for module, layer in layers.items():
         if layer.host.folds:
             kind = type(layer.get_base_layer()).__name__
@@ -83,13 +92,14 @@ def export_lora(
                 "the merged model instead (--to merged)."
             )
         up, down = layer.low_rank(name)
+        ranks[module] = len(down)
         tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = down
         tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = up
     # Cloned: safetensors refuses tensors that share memory, as tied embeddings do.
     tensors = {k: tensor.detach().cpu().clone().contiguous() for k, tensor in tensors.items()}
     with new_directory(out) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        _lora_config(config, layers, name).save_pretrained(str(folder))
+        _lora_config(config, layers, ranks).save_pretrained(str(folder))
 
 
 def export_merged(
@@ -142,14 +152,7 @@ def _config(model: nn.Module, adapter_name: str) -> IsotuneConfig:
     return config
 
 
-def _adapted(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Layer]]:
-    for name, module in model.named_modules():
-        if isinstance(module, Layer) and adapter_name in module.isotune_operator:
-            yield name.removeprefix(KEY_PREFIX), module
-
-
-def _lora_config(config: IsotuneConfig, layers: Mapping[str, Layer], adapter_name: str) -> LoraConfig:
-    ranks = {name: len(layer.low_rank(adapter_name)[1]) for name, layer in layers.items()}
+def _lora_config(config: IsotuneConfig, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> LoraConfig:
     rank = Counter(ranks.values()).most_common(1)[0][0]
     other = rank_pattern(ranks, rank)
     saved = config.modules_to_save
@@ -179,7 +182,7 @@ def _merged_and_bare(model: nn.Module, adapter_name: str) -> Iterator[None]:
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
     merged_here: list[Layer] = []
     try:
-        for _, layer in _adapted(model, adapter_name):
+        for _, layer in adapted_layers(model, adapter_name):
             if not layer.merged:
                 layer.merge(adapter_names=[adapter_name])
                 merged_here.append(layer)

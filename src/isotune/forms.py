@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from isotune.algebra.factors import LowRank, refuse_double_backward
+from isotune.algebra.factors import LowRank, frozen_linear, refuse_double_backward
 from isotune.operators import DenseOperator, Operator, Rotation
 from isotune.pinning import pin
 
@@ -81,14 +81,7 @@ class _LinearSubspaceUpdate(torch.autograd.Function):
         update = torch.mm(coordinates, difference)
         if on_input:
             flat = torch.addmm(flat, update, reader[:rank])
-        # Allocated in its final shape and filled through a view: a result that was a view itself could not be changed
-        # in place by what follows, such as ReLU(inplace=True).
-        result = x.new_empty(*shape[:-1], weight.shape[0])
-        rows = result.view(len(flat), weight.shape[0])
-        if bias is None:
-            torch.mm(flat, weight.t(), out=rows)
-        else:
-            torch.addmm(bias, flat, weight.t(), out=rows)
+        result, rows = frozen_linear(flat, shape, weight, bias)
         if not on_input:
             rows.addmm_(update, writer.t()[:rank])
         return result

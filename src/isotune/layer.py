@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from isotune.algebra.factors import rotated_linear
 from isotune.config import IsotuneConfig, SubspaceConfig
 from isotune.errors import IsotuneWarning
 from isotune.forms import Form, SubspaceUpdate, mark
-from isotune.hosts import LinearHost, host_for
+from isotune.hosts import LinearHost, host_for, widen
 from isotune.operators import DenseOperator, Operator, Rotation, is_symbolic
 from isotune.placing import AdapterGroup
 
@@ -245,13 +246,16 @@ class Layer(nn.Module, BaseTunerLayer):
     def _folded(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """For a host whose input W does not multiply as it is: the host with the adapters in its weight."""
 
-        def fold(matrix: Tensor, rows: Tensor | None = None, at: Tensor | None = None) -> Tensor:
-            with _without_autocast(matrix):  # what merging computes, in the precision of merging
-                for name in names:
-                    matrix = self.form(name).fold(matrix, self.operator(name), rows, at)
-            return matrix
+        return self.host.call_folded(self.base_layer, partial(self._fold, names), x, *args, **kwargs)
 
-        return self.host.call_folded(self.base_layer, fold, x, *args, **kwargs)
+    def _fold(
+        self, names: Sequence[str], matrix: Tensor, rows: Tensor | None = None, at: Tensor | None = None
+    ) -> Tensor:
+        """`matrix` with these adapters in this order, as `Form.fold`, whatever autocast says."""
+        with _without_autocast(matrix):
+            for name in names:
+                matrix = self.form(name).fold(matrix, self.operator(name), rows, at)
+        return matrix
 
     def _host_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = self.base_layer(x, *args, **kwargs)
@@ -280,17 +284,19 @@ class Layer(nn.Module, BaseTunerLayer):
         return self.training and type(self._modules["isotune_dropout"]._modules[name]) is not nn.Identity  # type: ignore[union-attr]
 
     def _fused(self, x: Tensor, name: str, operator: DenseOperator) -> Tensor:
-        parameters = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
-        weight, bias = parameters["weight"], parameters["bias"]
-        assert weight is not None
-        return self._update_in_use(name).linear(x, operator.difference(x.dtype), weight, bias)
+        return self._update_in_use(name).linear(x, operator.difference(x.dtype), *self._frozen())
 
     def _rotated(self, x: Tensor, operator: Rotation) -> Tensor:
-        parameters = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
-        weight, bias = parameters["weight"], parameters["bias"]
-        assert weight is not None
+        weight, bias = self._frozen()
         matrix = self.host.stored(weight)  # its own inverse: as it is, or transposed
         return rotated_linear(x, operator.gain, operator.chain, operator.tensors(x.dtype), matrix, bias)
+
+    def _frozen(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a bare host."""
+        parameters = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
+        weight = parameters["weight"]
+        assert weight is not None
+        return weight, parameters["bias"]
 
     def _add_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
         operator = self.operator(name)
@@ -326,13 +332,10 @@ class Layer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The change of the host's weight by an adapter alone, in the layout of the weight and float32 at least."""
-        matrix = self.unmerged_matrix()
-        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        form, operator = self.form(adapter_name), self.operator(adapter_name)
+        matrix = widen(self.unmerged_matrix())
         # An update is folded into zero, which keeps its own precision.
-        start = torch.zeros_like(matrix) if form.additive else matrix
-        with _without_autocast(matrix):
-            return self.host.stored(form.fold(start, operator) - start)
+        start = torch.zeros_like(matrix) if self.raw_form(adapter_name).additive else matrix
+        return self.host.stored(self._fold([adapter_name], start) - start)
 
     @torch.no_grad()
     def low_rank(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -374,11 +377,7 @@ class Layer(nn.Module, BaseTunerLayer):
 
     def _merged_matrix(self, names: list[str], safe_merge: bool) -> Tensor:
         matrix = self.unmerged_matrix()
-        total = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        with _without_autocast(matrix):
-            for name in (*self.merged_adapters, *names):
-                total = self.form(name).fold(total, self.operator(name))
-        merged = total.to(matrix.dtype)
+        merged = self._fold([*self.merged_adapters, *names], widen(matrix)).to(matrix.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
                 f"Merging {', '.join(names)} into {self.key!r} gives NaN or infinite weights, so nothing was merged. "
@@ -433,8 +432,8 @@ def adapt(module: nn.Module, key: str = "") -> Layer:
     Raises:
         ValueError: the module cannot be a host.
     """
-    layer = Layer(module, key)
-    return Linear(module, key) if isinstance(layer.host, LinearHost) else layer
+    inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return (Linear if LinearHost.accepts(inner) else Layer)(module, key)
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -131,10 +131,6 @@ class DenseOperator(Operator):
         """M − I, (n, n), from the evaluation shared with the other layers where there is one."""
         return self.tensors(dtype)[0]
 
-    def own_difference(self, dtype: torch.dtype | None = None) -> Tensor:
-        """M − I, (n, n), computed for this operator alone."""
-        return self.own_tensors(dtype)[0]
-
     def matrix(self) -> Tensor:
         """M itself, (n, n)."""
         difference = self.difference()

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from isotune.adapter_file import (
     ADAPTER,
     CONFIG_FILE,
-    KEY_PREFIX,
     WEIGHTS_FILE,
+    adapted_layers,
     by_module,
     named_base,
     new_directory,
@@ -34,6 +34,7 @@ from isotune.algebra.skew import skew_from_vector, vector_from_skew
 from isotune.config import RotationConfig
 from isotune.errors import AdapterFileError
 from isotune.forms import SubspaceUpdate
+from isotune.hosts import widen
 from isotune.layer import Layer
 from isotune.methods import BOFTConfig, HRAConfig, OFTConfig, PsoftConfig
 from isotune.pinning import candidate_rank, pin, recover
@@ -129,11 +130,6 @@ def convert_peft(
         model.save_pretrained(str(folder))
 
 
-# The names from when only PSOFT was imported.
-import_peft_psoft = import_peft
-convert_peft_psoft = convert_peft
-
-
 @dataclass(frozen=True)
 class _Source:
     """What PEFT's folder holds, and the plain base model that it belongs to."""
@@ -175,11 +171,11 @@ class _Source:
                 f"{self.folder / WEIGHTS_FILE} should hold a tensor {key!r} of {dimensions} dimensions for {name!r}, "
                 f"and holds {found}; save the adapter again."
             )
-        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        return widen(tensor)
 
     def fill(self, model: PeftModel, parameters: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Layer]:
         """Put the parameters, by module and name, into the operators of the model, and return its layers."""
-        adapted = dict(_adapted(model))
+        adapted = dict(adapted_layers(model, ADAPTER))
         if adapted.keys() != parameters.keys():
             odd = min(adapted.keys() ^ parameters.keys())
             raise AdapterFileError(
@@ -215,10 +211,6 @@ def _refused(what: str) -> Iterator[None]:
         raise
     except (RuntimeError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{what}: {str(error).splitlines()[-1].strip()}") from error
-
-
-def _adapted(model: nn.Module) -> list[tuple[str, Layer]]:
-    return [(n.removeprefix(KEY_PREFIX), m) for n, m in model.named_modules() if isinstance(m, Layer)]
 
 
 def _shared_fields(theirs: Any) -> dict[str, Any]:
@@ -439,7 +431,9 @@ def _import_psoft(source: _Source) -> PeftModel:
             layers = {name: layer.on_principal_form(weights[name]) for name, layer in layers.items()}
             config = _with_free_matrices(config, {name: len(layer.reader) for name, layer in layers.items()})
     model = get_peft_model(source.base, replace(config))
-    if config.basis == "pinned" and not all(_is_recoverable(m, layers[n]) for n, m in _adapted(model) if n in layers):
+    if config.basis == "pinned" and not all(
+        _is_recoverable(m, layers[n]) for n, m in adapted_layers(model, ADAPTER) if n in layers
+    ):
         config.basis = "embedded"
         model = get_peft_model(model.unload(), replace(config))
     for name, layer in source.fill(model, {name: layer.parameters for name, layer in layers.items()}).items():

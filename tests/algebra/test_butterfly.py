@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers import assert_equal_with_gradients
 from isotune.algebra import butterfly
 from isotune.algebra.butterfly import MAX_BLOCK, butterfly_blocks, butterfly_chain
 from isotune.algebra.cayley import cayley_difference
@@ -48,12 +49,7 @@ def ours(x: Tensor, stages: Tensor) -> Tensor:
 def assert_equals_the_twin(size: int, count: int, outer: int) -> None:
     stages = random_stages(size, count, outer)
     x = torch.randn(2, width(size, count, outer), dtype=torch.float64, requires_grad=True)
-    found, expected = ours(x, stages), twin(x, stages)
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
-    weights = torch.randn_like(x)
-    gradients = torch.autograd.grad(found, [x, stages], weights)
-    for one, other in zip(gradients, torch.autograd.grad(expected, [x, stages], weights), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert_equal_with_gradients(ours(x, stages), twin(x, stages), [x, stages])
 
 
 @pytest.mark.parametrize("stages", range(1, 8))

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers import assert_equal_with_gradients
 from isotune.algebra.factors import apply_chain, transpose_chain
 from isotune.algebra.givens import givens_blocks, givens_chain, pair_penalty, rotation_pairs
 
@@ -50,12 +51,7 @@ def ours(x: Tensor, pairs: Tensor) -> Tensor:
 def assert_equals_the_twin(n: int, angles: Tensor) -> None:
     angles = angles.detach().requires_grad_()
     x = torch.randn(3, n, dtype=torch.float64, requires_grad=True)
-    found, expected = ours(x, rotation_pairs(angles)), twin(x, plain_rotations(angles))
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
-    weights = torch.randn_like(x)
-    gradients = torch.autograd.grad(found, [x, angles], weights)
-    for one, other in zip(gradients, torch.autograd.grad(expected, [x, angles], weights), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert_equal_with_gradients(ours(x, rotation_pairs(angles)), twin(x, plain_rotations(angles)), [x, angles])
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -76,12 +72,7 @@ def test_general_pairs_equal_their_twin(n: int) -> None:
     eye = torch.eye(2, dtype=torch.float64)
     pairs = (0.4 * torch.randn(n - 1, 2, 2, dtype=torch.float64)).requires_grad_()
     x = torch.randn(2, n, dtype=torch.float64, requires_grad=True)
-    found, expected = ours(x, pairs), twin(x, pairs + eye)
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
-    weights = torch.randn_like(x)
-    gradients = torch.autograd.grad(found, [x, pairs], weights)
-    for one, other in zip(gradients, torch.autograd.grad(expected, [x, pairs], weights), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert_equal_with_gradients(ours(x, pairs), twin(x, pairs + eye), [x, pairs])
 
 
 @pytest.mark.parametrize("n", SIZES)

@@ -27,7 +27,6 @@ from helpers import (
 from isotune import get_peft_model
 from isotune.hosts import EmbeddingHost, host_for
 from isotune.methods import METHODS
-from isotune.placing import AdapterGroup
 
 ROWS, WIDTH, PADDING = 14, 12, 3
 TOKENS = torch.tensor([[1, 5, 5, PADDING, 0], [PADDING, 13, 5, 1, 7]])
@@ -222,7 +221,6 @@ def test_half_precision_rounds_the_rows_once(method: str, dtype: torch.dtype) ->
     assert relative_error(layer(TOKENS), found.detach()) < step / 2
 
 
-# fails: the rows are folded under autocast, so in bfloat16, though a look-up is not autocast
 def test_autocast_changes_a_look_up_as_little_as_a_merged_one(method: str) -> None:
     model = build(method)
     expected = model(TOKENS).detach()
@@ -274,7 +272,6 @@ def test_scaled_embeddings(method: str, family: str) -> None:
     torch.testing.assert_close(model(TOKENS), expected, rtol=1e-10, atol=1e-11)
 
 
-# fails: BOFT's gain is taken from the tokens that are given, not from the rows that are looked up
 def test_embeddings_that_look_up_other_rows_than_they_are_given(method: str) -> None:
     """Those of positions, which transformers shifts by two, or reads off the length of what they are given."""
     from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
@@ -332,28 +329,6 @@ def test_gradcheck(method: str) -> None:
 
     values = [p.detach().clone().requires_grad_() for p in parameters.values()]
     assert torch.autograd.gradcheck(function, tuple(values))
-
-
-# -- several adapters ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("second", ["psoft", "oft", "boft"])
-def test_two_adapters_compose_in_their_order(method: str, second: str) -> None:
-    model = build(method, embedding(torch.float64, padding_idx=PADDING))
-    layer = only(model)
-    layer.update_layer("other", config(second))
-    AdapterGroup("other", [layer]).place()
-    outputs = []
-    for order in (["default", "other"], ["other", "default"]):
-        layer._active_adapter = order
-        expected = functional.embedding(TOKENS, merged_matrix(layer, order).detach())
-        torch.testing.assert_close(layer(TOKENS).detach(), expected, rtol=1e-10, atol=1e-11)
-        layer.merge(adapter_names=order)
-        torch.testing.assert_close(layer(TOKENS), expected, rtol=1e-10, atol=1e-11)
-        layer.unmerge()
-        outputs.append(expected)
-    commute = method == second == "psoft"  # two updates of the same base are a sum
-    assert (relative_error(outputs[0], outputs[1]) < 1e-10) is commute
 
 
 # -- in a model ----------------------------------------------------------------------------------------------------

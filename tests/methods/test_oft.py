@@ -309,8 +309,6 @@ def test_dropped_blocks_get_no_gradient() -> None:
         assert torch.equal(gradient.any(1), ~mask)
 
 
-# Fails with reentrant=True: a layer that is computed again in backward draws a mask of its own (Operator.own_tensors)
-# in the place of the one that the forward pass used, and so the gradients are those of another function.
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_repeats_the_masks(reentrant: bool) -> None:
     model = adapt(tiny_opt(), OFTConfig(oft_block_size=4, module_dropout=0.4, target_modules=["q_proj", "v_proj"]))

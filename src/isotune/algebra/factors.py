@@ -209,6 +209,29 @@ def transpose_chain(chain: Chain, tensors: Sequence[Tensor]) -> tuple[Chain, tup
     return tuple(factor for factor, _ in pairs), tuple(t for factor, own in pairs for t in factor.transposed(own))
 
 
+def frozen_linear(flat: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """flat Wᵀ + b without a graph, for use in the forward of a node.
+
+    Args:
+        flat: (tokens, in).
+        shape: (..., in), what `flat` was before its leading dimensions became one.
+        weight: W, (out, in), in the dtype of `flat`.
+        bias: (out,), or None.
+
+    Returns:
+        The result, (..., out), and a view of it as (tokens, out). It is allocated in its final shape and filled
+        through that view: a result that was a view itself could not be changed in place by what follows, such as
+        ReLU(inplace=True).
+    """
+    result = flat.new_empty(*shape[:-1], weight.shape[0])
+    rows = result.view(len(flat), weight.shape[0])
+    if bias is None:
+        torch.mm(flat, weight.t(), out=rows)
+    else:
+        torch.addmm(bias, flat, weight.t(), out=rows)
+    return result, rows
+
+
 class _RotatedLinear(torch.autograd.Function):
     """diag(gain) applied to chain(x) Wᵀ, plus bias, for a frozen W and bias; keeps x alone.
 
@@ -224,16 +247,8 @@ class _RotatedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, gain, *tensors)
         ctx.chain, ctx.weight = chain, weight
         rotated = chain_forward(x.reshape(-1, x.shape[-1]), chain, tensors)
-        # Allocated in its final shape and filled through a view: a result that was a view itself could not be changed
-        # in place by what follows.
-        result = x.new_empty(*x.shape[:-1], weight.shape[0])
-        rows = result.view(len(rotated), weight.shape[0])
-        weight = weight.to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
-        if bias is None:
-            torch.mm(rotated, weight.t(), out=rows)
-        else:
-            torch.addmm(bias, rotated, weight.t(), out=rows)
+        result, rows = frozen_linear(rotated, x.shape, weight.to(x.dtype), bias)
         if gain is not None:
             # What the gain adds to what the layer itself computes, so that a gain of one changes no bit.
             rows.addcmul_(rows if bias is None else rows - bias, (gain - 1).to(x.dtype))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,11 @@ from torch import Tensor
 def skew_size(n: int) -> int:
     """Number of free entries of an n × n skew-symmetric matrix, n(n − 1)/2."""
     return n * (n - 1) // 2
+
+
+def skew_order(entries: int) -> int:
+    """Size n of the skew-symmetric matrix with so many free entries, the inverse of `skew_size` for n ≥ 2."""
+    return round((1 + math.sqrt(1 + 8 * entries)) / 2)
 
 
 def skew_positions(n: int, device: torch.device) -> tuple[Tensor, Tensor]:

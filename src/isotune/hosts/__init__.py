@@ -6,10 +6,10 @@ from torch import nn
 
 from isotune.hosts.conv import ConvHost
 from isotune.hosts.embedding import EmbeddingHost
-from isotune.hosts.host import Host
+from isotune.hosts.host import Host, widen
 from isotune.hosts.linear import LinearHost
 
-__all__ = ["ConvHost", "EmbeddingHost", "Host", "LinearHost", "host_for"]
+__all__ = ["ConvHost", "EmbeddingHost", "Host", "LinearHost", "host_for", "widen"]
 
 _HOSTS: tuple[type[Host], ...] = (LinearHost, ConvHost, EmbeddingHost)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from isotune.algebra.butterfly import butterfly_blocks, butterfly_chain
 from isotune.algebra.cayley import orthogonal_difference
-from isotune.algebra.skew import skew_size
+from isotune.algebra.skew import skew_order, skew_size
 from isotune.config import RotationConfig, check_probability, divisor_for, require_positive_integer
 from isotune.operators import Rotation, keep_mask
 
@@ -88,7 +87,7 @@ class BOFTConfig(RotationConfig):
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """Blocks times their size, and the length of the gain."""
         _, blocks, entries = tensors["generator"].shape
-        return blocks * round((1 + math.sqrt(1 + 8 * entries)) / 2), len(tensors["output_gain"])
+        return blocks * skew_order(entries), len(tensors["output_gain"])
 
 
 class BOFTOperator(Rotation):

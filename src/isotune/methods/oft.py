@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.factors import BlockDiagonal
-from isotune.algebra.skew import skew_size
+from isotune.algebra.skew import skew_order, skew_size
 from isotune.config import RotationConfig, check_cayley_options, check_probability, divisor_for, require_choice
 from isotune.operators import Rotation, keep_mask
 
@@ -96,7 +96,7 @@ class OFTConfig(RotationConfig):
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """Blocks times their size; with block_share only one block is known, which stands for all."""
         blocks, entries = tensors["generator"].shape
-        width = blocks * round((1 + math.sqrt(1 + 8 * entries)) / 2)
+        width = blocks * skew_order(entries)
         return width, width
 
 

@@ -163,17 +163,10 @@ def _measure(file: AdapterFile, module: str, layer: Layer | None) -> LayerReport
     principal = weight @ basis.T
     moved = geometry.angle_change(principal, principal + up.float() @ (down.float() @ basis.T))
     values = geometry.factored_singular_values(up, down)
-    size = float(torch.linalg.vector_norm(values))
     return dataclasses.replace(
-        report,
+        _with_update(report, weight, torch.linalg.vector_norm(values), values, moved),
         base_residual=getattr(layer.raw_form("default"), "residual", None),
         energy=geometry.energy_captured(weight, basis),
-        update_norm=size,
-        relative_norm=size / max(float(torch.linalg.vector_norm(weight)), torch.finfo(torch.float32).tiny),
-        stable_rank=geometry.stable_rank(values),
-        entropy_rank=geometry.entropy_rank(values),
-        angle_moved_largest=math.degrees(moved.largest),
-        angle_moved_mean=math.degrees(moved.mean),
     )
 
 
@@ -193,7 +186,14 @@ def _measure_rotation(module: str, operator: Rotation, layer: Layer | None) -> L
     merged = layer.raw_form("default").fold(weight, operator)
     moved, change = geometry.angle_change(weight, merged), merged - weight
     values = torch.linalg.svdvals(change) if min(change.shape) <= _MAX_DENSE else None
-    size = float(torch.linalg.vector_norm(change))
+    return _with_update(report, weight, torch.linalg.vector_norm(change), values, moved)
+
+
+def _with_update(
+    report: LayerReport, weight: Tensor, norm: Tensor, values: Tensor | None, moved: geometry.Change
+) -> LayerReport:
+    """The report with the update's size, its ranks where its singular values are known, and the angles it moves."""
+    size = float(norm)
     return dataclasses.replace(
         report,
         update_norm=size,

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -39,22 +39,27 @@ class Interrupted(KeyboardInterrupt):
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a run trains and scores: encoded rows, how to batch them, and the metric to choose by."""
+class Encoded:
+    """What a run trains on and is scored by: rows, how to batch and score them, and the metric to choose by."""
 
     train: Sequence[Row]
     validation: Sequence[Row]
     test: Sequence[Row]
     collate: Any
     metric: Metric
+    score: Callable[[Any, Any], dict[str, float]]
     lengths: Sequence[int]
 
 
 def scores(logits: Any, labels: Any) -> dict[str, float]:
     """Accuracy and Matthews correlation of logits (examples, classes) against labels (examples,)."""
+    return class_scores(np.asarray(logits).argmax(-1), labels)
+
+
+def class_scores(predicted: Any, labels: Any) -> dict[str, float]:
+    """Accuracy and Matthews correlation of predicted classes (examples,) against labels (examples,)."""
     from sklearn.metrics import accuracy_score, matthews_corrcoef
 
-    predicted = np.asarray(logits).argmax(-1)
     return {
         "accuracy": float(accuracy_score(labels, predicted)),
         "matthews_correlation": float(matthews_corrcoef(labels, predicted)),
@@ -264,11 +269,12 @@ class Outcome:
     curve: list[dict[str, float]]
     best_step: int
     seconds: float
+    untrained: dict[str, float] | None = None
 
 
 def train(
     model: Any,
-    task: Task,
+    task: Encoded,
     settings: Train,
     lr: float,
     head: Sequence[str],
@@ -323,7 +329,7 @@ def train(
         data_collator=task.collate,
         train_dataset=task.train,
         eval_dataset=task.validation or None,
-        compute_metrics=lambda output: scores(output.predictions, output.label_ids),
+        compute_metrics=lambda output: task.score(output.predictions, output.label_ids),
         callbacks=[progress, *regularizers, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
@@ -334,23 +340,19 @@ def train(
     finally:
         progress.close()
     seconds = progress.seconds
-    validation = _scored(trainer.predict(task.validation)) if watched else None
+    chosen_on = trainer.predict(task.validation) if watched else None
     tested = trainer.predict(task.test)
     state = trainer.state
     chosen = watched and settings.select_best and state.best_global_step
     return Outcome(
         model=trainer.model,
-        validation=validation,
-        test=_scored(tested),
+        validation=task.score(chosen_on.predictions, chosen_on.label_ids) if chosen_on else None,
+        test=task.score(tested.predictions, tested.label_ids),
         predictions=np.asarray(tested.predictions).argmax(-1).tolist(),
         curve=_curve(state.log_history),
         best_step=state.best_global_step if chosen else state.global_step,
         seconds=seconds,
     )
-
-
-def _scored(output: Any) -> dict[str, float]:
-    return scores(output.predictions, output.label_ids)
 
 
 def _curve(history: list[dict[str, float]]) -> list[dict[str, float]]:

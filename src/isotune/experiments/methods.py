@@ -85,8 +85,11 @@ def adapter_config(name: str, **options: Any) -> Any:
     return cls(**{"target_modules": "all-linear", **values, **fixed})
 
 
-def attach(method: Method, model: Any, head: list[str]) -> Any:
-    """Make `model` trainable by `method`; modules named in `head` are trained and saved with an adapter."""
+def attach(method: Method, model: Any, head: list[str], peft_type: str | None) -> Any:
+    """Make `model` trainable by `method`; modules named in `head` are trained and saved with an adapter.
+
+    `peft_type` is what PEFT calls the kind of model; PEFT then trains and saves a classifier's HEADS by itself.
+    """
     if method.name == "full":
         return model
     if method.name == "head":
@@ -98,6 +101,6 @@ def attach(method: Method, model: Any, head: list[str]) -> Any:
     import isotune
 
     config = adapter_config(method.name, **method.options)
-    config.task_type = peft.TaskType.SEQ_CLS
-    config.modules_to_save = [name for name in head if name not in HEADS]
+    config.task_type = peft_type and peft.TaskType(peft_type)
+    config.modules_to_save = [name for name in head if peft_type != "SEQ_CLS" or name not in HEADS]
     return isotune.get_peft_model(model, config)

@@ -9,16 +9,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from isotune.base_model import quiet
-from isotune.experiments import data as data_module
-from isotune.experiments import methods, summary
+from isotune.experiments import methods, summary, tasks
 from isotune.experiments.files import read_json, write_json
-from isotune.experiments.recipe import Method, Recipe, RecipeError, Train
+from isotune.experiments.recipe import Method, Recipe, RecipeError
 
 FORMAT = 1
 # What may differ between two runs of one experiment without making them two experiments.
@@ -35,12 +33,12 @@ def run(recipe: Recipe) -> dict[str, Any]:
     for method in recipe.methods:
         methods.check(method)
     _check_extras()
-    examples = data_module.load(recipe.data)
-    _check_choice(recipe, examples)
+    task = tasks.make(recipe)
+    _check_choice(recipe, task)
     folder = Path(recipe.output or "runs/experiment")
     identity: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json", exclude=set(_NOT_IDENTITY)),
-        "data": examples.fingerprint(),
+        "data": task.fingerprint(),
     }
     _claim(folder, identity)
     finished = folder / "result.json"
@@ -50,20 +48,18 @@ def run(recipe: Recipe) -> dict[str, Any]:
         print(summary.table(result))
         return result
 
-    from isotune.experiments import models
-
+    sizes = task.sizes
     print(
-        f"{len(examples.train)} training, {len(examples.validation)} validation and {len(examples.test)} "
-        f"test examples of {len(examples.labels)} classes; results in {folder}",
+        f"{sizes['train']} training, {sizes['validation']} validation and {sizes['test']} test examples; "
+        f"results in {folder}",
         flush=True,
     )
     started = time.perf_counter()
-    tokenizer = models.tokenizer_for(recipe.model)
-    encoded = encode(examples, tokenizer, recipe.train.max_length)
+    task.prepare()
     trained: list[dict[str, Any]] = []
     for method in recipe.methods:
         head = next((e["folder"] for e in trained if e["chosen"] and e["method"]["name"] == "head"), None)
-        tried = [_one(recipe, method, lr, examples, encoded, folder, head) for lr in recipe.training(method).lr]
+        tried = [_one(recipe, method, lr, task, folder, head) for lr in recipe.training(method).lr]
         best = max(range(len(tried)), key=lambda i: (tried[i]["validation"] or {}).get(recipe.metric, 0.0))
         trained += [{**entry, "chosen": i == best} for i, entry in enumerate(tried)]
     chosen = next(entry for entry in reversed(trained) if entry["chosen"])  # the recipe's own method is last
@@ -74,14 +70,14 @@ def run(recipe: Recipe) -> dict[str, Any]:
         "hardware": hardware(),
         "seed": recipe.train.seed,
         "metric": recipe.metric,
-        "data": _about(examples, identity["data"]),
+        "data": {**task.sizes, **task.about(), "fingerprint": identity["data"]},
         "runs": trained,
         "metrics": chosen["test"],
         "trainable_parameters": chosen["trainable_parameters"],
         "adapter_bytes": chosen["adapter_bytes"],
     }
     if recipe.check_saved:
-        result["saved"] = _check_saved(recipe, chosen, examples, folder)
+        result["saved"] = _check_saved(chosen, folder)
     # The sum over the runs, and not the time since the start, which a resumed experiment does not know.
     result["seconds"] = sum(entry["seconds"] for entry in trained)
     result["seconds_this_session"] = time.perf_counter() - started
@@ -116,8 +112,8 @@ def _check_extras() -> None:
         raise RecipeError(f"training needs {' and '.join(missing)}: pip install 'isotune[train]'")
 
 
-def _check_choice(recipe: Recipe, examples: data_module.Examples) -> None:
-    if not examples.validation:
+def _check_choice(recipe: Recipe, task: tasks.Task) -> None:
+    if not task.sizes["validation"]:
         for method in recipe.methods:
             if len(recipe.training(method).lr) > 1:
                 raise RecipeError("several values of train.lr are chosen from on a validation set, and there is none")
@@ -150,60 +146,18 @@ def _difference(old: Any, new: Any, key: str = "") -> str:
     return f"{key.removeprefix('recipe.')} is {old!r} there and {new!r} here"
 
 
-def _about(examples: data_module.Examples, fingerprint: str) -> dict[str, Any]:
-    majority = examples.majority()
-    return {
-        "train": len(examples.train),
-        "validation": len(examples.validation),
-        "test": len(examples.test),
-        "labels": examples.labels,
-        "fingerprint": fingerprint,
-        "majority_accuracy": sum(e.label == majority for e in examples.test) / len(examples.test),
-    }
-
-
-def encode(examples: data_module.Examples, tokenizer: Any, max_length: int) -> dict[str, Any]:
-    """Tokenise all splits and say how to batch them: {train, validation, test: rows, collate: function}.
-
-    Validation and test are sorted by length, which saves padding and changes no score.
-    """
-
-    def rows(split: Sequence[data_module.Example]) -> list[dict[str, Any]]:
-        pairs = [e.pair for e in split] if split and split[0].pair is not None else None
-        if not split:
-            return []
-        tokens = tokenizer([e.text for e in split], pairs, truncation=True, max_length=max_length)
-        names = list(tokens.keys())
-        return [
-            {**{name: tokens[name][i] for name in names}, "labels": example.label} for i, example in enumerate(split)
-        ]
-
-    def by_length(split: Sequence[data_module.Example]) -> list[dict[str, Any]]:
-        return sorted(rows(split), key=lambda row: len(row["input_ids"]))
-
-    from transformers import DataCollatorWithPadding
-
-    return {
-        "train": rows(examples.train),
-        "validation": by_length(examples.validation),
-        "test": by_length(examples.test),
-        "collate": DataCollatorWithPadding(tokenizer),
-    }
-
-
 def _one(
     recipe: Recipe,
     method: Method,
     lr: float,
-    examples: data_module.Examples,
-    encoded: dict[str, Any],
+    task: tasks.Task,
     output: Path,
     head_folder: str | None,
 ) -> dict[str, Any]:
     """Train one method at one learning rate in a folder of its own, or read what it stored at its end."""
     from transformers import set_seed
 
-    from isotune.experiments import loop, models
+    from isotune.experiments import loop
 
     settings = recipe.training(method)
     folder = output / (method.name if len(settings.lr) == 1 else f"{method.name}-lr={lr:g}")
@@ -213,13 +167,13 @@ def _one(
         return kept
     began = time.perf_counter()
     set_seed(settings.seed)  # the new head and the adapter start alike in every run of this seed
-    model, head = models.load_classifier(recipe.model, recipe.pooling, examples.labels)
+    model, head = task.build()
     if settings.start_from_head and method.name != "head":
         if head_folder is None:
             raise RecipeError(f"start_from_head needs the method head to be trained before {method.name}")
         _start_from(model, output / head_folder)
     with quiet():
-        model = methods.attach(method, model, head)
+        model = methods.attach(method, model, head, task.peft_type)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     entry: dict[str, Any] = {
         "method": {"name": method.name, **method.options},
@@ -230,28 +184,11 @@ def _one(
             p.numel() for n, p in model.named_parameters() if p.requires_grad and loop.is_head(n, head)
         ),
     }
-    trained: Any = model
-    rows = {split: encoded[split] for split in ("train", "validation", "test")}
-    lengths = [len(row["input_ids"]) for row in encoded["train"]]
-    collate = encoded["collate"]
-    if method.name == "head" and isinstance(model, models.MeanPooledClassifier):
-        # The encoder does not change, so each text is embedded once and not once an epoch.
-        from transformers import default_data_collator
-
-        rows = {split: _features(model, split_rows, collate, settings) for split, split_rows in rows.items()}
-        trained, collate = models.FeatureHead(model.dropout, model.classifier), default_data_collator
-        entry["untrained"] = _untrained(trained, rows["test"])
     setup = time.perf_counter() - began
-    outcome = loop.train(
-        trained,
-        loop.Task(**rows, collate=collate, metric=recipe.metric, lengths=lengths),
-        settings,
-        lr,
-        head,
-        folder,
-        f"{method.name} lr {lr:g}",
-    )
-    saved = _save(method, model if method.name == "head" else outcome.model, folder / "adapter")
+    outcome = task.train(model, tasks.Job(method, settings, lr, head, folder, f"{method.name} lr {lr:g}"))
+    if outcome.untrained:
+        entry["untrained"] = outcome.untrained
+    saved = _save(method, outcome.model, folder / "adapter")
     write_json(folder / "predictions.json", outcome.predictions)
     entry |= {
         "validation": outcome.validation,
@@ -274,35 +211,6 @@ def _start_from(model: Any, folder: Path) -> None:
     model.load_state_dict(load_file(folder / "adapter" / "model.safetensors"), strict=False)
 
 
-def _features(model: Any, rows: Sequence[dict[str, Any]], collate: Any, settings: Train) -> list[dict[str, Any]]:
-    import torch
-    from tqdm.auto import tqdm
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device).eval()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    found: list[Any] = [None] * len(rows)
-    with torch.no_grad():
-        for start in tqdm(range(0, len(rows), settings.eval_batch_size), desc="embedding", unit="batch", leave=False):
-            indices = order[start : start + settings.eval_batch_size]
-            batch = {name: value.to(device) for name, value in collate([rows[i] for i in indices]).items()}
-            batch.pop("labels")
-            for i, feature in zip(indices, model.embed(**batch).cpu(), strict=True):
-                found[i] = {"features": feature, "labels": rows[i]["labels"]}
-    return found
-
-
-def _untrained(head: Any, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    import torch
-
-    from isotune.experiments.loop import scores
-
-    head.eval()
-    with torch.no_grad():
-        logits = head(torch.stack([row["features"] for row in rows]).to(next(head.parameters()).device)).logits
-    return scores(logits.cpu(), [row["labels"] for row in rows])
-
-
 def _save(method: Method, model: Any, folder: Path) -> Path:
     """Save what was trained, and return the file that holds it."""
     if method.name == "head":
@@ -323,9 +231,7 @@ def _save(method: Method, model: Any, folder: Path) -> Path:
     return folder / "adapter_model.safetensors"
 
 
-def _check_saved(
-    recipe: Recipe, chosen: dict[str, Any], examples: data_module.Examples, output: Path
-) -> dict[str, Any]:
+def _check_saved(chosen: dict[str, Any], output: Path) -> dict[str, Any]:
     """Score the saved adapter, reloaded and merged, in a new process; raises RuntimeError at failure."""
     print("reloading the saved adapter in a new process", flush=True)
     command = [sys.executable, "-m", "isotune.experiments.reload", str(output), chosen["folder"]]

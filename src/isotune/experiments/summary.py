@@ -34,7 +34,7 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     main = found[-1]["name"]
     for name, label in (("reloaded", "reloaded in a new process"), ("merged", "merged into the base")):
         if name in result.get("saved", {}):
-            found.append({"name": f"{main}, {label}", "score": result["saved"][name]["accuracy"]})
+            found.append({"name": f"{main}, {label}", "score": result["saved"][name][metric]})
     return found
 
 

@@ -1,0 +1,135 @@
+"""Texts, or pairs of texts, and their class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import DataCollatorWithPadding, default_data_collator
+
+from isotune.experiments import data, loop, models
+from isotune.experiments.recipe import Recipe, Train
+from isotune.experiments.tasks.task import Job
+
+Row = dict[str, Any]
+
+
+class TextClassification:
+    """A class for each text, from logits (examples, classes); see `Task`."""
+
+    peft_type: str | None = "SEQ_CLS"
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.examples = data.load(recipe.data)
+        found = self.examples
+        self.sizes = {"train": len(found.train), "validation": len(found.validation), "test": len(found.test)}
+
+    def fingerprint(self) -> str:
+        return self.examples.fingerprint()
+
+    def about(self) -> dict[str, Any]:
+        majority = self.examples.majority()
+        return {
+            "labels": self.examples.labels,
+            "majority_accuracy": sum(e.label == majority for e in self.examples.test) / len(self.examples.test),
+        }
+
+    def prepare(self) -> None:
+        _ = self.encoded
+
+    def build(self) -> tuple[Any, list[str]]:
+        return models.load_classifier(self.recipe.model, self.recipe.pooling, self.examples.labels)
+
+    def reload(self, folder: Path, method: str) -> Any:
+        return models.reload(self.recipe.model, self.recipe.pooling, self.examples.labels, folder, method)
+
+    @cached_property
+    def encoded(self) -> loop.Encoded:
+        """All splits tokenised. Validation and test are sorted by length, which saves padding and changes no score."""
+        tokenizer = models.tokenizer_for(self.recipe.model)
+        train = self._rows(tokenizer, self.examples.train)
+        return loop.Encoded(
+            train=train,
+            validation=sorted(self._rows(tokenizer, self.examples.validation), key=_length),
+            test=sorted(self._rows(tokenizer, self.examples.test), key=_length),
+            collate=DataCollatorWithPadding(tokenizer),
+            metric=self.recipe.metric,
+            score=loop.scores,
+            lengths=[_length(row) for row in train],
+        )
+
+    def _rows(self, tokenizer: Any, split: Sequence[data.Example]) -> list[Row]:
+        if not split:
+            return []
+        pairs = [e.pair for e in split] if split[0].pair is not None else None
+        tokens = tokenizer([e.text for e in split], pairs, truncation=True, max_length=self.recipe.train.max_length)
+        names = list(tokens.keys())
+        return [
+            {**{name: tokens[name][i] for name in names}, "labels": example.label} for i, example in enumerate(split)
+        ]
+
+    def train(self, model: Any, job: Job) -> loop.Outcome:
+        if job.method.name == "head" and isinstance(model, models.MeanPooledClassifier):
+            return self._train_head(model, job)
+        return loop.train(model, self.encoded, job.settings, job.lr, job.head, job.folder, job.title)
+
+    def _train_head(self, model: models.MeanPooledClassifier, job: Job) -> loop.Outcome:
+        """The encoder does not change, so each text is embedded once and not once an epoch."""
+        encoded = self.encoded
+        features = replace(
+            encoded,
+            collate=default_data_collator,
+            train=_features(model, encoded.train, encoded.collate, job.settings),
+            validation=_features(model, encoded.validation, encoded.collate, job.settings),
+            test=_features(model, encoded.test, encoded.collate, job.settings),
+        )
+        head = models.FeatureHead(model.dropout, model.classifier)
+        untrained = _untrained(head, features.test)
+        outcome = loop.train(head, features, job.settings, job.lr, job.head, job.folder, job.title)
+        return replace(outcome, model=model, untrained=untrained)
+
+    def predict(self, model: Any) -> list[Any]:
+        encoded, size = self.encoded, self.recipe.train.eval_batch_size
+        device = next(model.parameters()).device
+        found: list[int] = []
+        with torch.no_grad():
+            for start in range(0, len(encoded.test), size):
+                batch = encoded.collate(encoded.test[start : start + size])
+                batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+                found += model(**batch).logits.argmax(-1).tolist()
+        return found
+
+    def score(self, predictions: Sequence[Any]) -> dict[str, float]:
+        return loop.class_scores(predictions, [row["labels"] for row in self.encoded.test])
+
+
+def _length(row: Row) -> int:
+    return len(row["input_ids"])
+
+
+def _features(model: Any, rows: Sequence[Row], collate: Any, settings: Train) -> list[Row]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).eval()
+    order = sorted(range(len(rows)), key=lambda i: _length(rows[i]))
+    found: list[Any] = [None] * len(rows)
+    with torch.no_grad():
+        for start in tqdm(range(0, len(rows), settings.eval_batch_size), desc="embedding", unit="batch", leave=False):
+            indices = order[start : start + settings.eval_batch_size]
+            batch = {name: value.to(device) for name, value in collate([rows[i] for i in indices]).items()}
+            batch.pop("labels")
+            for i, feature in zip(indices, model.embed(**batch).cpu(), strict=True):
+                found[i] = {"features": feature, "labels": rows[i]["labels"]}
+    return found
+
+
+def _untrained(head: Any, rows: Sequence[Row]) -> dict[str, float]:
+    head.eval()
+    with torch.no_grad():
+        logits = head(torch.stack([row["features"] for row in rows]).to(next(head.parameters()).device)).logits
+    return loop.scores(logits.cpu(), [row["labels"] for row in rows])

@@ -1,0 +1,73 @@
+"""The one protocol of all tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from isotune.experiments.recipe import Method, Train
+
+if TYPE_CHECKING:
+    from isotune.experiments.loop import Outcome
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: which method, with which settings and rate, where it keeps its files and how it is called."""
+
+    method: Method
+    settings: Train
+    lr: float
+    head: Sequence[str]
+    folder: Path
+    title: str
+
+
+class Task(Protocol):
+    """Data that have been read and checked, and how a model is built for, trained on and scored by them.
+
+    Making a task reads and checks its data, and nothing else: neither the model nor its tokeniser is looked for.
+    """
+
+    peft_type: str | None
+    """What PEFT calls the kind of model (`peft.TaskType`), or None where it has no name for it."""
+
+    sizes: dict[str, int]
+    """How many examples each of train, validation and test has; validation may be 0."""
+
+    def fingerprint(self) -> str:
+        """A hash of the data, which tells whether a stored result is about these."""
+        ...
+
+    def about(self) -> dict[str, Any]:
+        """What a result says of its data, as JSON."""
+        ...
+
+    def prepare(self) -> None:
+        """Load the tokeniser or image processor and encode, so that no run is timed with it; raises ModelError."""
+        ...
+
+    def build(self) -> tuple[Any, list[str]]:
+        """The base model, and the names of its modules that are new and trained beside any adapter.
+
+        Draws from the global generator for the new modules only. Raises ModelError.
+        """
+        ...
+
+    def train(self, model: Any, job: Job) -> Outcome:
+        """Train, going on where an earlier call stopped, and score on validation and test."""
+        ...
+
+    def reload(self, folder: Path, method: str) -> Any:
+        """The base model again, and on it what a run has saved in `folder`, in evaluation mode."""
+        ...
+
+    def predict(self, model: Any) -> list[Any]:
+        """What `model` answers to each test example, as JSON, in the order of `Outcome.predictions`."""
+        ...
+
+    def score(self, predictions: Sequence[Any]) -> dict[str, float]:
+        """The metrics of answers to the test examples."""
+        ...

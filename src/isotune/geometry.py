@@ -63,9 +63,8 @@ def angle_change(before: Tensor, after: Tensor, *, max_rows: int = MAX_ROWS) -> 
     _check_rows(before, after)
     if max_rows < 2:
         raise ValueError(f"max_rows is {max_rows}; a pair of rows needs at least 2.")
-    rows = before.shape[0]
-    if rows > max_rows:
-        chosen = torch.linspace(0, rows - 1, max_rows, dtype=torch.float64).round().long().to(before.device)
+    if before.shape[0] > max_rows:
+        chosen = spaced(before.shape[0], max_rows).to(before.device)
         before, after = before[chosen], after[chosen]
     first, second = _wide(before), _wide(after)
     nonzero = first.any(1) & second.any(1)
@@ -74,8 +73,28 @@ def angle_change(before: Tensor, after: Tensor, *, max_rows: int = MAX_ROWS) -> 
     if count < 2:
         return Change(0.0, 0.0)
     # The diagonal is zero in both, so it adds nothing to the sum over the count (count - 1) ordered pairs.
-    moved = (_angles(second) - _angles(first)).abs_()
+    moved = (pairwise_angles(second) - pairwise_angles(first)).abs_()
     return Change(float(moved.max()), float(moved.sum()) / (count * (count - 1)))
+
+
+def pairwise_angles(matrix: Tensor) -> Tensor:
+    """The angle between every two rows of a matrix.
+
+    Args:
+        matrix: (k, n), no row zero.
+
+    Returns:
+        (k, k), float64, radians in [0, π]; zero on the diagonal.
+    """
+    rows = _wide(matrix)
+    units = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    angles = torch.arccos((units @ units.T).clamp_(-1.0, 1.0))
+    return angles.fill_diagonal_(0.0)
+
+
+def spaced(count: int, most: int) -> Tensor:
+    """At most `most` evenly spaced ones of `count` row numbers, the first and the last among them."""
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long()
 
 
 def norm_change(before: Tensor, after: Tensor) -> Change:
@@ -165,12 +184,6 @@ def entropy_rank(singular_values: Tensor) -> float:
     squares = _wide(singular_values).square()
     total = float(squares.sum())
     return math.exp(float(torch.special.entr(squares / total).sum())) if total > 0 else 0.0
-
-
-def _angles(rows: Tensor) -> Tensor:
-    units = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    angles = torch.arccos((units @ units.T).clamp_(-1.0, 1.0))
-    return angles.fill_diagonal_(0.0)
 
 
 def _check_rows(before: Tensor, after: Tensor) -> None:

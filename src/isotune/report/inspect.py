@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from isotune import geometry
-from isotune.adapter_file import AdapterFile, describe, read_config
-from isotune.algebra.factors import BlockDiagonal, LowRank
+from isotune.adapter_file import ADAPTER, AdapterFile, describe, read_config
 from isotune.base_model import load_base
 from isotune.config import SubspaceConfig
 from isotune.layer import Layer
 from isotune.operators import Rotation
+from isotune.report.measure import MAX_DENSE, basis_of, turn, turned_weights
 
 MISSING_BASE = (
     "Not shown, as they need the base model (--base MODEL): energy captured, size and ranks of the update, and how far "
@@ -28,9 +28,6 @@ MISSING_BASE = (
 )
 
 Range = tuple[float, float]
-
-_MAX_DENSE = 1536
-"""Largest width at which a decomposition of an n × n matrix for each layer is still quick."""
 
 
 @dataclass(frozen=True)
@@ -140,53 +137,32 @@ def inspect(
 
 def _measure(file: AdapterFile, module: str, layer: Layer | None) -> LayerReport:
     operator: Any = file.operator(module)
-    if isinstance(operator, Rotation):
-        return _measure_rotation(module, operator, layer)
-    matrix = operator.matrix()
-    rotation = matrix
-    if hasattr(operator, "rotation_difference"):
-        rotation = operator.rotation_difference(operator.generator) + torch.eye(operator.size)
-    orthogonal = getattr(operator, "orthogonal", True)
+    turned = turn(operator)
+    rotates = isinstance(operator, Rotation)
     report = LayerReport(
         module=module,
         rank=operator.size,
-        orthogonality_error=geometry.orthogonality_error(rotation),
-        largest_angle=math.degrees(float(geometry.rotation_angles(rotation)[0])) if orthogonal else None,
-        alpha=_range(getattr(operator, "input_scale", None)),
-        beta=_range(getattr(operator, "output_scale", None)),
+        orthogonality_error=turned.orthogonality_error,
+        largest_angle=None if turned.angles is None else math.degrees(float(turned.angles[0])),
+        alpha=None if rotates else _range(getattr(operator, "input_scale", None)),
+        beta=_range(operator.gain if rotates else getattr(operator, "output_scale", None)),
     )
     if layer is None:
         return report
+    before, after = turned_weights(layer, ADAPTER)
+    moved = geometry.angle_change(before, after)
+    if rotates:
+        change = after - before
+        values = torch.linalg.svdvals(change) if min(change.shape) <= MAX_DENSE else None
+        return _with_update(report, before, torch.linalg.vector_norm(change), values, moved)
     weight = layer.unmerged_matrix().float()
-    up, down = layer.low_rank("default")
-    basis = nn.functional.normalize(down.float(), dim=1)
-    principal = weight @ basis.T
-    moved = geometry.angle_change(principal, principal + up.float() @ (down.float() @ basis.T))
+    up, down = layer.low_rank(ADAPTER)
     values = geometry.factored_singular_values(up, down)
     return dataclasses.replace(
         _with_update(report, weight, torch.linalg.vector_norm(values), values, moved),
-        base_residual=getattr(layer.raw_form("default"), "residual", None),
-        energy=geometry.energy_captured(weight, basis),
+        base_residual=getattr(layer.raw_form(ADAPTER), "residual", None),
+        energy=geometry.energy_captured(weight, basis_of(down)),
     )
-
-
-def _measure_rotation(module: str, operator: Rotation, layer: Layer | None) -> LayerReport:
-    error, angle = _of_rotation(operator)
-    report = LayerReport(
-        module=module,
-        rank=operator.size,
-        orthogonality_error=error,
-        largest_angle=None if angle is None else math.degrees(angle),
-        alpha=None,
-        beta=_range(operator.gain),
-    )
-    if layer is None:
-        return report
-    weight = layer.unmerged_matrix().float()
-    merged = layer.raw_form("default").fold(weight, operator)
-    moved, change = geometry.angle_change(weight, merged), merged - weight
-    values = torch.linalg.svdvals(change) if min(change.shape) <= _MAX_DENSE else None
-    return _with_update(report, weight, torch.linalg.vector_norm(change), values, moved)
 
 
 def _with_update(
@@ -203,23 +179,6 @@ def _with_update(
         angle_moved_largest=math.degrees(moved.largest),
         angle_moved_mean=math.degrees(moved.mean),
     )
-
-
-def _of_rotation(operator: Rotation) -> tuple[float, float | None]:
-    """The orthogonality error of M, and the largest angle by which it turns, radians, from its factors if it can be."""
-    kinds, tensors = [type(factor) for factor in operator.chain], operator.tensors()
-    if kinds == [BlockDiagonal]:
-        blocks = tensors[0].double() + torch.eye(tensors[0].shape[-1], dtype=torch.float64)
-        angles = torch.linalg.eigvals(blocks).angle().abs()
-        return max(geometry.orthogonality_error(block) for block in blocks), float(angles.max())
-    if kinds == [LowRank]:
-        # I + L R has the eigenvalues of I + R L, and 1 otherwise.
-        small = (tensors[1] @ tensors[0]).double()
-        eigenvalues = torch.linalg.eigvals(small + torch.eye(len(small), dtype=torch.float64))
-        return geometry.orthogonality_error(operator.matrix()), float(eigenvalues.angle().abs().max())
-    matrix = operator.matrix()
-    angle = float(geometry.rotation_angles(matrix)[0]) if operator.size <= _MAX_DENSE else None
-    return geometry.orthogonality_error(matrix), angle
 
 
 def _range(vector: Tensor | None) -> Range | None:

@@ -15,7 +15,17 @@ import isotune
 SOURCE = Path(isotune.__file__).parent
 OUTER = ("experiments", "report", "cli")
 CORE = {"operators", "pinning", "subspace", "subspace_cache", "errors", "geometry"}
-MAY_IMPORT_PEFT = {"layer", "links", "plugin", "adapter_file", "peft_import", "export", "config", "__init__"}
+MAY_IMPORT_PEFT = {
+    "adapters",
+    "layer",
+    "links",
+    "plugin",
+    "adapter_file",
+    "peft_import",
+    "export",
+    "config",
+    "__init__",
+}
 STANDARD = set(sys.stdlib_module_names)
 
 

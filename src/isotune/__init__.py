@@ -6,6 +6,7 @@ adapter works with isotune's configurations.
 
 from peft import PeftModel, get_peft_model
 
+from isotune.adapters import add_adapter, load_adapter
 from isotune.methods import BOFTConfig, GOFTConfig, HRAConfig, OFTConfig, PsoftConfig, QGOFTConfig
 from isotune.plugin import register
 from isotune.regularization import regularization_callback, regularization_loss
@@ -23,7 +24,9 @@ __all__ = [
     "PsoftConfig",
     "QGOFTConfig",
     "__version__",
+    "add_adapter",
     "get_peft_model",
+    "load_adapter",
     "regularization_callback",
     "regularization_loss",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +25,30 @@ if TYPE_CHECKING:
     from isotune.links import Links
 
 _M = TypeVar("_M", bound=nn.Module)
+
+
+@dataclass
+class MixedBatch:
+    """Which adapter each sample of a batch is meant for."""
+
+    names: tuple[str, ...]
+    """One a sample; "__base__" for none."""
+    copies: int = 1
+    """How often generation repeats each sample, one after the other, for beams or for several answers."""
+    length: int = 1
+    """Positions of a sample in the forward pass that runs."""
+
+    def of(self, x: Tensor) -> list[str]:
+        """The names for the rows of an input: samples, their copies, or (rows, n) with the positions of each in turn.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        for copies in dict.fromkeys((1, self.copies)):
+            for repeats in (copies, copies * self.length) if x.ndim == 2 else (copies,):
+                if len(x) == len(self.names) * repeats:
+                    return [name for name in self.names for _ in range(repeats)]
+        raise ValueError(f"adapter_names has {len(self.names)} entries for a batch of {len(x)} samples.")
 
 
 class Layer(nn.Module, BaseTunerLayer):
@@ -58,7 +83,7 @@ class Layer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         # In a list, since a parameter assigned to a module would be registered as one of its own.
         self._original_weight: list[nn.Parameter] = []
-        self._batch_adapters: tuple[str, ...] | None = None
+        self._batch_adapters: MixedBatch | None = None
         self._host_mark: tuple[int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -312,17 +337,17 @@ class Layer(nn.Module, BaseTunerLayer):
             form.candidates = None  # a file's pin would have been loaded before the first forward
         return form
 
-    def _mixed(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _mixed(self, x: Tensor, batch: MixedBatch, *args: Any, **kwargs: Any) -> Tensor:
         """Each sample of the batch with the adapter named for it, "__base__" for none."""
-        if len(names) != x.shape[0]:
-            raise ValueError(f"adapter_names has {len(names)} entries for a batch of {x.shape[0]} samples.")
-        known = [name if name in self.isotune_operator else "__base__" for name in names]
+        known = [name if name in self.isotune_operator else "__base__" for name in batch.of(x)]
+        if len(set(known)) == 1:
+            return self._adapted(x, [name for name in known[:1] if name != "__base__"], *args, **kwargs)
         parts: Tensor | None = None
         for name in dict.fromkeys(known):
             rows = torch.tensor([i for i, other in enumerate(known) if other == name], device=x.device)
             part = self._adapted(x[rows], () if name == "__base__" else (name,), *args, **kwargs)
             if parts is None:
-                parts = part.new_zeros(len(names), *part.shape[1:])
+                parts = part.new_zeros(len(known), *part.shape[1:])
             parts = parts.index_copy(0, rows, part)
         assert parts is not None
         return parts

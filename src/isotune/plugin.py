@@ -15,7 +15,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
     PeftType,
     register_peft_method,
 )
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from isotune.config import IsotuneConfig
 from isotune.errors import AdapterFileError, IsotuneWarning, UnsupportedVersionError
-from isotune.layer import Layer, adapt
+from isotune.layer import Layer, MixedBatch, adapt
 from isotune.links import Links, remove_adapter
 from isotune.methods import METHODS
 from isotune.placing import AdapterGroup
@@ -131,23 +131,23 @@ class IsotuneModel(BaseTuner):
         layers = [m for m in self.model.modules() if isinstance(m, Layer)]
         if any(layer.merged for layer in layers):
             raise ValueError("adapter_names needs every adapter unmerged; call unmerge_adapter() first.")
+        batch = MixedBatch(tuple(names), _copies_of_a_sample(self.model, kwargs))
+
+        def measure(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            inputs = (named.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds"))
+            tensors = [value for value in (*given, *inputs) if isinstance(value, Tensor) and value.ndim > 1]
+            batch.length = tensors[0].shape[1] if tensors else 1
+
+        handle = self.model.register_forward_pre_hook(measure, with_kwargs=True, prepend=True)
         for layer in layers:
-            layer._batch_adapters = tuple(names)
-        # PEFT's wrappers of modules_to_save dispatch by themselves when they are told.
-        handles = [
-            module.register_forward_pre_hook(
-                lambda _, given, named: (given, {**named, "adapter_names": list(names)}), with_kwargs=True
-            )
-            for module in self.model.modules()
-            if isinstance(module, AuxiliaryTrainingWrapper)
-        ]
+            layer._batch_adapters = batch
         try:
-            yield
+            with _saved_modules_told(self.model, batch):
+                yield
         finally:
+            handle.remove()
             for layer in layers:
                 layer._batch_adapters = None
-            for handle in handles:
-                handle.remove()
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -162,6 +162,38 @@ class IsotuneModel(BaseTuner):
             remove_adapter(model.get_base_model() if isinstance(model, PeftModel) else model, adapter_name)
             raise
         return remapped
+
+
+def _copies_of_a_sample(model: nn.Module, kwargs: Mapping[str, Any]) -> int:
+    """How often generation puts each sample into its batch, for beams or for several answers, one after the other."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    counts = [kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences")]
+    return max(count or 1 for count in counts)
+
+
+@contextmanager
+def _saved_modules_told(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
+    """Let PEFT's own wrappers of modules_to_save give each sample what its adapter has saved."""
+
+    def tell(wrapper: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        assert isinstance(wrapper, ModulesToSaveWrapper)
+        names = batch.of(given[0]) if given else batch.names
+        known = [name if name in wrapper.modules_to_save else "__base__" for name in names]
+        return given, {**named, "adapter_names": known}
+
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    active = [wrapper._active_adapter for wrapper in wrappers]
+    handles = [wrapper.register_forward_pre_hook(tell, with_kwargs=True) for wrapper in wrappers]
+    for wrapper in wrappers:
+        # A wrapper that has nothing saved for the active adapter would not look at the names.
+        wrapper._active_adapter = list(wrapper.modules_to_save)[:1]
+    try:
+        yield
+    finally:
+        for wrapper, name in zip(wrappers, active, strict=True):
+            wrapper._active_adapter = name
+        for handle in handles:
+            handle.remove()
 
 
 def _check_file(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -242,13 +243,21 @@ def assert_equal_with_gradients(found: Tensor, expected: Tensor, sources: Sequen
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+def assert_all_differ(outputs: dict[str, Tensor]) -> None:
+    """No two of these are equal."""
+    for (first, one), (second, other) in itertools.combinations(outputs.items(), 2):
+        assert (one - other).abs().max() > 1e-6, (first, second)
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference over that of what is expected."""
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 def reference_difference(operator: nn.Module) -> Tensor:
-    """M − I of a PSOFT operator by the definition, with a plain inverse; differentiable."""
+    """M − I of an operator on a subspace by the definition, with a plain inverse; differentiable."""
+    if hasattr(operator, "coefficients"):
+        return operator.coefficients.T
     size, generator = operator.size, operator.generator
     eye = torch.eye(size, dtype=generator.dtype)
     if operator.orthogonal:
@@ -271,7 +280,10 @@ def reference_update(layer: Layer, adapter: str = "default") -> Tensor:
     weight = layer.unmerged_matrix().to(torch.promote_types(layer.host.weight.dtype, torch.float32))
     basis = form.reader.to(weight)
     scale = layer.configs[adapter].scale_of(layer.key)
-    return scale * (weight @ basis.T) @ reference_difference(operator).to(weight).T @ basis
+    writer = weight @ basis.T
+    if form.reader_power:
+        writer = writer / basis.square().sum(1)
+    return scale * writer @ reference_difference(operator).to(weight).T @ basis
 
 
 OPTIONS_FOR_12: dict[str, dict[str, Any]] = {
@@ -281,8 +293,23 @@ OPTIONS_FOR_12: dict[str, dict[str, Any]] = {
     "goft": {},
     "qgoft": {},
     "hra": {"r": 4},
+    "lora_xs": {"r": 4},
 }
 """Options with which each method fits a layer whose W has a multiple of 12 columns."""
+
+OPTIONS_FOR_TINY: dict[str, dict[str, Any]] = {
+    "psoft": {"r": 8},
+    "oft": {"oft_block_size": 8},
+    "boft": {"boft_block_size": 4, "boft_n_butterfly_factor": 3},
+    "goft": {},
+    "qgoft": {},
+    "hra": {"r": 4},
+    "lora_xs": {"r": 8},
+}
+"""Options with which each method fits every layer of the tiny models."""
+
+EXACT_START: dict[str, dict[str, Any]] = {"lora_xs": {"init_std": 0.0}}
+"""Options with which a method that starts next to the identity starts at it."""
 
 
 class OneLayer(nn.Module):

@@ -11,23 +11,25 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from helpers import adapt, layers_of, psoft, randomize, relative_error, some_tokens, tiny_bert, tiny_llama, tiny_opt
+from helpers import (
+    OPTIONS_FOR_TINY,
+    adapt,
+    layers_of,
+    psoft,
+    randomize,
+    relative_error,
+    some_tokens,
+    tiny_bert,
+    tiny_llama,
+    tiny_opt,
+)
 from isotune import HRAConfig, OFTConfig, PsoftConfig, add_adapter, get_peft_model, load_adapter
 from isotune.config import IsotuneConfig
 from isotune.methods import METHODS
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "psoft": {"r": 8},
-    "oft": {"oft_block_size": 8},
-    "boft": {"boft_block_size": 4, "boft_n_butterfly_factor": 3},
-    "goft": {},
-    "qgoft": {},
-    "hra": {"r": 4},
-}
-
 
 def config(method: str, **options: Any) -> IsotuneConfig:
-    return METHODS[method](**{"target_modules": "all-linear", **OPTIONS[method], **options})
+    return METHODS[method](**{"target_modules": "all-linear", **OPTIONS_FOR_TINY[method], **options})
 
 
 def with_all_methods(model: nn.Module, **options: Any) -> PeftModel:

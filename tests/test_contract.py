@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from helpers import (
+    EXACT_START,
     AtenOps,
     OneLayer,
     SavedTensors,
@@ -38,6 +39,8 @@ from isotune.operators import Operator, Rotation
 from isotune.placing import AdapterGroup
 
 RANK = 5
+ADDITIVE = ("psoft", "lora_xs")
+"""Methods that update W; the others rotate its inputs."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def fitting(method: str, width: int, *, other: bool = False) -> dict[str, Any]:
     """Options with which a method fits that many inputs; `other` gives an adapter of another size."""
     block = max(d for d in range(1, 9) if width % d == 0)
     block = width if block == 1 or other else block
-    if method == "psoft":
+    if method in ADDITIVE:
         return {"r": RANK - 1 if other else RANK}
     if method == "oft":
         return {"oft_block_size": block}
@@ -156,13 +159,17 @@ def tolerance(dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("training", [True, False])
 def test_identity_at_the_start(method: str, host: Case, dtype: torch.dtype, training: bool) -> None:
-    """Bit for bit but for HRA, whose reflections cancel in pairs up to rounding."""
+    """Bit for bit but for HRA, whose reflections cancel in pairs up to rounding.
+
+    LoRA-XS starts so with init_std=0 (by default at a change of that size; tests/methods/test_lora_xs.py).
+    """
     base = OneLayer(host.build().to(dtype))
     x = inputs(host, 3, 4, dtype=dtype)
     with torch.no_grad():
         expected = base(x)
     limit = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-6}[dtype] if method == "hra" else 0.0
-    model = get_peft_model(base, config(method, host, init_weights=True)).train(training)
+    options = config(method, host, init_weights=True, **EXACT_START.get(method, {}))
+    model = get_peft_model(base, options).train(training)
     assert relative_error(model(x), expected) <= limit
     if x.is_floating_point():
         assert relative_error(model(x.clone().requires_grad_()), expected) <= limit
@@ -587,7 +594,7 @@ def test_adapters_of_different_methods_compose_in_their_order(
         layer.merge(adapter_names=order)
         torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-11)
         layer.unmerge()
-    commute = method == second == "psoft"  # two updates of the same base are a sum
+    commute = method in ADDITIVE and second in ADDITIVE  # two updates of the same base are a sum
     assert (relative_error(outputs[0], outputs[1]) < 1e-10) is commute
 
 

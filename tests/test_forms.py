@@ -15,9 +15,9 @@ from isotune.pinning import pin_width
 RANK, IN, OUT = 4, 11, 17
 
 
-def form_for(matrix: Tensor, *, symmetric: bool = False, scale: float = 1.0, embedded: bool = False) -> SubspaceUpdate:
+def form_for(matrix: Tensor, *, power: float = 0.0, scale: float = 1.0, embedded: bool = False) -> SubspaceUpdate:
     width = None if embedded else pin_width(RANK, matrix.shape[1])
-    form = SubspaceUpdate(RANK, matrix.shape[1], symmetric=symmetric, pin_width=width, device=torch.device("cpu"))
+    form = SubspaceUpdate(RANK, matrix.shape[1], reader_power=power, pin_width=width, device=torch.device("cpu"))
     _, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     form.adopt(right[: RANK + 2].to(torch.promote_types(matrix.dtype, torch.float32)), matrix, scale, 0)
     return form
@@ -28,33 +28,30 @@ def matrix(request: Any) -> Tensor:
     return torch.randn(*request.param, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
-def test_delta_is_the_definition(matrix: Tensor, symmetric: bool, scale: float) -> None:
-    form = form_for(matrix, symmetric=symmetric, scale=scale)
+def test_delta_is_the_definition(matrix: Tensor, power: float, scale: float) -> None:
+    form = form_for(matrix, power=power, scale=scale)
     difference = torch.randn(RANK, RANK, dtype=torch.float64)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     left, values, right = left[:, :RANK], values[:RANK], right[:RANK]
-    if symmetric:
-        expected = (left * values.sqrt()) @ difference.T @ (right * values.sqrt()[:, None])
-        # Signs of singular vectors cancel only where they come in pairs, so compare the map in the form's own basis.
-        basis = form.reader / values.sqrt()[:, None]
-        expected = (matrix @ basis.T / values.sqrt()) @ difference.T @ (basis * values.sqrt()[:, None])
-    else:
-        expected = (matrix @ form.reader.T) @ difference.T @ form.reader
+    # Signs of singular vectors cancel only where they come in pairs, so they are brought to the form's own.
+    signs = torch.sign((right * form.reader).sum(1))
+    left, right, onward, back = left * signs, right * signs[:, None], values ** (1 - power), values**power
+    expected = (left * onward) @ difference.T @ (right * back[:, None])
     torch.testing.assert_close(form.delta(difference), scale * expected)
     up, down = form.factors(difference)
     assert (up.shape, down.shape) == ((matrix.shape[0], RANK), (RANK, matrix.shape[1]))
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("needs_x", [True, False])
 def test_every_formula_is_the_same_function_with_the_same_gradients(
-    matrix: Tensor, symmetric: bool, scale: float, bias: bool, needs_x: bool
+    matrix: Tensor, power: float, scale: float, bias: bool, needs_x: bool
 ) -> None:
-    form = form_for(matrix, symmetric=symmetric, scale=scale)
+    form = form_for(matrix, power=power, scale=scale)
     offset = torch.randn(matrix.shape[0], dtype=torch.float64) if bias else None
     start = torch.randn(3, 2, matrix.shape[1], dtype=torch.float64)
     change = torch.randn(RANK, RANK, dtype=torch.float64)
@@ -135,8 +132,9 @@ def test_a_written_pin_is_noticed(matrix: Tensor) -> None:
     assert form.holds_foreign_basis()
 
 
-def test_a_zero_weight_gives_a_zero_update() -> None:
-    form = form_for(torch.zeros(OUT, IN), symmetric=True)
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_a_zero_weight_gives_a_zero_update(power: float) -> None:
+    form = form_for(torch.zeros(OUT, IN), power=power)
     delta = form.delta(torch.randn(RANK, RANK))
     assert bool(torch.isfinite(delta).all())
     assert not delta.any()

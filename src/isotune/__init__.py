@@ -7,7 +7,7 @@ adapter works with isotune's configurations.
 from peft import PeftModel, get_peft_model
 
 from isotune.adapters import add_adapter, load_adapter
-from isotune.methods import BOFTConfig, GOFTConfig, HRAConfig, OFTConfig, PsoftConfig, QGOFTConfig
+from isotune.methods import BOFTConfig, GOFTConfig, HRAConfig, LoraXsConfig, OFTConfig, PsoftConfig, QGOFTConfig
 from isotune.plugin import register
 from isotune.regularization import regularization_callback, regularization_loss
 
@@ -19,6 +19,7 @@ __all__ = [
     "BOFTConfig",
     "GOFTConfig",
     "HRAConfig",
+    "LoraXsConfig",
     "OFTConfig",
     "PeftModel",
     "PsoftConfig",

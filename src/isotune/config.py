@@ -186,9 +186,14 @@ class SubspaceConfig(IsotuneConfig):
         return "auto"
 
     @property
-    def symmetric(self) -> bool:
-        """Whether the singular values are split evenly between reader and writer."""
-        return False
+    def reader_power(self) -> float:
+        """The power of the singular values that the reader has, of 1; the writer has the rest."""
+        return 0.0
+
+    @property
+    def alpha(self) -> float | None:
+        """The method's own alpha, by which over r an update is scaled; None for r."""
+        return None
 
     @property
     def update_dropout(self) -> float:
@@ -200,8 +205,9 @@ class SubspaceConfig(IsotuneConfig):
         return int(by_pattern(self.rank_pattern, module, self.r))
 
     def scale_of(self, module: str) -> float:
-        """The factor s of the update of a module."""
-        return 1.0
+        """The factor s of the update of a module: alpha / r, both by pattern."""
+        alpha = by_pattern(self.alpha_pattern, module, self.alpha)
+        return 1.0 if alpha is None else float(alpha) / self.rank_of(module)
 
     def build_form(self, module: str, in_features: int, device: torch.device) -> SubspaceUpdate:
         """The update of the principal subspace, not placed yet."""
@@ -209,7 +215,7 @@ class SubspaceConfig(IsotuneConfig):
         return SubspaceUpdate(
             rank,
             in_features,
-            symmetric=self.symmetric,
+            reader_power=self.reader_power,
             pin_width=pin_width(rank, in_features) if self.basis == "pinned" else None,
             device=device,
         )
@@ -274,6 +280,15 @@ def check_probability(name: str, value: Any) -> None:
     """Raise a ValueError unless `value` is in [0, 1)."""
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name}={value!r} is not allowed; it must be in [0, 1).")
+
+
+def check_alphas(name: str, alpha: float | None, pattern: Mapping[str, float]) -> None:
+    """Raise a ValueError unless every alpha is a finite number above 0, or the method's own None."""
+    if not all(a is None or 0 < a < math.inf for a in (alpha, *pattern.values())):
+        raise ValueError(
+            f"{name}={alpha!r} with alpha_pattern={pattern!r} is not allowed; each must be above 0, or {name} None "
+            "for r."
+        )
 
 
 def check_weight(name: str, value: Any) -> None:

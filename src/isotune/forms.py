@@ -180,9 +180,8 @@ class InputRotation(Form):
 class SubspaceUpdate(Form):
     """The form y = host(x) + ((x readerᵀ)(M − I)) writerᵀ of one adapter on one host.
 
-    With V (r, in) the orthonormal basis of the principal subspace, P = W Vᵀ and the scale s: reader = V, writer = s P
-    (`symmetric=False`), or with the singular values split evenly between the two (`symmetric=True`, as in PiSSA):
-    reader = Σ^½ V, writer = s P Σ^(−½), where σᵢ = ‖W vᵢ‖.
+    With V (r, in) the orthonormal basis of the principal subspace, P = W Vᵀ, σᵢ = ‖W vᵢ‖ and the scale s:
+    reader = Σᵖ V and writer = s P Σ^(−p), for p from 0 (as in PSOFT) over ½ (PiSSA) to 1 (LoRA-XS).
 
     What a file holds is `stored`: the pin S = V Ω, (r, p), or V itself. Reader and writer are made from it and from the
     host's weight, are as wide as that weight, and are never stored; in memory they are filled up with zeros to a rank
@@ -191,11 +190,12 @@ class SubspaceUpdate(Form):
     Args:
         rank: r.
         in_features: columns of W.
-        symmetric: how the singular values are split.
+        reader_power: p, how the singular values are split.
         pin_width: p; None stores V itself.
         device: of the stored tensor.
 
-    Source: Wu et al., PSOFT (ICLR 2026), equations 6–8; Meng et al., PiSSA (2024), for the symmetric split.
+    Source: Wu et al., PSOFT (ICLR 2026), equations 6–8; Meng et al., PiSSA (2024), for the even split;
+        Balazy et al., LoRA-XS (2024), for all of them on the side of the input.
     """
 
     additive = True
@@ -205,11 +205,11 @@ class SubspaceUpdate(Form):
     aligned_writer: Tensor | None
 
     def __init__(
-        self, rank: int, in_features: int, *, symmetric: bool, pin_width: int | None, device: torch.device
+        self, rank: int, in_features: int, *, reader_power: float, pin_width: int | None, device: torch.device
     ) -> None:
         super().__init__()
         self.rank = rank
-        self.symmetric = symmetric
+        self.reader_power = reader_power
         self.embedded = pin_width is None
         columns = in_features if pin_width is None else pin_width
         # Zero stands for "not found yet": no basis and no sketch of one is zero.
@@ -329,8 +329,9 @@ class SubspaceUpdate(Form):
         basis = basis.to(device=matrix.device, dtype=torch.promote_types(matrix.dtype, torch.float32))
         projection = matrix.to(basis.dtype) @ basis.T
         reader = basis
-        if self.symmetric:
-            values = torch.linalg.vector_norm(projection, dim=0).clamp_min(torch.finfo(basis.dtype).tiny).sqrt()
+        if self.reader_power:
+            values = torch.linalg.vector_norm(projection, dim=0).clamp_min(torch.finfo(basis.dtype).tiny)
+            values = values.pow(self.reader_power)
             reader, projection = basis * values[:, None], projection / values
         filling = _aligned(self.rank) - self.rank
         scaled = projection * scale if scale != 1.0 else projection
@@ -360,7 +361,7 @@ class SubspaceUpdate(Form):
 
     def _settle(self) -> None:
         # Only then is writer = W readerᵀ, on which the formula for in < out rests.
-        self._plain = not self.symmetric and self.scale == 1.0
+        self._plain = not self.reader_power and self.scale == 1.0
         self._accepted = self.stored.clone()
         self._seen = self._mark()
         self.symbolic = False

@@ -107,6 +107,10 @@ class Operator(nn.Module, ABC):
         """Whether M is the identity to the last bit of every tensor, as before training."""
         return not any(bool(tensor.any()) for tensor in self.own_tensors())
 
+    def is_untrained(self) -> bool:
+        """Whether nothing has been learnt yet, so that nothing is lost if the base is exchanged."""
+        return self.is_identity()
+
     def parameter_tuple(self) -> tuple[Tensor, ...]:
         """The parameters in the order of their names' registration."""
         return tuple(p for p in self._parameters.values() if p is not None)

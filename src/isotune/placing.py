@@ -60,7 +60,7 @@ class AdapterGroup:
         """Place again what a load of weights has changed: the stored bases, or the weights of the hosts."""
         for layer in self.layers:
             if layer.host_has_changed():
-                untrained = layer.operator(self.adapter_name).is_identity()
+                untrained = layer.operator(self.adapter_name).is_untrained()
                 self._form(layer).forget(stored=untrained)
         self.place()
 
@@ -123,7 +123,7 @@ class AdapterGroup:
                 and isinstance(other, SubspaceConfig)
                 and form.solved_here
                 and form.settled
-                and (form.rank, form.symmetric, form.embedded) == (own.rank, own.symmetric, own.embedded)
+                and (form.rank, form.reader_power, form.embedded) == (own.rank, own.reader_power, own.embedded)
                 and other.basis_seed == config.basis_seed
             ):
                 return form

@@ -20,7 +20,9 @@ from pydantic import (
     model_validator,
 )
 
-MethodName = Literal["psoft", "psoft_so", "oft", "boft", "goft", "qgoft", "hra", "lora", "dora", "head", "full"]
+MethodName = Literal[
+    "psoft", "psoft_so", "oft", "boft", "goft", "qgoft", "hra", "lora_xs", "lora", "dora", "head", "full"
+]
 Metric = Literal["accuracy", "matthews_correlation"]
 
 

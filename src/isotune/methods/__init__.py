@@ -4,6 +4,7 @@ from isotune.config import IsotuneConfig
 from isotune.methods.boft import BOFTConfig
 from isotune.methods.goft import GOFTConfig, QGOFTConfig
 from isotune.methods.hra import HRAConfig
+from isotune.methods.lora_xs import LoraXsConfig
 from isotune.methods.oft import OFTConfig
 from isotune.methods.psoft import PsoftConfig
 
@@ -14,7 +15,17 @@ METHODS: dict[str, type[IsotuneConfig]] = {
     "goft": GOFTConfig,
     "qgoft": QGOFTConfig,
     "hra": HRAConfig,
+    "lora_xs": LoraXsConfig,
 }
 """Name of the method -> its configuration. The PEFT type is ISOTUNE_ and the name in capitals."""
 
-__all__ = ["METHODS", "BOFTConfig", "GOFTConfig", "HRAConfig", "OFTConfig", "PsoftConfig", "QGOFTConfig"]
+__all__ = [
+    "METHODS",
+    "BOFTConfig",
+    "GOFTConfig",
+    "HRAConfig",
+    "LoraXsConfig",
+    "OFTConfig",
+    "PsoftConfig",
+    "QGOFTConfig",
+]

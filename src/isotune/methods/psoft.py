@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.diagonal import scaled_difference
 from isotune.algebra.skew import skew_size
-from isotune.config import SubspaceConfig, by_pattern, check_cayley_options, check_probability, require_choice
+from isotune.config import SubspaceConfig, check_alphas, check_cayley_options, check_probability, require_choice
 from isotune.errors import IsotuneWarning
 from isotune.operators import DenseOperator
 
@@ -54,9 +53,7 @@ class PsoftConfig(SubspaceConfig):
         super().__post_init__()
         require_choice("ab_svd_init", self.ab_svd_init, ("psoft_init", "pissa_init"))
         require_choice("psoft_svd", self.psoft_svd, ("auto", "full", "lowrank"))
-        if not all(a is None or 0 < a < math.inf for a in (self.psoft_alpha, *self.alpha_pattern.values())):
-            given = f"psoft_alpha={self.psoft_alpha!r} with alpha_pattern={self.alpha_pattern!r}"
-            raise ValueError(f"{given} is not allowed; each must be above 0, or psoft_alpha None for r.")
+        check_alphas("psoft_alpha", self.psoft_alpha, self.alpha_pattern)
         check_probability("psoft_dropout", self.psoft_dropout)
         if self.use_cayley_neumann and not self.psoft_orth:
             raise ValueError("use_cayley_neumann=True has no effect with psoft_orth=False; set one of them otherwise.")
@@ -71,18 +68,16 @@ class PsoftConfig(SubspaceConfig):
         return self.psoft_svd
 
     @property
-    def symmetric(self) -> bool:
-        return self.ab_svd_init == "pissa_init"
+    def reader_power(self) -> float:
+        return 0.5 if self.ab_svd_init == "pissa_init" else 0.0
+
+    @property
+    def alpha(self) -> float | None:
+        return self.psoft_alpha
 
     @property
     def update_dropout(self) -> float:
         return self.psoft_dropout
-
-    def scale_of(self, module: str) -> float:
-        """psoft_alpha / r, with both by pattern."""
-        rank = self.rank_of(module)
-        alpha = by_pattern(self.alpha_pattern, module, self.psoft_alpha)
-        return 1.0 if alpha is None else float(alpha) / rank
 
     def subspace_operator(self, rank: int) -> PsoftOperator:
         """M = diag(α) R diag(β) on r coordinates."""

@@ -1,0 +1,81 @@
+"""LoRA-XS (Bałazy et al., ECAI 2025, arXiv 2405.17604): a free r × r matrix between frozen singular vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from isotune.config import SubspaceConfig, check_alphas, check_weight
+from isotune.operators import DenseOperator
+
+_START = 8.0
+"""Standard deviations that no number of a normal sample lies beyond: one in 10¹⁵ does."""
+
+
+@dataclass
+class LoraXsConfig(SubspaceConfig):
+    """Configuration of LoRA-XS: W' = W + (lora_alpha / r)·U_r R S_r V_rᵀ, of which only R (r × r) is trained.
+
+    U_r S_r V_rᵀ is the truncated singular value decomposition of W, and the singular values stand on the side of the
+    input, as the paper has them: A = S_r V_rᵀ, B = U_r.
+
+    Args:
+        lora_alpha: the update is scaled by lora_alpha / r; None means r.
+        init_std: standard deviation of R at the start. The paper's 1e-5 starts at the base model only to about that
+            size, relative to the output; 0 starts at it bit for bit.
+        init_weights: True starts at N(0, init_std²); False at a random R of a trained one's size, for tests.
+
+    Raises:
+        ValueError: a value that is not allowed; the message says what to change.
+    """
+
+    lora_alpha: float | None = field(default=None)
+    init_std: float = field(default=1e-5)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_alphas("lora_alpha", self.lora_alpha, self.alpha_pattern)
+        check_weight("init_std", self.init_std)
+
+    @property
+    def reader_power(self) -> float:
+        return 1.0
+
+    @property
+    def alpha(self) -> float | None:
+        return self.lora_alpha
+
+    def subspace_operator(self, rank: int) -> LoraXsOperator:
+        """M = I + Rᵀ on r coordinates."""
+        return LoraXsOperator(rank, self.init_std)
+
+
+class LoraXsOperator(DenseOperator):
+    """M = I + Rᵀ, R the free matrix `coefficients`, (r, r), of W' = W + s·U R S Vᵀ.
+
+    Operators act on row vectors, x ↦ x M, and the paper's R on columns, so M − I is its transpose.
+
+    Args:
+        size: r.
+        std: standard deviation of R at the start.
+    """
+
+    def __init__(self, size: int, std: float = 1e-5) -> None:
+        super().__init__(size)
+        self.std = std
+        self.coefficients = nn.Parameter(std * torch.randn(size, size))
+
+    def batch_key(self) -> Hashable:
+        """What `compute` depends on besides the parameters."""
+        return self.size
+
+    def is_untrained(self) -> bool:
+        """Whether R is as small as at the start."""
+        return bool((self.coefficients.detach().abs() <= _START * self.std).all())
+
+    def compute(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """M − I = Rᵀ."""
+        return parameters["coefficients"].mT

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from isotune import cli
 from isotune.experiments import run as run_module
-from isotune.experiments.recipe import Recipe
+from isotune.experiments.recipe import Recipe, packaged
 
 runner = CliRunner()
 RECIPE = "model: m\ndata: {files: {train: a.csv, test: a.csv}}\nmethod: lora\n"
@@ -30,7 +30,7 @@ def test_recipes_lists_what_train_takes() -> None:
     done = runner.invoke(cli.app, ["recipes"])
     assert done.exit_code == 0
     rows = [line.split()[0] for line in done.output.splitlines()]
-    assert rows == ["recipe", "demo", "glue/cola"]
+    assert rows == ["recipe", *packaged()]
 
 
 def test_train_hands_recipe_and_overrides_over(called: list[Recipe]) -> None:

@@ -387,9 +387,14 @@ def test_length_groups_are_a_fixed_permutation_with_little_padding() -> None:
 
 def test_scores_agree_with_their_definitions() -> None:
     logits = np.array([[2, 1], [0, 1], [0, 1], [3, 0]])
-    found = loop.scores(logits, np.array([0, 1, 0, 0]))
+    found = loop.class_scores(loop.likeliest(logits), np.array([0, 1, 0, 0]))
     assert found["accuracy"] == 0.75
     assert found["matthews_correlation"] == pytest.approx((1 * 2 - 1 * 0) / (2 * 1 * 3 * 2) ** 0.5)
+    numbers, labels = np.array([0.1, 0.5, 0.2, 3.0]), np.array([0.0, 1.0, 2.0, 4.0])
+    found = loop.regression_scores(numbers, labels)
+    assert found["pearson"] == pytest.approx(np.corrcoef(numbers, labels)[0, 1])
+    assert found["spearman"] == pytest.approx(0.8)
+    assert loop.regression_scores([1.0, 1.0], [0.0, 5.0]) == {"pearson": 0.0, "spearman": 0.0}
 
 
 def test_the_chart_is_a_picture_of_the_scores(tiny: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ def path(tmp_path: Path) -> str:
 
 
 def test_every_packaged_recipe_is_valid_and_listed() -> None:
-    assert set(packaged()) == {"demo", "glue/cola"}
+    assert {name.partition("/")[0] for name in packaged()} == {"demo", "glue"}
     for name in packaged():
         recipe = load(name)
         assert recipe.output == f"runs/{name}"
@@ -88,7 +88,7 @@ def test_a_methods_own_training_settings_go_over_the_recipes(path: str) -> None:
             ["train.schedule", "'linear', 'cosine' or 'constant'", "did you mean 'linear'?"],
         ),
         ("method.name=psfot", ["method.name", "'psoft_so'", "did you mean 'psoft'?"]),
-        ("metric=f1", ["metric", "'accuracy' or 'matthews_correlation'", "'f1'"]),
+        ("metric=f1", ["metric", "'accuracy', 'matthews_correlation'", "'f1'"]),
         ("data.files=null", ["one of data.files, data.hub and data.builtin is needed"]),
         ("train.start_from_head=true", ["needs 'head' among the baselines"]),
         ("method.train={lrr: 1}", ["in 'train' of method lora", "'lrr'", "did you mean 'lr'?"]),
@@ -129,7 +129,7 @@ def test_a_bad_file_is_one_line(tmp_path: Path, text: str, said: str) -> None:
 def test_a_missing_file_or_name_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"there is no recipe file .*absent\.yaml"):
         load(str(tmp_path / "absent.yaml"))
-    with pytest.raises(RecipeError, match="one of demo, glue/cola; did you mean 'glue/cola'"):
+    with pytest.raises(RecipeError, match=r"one of .*demo, glue/cola, .*; did you mean 'glue/cola'"):
         load("glue/coal")
     with pytest.raises(RecipeError, match="cannot read the recipe"):
         load(str(tmp_path))

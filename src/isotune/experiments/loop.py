@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from isotune.base_model import quiet
 from isotune.experiments.files import read_json, write_json
-from isotune.experiments.recipe import Metric, Train
+from isotune.experiments.recipe import LESS_IS_BETTER, Metric, Train
 from isotune.regularization import has_regularization, regularization_callback
 
 Row = dict[str, Any]
@@ -40,7 +40,10 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a run trains on and is scored by: rows, how to batch and score them, and the metric to choose by."""
+    """What a run trains on and is scored by: rows, how to batch them, and the metric to choose by.
+
+    `decide` turns a model's outputs into predictions, `score` these and the labels into metrics.
+    """
 
     train: Sequence[Row]
     validation: Sequence[Row]
@@ -48,12 +51,14 @@ class Encoded:
     collate: Any
     metric: Metric
     score: Callable[[Any, Any], dict[str, float]]
+    decide: Callable[[Any], list[Any]]
     lengths: Sequence[int]
 
 
-def scores(logits: Any, labels: Any) -> dict[str, float]:
-    """Accuracy and Matthews correlation of logits (examples, classes) against labels (examples,)."""
-    return class_scores(np.asarray(logits).argmax(-1), labels)
+def likeliest(logits: Any) -> list[int]:
+    """The class of the greatest logit, from (examples, classes)."""
+    classes: list[int] = np.asarray(logits).argmax(-1).tolist()
+    return classes
 
 
 def class_scores(predicted: Any, labels: Any) -> dict[str, float]:
@@ -63,6 +68,22 @@ def class_scores(predicted: Any, labels: Any) -> dict[str, float]:
     return {
         "accuracy": float(accuracy_score(labels, predicted)),
         "matthews_correlation": float(matthews_corrcoef(labels, predicted)),
+    }
+
+
+def regression_scores(predicted: Any, labels: Any) -> dict[str, float]:
+    """Pearson and Spearman correlation of predicted numbers (examples,) with the labels (examples,).
+
+    Equal predictions correlate with nothing: they score 0, where the formula has no value.
+    """
+    from scipy.stats import pearsonr, spearmanr
+
+    predicted, labels = np.asarray(predicted, dtype=float), np.asarray(labels, dtype=float)
+    if len(predicted) < 2 or np.ptp(predicted) == 0 or np.ptp(labels) == 0:
+        return {"pearson": 0.0, "spearman": 0.0}
+    return {
+        "pearson": float(pearsonr(predicted, labels).statistic),
+        "spearman": float(spearmanr(predicted, labels).statistic),
     }
 
 
@@ -310,7 +331,7 @@ def train(
         save_total_limit=2,
         load_best_model_at_end=watched and settings.select_best,
         metric_for_best_model=task.metric if watched else None,
-        greater_is_better=True if watched else None,
+        greater_is_better=task.metric not in LESS_IS_BETTER if watched else None,
         logging_steps=max(1, min(10, per_epoch // 4)),
         label_names=["labels"],
         remove_unused_columns=False,
@@ -329,7 +350,7 @@ def train(
         data_collator=task.collate,
         train_dataset=task.train,
         eval_dataset=task.validation or None,
-        compute_metrics=lambda output: task.score(output.predictions, output.label_ids),
+        compute_metrics=lambda output: task.score(task.decide(output.predictions), output.label_ids),
         callbacks=[progress, *regularizers, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
@@ -342,13 +363,14 @@ def train(
     seconds = progress.seconds
     chosen_on = trainer.predict(task.validation) if watched else None
     tested = trainer.predict(task.test)
+    predictions = task.decide(tested.predictions)
     state = trainer.state
     chosen = watched and settings.select_best and state.best_global_step
     return Outcome(
         model=trainer.model,
-        validation=task.score(chosen_on.predictions, chosen_on.label_ids) if chosen_on else None,
-        test=task.score(tested.predictions, tested.label_ids),
-        predictions=np.asarray(tested.predictions).argmax(-1).tolist(),
+        validation=task.score(task.decide(chosen_on.predictions), chosen_on.label_ids) if chosen_on else None,
+        test=task.score(predictions, tested.label_ids),
+        predictions=predictions,
         curve=_curve(state.log_history),
         best_step=state.best_global_step if chosen else state.global_step,
         seconds=seconds,
@@ -358,12 +380,14 @@ def train(
 def _curve(history: list[dict[str, float]]) -> list[dict[str, float]]:
     """Trainer's log without what depends on the speed of the machine."""
     kept = ("step", "epoch", "loss", "grad_norm", "learning_rate")
+    timed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     curve = []
     for entry in history:
         row = {key: entry[key] for key in kept if key in entry}
-        for name in ("loss", "accuracy", "matthews_correlation"):
-            if f"eval_{name}" in entry:
-                row[f"validation_{name}"] = entry[f"eval_{name}"]
+        for key, value in entry.items():
+            name = key.removeprefix("eval_")
+            if name != key and name not in timed:
+                row[f"validation_{name}"] = value
         if len(row) > 2:
             curve.append({key: value for key, value in row.items() if math.isfinite(value)})
     return curve

@@ -43,6 +43,13 @@ def pooling_of(model: str, pooling: str) -> str:
     return "mean" if (Path(model) / "modules.json").exists() else "native"
 
 
+def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (batch, classes); mean squared error of (batch, 1)."""
+    if logits.shape[-1] == 1:
+        return nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+    return nn.functional.cross_entropy(logits, labels)
+
+
 class MeanPooledClassifier(PreTrainedModel):  # type: ignore[misc]
     """An encoder, the mean of its last hidden states over the real tokens, and a linear head.
 
@@ -68,11 +75,11 @@ class MeanPooledClassifier(PreTrainedModel):  # type: ignore[misc]
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **inputs: Any
     ) -> SequenceClassifierOutput:
-        """Logits, and the mean cross-entropy where labels (batch,) are given."""
+        """Logits, and the mean loss where labels (batch,) are given."""
         for unused in ("output_attentions", "output_hidden_states", "return_dict", "inputs_embeds"):
             inputs.pop(unused, None)  # PEFT's wrapper passes them whether asked for or not
         logits = self.classifier(self.dropout(self.embed(input_ids, attention_mask, **inputs)))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        loss = None if labels is None else loss_of(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
@@ -87,9 +94,9 @@ class FeatureHead(nn.Module):
         self.classifier = classifier
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
-        """Logits (batch, classes), and the mean cross-entropy where labels (batch,) are given."""
+        """Logits (batch, classes), and the mean loss where labels (batch,) are given."""
         logits = self.classifier(self.dropout(features))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        loss = None if labels is None else loss_of(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
@@ -103,16 +110,18 @@ def tokenizer_for(name: str) -> Any:
 
 
 def load_classifier(name: str, pooling: str, labels: list[str]) -> tuple[Any, list[str]]:
-    """Load an encoder and put a new head on it.
+    """Load an encoder and put a new head on it: a class for each label, or one number where there are no labels.
 
     Returns the model and the names of its modules that are new, to be trained and saved beside any adapter.
     Raises ModelError where the model is missing or its type has no classification head.
     """
     path = locate(name)
-    ids = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    head_of: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+    if labels:
+        head_of = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(path, num_labels=len(labels), **ids)
+            config = AutoConfig.from_pretrained(path, **head_of)
             if pooling_of(path, pooling) == "mean":
                 encoder = _encoder(path, config)
                 return MeanPooledClassifier(config, encoder), ["classifier"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -23,7 +25,11 @@ from pydantic import (
 MethodName = Literal[
     "psoft", "psoft_so", "oft", "boft", "goft", "qgoft", "hra", "lora_xs", "lora", "dora", "head", "full"
 ]
-Metric = Literal["accuracy", "matthews_correlation"]
+Metric = Literal["accuracy", "matthews_correlation", "pearson", "loss"]
+TaskName = Literal["text-classification", "text-regression"]
+
+
+LESS_IS_BETTER = ("loss",)
 
 
 class RecipeError(ValueError):
@@ -42,12 +48,28 @@ Rate = Annotated[FiniteFloat, Field(gt=0)]
 Names = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
 
 
+def _as_sets(value: Any) -> Any:
+    return value if isinstance(value, Mapping) else _as_list(value)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class HubTable(_Section):
+    """One split of a data set on the Hugging Face Hub."""
+
+    name: str
+    config: str | None = None
+    revision: str | None = None
+    split: str = "test"
+
+
 class HubData(_Section):
-    """A data set on the Hugging Face Hub: its name, its configuration and which of its splits to use."""
+    """A data set on the Hugging Face Hub: its name, its configuration and which of its splits to use.
+
+    `tests` names test sets that are splits of other data sets.
+    """
 
     name: str
     config: str | None = None
@@ -55,22 +77,31 @@ class HubData(_Section):
     train: str = "train"
     validation: str | None = None
     test: str | None = None
+    tests: dict[str, HubTable] = Field(default_factory=dict)
 
 
 class FileData(_Section):
-    """Local csv, tsv, json or jsonl files in `data.path`; `columns` names those of files without a header."""
+    """Local csv, tsv, json or jsonl files in `data.path`; `columns` names those of files without a header.
+
+    `text`, `label` and `labels` stand for those of `data` where the files call them differently. A mapping as `test`
+    names several test sets.
+    """
 
     train: Names
     validation: Names | None = None
-    test: Names | None = None
+    test: Annotated[Names | dict[str, Names] | None, BeforeValidator(_as_sets)] = None
     columns: list[str] | None = None
+    text: Annotated[Names, Field(max_length=2)] | None = None
+    label: str | None = None
+    labels: list[str | int] | None = None
 
 
 class Data(_Section):
     """Where the examples come from, which columns hold text and label, and what is held out for what.
 
     With `path` the `files` are read from that folder; without it the `builtin` or `hub` data are used where
-    the recipe names them, else the `files` relative to the working directory.
+    the recipe names them, else the `files` relative to the working directory. `range` is what a regression's
+    numbers lie in, `hold_out` the number of training examples that become the validation set.
     """
 
     builtin: Literal["stdlib-docstrings"] | None = None
@@ -80,7 +111,9 @@ class Data(_Section):
     text: Names = Field(default_factory=lambda: ["text"], max_length=2)
     label: str = "label"
     labels: list[str | int] | None = None
+    range: tuple[FiniteFloat, FiniteFloat] | None = None
     split_validation_half: bool = False
+    hold_out: PositiveInt | None = None
     split_seed: int = 0
     max_train: PositiveInt | None = None
 
@@ -137,7 +170,7 @@ class Recipe(_Section):
     """A whole experiment: model, task, data, method, training and where the results go."""
 
     description: str = ""
-    task: Literal["text-classification"] = "text-classification"
+    task: TaskName = "text-classification"
     model: str
     pooling: Literal["auto", "native", "mean"] = "auto"
     data: Data
@@ -145,6 +178,7 @@ class Recipe(_Section):
     baselines: list[MethodSpec] = Field(default_factory=list)
     train: Train = Field(default_factory=Train)
     metric: Metric = "accuracy"
+    choose_by: Metric | None = None
     check_saved: bool = False
     chart: bool = False
     output: str | None = None
@@ -152,6 +186,13 @@ class Recipe(_Section):
     def training(self, method: Method) -> Train:
         """The training settings of one method: those of the recipe with the method's own put over them."""
         return Train.model_validate({**self.train.model_dump(), **method.train})
+
+    def merit(self, scores: Mapping[str, float] | None) -> float:
+        """By what runs are chosen, the more the better: the metric `choose_by`, else `metric`, of validation scores."""
+        by = self.choose_by or self.metric
+        if scores is None or by not in scores:
+            return 0.0
+        return -scores[by] if by in LESS_IS_BETTER else scores[by]
 
     @property
     def methods(self) -> list[Method]:
@@ -179,18 +220,36 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def packaged() -> dict[str, str]:
-    """The packaged recipes: {name as given to `isotune train`: YAML text}, sorted by name."""
-    root = resources.files("isotune.experiments") / "recipes"
+def packaged() -> dict[str, dict[str, Any]]:
+    """The packaged recipes: {name as given to `isotune train`: its mapping, for the caller to change}, sorted by name.
 
-    def walk(folder: Any, prefix: str) -> Iterator[tuple[str, str]]:
-        for entry in folder.iterdir():
-            if entry.is_dir():
-                yield from walk(entry, f"{prefix}{entry.name}/")
-            elif entry.name.endswith(".yaml"):
-                yield prefix + entry.name.removesuffix(".yaml"), entry.read_text(encoding="utf-8")
+    A file with the key `tasks` is a suite: each of its tasks is put over the file's `defaults`.
+    """
+    return copy.deepcopy(_packaged())
 
-    return dict(sorted(walk(root, "")))
+
+@functools.cache
+def _packaged() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for entry in (resources.files("isotune.experiments") / "recipes").iterdir():
+        if entry.name.endswith(".yaml"):
+            name = entry.name.removesuffix(".yaml")
+            raw = _parse(entry.read_text(encoding="utf-8"), f"packaged recipe {name}")
+            if "tasks" in raw:
+                defaults = raw.get("defaults", {})
+                found |= {f"{name}/{task}": _over(defaults, own) for task, own in raw["tasks"].items()}
+            else:
+                found[name] = raw
+    return dict(sorted(found.items()))
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` put over `below`, key by key; null takes a key away."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        merged[key] = _over(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
+    return {key: value for key, value in merged.items() if value is not None}
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -199,15 +258,7 @@ def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
     Values are read as YAML. Raises RecipeError with one line that says which key, what is allowed and the
     nearest valid name.
     """
-    text, where = _read(source)
-    try:
-        raw = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{where}: a recipe is a mapping of keys to values, not {type(raw).__name__}")
+    raw, where = _read(source)
     for override in overrides:
         _override(raw, override)
     recipe = validate(raw, where)
@@ -230,7 +281,19 @@ def validate(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     return recipe
 
 
-def _read(source: str) -> tuple[str, str]:
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        raw = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of keys to values, not {type(raw).__name__}")
+    return raw
+
+
+def _read(source: str) -> tuple[dict[str, Any], str]:
     known = packaged()
     if source in known:
         return known[source], f"packaged recipe {source}"
@@ -244,9 +307,10 @@ def _read(source: str) -> tuple[str, str]:
             + (f"; did you mean {near!r}?" if near else "")
         )
     try:
-        return path.read_text(encoding="utf-8"), source
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {source}: {error}") from error
+    return _parse(text, source), source
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

@@ -60,7 +60,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     for method in recipe.methods:
         head = next((e["folder"] for e in trained if e["chosen"] and e["method"]["name"] == "head"), None)
         tried = [_one(recipe, method, lr, task, folder, head) for lr in recipe.training(method).lr]
-        best = max(range(len(tried)), key=lambda i: (tried[i]["validation"] or {}).get(recipe.metric, 0.0))
+        best = max(range(len(tried)), key=lambda i: recipe.merit(tried[i]["validation"]))
         trained += [{**entry, "chosen": i == best} for i, entry in enumerate(tried)]
     chosen = next(entry for entry in reversed(trained) if entry["chosen"])  # the recipe's own method is last
     result = {

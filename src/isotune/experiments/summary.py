@@ -5,6 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+_HEADINGS = {"accuracy": "accuracy", "matthews_correlation": "Matthews", "pearson": "Pearson", "loss": "loss"}
+_AXES = {
+    "accuracy": "test accuracy",
+    "matthews_correlation": "Matthews correlation",
+    "pearson": "Pearson correlation",
+    "loss": "test loss",
+}
+
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The chosen run of each method, after what needs no training; each a row of the table."""
@@ -41,7 +49,7 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 def table(result: dict[str, Any]) -> str:
     """The result as lines of text, one row a method."""
     percent = result["metric"] == "accuracy"
-    head = ("", "accuracy" if percent else "Matthews", "trainable", "file", "time", "lr")
+    head = ("", _HEADINGS[result["metric"]], "trainable", "file", "time", "lr")
     lines = [
         head,
         *(
@@ -73,7 +81,7 @@ def chart(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     found = [row for row in rows(result) if "parameters" in row or row["name"] == "majority class"]
-    metric = "test accuracy" if result["metric"] == "accuracy" else "Matthews correlation"
+    metric = _AXES[result["metric"]]
     figure = Figure(figsize=(8, 1.2 + 0.7 * len(found)), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)  # no window, no global state: charts may be drawn in any process
     axes = figure.subplots()

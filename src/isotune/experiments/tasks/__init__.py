@@ -12,6 +12,7 @@ __all__ = ["Job", "Task", "make"]
 # Imported when asked for: each kind needs libraries that the others do not.
 _CLASSES = {
     "text-classification": ("classification", "TextClassification"),
+    "text-regression": ("classification", "TextRegression"),
 }
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, default_data_collator
@@ -23,10 +24,11 @@ class TextClassification:
     """A class for each text, from logits (examples, classes); see `Task`."""
 
     peft_type: str | None = "SEQ_CLS"
+    regression = False
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.examples = data.load(recipe.data)
+        self.examples = data.load(recipe.data, self.regression)
         found = self.examples
         self.sizes = {"train": len(found.train), "validation": len(found.validation), "test": len(found.test)}
 
@@ -60,7 +62,8 @@ class TextClassification:
             test=sorted(self._rows(tokenizer, self.examples.test), key=_length),
             collate=DataCollatorWithPadding(tokenizer),
             metric=self.recipe.metric,
-            score=loop.scores,
+            score=self.measure,
+            decide=self.decide,
             lengths=[_length(row) for row in train],
         )
 
@@ -90,23 +93,53 @@ class TextClassification:
             test=_features(model, encoded.test, encoded.collate, job.settings),
         )
         head = models.FeatureHead(model.dropout, model.classifier)
-        untrained = _untrained(head, features.test)
+        untrained = self._untrained(head, features.test)
         outcome = loop.train(head, features, job.settings, job.lr, job.head, job.folder, job.title)
         return replace(outcome, model=model, untrained=untrained)
+
+    def _untrained(self, head: Any, rows: Sequence[Row]) -> dict[str, float]:
+        head.eval()
+        with torch.no_grad():
+            logits = head(torch.stack([row["features"] for row in rows]).to(next(head.parameters()).device)).logits
+        return self.measure(self.decide(logits.cpu()), [row["labels"] for row in rows])
 
     def predict(self, model: Any) -> list[Any]:
         encoded, size = self.encoded, self.recipe.train.eval_batch_size
         device = next(model.parameters()).device
-        found: list[int] = []
+        found: list[Any] = []
         with torch.no_grad():
             for start in range(0, len(encoded.test), size):
                 batch = encoded.collate(encoded.test[start : start + size])
                 batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-                found += model(**batch).logits.argmax(-1).tolist()
+                found += self.decide(model(**batch).logits.cpu())
         return found
 
     def score(self, predictions: Sequence[Any]) -> dict[str, float]:
-        return loop.class_scores(predictions, [row["labels"] for row in self.encoded.test])
+        return self.measure(predictions, [row["labels"] for row in self.encoded.test])
+
+    def decide(self, logits: Any) -> list[Any]:
+        """Predictions from logits (examples, classes)."""
+        return loop.likeliest(logits)
+
+    def measure(self, predictions: Any, labels: Any) -> dict[str, float]:
+        """Metrics of predictions (examples,) against labels (examples,)."""
+        return loop.class_scores(predictions, labels)
+
+
+class TextRegression(TextClassification):
+    """A number for each text, from outputs (examples, 1); see `Task`."""
+
+    regression = True
+
+    def about(self) -> dict[str, Any]:
+        return {}
+
+    def decide(self, logits: Any) -> list[Any]:
+        numbers: list[float] = np.asarray(logits, dtype=float).reshape(-1).tolist()
+        return numbers
+
+    def measure(self, predictions: Any, labels: Any) -> dict[str, float]:
+        return loop.regression_scores(predictions, labels)
 
 
 def _length(row: Row) -> int:
@@ -126,10 +159,3 @@ def _features(model: Any, rows: Sequence[Row], collate: Any, settings: Train) ->
             for i, feature in zip(indices, model.embed(**batch).cpu(), strict=True):
                 found[i] = {"features": feature, "labels": rows[i]["labels"]}
     return found
-
-
-def _untrained(head: Any, rows: Sequence[Row]) -> dict[str, float]:
-    head.eval()
-    with torch.no_grad():
-        logits = head(torch.stack([row["features"] for row in rows]).to(next(head.parameters()).device)).logits
-    return loop.scores(logits.cpu(), [row["labels"] for row in rows])

@@ -99,7 +99,7 @@ def test_train_merge_and_unmerge(method: str) -> None:
     assert relative_error(adapted, expected) > 0.05
     model.merge_adapter()
     torch.testing.assert_close(output(model), adapted, rtol=1e-4, atol=1e-4)
-    assert all(not torch.equal(layer.host.weight, layer._original_weight[0]) for layer in layers_of(model))
+    assert all(not torch.equal(layer.host.weight, layer._kept.weight) for layer in layers_of(model))
     model.unmerge_adapter()
     assert torch.equal(output(model), adapted)
     after = weights_of(model)

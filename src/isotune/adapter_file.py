@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft.utils import get_quantization_kwargs
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -85,10 +86,10 @@ class AdapterFile:
             AdapterFileError: a module is not there, or the tensors do not fit it.
             BaseMismatchError: this is another base than the one trained on.
         """
-        modules = dict(base.named_modules())
+        modules, quantisation = dict(base.named_modules()), get_quantization_kwargs(base)
         layers: dict[str, Layer] = {}
         for name in self.layers:
-            layer = adapt(modules[self._find(name, modules)], name)
+            layer = adapt(modules[self._find(name, modules)], name, **quantisation)
             layer.update_layer(ADAPTER, self.config)
             self._load(layer.operator(ADAPTER), name, "isotune_operator.")
             self._load(layer.raw_form(ADAPTER), name, "isotune_form.")

@@ -27,7 +27,7 @@ from isotune.adapter_file import (
 )
 from isotune.base_model import resolve_base
 from isotune.config import IsotuneConfig
-from isotune.layer import Layer
+from isotune.layer import Layer, warn_of_requantising
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -186,6 +186,7 @@ def _merged_and_bare(model: nn.Module, adapter_name: str) -> Iterator[None]:
             if not layer.merged:
                 layer.merge(adapter_names=[adapter_name])
                 merged_here.append(layer)
+        warn_of_requantising(merged_here)
         for name, module in list(model.named_modules()):
             if isinstance(module, Layer):
                 plain = module.base_layer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import Tensor, nn
 
 from isotune.algebra.factors import rotated_linear
 from isotune.config import IsotuneConfig, SubspaceConfig
 from isotune.errors import IsotuneWarning
 from isotune.forms import Form, SubspaceUpdate, mark
-from isotune.hosts import LinearHost, host_for, widen
+from isotune.hosts import Backend, Kept, LinearHost, QuantisedHost, functions_for, host_for, widen
 from isotune.operators import DenseOperator, Operator, Rotation, is_symbolic
 from isotune.placing import AdapterGroup
 
@@ -60,6 +62,7 @@ class Layer(nn.Module, BaseTunerLayer):
     Args:
         base_layer: the host module, possibly already wrapped by another tuner layer.
         key: its name in the model.
+        backend: of a quantised host: how its weight is read and written.
 
     Raises:
         ValueError: the layer cannot be a host, or the rank does not fit its weight.
@@ -68,11 +71,12 @@ class Layer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("isotune_operator",)
     other_param_names = ("isotune_form", "isotune_dropout")
 
-    def __init__(self, base_layer: nn.Module, key: str = "") -> None:
+    def __init__(self, base_layer: nn.Module, key: str = "", backend: Backend | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.key = key
-        self.host = host_for(self.get_base_layer(), key)
+        self.host = host_for(self.get_base_layer(), key, backend)
+        self.quantization_backend: Any = backend  # PEFT's name, by which get_layer_status() finds it
         self.in_features = self.host.in_features
         self.out_features = self.host.out_features
         self.isotune_operator = nn.ModuleDict()
@@ -81,8 +85,8 @@ class Layer(nn.Module, BaseTunerLayer):
         self.configs: dict[str, IsotuneConfig] = {}
         self.links: Links | None = None
         self.merged_adapters: list[str] = []
-        # In a list, since a parameter assigned to a module would be registered as one of its own.
-        self._original_weight: list[nn.Parameter] = []
+        self.requantised: Requantised | None = None
+        self._kept: Kept | None = None
         self._batch_adapters: MixedBatch | None = None
         self._host_mark: tuple[int, int] | None = None
 
@@ -154,15 +158,15 @@ class Layer(nn.Module, BaseTunerLayer):
 
     def unmerged_matrix(self) -> Tensor:
         """W (out, in) of the base, also while adapters are merged into the host."""
-        if self._original_weight:
-            with self._restored():
+        if self._kept is not None:
+            with self._restored(self._kept):
                 return self.host.matrix()
         return self.host.matrix()
 
     @property
-    def _base_weight(self) -> nn.Parameter:
+    def _base_weight(self) -> Tensor:
         """The base's own weight parameter, also while adapters are merged into the host."""
-        return self._original_weight[0] if self._original_weight else self.host.weight
+        return self.host.weight if self._kept is None else self._kept.weight
 
     def note_host(self) -> None:
         """Remember the weight that subspaces were placed on."""
@@ -298,9 +302,11 @@ class Layer(nn.Module, BaseTunerLayer):
     def _is_bare(self) -> bool:
         """Whether nothing but the host's own forward and frozen parameters would have a part in calling it."""
         host = self._modules["base_layer"]
-        if host is not self.host.module or host._forward_hooks or host._forward_pre_hooks or host._backward_hooks:
+        if not self.host.multiplies or host is not self.host.module:
             return False
-        if host._backward_pre_hooks or "forward" in host.__dict__:  # the latter: patched, e.g. by a dispatcher
+        if host._forward_hooks or host._forward_pre_hooks or host._backward_hooks or host._backward_pre_hooks:
+            return False
+        if "forward" in host.__dict__:  # patched, e.g. by a dispatcher
             return False
         weight, bias = host._parameters.get("weight"), host._parameters.get("bias")
         return weight is not None and not weight.requires_grad and (bias is None or not bias.requires_grad)
@@ -378,26 +384,33 @@ class Layer(nn.Module, BaseTunerLayer):
         """Put W with the adapters in it in the place of the host's weight, computed in float32 and rounded once.
 
         The original parameter is kept, and `unmerge` puts it back bit for bit; modules that share it (tied
-        embeddings) keep it too.
+        embeddings) keep it too. On a quantised host the result is quantised as the layer was, and `requantised` says
+        what that changes.
 
         Raises:
-            ValueError: with `safe_merge`, the result would hold NaN or infinity; nothing is changed.
+            ValueError: with `safe_merge`, the result would hold NaN or infinity; or the host is quantised by a library
+                that cannot write back; nothing is changed.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.isotune_operator]
         if not names:
             return
+        self.host.check_merge()
         merged = self._merged_matrix(names, safe_merge)
-        if not self._original_weight:
-            self._original_weight.append(self.host.weight)
+        if self._kept is None:
+            self._kept = self.host.keep()
         self.host.set_matrix(merged)
         self.merged_adapters.extend(names)
+        if self.host.quantised:
+            self.requantised = Requantised.measure(self.unmerged_matrix(), merged, self.host.matrix())
 
     @torch.no_grad()
-    def check_merge(self, adapter_names: list[str] | None = None) -> None:
-        """Raise what `merge` with `safe_merge` would raise, and change nothing."""
+    def check_merge(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
+        """Raise what `merge` would raise, and change nothing."""
         names = self.active_adapters if adapter_names is None else adapter_names
         names = [n for n in names if n in self.isotune_operator and n not in self.merged_adapters]
         if names:
+            self.host.check_merge()
+        if names and safe_merge:
             self._merged_matrix(names, safe_merge=True)
 
     def _merged_matrix(self, names: list[str], safe_merge: bool) -> Tensor:
@@ -417,16 +430,15 @@ class Layer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Nothing is merged, so there is nothing to unmerge.", IsotuneWarning, stacklevel=2)
             return
-        original, current = self._original_weight.pop(), self.host.weight
-        if original.device != current.device or original.dtype != current.dtype:
-            original.data = original.data.to(current)  # the model was moved or cast while merged
-        self.host.restore(original)
+        if self._kept is not None:
+            self.host.restore(self._kept)
+        self._kept = self.requantised = None
         self.merged_adapters.clear()
 
     @contextmanager
-    def _restored(self) -> Iterator[None]:
-        merged = self.host.weight
-        self.host.restore(self._original_weight[0])
+    def _restored(self, kept: Kept) -> Iterator[None]:
+        merged = self.host.keep()
+        self.host.restore(kept)
         try:
             yield
         finally:
@@ -451,14 +463,81 @@ class Linear(Layer):
     """The layer on a linear host; the name is what PEFT recognises when it expands "all-linear"."""
 
 
-def adapt(module: nn.Module, key: str = "") -> Layer:
+@dataclass(frozen=True)
+class Requantised:
+    """What quantising a merged weight W' again has changed, in Frobenius norms."""
+
+    of_weight: float
+    """The change over ‖W'‖: the relative change of the output for inputs without a preferred direction."""
+    of_update: float
+    """The change over ‖W' − W‖, what the adapters themselves change."""
+
+    @classmethod
+    def measure(cls, before: Tensor, wanted: Tensor, found: Tensor) -> Requantised:
+        """From W, W' and what W' has become."""
+        before, wanted, found = widen(before), widen(wanted), widen(found)
+        error = torch.linalg.vector_norm(found - wanted)
+        whole, update = torch.linalg.vector_norm(wanted), torch.linalg.vector_norm(wanted - before)
+        tiny = torch.finfo(whole.dtype).tiny
+        return cls(float(error / whole.clamp_min(tiny)), float(error / update.clamp_min(tiny)))
+
+
+def warn_of_requantising(layers: Iterable[Layer]) -> None:
+    """Say once what merging into quantised layers has changed."""
+    found = {layer.key: layer.requantised for layer in layers if layer.requantised is not None}
+    if not found:
+        return
+    worst = max(found, key=lambda key: found[key].of_weight)
+    mean = [sum(getattr(one, name) for one in found.values()) / len(found) for name in ("of_weight", "of_update")]
+    warnings.warn(
+        f"The merged weights of {len(found)} layers were quantised again, which changed them by {mean[0]:.2g} of their "
+        f"norm on average (most, {found[worst].of_weight:.2g}, in {worst!r}): {mean[1]:.2g} times what the adapters "
+        "change. Left unmerged, adapters on a quantised base are exact.",
+        IsotuneWarning,
+        stacklevel=3,
+    )
+
+
+def adapt(module: nn.Module, key: str = "", **quantisation: Any) -> Layer:
     """The layer around a module, without adapters yet.
+
+    Args:
+        module: the frozen layer, possibly already wrapped by another tuner layer.
+        key: its name in the model.
+        quantisation: what PEFT's `get_quantization_kwargs` finds on the model.
 
     Raises:
         ValueError: the module cannot be a host.
     """
     inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return (Linear if LinearHost.accepts(inner) else Layer)(module, key)
+    backend = _backend_of(inner, key, **quantisation)
+    return (Layer if backend is None and not LinearHost.accepts(inner) else Linear)(module, key, backend)
+
+
+def _backend_of(module: nn.Module, key: str, get_apply_tensor_subclass: Any = None) -> Backend | None:
+    """How the weight of a quantised module is read and written; None for a module that is not quantised."""
+    weight = module._parameters.get("weight")
+    if type(weight) is nn.Parameter and weight.is_floating_point():
+        return None  # PEFT would import every quantisation library that is installed
+    own = functions_for(module)
+    if own is not None:
+        return own
+    backend = resolve_quantization_backend(
+        module, get_apply_tensor_subclass=get_apply_tensor_subclass or _unknown_configuration
+    )
+    if isinstance(backend, ForwardOnlyQuantizationBackend):
+        raise ValueError(
+            f"The target module {key!r} is quantised by {backend.backend_name}, whose weights cannot be dequantised, "
+            f"so it cannot be adapted. Supported: {', '.join(QuantisedHost.kinds)}. Quantise the base with one of "
+            "these, or exclude the module with exclude_modules."
+        )
+    if backend is not None and backend.backend_name == "torchao" and get_apply_tensor_subclass is None:
+        backend.supports_merge = False
+    return backend
+
+
+def _unknown_configuration() -> None:
+    """Stands where the configuration that a torchao model was quantised with is not known."""
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:

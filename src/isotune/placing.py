@@ -88,7 +88,9 @@ class AdapterGroup:
             if config.basis == "pinned":
                 # A few more than r: a cut between nearly equal singular values may fall differently elsewhere.
                 rank = candidate_rank(rank, layer.in_features, layer.out_features)
-            requests.append(SubspaceRequest(layer.unmerged_matrix(), rank, f"module {layer.key!r}"))
+            # A quantised weight is dequantised when its turn comes, so that not all of them live at once.
+            weight = layer.unmerged_matrix if layer.host.quantised else layer.unmerged_matrix()
+            requests.append(SubspaceRequest(weight, rank, f"module {layer.key!r}"))
         cache = SubspaceCache() if config.subspace_cache else None
         found = principal_subspaces(requests, solver=config.solver, tolerance=CANDIDATE_TOLERANCE, cache=cache)
         return [subspace.basis for subspace in found]
@@ -103,14 +105,20 @@ class AdapterGroup:
                 self._form(layer).adopt_twin(twin, layer.unmerged_matrix(), self._scale(layer))
         solved: dict[tuple[int, int], SubspaceUpdate] = {}
         for layer, subspace in zip(fresh, self._subspaces(fresh), strict=True):
-            form, matrix = self._form(layer), layer.unmerged_matrix()
-            twin = solved.setdefault((id(subspace), matrix.data_ptr()), form)
-            if twin is form:
-                form.adopt(subspace, matrix, self._scale(layer), self._config(layer).basis_seed)
-            else:
-                form.adopt_twin(twin, matrix, self._scale(layer))
+            self._adopt(layer, subspace, layer.unmerged_matrix(), solved)
         for layer in layers:
             layer.note_host()
+
+    def _adopt(
+        self, layer: Layer, subspace: Tensor, matrix: Tensor, solved: dict[tuple[int, int], SubspaceUpdate]
+    ) -> None:
+        """Take a solved subspace, or all of another layer that was given it for the same weight."""
+        form = self._form(layer)
+        twin = solved.setdefault((id(subspace), matrix.data_ptr()), form)
+        if twin is form:
+            form.adopt(subspace, matrix, self._scale(layer), self._config(layer).basis_seed)
+        else:
+            form.adopt_twin(twin, matrix, self._scale(layer))
 
     def _sibling(self, layer: Layer) -> SubspaceUpdate | None:
         """Another adapter's form on the same layer whose basis and tensors can be used as they are."""
@@ -157,8 +165,9 @@ class AdapterGroup:
             f"The adapter {self.adapter_name!r} was not trained on this base model: in {len(above)} of "
             f"{len(self.layers)} layers the principal subspace differs, most in {worst.key!r} with a residual of "
             f"{residual:.3f} (the same base gives below 0.001, a base rounded to bfloat16 about 0.003, at most "
-            f"{MAX_RESIDUAL} is allowed). Load the adapter on the base it was trained on, unquantised; or train and "
-            "save it with basis='embedded', which fits any base of the same shapes; or, to load it all the same, set "
+            f"{MAX_RESIDUAL} is allowed). Load the adapter on the base it was trained on, quantised in the same way or "
+            "not at all; or train and save it with basis='embedded', which fits any base of the same shapes; or, to "
+            "load it all the same, set "
             "on_base_mismatch='warn' in PeftModel.from_pretrained or on the config."
         )
         if self._config(worst).on_base_mismatch == "warn":

@@ -17,13 +17,15 @@ from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     ModulesToSaveWrapper,
     PeftType,
+    get_quantization_kwargs,
     register_peft_method,
 )
 from torch import Tensor, nn
 
 from isotune.config import IsotuneConfig
 from isotune.errors import AdapterFileError, IsotuneWarning, UnsupportedVersionError
-from isotune.layer import Layer, MixedBatch, adapt
+from isotune.hosts import keep_readable
+from isotune.layer import Layer, MixedBatch, adapt, warn_of_requantising
 from isotune.links import Links, remove_adapter
 from isotune.methods import METHODS
 from isotune.placing import AdapterGroup
@@ -54,6 +56,8 @@ class IsotuneModel(BaseTuner):
         """Put the adapter into the model, then find the subspaces of all its layers; all or nothing."""
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         first = not any(isinstance(module, Layer) for module in model.modules())
+        for module in model.modules():
+            keep_readable(module)  # those without an adapter too: the gradient of earlier layers passes through them
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             links = Links.attach(model)
@@ -70,14 +74,16 @@ class IsotuneModel(BaseTuner):
             model.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge into the base; with `safe_merge` all layers are checked before the first is changed."""
-        self._check_merge(safe_merge, adapter_names)
+        """Merge into the base; all layers are checked before the first is changed."""
+        layers = self._check_merge(safe_merge, adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        warn_of_requantising(layers)
 
-    def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        for module in self.model.modules() if safe_merge else ():
-            if isinstance(module, Layer):
-                module.check_merge(adapter_names)
+    def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> list[Layer]:
+        layers = [module for module in self.model.modules() if isinstance(module, Layer)]
+        for layer in layers:
+            layer.check_merge(adapter_names, safe_merge)
+        return layers
 
     def _unload_and_optionally_merge(
         self,
@@ -86,11 +92,12 @@ class IsotuneModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        self._check_merge(merge and safe_merge, adapter_names)
+        layers = self._check_merge(safe_merge, adapter_names) if merge else []
         model: Any = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
         Links.detach(model)
+        warn_of_requantising(layers)
         return model
 
     def _create_and_replace(
@@ -106,7 +113,7 @@ class IsotuneModel(BaseTuner):
         if isinstance(target, Layer):
             target.update_layer(adapter_name, peft_config)
             return
-        layer = adapt(target, current_key)
+        layer = adapt(target, current_key, **get_quantization_kwargs(self.model))
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)

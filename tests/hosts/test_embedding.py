@@ -71,13 +71,14 @@ def test_matrix_is_a_view_with_a_row_for_each_token() -> None:
 def test_set_and_restore(requires_grad: bool) -> None:
     module = embedding().requires_grad_(requires_grad)
     host, original = host_for(module), module.weight
+    kept = host.keep()
     values, other = original.detach().clone(), torch.randn(ROWS, WIDTH, dtype=torch.float64)
     host.set_matrix(other)
     assert module.weight is not original
     assert torch.equal(original, values)
     assert torch.equal(host.matrix(), other.float())
     assert module.weight.requires_grad is requires_grad
-    host.restore(original)
+    host.restore(kept)
     assert module.weight is original
 
 

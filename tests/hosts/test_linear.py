@@ -7,7 +7,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from helpers import OPTIONS_FOR_12, OneLayer
+from isotune import get_peft_model
 from isotune.hosts import LinearHost, host_for
+from isotune.methods import METHODS
 
 
 def linear() -> nn.Module:
@@ -38,6 +41,7 @@ def test_matrix_is_out_by_in_and_a_view(build: type) -> None:
 def test_set_and_restore(build: type, requires_grad: bool) -> None:
     module = build().requires_grad_(requires_grad)
     host, original = host_for(module), module.weight
+    kept = host.keep()
     values = original.detach().clone()
     other = torch.randn(3, 5, dtype=torch.float64)
     host.set_matrix(other)
@@ -47,7 +51,7 @@ def test_set_and_restore(build: type, requires_grad: bool) -> None:
     assert module.weight.requires_grad is requires_grad
     assert module.weight.is_contiguous()
     assert isinstance(module.weight, nn.Parameter)
-    host.restore(original)
+    host.restore(kept)
     assert module.weight is original
     assert torch.equal(module.weight, values)
 
@@ -58,6 +62,21 @@ class Custom(nn.Linear):
 
 def test_subclasses_with_a_plain_weight_are_taken() -> None:
     assert host_for(Custom(4, 3)).matrix().shape == (3, 4)
+
+
+class Doubling(nn.Linear):
+    """A subclass that computes something else with its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_the_forward_of_a_subclass_is_called(method: str) -> None:
+    base, x = OneLayer(Doubling(12, 12)), torch.randn(3, 12)
+    expected = base(x)
+    model = get_peft_model(base, METHODS[method](target_modules=["layer"], **OPTIONS_FOR_12[method]))
+    torch.testing.assert_close(model(x), expected)
 
 
 @pytest.mark.parametrize("module", [nn.ConvTranspose2d(3, 3, 1), nn.LayerNorm(3), nn.Bilinear(2, 2, 2), nn.Identity()])

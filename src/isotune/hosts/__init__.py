@@ -6,20 +6,34 @@ from torch import nn
 
 from isotune.hosts.conv import ConvHost
 from isotune.hosts.embedding import EmbeddingHost
-from isotune.hosts.host import Host, widen
+from isotune.hosts.host import Host, Kept, widen
 from isotune.hosts.linear import LinearHost
+from isotune.hosts.quantised import Backend, QuantisedHost, functions_for, keep_readable
 
-__all__ = ["ConvHost", "EmbeddingHost", "Host", "LinearHost", "host_for", "widen"]
+__all__ = [
+    "Backend",
+    "ConvHost",
+    "EmbeddingHost",
+    "Host",
+    "Kept",
+    "LinearHost",
+    "QuantisedHost",
+    "functions_for",
+    "host_for",
+    "keep_readable",
+    "widen",
+]
 
 _HOSTS: tuple[type[Host], ...] = (LinearHost, ConvHost, EmbeddingHost)
 
 
-def host_for(module: nn.Module, name: str = "") -> Host:
+def host_for(module: nn.Module, name: str = "", backend: Backend | None = None) -> Host:
     """Find the host class of a module.
 
     Args:
         module: the frozen layer.
         name: its name in the model, for the message.
+        backend: of a quantised layer: how its weight is read and written.
 
     Returns:
         The host around it.
@@ -27,10 +41,12 @@ def host_for(module: nn.Module, name: str = "") -> Host:
     Raises:
         ValueError: no host takes such a layer, or its weight is not a floating-point matrix.
     """
+    if backend is not None:
+        return QuantisedHost(module, name, backend)
     for host in _HOSTS:
         if host.accepts(module):
             return host(module, name)
-    supported = ", ".join(sorted(kind for host in _HOSTS for kind in host.kinds))
+    supported = ", ".join([*sorted(kind for host in _HOSTS for kind in host.kinds), *QuantisedHost.kinds])
     raise ValueError(
         f"The target module {name!r} is a {type(module).__module__}.{type(module).__qualname__}, which cannot be "
         f"adapted. Supported: {supported}. Choose target_modules that match only these, or exclude the module with "

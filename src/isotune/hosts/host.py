@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 Fold = Callable[..., Tensor]
 """fold(matrix, rows, at) -> matrix with the active adapters in it, in its own dtype; the others as in Form.fold."""
+
+
+class Kept(NamedTuple):
+    """What `Host.restore` puts back."""
+
+    weight: Tensor
+    """What `Host.weight` was."""
+    module: nn.Module | None = None
+    """A copy of the layer that holds what else belongs to the weight, where there is more."""
 
 
 class Host(ABC):
     """A frozen layer seen as a matrix W of shape (out, in)."""
 
     kinds: ClassVar[tuple[str, ...]]
+    quantised: ClassVar[bool] = False
+    """Whether W is packed: `matrix` makes it anew at each call, and `set_matrix` rounds it."""
+    multiplies = False
+    """Whether the module is x Wᵀ + b by its parameters weight and bias and nothing more, so that this may be computed
+    in its place."""
     folds: ClassVar[bool] = False
     """Whether adapters act on W (or rows of it) at each call, since W does not multiply the input as it is."""
 
@@ -31,12 +47,12 @@ class Host(ABC):
 
     @property
     @abstractmethod
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The parameter that holds W, in the module's own layout."""
 
     @abstractmethod
     def matrix(self) -> Tensor:
-        """W as (out, in), a view of the parameter, in its own dtype, without a graph."""
+        """W as (out, in), in its own dtype, without a graph; a view of the parameter unless `quantised`."""
 
     @abstractmethod
     def stored(self, matrix: Tensor) -> Tensor:
@@ -46,9 +62,16 @@ class Host(ABC):
     def set_matrix(self, matrix: Tensor) -> None:
         """Put `matrix` (out, in) in the place of W, as a new parameter: whoever shares the old one keeps it."""
 
+    def check_merge(self) -> None:  # noqa: B027
+        """Raise a ValueError if `set_matrix` is not possible."""
+
     @abstractmethod
-    def restore(self, weight: nn.Parameter) -> None:
-        """Put back a parameter taken from `weight` before."""
+    def keep(self) -> Kept:
+        """What `restore` needs to undo a `set_matrix` to come."""
+
+    @abstractmethod
+    def restore(self, kept: Kept) -> None:
+        """Put back what `keep` has returned, the same bits, on the device and in the dtype that the layer has now."""
 
     def call_folded(self, base_layer: nn.Module, fold: Fold, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output with `fold` applied to W, for a host that `folds`.
@@ -86,12 +109,13 @@ class WeightHost(Host):
     def __init__(self, module: nn.Module, name: str = "") -> None:
         super().__init__(module, name)
         weight = self.weight
-        if weight.ndim != self.dimensions or not weight.is_floating_point():
+        if weight.ndim != self.dimensions or weight.dtype not in _DTYPES:
             raise ValueError(
-                f"The weight of {name or type(module).__name__!r} has shape {tuple(weight.shape)} and dtype "
-                f"{weight.dtype}; {self.dimensions} dimensions and floating-point numbers are needed. A quantised or "
-                "packed layer cannot be adapted by this class: load the base model unquantised, or exclude the layer "
-                "with exclude_modules."
+                f"The weight of {name or type(module).__name__!r}, a {type(module).__module__}."
+                f"{type(module).__qualname__}, has shape {tuple(weight.shape)} and dtype {weight.dtype}; "
+                f"{self.dimensions} dimensions and floating-point numbers of 16 bits or more are needed. A layer "
+                "packed or quantised by this library cannot be adapted: load the base model unquantised or quantised "
+                "by another (see the guide on quantised bases), or exclude the layer with exclude_modules."
             )
 
     @property
@@ -119,9 +143,17 @@ class WeightHost(Host):
         weight = self.stored(matrix).contiguous().to(self.weight)
         self.module.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
 
-    def restore(self, weight: nn.Parameter) -> None:
+    def keep(self) -> Kept:
+        """The parameter."""
+        return Kept(self.weight)
+
+    def restore(self, kept: Kept) -> None:
         """The very parameter object, so ties to other modules are ties again."""
-        self.module.weight = weight
+        original, current = kept.weight, self.weight
+        assert isinstance(original, nn.Parameter)
+        if original.device != current.device or original.dtype != current.dtype:
+            original.data = original.data.to(current)  # the model was moved or cast meanwhile
+        self.module.weight = original
 
 
 def widen(tensor: Tensor) -> Tensor:

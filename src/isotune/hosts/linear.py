@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -10,10 +11,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from isotune.hosts.host import WeightHost
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def _conv1d() -> Any:
     # transformers stays unimported: a module of its class can exist only if somebody else has imported it.
-    utils = sys.modules.get("transformers.pytorch_utils")
-    return utils is not None and isinstance(module, utils.Conv1D)
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
 
 
 class LinearHost(WeightHost):
@@ -33,11 +33,13 @@ class LinearHost(WeightHost):
                 "its weight and never calls it, so an adapter would do nothing. Exclude it with exclude_modules."
             )
         self.transposed = not isinstance(module, nn.Linear)
+        inherited: Any = _conv1d() if self.transposed else nn.Linear
+        self.multiplies = type(module).forward is inherited.forward  # a subclass may compute something else
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
         """nn.Linear, its subclasses that keep a plain weight, and Conv1D."""
-        return isinstance(module, nn.Linear) or _is_conv1d(module)
+        return isinstance(module, (nn.Linear, _conv1d()))
 
     def matrix(self) -> Tensor:
         """W as (out, in)."""

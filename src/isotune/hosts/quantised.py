@@ -1,0 +1,221 @@
+"""A linear layer whose weight a library has quantised, whichever the library."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from isotune.hosts.host import Host, Kept
+
+
+class Backend(Protocol):
+    """How one library's weights are read and written; PEFT's quantisation back ends are of this kind."""
+
+    @property
+    def backend_name(self) -> str:
+        """Of the library and its kind of numbers, for messages."""
+
+    @property
+    def supports_merge(self) -> bool:
+        """Whether `set_base_weight` works."""
+
+    def get_base_weight(self, base_layer: nn.Module) -> Tensor:
+        """W as (out, in), dequantised."""
+
+    def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
+        """Quantise W (out, in) as the layer was, into `peft_layer.base_layer`, which may be replaced."""
+
+
+@dataclass(frozen=True)
+class Functions:
+    """A back end made of functions, for a library that PEFT has none for or cannot read."""
+
+    backend_name: str
+    read: Callable[[Any], Tensor]
+    write: Callable[[Any, Tensor], None] | None = None
+
+    @property
+    def supports_merge(self) -> bool:
+        """Whether there is a function to write with."""
+        return self.write is not None
+
+    def get_base_weight(self, base_layer: nn.Module) -> Tensor:
+        """W as (out, in), dequantised."""
+        return self.read(base_layer)
+
+    def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
+        """Quantise W (out, in) as the layer was."""
+        assert self.write is not None
+        self.write(peft_layer.get_base_layer(), weight_data)
+
+
+def functions_for(module: nn.Module) -> Functions | None:
+    """The back end of a module quantised by a library that PEFT has none for; None for any other module."""
+    return None
+
+
+class QuantisedHost(Host):
+    """A linear layer with packed weights: W is what they dequantise to, and only the layer's own forward uses them.
+
+    Args:
+        module: the layer.
+        name: its name in the model, for messages.
+        backend: of the library that quantised it.
+
+    Raises:
+        ValueError: the library's weights cannot be read.
+    """
+
+    kinds = ("linear layers quantised by bitsandbytes", "by torchao")
+    quantised = True
+
+    def __init__(self, module: nn.Module, name: str, backend: Backend) -> None:
+        super().__init__(module, name)
+        self.backend = backend
+        keep_readable(module)
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Never by the module alone: `host_for` is given a back end."""
+        return False
+
+    @property
+    def weight(self) -> Tensor:
+        """The packed numbers."""
+        return packed(self.module)
+
+    @property
+    def in_features(self) -> int:
+        """Columns of W."""
+        return int(self.module.in_features)  # type: ignore[arg-type]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of W."""
+        return int(self.module.out_features)  # type: ignore[arg-type]
+
+    def matrix(self) -> Tensor:
+        """W as (out, in), dequantised anew at each call.
+
+        Raises:
+            ValueError: the library cannot.
+        """
+        try:
+            matrix = self.backend.get_base_weight(self.module).detach()
+        except (AssertionError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"The weight of {self.name!r}, quantised by {self.backend.backend_name}, cannot be dequantised: "
+                f"{error or type(error).__name__}. Quantise the model first (bitsandbytes does when it is moved to its "
+                "device), or exclude the module with exclude_modules."
+            ) from error
+        if matrix.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"The weight of {self.name!r}, quantised by {self.backend.backend_name}, dequantises to "
+                f"{tuple(matrix.shape)}, and the layer is {self.out_features} × {self.in_features}; exclude the module "
+                "with exclude_modules."
+            )
+        return matrix
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """W as it is: a change of it has no packed layout."""
+        return matrix
+
+    def check_merge(self) -> None:
+        """Refuse a library that cannot write back."""
+        if not self.backend.supports_merge:
+            raise ValueError(
+                f"{self.name!r} is quantised by {self.backend.backend_name}, into which a changed weight cannot be "
+                "written back, so adapters cannot be merged into it; nothing was merged. Use the model with the "
+                "adapter unmerged, or export the adapter as LoRA. A torchao model must be loaded by transformers with "
+                "a TorchAoConfig, which says how to quantise again."
+            )
+
+    def set_matrix(self, matrix: Tensor) -> None:
+        """Quantise `matrix` as the layer was, in new tensors."""
+        bias = getattr(self.module, "bias", None)
+        # The libraries write into what belongs to a layer, and bitsandbytes even into the weight that is replaced.
+        twin = _copy(self.module, deep=True, bias=bias)
+        holder = _Holder(twin)
+        self.backend.set_base_weight(holder, matrix)
+        _take(self.module, holder.base_layer)
+        if bias is not None:
+            self.module.bias = bias  # HQQ's comes back without
+
+    def keep(self) -> Kept:
+        """The weight and all that belongs to it."""
+        return Kept(self.weight, _copy(self.module))
+
+    def restore(self, kept: Kept) -> None:
+        """The very same tensors, on the device where the layer is now."""
+        assert kept.module is not None
+        device = self.weight.device
+        if packed(kept.module).device != device:
+            kept.module.to(device)
+        _take(self.module, kept.module)
+
+
+class _Holder:
+    """What a back end takes for the tuner layer around a base layer."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+
+_OF_THE_WEIGHT = ("_parameters", "_buffers", "state", "quant_state", "meta")
+"""The attributes in which a layer keeps its packed weight and what dequantises it: `state` and `quant_state` are
+bitsandbytes', `meta` is HQQ's."""
+
+
+def _copy(module: nn.Module, *, deep: bool = False, bias: Any = None) -> nn.Module:
+    """A module of the same kind that shares the packed weight, or with `deep` everything but the bias has its own."""
+    twin = copy.copy(module)
+    memo = {id(module): twin, id(bias): bias}
+    for name in _OF_THE_WEIGHT:
+        if name in vars(module):
+            value = vars(module)[name]
+            vars(twin)[name] = copy.deepcopy(value, memo) if deep else dict(value) if name[0] == "_" else value
+    if deep:
+        _adopt(twin, module)
+    return twin
+
+
+def _take(module: nn.Module, other: nn.Module) -> None:
+    """Give a module the packed weight of another."""
+    vars(module).update({name: vars(other)[name] for name in _OF_THE_WEIGHT if name in vars(other)})
+    _adopt(module, other)
+
+
+def _adopt(module: nn.Module, former: nn.Module) -> None:
+    # bitsandbytes' parameter knows its layer, and writes to it when it is quantised.
+    for parameter in module._parameters.values():
+        if getattr(parameter, "module", None) is former:
+            parameter.module = module  # type: ignore[union-attr]
+
+
+def packed(module: nn.Module) -> Tensor:
+    """The tensor of a quantised layer that holds the numbers of its weight."""
+    for name in ("weight", "W_q", "qweight"):
+        found = getattr(module, name, None)
+        if isinstance(found, Tensor):
+            return found
+    raise ValueError(f"{type(module).__module__}.{type(module).__qualname__} has no packed weight")
+
+
+def keep_readable(module: nn.Module) -> None:
+    """Have bitsandbytes keep a 4-bit layer in the layout that it is dequantised and differentiated from.
+
+    On a CPU with AVX512-BF16 an evaluation forward packs the weight into another layout, in place: dequantised from it
+    W is garbage, and a training step through it has no gradient.
+    """
+    if getattr(module, "support_avx512bf16_for_cpu", None) is None:
+        return
+    module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        module.state_dict()  # saving brings the ordinary layout back

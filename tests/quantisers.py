@@ -1,0 +1,106 @@
+"""Layers and models quantised by each library that is tested, made from plain ones."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """One way to quantise a linear layer."""
+
+    package: str
+    """What must be installed."""
+    layer: Callable[[nn.Linear], nn.Module]
+    """A quantised layer from a plain one, which may be used up."""
+    configuration: Callable[[], Any] | None = None
+    """torchao's configuration, which transformers keeps on the model."""
+    rounds_inputs: bool = False
+    """Whether an evaluation forward rounds its input too, so that it is no product with the dequantised weight."""
+    residue: float = 0.0
+    """The relative rounding error of the weight, roughly."""
+    merges: bool = True
+    """Whether a changed weight can be written back."""
+
+
+def _four_bits(kind: str) -> Callable[[nn.Linear], nn.Module]:
+    def quantise(layer: nn.Linear) -> nn.Module:
+        from bitsandbytes.nn import Linear4bit
+
+        shape, bias, dtype = (layer.in_features, layer.out_features), layer.bias is not None, layer.weight.dtype
+        packed = Linear4bit(*shape, bias=bias, quant_type=kind, compute_dtype=dtype)
+        packed.load_state_dict(layer.state_dict())
+        return packed.to("cpu")
+
+    return quantise
+
+
+def _eight_bits(layer: nn.Linear) -> nn.Module:
+    from bitsandbytes.nn import Linear8bitLt
+
+    bias = layer.bias is not None
+    packed = Linear8bitLt(layer.in_features, layer.out_features, bias=bias, has_fp16_weights=False)
+    packed.load_state_dict(layer.state_dict())
+    return packed.to("cpu")
+
+
+def _torchao(name: str) -> tuple[Callable[[nn.Linear], nn.Module], Callable[[], Any]]:
+    def configuration() -> Any:
+        from torchao import quantization
+
+        if name == "int4":
+            groups = quantization.PerGroup(16)
+            return quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)
+        return {"int8": quantization.Int8WeightOnlyConfig, "float8": quantization.Float8WeightOnlyConfig}[name]()
+
+    def quantise(layer: nn.Linear) -> nn.Module:
+        from torchao.quantization import quantize_
+
+        quantize_(layer, configuration())
+        return layer
+
+    return quantise, configuration
+
+
+QUANTISERS = {
+    "bitsandbytes-nf4": Quantiser("bitsandbytes", _four_bits("nf4"), residue=0.1),
+    "bitsandbytes-fp4": Quantiser("bitsandbytes", _four_bits("fp4"), residue=0.13),
+    "bitsandbytes-int8": Quantiser("bitsandbytes", _eight_bits, rounds_inputs=True, residue=0.01),
+    "torchao-int8": Quantiser("torchao", *_torchao("int8"), residue=0.01),
+    "torchao-int4": Quantiser("torchao", *_torchao("int4"), residue=0.1),
+    "torchao-float8": Quantiser("torchao", *_torchao("float8"), residue=0.04),
+}
+IN_CI = ("bitsandbytes-nf4", "bitsandbytes-int8", "torchao-int8", "torchao-int4")
+OTHERS = tuple(name for name in QUANTISERS if name not in IN_CI)
+
+
+def parameters(*names: str) -> list[Any]:
+    """For `pytest.mark.parametrize`: those that CI does not have are slow, and skipped where the library is missing."""
+    return [pytest.param(name, marks=() if name in IN_CI else pytest.mark.slow) for name in names or QUANTISERS]
+
+
+def quantise(model: nn.Module, name: str, *leave: str) -> nn.Module:
+    """A copy of a model whose linear layers are quantised, but for those whose name ends in one of `leave`."""
+    quantiser = QUANTISERS[name]
+    try:
+        importlib.import_module(quantiser.package)
+    except ImportError:
+        pytest.skip(f"{quantiser.package} is not installed; see requirements/")
+    model = copy.deepcopy(model)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and not path.endswith(leave):
+            parent, _, attribute = path.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, quantiser.layer(module))
+    if quantiser.configuration is not None:
+        configuration = SimpleNamespace(get_apply_tensor_subclass=quantiser.configuration)
+        model.hf_quantizer = SimpleNamespace(quantization_config=configuration)  # as transformers' loader does
+    return model.requires_grad_(False)

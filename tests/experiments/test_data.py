@@ -81,7 +81,8 @@ def test_json_pairs_and_integer_labels_in_numeric_order(folder: Path) -> None:
             r"line 2: the label '2' is none of .*\(0, 1\)",
         ),
         ("train.csv", b"text,label\ncaf\xe9,x\n", {}, "cannot read the data file"),
-        ("train.txt", "a", {"files": {"train": "train.txt"}}, "must end in .csv, .tsv, .json, .jsonl"),
+        ("train.doc", "a", {"files": {"train": "train.doc"}}, "must end in .csv, .tsv, .json, .jsonl, .txt"),
+        ("train.txt", "images/a.png\n", {"files": {"train": "train.txt"}}, "train.txt, line 1: expected the path"),
         (
             "train.jsonl",
             '{"a": 1}\nnot',

@@ -109,7 +109,8 @@ def test_the_classifier_reloads_through_peft_alone(tiny: dict[str, Any], tiny_mo
     run(validate(tiny))
     adapter = Path(tiny["output"]) / "psoft" / "adapter"
     assert json.loads((adapter / "adapter_config.json").read_text())["modules_to_save"] == ["classifier", "score"]
-    model = models.reload(str(tiny_model), "auto", ["0", "1"], adapter, "psoft")
+    base, _ = models.load_classifier(str(tiny_model), "auto", ["0", "1"])
+    model = models.restore(base, adapter, "psoft")
     saved = load_file(adapter / "adapter_model.safetensors")
     key = next(name for name in saved if name.endswith("classifier.weight"))
     merged = model.merge_and_unload()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 
 from helpers import VOCABULARY, WORDS, make_tokenizer
-from isotune.experiments import loop, reload
-from isotune.experiments.recipe import load
+from isotune.experiments import reload, suites
+from isotune.experiments.recipe import load, packaged
 from isotune.experiments.run import run
 
 GLUE = ("cola", "stsb", "mrpc", "rte", "sst2", "qnli", "mnli", "qqp")
+VTAB = tuple(name.removeprefix("vtab/") for name in packaged() if name.startswith("vtab/"))
 QUICK = ["method.r=4", "train.epochs=1", "train.max_steps=2", "train.batch_size=4", "train.max_length=16"]
 
 
@@ -42,6 +44,47 @@ def deberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT without a head, as the published one, two layers of width 32 on images of 32 × 32."""
+    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+    folder = tmp_path_factory.mktemp("vit")
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=32,
+        patch_size=16,
+    )
+    torch.manual_seed(0)
+    ViTModel(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vtab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four images and the list files of every task, as VTAB-1K is published, of the first and the last class."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("vtab-1k")
+    for name in VTAB:
+        data = load(f"vtab/{name}").data
+        folder = root / str(data.folder)
+        (folder / "images").mkdir(parents=True)
+        for number in range(4):
+            shade = 60 * number
+            Image.new("RGB" if number else "L", (20, 24), (shade, 0, 255 - shade) if number else 9).save(
+                folder / "images" / f"{number}.png"
+            )
+        lines = "".join(f"images/{number}.png {number % 2 * (data.classes - 1)}\n" for number in range(4))
+        for file in ("train800.txt", "val200.txt", "test.txt"):
+            (folder / file).write_text(lines)
+    return root
 
 
 def sentence(chance: random.Random) -> str:
@@ -97,7 +140,7 @@ def test_nlu(task: str, deberta: Path, tmp_path: Path) -> None:
     assert result["metric"] in result["metrics"]
     assert (result["data"]["validation"], result["data"]["test"]) == (6, 6)
     assert entry["best_step"] == 2
-    assert all(loop.math.isfinite(value) for value in entry["test"].values())
+    assert all(math.isfinite(value) for value in entry["test"].values())
     # Twelve linear layers of width 32 and 48 with r(r − 1)/2 + 2r each; the new pooler and the classifier.
     outputs = {"stsb": 1, "mnli": 3}.get(task, 2)
     assert entry["head_parameters"] == 32 * 33 + 33 * outputs
@@ -106,3 +149,38 @@ def test_nlu(task: str, deberta: Path, tmp_path: Path) -> None:
         found = reload.score(tmp_path / "run", "psoft")
         for kind in ("reloaded", "merged"):
             assert found[kind][result["metric"]] == pytest.approx(result["metrics"][result["metric"]], abs=1e-5)
+
+
+@pytest.mark.parametrize("task", VTAB)
+def test_vision(task: str, vit: Path, vtab: Path, tmp_path: Path) -> None:
+    recipe = load(
+        f"vtab/{task}",
+        [f"model={vit}", f"data.path={vtab}", f"output={tmp_path / 'run'}", *QUICK, "train.lr=1e-3"],
+    )
+    result = run(recipe)
+    entry = result["runs"][0]
+    assert result["metric"] == "accuracy"
+    assert [result["data"][split] for split in ("train", "validation", "test")] == [4, 4, 4]
+    # Twelve linear layers and a head of the task's classes; a patch embedding is a convolution and stays.
+    assert entry["head_parameters"] == 33 * recipe.data.classes
+    assert entry["trainable_parameters"] == 12 * 14 + entry["head_parameters"]
+    assert [row["step"] for row in entry["curve"] if "validation_loss" in row] == [1, 2]
+    if task == "cifar100":
+        expected = {"accuracy": result["metrics"]["accuracy"], "changed": 0}
+        assert reload.score(tmp_path / "run", "psoft") == {"reloaded": expected, "merged": expected}
+
+
+def test_vtab_has_three_groups_whose_means_are_averaged() -> None:
+    assert {group: len(tasks) for group, tasks in suites.groups("vtab").items()} == {
+        "natural": 7,
+        "specialised": 4,
+        "structured": 8,
+    }
+    scores = {f"vtab/{task}": 0.5 for task in VTAB}
+    for task in suites.groups("vtab")["specialised"]:
+        scores[task] = 0.8
+    means = suites.means("vtab", scores)
+    assert means == pytest.approx({"natural": 0.5, "specialised": 0.8, "structured": 0.5, "mean": 0.6})
+    del scores["vtab/dmlab"]
+    assert set(suites.means("vtab", scores)) == {"natural", "specialised"}  # no mean of a part that is incomplete
+    assert suites.means("glue", {f"glue/{task}": 0.25 for task in suites.SIX}) == {"mean": 0.25}

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from isotune.experiments.recipe import Data, FileData, HubData, HubTable
 
-SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 T = TypeVar("T")
 
 
@@ -79,7 +79,7 @@ def load(data: Data, regression: bool = False) -> Examples:
                 cell(row, column)
     names: list[str] = []
     if not regression:
-        names = label_names(columns, rows["train"])
+        names = label_names(columns, rows["train"], data.classes)
     splits = {
         split: [
             _example(
@@ -118,7 +118,10 @@ def read(data: Data) -> tuple[dict[str, list[Row]], Columns]:
     else:
         files = data.files
         assert files is not None  # held by the recipe's validator
-        rows = _file_rows(files, Path(data.path or "."))
+        folder = Path(data.path or ".")
+        if data.folder is not None and (folder / data.folder).is_dir():
+            folder = folder / data.folder
+        rows = _file_rows(files, folder)
         columns = Columns(files.text or data.text, files.label or data.label, files.labels or data.labels)
     for split, found in rows.items():
         if not found:
@@ -177,8 +180,10 @@ def halves(examples: Sequence[T], seed: int, key: Callable[[T], Hashable]) -> tu
     return first, second
 
 
-def label_names(columns: Columns, train: Sequence[Row]) -> list[str]:
-    """The names of the classes: those given, else those of the training set, numbers in their order."""
+def label_names(columns: Columns, train: Sequence[Row], classes: int | None = None) -> list[str]:
+    """The names of the classes: 0, 1, … of a given number, those given, or the training set's, numbers in order."""
+    if classes is not None:
+        return [str(index) for index in range(classes)]
     if columns.labels is not None:
         names = [str(name) for name in columns.labels]
     else:
@@ -306,7 +311,20 @@ def _table(path: Path, columns: list[str] | None) -> Iterator[Row]:
         raise DataError(f"there is no data file {path}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the data file {path}: {error}") from error
-    yield from _json_rows(path, text) if "json" in path.suffix else _separated_rows(path, text, columns)
+    if path.suffix == ".txt":
+        yield from _listed_rows(path, text)
+    else:
+        yield from _json_rows(path, text) if "json" in path.suffix else _separated_rows(path, text, columns)
+
+
+def _listed_rows(path: Path, text: str) -> Iterator[Row]:
+    """A list of images as VTAB-1K is published: a path from the list's own folder, a space, the label."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            image, separator, label = line.strip().rpartition(" ")
+            if not separator:
+                raise DataError(f"{path}, line {number}: expected the path of an image, a space and its label")
+            yield Row({"image": str(path.parent / image), "label": label}, f"{path}, line {number}")
 
 
 def _json_rows(path: Path, text: str) -> Iterator[Row]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -102,11 +106,8 @@ class FeatureHead(nn.Module):
 
 def tokenizer_for(name: str) -> Any:
     """The tokeniser of a model; raises ModelError with one line."""
-    with quiet():
-        try:
-            return AutoTokenizer.from_pretrained(locate(name))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot load the tokeniser of {name}: {_first_line(error)}") from error
+    with _named(name, "tokeniser of"):
+        return AutoTokenizer.from_pretrained(locate(name))
 
 
 def load_classifier(name: str, pooling: str, labels: list[str]) -> tuple[Any, list[str]]:
@@ -116,24 +117,49 @@ def load_classifier(name: str, pooling: str, labels: list[str]) -> tuple[Any, li
     Raises ModelError where the model is missing or its type has no classification head.
     """
     path = locate(name)
-    head_of: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
-    if labels:
-        head_of = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    with _named(name):
+        config = AutoConfig.from_pretrained(path, **_head_of(labels))
+        if pooling_of(path, pooling) == "mean":
+            return MeanPooledClassifier(config, _encoder(path, config)), ["classifier"]
+    return _with_new_head(AutoModelForSequenceClassification, name, config)
+
+
+def load_image_classifier(name: str, labels: list[str]) -> tuple[Any, list[str]]:
+    """Load an image encoder and put a new head on it; as `load_classifier`."""
+    with _named(name):
+        config = AutoConfig.from_pretrained(locate(name), **_head_of(labels))
+    return _with_new_head(AutoModelForImageClassification, name, config)
+
+
+def image_processor_for(name: str) -> Any:
+    """The image processor of a model; raises ModelError with one line."""
+    with _named(name, "image processor of"):
+        return AutoImageProcessor.from_pretrained(locate(name))
+
+
+def _head_of(labels: list[str]) -> dict[str, Any]:
+    if not labels:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+
+
+@contextlib.contextmanager
+def _named(name: str, what: str = "model") -> Iterator[None]:
+    """Load quietly; an error of the library's becomes a ModelError of one line."""
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(path, **head_of)
-            if pooling_of(path, pooling) == "mean":
-                encoder = _encoder(path, config)
-                return MeanPooledClassifier(config, encoder), ["classifier"]
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                path,
-                config=config,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
+            yield
+        except ModelError:
+            raise
         except (OSError, ValueError) as error:
-            raise ModelError(f"cannot load the model {name}: {_first_line(error)}") from error
+            raise ModelError(f"cannot load the {what} {name}: {_first_line(error)}") from error
+
+
+def _with_new_head(loader: Any, name: str, config: Any) -> tuple[Any, list[str]]:
+    with _named(name):
+        model, info = loader.from_pretrained(
+            locate(name), config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     new = {
         *info["missing_keys"],
         *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]),
@@ -163,16 +189,17 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def reload(name: str, pooling: str, labels: list[str], folder: Path, method: str) -> Any:
-    """Load the base model again and onto it what a run saved in `folder`; adapters by PEFT's own loading."""
-    torch.manual_seed(0)
-    model, _ = load_classifier(name, pooling, labels)
+def restore(model: Any, folder: Path, method: str) -> Any:
+    """Put onto a base model what a run saved in `folder`, adapters by PEFT's own loading; for evaluation.
+
+    Raises ModelError where the weights do not fit.
+    """
     if method in ("head", "full"):
         from safetensors.torch import load_file
 
         missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
         if unexpected or (method == "full" and missing):
-            raise ModelError(f"{folder} does not fit {name}: {(unexpected or missing)[0]}")
+            raise ModelError(f"{folder} does not fit the model: {(unexpected or missing)[0]}")
         return model.eval()
     from isotune import PeftModel
 

@@ -26,7 +26,7 @@ MethodName = Literal[
     "psoft", "psoft_so", "oft", "boft", "goft", "qgoft", "hra", "lora_xs", "lora", "dora", "head", "full"
 ]
 Metric = Literal["accuracy", "matthews_correlation", "pearson", "loss"]
-TaskName = Literal["text-classification", "text-regression"]
+TaskName = Literal["text-classification", "text-regression", "image-classification"]
 
 
 LESS_IS_BETTER = ("loss",)
@@ -99,18 +99,21 @@ class FileData(_Section):
 class Data(_Section):
     """Where the examples come from, which columns hold text and label, and what is held out for what.
 
-    With `path` the `files` are read from that folder; without it the `builtin` or `hub` data are used where
-    the recipe names them, else the `files` relative to the working directory. `range` is what a regression's
-    numbers lie in, `hold_out` the number of training examples that become the validation set.
+    With `path` the `files` are read from that folder, or from the `folder` in it if there is one; without it the
+    `builtin` or `hub` data are used where the recipe names them, else the `files` relative to the working directory.
+    `classes` is a number of classes called 0, 1, …; `range` what a regression's numbers lie in; `hold_out` the number
+    of training examples that become the validation set.
     """
 
     builtin: Literal["stdlib-docstrings"] | None = None
     hub: HubData | None = None
     files: FileData | None = None
     path: str | None = None
+    folder: str | None = None
     text: Names = Field(default_factory=lambda: ["text"], max_length=2)
     label: str = "label"
     labels: list[str | int] | None = None
+    classes: Annotated[int, Field(ge=2)] | None = None
     range: tuple[FiniteFloat, FiniteFloat] | None = None
     split_validation_half: bool = False
     hold_out: PositiveInt | None = None
@@ -167,9 +170,13 @@ class Train(_Section):
 
 
 class Recipe(_Section):
-    """A whole experiment: model, task, data, method, training and where the results go."""
+    """A whole experiment: model, task, data, method, training and where the results go.
+
+    `group` is the part of its suite that a task is averaged in.
+    """
 
     description: str = ""
+    group: str | None = None
     task: TaskName = "text-classification"
     model: str
     pooling: Literal["auto", "native", "mean"] = "auto"

@@ -19,11 +19,14 @@ def score(output: Path, folder: str) -> dict[str, Any]:
     """
     import torch
 
+    from isotune.experiments import models
+
     recipe = Recipe.model_validate(read_json(output / "experiment.json")["recipe"])
     task = tasks.make(recipe)
     expected = read_json(output / folder / "predictions.json")
     with quiet():
-        model = task.reload(output / folder / "adapter", recipe.method.name)
+        torch.manual_seed(0)
+        model = models.restore(task.build()[0], output / folder / "adapter", recipe.method.name)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         found = {"reloaded": task.predict(model)}
         if hasattr(model, "merge_and_unload"):

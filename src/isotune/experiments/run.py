@@ -20,7 +20,7 @@ from isotune.experiments.recipe import Method, Recipe, RecipeError
 
 FORMAT = 1
 # What may differ between two runs of one experiment without making them two experiments.
-_NOT_IDENTITY = ("output", "description", "chart", "check_saved")
+_NOT_IDENTITY = ("output", "description", "group", "chart", "check_saved")
 
 
 def run(recipe: Recipe) -> dict[str, Any]:

@@ -13,6 +13,7 @@ __all__ = ["Job", "Task", "make"]
 _CLASSES = {
     "text-classification": ("classification", "TextClassification"),
     "text-regression": ("classification", "TextRegression"),
+    "image-classification": ("vision", "ImageClassification"),
 }
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,17 +20,33 @@ from isotune.experiments.tasks.task import Job
 Row = dict[str, Any]
 
 
-class TextClassification:
-    """A class for each text, from logits (examples, classes); see `Task`."""
+class Classifier(ABC):
+    """What texts and images share: a prediction for each example, from one row of outputs; see `Task`."""
 
-    peft_type: str | None = "SEQ_CLS"
-    regression = False
+    peft_type: str | None
+    examples: data.Examples
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.examples = data.load(recipe.data, self.regression)
+        self.examples = self.load()
         found = self.examples
         self.sizes = {"train": len(found.train), "validation": len(found.validation), "test": len(found.test)}
+
+    @abstractmethod
+    def load(self) -> data.Examples:
+        """Read and check the data; raises DataError."""
+
+    @abstractmethod
+    def encode(self) -> loop.Encoded:
+        """All splits as rows for the model; raises ModelError."""
+
+    @abstractmethod
+    def build(self) -> tuple[Any, list[str]]: ...
+
+    @cached_property
+    def encoded(self) -> loop.Encoded:
+        """All splits, encoded once."""
+        return self.encode()
 
     def fingerprint(self) -> str:
         return self.examples.fingerprint()
@@ -45,15 +61,45 @@ class TextClassification:
     def prepare(self) -> None:
         _ = self.encoded
 
+    def train(self, model: Any, job: Job) -> loop.Outcome:
+        return loop.train(model, self.encoded, job.settings, job.lr, job.head, job.folder, job.title)
+
+    def predict(self, model: Any) -> list[Any]:
+        encoded, size = self.encoded, self.recipe.train.eval_batch_size
+        device = next(model.parameters()).device
+        found: list[Any] = []
+        with torch.no_grad():
+            for start in range(0, len(encoded.test), size):
+                batch = encoded.collate(encoded.test[start : start + size])
+                batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+                found += self.decide(model(**batch).logits.cpu())
+        return found
+
+    def score(self, predictions: Sequence[Any]) -> dict[str, float]:
+        return self.measure(predictions, [row["labels"] for row in self.encoded.test])
+
+    def decide(self, logits: Any) -> list[Any]:
+        """Predictions from logits (examples, classes)."""
+        return loop.likeliest(logits)
+
+    def measure(self, predictions: Any, labels: Any) -> dict[str, float]:
+        """Metrics of predictions (examples,) against labels (examples,)."""
+        return loop.class_scores(predictions, labels)
+
+
+class TextClassification(Classifier):
+    """A class for each text, from logits (examples, classes); see `Task`."""
+
+    peft_type: str | None = "SEQ_CLS"
+
+    def load(self) -> data.Examples:
+        return data.load(self.recipe.data)
+
     def build(self) -> tuple[Any, list[str]]:
         return models.load_classifier(self.recipe.model, self.recipe.pooling, self.examples.labels)
 
-    def reload(self, folder: Path, method: str) -> Any:
-        return models.reload(self.recipe.model, self.recipe.pooling, self.examples.labels, folder, method)
-
-    @cached_property
-    def encoded(self) -> loop.Encoded:
-        """All splits tokenised. Validation and test are sorted by length, which saves padding and changes no score."""
+    def encode(self) -> loop.Encoded:
+        # Validation and test are sorted by length, which saves padding and changes no score.
         tokenizer = models.tokenizer_for(self.recipe.model)
         train = self._rows(tokenizer, self.examples.train)
         return loop.Encoded(
@@ -103,33 +149,12 @@ class TextClassification:
             logits = head(torch.stack([row["features"] for row in rows]).to(next(head.parameters()).device)).logits
         return self.measure(self.decide(logits.cpu()), [row["labels"] for row in rows])
 
-    def predict(self, model: Any) -> list[Any]:
-        encoded, size = self.encoded, self.recipe.train.eval_batch_size
-        device = next(model.parameters()).device
-        found: list[Any] = []
-        with torch.no_grad():
-            for start in range(0, len(encoded.test), size):
-                batch = encoded.collate(encoded.test[start : start + size])
-                batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-                found += self.decide(model(**batch).logits.cpu())
-        return found
-
-    def score(self, predictions: Sequence[Any]) -> dict[str, float]:
-        return self.measure(predictions, [row["labels"] for row in self.encoded.test])
-
-    def decide(self, logits: Any) -> list[Any]:
-        """Predictions from logits (examples, classes)."""
-        return loop.likeliest(logits)
-
-    def measure(self, predictions: Any, labels: Any) -> dict[str, float]:
-        """Metrics of predictions (examples,) against labels (examples,)."""
-        return loop.class_scores(predictions, labels)
-
 
 class TextRegression(TextClassification):
     """A number for each text, from outputs (examples, 1); see `Task`."""
 
-    regression = True
+    def load(self) -> data.Examples:
+        return data.load(self.recipe.data, regression=True)
 
     def about(self) -> dict[str, Any]:
         return {}

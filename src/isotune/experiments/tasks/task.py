@@ -60,10 +60,6 @@ class Task(Protocol):
         """Train, going on where an earlier call stopped, and score on validation and test."""
         ...
 
-    def reload(self, folder: Path, method: str) -> Any:
-        """The base model again, and on it what a run has saved in `folder`, in evaluation mode."""
-        ...
-
     def predict(self, model: Any) -> list[Any]:
         """What `model` answers to each test example, as JSON, in the order of `Outcome.predictions`."""
         ...

@@ -1,0 +1,81 @@
+"""Images and their class, read from list files when they are needed: a test set need not fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from isotune.experiments import data, loop, models
+from isotune.experiments.tasks.classification import Classifier
+
+
+class ImageClassification(Classifier):
+    """A class for each image, from logits (images, classes); see `Task`.
+
+    The fingerprint is that of paths and labels: no image is read twice for it.
+    """
+
+    peft_type: str | None = None
+
+    def load(self) -> data.Examples:
+        recipe = self.recipe.data
+        if recipe.hub is not None and recipe.path is None:
+            raise data.DataError("images are read from local files: give data.path and data.files")
+        rows, columns = data.read(recipe)
+        column = columns.text[0]
+        names = data.label_names(columns, rows["train"], recipe.classes)
+        splits = {
+            split: [
+                data.Example(_checked(row, column), None, data.label_of(row, columns.label, names)) for row in found
+            ]
+            for split, found in rows.items()
+        }
+        return data.Examples(names, **data.arrange(recipe, splits, data.texts_of))
+
+    def build(self) -> tuple[Any, list[str]]:
+        return models.load_image_classifier(self.recipe.model, self.examples.labels)
+
+    def encode(self) -> loop.Encoded:
+        processor = models.image_processor_for(self.recipe.model)
+
+        def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+            pixels = processor(images=[_read(row["image"]) for row in rows], return_tensors="pt")["pixel_values"]
+            return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
+
+        def rows(split: Sequence[data.Example]) -> list[dict[str, Any]]:
+            return [{"image": example.text, "labels": example.label} for example in split]
+
+        return loop.Encoded(
+            train=rows(self.examples.train),
+            validation=rows(self.examples.validation),
+            test=rows(self.examples.test),
+            collate=collate,
+            metric=self.recipe.metric,
+            score=self.measure,
+            decide=self.decide,
+            lengths=[1] * len(self.examples.train),
+        )
+
+
+def _checked(row: data.Row, column: str) -> str:
+    """The path of an image whose header can be read, so that a wrong file is met before training."""
+    path = data.cell(row, column)
+    if not Path(path).is_file():
+        raise data.DataError(f"{row.where}: there is no image {path}")
+    try:
+        with Image.open(path):
+            return path
+    except OSError as error:
+        raise data.DataError(f"{row.where}: {path} is no image that can be read: {error}") from error
+
+
+def _read(path: str) -> Any:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise data.DataError(f"cannot read the image {path}: {error}") from error

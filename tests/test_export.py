@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -28,7 +29,9 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from isotune import PeftModel, PsoftConfig, cli, get_peft_model
+from helpers import layers_of, randomize, relative_error
+from isotune import BOFTConfig, GOFTConfig, OFTConfig, PeftModel, PsoftConfig, QGOFTConfig, cli, get_peft_model
+from isotune.config import IsotuneConfig
 from isotune.errors import IsotuneWarning
 from isotune.export import export_lora, export_merged
 
@@ -215,6 +218,158 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert "lora, merged" in done.output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+# -- best approximations -----------------------------------------------------------------------------------------------
+
+
+ROTATIONS: dict[str, IsotuneConfig] = {
+    "oft": OFTConfig(oft_block_size=8, target_modules="all-linear"),
+    "boft": BOFTConfig(
+        boft_block_size=4, boft_n_butterfly_factor=3, target_modules=["q_proj", "v_proj", "o_proj"], bias="none"
+    ),
+    "goft": GOFTConfig(target_modules=["q_proj", "down_proj"]),
+    "qgoft": QGOFTConfig(target_modules=["k_proj", "up_proj"]),
+}
+
+
+def rotated(method: str, build: Callable[[], nn.Module] = llama) -> PeftModel:
+    torch.manual_seed(0)
+    model = get_peft_model(build().eval(), copy.deepcopy(ROTATIONS[method]))
+    randomize(model, std=0.3)
+    return model.eval()
+
+
+def changes(model: PeftModel, adapter: str = "default") -> dict[str, Tensor]:
+    """The change of each layer's weight, by merging."""
+    return {layer.key: layer.get_delta_weight(adapter).double() for layer in layers_of(model)}
+
+
+def of_folder(folder: Path) -> dict[str, Tensor]:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    prefix, suffix = "base_model.model.", ".lora_A.weight"
+    names = [name.removeprefix(prefix).removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+    return {
+        name: tensors[f"{prefix}{name}.lora_B.weight"].double() @ tensors[f"{prefix}{name}.lora_A.weight"].double()
+        for name in names
+    }
+
+
+@pytest.mark.parametrize("rank", [1, 6, 30])
+@pytest.mark.parametrize("method", ROTATIONS)
+def test_a_rotation_gives_its_best_approximation_of_a_rank(method: str, rank: int, tmp_path: Path) -> None:
+    model = rotated(method)
+    report = export_lora(model, tmp_path / "lora", rank=rank)
+    exact, found = changes(model), of_folder(tmp_path / "lora")
+    assert [layer.name for layer in report.layers] == list(exact)
+    assert set(exact) == set(found)
+    for layer in report.layers:
+        values = torch.linalg.svdvals(exact[layer.name])
+        best = float(values[rank:].norm() / values.norm())
+        assert layer.rank == min(rank, *exact[layer.name].shape)
+        assert layer.error == pytest.approx(best, rel=1e-3, abs=1e-5)
+        assert layer.error == pytest.approx(relative_error(found[layer.name], exact[layer.name]), rel=1e-3, abs=1e-5)
+    whole = sum(float((found[n] - exact[n]).square().sum()) for n in exact)
+    assert report.error == pytest.approx(
+        (whole / sum(float(d.square().sum()) for d in exact.values())) ** 0.5, abs=1e-5
+    )
+    written = json.loads((tmp_path / "lora/isotune_export.json").read_text())
+    assert written["error"] == report.error
+    assert {n: x["rank"] for n, x in written["layers"].items()} == {x.name: x.rank for x in report.layers}
+    plain = peft.PeftModel.from_pretrained(rotated(method).unload(), tmp_path / "lora")
+    for name, module in plain.get_base_model().named_modules():
+        if name in exact:
+            assert relative_error(module.get_delta_weight("default"), found[name]) < 1e-5
+
+
+@pytest.mark.parametrize("method", ROTATIONS)
+def test_all_ranks_of_a_rotation_compute_the_same(method: str, tmp_path: Path) -> None:
+    """BOFT's gain is a part of the update."""
+    model = rotated(method)
+    export_lora(model, tmp_path / "lora", rank=1000)
+    plain = peft.PeftModel.from_pretrained(rotated(method).unload(), tmp_path / "lora")
+    assert relative_error(output(plain), output(model)) < 1e-5
+
+
+def test_a_rotation_of_conv1d(tmp_path: Path) -> None:
+    ROTATIONS["gpt2"] = OFTConfig(oft_block_size=8, target_modules=["c_attn", "c_fc"])
+    model = rotated("gpt2", gpt2)
+    export_lora(model, tmp_path / "lora", rank=32)
+    plain = peft.PeftModel.from_pretrained(rotated("gpt2", gpt2).unload(), tmp_path / "lora")
+    assert relative_error(output(plain), output(model)) < 1e-5
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])
+def test_an_energy_chooses_the_least_rank_of_each_layer(energy: float, tmp_path: Path) -> None:
+    model = rotated("oft")
+    report = export_lora(model, tmp_path / "lora", energy=energy)
+    assert len({layer.rank for layer in report.layers}) > 1
+    for layer, exact in zip(report.layers, changes(model).values(), strict=True):
+        shares = torch.linalg.svdvals(exact).square().cumsum(0) / exact.square().sum()
+        assert layer.rank == int((shares < energy).sum()) + 1
+    assert report.error <= (1 - energy) ** 0.5
+    config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    assert config["r"] == report.rank == max(layer.rank for layer in report.layers)
+    assert config["rank_pattern"]
+    plain = peft.PeftModel.from_pretrained(rotated("oft").unload(), tmp_path / "lora")
+    again = of_folder(tmp_path / "lora")
+    for name, module in plain.get_base_model().named_modules():
+        if name in again:
+            assert relative_error(module.get_delta_weight("default"), again[name]) < 1e-5
+
+
+def test_uniform_rank_fills_up_with_zeros(tmp_path: Path) -> None:
+    model, base = adapted("opt", tmp_path)
+    report = export_lora(model, tmp_path / "lora", uniform_rank=True)
+    assert report.error == 0
+    assert {layer.rank for layer in report.layers} == {3, 5}
+    config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (5, 5, {}, {})
+    tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
+    assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {5}
+    loaded = peft.PeftModel.from_pretrained(OPTForCausalLM.from_pretrained(base), tmp_path / "lora")
+    assert (output(loaded) - output(model)).abs().max() < 1e-5
+
+
+def test_less_than_the_own_rank_of_a_subspace(tmp_path: Path) -> None:
+    model, _ = adapted("llama", tmp_path)
+    exact = changes(model)
+    report = export_lora(model, tmp_path / "lora", rank=2)
+    for layer in report.layers:
+        values = torch.linalg.svdvals(exact[layer.name])
+        assert layer.rank == 2
+        assert layer.error == pytest.approx(float(values[2:].norm() / values.norm()), rel=1e-3)
+
+
+def test_what_has_full_rank_is_refused_without_a_rank(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"full rank. Give a rank \(--rank 64\).*--to merged"):
+        export_lora(rotated("boft"), tmp_path / "out")
+    with pytest.raises(ValueError, match="both given"):
+        export_lora(rotated("boft"), tmp_path / "out", rank=3, energy=0.5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_reports_each_layer(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), copy.deepcopy(ROTATIONS["boft"]))
+    randomize(model, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    command = ["export", str(tmp_path / "adapter"), "--to", "lora", "-o", str(tmp_path / "lora"), "--energy", "0.9"]
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert len([line for line in lines if " error " in line and line.startswith("model.layers.")]) == 6
+    assert "6 layers, ranks" in done.stdout
+    assert "vLLM: --enable-lora --max-lora-rank 16" in done.stdout or "--max-lora-rank 32" in done.stdout
+    assert "llama.cpp: no: one alpha" in done.stdout
+    done = CliRunner().invoke(cli.app, [*command[:4], "-o", str(tmp_path / "x"), "--rank", "0"])
+    assert done.exit_code == 2
+    assert "rank=0" in done.output
+    done = CliRunner().invoke(
+        cli.app, ["export", str(tmp_path / "adapter"), "--to", "merged", "-o", "x", "--rank", "4"]
+    )
+    assert done.exit_code == 2
+    assert "--to lora" in done.output
 
 
 @pytest.mark.slow

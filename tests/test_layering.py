@@ -14,7 +14,7 @@ import isotune
 
 SOURCE = Path(isotune.__file__).parent
 OUTER = ("experiments", "report", "cli")
-CORE = {"operators", "pinning", "subspace", "subspace_cache", "errors", "geometry"}
+CORE = {"operators", "pinning", "subspace", "subspace_cache", "errors", "geometry", "lowrank"}
 MAY_IMPORT_PEFT = {
     "adapters",
     "layer",
@@ -23,6 +23,7 @@ MAY_IMPORT_PEFT = {
     "adapter_file",
     "peft_import",
     "export",
+    "serving",
     "config",
     "__init__",
 }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from isotune.adapter_file import (
+    CONFIG_FILE,
     KEY_PREFIX,
     WEIGHTS_FILE,
     adapted_layers,
@@ -24,10 +28,15 @@ from isotune.adapter_file import (
     named_base,
     new_directory,
     rank_pattern,
+    read_config,
 )
 from isotune.base_model import resolve_base
 from isotune.config import IsotuneConfig
 from isotune.layer import Layer, warn_of_requantising
+from isotune.lowrank import Factored, check_truncation, pad_rank, truncate, truncate_product
+
+LORA_REPORT = "isotune_export.json"
+"""The file in a LoRA folder that says each layer's rank and error."""
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -47,29 +56,108 @@ _BIAS = {"none": "none", "all": "all", "isotune_only": "lora_only"}
 Source = nn.Module | str | os.PathLike[str]
 
 
+@dataclass(frozen=True)
+class LoraOptions:
+    """How an adapter is written as LoRA, as for `export_lora`.
+
+    Raises:
+        ValueError: a rank or energy that is not allowed, or both.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    uniform_rank: bool = False
+
+    def __post_init__(self) -> None:
+        check_truncation(self.rank, self.energy)
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """What became of one adapted layer in a LoRA folder."""
+
+    name: str
+    rank: int
+    """Rows of A, without what was filled up with zeros."""
+    missing: float
+    """‖ΔW − B A‖_F; 0 where the factors are exact."""
+    norm: float
+    """‖ΔW‖_F."""
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − B A‖_F / ‖ΔW‖_F, from 0 to 1."""
+        return self.missing / self.norm if self.norm else 0.0
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """What `export_lora` wrote."""
+
+    layers: tuple[ExportedLayer, ...]
+    rank: int
+    """The largest rank, which a server must have room for."""
+
+    @property
+    def error(self) -> float:
+        """The error of all layers together, ‖ΔW − B A‖_F / ‖ΔW‖_F."""
+        whole = math.hypot(*(layer.norm for layer in self.layers))
+        return math.hypot(*(layer.missing for layer in self.layers)) / whole if whole else 0.0
+
+    @property
+    def worst(self) -> ExportedLayer:
+        """The layer with the largest error."""
+        return max(self.layers, key=lambda layer: layer.error)
+
+    def __str__(self) -> str:
+        exact = "exact" if not self.error else f"relative error of the update {self.error:.2e}"
+        worst = f", worst {self.worst.error:.2e} in {self.worst.name}" if self.error and len(self.layers) > 1 else ""
+        lowest = min(layer.rank for layer in self.layers)
+        ranks = f"rank {self.rank}" if lowest == self.rank else f"ranks {lowest} to {self.rank}"
+        return f"{len(self.layers)} layers, {ranks}, {exact}{worst}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers and names for JSON."""
+        layers = {x.name: {"rank": x.rank, "error": x.error, "update_norm": x.norm} for x in self.layers}
+        return {"rank": self.rank, "error": self.error, "layers": layers}
+
+
 def export_lora(
     model_or_dir: Source,
     out: str | os.PathLike[str],
     adapter_name: str = "default",
     base: nn.Module | str | None = None,
     *,
+    rank: int | None = None,
+    energy: float | None = None,
+    uniform_rank: bool = False,
     trust_remote_code: bool = False,
-) -> None:
-    """Write an adapter as an ordinary PEFT LoRA folder: the same function, exactly, at the same rank.
+) -> LoraExport:
+    """Write an adapter as an ordinary PEFT LoRA folder, which plain PEFT loads without isotune.
 
-    B (out, r) and A (r, in) with lora_alpha = r, so a scaling of 1. Saved modules, trained biases and embeddings are
-    written as they are. Plain PEFT loads the folder; isotune need not be installed.
+    An update of low rank (PSOFT, HRA) is written exactly, at its own rank, unless `rank` or `energy` asks for less. A
+    rotation of all inputs (OFT, BOFT, GOFT, qGOFT), BOFT with its gain, changes W by a matrix of full rank: one of the
+    two says how good its best approximation is to be.
+
+    B is (out, r) and A is (r, in) with lora_alpha = r, so the scaling is 1 in every layer. Saved modules, trained
+    biases and embeddings are written as they are. The file LORA_REPORT in the folder holds each layer's error.
 
     Args:
         model_or_dir: a model with isotune adapters, merged or not, or the folder of a saved one.
         out: the folder to write; it appears only when it is complete.
         adapter_name: which adapter of a model.
         base: for a folder: the base model, or its name; by default what the adapter's config names.
+        rank: the largest rank; a layer with a smaller side has that.
+        energy: choose each layer's rank so that B A has at least this share of ‖ΔW‖²_F, such as 0.999.
+        uniform_rank: fill all layers up to one rank with zeros, for servers that know one rank and one alpha only.
         trust_remote_code: run code that the base model's repository carries.
 
     Raises:
-        ValueError: `out` is not empty, there is no such adapter or base, or the adapter does not fit the base.
+        ValueError: `out` is not empty, there is no such adapter or base, the adapter does not fit the base, or its
+            update has full rank and neither rank nor energy is given.
     """
+    options = LoraOptions(rank, energy, uniform_rank)
+    origin = None if isinstance(model_or_dir, nn.Module) else origin_of(model_or_dir, options)
     if isinstance(model_or_dir, nn.Module):
         config = _config(model_or_dir, adapter_name)
         layers, name = dict(adapted_layers(model_or_dir, adapter_name)), adapter_name
@@ -83,23 +171,62 @@ def export_lora(
         )
         layers = file.place(plain)
     tensors = {KEY_PREFIX + k.removeprefix(KEY_PREFIX): tensor for k, tensor in extras.items()}
+    found = {module: _factored(module, layer, name, options) for module, layer in layers.items()}
+    largest = max(len(factored.down) for factored in found.values())
     ranks: dict[str, int] = {}
-    for module, layer in layers.items():
-        if layer.host.folds:
-            kind = type(layer.get_base_layer()).__name__
-            raise ValueError(
-                f"The adapted module {module!r} is a {kind}, and only linear layers can be exported as LoRA; export "
-                "the merged model instead (--to merged)."
-            )
-        up, down = layer.low_rank(name)
+    for module, factored in found.items():
+        up, down = pad_rank(factored.up, factored.down, largest) if uniform_rank else factored[:2]
         ranks[module] = len(down)
         tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = down
         tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = up
     # Cloned: safetensors refuses tensors that share memory, as tied embeddings do.
     tensors = {k: tensor.detach().cpu().clone().contiguous() for k, tensor in tensors.items()}
+    report = LoraExport(
+        tuple(ExportedLayer(module, len(f.down), f.missing, f.norm) for module, f in found.items()), largest
+    )
     with new_directory(out) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         _lora_config(config, layers, ranks).save_pretrained(str(folder))
+        content = {**report.to_dict(), "origin": origin}
+        (folder / LORA_REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def has_adapter(directory: str | os.PathLike[str]) -> bool:
+    """Whether a folder is an adapter's, and not one that holds several."""
+    return (Path(directory) / CONFIG_FILE).is_file()
+
+
+def origin_of(directory: str | os.PathLike[str], options: LoraOptions) -> dict[str, Any]:
+    """What tells whether an adapter folder would be exported to the same LoRA folder again.
+
+    Raises:
+        AdapterFileError: there is no adapter.
+    """
+    read_config(directory)
+    files = [Path(directory) / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+    return {"sha256": hashes, "options": asdict(options)}
+
+
+def _factored(module: str, layer: Layer, adapter_name: str, options: LoraOptions) -> Factored:
+    """The change of a layer's W as two factors, exact where that needs no more than the rank asked for."""
+    if layer.host.folds:
+        kind = type(layer.get_base_layer()).__name__
+        raise ValueError(
+            f"The adapted module {module!r} is a {kind}, and only linear layers can be exported as LoRA; export the "
+            "merged model instead (--to merged)."
+        )
+    rank, energy = options.rank, options.energy
+    if layer.supports_lora_conversion(adapter_name):
+        return truncate_product(*layer.low_rank(adapter_name), rank=rank, energy=energy)
+    if rank is None and energy is None:
+        raise ValueError(
+            f"The adapter rotates all inputs of {module!r}, so its update has full rank. Give a rank (--rank 64) or "
+            "the share of the update to keep (--energy 0.99) for the best LoRA adapter, whose error is told; or export "
+            "the merged model, which is exact (--to merged)."
+        )
+    return truncate(layer.host.stored(layer.get_delta_weight(adapter_name)), rank=rank, energy=energy)
 
 
 def export_merged(
@@ -153,7 +280,7 @@ def _config(model: nn.Module, adapter_name: str) -> IsotuneConfig:
 
 
 def _lora_config(config: IsotuneConfig, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> LoraConfig:
-    rank = Counter(ranks.values()).most_common(1)[0][0]
+    rank = max(ranks.values())  # servers compare r with the rank they have room for, and some read no pattern
     other = rank_pattern(ranks, rank)
     saved = config.modules_to_save
     return LoraConfig(

@@ -14,7 +14,6 @@ would set: the frozen model's time and the update's products at the frozen model
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import json
 import platform
@@ -35,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaModel
 
 import isotune
-import isotune.operators
+from isotune.experiments.measure import kept_bytes
 
 LAYERS = {256: 6, 512: 6, 1024: 4, 2048: 2}
 RANKS = (46, 128)
@@ -112,36 +111,17 @@ def variants(ranks: tuple[int, ...], which: str) -> dict[str, Callable[[nn.Modul
     return result
 
 
+def loss(model: nn.Module, embeddings: Tensor) -> Tensor:
+    """A number that depends on all outputs."""
+    return model(inputs_embeds=embeddings).last_hidden_state.float().square().mean()
+
+
 def step(model: nn.Module, embeddings: Tensor) -> None:
     """Forward, loss, backward; gradients are dropped as an optimiser's zero_grad would."""
-    output = model(inputs_embeds=embeddings).last_hidden_state
-    output.float().square().mean().backward()
+    loss(model, embeddings).backward()
     for parameter in model.parameters():
         parameter.grad = None
     embeddings.grad = None
-
-
-def kept_bytes(model: nn.Module, embeddings: Tensor) -> int:
-    """Bytes of distinct storages saved for backward by one forward pass, parameters and buffers not included."""
-    persistent = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    seen: dict[int, int] = {}
-    alive: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in persistent:
-            seen[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    hidden = isotune.operators.hidden_from_hooks
-    isotune.operators.hidden_from_hooks = contextlib.nullcontext  # count what an operator's own graph keeps, too
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(inputs_embeds=embeddings).last_hidden_state.float().square().mean()
-    finally:
-        isotune.operators.hidden_from_hooks = hidden
-    return sum(seen.values())
 
 
 class CountOperations(TorchDispatchMode):
@@ -223,7 +203,7 @@ def measure(
                 name,
                 ratio,
                 1e3 * statistics.median(times[name]),
-                kept_bytes(model, embeddings) / 2**20,
+                kept_bytes(model, lambda: loss(model, embeddings)) / 2**20,
                 # A frozen linear layer is one operation, which the adapted layer contains.
                 None if name == "frozen" else (operations[name] - operations["frozen"]) / adapted_layers + 1,
                 matmul_bound(base, rank) * frozen_time / reference_time if rank else None,

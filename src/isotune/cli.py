@@ -56,6 +56,51 @@ def train(
 
 
 @app.command()
+def compare(
+    recipe: Annotated[str, typer.Argument(help="A packaged recipe, such as glue/cola, or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.epochs=4.")
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(help="Separated by commas, each with options if need be: psoft:r=64+psoft_mag_a=false,lora:r=8."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds for each method at its best learning rate.")] = 3,
+    lr_search: Annotated[int, typer.Option(help="Learning rates tried for each method, around its usual one.")] = 3,
+    lr: Annotated[str | None, typer.Option(help="The rates to try for every method instead: 1e-3,2e-3.")] = None,
+    lr_factor: Annotated[float, typer.Option(help="From one rate of a search to the next.")] = 2.5,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of a run. Default: processors / jobs.")] = None,
+    keep_adapters: Annotated[bool, typer.Option("--keep-adapters", help="Keep the weights of all runs.")] = False,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder. Default: runs/compare/RECIPE.")] = None,
+) -> None:
+    """Compare methods: equal searches for the learning rate, then seeds; the same command again continues."""
+    with plain_errors():
+        import sys
+        from pathlib import Path
+
+        from isotune.experiments import compare as comparing
+        from isotune.experiments.engines import LocalProcesses, processors
+        from isotune.experiments.recipe import load
+
+        loaded = load(recipe, overrides or ())
+        folder = Path(output or f"runs/compare/{Path(loaded.output or recipe).name}")
+        options = comparing.Options(
+            methods=[one for text in methods or () for one in comparing.split_methods(text)],
+            seeds=seeds,
+            lr_search=lr_search,
+            rates=comparing.rates(lr) if lr else (),
+            factor=lr_factor,
+            threads=threads or max(1, processors() // jobs),
+            keep_adapters=keep_adapters,
+            command=comparing.command_line(sys.argv[1:]),
+        )
+        plan = comparing.plan(recipe, loaded, options, folder)
+        typer.echo(f"{plan.total()} runs, {len(plan.records)} of them done; results in {folder}")
+        typer.echo(comparing.table(comparing.compare(plan, LocalProcesses(jobs))))
+
+
+@app.command()
 def recipes() -> None:
     """List the packaged recipes with model, data and metric."""
     from isotune.experiments.recipe import listing

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -203,12 +203,16 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]
-    """A progress bar, the seconds spent over all sessions of a run, and a checkpoint at Ctrl-C."""
+    """A progress bar, the seconds spent over all sessions of a run, and a checkpoint at Ctrl-C.
+
+    `seconds` are those of training with all that belongs to it, `stepping` those of its steps alone.
+    """
 
     def __init__(self, title: str, folder: Path, metric: Metric) -> None:
         self.title, self.folder, self.metric = title, folder, metric
         self.interrupted = False
         self.before, self.started = 0.0, time.perf_counter()
+        self.stepping, self.step_started = 0.0, 0.0
         self.bar: Any = None
 
     @property
@@ -218,7 +222,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         spent = self.folder / "seconds.json"
         if state.global_step and spent.exists():
-            self.before = float(read_json(spent).get(str(state.global_step), 0.0))
+            self.before, self.stepping = read_json(spent).get(str(state.global_step), (0.0, 0.0))
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -229,7 +233,11 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
             mininterval=0.2 if sys.stderr.isatty() else 15,
         )
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.step_started = time.perf_counter()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.stepping += time.perf_counter() - self.step_started
         self.bar.update(state.global_step - self.bar.n)
         if state.global_step >= state.max_steps and args.eval_strategy == "steps":
             control.should_evaluate = True  # the last step is scored wherever it falls
@@ -248,7 +256,8 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         # Trainer pickles its own arguments beside each checkpoint; nothing here reads a pickle.
         (self.folder / f"checkpoint-{state.global_step}" / "training_args.bin").unlink(missing_ok=True)
         spent = self.folder / "seconds.json"
-        write_json(spent, {**(read_json(spent) if spent.exists() else {}), str(state.global_step): self.seconds})
+        known = read_json(spent) if spent.exists() else {}
+        write_json(spent, {**known, str(state.global_step): (self.seconds, self.stepping)})
         # Left from here, not by `should_training_stop`: that would score and save once more in mid-epoch.
         if self.interrupted and state.global_step < state.max_steps:
             raise Interrupted(str(self.folder))
@@ -290,6 +299,8 @@ class Outcome:
     curve: list[dict[str, float]]
     best_step: int
     seconds: float
+    references: list[Any] = field(default_factory=list)
+    tokens_per_second: float | None = None
     untrained: dict[str, float] | None = None
 
 
@@ -374,6 +385,8 @@ def train(
         curve=_curve(state.log_history),
         best_step=state.best_global_step if chosen else state.global_step,
         seconds=seconds,
+        references=np.asarray(tested.label_ids).tolist(),
+        tokens_per_second=sum(task.lengths) * state.epoch / progress.stepping if progress.stepping else None,
     )
 
 

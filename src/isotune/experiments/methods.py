@@ -20,17 +20,37 @@ HEADS = ("classifier", "score")
 _RESERVED = ("task_type", "inference_mode", "modules_to_save", "peft_type", "auto_mapping", "peft_version")
 
 
+LEARNING_RATES = {
+    "psoft": 2e-3,
+    "psoft_so": 2e-3,
+    "lora_xs": 2e-3,
+    **dict.fromkeys(("oft", "coft", "boft", "goft", "qgoft", "hra"), 1e-3),
+    **dict.fromkeys(("lora", "rslora", "dora", "pissa"), 6e-4),
+    "vera": 1e-2,
+    "full": 5e-5,
+    "head": 1e-2,
+}
+"""The usual learning rate of each method, around which a comparison looks for the best."""
+
+# A name for what is another method's configuration with some fields fixed.
+_NAMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "psoft_so": ("psoft", {"psoft_mag_a": False, "psoft_mag_b": False}),
+    "coft": ("oft", {"coft": True}),
+    "rslora": ("lora", {"use_rslora": True}),
+    "dora": ("lora", {"use_dora": True}),
+    "pissa": ("lora", {"init_lora_weights": "pissa"}),
+}
+
+
 def _config_class(name: str) -> tuple[type, dict[str, Any]]:
     """The configuration class of a method and the fields that its name fixes."""
     import peft
 
     from isotune.methods import METHODS
 
-    if name == "psoft_so":
-        return METHODS["psoft"], {"psoft_mag_a": False, "psoft_mag_b": False}
-    if name in METHODS:
-        return METHODS[name], {}
-    return peft.LoraConfig, {"use_dora": True} if name == "dora" else {}
+    name, fixed = _NAMED.get(name, (name, {}))
+    baselines: dict[str, type] = {"lora": peft.LoraConfig, "vera": peft.VeraConfig}
+    return METHODS.get(name) or baselines[name], fixed
 
 
 def check(method: Method) -> None:
@@ -72,7 +92,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 
 def adapter_config(name: str, **options: Any) -> Any:
-    """The adapter configuration of a method: one of isotune's, psoft_so, or PEFT's lora and dora.
+    """The adapter configuration of a method: one of isotune's, or of PEFT's lora, rslora, dora, pissa and vera.
 
     Unless the options say otherwise all linear layers are adapted and the scale of the update is one:
     `lora_alpha` equals the rank, as isotune's `psoft_alpha` does of itself.

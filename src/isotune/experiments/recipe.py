@@ -23,7 +23,22 @@ from pydantic import (
 )
 
 MethodName = Literal[
-    "psoft", "psoft_so", "oft", "boft", "goft", "qgoft", "hra", "lora_xs", "lora", "dora", "head", "full"
+    "psoft",
+    "psoft_so",
+    "oft",
+    "coft",
+    "boft",
+    "goft",
+    "qgoft",
+    "hra",
+    "lora_xs",
+    "lora",
+    "rslora",
+    "dora",
+    "pissa",
+    "vera",
+    "head",
+    "full",
 ]
 Metric = Literal["accuracy", "matthews_correlation", "pearson", "loss"]
 TaskName = Literal["text-classification", "text-regression", "image-classification"]

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from isotune.base_model import quiet
-from isotune.experiments import methods, summary, tasks
+from isotune.experiments import measure, methods, summary, tasks
 from isotune.experiments.files import read_json, write_json
 from isotune.experiments.recipe import Method, Recipe, RecipeError
 
 FORMAT = 1
 # What may differ between two runs of one experiment without making them two experiments.
-_NOT_IDENTITY = ("output", "description", "group", "chart", "check_saved")
+NOT_IDENTITY = ("output", "description", "group", "chart", "check_saved")
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -32,15 +32,15 @@ def run(recipe: Recipe) -> dict[str, Any]:
     """
     for method in recipe.methods:
         methods.check(method)
-    _check_extras()
+    check_extras()
     task = tasks.make(recipe)
     _check_choice(recipe, task)
     folder = Path(recipe.output or "runs/experiment")
     identity: dict[str, Any] = {
-        "recipe": recipe.model_dump(mode="json", exclude=set(_NOT_IDENTITY)),
+        "recipe": recipe.model_dump(mode="json", exclude=set(NOT_IDENTITY)),
         "data": task.fingerprint(),
     }
-    _claim(folder, identity)
+    claim(folder, identity)
     finished = folder / "result.json"
     if finished.exists():
         result: dict[str, Any] = read_json(finished)
@@ -58,8 +58,10 @@ def run(recipe: Recipe) -> dict[str, Any]:
     task.prepare()
     trained: list[dict[str, Any]] = []
     for method in recipe.methods:
-        head = next((e["folder"] for e in trained if e["chosen"] and e["method"]["name"] == "head"), None)
-        tried = [_one(recipe, method, lr, task, folder, head) for lr in recipe.training(method).lr]
+        head = next((folder / e["folder"] for e in trained if e["chosen"] and e["method"]["name"] == "head"), None)
+        rates = recipe.training(method).lr
+        names = {lr: method.name if len(rates) == 1 else f"{method.name}-lr={lr:g}" for lr in rates}
+        tried = [train_one(recipe, method, lr, task, folder / names[lr], head) for lr in rates]
         best = max(range(len(tried)), key=lambda i: recipe.merit(tried[i]["validation"]))
         trained += [{**entry, "chosen": i == best} for i, entry in enumerate(tried)]
     chosen = next(entry for entry in reversed(trained) if entry["chosen"])  # the recipe's own method is last
@@ -106,7 +108,8 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def _check_extras() -> None:
+def check_extras() -> None:
+    """Raise a RecipeError where a package that training needs is not installed."""
     missing = [name for name in ("accelerate", "sklearn") if importlib.util.find_spec(name) is None]
     if missing:
         raise RecipeError(f"training needs {' and '.join(missing)}: pip install 'isotune[train]'")
@@ -119,19 +122,22 @@ def _check_choice(recipe: Recipe, task: tasks.Task) -> None:
                 raise RecipeError("several values of train.lr are chosen from on a validation set, and there is none")
 
 
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Take the folder for this experiment; raises RecipeError where it holds another's results."""
+def claim(folder: Path, identity: dict[str, Any], how: str = "output=FOLDER") -> None:
+    """Take the folder for this experiment; raises RecipeError where it holds another's results.
+
+    `how` is what the error says to give for another folder.
+    """
     stored = folder / "experiment.json"
     if stored.exists():
         other = read_json(stored)
         if other != identity:
             raise RecipeError(
                 f"{folder} holds the results of another experiment ({_difference(other, identity)}); "
-                "give another folder with output=FOLDER, or remove it"
+                f"give another folder with {how}, or remove it"
             )
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RecipeError(f"{folder} exists and holds something else; give another folder with output=FOLDER")
+        raise RecipeError(f"{folder} exists and holds something else; give another folder with {how}")
     write_json(stored, identity)
 
 
@@ -146,21 +152,19 @@ def _difference(old: Any, new: Any, key: str = "") -> str:
     return f"{key.removeprefix('recipe.')} is {old!r} there and {new!r} here"
 
 
-def _one(
-    recipe: Recipe,
-    method: Method,
-    lr: float,
-    task: tasks.Task,
-    output: Path,
-    head_folder: str | None,
+def train_one(
+    recipe: Recipe, method: Method, lr: float, task: tasks.Task, folder: Path, start_from: Path | None
 ) -> dict[str, Any]:
-    """Train one method at one learning rate in a folder of its own, or read what it stored at its end."""
+    """Train one method at one learning rate in a folder of its own, or read what it stored at its end.
+
+    `start_from` is the folder of a finished run of the method head, where the recipe starts from one. Returns what the
+    folder's `run.json` then holds: the run's settings, scores and measures.
+    """
     from transformers import set_seed
 
-    from isotune.experiments import loop
+    from isotune.experiments import angles, loop
 
     settings = recipe.training(method)
-    folder = output / (method.name if len(settings.lr) == 1 else f"{method.name}-lr={lr:g}")
     stored = folder / "run.json"
     if stored.exists():
         kept: dict[str, Any] = read_json(stored)
@@ -169,33 +173,47 @@ def _one(
     set_seed(settings.seed)  # the new head and the adapter start alike in every run of this seed
     model, head = task.build()
     if settings.start_from_head and method.name != "head":
-        if head_folder is None:
+        if start_from is None:
             raise RecipeError(f"start_from_head needs the method head to be trained before {method.name}")
-        _start_from(model, output / head_folder)
+        _start_from(model, start_from)
+    setup = time.perf_counter() - began
+    tokenizer = task.tokenizer()
+    forgetting = measure.Forgetting(model, tokenizer) if tokenizer is not None else None
+    began = time.perf_counter()
     with quiet():
         model = methods.attach(method, model, head, task.peft_type)
+    setup += time.perf_counter() - began
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    in_head = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and loop.is_head(n, head))
     entry: dict[str, Any] = {
         "method": {"name": method.name, **method.options},
         "lr": lr,
         "lr_head": settings.lr_head or lr,
         "trainable_parameters": trainable,
-        "head_parameters": sum(
-            p.numel() for n, p in model.named_parameters() if p.requires_grad and loop.is_head(n, head)
-        ),
+        "head_parameters": in_head,
+        "adapter_parameters": trainable - in_head,
     }
-    setup = time.perf_counter() - began
     outcome = task.train(model, tasks.Job(method, settings, lr, head, folder, f"{method.name} lr {lr:g}"))
     if outcome.untrained:
         entry["untrained"] = outcome.untrained
+    peak = measure.peak_memory()  # before what follows, which is no part of the run
     saved = _save(method, outcome.model, folder / "adapter")
     write_json(folder / "predictions.json", outcome.predictions)
     entry |= {
         "validation": outcome.validation,
         "test": outcome.test,
+        "interval": measure.interval(
+            recipe.metric, outcome.test[recipe.metric], outcome.predictions, outcome.references
+        ),
         "best_step": outcome.best_step,
         "curve": outcome.curve,
         "seconds": setup + outcome.seconds,
+        "train_seconds": outcome.seconds,
+        "tokens_per_second": outcome.tokens_per_second,
+        "peak_memory_bytes": peak,
+        "kept_bytes": measure.kept_by_batch(outcome.model, task.training_batch()),
+        "forgetting": forgetting.after(outcome.model) if forgetting is not None else None,
+        "geometry": angles.adapter_geometry(outcome.model),
         "adapter_bytes": saved.stat().st_size,
         "folder": folder.name,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -61,6 +62,12 @@ class Classifier(ABC):
     def prepare(self) -> None:
         _ = self.encoded
 
+    def tokenizer(self) -> Any | None:
+        return None
+
+    def training_batch(self) -> dict[str, Any]:
+        return dict(self.encoded.collate(self.encoded.train[: self.recipe.train.batch_size]))
+
     def train(self, model: Any, job: Job) -> loop.Outcome:
         return loop.train(model, self.encoded, job.settings, job.lr, job.head, job.folder, job.title)
 
@@ -100,7 +107,7 @@ class TextClassification(Classifier):
 
     def encode(self) -> loop.Encoded:
         # Validation and test are sorted by length, which saves padding and changes no score.
-        tokenizer = models.tokenizer_for(self.recipe.model)
+        tokenizer = self.tokenizer()
         train = self._rows(tokenizer, self.examples.train)
         return loop.Encoded(
             train=train,
@@ -123,6 +130,9 @@ class TextClassification(Classifier):
             {**{name: tokens[name][i] for name in names}, "labels": example.label} for i, example in enumerate(split)
         ]
 
+    def tokenizer(self) -> Any:
+        return models.tokenizer_for(self.recipe.model)
+
     def train(self, model: Any, job: Job) -> loop.Outcome:
         if job.method.name == "head" and isinstance(model, models.MeanPooledClassifier):
             return self._train_head(model, job)
@@ -131,6 +141,7 @@ class TextClassification(Classifier):
     def _train_head(self, model: models.MeanPooledClassifier, job: Job) -> loop.Outcome:
         """The encoder does not change, so each text is embedded once and not once an epoch."""
         encoded = self.encoded
+        began = time.perf_counter()
         features = replace(
             encoded,
             collate=default_data_collator,
@@ -139,9 +150,12 @@ class TextClassification(Classifier):
             test=_features(model, encoded.test, encoded.collate, job.settings),
         )
         head = models.FeatureHead(model.dropout, model.classifier)
+        embedding = time.perf_counter() - began
         untrained = self._untrained(head, features.test)
         outcome = loop.train(head, features, job.settings, job.lr, job.head, job.folder, job.title)
-        return replace(outcome, model=model, untrained=untrained)
+        # The loop has seen embeddings and no tokens.
+        seconds = outcome.seconds + embedding
+        return replace(outcome, model=model, untrained=untrained, seconds=seconds, tokens_per_second=None)
 
     def _untrained(self, head: Any, rows: Sequence[Row]) -> dict[str, float]:
         head.eval()

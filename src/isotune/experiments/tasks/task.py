@@ -56,6 +56,14 @@ class Task(Protocol):
         """
         ...
 
+    def tokenizer(self) -> Any | None:
+        """The tokeniser of the model, or None where it reads no text."""
+        ...
+
+    def training_batch(self) -> dict[str, Any]:
+        """The same batch of training examples at every call, as the model takes it, with labels."""
+        ...
+
     def train(self, model: Any, job: Job) -> Outcome:
         """Train, going on where an earlier call stopped, and score on validation and test."""
         ...

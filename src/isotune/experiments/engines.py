@@ -1,0 +1,161 @@
+"""Where the runs of a comparison are carried out: processes on this machine, or tasks of a Ray cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from typing import Any, Protocol
+
+from isotune.experiments.files import read_json, write_json
+from isotune.experiments.single import Spec, attempt, failure
+
+Finished = tuple[Spec, dict[str, Any]]
+
+
+class Engine(Protocol):
+    """Carries out runs, `free` of them more at present."""
+
+    @property
+    def free(self) -> int:
+        """How many runs can be started now."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """How many runs have been started and not been handed back."""
+        ...
+
+    def start(self, spec: Spec) -> None:
+        """Begin a run."""
+        ...
+
+    def wait(self) -> list[Finished]:
+        """Wait for a run to end, and hand back those that have with their records; a failure is a record too."""
+        ...
+
+    def stop(self) -> None:
+        """Stop all runs, leaving behind what they can be continued from."""
+        ...
+
+    def close(self) -> None:
+        """Give up what the engine holds."""
+        ...
+
+
+@dataclass
+class _Child:
+    spec: Spec
+    process: Any
+
+
+class LocalProcesses:
+    """A fresh process for every run, at most `jobs` at a time; one that dies takes no other with it.
+
+    A process begins as a copy of one that has imported everything, except where a GPU is used, which no copy can use.
+    What a run prints goes to `log.txt` in its folder.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self.children: list[_Child] = []
+        method = "spawn"
+        if "forkserver" in multiprocessing.get_all_start_methods() and not _has_gpu():
+            method = "forkserver"
+        self.context: Any = multiprocessing.get_context(method)
+        if method == "forkserver":
+            self.context.set_forkserver_preload(["isotune.experiments.preload"])
+
+    @property
+    def free(self) -> int:
+        """See `Engine`."""
+        return self.jobs - len(self.children)
+
+    @property
+    def running(self) -> int:
+        """See `Engine`."""
+        return len(self.children)
+
+    def start(self, spec: Spec) -> None:
+        """See `Engine`."""
+        process = self.context.Process(target=_child, args=(spec,), name=spec.title)
+        process.start()
+        self.children.append(_Child(spec, process))
+
+    def wait(self) -> list[Finished]:
+        """See `Engine`."""
+        wait_for([child.process.sentinel for child in self.children])
+        ended = [child for child in self.children if not child.process.is_alive()]
+        self.children = [child for child in self.children if child not in ended]
+        return [(child.spec, _outcome(child)) for child in ended]
+
+    def stop(self) -> None:
+        """Ask every run for a checkpoint and wait for its end; a second Ctrl-C ends them at once."""
+        try:
+            for child in self.children:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child.process.pid, signal.SIGINT)
+            for child in self.children:
+                child.process.join()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """See `Engine`."""
+        for child in self.children:
+            child.process.kill()
+            child.process.join()
+        self.children = []
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def _outcome(child: _Child) -> dict[str, Any]:
+    path = Path(child.spec.record)
+    code = child.process.exitcode
+    if path.exists():
+        record: dict[str, Any] = read_json(path)
+        return record
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return failure(child.spec, f"the process {how}; what it said is in {child.spec.folder}/log.txt")
+
+
+def _child(spec: Spec) -> None:
+    """The whole life of a process: one run, its record written, and no traceback on the terminal."""
+    # Ctrl-C in a terminal reaches a whole group; here the parent alone hears it and passes it on, once.
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    folder = Path(spec.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        write_json(Path(spec.record), attempt(spec))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def _end_with_parent() -> None:
+    """A run that nobody waits for must not go on, nor meet its own continuation."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait_for([parent.sentinel])
+        os._exit(1)

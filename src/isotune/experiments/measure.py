@@ -1,0 +1,220 @@
+"""What a run is measured by beside its score: bytes kept for backward, memory, forgetting, the metric's interval."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import isotune.operators
+
+LEVEL = 0.95
+RESAMPLES = 1000
+
+
+def kept_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes of distinct storages that `forward` saves for backward; parameters and buffers of `model` not included.
+
+    What autograd saves is counted with `saved_tensors_hooks`, also what an operator's own graph keeps.
+    """
+    persistent = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    seen: dict[int, int] = {}
+    alive: list[Tensor] = []  # a storage that is freed could be given out again and be counted once for two
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in persistent:
+            seen[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    hidden = isotune.operators.hidden_from_hooks
+    isotune.operators.hidden_from_hooks = contextlib.nullcontext
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = forward()
+    finally:
+        isotune.operators.hidden_from_hooks = hidden
+    del result
+    return sum(seen.values())
+
+
+def kept_by_batch(model: Any, batch: Mapping[str, Any]) -> int:
+    """Bytes that one training pass of `model` over `batch` (inputs with labels) saves for backward.
+
+    The mode and the random numbers are left as they were.
+    """
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    training = model.training
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            return kept_bytes(model.train(), lambda: model(**inputs).loss)
+    finally:
+        model.train(training)
+
+
+def peak_memory() -> int | None:
+    """The most memory this process has had: allocated on the GPU where there is one, else resident, in bytes.
+
+    None where the system does not tell. A process that ran something before includes that.
+    """
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def interval(metric: str, value: float, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, Any] | None:
+    """The 95 % interval of a metric over the draw of the test examples, for one trained model.
+
+    Wilson's for an accuracy; for a correlation the percentiles of 1,000 resamples with a fixed seed. None for another
+    metric, and for fewer than two examples.
+    """
+    count = len(predictions)
+    if count < 2:
+        return None
+    if metric == "accuracy":
+        from scipy.stats import binomtest
+
+        found = binomtest(round(value * count), count).proportion_ci(LEVEL, method="wilson")
+        return {"level": LEVEL, "low": float(found.low), "high": float(found.high), "how": "Wilson"}
+    correlation = _CORRELATIONS.get(metric)
+    if correlation is None or len(references) != count:
+        return None
+    generator = np.random.default_rng(0)
+    pairs = np.asarray(predictions, dtype=np.float64), np.asarray(references, dtype=np.float64)
+    draws = (generator.integers(0, count, count) for _ in range(RESAMPLES))
+    values = [correlation(pairs[0][chosen], pairs[1][chosen]) for chosen in draws]
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return {"level": LEVEL, "low": float(low), "high": float(high), "how": "bootstrap of test examples"}
+
+
+def _pearson(first: Any, second: Any) -> float:
+    first, second = first - first.mean(), second - second.mean()
+    norm = float(np.sqrt((first @ first) * (second @ second)))
+    # A resample may hold one value only; as in sklearn's Matthews correlation that counts as none.
+    return float(first @ second) / norm if norm > 0 else 0.0
+
+
+def _matthews(first: Any, second: Any) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(second, first))
+
+
+_CORRELATIONS: dict[str, Callable[[Any, Any], float]] = {"matthews_correlation": _matthews, "pearson": _pearson}
+
+
+def general_texts(count: int = 64, words: int = 64) -> list[str]:
+    """Passages of Python's language reference, which every Python carries as `pydoc_data.topics`.
+
+    Evenly spaced over the reference's paragraphs of prose, each cut to `words` words. Equal for equal versions of
+    Python. Empty where the module is left out.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return []
+    prose = []
+    for _, topic in sorted(topics.items()):
+        for paragraph in re.split(r"\n\s*\n", topic):
+            found = paragraph.split()
+            letters = sum(c.isalpha() or c.isspace() for c in paragraph)
+            if len(found) >= words // 2 and letters > 0.9 * len(paragraph):
+                prose.append(" ".join(found[:words]))
+    prose = list(dict.fromkeys(prose))
+    chosen = np.linspace(0, len(prose) - 1, min(count, len(prose))).round().astype(int)
+    return [prose[i] for i in chosen]
+
+
+class Forgetting:
+    """What a model knew of a general text before its training, to be compared with what it knows after.
+
+    For a causal language model the mean next-token loss. An encoder with a new head has no such loss; for it the
+    measure is how far its sentence embeddings (the mean of the last hidden states) have moved from the base model's.
+
+    Args:
+        model: the model before an adapter is attached.
+        tokenizer: its tokeniser.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.texts = general_texts()
+        # RoBERTa and its kin use two positions less than they have.
+        self.max_length = min(128, (getattr(model.config, "max_position_embeddings", 0) or 130) - 2)
+        self.causal = bool(model.can_generate())
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.before: Any = self._look(model) if self.texts else None
+
+    def after(self, model: Any) -> dict[str, Any] | None:
+        """The record of the change: {measure, before, after, change, text}; None without a text."""
+        if self.before is None:
+            return None
+        now = self._look(model)
+        if self.causal:
+            before, after, measure = float(self.before), float(now), "next-token loss"
+        else:
+            before, measure = 0.0, "mean cosine distance of the sentence embeddings to the base model's"
+            after = float((1 - nn.functional.cosine_similarity(self.before, now, dim=-1)).mean())
+        python = ".".join(map(str, sys.version_info[:2]))
+        return {
+            "measure": measure,
+            "before": before,
+            "after": after,
+            "change": after - before,
+            "text": f"{len(self.texts)} passages of pydoc_data.topics, Python {python}",
+        }
+
+    def _batches(self, device: torch.device) -> Iterator[dict[str, Tensor]]:
+        padding = self.tokenizer.padding_side
+        self.tokenizer.padding_side = "right"
+        try:
+            for start in range(0, len(self.texts), 8):
+                texts = self.texts[start : start + 8]
+                tokens = self.tokenizer(
+                    texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+                )
+                yield dict(tokens.to(device))
+        finally:
+            self.tokenizer.padding_side = padding
+
+    def _look(self, model: Any) -> Any:
+        device = next(model.parameters()).device
+        training = model.training
+        try:
+            with torch.no_grad():
+                return self._loss(model.eval(), device) if self.causal else self._embeddings(model.eval(), device)
+        finally:
+            model.train(training)
+
+    def _loss(self, model: Any, device: torch.device) -> float:
+        total, count = 0.0, 0
+        for batch in self._batches(device):
+            # By the attention mask and not by the padding token, which may be the end-of-text token.
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]
+            logits = model(**batch).logits[:, :-1].float()
+            total += float(nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+            count += int((labels != -100).sum())
+        return total / count
+
+    def _embeddings(self, model: Any, device: torch.device) -> Tensor:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        found = []
+        for batch in self._batches(device):
+            hidden = base.base_model(**batch).last_hidden_state.float()
+            mask = batch["attention_mask"].unsqueeze(-1)
+            found.append((hidden * mask).sum(1) / mask.sum(1))
+        return torch.cat(found).cpu()

@@ -1,0 +1,6 @@
+"""Imports what every run needs, once, in the process of which runs are copies."""
+
+import isotune.experiments.loop
+import isotune.experiments.measure
+import isotune.experiments.run
+import isotune.experiments.tasks  # noqa: F401

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import platform
 import statistics
@@ -203,7 +204,7 @@ def measure(
                 name,
                 ratio,
                 1e3 * statistics.median(times[name]),
-                kept_bytes(model, lambda: loss(model, embeddings)) / 2**20,
+                kept_bytes(model, functools.partial(loss, model, embeddings)) / 2**20,
                 # A frozen linear layer is one operation, which the adapted layer contains.
                 None if name == "frozen" else (operations[name] - operations["frozen"]) / adapted_layers + 1,
                 matmul_bound(base, rank) * frozen_time / reference_time if rank else None,

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import lru_cache
+from inspect import get_annotations
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 
 import torch
 from peft import PeftConfig
@@ -66,8 +67,10 @@ class IsotuneConfig(PeftConfig):
         super().__init_subclass__(**kwargs)
         # PEFT takes a keyword of `from_pretrained` for the config only if the class itself is annotated with it.
         for name in cls.runtime_fields:
-            declared = next(c.__annotations__[name] for c in cls.__mro__ if name in c.__annotations__)
-            cls.__annotations__.setdefault(name, declared)
+            owner = next(c for c in cls.__mro__ if name in get_annotations(c))
+            if owner is not cls:
+                # The type and not its text, which names what the module of the subclass need not know.
+                cls.__annotations__[name] = get_type_hints(owner)[name]
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]

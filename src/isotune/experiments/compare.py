@@ -299,7 +299,7 @@ class Plan:
             "lr_tried": list(variant.rates),
             # The best rate lies at the border of what was tried, so that a better one may lie beyond.
             "lr_at_border": lr is not None
-            and len(variant.rates) > 1
+            and len(variant.rates) > 2
             and lr in (min(variant.rates), max(variant.rates)),
             "mean": None,
             "standard_error": None,

@@ -46,10 +46,9 @@ def skew_from_vector(entries: Tensor, n: int) -> Tensor:
         ValueError: the last dimension of `entries` is not n(n − 1)/2.
     """
     check_entries(entries, n)
-    leading = entries.shape[:-1]
-    upper = entries.new_zeros(*leading, n * n).index_copy(-1, skew_positions(n, entries.device)[0], entries)
-    upper = upper.view(*leading, n, n)
-    return upper - upper.mT
+    upper, lower = skew_positions(n, entries.device)
+    flat = entries.new_zeros(*entries.shape[:-1], n * n)
+    return flat.index_copy_(-1, upper, entries).index_copy_(-1, lower, -entries).view(*entries.shape[:-1], n, n)
 
 
 def vector_from_skew(matrix: Tensor) -> Tensor:

@@ -86,24 +86,26 @@ def _fold(stages: list[Tensor], size: int, before: int) -> Tensor:
 def _double(blocks: Tensor, stage: Tensor) -> Tensor:
     """Join neighbouring blocks C by a stage that acts before them, chunk by chunk.
 
+    Both are written out as dense blocks of the doubled size: one batched product of these takes less time than many
+    products of chunks, and no chunk has to be moved.
+
     Args:
         blocks: (..., 2k, S, S), C = M − I.
         stage: (..., k, S / h, 2h, 2h), E = R − I: each joins a chunk of h coordinates of one block with the same chunk
             of the next.
 
     Returns:
-        (..., k, 2S, 2S), (I + E)(I + C) − I = C + E (I + C).
+        (..., k, 2S, 2S), (I + E)(I + C) − I = C + E + E C.
     """
     *leading, count, chunks, size, _ = stage.shape
-    width = blocks.shape[-1]
-    one, two = blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
-    eye = torch.eye(width, dtype=blocks.dtype, device=blocks.device)
-    parts = []
-    for side, own in enumerate((one, two)):
-        rows = (own + eye).reshape(*leading, count, chunks, size // 2, width)
-        mixed = stage[..., side * (size // 2) : (side + 1) * (size // 2)] @ rows
-        mixed = mixed.reshape(*leading, count, chunks, 2, size // 2, width).movedim(-3, -4)
-        parts.append(mixed.reshape(*leading, count, 2, width, width))
-    top = torch.cat([parts[0][..., 0, :, :] + one, parts[1][..., 0, :, :]], -1)
-    bottom = torch.cat([parts[0][..., 1, :, :], parts[1][..., 1, :, :] + two], -1)
-    return torch.cat([top, bottom], -2)
+    width, half = blocks.shape[-1], size // 2
+    joined = blocks.new_zeros(*leading, count, 2, width, 2, width)
+    for side in range(2):
+        joined[..., side, :, side, :] = blocks[..., side::2, :, :]
+    joined = joined.view(-1, 2 * width, 2 * width)
+    # Row side · S + chunk · h + i of the doubled block, for each chunk and each row (side, i) of its 2h × 2h matrix.
+    rows = torch.arange(2 * width, device=stage.device).view(2, chunks, half).transpose(0, 1).reshape(chunks, size)
+    places = (rows[:, :, None] * (2 * width) + rows[:, None, :]).flatten()
+    spread = stage.new_zeros(len(joined), 4 * width * width).index_copy(-1, places, stage.reshape(len(joined), -1))
+    spread = spread.view(joined.shape)
+    return torch.baddbmm(joined + spread, spread, joined).view(*leading, count, 2 * width, 2 * width)

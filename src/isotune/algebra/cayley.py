@@ -51,16 +51,17 @@ def _eliminate(entries: Tensor, n: int) -> Tensor:
     each operation runs over all of them.
     """
     columns = entries.reshape(-1, entries.shape[-1]).double().t().contiguous()
-    rows, others = torch.triu_indices(n, n, offset=1, device=entries.device).unbind(0)
-    work = columns.new_zeros(n, n, columns.shape[1])
-    work.index_put_((rows, others), -columns).index_put_((others, rows), columns)
+    upper, lower = skew_positions(n, entries.device)
+    work = columns.new_zeros(n * n, columns.shape[1])
+    work.index_copy_(0, lower, columns).index_copy_(0, upper, -columns)
+    work = work.view(n, n, -1)
     work.diagonal(dim1=0, dim2=1).fill_(1)
     for k in range(n):
         pivot = work[k, k].reciprocal()
         row, column = work[k] * pivot, work[:, k].clone()
         column[k] = 0
-        work -= column[:, None] * row[None]
-        work[:, k] = -column * pivot
+        work.addcmul_(column[:, None], row[None], value=-1)
+        torch.mul(column, -pivot, out=work[:, k])
         row[k] = pivot
         work[k] = row
     work *= 2

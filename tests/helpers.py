@@ -121,12 +121,12 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def make_tokenizer() -> Any:
-    """A word-level tokenizer over WORDS."""
+def make_tokenizer(words: Sequence[str] = WORDS) -> Any:
+    """A word-level tokenizer over as many words as WORDS."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(

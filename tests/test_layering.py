@@ -24,7 +24,6 @@ MAY_IMPORT_PEFT = {
     "peft_import",
     "export",
     "serving",
-    "hotswap",
     "config",
     "__init__",
 }

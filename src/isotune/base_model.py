@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
+import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -45,8 +48,9 @@ def resolve_base(name: str) -> str:
     """The folder or Hub name that `name` stands for.
 
     Args:
-        name: a folder with a config.json, a Hub name such as "facebook/opt-125m", or "package:NAME" for the folder
-            `model` beside the `__init__` of an installed package.
+        name: a folder with a config.json or one GGUF file, a Hub name such as "facebook/opt-125m", or "package:NAME"
+            for the model of an installed package: the folder `model` beside its `__init__`, or the GGUF file that its
+            function `assemble` writes, kept under ~/.cache/isotune/models.
 
     Raises:
         ValueError: there is no such folder or package, or no model in it.
@@ -60,17 +64,44 @@ def resolve_base(name: str) -> str:
         if spec is None or spec.origin is None:
             raise ValueError(f"The package {package!r} is not installed: pip install {package.replace('_', '-')}")
         folder = Path(spec.origin).parent / "model"
-        if not (folder / "config.json").is_file():
+        if (folder / "config.json").is_file():
+            return str(folder)
+        assembled = _assembled(package)
+        if assembled is None:
             raise ValueError(f"The package {package!r} carries no model: there is no {folder / 'config.json'}.")
-        return str(folder)
+        return str(assembled)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file() and not gguf_of(str(folder)):
             raise ValueError(f"The folder {name!r} holds no model: there is no config.json in it.")
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"There is no folder {name!r}; give a model's folder, a Hub name, or package:NAME.")
     return name
+
+
+def gguf_of(path: str) -> dict[str, str]:
+    """{"gguf_file": name} for a folder with one GGUF file and no config.json, to be passed to `from_pretrained`."""
+    folder = Path(path)
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return {}
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    return {"gguf_file": files[0]} if len(files) == 1 else {}
+
+
+def _assembled(package: str) -> Path | None:
+    """The folder of the GGUF file that a package puts together by its function `assemble`: made once, then kept."""
+    assemble = getattr(importlib.import_module(package), "assemble", None)
+    if assemble is None:
+        return None
+    folder = Path("~/.cache/isotune/models").expanduser() / package
+    if not gguf_of(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Under a name that is no model's until it is whole: another process may look for it, and this one be stopped.
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            made = Path(assemble(Path(place) / "model.gguf"))
+            os.replace(made, folder / "model.gguf")
+    return folder
 
 
 def load_base(name: str, adapter_config: Mapping[str, Any], *, trust_remote_code: bool = False) -> nn.Module:
@@ -101,7 +132,9 @@ def load_base(name: str, adapter_config: Mapping[str, Any], *, trust_remote_code
     revision = adapter_config.get("revision") if name == adapter_config.get("base_model_name_or_path") else None
     try:
         with quiet():
-            model = loader.from_pretrained(path, revision=revision or "main", trust_remote_code=trust_remote_code)
+            model = loader.from_pretrained(
+                path, revision=revision or "main", trust_remote_code=trust_remote_code, **gguf_of(path)
+            )
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"The base model {name!r} cannot be loaded by {loader.__name__}: {lines[0]}") from error

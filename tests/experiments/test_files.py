@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from isotune.experiments.files import read_json, write_json
+from isotune.experiments.files import StorageError, read_json, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +20,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkey
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match=r"cannot write .*result\.json: disk full; make room"):
         write_json(path, {"new": 2})
     assert written == ['{\n  "new": 2\n}\n']  # the whole text was there before the old file was touched
     assert read_json(path) == {"old": 1}

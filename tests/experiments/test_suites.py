@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from helpers import VOCABULARY, WORDS, make_tokenizer
+from helpers import VOCABULARY, WORDS, make_tokenizer, tiny_llama
 from isotune.experiments import reload, suites
 from isotune.experiments.recipe import load, packaged
 from isotune.experiments.run import run
@@ -84,6 +87,75 @@ def vtab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = "".join(f"images/{number}.png {number % 2 * (data.classes - 1)}\n" for number in range(4))
         for file in ("train800.txt", "val200.txt", "test.txt"):
             (folder / file).write_text(lines)
+    return root
+
+
+# A word-level vocabulary in which the answers are words of their own.
+SAID = ["the", "correct", "answer", "is", "true", "false", "Answer", "format", "Question", "####", "The", "$", "boxed"]
+SAID += [f"{kind}{number}" for kind in ("answer", "solution", "option", "ending") for number in range(1, 6)]
+SAID += [str(number) for number in range(10)]
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of width 64, two layers, with a tokeniser of the words that answers are made of."""
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_llama().save_pretrained(folder)
+    make_tokenizer([*SAID, *WORDS[len(SAID) :]]).save_pretrained(folder)
+    return folder
+
+
+# The answers that each test set of LLM-Adapters offers.
+CHOICES = {
+    "boolq": ("true", "false"),
+    "piqa": ("solution1", "solution2"),
+    "siqa": ("answer1", "answer2", "answer3"),
+    "hellaswag": ("ending1", "ending2", "ending3", "ending4"),
+    "winogrande": ("option1", "option2"),
+    "arc_easy": ("answer1", "answer2", "answer3", "answer4"),
+    "arc_challenge": ("answer1", "answer2", "answer3", "answer4"),
+    "openbookqa": ("answer1", "answer2", "answer3", "answer4"),
+}
+
+
+def choice(chance: random.Random, choices: Sequence[str]) -> dict[str, str]:
+    answer = chance.choice(list(choices))
+    return {
+        "instruction": f"Question: {sentence(chance)}\n\nAnswer format: {'/'.join(choices)}",
+        "input": "",
+        "output": f"the correct answer is {answer}",
+        "answer": answer,
+    }
+
+
+@pytest.fixture(scope="session")
+def commonsense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Commonsense-15K and the eight test sets as LLM-Adapters has them, a few questions each."""
+    root, chance = tmp_path_factory.mktemp("commonsense"), random.Random(0)
+    rows = [choice(chance, choices) for choices in CHOICES.values()]
+    (root / "commonsense_15k.json").write_text(json.dumps(rows))
+    files = load("commonsense/all").data.files
+    assert files is not None
+    assert isinstance(files.test, dict)
+    for task, names in files.test.items():
+        (root / names[0]).parent.mkdir()
+        (root / names[0]).write_text(json.dumps([choice(chance, CHOICES[task]) for _ in range(4)]))
+    return root
+
+
+@pytest.fixture(scope="session")
+def mathematics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MetaMathQA-40K, GSM8K and MATH, a few problems each."""
+    root, chance = tmp_path_factory.mktemp("math"), random.Random(0)
+    solved = [{"query": sentence(chance), "response": f"{sentence(chance)} The answer is: {n}"} for n in range(8)]
+    (root / "MetaMathQA-40K.json").write_text(json.dumps(solved))
+    rows = {
+        "gsm8k": [{"question": sentence(chance), "answer": f"{sentence(chance)}\n#### {n}"} for n in range(4)],
+        "math": [{"problem": sentence(chance), "solution": f"so $\\boxed{{{n}}}$"} for n in range(4)],
+    }
+    for name, problems in rows.items():
+        (root / name).mkdir()
+        (root / name / "test.jsonl").write_text("\n".join(map(json.dumps, problems)))
     return root
 
 
@@ -184,3 +256,34 @@ def test_vtab_has_three_groups_whose_means_are_averaged() -> None:
     del scores["vtab/dmlab"]
     assert set(suites.means("vtab", scores)) == {"natural", "specialised"}  # no mean of a part that is incomplete
     assert suites.means("glue", {f"glue/{task}": 0.25 for task in suites.SIX}) == {"mean": 0.25}
+
+
+SHORT = ["train.gradient_accumulation=2", "train.max_length=128", "max_new_tokens=4", "dtype=float32"]
+
+
+def trained(name: str, model: Path, data: Path, output: Path, *overrides: str) -> dict[str, Any]:
+    """Two steps of a recipe for a language model."""
+    given = [f"model={model}", f"data.path={data}", f"output={output}", *QUICK, *SHORT, *overrides]
+    return run(load(name, given))
+
+
+@pytest.mark.parametrize("task", [*CHOICES, "all"])
+def test_commonsense(task: str, llama: Path, commonsense: Path, tmp_path: Path) -> None:
+    result = trained(f"commonsense/{task}", llama, commonsense, tmp_path / "run")
+    entry = result["runs"][0]
+    # q, k, v, up and down of two layers; no head is added to a language model.
+    assert (entry["trainable_parameters"], entry["head_parameters"]) == (10 * 14, 0)
+    assert result["data"]["test"] == (32 if task == "all" else 4)
+    assert set(result["metrics"]) == {"accuracy", *(CHOICES if task == "all" else ())}
+    assert entry["best_step"] == 2
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math", "all"])
+def test_math(task: str, llama: Path, mathematics: Path, tmp_path: Path) -> None:
+    result = trained(f"math/{task}", llama, mathematics, tmp_path / "run", "data.hold_out=2")
+    entry = result["runs"][0]
+    assert entry["trainable_parameters"] == 14 * 14
+    assert set(result["metrics"]) == {"accuracy", *(("gsm8k", "math") if task == "all" else ())}
+    # Chosen by the loss of what is held out, which TRL and we compute alike.
+    last = [row for row in entry["curve"] if "validation_loss" in row][-1]
+    assert entry["validation"]["loss"] == pytest.approx(last["validation_loss"], rel=0.05)

@@ -126,6 +126,10 @@ def read(data: Data) -> tuple[dict[str, list[Row]], Columns]:
     for split, found in rows.items():
         if not found:
             raise DataError(f"the {split} split is empty")
+        for row in found:
+            for old, new in data.rename.items():
+                if old in row.values and new not in row.values:
+                    row.values[new] = row.values.pop(old)
     return rows, columns
 
 
@@ -145,6 +149,8 @@ def arrange(data: Data, splits: dict[str, list[T]], key: Callable[[T], Hashable]
         splits["validation"], splits["train"] = shuffled[: data.hold_out], shuffled[data.hold_out :]
     if data.max_train is not None:
         splits["train"] = shuffle.sample(splits["train"], min(data.max_train, len(splits["train"])))
+    if data.max_test is not None and "test" in splits:
+        splits["test"] = shuffle.sample(splits["test"], min(data.max_test, len(splits["test"])))
     if data.split_validation_half:
         if "test" in splits or "validation" not in splits:
             raise DataError(
@@ -254,7 +260,7 @@ def _builtin_rows() -> dict[str, list[Row]]:
 
 def _hub_rows(hub: HubData) -> dict[str, list[Row]]:
     def of(name: str) -> HubTable:
-        return HubTable(name=hub.name, config=hub.config, revision=hub.revision, split=name)
+        return HubTable(name=hub.name, config=hub.config, revision=hub.revision, files=hub.files, split=name)
 
     rows = {
         split: _hub_table(of(name))
@@ -272,7 +278,8 @@ def _hub_table(table: HubTable) -> list[Row]:
     except ImportError as error:
         raise DataError("data from the Hub need the package datasets: pip install datasets") from error
     try:
-        found = load_dataset(table.name, table.config, split=table.split, revision=table.revision)
+        files = {"data_files": table.files} if table.files else {}
+        found = load_dataset(table.name, table.config, split=table.split, revision=table.revision, **files)
     except Exception as error:  # the library raises a dozen kinds, most of them about the network
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(

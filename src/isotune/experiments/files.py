@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+
+class StorageError(ValueError):
+    """Something could not be written, for want of room for instance; what was there before is still there."""
+
+
+@contextlib.contextmanager
+def storing(what: str) -> Iterator[None]:
+    """Make of a failed write, by whichever library, a StorageError of one line that names `what` was written."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except StorageError:
+        raise
+    # torch says RuntimeError where its own writer fails.
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise StorageError(
+            f"cannot write {what}: {reason}; make room and run the same command again, "
+            "which goes on from the last checkpoint"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON atomically: `path` holds either what it held before or all of the new text.
 
-    NaN and infinities are refused with a ValueError: they are not JSON, and a result must not contain them.
+    NaN and infinities are refused with a ValueError: they are not JSON, and a result must not contain them. Raises
+    StorageError where there is no room.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with storing(str(path)):
+        _write(path, text)
+
+
+def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The temporary file lies beside the target, as os.replace is atomic only within one file system.
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from isotune.base_model import quiet
-from isotune.experiments.files import read_json, write_json
+from isotune.experiments.files import StorageError, read_json, storing, write_json
 from isotune.experiments.recipe import LESS_IS_BETTER, Metric, Train
 from isotune.regularization import has_regularization, regularization_callback
 
@@ -40,9 +40,12 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a run trains on and is scored by: rows, how to batch them, and the metric to choose by.
+    """What a run trains on and is scored by: rows, how to batch them, and the metric to choose checkpoints by.
 
-    `decide` turns a model's outputs into predictions, `score` these and the labels into metrics.
+    `decide` turns a model's outputs into predictions, `score` these and the labels into metrics. A task whose answers
+    are not read off one row of outputs gives `examine` instead, which makes of a model and "validation" or "test" the
+    predictions, the metrics and the right answers; checkpoints are then chosen by the loss. `trainer`, `arguments` and
+    `options` are for another of transformers' trainers than the plain one.
     """
 
     train: Sequence[Row]
@@ -50,9 +53,27 @@ class Encoded:
     test: Sequence[Row]
     collate: Any
     metric: Metric
-    score: Callable[[Any, Any], dict[str, float]]
-    decide: Callable[[Any], list[Any]]
     lengths: Sequence[int]
+    score: Callable[[Any, Any], dict[str, float]] | None = None
+    decide: Callable[[Any], list[Any]] | None = None
+    examine: Callable[[Any, str], tuple[list[Any], dict[str, float], list[Any]]] | None = None
+    trainer: type[Loop] | None = None
+    arguments: Callable[..., TrainingArguments] = TrainingArguments
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def measured(self, output: Any) -> dict[str, float]:
+        """The metrics of a trainer's predictions."""
+        assert self.score is not None
+        assert self.decide is not None
+        return self.score(self.decide(output.predictions), output.label_ids)
+
+    def examined(self, trainer: Any, split: str) -> tuple[list[Any], dict[str, float], list[Any]]:
+        """Predictions, metrics and right answers of a trainer's model on a split."""
+        if self.examine is not None:
+            return self.examine(trainer.model, split)
+        output = trainer.predict(getattr(self, split))
+        assert self.decide is not None
+        return self.decide(output.predictions), self.measured(output), np.asarray(output.label_ids).tolist()
 
 
 def likeliest(logits: Any) -> list[int]:
@@ -164,6 +185,16 @@ class Loop(Trainer):  # type: ignore[misc]
         if not torch.isfinite(loss):
             raise diverged(f"the training loss is {loss.item()}", self.state.global_step + 1, self.args.output_dir)
         return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self.args.output_dir)
+        part = folder / f"checkpoint-{self.state.global_step}"
+        try:
+            with storing(f"the checkpoint of step {self.state.global_step} in {folder}"):
+                super()._save_checkpoint(*args, **kwargs)
+        except StorageError:
+            shutil.rmtree(part, ignore_errors=True)  # makes room, and leaves the one before as the last
+            raise
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Scores of a split; raises TrainingDiverged, before a save, where the loss is not finite."""
@@ -323,15 +354,17 @@ def train(
     every = "steps" if settings.eval_steps else "epoch"
     progress = _Progress(title, folder, task.metric)
     per_epoch = math.ceil(len(task.train) / settings.batch_size)
-    arguments = TrainingArguments(
+    arguments = task.arguments(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // settings.gradient_accumulation,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        gradient_checkpointing=settings.gradient_checkpointing,
         per_device_eval_batch_size=settings.eval_batch_size,
         learning_rate=lr,
         lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
-        warmup_steps=settings.warmup_ratio,
+        warmup_steps=settings.warmup_steps or settings.warmup_ratio,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
@@ -351,7 +384,7 @@ def train(
         report_to="none",
     )
     regularizers = [regularization_callback()] if has_regularization(model) else []
-    trainer = Loop(
+    trainer = (task.trainer or Loop)(
         settings,
         lr,
         head,
@@ -361,8 +394,9 @@ def train(
         data_collator=task.collate,
         train_dataset=task.train,
         eval_dataset=task.validation or None,
-        compute_metrics=lambda output: task.score(task.decide(output.predictions), output.label_ids),
+        compute_metrics=task.measured if task.examine is None else None,
         callbacks=[progress, *regularizers, *callbacks],
+        **task.options,
     )
     trainer.remove_callback(PrinterCallback)
     resume = last_checkpoint(folder)
@@ -372,20 +406,19 @@ def train(
     finally:
         progress.close()
     seconds = progress.seconds
-    chosen_on = trainer.predict(task.validation) if watched else None
-    tested = trainer.predict(task.test)
-    predictions = task.decide(tested.predictions)
+    validation = task.examined(trainer, "validation")[1] if watched else None
+    predictions, test, references = task.examined(trainer, "test")
     state = trainer.state
     chosen = watched and settings.select_best and state.best_global_step
     return Outcome(
         model=trainer.model,
-        validation=task.score(task.decide(chosen_on.predictions), chosen_on.label_ids) if chosen_on else None,
-        test=task.score(predictions, tested.label_ids),
+        validation=validation,
+        test=test,
         predictions=predictions,
         curve=_curve(state.log_history),
         best_step=state.best_global_step if chosen else state.global_step,
         seconds=seconds,
-        references=np.asarray(tested.label_ids).tolist(),
+        references=references,
         tokens_per_second=sum(task.lengths) * state.epoch / progress.stepping if progress.stepping else None,
     )
 

@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -20,7 +21,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from isotune.base_model import quiet, resolve_base
+from isotune.base_model import gguf_of, quiet, resolve_base
 from isotune.experiments.methods import HEADS
 
 
@@ -107,7 +108,8 @@ class FeatureHead(nn.Module):
 def tokenizer_for(name: str) -> Any:
     """The tokeniser of a model; raises ModelError with one line."""
     with _named(name, "tokeniser of"):
-        return AutoTokenizer.from_pretrained(locate(name))
+        path = locate(name)
+        return AutoTokenizer.from_pretrained(path, **gguf_of(path))
 
 
 def load_classifier(name: str, pooling: str, labels: list[str]) -> tuple[Any, list[str]]:
@@ -129,6 +131,13 @@ def load_image_classifier(name: str, labels: list[str]) -> tuple[Any, list[str]]
     with _named(name):
         config = AutoConfig.from_pretrained(locate(name), **_head_of(labels))
     return _with_new_head(AutoModelForImageClassification, name, config)
+
+
+def load_causal(name: str, dtype: str) -> Any:
+    """Load a causal language model in a dtype of torch's, as "float32"; raises ModelError."""
+    with _named(name):
+        path = locate(name)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **gguf_of(path))
 
 
 def image_processor_for(name: str) -> Any:

@@ -41,7 +41,7 @@ MethodName = Literal[
     "full",
 ]
 Metric = Literal["accuracy", "matthews_correlation", "pearson", "loss"]
-TaskName = Literal["text-classification", "text-regression", "image-classification"]
+TaskName = Literal["text-classification", "text-regression", "image-classification", "multiple-choice", "math"]
 
 
 LESS_IS_BETTER = ("loss",)
@@ -72,11 +72,12 @@ class _Section(BaseModel):
 
 
 class HubTable(_Section):
-    """One split of a data set on the Hugging Face Hub."""
+    """One split of a data set on the Hugging Face Hub, or of a file that `datasets` reads: `name: json, files: URL`."""
 
     name: str
     config: str | None = None
     revision: str | None = None
+    files: str | None = None
     split: str = "test"
 
 
@@ -89,6 +90,7 @@ class HubData(_Section):
     name: str
     config: str | None = None
     revision: str | None = None
+    files: str | None = None
     train: str = "train"
     validation: str | None = None
     test: str | None = None
@@ -116,6 +118,7 @@ class Data(_Section):
 
     With `path` the `files` are read from that folder, or from the `folder` in it if there is one; without it the
     `builtin` or `hub` data are used where the recipe names them, else the `files` relative to the working directory.
+    `rename` gives columns the names that the task knows them by, where a table has them under others.
     `classes` is a number of classes called 0, 1, …; `range` what a regression's numbers lie in; `hold_out` the number
     of training examples that become the validation set.
     """
@@ -128,12 +131,14 @@ class Data(_Section):
     text: Names = Field(default_factory=lambda: ["text"], max_length=2)
     label: str = "label"
     labels: list[str | int] | None = None
+    rename: dict[str, str] = Field(default_factory=dict)
     classes: Annotated[int, Field(ge=2)] | None = None
     range: tuple[FiniteFloat, FiniteFloat] | None = None
     split_validation_half: bool = False
     hold_out: PositiveInt | None = None
     split_seed: int = 0
     max_train: PositiveInt | None = None
+    max_test: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
@@ -164,16 +169,23 @@ MethodSpec = Annotated[Method, BeforeValidator(_as_method)]
 
 
 class Train(_Section):
-    """How to train: AdamW with a learning rate for the adapter (several: a search) and one for the head."""
+    """How to train: AdamW with a learning rate for the adapter (several: a search) and one for the head.
+
+    `batch_size` is that of an update, computed in `gradient_accumulation` equal parts; `warmup_steps` goes over
+    `warmup_ratio`.
+    """
 
     epochs: FiniteFloat = Field(default=3, gt=0)
     max_steps: PositiveInt | None = None
     batch_size: PositiveInt = 32
+    gradient_accumulation: PositiveInt = 1
+    gradient_checkpointing: bool = False
     eval_batch_size: PositiveInt = 64
     lr: Annotated[list[Rate], BeforeValidator(_as_list), Field(min_length=1)] = Field(default_factory=lambda: [1e-3])
     lr_head: Rate | None = None
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: FiniteFloat = Field(default=0.1, ge=0, lt=1)
+    warmup_steps: PositiveInt | None = None
     weight_decay: FiniteFloat = Field(default=0.0, ge=0)
     max_grad_norm: Rate = 1.0
     max_length: PositiveInt = 128
@@ -183,11 +195,21 @@ class Train(_Section):
     group_by_length: bool = False
     start_from_head: bool = False
 
+    @model_validator(mode="after")
+    def _whole_parts(self) -> Train:
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"train.batch_size={self.batch_size} is not {self.gradient_accumulation} equal parts: "
+                "train.gradient_accumulation must divide it"
+            )
+        return self
+
 
 class Recipe(_Section):
     """A whole experiment: model, task, data, method, training and where the results go.
 
-    `group` is the part of its suite that a task is averaged in.
+    `group` is the part of its suite that a task is averaged in. For language models: `dtype` is that of the frozen
+    weights, `prompt` a text with the columns' names in braces, `score` how answers are found.
     """
 
     description: str = ""
@@ -195,6 +217,10 @@ class Recipe(_Section):
     task: TaskName = "text-classification"
     model: str
     pooling: Literal["auto", "native", "mean"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    prompt: str | None = None
+    score: Literal["generation", "likelihood", "loss"] = "generation"
+    max_new_tokens: PositiveInt = 32
     data: Data
     method: MethodSpec
     baselines: list[MethodSpec] = Field(default_factory=list)

@@ -19,7 +19,7 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The chosen run of each method, after what needs no training; each a row of the table."""
     metric = result["metric"]
     found: list[dict[str, Any]] = []
-    if metric == "accuracy":
+    if metric == "accuracy" and "majority_accuracy" in result["data"]:
         found.append({"name": "majority class", "score": result["data"]["majority_accuracy"]})
     found += [
         {"name": "untrained head", "score": entry["untrained"][metric]}

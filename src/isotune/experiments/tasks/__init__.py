@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from isotune.experiments.recipe import Recipe
+from isotune.experiments.recipe import Recipe, RecipeError
 from isotune.experiments.tasks.task import Job, Task
 
 __all__ = ["Job", "Task", "make"]
@@ -13,12 +13,23 @@ __all__ = ["Job", "Task", "make"]
 _CLASSES = {
     "text-classification": ("classification", "TextClassification"),
     "text-regression": ("classification", "TextRegression"),
+    "multiple-choice": ("commonsense", "MultipleChoice"),
+    "math": ("math", "MathWords"),
     "image-classification": ("vision", "ImageClassification"),
 }
 
 
 def make(recipe: Recipe) -> Task:
-    """The task of a recipe, its data read and checked; raises DataError."""
+    """The task of a recipe, its data read and checked.
+
+    Raises DataError about the data, RecipeError where a library for this kind of task is missing.
+    """
     module, name = _CLASSES[recipe.task]
-    task: Task = getattr(import_module(f"{__name__}.{module}"), name)(recipe)
+    try:
+        found = import_module(f"{__name__}.{module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("isotune"):
+            raise
+        raise RecipeError(f"a task {recipe.task} needs {error.name}: pip install 'isotune[language]'") from error
+    task: Task = getattr(found, name)(recipe)
     return task

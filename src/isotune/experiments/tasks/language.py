@@ -1,0 +1,325 @@
+"""Causal language models trained on answers to questions: by TRL, scored by generation, likelihood or loss."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from isotune.base_model import quiet
+from isotune.experiments import data, loop, models
+from isotune.experiments.recipe import Recipe
+from isotune.experiments.tasks.task import Job
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, the answer to be learnt, and what is needed to judge another one."""
+
+    prompt: str
+    completion: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    set: str | None = None
+    """The test set that it belongs to, where there are several."""
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    ids: list[int]
+    prompt: int
+    """How many of the ids belong to the prompt."""
+
+
+class SftLoop(loop.Loop, SFTTrainer):  # type: ignore[misc]
+    """TRL's SFTTrainer in our loop."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: a checkpoint is for going on, not for publishing."""
+
+
+class LanguageTask(ABC):
+    """Questions answered in words; see `Task`. What a right answer is, a subclass says."""
+
+    peft_type: str | None = "CAUSAL_LM"
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        rows, columns = data.read(recipe.data)
+        found = {
+            split: [self.question(row, columns, judged=split != "train") for row in found]
+            for split, found in rows.items()
+        }
+        self.splits = data.arrange(recipe.data, found, lambda question: question.prompt)
+        if recipe.score != "loss" and recipe.choose_by != "loss":
+            for question in self.splits.get("validation", ()):
+                if not question.answer:
+                    raise data.DataError(
+                        f"a validation question has no answer to judge by ({question.prompt[-60:]!r}); "
+                        "set choose_by=loss to choose by the loss"
+                    )
+        self.sizes = {split: len(self.splits.get(split, ())) for split in ("train", "validation", "test")}
+
+    @abstractmethod
+    def question(self, row: data.Row, columns: data.Columns, judged: bool) -> Question:
+        """A checked question from a row; one that is `judged` needs an answer. Raises DataError."""
+
+    @abstractmethod
+    def right(self, question: Question, prediction: Any) -> bool:
+        """Whether what a model has said is the answer."""
+
+    def fingerprint(self) -> str:
+        return data.fingerprint(
+            *(
+                [(q.prompt, q.completion, q.answer, q.choices, q.set) for q in self.splits.get(split, ())]
+                for split in ("train", "validation", "test")
+            )
+        )
+
+    def about(self) -> dict[str, Any]:
+        sets = self._sets("test")
+        return {"sets": {name: sets.count(name) for name in dict.fromkeys(sets) if name is not None}}
+
+    def build(self) -> tuple[Any, list[str]]:
+        return models.load_causal(self.recipe.model, self.recipe.dtype), []
+
+    def prepare(self) -> None:
+        _ = self.encoded
+
+    def tokenizer(self) -> Any | None:
+        return self._tokenizer
+
+    def training_batch(self) -> dict[str, Any]:
+        rows = self.encoded.train
+        collate = DataCollatorForLanguageModeling(self._tokenizer.pad_token_id)
+        parts = self.recipe.train.batch_size // self.recipe.train.gradient_accumulation
+        return dict(collate([rows[i] for i in range(min(parts, len(rows)))]))
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """The model's, padding on the left as generation needs it."""
+        tokenizer = models.tokenizer_for(self.recipe.model)
+        if tokenizer.eos_token_id is None:
+            raise models.ModelError(f"the tokeniser of {self.recipe.model} has no token for the end of a text")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "left"
+        return tokenizer
+
+    @cached_property
+    def encoded(self) -> loop.Encoded:
+        """The training set for TRL, the rest as questions that are examined one way or another."""
+        from datasets import Dataset
+
+        train, validation = self._training_rows("train"), self._training_rows("validation")
+        return loop.Encoded(
+            train=Dataset.from_list(train),
+            validation=Dataset.from_list(validation) if validation else [],
+            test=[],
+            collate=None,
+            metric="loss",
+            lengths=[len(row["input_ids"]) for row in train],
+            examine=self._examine,
+            trainer=SftLoop,
+            # The rows are tokenised already, and mixed precision is left to the dtype of the frozen weights.
+            arguments=partial(SFTConfig, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, bf16=False),
+            options={"processing_class": self._tokenizer},
+        )
+
+    def train(self, model: Any, job: Job) -> loop.Outcome:
+        return loop.train(model, self.encoded, job.settings, job.lr, job.head, job.folder, job.title)
+
+    def predict(self, model: Any) -> list[Any]:
+        return self._answers(model, self.splits["test"], self.recipe.score)
+
+    def score(self, predictions: Sequence[Any]) -> dict[str, float]:
+        return self._scores(self.splits["test"], predictions)
+
+    def _tokens(self, prompt: str, completion: str, end: bool) -> _Tokens:
+        """Both tokenised as one text, since a token may reach across; what they share with the prompt alone is its."""
+        alone = self._tokenizer(prompt)["input_ids"]
+        ids = list(self._tokenizer(prompt + completion)["input_ids"])
+        if end and ids[-1] != self._tokenizer.eos_token_id:
+            ids.append(self._tokenizer.eos_token_id)
+        return _Tokens(ids, _common([alone, ids]))
+
+    def _training_rows(self, split: str) -> list[dict[str, Any]]:
+        length, rows = self.recipe.train.max_length, []
+        for question in self.splits.get(split, ()):
+            tokens = self._tokens(question.prompt, question.completion, end=True)
+            if tokens.prompt < min(length, len(tokens.ids)):
+                labels = [IGNORED] * tokens.prompt + tokens.ids[tokens.prompt :]
+                rows.append({"input_ids": tokens.ids[:length], "labels": labels[:length]})
+        left_out = len(self.splits.get(split, ())) - len(rows)
+        if left_out and not rows:
+            raise data.DataError(
+                f"no question of the {split} split fits into train.max_length={length} tokens; raise it"
+            )
+        if left_out:
+            print(
+                f"{left_out} of the {split} split are left out: longer than train.max_length={length} tokens",
+                flush=True,
+            )
+        return rows
+
+    def _examine(self, model: Any, split: str) -> tuple[list[Any], dict[str, float], list[Any]]:
+        questions = self.splits[split]
+        answers = [question.answer for question in questions]
+        if split == "validation" and self.recipe.choose_by == "loss" and self.recipe.score != "loss":
+            return [], {"loss": fmean(self._answers(model, questions, "loss"))}, answers
+        predictions = self._answers(model, questions, self.recipe.score)
+        return predictions, self._scores(questions, predictions), answers
+
+    def _answers(self, model: Any, questions: Sequence[Question], score: str) -> list[Any]:
+        """What a model says to each question: a text, one of the choices, or the loss of the right answer."""
+        answer: dict[str, Callable[[Any, Sequence[Question]], list[Any]]] = {
+            "generation": self._generated,
+            "likelihood": self._likeliest,
+            "loss": self._losses,
+        }
+        model.eval()
+        with torch.no_grad(), quiet():
+            return answer[score](model, questions)
+
+    def _scores(self, questions: Sequence[Question], predictions: Sequence[Any]) -> dict[str, float]:
+        """The mean over the test sets, and each by its name where there are several."""
+        name = "loss" if self.recipe.score == "loss" else "accuracy"
+        found: dict[str | None, list[float]] = {}
+        for question, prediction in zip(questions, predictions, strict=True):
+            value = prediction if name == "loss" else float(self.right(question, prediction))
+            found.setdefault(question.set, []).append(value)
+        means = {part: fmean(values) for part, values in found.items()}
+        return {name: fmean(means.values()), **({str(p): m for p, m in means.items()} if len(means) > 1 else {})}
+
+    def _sets(self, split: str) -> list[str | None]:
+        return [question.set for question in self.splits.get(split, ())]
+
+    def _generated(self, model: Any, questions: Sequence[Question]) -> list[str]:
+        prompts = [list(self._tokenizer(question.prompt)["input_ids"]) for question in questions]
+        found: list[Any] = [None] * len(questions)
+        for indices, ids, mask in self._batches(prompts, model, "generating"):
+            generated = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=self.recipe.max_new_tokens,
+                do_sample=False,
+                # Models carry settings for sampling, which greedy decoding has no use for and warns of.
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=self._tokenizer.pad_token_id,
+                eos_token_id=self._tokenizer.eos_token_id,
+            )
+            texts = self._tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
+            for index, text in zip(indices, texts, strict=True):
+                found[index] = text.strip()
+        return found
+
+    def _likeliest(self, model: Any, questions: Sequence[Question]) -> list[str]:
+        """The choice whose text has the greatest probability as the answer."""
+        candidates = [
+            [self._tokens(question.prompt, self.said(choice), end=False).ids for choice in question.choices]
+            for question in questions
+        ]
+        # One token at least is left to each, also where one choice begins another.
+        shared = [min(_common(ids), *(len(one) - 1 for one in ids)) for ids in candidates]
+        found: list[list[float]] = [[] for _ in questions]
+        # Where the choices differ in their last token alone, one pass over what they share answers all of them.
+        short = [all(len(ids) == at + 1 for ids in group) for group, at in zip(candidates, shared, strict=True)]
+        stems = [i for i, alike in enumerate(short) if alike]
+        for indices, ids, mask in self._batches([candidates[i][0][: shared[i]] for i in stems], model, "answering"):
+            logits = _last_logits(model, ids, mask, 1)[:, -1]
+            for row, index in zip(logits, indices, strict=True):
+                i = stems[index]
+                found[i] = [float(row[ids[-1]]) for ids in candidates[i]]
+        rest = [(i, c) for i, alike in enumerate(short) if not alike for c in range(len(candidates[i]))]
+        for i in {i for i, _ in rest}:
+            found[i] = [0.0] * len(candidates[i])
+        sequences = [candidates[i][c] for i, c in rest]
+        for index, value in self._log_likelihoods(model, sequences, [shared[i] for i, _ in rest], "answering"):
+            i, c = rest[index]
+            found[i][c] = value
+        return [q.choices[max(range(len(v)), key=v.__getitem__)] for q, v in zip(questions, found, strict=True)]
+
+    def said(self, choice: str) -> str:
+        """A choice in the words in which it is answered."""
+        return choice
+
+    def _losses(self, model: Any, questions: Sequence[Question]) -> list[float]:
+        """The mean negative log-likelihood of a token of the right answer, for each question."""
+        tokens = [self._tokens(question.prompt, question.completion, end=True) for question in questions]
+        length = self.recipe.train.max_length
+        cut = [t.ids[: max(length, t.prompt + 1)] for t in tokens]
+        found = [0.0] * len(questions)
+        for index, value in self._log_likelihoods(model, cut, [t.prompt for t in tokens], "measuring"):
+            found[index] = -value / (len(cut[index]) - tokens[index].prompt)
+        return found
+
+    def _log_likelihoods(
+        self, model: Any, sequences: Sequence[list[int]], given: Sequence[int], what: str
+    ) -> Iterator[tuple[int, float]]:
+        """For each sequence the log-probability of what comes after the first `given` tokens."""
+        for indices, ids, mask in self._batches(sequences, model, what):
+            counts = [len(sequences[i]) - given[i] for i in indices]
+            logits = _last_logits(model, ids, mask, max(counts) + 1)
+            for row, index, count in zip(range(len(indices)), indices, counts, strict=True):
+                scores = logits[row, -count - 1 : -1].float().log_softmax(-1)
+                yield index, float(scores.gather(-1, ids[row, -count:, None]).sum())
+
+    def _batches(
+        self, sequences: Sequence[list[int]], model: Any, what: str
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Batches of like length, padded on the left: their indices, ids (batch, tokens) and mask (batch, tokens)."""
+        device = next(model.parameters()).device
+        order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), i))
+        size = self.recipe.train.eval_batch_size
+        for start in tqdm(range(0, len(order), size), desc=what, unit="batch", leave=False, mininterval=1):
+            indices = order[start : start + size]
+            longest = len(sequences[indices[-1]])
+            ids = torch.full((len(indices), longest), self._tokenizer.pad_token_id)
+            mask = torch.zeros_like(ids)
+            for row, index in enumerate(indices):
+                ids[row, longest - len(sequences[index]) :] = torch.tensor(sequences[index])
+                mask[row, longest - len(sequences[index]) :] = 1
+            yield indices, ids.to(device), mask.to(device)
+
+
+def _common(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens all the sequences begin with."""
+    count = 0
+    for tokens in zip(*sequences, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        count += 1
+    return count
+
+
+def _last_logits(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
+    """Logits (batch, count, vocabulary) of the last positions, without computing the others where the model can."""
+    count = min(count, ids.shape[1])
+    takes = _arguments_of(model)
+    options: dict[str, Any] = {}
+    if "position_ids" in takes:  # a model that counts positions from the left would count the padding
+        options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    if "logits_to_keep" in takes:
+        options["logits_to_keep"] = count
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, **options).logits
+    return logits[:, -count:]
+
+
+def _arguments_of(model: Any) -> set[str]:
+    """What the forward of a model, below PEFT's wrapper, takes."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(inspect.signature(type(base).forward).parameters)

@@ -24,6 +24,7 @@ MAY_IMPORT_PEFT = {
     "peft_import",
     "export",
     "serving",
+    "hotswap",
     "config",
     "__init__",
 }

@@ -7,6 +7,7 @@ adapter works with isotune's configurations.
 from peft import PeftModel, get_peft_model
 
 from isotune.adapters import add_adapter, load_adapter
+from isotune.hotswap import hotswap_adapter
 from isotune.methods import BOFTConfig, GOFTConfig, HRAConfig, LoraXsConfig, OFTConfig, PsoftConfig, QGOFTConfig
 from isotune.plugin import register
 from isotune.regularization import regularization_callback, regularization_loss
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "add_adapter",
     "get_peft_model",
+    "hotswap_adapter",
     "load_adapter",
     "regularization_callback",
     "regularization_loss",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft.utils import get_quantization_kwargs
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -89,13 +90,20 @@ class AdapterFile:
         modules, quantisation = dict(base.named_modules()), get_quantization_kwargs(base)
         layers: dict[str, Layer] = {}
         for name in self.layers:
-            layer = adapt(modules[self._find(name, modules)], name, **quantisation)
-            layer.update_layer(ADAPTER, self.config)
-            self._load(layer.operator(ADAPTER), name, "isotune_operator.")
-            self._load(layer.raw_form(ADAPTER), name, "isotune_form.")
-            layers[name] = layer
+            layers[name] = self.build(name, adapt(modules[self._find(name, modules)], name, **quantisation))
         AdapterGroup(ADAPTER, list(layers.values())).place()
         return layers
+
+    def build(self, module: str, layer: Layer) -> Layer:
+        """Add the adapter to a layer as "default", its form not placed yet; returns the layer.
+
+        Raises:
+            AdapterFileError: the tensors do not fit the layer.
+        """
+        layer.update_layer(ADAPTER, self.config)
+        self._load(layer.operator(ADAPTER), module, "isotune_operator.")
+        self._load(layer.raw_form(ADAPTER), module, "isotune_form.")
+        return layer
 
     def _find(self, name: str, modules: Mapping[str, nn.Module]) -> str:
         parts = name.split(".")
@@ -117,6 +125,42 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, L
     for name, module in model.named_modules():
         if isinstance(module, Layer) and adapter_name in module.isotune_operator:
             yield name.removeprefix(KEY_PREFIX), module
+
+
+def named_tensors(layer: Layer, adapter_name: str) -> dict[str, Tensor]:
+    """What a layer holds of an adapter and a file stores, by its name in the file: "isotune_operator.generator", …"""
+    parts = {"isotune_operator": layer.operator(adapter_name), "isotune_form": layer.raw_form(adapter_name)}
+    return {f"{group}.{name}": t for group, part in parts.items() for name, t in part.state_dict().items()}
+
+
+def check_tensors(needed: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str) -> None:
+    """Refuse a file that lacks what an adapter needs or holds what cannot be.
+
+    Args:
+        needed: by name, with the shapes that are needed.
+        given: what the file holds; what it holds besides is not looked at.
+        where: ends the message of a wrong shape, "(…) is needed WHERE".
+
+    Raises:
+        AdapterFileError: a tensor is missing, of another shape, an empty basis, or not finite; names it.
+    """
+    for name, tensor in needed.items():
+        if name not in given:
+            raise AdapterFileError(
+                f"The adapter file has no {name!r}. It is incomplete, or was made for other target_modules, another "
+                "rank or another basis than its adapter_config.json says; save the adapter again."
+            )
+        if given[name].shape != tensor.shape:
+            raise AdapterFileError(
+                f"{name!r} has shape {tuple(given[name].shape)} in the adapter file, and {tuple(tensor.shape)} is "
+                f"needed {where}."
+            )
+        if name.endswith((".pin", ".basis")) and not given[name].any():
+            raise AdapterFileError(
+                f"{name!r} is empty in the adapter file: it was saved before its base had weights. Save it again."
+            )
+        if not torch.isfinite(given[name]).all():
+            raise AdapterFileError(f"{name!r} holds NaN or infinity in the adapter file; load an earlier checkpoint.")
 
 
 def describe(directory: str | os.PathLike[str]) -> AdapterFile:

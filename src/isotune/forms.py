@@ -318,6 +318,23 @@ class SubspaceUpdate(Form):
         self._settle()
         self.rescale(scale)
 
+    def take(self, other: SubspaceUpdate, *, in_place: bool) -> None:
+        """Take over basis, reader and writer of a placed form of the same shapes, which is given up.
+
+        Args:
+            other: on the same host.
+            in_place: copy into the tensors that are here already, which must be nobody else's.
+        """
+        self.stored.copy_(other.stored)
+        for name in ("aligned_reader", "aligned_writer"):
+            if in_place:
+                self._buffers[name].copy_(other._buffers[name])  # type: ignore[union-attr, arg-type]
+            else:
+                self._buffers[name] = other._buffers[name]
+        self.scale, self.residual = other.scale, other.residual
+        self.solved_here, self.candidates = False, None
+        self._settle()
+
     def place(self, basis: Tensor, matrix: Tensor, scale: float) -> None:
         """Fix reader and writer for a basis on a host.
 

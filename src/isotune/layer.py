@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -134,6 +135,15 @@ class Layer(nn.Module, BaseTunerLayer):
         self.configs.pop(adapter_name, None)
         if self.links is not None:
             self.links.unlink()
+
+    def without_adapters(self) -> Layer:
+        """Another layer on the same host, which has no adapters and is not part of the model."""
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        for name in ("isotune_operator", "isotune_form", "isotune_dropout"):
+            other._modules[name] = nn.ModuleDict()
+        other.configs = {}
+        return other
 
     def operator(self, adapter_name: str) -> Operator:
         """The operator of an adapter."""

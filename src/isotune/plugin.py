@@ -22,6 +22,7 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
+from isotune.adapter_file import KEY_PREFIX, check_tensors
 from isotune.config import IsotuneConfig
 from isotune.errors import AdapterFileError, IsotuneWarning, UnsupportedVersionError
 from isotune.hosts import keep_readable
@@ -210,26 +211,11 @@ def _check_file(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]
         for name, tensor in model.state_dict(keep_vars=True).items()
         if f".{_PREFIX}" in name and f".{adapter_name}." in name
     }
-    strip = "base_model.model."
-    given = {name.removeprefix(strip): tensor for name, tensor in state.items()}
-    for name, tensor in own.items():
-        short = name.removeprefix(strip)
-        if short not in given:
-            raise AdapterFileError(
-                f"The adapter file has no {short!r}. It is incomplete, or was made for other target_modules, another "
-                "rank or another basis than its adapter_config.json says; save the adapter again."
-            )
-        if given[short].shape != tensor.shape:
-            raise AdapterFileError(
-                f"{short!r} has shape {tuple(given[short].shape)} in the adapter file, and {tuple(tensor.shape)} is "
-                "needed on this base model by its adapter_config.json. Check that both belong together."
-            )
-        if short.endswith((".pin", ".basis")) and not given[short].any():
-            raise AdapterFileError(
-                f"{short!r} is empty in the adapter file: it was saved before its base had weights. Save it again."
-            )
-        if not torch.isfinite(given[short]).all():
-            raise AdapterFileError(f"{short!r} holds NaN or infinity in the adapter file; load an earlier checkpoint.")
+    check_tensors(
+        {name.removeprefix(KEY_PREFIX): tensor for name, tensor in own.items()},
+        {name.removeprefix(KEY_PREFIX): tensor for name, tensor in state.items()},
+        "on this base model by its adapter_config.json; check that both belong together",
+    )
 
 
 def _after_load(model: nn.Module, incompatible_keys: Any) -> None:

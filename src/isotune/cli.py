@@ -69,8 +69,13 @@ def compare(
     lr_search: Annotated[int, typer.Option(help="Learning rates tried for each method, around its usual one.")] = 3,
     lr: Annotated[str | None, typer.Option(help="The rates to try for every method instead: 1e-3,2e-3.")] = None,
     lr_factor: Annotated[float, typer.Option(help="From one rate of a search to the next.")] = 2.5,
+    match_params: Annotated[
+        str | None, typer.Option(help="Size each method's adapter to about so many parameters, such as 80k.")
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Of a run. Default: processors / jobs.")] = None,
+    engine: Annotated[str, typer.Option(help="local: processes of this machine. ray: tasks of Ray.")] = "local",
+    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster. Default: Ray on this machine.")] = None,
     keep_adapters: Annotated[bool, typer.Option("--keep-adapters", help="Keep the weights of all runs.")] = False,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder. Default: runs/compare/RECIPE.")] = None,
 ) -> None:
@@ -80,7 +85,7 @@ def compare(
         from pathlib import Path
 
         from isotune.experiments import compare as comparing
-        from isotune.experiments.engines import LocalProcesses, processors
+        from isotune.experiments import engines
         from isotune.experiments.recipe import load
 
         loaded = load(recipe, overrides or ())
@@ -91,13 +96,17 @@ def compare(
             lr_search=lr_search,
             rates=comparing.rates(lr) if lr else (),
             factor=lr_factor,
-            threads=threads or max(1, processors() // jobs),
+            match_params=comparing.whole_number(match_params) if match_params is not None else None,
+            threads=threads or max(1, engines.processors() // jobs),
             keep_adapters=keep_adapters,
             command=comparing.command_line(sys.argv[1:]),
         )
         plan = comparing.plan(recipe, loaded, options, folder)
+        for note in plan.notes:
+            typer.echo(note)
         typer.echo(f"{plan.total()} runs, {len(plan.records)} of them done; results in {folder}")
-        typer.echo(comparing.table(comparing.compare(plan, LocalProcesses(jobs))))
+        chosen = engines.make(engine, jobs, options.threads, address)
+        typer.echo(comparing.table(comparing.compare(plan, chosen)))
 
 
 @app.command()

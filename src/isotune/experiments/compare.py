@@ -9,7 +9,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,16 @@ class Options:
     threads: int = 1
     keep_adapters: bool = False
     command: str = ""
+
+
+def whole_number(text: str) -> int:
+    """A number of parameters such as 80000, 80k or 1.2M; raises RecipeError."""
+    units = {"k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
+    unit = units.get(text[-1:].lower(), 1)
+    try:
+        return round(float(text[:-1] if unit > 1 else text) * unit)
+    except (ValueError, OverflowError) as error:
+        raise RecipeError(f"a number of parameters is such as 80000, 80k or 1.2M, not {text!r}") from error
 
 
 def split_methods(text: str) -> list[str]:
@@ -167,6 +177,7 @@ class Plan:
         options: how.
         folder: the comparison's.
         about: what a record says of the data.
+        notes: what the user should know before it starts.
     """
 
     name: str
@@ -175,6 +186,7 @@ class Plan:
     options: Options
     folder: Path
     about: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
     records: dict[tuple[str, float, int], dict[str, Any]] = field(default_factory=dict)
 
     @cached_property
@@ -214,8 +226,8 @@ class Plan:
         """The runs that can be started and have not been done: heads, searches, then seed after seed."""
         for spec in self._possible():
             if spec.key not in self.records:
-                head = self.heads.get(spec.seed)
-                if spec.phase == "start" or head is None or head.key in self.records:
+                head = self.heads.get(spec.seed) if spec.start_from else None
+                if head is None or "failed" not in self.records.get(head.key, {"failed": "not done"}):
                     yield spec
 
     def _possible(self) -> Iterator[Spec]:
@@ -234,7 +246,8 @@ class Plan:
         recipe = self.recipe.model_copy(update={"method": method})
         run = f"lr={lr:g}-seed={seed}"
         head = self.heads.get(seed) if phase != "start" and variant.method.name != "head" else None
-        records = self.folder / ("heads" if phase == "start" else "runs")
+        records = self.folder / "heads" if phase == "start" else self.folder / "runs" / variant.folder
+        work = self.folder / ("heads" if phase == "start" else f"work/{variant.folder}")
         return Spec(
             name=self.name,
             label=variant.label,
@@ -243,8 +256,8 @@ class Plan:
             seed=seed,
             recipe=recipe.model_dump(mode="json"),
             fingerprint=self.about["fingerprint"],
-            folder=str((self.folder / "work" / variant.folder / run).resolve()),
-            record=str((records / variant.folder / f"{run}.json").resolve()),
+            folder=str((work / run).resolve()),
+            record=str((records / f"{run}.json").resolve()),
             start_from=head.folder if head else None,
             threads=self.options.threads,
         )
@@ -315,6 +328,10 @@ class Plan:
             failed = [record["failed"] for record in at_best if "failed" in record]
         elif len(searched) == len(variant.rates) and failed:
             row["failed"] = f"at every learning rate; at the first: {failed[0]}"
+        heads = [self.records[head.key] for head in self.heads.values() if head.key in self.records]
+        broken = [head["failed"] for head in heads if "failed" in head]
+        if broken and variant.method.name != "head":
+            row["failed"] = f"the head to start from: {broken[0]}"
         if lr is not None and failed:
             row["failed"] = f"{len(failed)} of {self.options.seeds} seeds: {failed[0]}"
         if done:
@@ -384,6 +401,8 @@ def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Plan:
     if len(trials) > 1:
         told = " and ".join(f"{label} {count}" for count, label in sorted(trials.items()))
         raise RecipeError(f"every method is given the same number of learning rates, but {told}")
+    if options.match_params is not None and options.match_params < 1:
+        raise RecipeError(f"--match-params is {options.match_params} and must be at least 1")
     task = tasks.make(recipe)
     if not task.sizes["validation"] and max(trials) > 1:
         raise RecipeError(
@@ -395,9 +414,31 @@ def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Plan:
         "data": about["fingerprint"],
     }
     run.claim(folder, identity, "-o FOLDER")
-    found = Plan(name, recipe, variants, options, folder, about)
+    notes: list[str] = []
+    if options.match_params is not None:
+        variants, notes = _matched(variants, task, options.match_params)
+    found = Plan(name, recipe, variants, options, folder, about, notes)
     found.load()
     return found
+
+
+def _matched(variants: Sequence[Variant], task: Any, target: int) -> tuple[list[Variant], list[str]]:
+    from isotune.experiments import budget
+
+    model, head = task.build()
+    count = budget.counter(model, head, task.peft_type)
+    found = [replace(variant, method=budget.match(variant.method, target, count)) for variant in variants]
+    notes = []
+    for variant, before in zip(found, variants, strict=True):
+        name = variant.method.name
+        size = budget.SIZES.get(name)
+        if name in methods.PLAIN:
+            notes.append(f"{variant.label}: no adapter to match")
+            continue
+        how = f"{size}={variant.method.options[size]}" if size in variant.method.options else "no size to choose"
+        given = ", as given" if size in before.method.options else ""
+        notes.append(f"{variant.label}: {count(variant.method):,} adapter parameters, {how}{given}")
+    return found, notes
 
 
 def compare(found: Plan, engine: Engine) -> dict[str, Any]:

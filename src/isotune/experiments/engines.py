@@ -13,6 +13,7 @@ from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, Protocol
 
+from isotune.config import require_choice
 from isotune.experiments.files import read_json, write_json
 from isotune.experiments.single import Spec, attempt, failure
 
@@ -114,6 +115,16 @@ class LocalProcesses:
         self.children = []
 
 
+def make(name: str, jobs: int, threads: int, address: str | None = None) -> Engine:
+    """The engine of a name, `local` or `ray`; raises a ValueError about another one and where it cannot be had."""
+    require_choice("--engine", name, ("local", "ray"))
+    if name == "ray":
+        return RayTasks(jobs, threads, address)
+    if address is not None:
+        raise ValueError(f"--address {address} is of a Ray cluster: give --engine ray, too")
+    return LocalProcesses(jobs)
+
+
 def processors() -> int:
     """How many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -159,3 +170,78 @@ def _end_with_parent() -> None:
     if parent is not None:
         wait_for([parent.sentinel])
         os._exit(1)
+
+
+class RayTasks:
+    """A Ray task for every run, each in a process of its own with `threads` processors.
+
+    Args:
+        jobs: how many tasks to hand over at a time.
+        threads: processors of a task.
+        address: of a running cluster, as in `ray.init`; None starts Ray on this machine. The comparison's folder must
+            be the same on every node, as checkpoints are kept there.
+
+    Raises:
+        ValueError: Ray is not installed, or does not answer.
+    """
+
+    def __init__(self, jobs: int, threads: int, address: str | None = None) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise ValueError("--engine ray needs Ray: pip install 'isotune[ray]'") from error
+        self.ray: Any = ray
+        self.jobs = jobs
+        self.pending: dict[Any, Spec] = {}
+        self.owned = not ray.is_initialized()
+        if self.owned:
+            local = {"num_cpus": jobs * threads, "include_dashboard": False} if address is None else {}
+            try:
+                ray.init(address=address, logging_level="error", log_to_driver=False, **local)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                where = f"at {address}" if address else "on this machine"
+                raise ValueError(f"cannot start or reach Ray {where}: {str(error).splitlines()[0]}") from error
+        gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / jobs)
+        # A process that lived on would count the memory of the runs before.
+        self.remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0, max_calls=1)(attempt)
+
+    @property
+    def free(self) -> int:
+        """See `Engine`."""
+        return self.jobs - len(self.pending)
+
+    @property
+    def running(self) -> int:
+        """See `Engine`."""
+        return len(self.pending)
+
+    def start(self, spec: Spec) -> None:
+        """See `Engine`."""
+        self.pending[self.remote.remote(spec)] = spec
+
+    def wait(self) -> list[Finished]:
+        """See `Engine`."""
+        ready, _ = self.ray.wait(list(self.pending), num_returns=1)
+        ended = [(reference, self.pending.pop(reference)) for reference in ready]
+        return [(spec, self._outcome(reference, spec)) for reference, spec in ended]
+
+    def _outcome(self, reference: Any, spec: Spec) -> dict[str, Any]:
+        try:
+            record: dict[str, Any] = self.ray.get(reference)
+        except self.ray.exceptions.RayError as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            return failure(spec, f"Ray: {lines[0] if lines else type(error).__name__}")
+        return record
+
+    def stop(self) -> None:
+        """Interrupt every task as Ctrl-C does, and wait until their checkpoints are written."""
+        for reference in self.pending:
+            self.ray.cancel(reference)
+        if self.pending:
+            self.ray.wait(list(self.pending), num_returns=len(self.pending))
+        self.pending = {}
+
+    def close(self) -> None:
+        """See `Engine`."""
+        if self.owned:
+            self.ray.shutdown()

@@ -90,31 +90,47 @@ def interval(metric: str, value: float, predictions: Sequence[Any], references: 
 
         found = binomtest(round(value * count), count).proportion_ci(LEVEL, method="wilson")
         return {"level": LEVEL, "low": float(found.low), "high": float(found.high), "how": "Wilson"}
-    correlation = _CORRELATIONS.get(metric)
-    if correlation is None or len(references) != count:
+    resampled = _RESAMPLED.get(metric)
+    if resampled is None or len(references) != count:
         return None
-    generator = np.random.default_rng(0)
-    pairs = np.asarray(predictions, dtype=np.float64), np.asarray(references, dtype=np.float64)
-    draws = (generator.integers(0, count, count) for _ in range(RESAMPLES))
-    values = [correlation(pairs[0][chosen], pairs[1][chosen]) for chosen in draws]
+    values = resampled(np.asarray(predictions), np.asarray(references), np.random.default_rng(0))
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return {"level": LEVEL, "low": float(low), "high": float(high), "how": "bootstrap of test examples"}
 
 
-def _pearson(first: Any, second: Any) -> float:
-    first, second = first - first.mean(), second - second.mean()
-    norm = float(np.sqrt((first @ first) * (second @ second)))
-    # A resample may hold one value only; as in sklearn's Matthews correlation that counts as none.
-    return float(first @ second) / norm if norm > 0 else 0.0
+def _pearson(first: Any, second: Any, generator: np.random.Generator) -> list[float]:
+    values = []
+    for _ in range(RESAMPLES):
+        chosen = generator.integers(0, len(first), len(first))
+        one, two = (numbers[chosen] - numbers[chosen].mean() for numbers in (first, second))
+        values.append(_ratio(one @ two, (one @ one) * (two @ two)))
+    return [float(value) for value in values]
 
 
-def _matthews(first: Any, second: Any) -> float:
-    from sklearn.metrics import matthews_corrcoef
+def _matthews(first: Any, second: Any, generator: np.random.Generator) -> list[float]:
+    """Of resamples, drawn as tables of counts: which classes met how often says all.
 
-    return float(matthews_corrcoef(second, first))
+    Source: Gorodkin (2004), the correlation of two assignments to k classes.
+    """
+    count = len(first)
+    classes, both = np.unique([first, second], return_inverse=True)
+    one, two = both.reshape(2, count)
+    table = np.bincount(one * len(classes) + two, minlength=len(classes) ** 2)
+    drawn = generator.multinomial(count, table / count, RESAMPLES).reshape(-1, len(classes), len(classes))
+    rows, columns = drawn.sum(2), drawn.sum(1)
+    agreed = np.trace(drawn, axis1=1, axis2=2)
+    variances = [count**2 - (sums**2).sum(1) for sums in (rows, columns)]
+    values = _ratio(agreed * count - (rows * columns).sum(1), variances[0] * variances[1])
+    return [float(value) for value in values]
 
 
-_CORRELATIONS: dict[str, Callable[[Any, Any], float]] = {"matthews_correlation": _matthews, "pearson": _pearson}
+def _ratio(covariance: Any, product: Any) -> Any:
+    # A resample may hold one value only; as in scikit-learn's Matthews correlation that counts as none.
+    norm = np.sqrt(np.asarray(product, dtype=np.float64))
+    return np.divide(covariance, norm, out=np.zeros_like(norm), where=norm > 0)
+
+
+_RESAMPLED = {"matthews_correlation": _matthews, "pearson": _pearson}
 
 
 def general_texts(count: int = 64, words: int = 64) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from isotune.base_model import quiet
 from isotune.experiments import measure, methods, summary, tasks
-from isotune.experiments.files import read_json, write_json
+from isotune.experiments.files import read_json, storing, write_json
 from isotune.experiments.recipe import Method, Recipe, RecipeError
 
 FORMAT = 1
@@ -197,7 +197,8 @@ def train_one(
     if outcome.untrained:
         entry["untrained"] = outcome.untrained
     peak = measure.peak_memory()  # before what follows, which is no part of the run
-    saved = _save(method, outcome.model, folder / "adapter")
+    with storing(f"the trained weights in {folder}"):
+        saved = _save(method, outcome.model, folder / "adapter")
     write_json(folder / "predictions.json", outcome.predictions)
     entry |= {
         "validation": outcome.validation,

@@ -1,0 +1,135 @@
+"""What a run is measured by: against sizes known beforehand, and against models that have not changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers import make_tokenizer, tiny_llama
+from isotune import PsoftConfig, get_peft_model
+from isotune.experiments import measure, models
+
+
+def test_kept_bytes_are_those_of_the_inputs_and_each_storage_counts_once() -> None:
+    linear = nn.Linear(8, 4)
+    x = torch.randn(3, 8)
+    assert measure.kept_bytes(linear, lambda: linear(x).sum()) == 3 * 8 * 4
+    # Of the parameters nothing counts, and of one storage seen in two shapes the bytes once.
+    assert measure.kept_bytes(linear, lambda: (linear(x) + linear(x.view(3, 8))).sum()) == 3 * 8 * 4
+    linear.requires_grad_(False)
+    assert measure.kept_bytes(linear, lambda: linear(x).sum()) == 0
+
+
+def test_a_frozen_layer_keeps_less_than_a_trained_one_and_psoft_little_more() -> None:
+    batch = {"input_ids": torch.randint(4, 90, (2, 12))}
+    batch["labels"] = batch["input_ids"]
+    adapted = get_peft_model(tiny_llama(), PsoftConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    whole = tiny_llama()
+    state = torch.get_rng_state()
+    training = whole.training
+    kept = measure.kept_by_batch(whole, batch)
+    assert 0 < measure.kept_by_batch(adapted, batch) < kept
+    assert torch.equal(torch.get_rng_state(), state)
+    assert whole.training is training
+    assert not any(p.grad is not None for p in whole.parameters())
+
+
+def test_peak_memory_grows_with_what_is_held() -> None:
+    before = measure.peak_memory()
+    assert before is not None
+    held = torch.ones(40_000_000)
+    after = measure.peak_memory()
+    assert after is not None
+    assert held.sum() > 0
+    assert after >= before > 100 * 2**20
+
+
+def test_wilsons_interval_is_the_published_one() -> None:
+    found = measure.interval("accuracy", 0.8, [1] * 8 + [0] * 2, [1] * 10)
+    assert found is not None
+    # Brown, Cai and DasGupta (2001) give the formula; 8 of 10 is 0.4902 to 0.9433.
+    assert (round(found["low"], 4), round(found["high"], 4)) == (0.4902, 0.9433)
+    assert measure.interval("accuracy", 1.0, [1], [1]) is None
+    assert measure.interval("loss", 1.0, [1, 2], [1, 2]) is None
+
+
+def test_the_resampled_matthews_correlation_is_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.metrics import matthews_corrcoef
+
+    generator = np.random.default_rng(1)
+    labels = generator.integers(0, 4, 60)
+    predictions = np.where(generator.random(60) < 0.5, labels, generator.integers(0, 4, 60))
+
+    class Unchanged:
+        def multinomial(self, count: int, shares: Any, size: int) -> Any:
+            return np.tile(np.round(shares * count).astype(int), (size, 1))
+
+    monkeypatch.setattr(measure.np.random, "default_rng", lambda seed: Unchanged())
+    found = measure.interval("matthews_correlation", 0.5, predictions.tolist(), labels.tolist())
+    assert found is not None
+    assert found["low"] == pytest.approx(matthews_corrcoef(labels, predictions), abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["matthews_correlation", "pearson"])
+def test_the_bootstrap_has_a_fixed_seed_and_narrows_with_more_examples(metric: str) -> None:
+    generator = np.random.default_rng(0)
+
+    def width(count: int) -> float:
+        labels = generator.integers(0, 2, count)
+        predictions = np.where(generator.random(count) < 0.8, labels, 1 - labels)
+        found = measure.interval(metric, 0.6, predictions.tolist(), labels.tolist())
+        again = measure.interval(metric, 0.6, predictions.tolist(), labels.tolist())
+        assert found is not None
+        assert found == again
+        correlation = np.corrcoef(predictions, labels)[0, 1]  # of two classes Matthews' is Pearson's
+        assert found["low"] < correlation < found["high"]
+        return float(found["high"] - found["low"])
+
+    assert width(400) < 0.6 * width(50)
+
+
+def test_the_general_text_is_prose_and_always_the_same() -> None:
+    texts = measure.general_texts()
+    assert len(texts) == len(set(texts)) == 64
+    assert texts == measure.general_texts()
+    assert all(32 <= len(text.split()) <= 64 for text in texts)
+
+
+def test_an_encoder_forgets_nothing_until_it_is_changed(tiny_model: Path) -> None:
+    model, _ = models.load_classifier(str(tiny_model), "auto", ["a", "b"])
+    forgetting = measure.Forgetting(model, models.tokenizer_for(str(tiny_model)))
+    adapted = get_peft_model(model, PsoftConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS"))
+    unchanged = forgetting.after(adapted)
+    assert unchanged is not None
+    assert unchanged["change"] == pytest.approx(0.0, abs=1e-6)
+    changes = []
+    for scale in (0.1, 1.0):
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "isotune" in name:
+                    parameter.normal_().mul_(scale)
+        found = forgetting.after(adapted)
+        assert found is not None
+        changes.append(found["change"])
+    assert 1e-6 < changes[0] < changes[1] < 2
+
+
+def test_a_language_model_forgets_by_its_loss() -> None:
+    model, tokenizer = tiny_llama(), make_tokenizer()
+    forgetting = measure.Forgetting(model, tokenizer)
+    found = forgetting.after(model)
+    assert found is not None
+    assert found["measure"] == "next-token loss"
+    assert found["change"] == 0.0
+    losses: list[Any] = []
+    for text in forgetting.texts:
+        ids: Tensor = tokenizer(text, truncation=True, max_length=forgetting.max_length, return_tensors="pt").input_ids
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits
+        losses += nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none").tolist()
+    assert found["before"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.algebra.factors import Chain, apply_chain, transpose_chain
+from isotune.algebra.means import Means
 
 
 class Operator(nn.Module, ABC):
@@ -27,6 +28,8 @@ class Operator(nn.Module, ABC):
 
     recompute: ClassVar[bool] = False
     """Whether `evaluate` takes many small steps, whose results backward computes again and does not keep."""
+    averages: Means = {}  # noqa: RUF012
+    """How each parameter of several such operators is averaged; one that is missing has no mean."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

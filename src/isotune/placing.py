@@ -56,6 +56,15 @@ class AdapterGroup:
         self._solve([layer for layer in real if layer not in foreign])
         self._recover(foreign)
 
+    def share(self, adapter_name: str) -> None:
+        """Take the bases of another adapter with the same ranks and scales on these layers, and its very tensors."""
+        for layer in self.layers:
+            form, other = self._form(layer), layer.form(adapter_name)
+            assert isinstance(other, SubspaceUpdate)
+            form.adopt_twin(other, layer.unmerged_matrix(), other.scale)
+            form.solved_here = other.solved_here
+            layer.note_host()
+
     def refresh(self) -> None:
         """Place again what a load of weights has changed: the stored bases, or the weights of the hosts."""
         for layer in self.layers:

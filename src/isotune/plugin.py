@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +24,7 @@ from peft.utils import (
 from torch import Tensor, nn
 
 from isotune.adapter_file import KEY_PREFIX, check_tensors
+from isotune.combine import check_request, combine
 from isotune.config import IsotuneConfig
 from isotune.errors import AdapterFileError, IsotuneWarning, UnsupportedVersionError
 from isotune.hosts import keep_readable
@@ -53,8 +55,13 @@ class IsotuneModel(BaseTuner):
     # What LoRA adapts by default in a known architecture is a good default here too: projections of attention.
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put the adapter into the model, then find the subspaces of all its layers; all or nothing."""
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, basis_of: str | None = None, **kwargs: Any
+    ) -> None:
+        """Put the adapter into the model, then find the subspaces of all its layers; all or nothing.
+
+        With `basis_of`, it takes those of another adapter, and its tensors.
+        """
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         first = not any(isinstance(module, Layer) for module in model.modules())
         for module in model.modules():
@@ -64,7 +71,10 @@ class IsotuneModel(BaseTuner):
             links = Links.attach(model)
             if first:
                 links.trainable = trainable
-            AdapterGroup(adapter_name, links.layers).place()
+            group = AdapterGroup(adapter_name, links.layers)
+            if basis_of is not None:
+                group.share(basis_of)
+            group.place()
         except BaseException:
             remove_adapter(model, adapter_name)
             self.peft_config.pop(adapter_name, None)
@@ -73,6 +83,37 @@ class IsotuneModel(BaseTuner):
             raise
         if _after_load not in model._load_state_dict_post_hooks.values():
             model.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add the weighted mean of adapters of one method, rank and basis as another adapter of that method.
+
+        Rotations are averaged on the rotation group, magnitudes and gains geometrically, free matrices and angles
+        linearly. Weight 1 for one and 0 for all others gives that one; weights that sum to less than one leave the
+        rest to the base model. The mean is not active until it is set, and is saved like any other.
+
+        Args:
+            adapters: names, each once.
+            weights: finite, one for each, of any sum and sign.
+            adapter_name: a new name.
+
+        Raises:
+            ValueError: the adapters differ in method, modules, sizes, options or basis, the method has no mean (HRA,
+                qGOFT, a free matrix with magnitudes), or names and weights do not fit; the model is left as it was.
+        """
+        configs: dict[str, IsotuneConfig] = self.peft_config
+        check_request(adapters, weights, adapter_name, configs)
+        layers = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, Layer) and any(adapter in module.isotune_operator for adapter in adapters)
+        }
+        found = combine(layers, adapters, weights)
+        configs[adapter_name] = copy.deepcopy(configs[adapters[0]])
+        self.inject_adapter(self.model, adapter_name, basis_of=adapters[0])
+        with torch.no_grad():
+            for name, values in found.items():
+                for parameter, value in values.items():
+                    layers[name].operator(adapter_name).get_parameter(parameter).copy_(value)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base; all layers are checked before the first is changed."""

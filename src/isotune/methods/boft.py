@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from isotune.algebra.butterfly import butterfly_blocks, butterfly_chain
 from isotune.algebra.cayley import orthogonal_difference
+from isotune.algebra.means import generator_means
 from isotune.algebra.skew import skew_order, skew_size
 from isotune.config import RotationConfig, check_probability, divisor_for, require_positive_integer
 from isotune.operators import Rotation, keep_mask
@@ -113,6 +114,7 @@ class BOFTOperator(Rotation):
         super().__init__(in_features, butterfly_chain(in_features, block_size, stages))
         self.block_size = block_size
         self.dropout = dropout
+        self.averages = generator_means(None, "output_gain")
         self.generator = nn.Parameter(torch.zeros(stages, in_features // block_size, skew_size(block_size)))
         self.output_gain = nn.Parameter(torch.ones(out_features))
 

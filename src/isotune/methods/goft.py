@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.algebra.givens import givens_blocks, givens_chain, pair_penalty, rotation_pairs
+from isotune.algebra.means import linear_mean
 from isotune.config import RotationConfig, check_weight
 from isotune.operators import Rotation
 
@@ -64,6 +65,7 @@ class GOFTOperator(Rotation):
     """The tree of rotations by `angles`, (n − 1,): level by level from stride 1, within a level by position."""
 
     recompute = True
+    averages = {"angles": linear_mean}  # noqa: RUF012
 
     def __init__(self, size: int) -> None:
         super().__init__(size, givens_chain(size))

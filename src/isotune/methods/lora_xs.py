@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from isotune.algebra.means import linear_mean
 from isotune.config import SubspaceConfig, check_alphas, check_weight
 from isotune.operators import DenseOperator
 
@@ -62,6 +63,8 @@ class LoraXsOperator(DenseOperator):
         size: r.
         std: standard deviation of R at the start.
     """
+
+    averages = {"coefficients": linear_mean}  # noqa: RUF012
 
     def __init__(self, size: int, std: float = 1e-5) -> None:
         super().__init__(size)

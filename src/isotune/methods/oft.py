@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.factors import BlockDiagonal
+from isotune.algebra.means import generator_means
 from isotune.algebra.skew import skew_order, skew_size
 from isotune.config import RotationConfig, check_cayley_options, check_probability, divisor_for, require_choice
 from isotune.operators import Rotation, keep_mask
@@ -126,6 +127,7 @@ class OFTOperator(Rotation):
         self.blocks = blocks
         self.neumann_terms = neumann_terms
         self.generator_bound = generator_bound
+        self.averages = generator_means(generator_bound)
         self.dropout = dropout
         self.orthogonal = neumann_terms is None
         self.generator = nn.Parameter(torch.zeros(1 if shared else blocks, skew_size(block_size)))

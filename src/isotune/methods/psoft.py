@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.diagonal import scaled_difference
+from isotune.algebra.means import generator_means, linear_mean
 from isotune.algebra.skew import skew_size
 from isotune.config import SubspaceConfig, check_alphas, check_cayley_options, check_probability, require_choice
 from isotune.errors import IsotuneWarning
@@ -114,6 +115,8 @@ class PsoftOperator(DenseOperator):
         self.orthogonal = orthogonal
         self.neumann_terms = neumann_terms
         self.generator_bound = generator_bound
+        own = generator_means(generator_bound, "input_scale", "output_scale")
+        self.averages = own if orthogonal else {"generator": linear_mean}
         self.generator = nn.Parameter(torch.empty(skew_size(size) if orthogonal else (size, size)))
         self.input_scale = nn.Parameter(torch.empty(size)) if input_scale else None
         self.output_scale = nn.Parameter(torch.empty(size)) if output_scale else None

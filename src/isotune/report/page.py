@@ -1,0 +1,268 @@
+"""The report as one page that needs nothing else: no network, no server."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import metadata, resources
+from typing import Any
+
+from isotune.report import paper
+from isotune.report.figures import PALETTES, SYMBOLS, Looks, sections
+from isotune.report.results import Comparison, Variant, columns_of
+from isotune.report.table import heading, ordered
+
+_OUTLINES = {
+    "circle": "M6 1.5a4.5 4.5 0 1 1 0 9a4.5 4.5 0 1 1 0-9z",
+    "square": "M2 2h8v8H2z",
+    "diamond": "M6 .8 11.2 6 6 11.2.8 6z",
+    "triangle-up": "M6 1 11.2 10.4H.8z",
+    "triangle-down": "M6 11 .8 1.6h10.4z",
+    "cross": "M4.2 1h3.6v3.2H11v3.6H7.8V11H4.2V7.8H1V4.2h3.2z",
+    "star": "M6 .6 7.5 4.3 11.4 4.6 8.4 7.1 9.4 11 6 8.8 2.6 11 3.6 7.1.6 4.6 4.5 4.3z",
+}
+assert set(_OUTLINES) == set(SYMBOLS)
+
+
+def render(comparisons: Sequence[Comparison]) -> str:
+    """The page of one or several comparisons.
+
+    Raises:
+        ValueError: plotly or jinja2 is not installed.
+    """
+    try:
+        import jinja2
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ValueError(f"the page needs {error.name}: pip install 'isotune[report]'") from error
+    looks = Looks(comparisons)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    keys = _keys(comparisons)
+    names = _names(comparisons)
+    parts = [_part(c, key, name, looks) for c, key, name in zip(comparisons, keys, names, strict=True)]
+    figures = {f["id"]: f.pop("spec") for part in parts for section in part["sections"] for f in section["figures"]}
+    page: str = environment.from_string(_file("page.html")).render(
+        title=_title(comparisons),
+        parts=parts,
+        overview=_overview(comparisons, keys, names),
+        palettes=PALETTES,
+        css=_file("page.css"),
+        script=_file("page.js"),
+        plotly=get_plotlyjs(),
+        figures=_embedded(figures),
+        palettes_json=_embedded(PALETTES),
+        version=metadata.version("isotune"),
+        paper_source=paper.source() if any(c.paper for c in comparisons) else None,
+    )
+    return page
+
+
+def _file(name: str) -> str:
+    return resources.files("isotune.report").joinpath("assets").joinpath(name).read_text(encoding="utf-8")
+
+
+def _embedded(value: Any) -> str:
+    """JSON that may stand in a script element whatever text it holds."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _title(comparisons: Sequence[Comparison]) -> str:
+    return heading(comparisons[0]) if len(comparisons) == 1 else f"{len(comparisons)} comparisons"
+
+
+def _keys(comparisons: Sequence[Comparison]) -> list[str]:
+    """A short name for each comparison's anchors."""
+    keys: list[str] = []
+    for comparison in comparisons:
+        plain = re.sub(r"[^a-z0-9]+", "-", comparison.recipe.lower()).strip("-") or "comparison"
+        keys.append(plain if plain not in keys else f"{plain}-{len(keys) + 1}")
+    return keys
+
+
+def _names(comparisons: Sequence[Comparison]) -> list[str]:
+    """What each comparison is called: its recipe, and its folder where that does not tell it from another."""
+    recipes = [comparison.recipe for comparison in comparisons]
+    return [c.recipe if recipes.count(c.recipe) == 1 else f"{c.recipe}, {c.folder.name}" for c in comparisons]
+
+
+def _part(comparison: Comparison, key: str, name: str, looks: Looks) -> dict[str, Any]:
+    """What the template shows of one comparison."""
+    return {
+        "key": key,
+        "heading": f"{name} with {comparison.model}" if comparison.model else name,
+        "facts": _facts(comparison),
+        "order": "descending" if comparison.higher_is_better else "ascending",
+        "table": _table(comparison, looks),
+        "legend": [
+            {
+                "title": v.title,
+                "colour": looks.colour(v).removeprefix("@"),
+                "outline": _OUTLINES[looks.symbol(v)],
+            }
+            for v in comparison.scored
+        ],
+        "notes": comparison.notes,
+        "command": comparison.command,
+        "sections": [
+            {
+                "key": f"{key}-{section.key}",
+                "title": section.title,
+                "text": section.text,
+                "missing": section.missing,
+                "figures": [
+                    {
+                        "id": f"{key}-plot-{figure.key}",
+                        "title": figure.title,
+                        "caption": figure.caption,
+                        "alt": figure.alt,
+                        "height": figure.height,
+                        "width": figure.width,
+                        "spec": {"data": figure.data, "layout": figure.layout},
+                    }
+                    for figure in section.figures
+                ],
+            }
+            for section in sections(comparison, looks)
+        ],
+        "geometry": _geometry(comparison),
+    }
+
+
+def _facts(comparison: Comparison) -> list[tuple[str, str]]:
+    data = comparison.data
+    sizes = [
+        f"{data[split]:,} {split}" for split in ("train", "validation", "test") if isinstance(data.get(split), int)
+    ]
+    hardware: Mapping[str, Any] = next((run.hardware for run in comparison.runs if run.hardware), {})
+    versions: Mapping[str, Any] = next((run.versions for run in comparison.runs if run.versions), {})
+    machine = [str(hardware.get("accelerator") or ""), str(hardware.get("platform") or "")]
+    if hardware.get("processors"):
+        threads = f", {hardware['threads']} threads a run" if hardware.get("threads") else ""
+        machine.append(f"{hardware['processors']} processors{threads}")
+    names = ("isotune", "torch", "peft", "transformers", "python")
+    seeds = ", ".join(str(seed) for seed in comparison.seeds)
+    failed = sum(run.failed is not None for run in comparison.runs)
+    matched = comparison.match_params
+    facts = [
+        ("Task", comparison.recipe + (f" ({comparison.task})" if comparison.task else "")),
+        ("Model", comparison.model),
+        ("Data", ", ".join(sizes)),
+        ("Seeds", seeds),
+        ("Runs", f"{len(comparison.runs) - failed} done, {failed} failed"),
+        ("Adapters matched to", "" if matched is None else f"{matched:,.0f} parameters"),
+        ("Machine", "; ".join(part for part in machine if part)),
+        ("Versions", ", ".join(f"{name} {versions[name]}" for name in names if name in versions)),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _table(comparison: Comparison, looks: Looks) -> dict[str, Any]:
+    columns = columns_of(comparison)
+    figures = comparison.paper
+    heads: list[dict[str, Any]] = [
+        {"title": "Method", "numeric": False, "paper": False},
+        {"title": f"Test {comparison.metric.replace('_', ' ')}", "numeric": True, "paper": False},
+    ]
+    if figures:
+        model = next(iter(figures.values())).model
+        heads.append({"title": f"The paper’s ({model})", "numeric": True, "paper": True})
+    heads += [{"title": c.title, "numeric": True, "paper": False} for c in columns]
+    heads.append({"title": "Learning rate", "numeric": True, "paper": False})
+    rows = []
+    for variant in ordered(comparison):
+        cells = [_score(comparison, variant)]
+        if figures:
+            figure = figures.get(variant.name)
+            cells.append(
+                {"value": figure.score, "text": comparison.shown(figure.score), "small": figure.method, "mark": ""}
+                if figure
+                else _cell(None, "–")
+            )
+        for column in columns:
+            value = column.value(variant)
+            cells.append(_cell(value, "–" if value is None else column.show(value)))
+            adapter = variant.average("adapter_parameters")
+            if column.key == "trainable_parameters" and adapter is not None and adapter != value:
+                cells[-1]["small"] = f"adapter {adapter:,.0f}"
+        cells.append(_cell(variant.lr, "–" if variant.lr is None else f"{variant.lr:g}"))
+        cells[-1]["small"] = "at the border" if variant.rate_at_border else ""
+        rows.append(
+            {
+                "title": variant.title,
+                "colour": looks.colour(variant).removeprefix("@"),
+                "outline": _OUTLINES[looks.symbol(variant)],
+                "cells": cells,
+            }
+        )
+    border = any(variant.rate_at_border for variant in comparison.variants)
+    near = any(comparison.near_best(variant) for variant in comparison.variants)
+    return {"heads": heads, "rows": rows, "near": near, "paper": bool(figures), "border": border}
+
+
+def _cell(value: float | None, text: str) -> dict[str, Any]:
+    return {"value": value, "text": text, "small": "", "mark": ""}
+
+
+def _score(comparison: Comparison, variant: Variant) -> dict[str, Any]:
+    if variant.mean is None:
+        return _cell(None, "failed" if variant.failed else "not run")
+    mark = "best" if variant is comparison.best else "near" if comparison.near_best(variant) else ""
+    number = len(variant.scores)
+    error = comparison.shown_error(variant.standard_error)
+    return {
+        "value": variant.mean,
+        "text": comparison.shown(variant.mean),
+        "small": f"{error} · {number} seed{'s' if number > 1 else ''}".removeprefix(" · "),
+        "mark": mark,
+    }
+
+
+def _geometry(comparison: Comparison) -> list[dict[str, str]]:
+    """A row a method: how far it turned, and what it kept."""
+    rows = []
+    for variant in comparison.variants:
+        geometry = variant.geometry
+        if geometry is None or not geometry.get("layers"):
+            continue
+        layers = geometry["layers"]
+        turned = [row["rotation"]["largest"] for row in layers if row.get("rotation")]
+        rows.append(
+            {
+                "title": variant.title,
+                "kind": "strict" if geometry.get("strict") else "relaxed",
+                "weight": "principal" if geometry.get("subspaces") else "whole",
+                "turned": f"{max(turned):.1f}°" if turned else "–",
+                "error": f"{max(row['orthogonality_error'] for row in layers):.0e}",
+                "angles": f"{max(row['angles_moved']['largest'] for row in layers):.2g}°",
+                "norms": f"{max(row['norms_moved']['largest'] for row in layers):.2g}",
+            }
+        )
+    return rows
+
+
+def _overview(comparisons: Sequence[Comparison], keys: Sequence[str], names: Sequence[str]) -> dict[str, Any] | None:
+    """Every method that several comparisons have, on each of these; None where there is none."""
+    titles = [v.title for c in comparisons for v in ordered(c)]
+    shared = [title for title in dict.fromkeys(titles) if titles.count(title) > 1]
+    shown = [
+        (comparison, key, name, {v.title: v for v in comparison.variants})
+        for comparison, key, name in zip(comparisons, keys, names, strict=True)
+        if any(v.title in shared for v in comparison.variants)
+    ]
+    if not shown:
+        return None
+    rows = [
+        {
+            "title": title,
+            "cells": [
+                _score(comparison, variants[title]) if title in variants else _cell(None, "–")
+                for comparison, _, _, variants in shown
+            ],
+        }
+        for title in shared
+    ]
+    heads = [{"title": name, "metric": c.metric.replace("_", " "), "key": key} for c, key, name, _ in shown]
+    return {"heads": heads, "rows": rows}

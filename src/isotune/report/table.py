@@ -1,0 +1,140 @@
+"""The table alone: as Markdown, as CSV for a program, as LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+
+from isotune.report.results import Comparison, Variant, columns_of
+
+
+def markdown(comparisons: Sequence[Comparison]) -> str:
+    """A table a comparison: the best in bold, ≈ before those within one standard error of it."""
+    parts = []
+    for comparison in comparisons:
+        rows = [[_escaped(cell, "|") for cell in row] for row in _cells(comparison, _bold, "≈ {}")]
+        head, *body = rows
+        rule = ["---", *["---:"] * (len(head) - 1)]
+        table = "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
+        parts.append("\n\n".join([f"## {heading(comparison)}", table, *_remarks(comparison)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(comparisons: Sequence[Comparison]) -> str:
+    """A `tabular` a comparison, for the package booktabs: the best in bold, those within one standard error italic."""
+    parts = []
+    for comparison in comparisons:
+        plain = _cells(comparison, "\x01{}\x03", "\x02{}\x03")
+        head, *body = [[_tex(cell) for cell in row] for row in plain]
+        lines = [
+            f"% {heading(comparison)}. Needs \\usepackage{{booktabs}}.",
+            f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+            "\\toprule",
+            " & ".join(head) + " \\\\",
+            "\\midrule",
+            *(" & ".join(row) + " \\\\" for row in body),
+            "\\bottomrule",
+            "\\end{tabular}",
+            *(f"% {remark}" for remark in _remarks(comparison)),
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+_BEFORE = (
+    *("comparison", "model", "metric", "label", "method", "lr"),
+    *("seeds", "mean", "standard_error", "best", "within_one_standard_error"),
+)
+_AFTER = ("paper_method", "paper_model", "paper_score", "failed")
+
+
+def comma_separated(comparisons: Sequence[Comparison]) -> str:
+    """All comparisons in one table with plain numbers, a row a method."""
+    keys = list(dict.fromkeys(column.key for c in comparisons for column in columns_of(c, details=True)))
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([*_BEFORE, *keys, *_AFTER])
+    for comparison in comparisons:
+        columns = {column.key: column for column in columns_of(comparison, details=True)}
+        for variant in comparison.variants:
+            paper = comparison.paper.get(variant.name)
+            numbers = [columns[key].value(variant) if key in columns else None for key in keys]
+            row: list[object] = [comparison.recipe, comparison.model, comparison.metric, variant.label, variant.name]
+            row += [variant.lr, len(variant.scores), variant.mean, variant.standard_error]
+            row += [int(variant is comparison.best), int(comparison.near_best(variant)), *numbers]
+            row += [paper.method, paper.model, paper.score] if paper else [None] * 3
+            writer.writerow(["" if value is None else value for value in (*row, variant.failed)])
+    return stream.getvalue()
+
+
+FORMATS: dict[str, Callable[[Sequence[Comparison]], str]] = {
+    "md": markdown,
+    "csv": comma_separated,
+    "latex": latex,
+}
+
+
+def heading(comparison: Comparison) -> str:
+    """What was compared, in a line."""
+    return f"{comparison.recipe} with {comparison.model}" if comparison.model else comparison.recipe
+
+
+def _cells(comparison: Comparison, best: str, near: str) -> list[list[str]]:
+    """The head and the rows, best first."""
+    columns = columns_of(comparison)
+    paper = comparison.paper
+    head = ["Method", f"Test {comparison.metric.replace('_', ' ')}", "Seeds"]
+    head += [f"Paper ({next(iter(paper.values())).model})"] if paper else []
+    head += [column.title for column in columns] + ["Learning rate"]
+    rows = [head]
+    for variant in ordered(comparison):
+        score = f"{comparison.shown(variant.mean)} {comparison.shown_error(variant.standard_error)}".strip()
+        if variant.mean is None:
+            score = "failed" if variant.failed else "not run"
+        elif variant is comparison.best:
+            score = best.format(score)
+        elif comparison.near_best(variant):
+            score = near.format(score)
+        row = [variant.title, score, str(len(variant.scores))]
+        if paper:
+            figure = paper.get(variant.name)
+            row.append(f"{comparison.shown(figure.score)} ({figure.method})" if figure else "–")
+        for column in columns:
+            value = column.value(variant)
+            row.append("–" if value is None else column.show(value))
+        rows.append([*row, "–" if variant.lr is None else f"{variant.lr:g}"])
+    return rows
+
+
+def ordered(comparison: Comparison) -> list[Variant]:
+    """The methods, best first, and after them those without a result."""
+    sign = -1 if comparison.higher_is_better else 1
+    return sorted(comparison.variants, key=lambda v: (v.mean is None, sign * (v.mean or 0.0)))
+
+
+def _remarks(comparison: Comparison) -> list[str]:
+    remarks = [str(note) for note in comparison.notes]
+    if comparison.paper:
+        remarks.append(
+            "The paper's figures are its authors', with their model and settings; they are not results of ours."
+        )
+    return remarks
+
+
+_bold = "**{}**"
+
+
+def _escaped(text: str, characters: str) -> str:
+    for character in characters:
+        text = text.replace(character, "\\" + character)
+    return text
+
+
+_TEX = {"\\": "\\textbackslash{}", "±": "$\\pm$", "–": "--", "α": "$\\alpha$", "β": "$\\beta$", "≈": "$\\approx$"}
+_TEX |= {character: "\\" + character for character in "&%$#_{}"}
+_TEX |= {"~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "\x01": "\\textbf{", "\x02": "\\textit{", "\x03": "}"}
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(character, character) for character in text)

@@ -1,0 +1,167 @@
+"""A comparison's folder, read: figures from the run records alone, gaps told, damage refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comparisons import METHODS, write_comparison
+from isotune.report.results import columns_of, duration, pareto, read, size
+
+FEW = {label: METHODS[label] for label in ("psoft:r=46", "psoft_so:r=46", "lora:r=8", "head")}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_comparison(tmp_path / "few", methods=FEW)
+
+
+def change(path: Path, **values: Any) -> None:
+    """Write other values into a JSON file; None removes a key."""
+    content = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def test_figures_are_those_of_the_runs_at_the_chosen_rate(folder: Path) -> None:
+    found = read(folder)
+    assert [variant.title for variant in found.variants] == ["PSOFT r=46", "PSOFT-SO r=46", "LoRA r=8", "head only"]
+    psoft = found.variants[0]
+    names = ("lr=0.001-seed=0", "lr=0.001-seed=1", "lr=0.001-seed=2")
+    records = [json.loads((folder / "runs" / "psoft_r=46" / f"{name}.json").read_text()) for name in names]
+    assert [record["phase"] for record in records] == ["search", "seed", "seed"]
+    scores = [record["test"]["accuracy"] for record in records]
+    assert psoft.scores == scores
+    assert psoft.mean == pytest.approx(sum(scores) / 3)
+    assert psoft.standard_error == pytest.approx(statistics.stdev(scores) / math.sqrt(3))
+    assert psoft.average("train_seconds") == pytest.approx(sum(r["train_seconds"] for r in records) / 3)
+    assert [run.lr for run in psoft.search] == [4e-4, 1e-3, 2.5e-3]
+    assert not psoft.rate_at_border
+    assert found.best is not None
+    assert found.best.title == "LoRA r=8"
+    assert not found.notes
+
+
+def test_within_one_standard_error_is_the_bests_own(folder: Path) -> None:
+    place = folder / "runs"
+    for label, scores in {"lora_r=8": (0.80, 0.82, 0.84), "psoft_r=46": (0.81, 0.81, 0.81), "head": (0.8,) * 3}.items():
+        for seed, score in enumerate(scores):
+            change(place / label / f"lr=0.001-seed={seed}.json", test={"accuracy": score})
+    found = read(folder)
+    # The best: mean 0.82 with a standard error of 0.0115.
+    assert [found.near_best(variant) for variant in found.variants] == [True, False, False, False]
+    for seed in (1, 2):
+        (place / "lora_r=8" / f"lr=0.001-seed={seed}.json").unlink()
+        change(place / "lora_r=8" / "lr=0.001-seed=0.json", test={"accuracy": 0.82})
+    found = read(folder)
+    assert found.best is not None
+    assert (found.best.title, found.best.standard_error) == ("LoRA r=8", None)
+    assert not any(found.near_best(variant) for variant in found.variants)
+    assert "LoRA r=8 has 1 of 3 seeds." in found.notes
+
+
+def test_a_loss_is_best_where_it_is_lowest(folder: Path) -> None:
+    change(folder / "comparison.json", higher_is_better=False)
+    found = read(folder)
+    assert found.best is not None
+    assert found.best.title == "head only"
+
+
+def test_old_and_partial_records_are_read_and_gaps_told(folder: Path) -> None:
+    optional = ("interval", "curve", "peak_memory_bytes", "kept_bytes", "forgetting", "geometry", "adapter_parameters")
+    for path in (folder / "runs").rglob("*.json"):
+        change(path, **dict.fromkeys(optional))
+    keys = [column.key for column in columns_of(read(folder), details=True)]
+    assert keys == ["trainable_parameters", "adapter_bytes", "train_seconds", "tokens_per_second"]
+    # Stopped before the first run of a method was over, and another has failed for good.
+    for path in (folder / "runs" / "head").iterdir():
+        path.unlink()
+    for path in (folder / "runs" / "psoft_so_r=46").iterdir():
+        change(path, failed="the loss is NaN at step 3", test=None, validation=None)
+    found = read(folder)
+    assert list(found.notes) == ["PSOFT-SO r=46 failed: the loss is NaN at step 3", "head only has not been run."]
+    assert [variant.mean is None for variant in found.variants] == [False, True, False, True]
+    # And without comparison.json, from the runs alone, the rate by validation.
+    before = found.variants[0].scores
+    (folder / "comparison.json").unlink()
+    found = read(folder)
+    psoft = next(variant for variant in found.variants if variant.name == "psoft")
+    assert (psoft.lr, psoft.scores) == (1e-3, before)
+    assert found.recipe == "demo"
+    assert any("comparison.json is not there" in note for note in found.notes)
+
+
+def test_a_rate_at_the_border_is_known(folder: Path) -> None:
+    content = json.loads((folder / "comparison.json").read_text())
+    content["rows"][0]["lr"] = 2.5e-3
+    change(folder / "comparison.json", rows=content["rows"])
+    psoft = read(folder).variants[0]
+    assert psoft.rate_at_border
+    assert len(psoft.scores) == 1
+
+
+def test_damage_is_one_error_that_names_the_file(folder: Path, tmp_path: Path) -> None:
+    path = folder / "runs" / "head" / "lr=0.001-seed=1.json"
+    good = path.read_text()
+    for text, said in (
+        (good[:100], "cannot read"),
+        ("[1]", "should hold an object"),
+        (good.replace('"seed": 1', '"seed": "one"'), "seed should be a number"),
+        (json.dumps({**json.loads(good), "test": 0.5}), "test should be an object"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=said) as caught:
+            read(folder)
+        assert str(path) in str(caught.value)
+    with pytest.raises(ValueError, match="isotune compare"):
+        read(tmp_path)
+
+
+def test_titles_tell_variants_apart(tmp_path: Path) -> None:
+    base = METHODS["psoft:r=46"]
+    labels = ("psoft:r=8", "psoft:r=8+psoft_mag_a=false", "psoft:r=8+psoft_orth=false", "hra", "head", "head:lr=0.01")
+    content = {"variants": list(labels), "metric": "accuracy", "rows": []}
+    write_comparison(tmp_path, methods=dict.fromkeys(labels[:-1], base))
+    change(tmp_path / "comparison.json", **content)
+    titles = [variant.title for variant in read(tmp_path).variants]
+    assert titles == ["PSOFT r=8", "PSOFT r=8 no α", "PSOFT r=8 free R", "HRA", "head", "head lr=0.01"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12), st.booleans())
+def test_the_front_holds_what_no_other_point_beats(points: list[tuple[int, int]], higher: bool) -> None:
+    given_points = [(float(cost), float(score), i) for i, (cost, score) in enumerate(points)]
+    front = pareto(given_points, higher_is_better=higher)
+    sign = 1 if higher else -1
+
+    def beats(a: Any, b: Any) -> bool:
+        return a[0] <= b[0] and sign * a[1] >= sign * b[1] and a[:2] != b[:2]
+
+    expected = {p[:2] for p in given_points if not any(beats(q, p) for q in given_points)}
+    assert {p[:2] for p in front} == expected
+    assert len(front) == len(expected)
+    assert [p[0] for p in front] == sorted(p[0] for p in front)
+
+
+def test_sizes_and_durations_are_short() -> None:
+    assert [size(v) for v in (0, 950, 1024, 340_000, 1.5e9, 3e12)] == [
+        "0 B",
+        "950 B",
+        "1 KiB",
+        "332 KiB",
+        "1.4 GiB",
+        "2,794 GiB",
+    ]
+    assert [duration(v) for v in (3.21, 42, 200, 4000, 7000, 400_000)] == [
+        "3.2 s",
+        "42 s",
+        "3.3 min",
+        "67 min",
+        "1.9 h",
+        "111 h",
+    ]

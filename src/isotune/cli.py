@@ -177,6 +177,58 @@ def report_results(
             typer.echo(f"wrote {output}")
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder, Hub name or package:NAME; only its config.json is read.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of the method, such as oft_block_size=32.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="As in a recipe: psoft, oft, hra, lora_xs, lora, full, …")] = "psoft",
+    rank: Annotated[int | None, typer.Option(help="r of the method.")] = None,
+    devices: Annotated[int, typer.Option(help="How many devices compute batches side by side.")] = 1,
+    sharding: Annotated[
+        str | None, typer.Option(help="ddp (default for several devices), zero1, zero2, zero3 or fsdp.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the model's own.")] = None,
+    quantization: Annotated[str, typer.Option(help="Of the base: none, nf4, nf4-double, int8 or int4.")] = "none",
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw-8bit or sgd.")] = "adamw",
+    batch: Annotated[int, typer.Option(help="Sequences of one device and step.")] = 1,
+    sequence: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Activations are computed again.")] = False,
+    accelerator: Annotated[str, typer.Option(help="h200, h100, a100, l40s or l4.")] = "h100",
+    flops: Annotated[float | None, typer.Option(help="Operations a second of another device, such as 300e12.")] = None,
+    utilization: Annotated[float, typer.Option(help="Share of its speed that a device reaches.")] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Estimate memory and time of a fine-tuning from the model's configuration alone."""
+    with plain_errors():
+        import json
+
+        from isotune.experiments.plan import Setting, parse_options, to_text
+        from isotune.experiments.plan import plan as estimate
+
+        chosen = {**({} if rank is None else {"r": rank}), **parse_options(options or ())}
+        found = estimate(
+            Setting(
+                model,
+                method,
+                chosen,
+                devices,
+                sharding,
+                dtype,
+                quantization,
+                optimizer,
+                batch,
+                sequence,
+                checkpointing,
+                accelerator,
+                flops,
+                utilization,
+            )
+        )
+        typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else to_text(found))
+
+
 @app.command("export")
 def export_adapter(
     directory: Annotated[str, typer.Argument(help="An adapter's folder; with --to lora also one that holds several.")],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +21,7 @@ from isotune.config import IsotuneConfig, SubspaceConfig
 from isotune.errors import IsotuneWarning
 from isotune.forms import Form, SubspaceUpdate, mark
 from isotune.hosts import Backend, Kept, LinearHost, QuantisedHost, functions_for, host_for, widen
-from isotune.operators import DenseOperator, Operator, Rotation, is_symbolic
+from isotune.operators import DenseOperator, Operator, Rotation, autocasts, is_symbolic, without_autocast
 from isotune.placing import AdapterGroup
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ class Layer(nn.Module, BaseTunerLayer):
         self, names: Sequence[str], matrix: Tensor, rows: Tensor | None = None, at: Tensor | None = None
     ) -> Tensor:
         """`matrix` with these adapters in this order, as `Form.fold`, whatever autocast says."""
-        with _without_autocast(matrix):
+        with without_autocast(matrix):
             for name in names:
                 matrix = self.form(name).fold(matrix, self.operator(name), rows, at)
         return matrix
@@ -306,7 +306,7 @@ class Layer(nn.Module, BaseTunerLayer):
             type(self._modules["base_layer"]) is nn.Linear
             and self._is_bare()
             and x.dtype == self._modules["base_layer"]._parameters["weight"].dtype  # type: ignore[union-attr]
-            and not torch.is_autocast_enabled(x.device.type)
+            and not autocasts(x)
         )
 
     def _is_bare(self) -> bool:
@@ -386,7 +386,7 @@ class Layer(nn.Module, BaseTunerLayer):
             ValueError: the change has no low rank.
         """
         matrix = self.unmerged_matrix()
-        with _without_autocast(matrix):
+        with without_autocast(matrix):
             return self.form(adapter_name).low_rank(matrix, self.operator(adapter_name))
 
     @torch.no_grad()
@@ -550,14 +550,9 @@ def _unknown_configuration() -> None:
     """Stands where the configuration that a torchao model was quantised with is not known."""
 
 
-def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
 def _cast_by_autocast(x: Tensor) -> Tensor:
     """x in the dtype that a linear layer would give it here."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x) else x
 
 
 def _placed(module: _M, device: torch.device, dtype: torch.dtype | None = None) -> _M:

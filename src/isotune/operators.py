@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -201,7 +201,7 @@ def _compute(
 ) -> tuple[Tensor, ...]:
     """The tensors of M in float32 at least: a factorisation does not exist, and a small rotation is lost, in half."""
     wide = [p.float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in parameters]
-    with torch.autocast(parameters[0].device.type, enabled=False):
+    with without_autocast(parameters[0]):
         result = operator.evaluate(dict(zip(names, wide, strict=True)), noise)
     return result if dtype is None else tuple(tensor.to(dtype) for tensor in result)
 
@@ -356,6 +356,16 @@ class OperatorBatch:
                 fresh = self._stacked()
             if is_symbolic(fresh[0]) or not all(map(torch.equal, fresh, self._snapshot)):
                 self._untracked.clear()
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on where the tensor is; the meta device has none, and torch refuses to say so."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A scope without autocast where the tensor is."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def keep_mask(operator: Operator, dropout: float, count: int, *shape: int) -> Tensor | None:

@@ -65,6 +65,7 @@ class LoraXsOperator(DenseOperator):
     """
 
     averages = {"coefficients": linear_mean}  # noqa: RUF012
+    orthogonal = False
 
     def __init__(self, size: int, std: float = 1e-5) -> None:
         super().__init__(size)

@@ -1,0 +1,225 @@
+"""What a training step keeps and multiplies, found by following it on tensors that have shapes and no numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from isotune import operators
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One training step of a model."""
+
+    kept: int
+    """Bytes that the forward pass keeps for backward, parameters and buffers not included."""
+    largest: int
+    """Bytes of the largest of these tensors: what one more of its kind, such as its gradient, needs."""
+    blocks: tuple[int, ...]
+    """Bytes that each block of the model keeps, in order: what activation checkpointing computes again."""
+    block_inputs: tuple[int, ...]
+    """Bytes of each block's input, which checkpointing keeps."""
+    forward: int
+    """Floating-point operations of the products in the forward pass, two for a multiplication and its addition."""
+    backward: int
+    """The same in the backward pass."""
+    block_forward: int
+    """The part of `forward` that lies in blocks."""
+
+    def kept_with(self, *, checkpointing: bool) -> int:
+        """Bytes kept at most; with checkpointing, the inputs of all blocks and what the largest block keeps."""
+        if not checkpointing or not self.blocks:
+            return self.kept
+        return self.kept - sum(self.blocks) + sum(self.block_inputs) + max(self.blocks)
+
+    def operations_with(self, *, checkpointing: bool) -> int:
+        """Floating-point operations of a step; with checkpointing, the blocks' forward passes count twice."""
+        return self.forward + self.backward + (self.block_forward if checkpointing else 0)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The parts of a model that activation checkpointing and sharding take one at a time."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def trace(model: nn.Module, inputs: dict[str, Tensor]) -> Trace:
+    """Run one training step under a counter of what is kept and multiplied.
+
+    Args:
+        model: with parameters that are trained; on the meta device it needs no memory.
+        inputs: of its forward, with labels where it takes them.
+    """
+    counter = _Kept(model)
+    flops = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    with flops, counter, _blocks_watched(model, counter, flops) as watched, _counted_operators():
+        output = model(**inputs)
+        loss = output.loss if getattr(output, "loss", None) is not None else output[0].float().square().mean()
+        forward = flops.get_total_flops()
+        loss.backward()
+    return Trace(
+        kept=counter.nbytes,
+        largest=counter.largest,
+        blocks=tuple(watched.kept),
+        block_inputs=tuple(watched.inputs),
+        forward=forward,
+        backward=flops.get_total_flops() - forward,
+        block_forward=watched.operations,
+    )
+
+
+class _Kept:
+    """The bytes of distinct storages kept for backward that are no parameters or buffers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # By identity, as storages without numbers have no address.
+        self.owned = {_identity(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self.seen: dict[int, Tensor] = {}
+        self.nbytes = self.largest = 0
+
+    def __enter__(self) -> _Kept:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        identity = _identity(tensor)
+        if identity not in self.owned and identity not in self.seen:
+            self.seen[identity] = tensor  # alive, so that its identity stays its own
+            size = tensor.untyped_storage().nbytes()
+            self.nbytes += size
+            self.largest = max(self.largest, size)
+        return tensor
+
+
+def _identity(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+@dataclass
+class _Watched:
+    kept: list[int]
+    inputs: list[int]
+    operations: int = 0
+
+
+@contextlib.contextmanager
+def _blocks_watched(model: nn.Module, counter: _Kept, flops: FlopCounterMode) -> Iterator[_Watched]:
+    """Note of every block what it keeps, what it is given and what it multiplies, while it runs."""
+    watched, before = _Watched([], []), [(0, 0)]
+
+    def enter(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        hidden = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        watched.inputs.append(hidden.untyped_storage().nbytes())
+        before[0] = counter.nbytes, flops.get_total_flops()
+
+    def leave(*_: Any) -> None:
+        watched.kept.append(counter.nbytes - before[0][0])
+        watched.operations += flops.get_total_flops() - before[0][1]
+
+    handles = []
+    for block in blocks_of(model):
+        handles += [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
+    try:
+        yield watched
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _counted_operators() -> Iterator[None]:
+    """Let the counter see what the operators keep, which hooks from outside do not."""
+    hidden = operators.hidden_from_hooks
+    operators.hidden_from_hooks = contextlib.nullcontext
+    try:
+        yield
+    finally:
+        operators.hidden_from_hooks = hidden
+
+
+def _added_product(into: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+    return int(2 * left[0] * left[1] * right[1])
+
+
+_FORMULAS = {torch.ops.aten.addmm_: _added_product}
+"""A product that torch's own counter leaves out, by the shapes of its arguments."""
+
+
+class _Attention(torch.autograd.Function):
+    """What a fused attention kernel keeps and multiplies: no scores are kept, backward computes them again.
+
+    A causal mask spares nothing. On the meta device, where torch would take its unfused form.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, length, _ = query.shape
+        result = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        _products(query, key, value, scores=1, values=1)
+        ctx.save_for_backward(query, key, value, result, query.new_empty(batch, heads, length, dtype=torch.float32))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, *_ = ctx.saved_tensors
+        _products(query, key, value, scores=3, values=2)
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, *, scores: int, values: int) -> None:
+    """Count that many products of the sizes of scores, and of scores times values."""
+    heads = query.shape[1]
+    rows = query.flatten(0, 1)
+    columns, values_ = (t[:, :, None].expand(-1, -1, heads // t.shape[1], -1, -1).flatten(0, 2) for t in (key, value))
+    for _ in range(scores):
+        found = torch.bmm(rows, columns.mT)
+    for _ in range(values):
+        torch.bmm(found, values_)
+
+
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    """An attention function as transformers takes one, for a trace on the meta device."""
+    result: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return result.transpose(1, 2), None
+
+
+def inputs_for(model: Any, batch: int, sequence: int) -> dict[str, Tensor]:
+    """Inputs of a training step, of the kind that a model of transformers takes.
+
+    Raises:
+        ValueError: it takes neither tokens nor images.
+    """
+    config: Any = model.config
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "input_ids":
+        inputs = {"input_ids": torch.zeros(batch, sequence, dtype=torch.long, device=model.device)}
+    elif main == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
+        inputs = {
+            "pixel_values": torch.zeros(batch, config.num_channels, *size, dtype=model.dtype, device=model.device)
+        }
+    else:
+        raise ValueError(f"{type(model).__name__} takes {main}; only models of tokens or images can be planned.")
+    accepted = inspect.signature(model.forward).parameters
+    if "labels" in accepted and "Classification" in type(model).__name__ and "Token" not in type(model).__name__:
+        inputs["labels"] = torch.zeros(batch, dtype=torch.long, device=model.device)
+    elif "labels" in accepted and main == "input_ids":
+        inputs["labels"] = inputs["input_ids"].clone()
+    elif getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = inputs["input_ids"].clone()
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False  # type: ignore[assignment]
+    return inputs

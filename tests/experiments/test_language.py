@@ -1,0 +1,226 @@
+"""Language tasks: what is a right answer, and likelihood, loss and generation against plain torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import WORDS, make_tokenizer, tiny_gpt2, tiny_llama
+from isotune.experiments import models, tasks
+from isotune.experiments.data import DataError
+from isotune.experiments.recipe import RecipeError, validate
+from isotune.experiments.tasks.commonsense import first_choice
+from isotune.experiments.tasks.math import final_number, same_expression
+
+SAID = ["the", "correct", "answer", "is", "blue", "deep", "red", "green"]
+
+
+def row(question: str, answer: str, choices: str = "blue/red/green") -> dict[str, str]:
+    return {
+        "instruction": f"{question}\n\nAnswer format: {choices}",
+        "input": "",
+        "output": f"the correct answer is {answer}",
+        "answer": answer,
+    }
+
+
+QUESTIONS = [row("w1 w2", "red"), row("w3", "blue"), row("w4 w5 w6 w7", "green"), row("w8 w9 w1", "red")]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rotary positions and learnt ones, which padding on the left must not move."""
+    folder = tmp_path_factory.mktemp(request.param)
+    {"llama": tiny_llama, "gpt2": tiny_gpt2}[request.param]().save_pretrained(folder)
+    make_tokenizer([*SAID, *WORDS[len(SAID) :]]).save_pretrained(folder)
+    return folder
+
+
+def recipe(folder: Path, model: Any = "x", **changes: Any) -> Any:
+    raw = {
+        "task": "multiple-choice",
+        "model": str(model),
+        "data": {
+            "path": str(folder),
+            "files": {"train": "train.json", "test": "test.json"},
+            "text": "instruction",
+            "label": "answer",
+            **changes.pop("data", {}),
+        },
+        "method": "lora",
+        "train": {"eval_batch_size": 3, "max_length": 64},
+        **changes,
+    }
+    return validate(raw)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(QUESTIONS))
+    return tmp_path
+
+
+def log_likelihood(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
+    """By one unpadded sequence, position by position."""
+    given, ids = (tokenizer(text)["input_ids"] for text in (prompt, prompt + answer))
+    with torch.no_grad():
+        scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(float(scores[at - 1, ids[at]]) for at in range(len(given), len(ids)))
+
+
+@pytest.mark.parametrize("choices", ["blue/red/green", "blue/deep/red"])
+def test_the_likeliest_choice_is_that_of_plain_torch(folder: Path, model: Path, choices: str) -> None:
+    answer = choices.split("/")[1]
+    rows = [{**row(q["instruction"].split("\n")[0], answer, choices)} for q in QUESTIONS]
+    (folder / "test.json").write_text(json.dumps(rows))
+    task = tasks.make(recipe(folder, model, score="likelihood"))
+    loaded, _ = task.build()
+    if choices != "blue/red/green":  # an answer of two words among those of one
+        task.said = lambda choice: "the correct answer is deep blue" if choice == "deep" else f"the answer is {choice}"
+    found = task.predict(loaded)
+    tokenizer = models.tokenizer_for(str(model))
+    for question, prediction in zip(task.splits["test"], found, strict=True):
+        values = {c: log_likelihood(loaded, tokenizer, question.prompt, task.said(c)) for c in question.choices}
+        assert prediction == max(values, key=values.__getitem__)
+    assert task.score(found)["accuracy"] == found.count(answer) / 4
+
+
+def test_the_loss_is_that_of_plain_torch(folder: Path, model: Path) -> None:
+    task = tasks.make(recipe(folder, model, score="loss", metric="loss"))
+    loaded, _ = task.build()
+    tokenizer = models.tokenizer_for(str(model))
+    expected = []
+    for question in task.splits["test"]:
+        answer = question.completion + tokenizer.eos_token
+        count = len(tokenizer(question.prompt + answer)["input_ids"]) - len(tokenizer(question.prompt)["input_ids"])
+        expected.append(-log_likelihood(loaded, tokenizer, question.prompt, answer) / count)
+    assert task.predict(loaded) == pytest.approx(expected, rel=1e-4)
+    assert task.score(expected)["loss"] == pytest.approx(sum(expected) / 4)
+
+
+def test_generation_in_batches_is_that_of_each_alone(folder: Path, model: Path) -> None:
+    task = tasks.make(recipe(folder, model, max_new_tokens=5))
+    loaded, _ = task.build()
+    tokenizer = models.tokenizer_for(str(model))
+    alone = []
+    for question in task.splits["test"]:
+        ids = torch.tensor([tokenizer(question.prompt)["input_ids"]])
+        made = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+        alone.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    assert task.predict(loaded) == alone
+
+
+def test_only_the_answer_is_learnt_and_what_does_not_fit_is_said(
+    folder: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tasks.make(recipe(folder, model))
+    tokenizer = models.tokenizer_for(str(model))
+    for question, encoded in zip(task.splits["train"], task.encoded.train, strict=True):
+        learnt = [token for token in encoded["labels"] if token != -100]
+        assert tokenizer.decode(learnt) == f"{question.completion} </s>"
+    longest = max(len(encoded["input_ids"]) for encoded in task.encoded.train)
+    short = recipe(folder, model, train={"max_length": longest - 6})
+    assert len(tasks.make(short).encoded.train) == 3
+    assert "1 of the train split are left out" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"no question of the train split fits into train\.max_length=3"):
+        _ = tasks.make(recipe(folder, model, train={"max_length": 3})).encoded
+
+
+def test_several_test_sets_are_scored_each_and_in_the_mean(folder: Path) -> None:
+    (folder / "other.json").write_text(json.dumps(QUESTIONS[:2]))
+    files = {"train": "train.json", "test": {"one": "test.json", "two": "other.json"}}
+    task = tasks.make(recipe(folder, data={"files": files}))
+    assert task.about() == {"sets": {"one": 4, "two": 2}}
+    said = ["it is red", "BLUE", "red", "nothing", "green", "it is blue or red"]
+    assert task.score(said) == {"accuracy": 0.5, "one": 0.5, "two": 0.5}
+    (folder / "other.json").write_text("[]")
+    with pytest.raises(DataError, match="the test set two is empty"):
+        tasks.make(recipe(folder, data={"files": files}))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"answer": "yellow", "output": "it is yellow"}, "entry 2: the answer 'yellow' is none of blue, red, green"),
+        ({"output": "the correct answer is red"}, "does not end in the answer 'blue'"),
+        ({"instruction": "w1"}, r"entry 2: the column 'instruction' does not end in 'Answer format"),
+        ({"answer": None}, "the column 'answer' holds None"),
+    ],
+)
+def test_a_wrong_question_is_one_line(folder: Path, changed: dict[str, Any], said: str) -> None:
+    rows = [dict(question) for question in QUESTIONS]
+    rows[1].update(changed)
+    (folder / "test.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=said) as caught:
+        tasks.make(recipe(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_choice_that_is_named_first_counts() -> None:
+    assert first_choice("The correct answer is Answer2, not answer1", ("answer1", "answer2")) == "answer2"
+    assert first_choice("answer10", ("answer1", "answer10")) == "answer10"
+    assert first_choice("neither", ("true", "false")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She pays $1,250.50 in all.", "1250.50"),
+        ("3 + 4 = 7. The answer is: 7", "7"),
+        ("The answer is: 18 apples out of 20", "18"),
+        ("#### -42", "-42"),
+        ("x\n#### 1,000\n", "1000"),
+        ("5 and then 6", "6"),
+        ("the answer is: nothing, but 3", "3"),
+        ("none", None),
+    ],
+)
+def test_the_final_number(text: str, number: str | None) -> None:
+    assert final_number(text) == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "right"),
+    [
+        (r"so it is \boxed{0.5}", True),
+        (r"The answer is: \frac{2}{4}", True),
+        ("The answer is: $1/2$.", True),
+        (r"The answer is: \frac{1}{3}", False),
+        ("no idea", False),
+        ("The answer is:", False),
+    ],
+)
+def test_expressions_are_compared_by_what_they_mean(prediction: str, right: bool) -> None:
+    assert same_expression(r"Thus $x = \boxed{\frac{1}{2}}$.", prediction) is right
+
+
+def math(folder: Path, solution: str, **changes: Any) -> Any:
+    problem = {"question": "w1 w2", "answer": solution}
+    (folder / "test.json").write_text(json.dumps([problem]))
+    (folder / "train.json").write_text(json.dumps([{"question": "w1", "answer": "w2"}, problem]))
+    data = {"text": "question", "label": "answer"}
+    return tasks.make(recipe(folder, task="math", data={**data, **changes.pop("data", {})}, **changes))
+
+
+def test_word_problems_are_judged_by_their_final_answer(folder: Path) -> None:
+    assert math(folder, "so\n#### 1,234").score(["it is 1234"]) == {"accuracy": 1.0}
+    assert math(folder, "so\n#### 1,234").score(["I see none"]) == {"accuracy": 0.0}
+    assert math(folder, r"so \boxed{2\sqrt{3}}").score([r"\boxed{\sqrt{12}}"]) == {"accuracy": 1.0}
+    with pytest.raises(DataError, match="the solution has no final answer: expected '#### number'"):
+        math(folder, "so it is")
+    assert math(folder, "so it is", score="loss", metric="loss").score([0.5]) == {"loss": 0.5}
+    with pytest.raises(DataError, match="there is no number after ####"):
+        math(folder, "so #### it")
+    with pytest.raises(DataError, match=r"has no answer to judge by .* set choose_by=loss"):
+        math(folder, "#### 1", data={"hold_out": 1, "split_seed": 1})
+    with pytest.raises(RecipeError, match="has no answers to choose from"):
+        math(folder, "#### 1", score="likelihood")
+    with pytest.raises(RecipeError, match=re.escape("must contain {question}")):
+        math(folder, "#### 1", prompt="Q:")

@@ -124,6 +124,36 @@ _BASE = Annotated[
 _OUT = Annotated[str, typer.Option("--output", "-o", help="A new folder to write.")]
 
 
+@app.command("eval")
+def evaluate_adapter(
+    directory: Annotated[str, typer.Argument(help="The folder of an adapter of a language model.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, with commas, as gsm8k,arc_easy.")],
+    base: _BASE = None,
+    few_shot: Annotated[int | None, typer.Option(help="Solved examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many questions of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a forward pass.")] = 8,
+    include: Annotated[str | None, typer.Option(help="A folder with task files of your own.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Also write the scores as JSON.")] = None,
+    trust_remote_code: _TRUST = False,
+) -> None:
+    """Score an adapted language model by lm-evaluation-harness."""
+    with plain_errors():
+        from isotune.experiments.evaluate import evaluate, table
+
+        scores = evaluate(
+            directory,
+            [name.strip() for name in tasks.split(",") if name.strip()],
+            base,
+            few_shot=few_shot,
+            limit=limit,
+            batch_size=batch_size,
+            include=include,
+            output=output,
+            trust_remote_code=trust_remote_code,
+        )
+        typer.echo(table(scores))
+
+
 @app.command("inspect")
 def inspect_adapter(
     directory: Annotated[str, typer.Argument(help="An adapter's folder.")],

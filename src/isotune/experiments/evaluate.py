@@ -1,0 +1,110 @@
+"""An adapted language model through lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from isotune.adapter_file import named_base, read_config
+from isotune.base_model import gguf_of, quiet, resolve_base
+from isotune.experiments.files import write_json
+
+
+def evaluate(
+    directory: str,
+    tasks: Sequence[str],
+    base: str | None = None,
+    *,
+    few_shot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    include: str | None = None,
+    output: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Score an adapter, on its base model, on tasks that lm-evaluation-harness knows by name.
+
+    Args:
+        directory: an adapter's folder, of any of PEFT's or isotune's methods for causal language models.
+        tasks: names as `lm_eval --tasks` takes them, groups included.
+        base: the base model, as `isotune.base_model.resolve_base`; by default what the adapter names.
+        few_shot: solved examples shown before each question; by default the task's own number.
+        limit: only so many questions of each task.
+        batch_size: sequences a forward pass.
+        include: a folder with task files of your own.
+        output: a JSON file to write the scores into.
+        trust_remote_code: run code that the base model's repository carries.
+
+    Returns:
+        {task: {metric: value}}, standard errors included.
+
+    Raises:
+        ValueError: the harness is not installed, does not know a task, or the adapter does not fit.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("evaluation needs lm-evaluation-harness: pip install 'isotune[eval]'")
+    if not tasks:
+        raise ValueError("name at least one task, as --tasks gsm8k,arc_easy")
+    import torch
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoTokenizer
+
+    from isotune import PeftModel
+
+    manager = TaskManager(include_path=include)
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise ValueError(
+            f"lm-evaluation-harness has no task {unknown[0]!r}: `lm_eval ls tasks` lists its tasks, "
+            "and --include FOLDER adds your own"
+        )
+    raw = read_config(directory)
+    if raw.get("task_type") != "CAUSAL_LM":
+        raise ValueError(f"{directory} is an adapter for {raw.get('task_type')}; the harness scores language models")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = resolve_base(str(base or raw.get("base_model_name_or_path")))
+    with quiet():
+        model = PeftModel.from_pretrained(
+            named_base(directory, base, trust_remote_code=trust_remote_code), directory
+        )
+        source = directory if (Path(directory) / "tokenizer_config.json").exists() else name
+        tokenizer = AutoTokenizer.from_pretrained(source, **gguf_of(source))
+        harness = HFLM(pretrained=model.to(device).eval(), tokenizer=tokenizer, batch_size=batch_size, device=device)
+        found = simple_evaluate(
+            model=harness,
+            tasks=list(tasks),
+            num_fewshot=few_shot,
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+        )
+    assert found is not None  # None comes from the other processes of a distributed run
+    scores = {
+        task: {key.removesuffix(",none"): value for key, value in row.items() if isinstance(value, int | float)}
+        for task, row in found["results"].items()
+    }
+    if output is not None:
+        write_json(
+            Path(output),
+            {"adapter": directory, "base": name, "few_shot": few_shot, "limit": limit, "results": scores},
+        )
+    return scores
+
+
+def table(scores: dict[str, dict[str, Any]]) -> str:
+    """The scores as lines of text, a metric each, with its standard error."""
+    lines = []
+    for task, row in scores.items():
+        for key, value in row.items():
+            name, _, how = key.partition(",")
+            if name in ("alias", "sample_len") or name.endswith("_stderr"):
+                continue
+            error = row.get(f"{name}_stderr,{how}" if how else f"{name}_stderr")
+            spread = f" ± {error:.4f}" if isinstance(error, float) else ""
+            lines.append((task, f"{name} ({how})" if how else name, f"{value:.4f}{spread}"))
+    widths = [max((len(line[i]) for line in lines), default=0) for i in range(2)]
+    return "\n".join(f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}" for a, b, c in lines)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from isotune.experiments import methods, summary
 from isotune.experiments.engines import Engine
 from isotune.experiments.files import read_json, write_json
-from isotune.experiments.recipe import LESS_IS_BETTER, Method, Recipe, RecipeError, validate
+from isotune.experiments.recipe import LESS_IS_BETTER, Method, Recipe, RecipeError, Train, validate
 from isotune.experiments.single import FORMAT, Spec
 
 DEFAULT_FACTOR = 2.5
@@ -278,6 +278,8 @@ class Plan:
         if not path.exists():
             return False
         record = read_json(path)
+        # A later release may know more settings; what an earlier one has stored then had their defaults.
+        record["settings"] = Train.model_validate(record["settings"]).model_dump(mode="json")
         for key, value in spec.identity().items():
             if key != "phase" and record.get(key) != value:
                 raise RecipeError(
@@ -409,17 +411,33 @@ def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Plan:
             "learning rates are chosen on a validation set, and there is none: give one, or --lr-search 1"
         )
     about = {**task.sizes, **task.about(), "fingerprint": task.fingerprint()}
-    identity = {
-        "recipe": recipe.model_dump(mode="json", exclude={*run.NOT_IDENTITY, "method", "baselines"}),
-        "data": about["fingerprint"],
-    }
-    run.claim(folder, identity, "-o FOLDER")
+    _claim(folder, {"recipe": _identity(recipe), "data": about["fingerprint"]})
     notes: list[str] = []
     if options.match_params is not None:
         variants, notes = _matched(variants, task, options.match_params)
     found = Plan(name, recipe, variants, options, folder, about, notes)
     found.load()
     return found
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe makes two comparisons two: all but its methods."""
+    from isotune.experiments.run import NOT_IDENTITY
+
+    return recipe.model_dump(mode="json", exclude={*NOT_IDENTITY, "method", "baselines"})
+
+
+def _claim(folder: Path, identity: dict[str, Any]) -> None:
+    from isotune.experiments.run import claim
+
+    stored = folder / "experiment.json"
+    if stored.exists():
+        other = read_json(stored)
+        # As an earlier release may have stored it, which knew fewer settings.
+        recipe = Recipe.model_validate({**other["recipe"], "method": "head", "baselines": ["head"]})
+        if {**other, "recipe": _identity(recipe)} == identity:
+            return
+    claim(folder, identity, "-o FOLDER")
 
 
 def _matched(variants: Sequence[Variant], task: Any, target: int) -> tuple[list[Variant], list[str]]:

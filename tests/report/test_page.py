@@ -81,6 +81,19 @@ def test_the_page_is_whole_and_its_outline_sound(page: Path, folders: list[Path]
     assert page.read_text().count("The paper’s (DeBERTaV3-base)") == 1
 
 
+def test_all_tasks_of_a_suite_have_their_mean(tmp_path: Path) -> None:
+    methods = {label: METHODS[label] for label in ("psoft:r=46", "lora:r=8")}
+    found = []
+    for number, task in enumerate(("cola", "stsb", "rte", "mrpc", "sst2", "qnli")):
+        shifted = {label: {**about, "score": 0.5 + 0.05 * number} for label, about in methods.items()}
+        found.append(read(write_comparison(tmp_path / task, recipe=f"glue/{task}", methods=shifted, rates=[1e-3])))
+    mean = sum(comparison.variants[0].mean or 0 for comparison in found) / 6
+    table = render(found).split("</table>")[0]
+    assert "glue mean" in table
+    assert f'<span class="value">{100 * mean:.1f}</span>' in table
+    assert "glue mean" not in render(found[:5]).split("</table>")[0]
+
+
 def test_names_from_files_cannot_become_markup(tmp_path: Path) -> None:
     hostile = 'x</script><evil-tag onload="1">&amp;'
     folder = write_comparison(

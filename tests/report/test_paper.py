@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from isotune.report.paper import figures, results, source
+from isotune.experiments.recipe import packaged
+from isotune.report.paper import MODELS, figures, results, source
 
 
 def test_a_figure_is_found_by_task_and_method() -> None:
@@ -20,7 +21,15 @@ def test_a_figure_is_found_by_task_and_method() -> None:
     assert figures("glue/stsb")["lora"].score == pytest.approx(0.916)
     assert "goft" not in figures("glue/stsb")  # the paper's table has a dash there
     assert figures("commonsense/arc_e")["psoft"] == figures("commonsense/arc_easy")["psoft"]
+    assert figures("commonsense/all")["psoft"].score == pytest.approx(0.8254)
     assert figures("demo") == figures("glue/mnli") == figures("nowhere/cola") == {}
+
+
+def test_every_recipe_of_the_papers_suites_finds_its_figures() -> None:
+    own = [name for name in packaged() if name.partition("/")[0] in MODELS]
+    beyond = {"glue/mnli", "glue/qqp", "math/all"}
+    assert len([name for name in own if not name.endswith("/all")]) == 35 + 2
+    assert {name for name in own if not figures(name)} == beyond
 
 
 def test_every_result_of_the_paper_can_be_reached() -> None:

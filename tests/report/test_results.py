@@ -63,7 +63,7 @@ def test_within_one_standard_error_is_the_bests_own(folder: Path) -> None:
     assert found.best is not None
     assert (found.best.title, found.best.standard_error) == ("LoRA r=8", None)
     assert not any(found.near_best(variant) for variant in found.variants)
-    assert "LoRA r=8 has 1 of 3 seeds." in found.notes
+    assert "Of 3 seeds there are fewer: LoRA r=8 1." in found.notes
 
 
 def test_a_loss_is_best_where_it_is_lowest(folder: Path) -> None:
@@ -85,7 +85,7 @@ def test_old_and_partial_records_are_read_and_gaps_told(folder: Path) -> None:
     for path in (folder / "runs" / "psoft_so_r=46").iterdir():
         change(path, failed="the loss is NaN at step 3", test=None, validation=None)
     found = read(folder)
-    assert list(found.notes) == ["PSOFT-SO r=46 failed: the loss is NaN at step 3", "head only has not been run."]
+    assert list(found.notes) == ["PSOFT-SO r=46 failed: the loss is NaN at step 3", "Not run yet: head only."]
     assert [variant.mean is None for variant in found.variants] == [False, True, False, True]
     # And without comparison.json, from the runs alone, the rate by validation.
     before = found.variants[0].scores
@@ -104,6 +104,21 @@ def test_a_rate_at_the_border_is_known(folder: Path) -> None:
     psoft = read(folder).variants[0]
     assert psoft.rate_at_border
     assert len(psoft.scores) == 1
+
+
+def test_several_test_sets_and_a_rate_chosen_by_the_loss(folder: Path) -> None:
+    content = json.loads((folder / "comparison.json").read_text())
+    change(folder / "comparison.json", recipe="commonsense/all", data={"sets": {"boolq": 10, "piqa": 10}}, rows=None)
+    for path in (folder / "runs").rglob("*.json"):
+        record = json.loads(path.read_text())
+        test = {"accuracy": 0.7, "boolq": 0.6, "piqa": 0.8, "other": 1.0}
+        change(path, test=test, validation={"loss": 1 + abs(math.log(record["lr"] / 2.5e-3))})
+    found = read(folder)
+    assert content["rows"][0]["lr"] == 1e-3
+    assert (found.chosen_by, found.variants[0].lr) == ("loss", 2.5e-3)
+    parts = [column for column in columns_of(found) if column.key.startswith("test_")]
+    assert [(column.title, column.value(found.variants[0])) for column in parts] == [("boolq", 0.6), ("piqa", 0.8)]
+    assert found.paper_of_part("boolq")["psoft"].score == pytest.approx(0.7217)
 
 
 def test_damage_is_one_error_that_names_the_file(folder: Path, tmp_path: Path) -> None:

@@ -68,9 +68,7 @@ def evaluate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = resolve_base(str(base or raw.get("base_model_name_or_path")))
     with quiet():
-        model = PeftModel.from_pretrained(
-            named_base(directory, base, trust_remote_code=trust_remote_code), directory
-        )
+        model = PeftModel.from_pretrained(named_base(directory, base, trust_remote_code=trust_remote_code), directory)
         source = directory if (Path(directory) / "tokenizer_config.json").exists() else name
         tokenizer = AutoTokenizer.from_pretrained(source, **gguf_of(source))
         harness = HFLM(pretrained=model.to(device).eval(), tokenizer=tokenizer, batch_size=batch_size, device=device)

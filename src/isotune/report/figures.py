@@ -279,7 +279,10 @@ def _trade(
     axis = _ticks(costs, show, logarithmic=spread)
     layout = {
         "xaxis": {**axis, "title": {"text": name}},
-        "yaxis": {**_metric_axis(comparison), "title": {"text": f"test {_metric(comparison)}"}},
+        "yaxis": {
+            **_metric_axis(comparison, [score for _, score, _ in points]),
+            "title": {"text": f"test {_metric(comparison)}"},
+        },
     }
     return Figure(
         key,
@@ -308,6 +311,8 @@ _MARKS: dict[Any, list[float]] = {
 def _ticks(values: Sequence[float], show: Any, *, logarithmic: bool) -> Spec:
     """An axis whose ticks are written as the table writes them."""
     low, high = min(values), max(values)
+    if low == high:
+        return {"tickvals": [low], "ticktext": [show(low)]}
     if not logarithmic:
         low = min(low, 0.0) if low < 0.5 * high else low
         step = next((mark for mark in _MARKS[show] if (high - low) / mark <= 4), 1.0)
@@ -370,7 +375,7 @@ def _forgetting(comparison: Comparison, looks: Looks) -> Section | None:
             }
         )
     layout = {
-        "xaxis": {"title": {"text": "change of the loss"}, "zeroline": True, "zerolinecolor": "@muted"},
+        "xaxis": {"title": {"text": "change"}, "zeroline": True, "zerolinecolor": "@muted"},
         "yaxis": {
             "tickvals": list(range(len(shown))),
             "ticktext": [_safe(v.title) for v in shown],
@@ -380,9 +385,10 @@ def _forgetting(comparison: Comparison, looks: Looks) -> Section | None:
         "barmode": "overlay",
     }
     text = next((run.forgetting_text for v in shown for run in v.runs if run.forgetting_text), "")
+    measure = next(run.forgetting_measure for v in shown for run in v.runs if run.forgetting is not None)
     figure = Figure(
         "forgetting",
-        "Change of the loss on other text",
+        f"Change of {measure}",
         "Further left is better. Bars: mean over the seeds; circles: each seed." + (f" Text: {text}." if text else ""),
         "Least first: " + ", ".join(f"{v.title} {v.average('forgetting') or 0.0:+.3f}" for v in reversed(shown)) + ".",
         data,
@@ -398,12 +404,19 @@ def _forgetting(comparison: Comparison, looks: Looks) -> Section | None:
 
 
 def _curves(comparison: Comparison, looks: Looks) -> Section | None:
-    figures = []
-    validation = f"validation_{comparison.metric}"
+    figures: list[Figure] = []
     for key, field, title, axis in (
-        ("curve-validation", validation, f"Validation {_metric(comparison)}", _metric_axis(comparison)),
+        (
+            "curve-score",
+            f"validation_{comparison.metric}",
+            f"Validation {_metric(comparison)}",
+            _metric_axis(comparison),
+        ),
+        ("curve-validation", "validation_loss", "Validation loss", {}),
         ("curve-loss", "loss", "Training loss", {}),
     ):
+        if any(figure.title == title for figure in figures):
+            continue
         data, ends = [], []
         for variant in comparison.variants:
             points = _mean_curve(variant, field)
@@ -443,19 +456,20 @@ def _mean_curve(variant: Variant, field: str) -> list[tuple[float, float]]:
 
 
 def _rates(comparison: Comparison, looks: Looks) -> Section | None:
-    searched = [v for v in comparison.variants if sum(r.validation is not None for r in v.search) > 1]
+    by = comparison.chosen_by
+    searched = [v for v in comparison.variants if sum(by in run.validation for run in v.search) > 1]
     if not searched:
         return None
     data: list[Spec] = []
     for variant in searched:
-        runs = [run for run in variant.search if run.validation is not None]
+        runs = [run for run in variant.search if by in run.validation]
         data.append(
             {
                 **_named(variant),
                 "type": "scatter",
                 "mode": "lines+markers",
                 "x": [run.lr for run in runs],
-                "y": [run.validation for run in runs],
+                "y": [run.validation[by] for run in runs],
                 "line": {"color": looks.colour(variant), "width": 1.5, "dash": looks.dash(variant)},
                 "marker": {
                     "size": [11 if run.lr == variant.lr else 7 for run in runs],
@@ -473,7 +487,12 @@ def _rates(comparison: Comparison, looks: Looks) -> Section | None:
         text += f" Chosen at the border of what was tried, so that a better one may lie beyond: {', '.join(border)}."
     layout = {
         "xaxis": {"type": "log", "title": {"text": "learning rate"}, **_decades(tried)},
-        "yaxis": {**_metric_axis(comparison), "title": {"text": f"validation {_metric(comparison)}"}},
+        "yaxis": {
+            **_metric_axis(
+                comparison, [run.validation[by] for v in searched for run in v.search if by in run.validation]
+            ),
+            "title": {"text": f"validation {by.replace('_', ' ')}"},
+        },
     }
     alt = "Chosen rates: " + ", ".join(f"{v.title} {v.lr:g}" for v in searched if v.lr) + "."
     figure = Figure("rates", "Learning rates tried", "", alt, data, layout, 360)
@@ -481,15 +500,14 @@ def _rates(comparison: Comparison, looks: Looks) -> Section | None:
 
 
 def _decades(values: Sequence[float]) -> Spec:
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    pad = 0.08
+    ends = [math.log10(min(values)) - pad, math.log10(max(values)) + pad]
+    if len(set(values)) <= 5:
+        return {"tickvals": sorted(set(values)), "ticktext": [f"{v:g}" for v in sorted(set(values))], "range": ends}
+    low, high = math.floor(ends[0]), math.ceil(ends[1])
     few = high - low <= 2
     marks = [n * 10.0**e for e in range(low, high + 1) for n in ((1, 2, 5) if few else (1,))]
-    pad = 0.08
-    return {
-        "tickvals": marks,
-        "ticktext": [f"{m:g}" for m in marks],
-        "range": [math.log10(min(values)) - pad, math.log10(max(values)) + pad],
-    }
+    return {"tickvals": marks, "ticktext": [f"{m:g}" for m in marks], "range": ends}
 
 
 # -- ablations --------------------------------------------------------------------------------------------------------
@@ -829,8 +847,12 @@ def _metric(comparison: Comparison) -> str:
     return comparison.metric.replace("_", " ")
 
 
-def _metric_axis(comparison: Comparison) -> Spec:
-    return {"tickformat": "~%" if comparison.percent else ".3~f"}
+def _metric_axis(comparison: Comparison, values: Sequence[float | None] = ()) -> Spec:
+    """An axis of scores; where all `values` are alike, one that does not reach as far as plotly's would."""
+    axis: Spec = {"tickformat": "~%" if comparison.percent else ".3~f"}
+    if len(set(values)) == 1 and values[0] is not None:
+        axis["range"] = [values[0] - 0.05, values[0] + 0.05]
+    return axis
 
 
 def _safe(text: str) -> str:

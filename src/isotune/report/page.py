@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
 from typing import Any
 
+from isotune.experiments import suites
 from isotune.report import paper
 from isotune.report.figures import PALETTES, SYMBOLS, Looks, sections
 from isotune.report.results import Comparison, Variant, columns_of
@@ -184,6 +185,10 @@ def _table(comparison: Comparison, looks: Looks) -> dict[str, Any]:
         for column in columns:
             value = column.value(variant)
             cells.append(_cell(value, "–" if value is None else column.show(value)))
+            part = column.key.removeprefix("test_")
+            beside = comparison.paper_of_part(part).get(variant.name) if part in comparison.parts else None
+            if beside is not None:
+                cells[-1]["small"] = f"paper {comparison.shown(beside.score)}"
             adapter = variant.average("adapter_parameters")
             if column.key == "trainable_parameters" and adapter is not None and adapter != value:
                 cells[-1]["small"] = f"adapter {adapter:,.0f}"
@@ -254,15 +259,31 @@ def _overview(comparisons: Sequence[Comparison], keys: Sequence[str], names: Seq
     ]
     if not shown:
         return None
-    rows = [
-        {
-            "title": title,
-            "cells": [
-                _score(comparison, variants[title]) if title in variants else _cell(None, "–")
-                for comparison, _, _, variants in shown
-            ],
+    rows: list[dict[str, Any]] = []
+    for title in shared:
+        cells = [
+            _score(comparison, variants[title]) if title in variants else _cell(None, "–")
+            for comparison, _, _, variants in shown
+        ]
+        scores = {
+            comparison.recipe: mean
+            for comparison, _, _, variants in shown
+            if title in variants and (mean := variants[title].mean) is not None
         }
-        for title in shared
-    ]
+        rows.append({"title": title, "cells": cells, "means": _suite_means(scores)})
+    means = list(dict.fromkeys(name for row in rows for name in row["means"]))
+    for row in rows:
+        found = row.pop("means")
+        row["cells"] += [_cell(found.get(name), f"{100 * found[name]:.1f}" if name in found else "–") for name in means]
     heads = [{"title": name, "metric": c.metric.replace("_", " "), "key": key} for c, key, name, _ in shown]
+    heads += [{"title": name, "metric": "mean × 100", "key": ""} for name in means]
     return {"heads": heads, "rows": rows}
+
+
+def _suite_means(scores: Mapping[str, float]) -> dict[str, float]:
+    """The means that the paper has of its suites, of those that are complete: glue, vtab natural, vtab, …"""
+    found: dict[str, float] = {}
+    for suite in dict.fromkeys(recipe.rpartition("/")[0] for recipe in scores):
+        if suite in paper.MODELS:
+            found |= {f"{suite} {name}": value for name, value in suites.means(suite, scores).items()}
+    return found

@@ -38,8 +38,9 @@ _TASKS = {
     "arcc": "arcchallenge",
     "obqa": "openbookqa",
     "cifar": "cifar100",
+    "all": "avg",
 }
-_NO_TASK = ("method", "params_M", "memory_GB", "avg")
+_NO_TASK = ("method", "params_M", "memory_GB")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def figures(task: str) -> dict[str, PaperFigure]:
     """What the paper reports for a task.
 
     Args:
-        task: a recipe's name, such as glue/cola; case and punctuation do not count.
+        task: a recipe's name, such as glue/cola; case and punctuation do not count. SUITE/all is the paper's average.
 
     Returns:
         By our name of the method; empty for a task that the paper does not have.

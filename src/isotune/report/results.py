@@ -7,12 +7,13 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from isotune.experiments.files import read_json
+from isotune.experiments.recipe import LESS_IS_BETTER
 from isotune.report import paper
 
 NAMES = {
@@ -51,7 +52,10 @@ class Run:
     """Why it came to nothing, in a line."""
     score: float | None
     """On the test data, in the comparison's metric."""
-    validation: float | None
+    validation: Mapping[str, float]
+    """On the validation data, by metric."""
+    parts: Mapping[str, float]
+    """The score on each of several test sets, by name."""
     interval: tuple[float, float] | None
     """Of the score."""
     interval_how: str
@@ -65,7 +69,8 @@ class Run:
     peak_memory_bytes: float | None
     kept_bytes: float | None
     forgetting: float | None
-    """How far the loss on other text rose."""
+    """How much worse the model became at other text."""
+    forgetting_measure: str
     forgetting_text: str
     geometry: Mapping[str, Any] | None
     versions: Mapping[str, Any]
@@ -136,7 +141,9 @@ class Comparison:
     variants: Sequence[Variant]
     runs: Sequence[Run]
     """All of them, also those that failed."""
-    notes: Sequence[str] = field(default=())
+    chosen_by: str
+    """The validation metric that learning rates were compared by."""
+    notes: Sequence[str] = ()
     """What is missing, a sentence each."""
 
     @property
@@ -163,6 +170,15 @@ class Comparison:
         if best is None or variant is best or best.mean is None or best.standard_error is None or variant.mean is None:
             return False
         return abs(best.mean - variant.mean) <= best.standard_error
+
+    @cached_property
+    def parts(self) -> list[str]:
+        """The test sets, where the score is a mean over several."""
+        return list(dict.fromkeys(name for run in self.runs for name in run.parts))
+
+    def paper_of_part(self, part: str) -> dict[str, paper.PaperFigure]:
+        """What the paper reports for one of several test sets."""
+        return paper.figures(f"{self.recipe.rpartition('/')[0]}/{part}")
 
     @cached_property
     def paper(self) -> dict[str, paper.PaperFigure]:
@@ -201,13 +217,16 @@ def read(folder: Path) -> Comparison:
         raise ValueError(f"{folder} holds no comparison; give a folder that `isotune compare` wrote (comparison.json)")
     first = next((record for record in records if "metric" in record.content), _File(path, {}))
     metric = head.text("metric") or first.text("metric") or "accuracy"
-    runs = [_run(record, metric) for record in records]
+    data = head.mapping("data") or first.mapping("data")
+    runs = [_run(record, metric, data.get("sets") or ()) for record in records]
+    # A task whose answers are generated may choose by the loss, as generating takes long.
+    chosen_by = metric if any(metric in run.validation for run in runs) else "loss"
     higher = bool(head.content.get("higher_is_better", True))
     rows = {str(row.get("label")): row for row in head.list("rows") if isinstance(row, dict)}
     labels = [str(label) for label in head.list("variants")] or list(rows)
     labels += [label for label in dict.fromkeys(run.label for run in runs) if label not in labels]
     variants = _with_titles(
-        [_variant(label, [r for r in runs if r.label == label], rows.get(label, {}), higher) for label in labels]
+        [_variant(label, [r for r in runs if r.label == label], rows.get(label, {}), chosen_by) for label in labels]
     )
     seeds = [int(seed) for seed in head.list("seeds")] or sorted({run.seed for run in runs})
     return Comparison(
@@ -219,22 +238,23 @@ def read(folder: Path) -> Comparison:
         higher_is_better=higher,
         seeds=seeds,
         command=head.text("command"),
-        data=head.mapping("data") or first.mapping("data"),
+        data=data,
         match_params=head.number("match_params"),
         variants=variants,
         runs=runs,
+        chosen_by=chosen_by,
         notes=_notes(head, variants, seeds, path.exists()),
     )
 
 
-def _variant(label: str, runs: Sequence[Run], row: Mapping[str, Any], higher: bool) -> Variant:
+def _variant(label: str, runs: Sequence[Run], row: Mapping[str, Any], chosen_by: str) -> Variant:
     done = [run for run in runs if run.failed is None and run.score is not None]
     search = sorted((run for run in done if run.phase == "search"), key=lambda run: run.lr or 0.0)
     lr = row.get("lr")
-    if lr is None and search:
-        worst = -math.inf if higher else math.inf
-        best = (max if higher else min)(search, key=lambda run: worst if run.validation is None else run.validation)
-        lr = best.lr
+    if lr is None:
+        tested = [run for run in search if chosen_by in run.validation] or search[:1]
+        sign = -1 if chosen_by in LESS_IS_BETTER else 1
+        lr = max(tested, key=lambda run: sign * run.validation.get(chosen_by, 0.0)).lr if tested else None
     chosen = {run.seed: run for run in done if lr is None or run.lr == lr}
     failures = [run.failed for run in runs if run.failed is not None and (not chosen or run.lr == lr)]
     tried = sorted({run.lr for run in runs if run.phase == "search" and run.lr is not None})
@@ -284,20 +304,20 @@ def _notes(head: _File, variants: Sequence[Variant], seeds: Sequence[int], whole
         notes.append("comparison.json is not there: what is shown is put together from the runs that are.")
     elif head.content.get("complete") is False:
         notes.append("The comparison is not finished; the command below goes on with it.")
-    for variant in variants:
-        if variant.failed is not None:
-            notes.append(f"{variant.title} failed: {variant.failed}")
-        elif not variant.runs:
-            notes.append(f"{variant.title} has not been run.")
-        elif len(variant.runs) < len(seeds):
-            notes.append(f"{variant.title} has {len(variant.runs)} of {len(seeds)} seeds.")
+    notes += [f"{variant.title} failed: {variant.failed}" for variant in variants if variant.failed is not None]
+    untouched = [v.title for v in variants if v.failed is None and not v.runs]
+    if untouched:
+        notes.append(f"Not run yet: {', '.join(untouched)}.")
+    short = [f"{v.title} {len(v.runs)}" for v in variants if v.failed is None and 0 < len(v.runs) < len(seeds)]
+    if short:
+        notes.append(f"Of {len(seeds)} seeds there are fewer: {', '.join(short)}.")
     return notes
 
 
-def _run(record: _File, metric: str) -> Run:
+def _run(record: _File, metric: str, sets: Iterable[str]) -> Run:
     interval = record.mapping("interval")
     low, high = _finite(interval.get("low")), _finite(interval.get("high"))
-    forgetting = record.mapping("forgetting")
+    forgetting, test = record.mapping("forgetting"), record.mapping("test")
     return Run(
         path=record.path,
         label=record.text("label") or record.path.parent.name,
@@ -306,12 +326,14 @@ def _run(record: _File, metric: str) -> Run:
         lr=record.number("lr"),
         seed=int(record.number("seed") or 0),
         failed=record.text("failed") or None,
-        score=_finite(record.mapping("test").get(metric)),
-        validation=_finite(record.mapping("validation").get(metric)),
+        score=_finite(test.get(metric)),
+        validation=_numbers(record.mapping("validation")),
+        parts={name: value for name, value in _numbers(test).items() if name in sets},
         interval=None if low is None or high is None else (low, high),
         interval_how=_how(interval),
         curve=[point for point in record.list("curve") if isinstance(point, dict)],
         forgetting=_finite(forgetting.get("change")),
+        forgetting_measure=str(forgetting.get("measure") or "the loss on other text"),
         forgetting_text=str(forgetting.get("text") or ""),
         geometry=record.mapping("geometry") or None,
         versions=record.mapping("versions"),
@@ -375,6 +397,10 @@ def _kind(value: Any) -> str:
     return json.dumps(value)[:40]
 
 
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {key: number for key, value in values.items() if (number := _finite(value)) is not None}
+
+
 def _finite(value: Any) -> float | None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
@@ -425,6 +451,14 @@ def _average(name: str) -> Callable[[Variant], float | None]:
     return lambda variant: variant.average(name)
 
 
+def _part(name: str) -> Callable[[Variant], float | None]:
+    def value(variant: Variant) -> float | None:
+        values = [run.parts[name] for run in variant.runs if name in run.parts]
+        return statistics.fmean(values) if values else None
+
+    return value
+
+
 COLUMNS = (
     Column("trainable_parameters", "Trained numbers", _average("trainable_parameters"), count),
     Column("adapter_parameters", "Numbers in the adapter", _average("adapter_parameters"), count, detail=True),
@@ -440,7 +474,8 @@ COLUMNS = (
 
 def columns_of(comparison: Comparison, *, details: bool = False) -> list[Column]:
     """The columns of which any method of a comparison has a value."""
-    found = [c for c in COLUMNS if any(c.value(variant) is not None for variant in comparison.variants)]
+    parts = [Column(f"test_{name}", name.replace("_", " "), _part(name), comparison.shown) for name in comparison.parts]
+    found = [c for c in (*parts, *COLUMNS) if any(c.value(variant) is not None for variant in comparison.variants)]
     return [column for column in found if details or not column.detail]
 
 

@@ -6,6 +6,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,10 +62,19 @@ def kept_by_batch(model: Any, batch: Mapping[str, Any]) -> int:
         model.train(training)
 
 
+def reset_peak_memory() -> None:
+    """Let `peak_memory` count from now on, where the system can: on a GPU, and on Linux."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        # 5 resets the resident set's high-water mark; proc(5), since Linux 4.0.
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory() -> int | None:
     """The most memory this process has had: allocated on the GPU where there is one, else resident, in bytes.
 
-    None where the system does not tell. A process that ran something before includes that.
+    Since `reset_peak_memory`, or else since the process began. None where the system does not tell.
     """
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
@@ -198,8 +208,10 @@ class Forgetting:
         padding = self.tokenizer.padding_side
         self.tokenizer.padding_side = "right"
         try:
-            for start in range(0, len(self.texts), 8):
-                texts = self.texts[start : start + 8]
+            # The logits of a language model with a large vocabulary are larger than all else.
+            size = 1 if self.causal else 8
+            for start in range(0, len(self.texts), size):
+                texts = self.texts[start : start + size]
                 tokens = self.tokenizer(
                     texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
                 )

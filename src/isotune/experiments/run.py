@@ -179,6 +179,7 @@ def train_one(
     setup = time.perf_counter() - began
     tokenizer = task.tokenizer()
     forgetting = measure.Forgetting(model, tokenizer) if tokenizer is not None else None
+    measure.reset_peak_memory()
     began = time.perf_counter()
     with quiet():
         model = methods.attach(method, model, head, task.peft_type)

@@ -75,8 +75,6 @@ def execute(spec: Spec) -> dict[str, Any]:
     from isotune.experiments import run, tasks
 
     torch.set_num_threads(spec.threads)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     recipe = Recipe.model_validate(spec.recipe)
     task = tasks.make(recipe)
     if task.fingerprint() != spec.fingerprint:

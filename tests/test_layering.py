@@ -13,8 +13,8 @@ import pytest
 import isotune
 
 SOURCE = Path(isotune.__file__).parent
-OUTER = ("experiments", "report", "cli")
-CORE = {"operators", "pinning", "subspace", "subspace_cache", "errors", "geometry", "lowrank"}
+OUTER = ("experiments", "report", "cli", "__main__")
+CORE = {"operators", "pinning", "subspace", "subspace_cache", "errors", "geometry", "lowrank", "distributed"}
 MAY_IMPORT_PEFT = {
     "adapters",
     "layer",
@@ -114,7 +114,7 @@ def test_forms_know_algebra_and_the_core() -> None:
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("hosts")])
 def test_hosts_know_torch_and_quantisers_only_lazily(name: str) -> None:
     assert foreign(imports_of(name, lazy=False)) <= {"torch", "numpy"}
-    assert own(imports_of(name)) == under(own(imports_of(name)), "hosts", "errors")
+    assert own(imports_of(name)) == under(own(imports_of(name)), "hosts", "errors", "distributed")
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("methods.")])

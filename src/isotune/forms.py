@@ -114,6 +114,8 @@ class Form(nn.Module, ABC):
     settled = True
     """Whether everything that the form makes from the host's weight is up to date: a cheap test."""
     symbolic = False
+    candidates: Tensor | None = None
+    """What a solver found beyond the basis, in case that the pin of a file is loaded before the first forward."""
 
     @abstractmethod
     def fold(self, matrix: Tensor, operator: Operator, rows: Tensor | None = None, at: Tensor | None = None) -> Tensor:
@@ -222,7 +224,6 @@ class SubspaceUpdate(Form):
         self.residual = 0.0
         self.solved_here = False
         self.symbolic = False
-        self.candidates: Tensor | None = None
         self._plain = False
         self._accepted: Tensor | None = None
         self._seen: tuple[int, int] | None = None

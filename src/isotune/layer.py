@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from isotune.algebra.factors import rotated_linear
 from isotune.config import IsotuneConfig, SubspaceConfig
+from isotune.distributed import gathered, is_sharded
 from isotune.errors import IsotuneWarning
 from isotune.forms import Form, SubspaceUpdate, mark
 from isotune.hosts import Backend, Kept, LinearHost, QuantisedHost, functions_for, host_for, widen
@@ -99,6 +100,9 @@ class Layer(nn.Module, BaseTunerLayer):
         """Set the mode; a base is checked here too, since transformers' own loader ends in model.eval()."""
         if self.links is not None and not all(form.settled for _, form in self._forms()):
             self.links.settle()
+        if mode:
+            for _, form in self._forms():
+                form.candidates = None  # a compiled forward pass, unlike another, leaves them where they are
         super().train(mode)
         return self
 
@@ -171,7 +175,7 @@ class Layer(nn.Module, BaseTunerLayer):
         if self._kept is not None:
             with self._restored(self._kept):
                 return self.host.matrix()
-        return self.host.matrix()
+        return gathered(self.host.matrix())
 
     @property
     def _base_weight(self) -> Tensor:
@@ -184,6 +188,8 @@ class Layer(nn.Module, BaseTunerLayer):
 
     def host_has_changed(self) -> bool:
         """Whether the host's weight was replaced or written to since subspaces were placed on it."""
+        if is_sharded(self._base_weight):
+            return False  # it was replaced by its own shards
         return self._host_mark is not None and self._host_mark != mark(self._base_weight)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
@@ -349,7 +355,7 @@ class Layer(nn.Module, BaseTunerLayer):
     def _update_in_use(self, name: str) -> SubspaceUpdate:
         form = self.form(name)
         assert isinstance(form, SubspaceUpdate)
-        if form.candidates is not None:
+        if not torch.compiler.is_compiling() and form.candidates is not None:
             form.candidates = None  # a file's pin would have been loaded before the first forward
         return form
 

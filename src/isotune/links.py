@@ -6,10 +6,13 @@ import warnings
 from itertools import takewhile
 from typing import Any
 
+import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from isotune.distributed import keep_buffers_at_home
 from isotune.errors import BaseMismatchError
+from isotune.forms import Form
 from isotune.layer import Layer
 from isotune.operators import OperatorBatch, batch_operators
 from isotune.placing import AdapterGroup
@@ -47,11 +50,13 @@ class Links:
                 module.register_forward_pre_hook(_enter)
                 module.register_forward_hook(_leave, always_call=True)
             module.__dict__["_isotune_links"] = links
+        keep_buffers_at_home(model, [f"{name}.{own}" for name, form in _forms(model) for own in form._buffers])
         return links
 
     @staticmethod
     def detach(model: nn.Module) -> None:
         """Undo `attach`."""
+        keep_buffers_at_home(model, [])
         for module in model.modules():
             if module.__dict__.pop("_isotune_links", None) is not None:
                 for hooks, own in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
@@ -100,7 +105,7 @@ class Links:
         if id(module) in self._running:
             self._running.clear()  # an interrupt (Ctrl-C in a notebook) left the last pass without an end
         if not self._running:
-            if not self.built:
+            if not self.built and not torch.compiler.is_compiling():
                 self.build(module)
             for batch in self.batches:
                 batch.begin()
@@ -113,6 +118,10 @@ class Links:
         if not self._running:
             for batch in self.batches:
                 batch.end()
+
+
+def _forms(model: nn.Module) -> list[tuple[str, Form]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Form)]
 
 
 def _enter(module: nn.Module, args: Any) -> None:

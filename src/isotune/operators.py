@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from isotune.algebra.factors import Chain, apply_chain, transpose_chain
 from isotune.algebra.means import Means
+from isotune.distributed import is_sharded, several
 
 
 class Operator(nn.Module, ABC):
@@ -72,7 +73,7 @@ class Operator(nn.Module, ABC):
         """The tensors of M, computed for this operator alone."""
         parameters = self.parameter_tuple()
         noise = self._noise_alone()
-        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters) and not torch.compiler.is_compiling():
             tracked: tuple[Tensor, ...] = _Evaluation.apply(self, dtype, 1, noise, *parameters)  # type: ignore[no-untyped-call]
             return tracked
         return _compute(self, self.parameter_names(), parameters, None if noise is None else noise[0], dtype)
@@ -84,8 +85,9 @@ class Operator(nn.Module, ABC):
         return twin
 
     def _noise_alone(self) -> Tensor | None:
-        # Re-entrant checkpointing runs a layer again in backward, and must find the noise of the forward pass.
-        if self._batch is not None and _in_backward():
+        # What is drawn for a pass holds for all of it: re-entrant checkpointing runs
+        # a layer again in backward, and must find the noise of the forward pass.
+        if self._batch is not None and not torch.compiler.is_compiling() and (self._batch.apart or _in_backward()):
             return self._batch.noise(self._slot)
         return self.sample_noise(1)
 
@@ -283,18 +285,27 @@ class OperatorBatch:
     def __init__(self, operators: Sequence[Operator]) -> None:
         self.operators = list(operators)
         self.running = False
+        self.apart = False
+        """Whether the operators are computed alone in this pass, since their parameters are not here all at once."""
         self._compared = False
         self._noise: Tensor | None = None
         self._tracked: dict[torch.dtype | None, tuple[Tensor, ...]] = {}
         self._untracked: dict[torch.dtype | None, tuple[Tensor, ...]] = {}
+        self._traced: tuple[Tensor, ...] | None = None
         self._snapshot: list[Tensor] = []
         for slot, operator in enumerate(self.operators):
             operator._batch, operator._slot = self, slot
 
     def begin(self) -> None:
         """A forward pass begins."""
+        if torch.compiler.is_compiling():
+            # A part that checkpointing will trace again must not be the first to ask, and a graph drops what it does
+            # not need.
+            noise = self.operators[0].sample_noise(len(self.operators))
+            self._traced = self._evaluated(self._stacked(), noise, None)
+            return
         self._tracked.clear()
-        self._compared = False
+        self._compared = self.apart = False
         # Drawn here, not where it is first needed: that may lie in a part of the model that checkpointing runs again
         # from a saved state of the random numbers, and then finds the evaluation done.
         before, self._noise = self._noise, self.operators[0].sample_noise(len(self.operators))
@@ -304,7 +315,8 @@ class OperatorBatch:
 
     def end(self) -> None:
         """The forward pass is over; its result stays for checkpointing, which repeats parts of it in backward."""
-        self.running = False
+        self.running = self.apart = False
+        self._traced = None
 
     def noise(self, slot: int) -> Tensor | None:
         """The noise of one operator in the last forward pass, (1, …)."""
@@ -312,8 +324,13 @@ class OperatorBatch:
 
     def tensors(self, operator: Operator, slot: int, dtype: torch.dtype | None) -> tuple[Tensor, ...] | None:
         """The tensors of an operator, or None where it must be computed alone."""
-        if self.operators[slot] is not operator or torch.compiler.is_compiling():
-            return None  # a replica on another device, or a trace, which needs no sharing by hand
+        if torch.compiler.is_compiling():
+            # Where a block is compiled by itself, neither its slot nor the batch may become a part of the code.
+            if self._traced is None:
+                return None
+            return tuple(one.to(dtype) for one in self._traced[slot :: len(self.operators)])
+        if self.operators[slot] is not operator:
+            return None  # a replica on another device
         if torch.is_grad_enabled() and any(p.requires_grad for p in operator.parameter_tuple()):
             found = self._with_graph(dtype)
         else:
@@ -322,28 +339,43 @@ class OperatorBatch:
 
     def _with_graph(self, dtype: torch.dtype | None) -> tuple[Tensor, ...] | None:
         found = self._tracked.get(dtype)
-        if self.running and found is None:
+        if self.running and found is None and not self.apart:
             flat = self._parameters()
+            if self._must_be_apart(flat):
+                return None
             found = _Evaluation.apply(self.operators[0], dtype, len(self.operators), self._noise, *flat)  # type: ignore[no-untyped-call]
             self._tracked[dtype] = found
         return found if self.running or _in_backward() else None
 
     def _without_graph(self, dtype: torch.dtype | None) -> tuple[Tensor, ...] | None:
-        if not self.running:
+        if not self.running or self.apart:
             return None
         if not self._compared:
+            if self._must_be_apart(self._parameters()):
+                return None
             self._compare()
         if dtype not in self._untracked:
             with torch.no_grad():
                 self._snapshot = self._stacked()
-                first = self.operators[0]
-                results = _compute(first, first.parameter_names(), self._snapshot, self._noise, dtype)
-                self._untracked[dtype] = tuple(one for result in results for one in result.unbind(0))
+                self._untracked[dtype] = self._evaluated(self._snapshot, self._noise, dtype)
         return self._untracked[dtype]
+
+    def _evaluated(
+        self, parameters: Sequence[Tensor], noise: Tensor | None, dtype: torch.dtype | None
+    ) -> tuple[Tensor, ...]:
+        first = self.operators[0]
+        results = _compute(first, first.parameter_names(), parameters, noise, dtype)
+        # Not by unbind, whose list of results a trace can neither keep nor make again for a checkpointed part.
+        return tuple(result[slot] for result in results for slot in range(len(self.operators)))
 
     def _parameters(self) -> list[Tensor]:
         by_name = zip(*(operator.parameter_tuple() for operator in self.operators), strict=True)
         return [parameter for same_name in by_name for parameter in same_name]
+
+    def _must_be_apart(self, parameters: Sequence[Tensor]) -> bool:
+        # With `fully_shard` the parameters of a block are whole while that block runs, and at no other time.
+        self.apart = several() and any(map(is_sharded, parameters))
+        return self.apart
 
     def _stacked(self) -> list[Tensor]:
         return _stack(self._parameters(), len(self.operators))

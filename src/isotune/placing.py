@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from isotune.config import SubspaceConfig
+from isotune.distributed import is_sharded, one_for_all, sample_of, several
 from isotune.errors import BaseMismatchError, IsotuneWarning
 from isotune.forms import SubspaceUpdate
 from isotune.operators import is_symbolic
@@ -90,6 +91,9 @@ class AdapterGroup:
         """The leading right singular vectors of the layers' weights, (k, in) each, k ≥ r."""
         if not layers:
             return []
+        if len(layers) > 1 and any(is_sharded(layer.host.weight) for layer in layers):
+            # One after the other: a process that has room for a part of the model has none for all of it.
+            return [subspace for layer in layers for subspace in self._subspaces([layer])]
         config = self._config(layers[0])
         requests = []
         for layer in layers:
@@ -101,8 +105,18 @@ class AdapterGroup:
             weight = layer.unmerged_matrix if layer.host.quantised else layer.unmerged_matrix()
             requests.append(SubspaceRequest(weight, rank, f"module {layer.key!r}"))
         cache = SubspaceCache() if config.subspace_cache else None
-        found = principal_subspaces(requests, solver=config.solver, tolerance=CANDIDATE_TOLERANCE, cache=cache)
-        return [subspace.basis for subspace in found]
+
+        def solve() -> list[Tensor]:
+            found = principal_subspaces(requests, solver=config.solver, tolerance=CANDIDATE_TOLERANCE, cache=cache)
+            return [subspace.basis for subspace in found]
+
+        if not several():
+            return solve()
+        same = [
+            (layer.key, request.rank, layer.out_features, layer.in_features, sample_of(layer.host.weight))
+            for layer, request in zip(layers, requests, strict=True)
+        ]
+        return one_for_all(f"{config.solver} {same}", solve)
 
     def _solve(self, layers: list[Layer]) -> None:
         fresh = []

@@ -61,7 +61,7 @@ def _eliminate(entries: Tensor, n: int) -> Tensor:
         row, column = work[k] * pivot, work[:, k].clone()
         column[k] = 0
         work.addcmul_(column[:, None], row[None], value=-1)
-        torch.mul(column, -pivot, out=work[:, k])
+        work[:, k] = column.mul_(-pivot)  # not by out=, which torch.compile takes contiguous only
         row[k] = pivot
         work[k] = row
     work *= 2

@@ -172,7 +172,9 @@ class _Chain(torch.autograd.Function):
     """A chain that keeps its input and its tensors."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, chain: Chain, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        # Not named: a trace takes a function that is given as many arguments as its signature has for one without ctx.
+        x, chain, *tensors = given
         ctx.save_for_backward(x, *tensors)
         ctx.chain = chain
         return chain_forward(x.reshape(-1, x.shape[-1]), chain, tensors).reshape(x.shape)
@@ -240,10 +242,8 @@ class _RotatedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gain: Tensor | None, chain: Chain, frozen: tuple[Tensor, Tensor | None], *tensors: Tensor
-    ) -> Tensor:
-        weight, bias = frozen
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        x, gain, chain, (weight, bias), *tensors = given  # as in `_Chain.forward`
         ctx.save_for_backward(x, gain, *tensors)
         ctx.chain, ctx.weight = chain, weight
         rotated = chain_forward(x.reshape(-1, x.shape[-1]), chain, tensors)

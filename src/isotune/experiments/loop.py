@@ -23,6 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from isotune.base_model import quiet
+from isotune.experiments import processes
 from isotune.experiments.files import StorageError, read_json, storing, write_json
 from isotune.experiments.recipe import LESS_IS_BETTER, Metric, Train
 from isotune.regularization import has_regularization, regularization_callback
@@ -255,6 +256,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         if state.global_step and spent.exists():
             self.before, self.stepping = read_json(spent).get(str(state.global_step), (0.0, 0.0))
         self.bar = tqdm(
+            disable=not processes.is_main(),
             total=state.max_steps,
             initial=state.global_step,
             desc=self.title,
@@ -284,14 +286,18 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         self.bar.set_postfix({f"validation {self.metric}": f"{metrics[f'eval_{self.metric}']:.3f}"})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if processes.is_main():
+            self._note(state)
+        # Left from here, not by `should_training_stop`: that would score and save once more in mid-epoch.
+        if self.interrupted and state.global_step < state.max_steps:
+            raise Interrupted(str(self.folder))
+
+    def _note(self, state: Any) -> None:
         # Trainer pickles its own arguments beside each checkpoint; nothing here reads a pickle.
         (self.folder / f"checkpoint-{state.global_step}" / "training_args.bin").unlink(missing_ok=True)
         spent = self.folder / "seconds.json"
         known = read_json(spent) if spent.exists() else {}
         write_json(spent, {**known, str(state.global_step): (self.seconds, self.stepping)})
-        # Left from here, not by `should_training_stop`: that would score and save once more in mid-epoch.
-        if self.interrupted and state.global_step < state.max_steps:
-            raise Interrupted(str(self.folder))
 
     def close(self) -> None:
         if self.bar is not None:
@@ -358,7 +364,7 @@ def train(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size // settings.gradient_accumulation,
+        per_device_train_batch_size=processes.share_of(settings.batch_size // settings.gradient_accumulation),
         gradient_accumulation_steps=settings.gradient_accumulation,
         gradient_checkpointing=settings.gradient_checkpointing,
         per_device_eval_batch_size=settings.eval_batch_size,
@@ -382,6 +388,7 @@ def train(
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to="none",
+        use_cpu=processes.on_cpu(),
     )
     regularizers = [regularization_callback()] if has_regularization(model) else []
     trainer = (task.trainer or Loop)(
@@ -399,6 +406,9 @@ def train(
         **task.options,
     )
     trainer.remove_callback(PrinterCallback)
+    if processes.is_main():
+        last_checkpoint(folder)  # removes what was cut off
+    processes.meet()
     resume = last_checkpoint(folder)
     try:
         with progress.catching_interrupts(), quiet():

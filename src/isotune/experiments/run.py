@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.base_model import quiet
-from isotune.experiments import measure, methods, summary, tasks
+from isotune.experiments import measure, methods, processes, summary, tasks
 from isotune.experiments.files import read_json, storing, write_json
 from isotune.experiments.recipe import Method, Recipe, RecipeError
 
@@ -27,12 +27,17 @@ def run(recipe: Recipe) -> dict[str, Any]:
     """Train and score a recipe, print a table, and write `result.json` in its output folder.
 
     Continues where an earlier call with the same recipe stopped; where that had finished, prints its result
-    and does nothing else. Raises RecipeError, DataError, ModelError or TrainingDiverged, all of them
-    ValueErrors with one line for the user.
+    and does nothing else. Under torchrun or `accelerate launch` all processes train together, and the main one
+    alone writes and prints; the folder must be one that all of them see. Raises RecipeError, DataError, ModelError
+    or TrainingDiverged, all of them ValueErrors with one line for the user.
     """
     for method in recipe.methods:
         methods.check(method)
     check_extras()
+    processes.join()
+    for method in recipe.methods:
+        settings = recipe.training(method)
+        processes.share_of(settings.batch_size // settings.gradient_accumulation)
     task = tasks.make(recipe)
     _check_choice(recipe, task)
     folder = Path(recipe.output or "runs/experiment")
@@ -40,19 +45,20 @@ def run(recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.model_dump(mode="json", exclude=set(NOT_IDENTITY)),
         "data": task.fingerprint(),
     }
-    claim(folder, identity)
+    if processes.is_main():
+        claim(folder, identity)
+    processes.meet()
     finished = folder / "result.json"
     if finished.exists():
         result: dict[str, Any] = read_json(finished)
-        print(f"already finished; remove {folder} to run it again")
-        print(summary.table(result))
+        _say(f"already finished; remove {folder} to run it again")
+        _say(summary.table(result))
         return result
 
     sizes = task.sizes
-    print(
+    _say(
         f"{sizes['train']} training, {sizes['validation']} validation and {sizes['test']} test examples; "
-        f"results in {folder}",
-        flush=True,
+        f"results in {folder}"
     )
     started = time.perf_counter()
     task.prepare()
@@ -78,6 +84,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         "trainable_parameters": chosen["trainable_parameters"],
         "adapter_bytes": chosen["adapter_bytes"],
     }
+    if not processes.is_main():
+        return result
     if recipe.check_saved:
         result["saved"] = _check_saved(chosen, folder)
     # The sum over the runs, and not the time since the start, which a resumed experiment does not know.
@@ -86,8 +94,13 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if recipe.chart:
         summary.chart(result, folder / "chart.png")
     write_json(finished, result)
-    print(summary.table(result))
+    _say(summary.table(result))
     return result
+
+
+def _say(text: str) -> None:
+    if processes.is_main():
+        print(text, flush=True)
 
 
 def versions() -> dict[str, str]:
@@ -103,6 +116,7 @@ def hardware() -> dict[str, Any]:
     return {
         "platform": platform.platform(),
         "processors": os.cpu_count(),
+        "processes": processes.count(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
@@ -195,6 +209,10 @@ def train_one(
         "adapter_parameters": trainable - in_head,
     }
     outcome = task.train(model, tasks.Job(method, settings, lr, head, folder, f"{method.name} lr {lr:g}"))
+    if not processes.is_main():
+        processes.meet()
+        found: dict[str, Any] = read_json(stored)
+        return found
     if outcome.untrained:
         entry["untrained"] = outcome.untrained
     peak = measure.peak_memory()  # before what follows, which is no part of the run
@@ -222,6 +240,7 @@ def train_one(
     write_json(stored, entry)
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)  # what they were kept for, resuming and choosing, is over
+    processes.meet()
     return entry
 
 
@@ -255,7 +274,7 @@ def _check_saved(chosen: dict[str, Any], output: Path) -> dict[str, Any]:
     """Score the saved adapter, reloaded and merged, in a new process; raises RuntimeError at failure."""
     print("reloading the saved adapter in a new process", flush=True)
     command = [sys.executable, "-m", "isotune.experiments.reload", str(output), chosen["folder"]]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=processes.environment_alone())
     if done.returncode:
         raise RuntimeError(f"reloading {output / chosen['folder']} in a new process failed:\n{done.stderr}")
     found: dict[str, Any] = read_json(output / chosen["folder"] / "reloaded.json")

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from isotune.distributed import is_sharded
+
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Fold = Callable[..., Tensor]
@@ -129,6 +131,14 @@ class WeightHost(Host):
         return next(
             f"{name}.weight" if name else "weight" for name, m in base_layer.named_modules() if m is self.module
         )
+
+    def check_merge(self) -> None:
+        """Refuse a weight of which this process holds a part only."""
+        if is_sharded(self.weight):
+            raise ValueError(
+                f"The weight of {self.name!r} is spread over several processes, and nothing can be merged into a part "
+                "of it; nothing was merged. Save the adapter, and merge it into the base model loaded in one process."
+            )
 
     def matrix(self) -> Tensor:
         """W, all dimensions but the first as one."""

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, default_data_collator
 
-from isotune.experiments import data, loop, models
+from isotune.experiments import data, loop, models, processes
 from isotune.experiments.recipe import Recipe, Train
 from isotune.experiments.tasks.task import Job
 
@@ -191,7 +191,13 @@ def _features(model: Any, rows: Sequence[Row], collate: Any, settings: Train) ->
     order = sorted(range(len(rows)), key=lambda i: _length(rows[i]))
     found: list[Any] = [None] * len(rows)
     with torch.no_grad():
-        for start in tqdm(range(0, len(rows), settings.eval_batch_size), desc="embedding", unit="batch", leave=False):
+        for start in tqdm(
+            range(0, len(rows), settings.eval_batch_size),
+            desc="embedding",
+            unit="batch",
+            leave=False,
+            disable=not processes.is_main(),
+        ):
             indices = order[start : start + settings.eval_batch_size]
             batch = {name: value.to(device) for name, value in collate([rows[i] for i in indices]).items()}
             batch.pop("labels")

@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from isotune.base_model import quiet
-from isotune.experiments import data, loop, models
+from isotune.experiments import data, loop, models, processes
 from isotune.experiments.recipe import Recipe
 from isotune.experiments.tasks.task import Job
 
@@ -285,7 +285,14 @@ class LanguageTask(ABC):
         device = next(model.parameters()).device
         order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), i))
         size = self.recipe.train.eval_batch_size
-        for start in tqdm(range(0, len(order), size), desc=what, unit="batch", leave=False, mininterval=1):
+        for start in tqdm(
+            range(0, len(order), size),
+            desc=what,
+            unit="batch",
+            leave=False,
+            disable=not processes.is_main(),
+            mininterval=1,
+        ):
             indices = order[start : start + size]
             longest = len(sequences[indices[-1]])
             ids = torch.full((len(indices), longest), self._tokenizer.pad_token_id)

@@ -1,0 +1,69 @@
+"""An experiment under torchrun or `accelerate launch`: all processes train, the main one writes and speaks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from isotune.experiments.recipe import RecipeError
+
+_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "GROUP_", "ROLE_")
+_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def count() -> int:
+    """How many processes a launcher has started for this experiment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join() -> None:
+    """Meet the other processes, before anything is built: they share the search for subspaces too.
+
+    Raises RecipeError under a launcher that spreads the weights: every process holds the whole model here.
+    """
+    if count() == 1:
+        return
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise RecipeError(
+            "isotune train gives every process the whole model and a part of each batch; "
+            "launch it without FSDP or DeepSpeed, or train by a script of your own (docs/guides/scale.md)"
+        )
+    from accelerate import PartialState
+
+    PartialState(cpu=on_cpu())
+
+
+def on_cpu() -> bool:
+    """Whether there is no accelerator; unasked, accelerate leaves such processes each to itself."""
+    import torch
+
+    return not torch.accelerator.is_available()
+
+
+def is_main() -> bool:
+    """Whether this process writes the results."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def meet() -> None:
+    """Wait until every process is here."""
+    if count() > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
+def share_of(batch_size: int) -> int:
+    """The rows of a batch for each process; raises RecipeError where a batch cannot be divided."""
+    rows, rest = divmod(batch_size, count())
+    if rest:
+        raise RecipeError(
+            f"a batch of {batch_size} is that of all processes together, and {count()} of them cannot share it "
+            "equally; give another train.batch_size, or start another number of processes"
+        )
+    return rows
+
+
+def environment_alone() -> Mapping[str, str]:
+    """The environment for a process that belongs to no others."""
+    return {name: v for name, v in os.environ.items() if name not in _NAMES and not name.startswith(_PREFIXES)}

@@ -1,0 +1,138 @@
+"""What each process of tests/test_distributed.py does; run by torchrun, or called in one process for comparison."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import isotune.distributed
+import isotune.subspace
+from helpers import OPTIONS_FOR_TINY, layers_of, randomize, some_tokens, tiny_llama, trainable
+from isotune import get_peft_model
+from isotune.distributed import average_gradients
+from isotune.methods import METHODS
+
+STEPS = 20
+ROWS = 8
+SOLVED: list[str] = []
+
+
+def count_solves() -> None:
+    """Note every subspace that this process finds by itself."""
+    original = isotune.subspace.principal_subspace
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        SOLVED.append("one")
+        return original(*args, **kwargs)
+
+    isotune.subspace.principal_subspace = noted
+
+
+def adapted(method: str) -> Any:
+    options = OPTIONS_FOR_TINY[method]
+    model = get_peft_model(tiny_llama(layers=4), METHODS[method](target_modules=["q_proj", "v_proj"], **options))
+    randomize(model, std=0.02)
+    return model.train()
+
+
+def train(model: nn.Module, parameters: Any, rank: int = 0, size: int = 1, after_backward: Any = None) -> list[float]:
+    """20 steps of AdamW on the rows of this process; the loss of all rows at each."""
+    optimizer = torch.optim.AdamW(parameters, lr=0.01)
+    losses = []
+    for step in range(STEPS):
+        rows = some_tokens(ROWS, 9, seed=step % 3)[rank::size]
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        if after_backward is not None:
+            after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if size > 1:
+            dist.all_reduce(mean)
+        losses.append(float(mean) / size)
+    return losses
+
+
+def sharded(model: Any, *, with_adapter: bool) -> Any:
+    """Each block and then the rest by FSDP2, the adapter with them or whole in every process."""
+    from torch.distributed.fsdp import fully_shard
+
+    options = {} if with_adapter else {"ignored_params": set(trainable(model).values())}
+    for block in model.get_base_model().model.layers:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=some_tokens(2, 9)).logits
+
+
+def save_whole(model: Any, folder: Path) -> None:
+    """As the FSDP2 guides do it: the full state dict, of which PEFT writes the adapter's part."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        model.save_pretrained(str(folder), state_dict=state)
+    dist.barrier()
+
+
+def run(out: Path) -> dict[str, Any]:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    found: dict[str, Any] = {}
+    count_solves()
+    for method in ("psoft", "oft"):
+        model = adapted(method)
+        found[f"solved {method}"] = len(SOLVED)
+        replica = nn.parallel.DistributedDataParallel(model)
+        found[f"ddp {method}"] = train(replica, trainable(model).values(), rank, size)
+        if method == "psoft":
+            buffers = {name: list(tensor.shape) for name, tensor in replica.module.named_buffers()}
+            found["sent buffers"] = [name for name in buffers if name not in replica.parameters_to_ignore]
+        model = sharded(adapted(method), with_adapter=True)
+        found[f"fsdp {method}"] = train(model, [p for p in model.parameters() if p.requires_grad], rank, size)
+        save_whole(model, out / f"fsdp-{method}")
+        expected = logits(model)
+        if rank == 0:
+            torch.save(expected, out / f"fsdp-{method}.pt")
+    model = sharded(adapted("psoft"), with_adapter=False)
+    own = list(trainable(model).values())
+    found["fsdp ignored"] = train(model, own, rank, size, lambda: average_gradients(own))
+    model = adapted("psoft")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = sharded(model, with_adapter=True)
+    found["fsdp checkpointed"] = train(model, [p for p in model.parameters() if p.requires_grad], rank, size)
+    try:
+        model.merge_adapter()
+    except ValueError as error:
+        found["merge refused"] = str(error)
+    # A second adapter on weights that are already spread: each weight is gathered for it.
+    before = len(SOLVED)
+    model.add_adapter("late", METHODS["psoft"](r=6, target_modules=["q_proj"]))
+    found["solved late"] = len(SOLVED) - before
+    found["late reader"] = float(layers_of(model)[0].form("late").reader.double().square().sum())
+    # One process alone must not wait for the others for ever.
+    isotune.distributed.WAIT = timedelta(seconds=1)
+    if rank == 0:
+        found["alone"] = bool(logits(adapted("psoft")).isfinite().all())
+    dist.barrier()
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    folder = Path(sys.argv[1])
+    result = run(folder)
+    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()

@@ -1,0 +1,90 @@
+"""`isotune train` in several processes: the result of one, written by one; a killed process costs one checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isotune.experiments import processes
+from isotune.experiments.files import read_json
+from isotune.experiments.recipe import RecipeError, validate
+from isotune.experiments.run import run
+
+DIE = Path(__file__).parents[1] / "distributed" / "die.py"
+
+
+def launch(launcher: list[str], *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *launcher, *command], capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_a_checkpoint_ends_as_one_process_would(tiny: dict[str, Any], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny["model"], model)
+    config = json.loads((model / "config.json").read_text())
+    # What a process drops it draws by itself, so that only without dropout two of them compute what one does.
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (model / "config.json").write_text(json.dumps(config))
+    tiny["model"] = str(model)
+    expected = run(validate({**tiny, "output": str(tmp_path / "alone")}))
+
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(tiny))
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    killed = launch(torchrun, str(DIE), str(recipe), "16")
+    assert killed.returncode
+    folder = Path(tiny["output"]) / "psoft"
+    assert (folder / "checkpoint-8" / "trainer_state.json").exists()
+    assert not (folder / "run.json").exists()
+
+    accelerate = [
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes=2",
+        "--num_machines=1",
+        "--mixed_precision=no",
+    ]
+    resumed = launch([*accelerate, "--dynamo_backend=no", "--module", "isotune.cli"], "train", str(recipe))
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    found = read_json(Path(tiny["output"]) / "result.json")
+    assert found["hardware"]["processes"] == 2
+    assert found["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)
+    for one, other in zip(found["runs"][0]["curve"], expected["runs"][0]["curve"], strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+    assert resumed.stdout.count("24 test examples") == 1
+    assert resumed.stderr.count("16/16") == 1
+
+
+def test_a_batch_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert processes.share_of(7) == 7
+    assert processes.is_main()
+    processes.join()
+    processes.meet()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert processes.share_of(8) == 2
+    with pytest.raises(RecipeError, match=r"batch of 6 .* 4 of them"):
+        processes.share_of(6)
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_launchers_that_spread_the_weights_are_refused(
+    engine: str, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(RecipeError, match="without FSDP or DeepSpeed"):
+        run(validate(tiny))
+
+
+def test_a_process_apart_has_nothing_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "ACCELERATE_USE_CPU"):
+        monkeypatch.setenv(name, "1")
+    alone = processes.environment_alone()
+    assert "PATH" in alone
+    assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "ACCELERATE_USE_CPU"} & set(alone)

@@ -30,6 +30,8 @@ class Quantiser:
     """The relative rounding error of the weight, roughly."""
     merges: bool = True
     """Whether a changed weight can be written back."""
+    precision: float = 1e-5
+    """How closely its product with a float32 input is that with the dequantised weight."""
 
 
 def _four_bits(kind: str) -> Callable[[nn.Linear], nn.Module]:
@@ -71,6 +73,56 @@ def _torchao(name: str) -> tuple[Callable[[nn.Linear], nn.Module], Callable[[], 
     return quantise, configuration
 
 
+def _quanto(kind: str) -> Callable[[nn.Linear], nn.Module]:
+    def quantise(layer: nn.Linear) -> nn.Module:
+        from optimum import quanto
+
+        packed = quanto.QLinear.from_module(layer, weights=getattr(quanto, kind))
+        packed.freeze()
+        return packed
+
+    return quantise
+
+
+def _hqq(layer: nn.Linear) -> nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    options = BaseQuantizeConfig(nbits=4, group_size=16, axis=1)
+    return HQQLinear(layer, options, compute_dtype=layer.weight.dtype, device="cpu")
+
+
+def _group_scales(layer: nn.Linear, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point, (out, groups) each, of 4-bit numbers by rounding to the nearest."""
+    groups = layer.weight.detach().unflatten(1, (-1, size))
+    scales = (groups.amax(-1) - groups.amin(-1)).clamp_min(1e-5) / 15
+    return scales, (-groups.amin(-1) / scales).round().clamp(0, 15)
+
+
+def _gptqmodel(kind: str) -> Callable[[nn.Linear], nn.Module]:
+    def quantise(layer: nn.Linear) -> nn.Module:
+        from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+        from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+        size = 16
+        scales, zeros = _group_scales(layer, size)
+        packed = {"gptq": TorchLinear, "awq": AwqTorchLinear}[kind](
+            bits=4,
+            group_size=size,
+            sym=False,
+            desc_act=False,
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            bias=layer.bias is not None,
+            register_buffers=True,
+        )
+        index = torch.arange(layer.in_features, dtype=torch.int32) // size
+        packed.pack(layer, scales, zeros, index)
+        packed.post_init()
+        return packed
+
+    return quantise
+
+
 QUANTISERS = {
     "bitsandbytes-nf4": Quantiser("bitsandbytes", _four_bits("nf4"), residue=0.1),
     "bitsandbytes-fp4": Quantiser("bitsandbytes", _four_bits("fp4"), residue=0.13),
@@ -78,6 +130,11 @@ QUANTISERS = {
     "torchao-int8": Quantiser("torchao", *_torchao("int8"), residue=0.01),
     "torchao-int4": Quantiser("torchao", *_torchao("int4"), residue=0.1),
     "torchao-float8": Quantiser("torchao", *_torchao("float8"), residue=0.04),
+    "quanto-int8": Quantiser("optimum.quanto", _quanto("qint8"), residue=0.01),
+    "quanto-int4": Quantiser("optimum.quanto", _quanto("qint4"), residue=0.15),
+    "hqq-int4": Quantiser("hqq", _hqq, residue=0.1),
+    "gptqmodel-gptq": Quantiser("gptqmodel", _gptqmodel("gptq"), merges=False, precision=1e-3),
+    "gptqmodel-awq": Quantiser("gptqmodel", _gptqmodel("awq"), merges=False, precision=1e-3),
 }
 IN_CI = ("bitsandbytes-nf4", "bitsandbytes-int8", "torchao-int8", "torchao-int4")
 OTHERS = tuple(name for name in QUANTISERS if name not in IN_CI)

@@ -21,7 +21,7 @@ from isotune.config import IsotuneConfig, SubspaceConfig
 from isotune.distributed import gathered, is_sharded
 from isotune.errors import IsotuneWarning
 from isotune.forms import Form, SubspaceUpdate, mark
-from isotune.hosts import Backend, Kept, LinearHost, QuantisedHost, functions_for, host_for, widen
+from isotune.hosts import Backend, Kept, LinearHost, QuantisedHost, functions_for, host_for, read_by_forward, widen
 from isotune.operators import DenseOperator, Operator, Rotation, autocasts, is_symbolic, without_autocast
 from isotune.placing import AdapterGroup
 
@@ -532,16 +532,18 @@ def adapt(module: nn.Module, key: str = "", **quantisation: Any) -> Layer:
 
 def _backend_of(module: nn.Module, key: str, get_apply_tensor_subclass: Any = None) -> Backend | None:
     """How the weight of a quantised module is read and written; None for a module that is not quantised."""
+    own = functions_for(module, key)
+    if own is not None:
+        return own
     weight = module._parameters.get("weight")
     if type(weight) is nn.Parameter and weight.is_floating_point():
         return None  # PEFT would import every quantisation library that is installed
-    own = functions_for(module)
-    if own is not None:
-        return own
     backend = resolve_quantization_backend(
         module, get_apply_tensor_subclass=get_apply_tensor_subclass or _unknown_configuration
     )
     if isinstance(backend, ForwardOnlyQuantizationBackend):
+        if backend.backend_name in ("gptq", "awq"):
+            return read_by_forward(f"gptqmodel ({backend.backend_name})")
         raise ValueError(
             f"The target module {key!r} is quantised by {backend.backend_name}, whose weights cannot be dequantised, "
             f"so it cannot be adapted. Supported: {', '.join(QuantisedHost.kinds)}. Quantise the base with one of "

@@ -8,7 +8,7 @@ from isotune.hosts.conv import ConvHost
 from isotune.hosts.embedding import EmbeddingHost
 from isotune.hosts.host import Host, Kept, widen
 from isotune.hosts.linear import LinearHost
-from isotune.hosts.quantised import Backend, QuantisedHost, functions_for, keep_readable
+from isotune.hosts.quantised import Backend, QuantisedHost, functions_for, keep_readable, read_by_forward
 
 __all__ = [
     "Backend",
@@ -21,6 +21,7 @@ __all__ = [
     "functions_for",
     "host_for",
     "keep_readable",
+    "read_by_forward",
     "widen",
 ]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from isotune.hosts.host import Host, Kept
@@ -53,9 +55,56 @@ class Functions:
         self.write(peft_layer.get_base_layer(), weight_data)
 
 
-def functions_for(module: nn.Module) -> Functions | None:
-    """The back end of a module quantised by a library that PEFT has none for; None for any other module."""
-    return None
+def functions_for(module: nn.Module, name: str = "") -> Functions | None:
+    """The back end of a layer quantised by optimum-quanto, which PEFT has none for; None for any other module.
+
+    Raises:
+        ValueError: such a layer is not frozen, or rounds its activations too.
+    """
+    # The library stays unimported: a module of its class can exist only if somebody else has imported it.
+    quanto: Any = sys.modules.get("optimum.quanto")
+    if quanto is None or not isinstance(module, quanto.QLinear):
+        return None
+    if module.activation_qtype is not None:
+        raise ValueError(
+            f"{name!r} is quantised by optimum-quanto with its activations, which adapters would have to pass through; "
+            "quantise weights only, or exclude the module with exclude_modules."
+        )
+    if not module.frozen:
+        raise ValueError(
+            f"{name!r} is quantised by optimum-quanto and not frozen yet: call optimum.quanto.freeze(model) first."
+        )
+    return Functions("optimum-quanto", lambda layer: layer.weight.dequantize(), _write_quanto)
+
+
+def _write_quanto(layer: Any, matrix: Tensor) -> None:
+    layer.weight = nn.Parameter(matrix, requires_grad=False)
+    layer.freeze()
+    layer.weight.requires_grad_(False)
+
+
+def read_by_forward(backend_name: str) -> Functions:
+    """The back end of a library whose kernels only multiply: W is what they make of the rows of an identity matrix.
+
+    That is exact whatever the kernel and its layout: each number is a weight plus zeros. It cannot be written back.
+    """
+    return Functions(backend_name, _product_with_identity)
+
+
+@torch.no_grad()
+def _product_with_identity(layer: Any, rows: int = 256) -> Tensor:
+    numbers: Tensor = layer.scales
+    bias, layer.bias = layer.bias, None
+    try:
+        parts = []
+        for start in range(0, layer.in_features, rows):
+            stop = min(start + rows, layer.in_features)
+            part = torch.zeros(stop - start, layer.in_features, dtype=numbers.dtype, device=numbers.device)
+            part.diagonal(start).fill_(1)
+            parts.append(layer(part))
+    finally:
+        layer.bias = bias
+    return torch.cat(parts).T.contiguous()
 
 
 class QuantisedHost(Host):
@@ -70,7 +119,7 @@ class QuantisedHost(Host):
         ValueError: the library's weights cannot be read.
     """
 
-    kinds = ("linear layers quantised by bitsandbytes", "by torchao")
+    kinds = ("linear layers quantised by bitsandbytes", "torchao", "optimum-quanto", "hqq", "gptqmodel")
     quantised = True
 
     def __init__(self, module: nn.Module, name: str, backend: Backend) -> None:
@@ -136,9 +185,11 @@ class QuantisedHost(Host):
 
     def set_matrix(self, matrix: Tensor) -> None:
         """Quantise `matrix` as the layer was, in new tensors."""
-        bias = getattr(self.module, "bias", None)
-        # The libraries write into what belongs to a layer, and bitsandbytes even into the weight that is replaced.
-        twin = _copy(self.module, deep=True, bias=bias)
+        twin, bias = _copy(self.module), getattr(self.module, "bias", None)
+        weight = twin._parameters.get("weight")
+        if weight is not None and "bnb_quantized" in vars(weight):
+            twin.weight = copy.copy(weight)  # PEFT marks the weight that it replaces as not quantised
+            _adopt(twin, self.module)
         holder = _Holder(twin)
         self.backend.set_base_weight(holder, matrix)
         _take(self.module, holder.base_layer)
@@ -171,18 +222,13 @@ class _Holder:
 _OF_THE_WEIGHT = ("_parameters", "_buffers", "state", "quant_state", "meta")
 """The attributes in which a layer keeps its packed weight and what dequantises it: `state` and `quant_state` are
 bitsandbytes', `meta` is HQQ's."""
+_CHANGED_IN_PLACE = ("_parameters", "_buffers", "state")
 
 
-def _copy(module: nn.Module, *, deep: bool = False, bias: Any = None) -> nn.Module:
-    """A module of the same kind that shares the packed weight, or with `deep` everything but the bias has its own."""
+def _copy(module: nn.Module) -> nn.Module:
+    """A module of the same kind with the same tensors, which can be given others without changing this one."""
     twin = copy.copy(module)
-    memo = {id(module): twin, id(bias): bias}
-    for name in _OF_THE_WEIGHT:
-        if name in vars(module):
-            value = vars(module)[name]
-            vars(twin)[name] = copy.deepcopy(value, memo) if deep else dict(value) if name[0] == "_" else value
-    if deep:
-        _adopt(twin, module)
+    vars(twin).update({name: copy.copy(vars(module)[name]) for name in _CHANGED_IN_PLACE if name in vars(module)})
     return twin
 
 

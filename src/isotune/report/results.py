@@ -467,7 +467,7 @@ COLUMNS = (
     Column("tokens_per_second", "Tokens a second", _average("tokens_per_second"), count),
     Column("peak_memory_bytes", "Peak memory", _average("peak_memory_bytes"), size),
     Column("kept_bytes", "Kept for backward", _average("kept_bytes"), size),
-    Column("forgetting", "Forgetting", _average("forgetting"), lambda value: f"{value:+.3f}"),
+    Column("forgetting", "Forgetting", _average("forgetting"), lambda value: f"{round(value, 3) + 0.0:+.3f}"),
 )
 """After the score; a comparison shows those of which any method has a value."""
 

@@ -62,6 +62,12 @@ class IsotuneModel(BaseTuner):
 
         With `basis_of`, it takes those of another adapter, and its tensors.
         """
+        if (getattr(model, "_tp_size", None) or 1) > 1:
+            raise ValueError(
+                f"The weights of this model are divided by rows or columns between {model._tp_size} devices "
+                "(tensor parallelism), which isotune cannot adapt. Load the model without tp_plan and tp_size, and "
+                "spread it with FSDP2 instead."
+            )
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         first = not any(isinstance(module, Layer) for module in model.modules())
         for module in model.modules():

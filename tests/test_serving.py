@@ -131,6 +131,7 @@ def test_what_is_more_than_factors_is_named(tmp_path: Path) -> None:
     assert "classifier" in found["llama.cpp"][0]
     folder = exported(tmp_path / "bias", PsoftConfig(r=4, target_modules=["q_proj"], bias="isotune_only"), "opt")
     assert "q_proj.base_layer.bias" in obstacles(folder)["vLLM"][0]
+    assert "bias must be 'none'" in obstacles(folder)["vLLM"][1]
 
 
 def test_folders_of_others(tmp_path: Path) -> None:

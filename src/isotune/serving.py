@@ -14,7 +14,7 @@ from safetensors import safe_open
 from isotune.adapter_file import KEY_PREFIX, WEIGHTS_FILE, read_config
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank may be (vllm.config.lora.MaxLoRARanks, 0.22)."""
+"""What vLLM's --max-lora-rank may be (vllm.config.lora.MaxLoRARanks, 0.22 to 0.33)."""
 
 _FACTOR = re.compile(rf"{re.escape(KEY_PREFIX)}(.+)\.lora_[AB]\.weight")
 
@@ -68,13 +68,15 @@ def _refused_by_vllm(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     rank = int(config.get("r", 0))
     if config.get("modules_to_save"):
         yield "modules_to_save must be null; train without it, or export the merged model"
+    if config.get("bias", "none") != "none":
+        yield "bias must be 'none'; train without it, or export the merged model"
     if vllm_max_rank(max(_ranks(shapes).values(), default=0)) is None:
         yield f"its rank is above {VLLM_RANKS[-1]}; export it with --rank {VLLM_RANKS[-1]} or less"
     if any(own > rank for own in _ranks(shapes).values()):
-        yield f"a layer's rank is above r={rank}, the only one that is read; export it with --uniform-rank"
+        yield f"a layer's rank is above r={rank}, the only one that every version reads; export it with --uniform-rank"
     scale = _scale(config, config.get("lora_alpha", rank), rank)
     if any(_scale_of(config, module, own) != scale for module, own in _ranks(shapes).items()):
-        yield "layers are scaled differently, and alpha_pattern is not read; export it with --uniform-rank"
+        yield "layers are scaled differently, and not every version reads alpha_pattern; export it with --uniform-rank"
 
 
 def _refused_by_llama_cpp(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:

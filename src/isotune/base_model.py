@@ -89,6 +89,21 @@ def gguf_of(path: str) -> dict[str, str]:
     return {"gguf_file": files[0]} if len(files) == 1 else {}
 
 
+def forget_quantisation(model: Any) -> Any:
+    """Let a model loaded from a GGUF file be what it is: its weights are full ones, yet it is marked as quantised.
+
+    Trainer would refuse to train it.
+    """
+    for name in ("hf_quantizer", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
+    if getattr(model, "is_quantized", False):
+        model.is_quantized = False
+    if "quantization_config" in vars(model.config):
+        del model.config.quantization_config
+    return model
+
+
 def _assembled(package: str) -> Path | None:
     """The folder of the GGUF file that a package puts together by its function `assemble`: made once, then kept."""
     assemble = getattr(importlib.import_module(package), "assemble", None)
@@ -135,6 +150,8 @@ def load_base(name: str, adapter_config: Mapping[str, Any], *, trust_remote_code
             model = loader.from_pretrained(
                 path, revision=revision or "main", trust_remote_code=trust_remote_code, **gguf_of(path)
             )
+        if gguf_of(path):
+            forget_quantisation(model)
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"The base model {name!r} cannot be loaded by {loader.__name__}: {lines[0]}") from error

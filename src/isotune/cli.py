@@ -111,8 +111,8 @@ def compare(
 
 @app.command()
 def recipes() -> None:
-    """List the packaged recipes with model, data and metric."""
-    from isotune.experiments.recipe import listing
+    """List the packaged recipes with model, data, metric and the parameters of the adapter."""
+    from isotune.experiments.suites import listing
 
     typer.echo(listing())
 

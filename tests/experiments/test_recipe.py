@@ -8,7 +8,7 @@ import pytest
 
 from isotune.experiments import methods
 from isotune.experiments.recipe import Recipe as RecipeModel
-from isotune.experiments.recipe import RecipeError, keys_of, listing, load, packaged
+from isotune.experiments.recipe import RecipeError, keys_of, load, packaged
 
 MINIMAL = """
 model: some/model
@@ -23,7 +23,7 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "mine.yaml")
 
 
-def test_every_packaged_recipe_is_valid_and_listed() -> None:
+def test_every_packaged_recipe_is_valid() -> None:
     assert {name.partition("/")[0] for name in packaged()} == {
         *("demo", "arc", "gsm8k"),
         *("glue", "vtab", "math", "commonsense"),
@@ -33,7 +33,7 @@ def test_every_packaged_recipe_is_valid_and_listed() -> None:
         assert recipe.output == f"runs/{name}"
         for method in recipe.methods:
             methods.check(method)
-        assert any(line.startswith(name) and recipe.model in line for line in listing().splitlines())
+        assert recipe.description
 
 
 def test_cola_has_the_papers_settings() -> None:

@@ -14,8 +14,10 @@ import torch
 
 from helpers import VOCABULARY, WORDS, make_tokenizer, tiny_llama
 from isotune.experiments import reload, suites
+from isotune.experiments.architectures import adapter_parameters
 from isotune.experiments.recipe import load, packaged
 from isotune.experiments.run import run
+from isotune.report import paper
 
 GLUE = ("cola", "stsb", "mrpc", "rte", "sst2", "qnli", "mnli", "qqp")
 VTAB = tuple(name.removeprefix("vtab/") for name in packaged() if name.startswith("vtab/"))
@@ -255,7 +257,28 @@ def test_vtab_has_three_groups_whose_means_are_averaged() -> None:
     assert means == pytest.approx({"natural": 0.5, "specialised": 0.8, "structured": 0.5, "mean": 0.6})
     del scores["vtab/dmlab"]
     assert set(suites.means("vtab", scores)) == {"natural", "specialised"}  # no mean of a part that is incomplete
-    assert suites.means("glue", {f"glue/{task}": 0.25 for task in suites.SIX}) == {"mean": 0.25}
+    six = ("cola", "stsb", "rte", "mrpc", "sst2", "qnli")
+    assert suites.means("glue", {f"glue/{task}": 0.25 for task in six}) == {"mean": 0.25}
+    with pytest.raises(ValueError, match="there is no suite 'glu'"):
+        suites.means("glu", {})
+
+
+def test_the_papers_35_tasks_are_recipes_with_its_parameters_and_a_figure_beside_them() -> None:
+    tasks = [name for suite in paper.MODELS for names in suites.groups(suite).values() for name in names]
+    assert len(tasks) == 6 + 19 + 2 + 8
+    listed = {line.split()[0]: line for line in suites.listing().splitlines()}
+    assert set(listed) == {"recipe", *packaged()}
+    for name in tasks:
+        recipe = load(name)
+        count = adapter_parameters(recipe)
+        assert count is not None
+        figure = paper.figures(name)["psoft"]
+        assert count == pytest.approx(1e6 * figure.parameters, rel=0.06)  # the paper rounds 0.0811 to 0.08
+        for shown in (recipe.model, recipe.metric, f"{count:,}", recipe.description):
+            assert shown in listed[name]
+    # 36 layers of the encoder, r (r − 1) / 2 + 2 r each; a model of one's own is not known beforehand.
+    assert adapter_parameters(load("demo")) == 36 * (46 * 45 // 2 + 2 * 46)
+    assert adapter_parameters(load("demo", ["model=my/model"])) is None
 
 
 SHORT = ["train.gradient_accumulation=2", "train.max_length=128", "max_new_tokens=4", "dtype=float32"]

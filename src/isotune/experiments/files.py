@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# What torch says, as a RuntimeError, where its own writer fails.
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter|iostream|inline_container|unexpected pos")
 
 
 class StorageError(ValueError):
@@ -24,8 +28,9 @@ def storing(what: str) -> Iterator[None]:
         yield
     except StorageError:
         raise
-    # torch says RuntimeError where its own writer fails.
     except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _TORCH_WRITER.search(str(error)):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise StorageError(
             f"cannot write {what}: {reason}; make room and run the same command again, "

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from isotune.base_model import gguf_of, quiet, resolve_base
+from isotune.base_model import forget_quantisation, gguf_of, quiet, resolve_base
 from isotune.experiments.methods import HEADS
 
 
@@ -137,7 +137,8 @@ def load_causal(name: str, dtype: str) -> Any:
     """Load a causal language model in a dtype of torch's, as "float32"; raises ModelError."""
     with _named(name):
         path = locate(name)
-        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **gguf_of(path))
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **gguf_of(path))
+    return forget_quantisation(model) if gguf_of(path) else model
 
 
 def image_processor_for(name: str) -> Any:

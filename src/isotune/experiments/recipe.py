@@ -428,15 +428,3 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
         expected = first["ctx"]["expected"]
         near = _nearest(first["input"], [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")])
     return f"{key}: {message}, not {first['input']!r}" + (f"; did you mean {near!r}?" if near else "")
-
-
-def listing() -> str:
-    """The packaged recipes as a table: name, model, data, metric and description."""
-    lines = [("recipe", "model", "data", "metric", "description")]
-    for name in packaged():
-        recipe = load(name)
-        hub = recipe.data.hub
-        source = recipe.data.builtin or (f"{hub.name} {hub.config or ''}".strip() if hub else "local files")
-        lines.append((name, recipe.model, source, recipe.metric, recipe.description))
-    widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    return "\n".join("  ".join([*(line[i].ljust(widths[i]) for i in range(4)), line[4]]).rstrip() for line in lines)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import fmean
 
-from isotune.experiments.recipe import packaged
+from isotune.experiments.architectures import adapter_parameters
+from isotune.experiments.recipe import Recipe, load, packaged
 
-SIX = ("cola", "stsb", "rte", "mrpc", "sst2", "qnli")
-"""The GLUE tasks of the paper; mnli and qqp are ours to run, and in no mean of the paper's."""
+_BESIDE = ("mnli", "qqp", "all")
+"""What is no task of the paper's and in no mean of its: two GLUE tasks, and all tasks of a suite after one training."""
 
 
 def groups(suite: str) -> dict[str, list[str]]:
@@ -19,7 +20,7 @@ def groups(suite: str) -> dict[str, list[str]]:
     counted = {
         name: str(raw.get("group", ""))
         for name, raw in packaged().items()
-        if name.startswith(f"{suite}/") and (suite != "glue" or name.removeprefix("glue/") in SIX)
+        if name.startswith(f"{suite}/") and name.removeprefix(f"{suite}/") not in _BESIDE
     }
     if not counted:
         raise ValueError(f"there is no suite {suite!r}")
@@ -44,3 +45,35 @@ def means(suite: str, scores: Mapping[str, float]) -> dict[str, float]:
         found["mean"] = fmean(found.values())
     found.pop("", None)
     return found
+
+
+def listing() -> str:
+    """The packaged recipes as a table: name, model, data, metric, parameters of the adapter, and description."""
+    lines = [("recipe", "model", "data", "metric", "adapter", "description")]
+    for name in packaged():
+        recipe = load(name)
+        count = adapter_parameters(recipe)
+        shown = "" if count is None else f"{count:,}"
+        lines.append((name, recipe.model, _source(recipe), recipe.metric, shown, recipe.description))
+    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+    return "\n".join(
+        "  ".join(
+            [
+                *(line[i].ljust(widths[i]) for i in range(4)),
+                line[4].rjust(widths[4]),
+                line[5],
+            ]
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _source(recipe: Recipe) -> str:
+    hub = recipe.data.hub
+    if recipe.data.builtin is not None:
+        return recipe.data.builtin
+    if hub is None:
+        return "local files"
+    if hub.files is not None:
+        return hub.files.rpartition("/")[2]
+    return f"{hub.name} {hub.config or ''}".strip()

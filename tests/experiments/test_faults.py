@@ -1,0 +1,122 @@
+"""Faults of the machine: no room on the disk, and a process killed at any moment."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from isotune.experiments import loop
+from isotune.experiments.files import StorageError, read_json, storing
+from isotune.experiments.recipe import validate
+from isotune.experiments.run import run
+
+
+@pytest.fixture
+def room(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[int], None]]:
+    """`room(n)`: from here on no file may grow beyond n bytes, as on a disk that is full.
+
+    What is printed is captured in memory by `capsys`, or pytest's own files would be full too.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write then fails, and the process lives
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, previous)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
+    class Act(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step + 1 == step:
+                act()
+
+    original = loop.train
+    monkeypatch.setattr(loop, "train", lambda *a, **k: original(*a, **k, callbacks=[Act()]))
+
+
+@pytest.mark.parametrize("size", [0, 3000])
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, room: Callable[[int], None], tmp_path: Path, size: int
+) -> None:
+    tiny["train"]["select_best"] = False
+    whole = run(validate({**tiny, "output": str(tmp_path / "whole")}))
+    with monkeypatch.context() as patch:
+        at_step(patch, 12, lambda: room(size))
+        with pytest.raises(StorageError, match=r"cannot write the checkpoint of step 16 in .*; make room") as caught:
+            run(validate(tiny))
+    assert "\n" not in str(caught.value)
+    folder = Path(tiny["output"]) / "psoft"
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-8"]
+    assert loop.last_checkpoint(folder) == folder / "checkpoint-8"
+    resource.setrlimit(resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)[1:] * 2)
+    assert run(validate(tiny))["metrics"] == pytest.approx(whole["metrics"], abs=1e-6)
+
+
+def test_a_full_disk_while_the_adapter_or_the_record_is_written_is_one_line(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, room: Callable[[int], None]
+) -> None:
+    original = loop.train
+
+    def then_full(*arguments: Any, **options: Any) -> Any:
+        outcome = original(*arguments, **options)
+        room(100)
+        return outcome
+
+    monkeypatch.setattr(loop, "train", then_full)
+    with pytest.raises(StorageError, match=r"cannot write the trained weights in .*make room"):
+        run(validate(tiny))
+    folder = Path(tiny["output"])
+    assert not (folder / "result.json").exists()
+    assert loop.last_checkpoint(folder / "psoft") is not None  # the next attempt goes on from there
+
+
+def test_what_is_no_failed_write_is_no_storage_error() -> None:
+    with pytest.raises(KeyError), storing("x"):
+        raise KeyError("a bug")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Killed again and again, each time a little later, whatever it was doing; in the end it has finished."""
+    tiny["train"] |= {"epochs": 3, "eval_steps": 2, "batch_size": 8}
+    whole = run(validate({**tiny, "output": str(tmp_path / "whole")}))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    folder = Path(tiny["output"])
+    command = [sys.executable, "-c", "from isotune.cli import main; main()", "train", str(tmp_path / "tiny.yaml")]
+    kills = 0
+    for wait in (0.0, 0.15, 0.3, 0.5, 0.7):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = set(folder.rglob("*"))
+        # The time is counted from the first new file: until then it is the libraries that are loaded.
+        while process.poll() is None and set(folder.rglob("*")) <= before:
+            time.sleep(0.01)
+        time.sleep(wait)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 3
+    resumed = run(validate(tiny))
+    assert resumed["metrics"] == pytest.approx(whole["metrics"], abs=1e-6)
+    first, second = (entry["runs"][0] for entry in (resumed, whole))
+    assert (first["best_step"], first["validation"]) == (second["best_step"], pytest.approx(second["validation"]))
+    weights = [
+        load_file(path / "psoft" / "adapter" / "adapter_model.safetensors") for path in (folder, tmp_path / "whole")
+    ]
+    for name, tensor in weights[1].items():
+        torch.testing.assert_close(weights[0][name], tensor, rtol=0, atol=1e-6)
+    assert read_json(folder / "result.json")["metrics"] == resumed["metrics"]

@@ -22,6 +22,7 @@ MAY_IMPORT_PEFT = {
     "plugin",
     "adapter_file",
     "peft_import",
+    "experts",
     "export",
     "serving",
     "hotswap",

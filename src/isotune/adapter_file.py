@@ -51,12 +51,20 @@ class AdapterFile:
         Raises:
             AdapterFileError: the tensors do not fit the config.
         """
+        self._refuse_experts()
         try:
             operator = self.config.operator_of(module, self._tensors(module, "isotune_operator."))
         except (KeyError, IndexError, ValueError) as error:
             raise self._misfit(module, str(error)) from error
         self._load(operator, module, "isotune_operator.")
         return operator
+
+    def _refuse_experts(self) -> None:
+        if self.config.target_parameters:
+            raise AdapterFileError(
+                f"{self.directory} adapts the experts of a mixture (target_parameters), which cannot be inspected, "
+                "swapped or exported to LoRA; load it with PeftModel.from_pretrained, or export the merged model."
+            )
 
     def _tensors(self, module: str, prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): t for name, t in self.layers[module].items() if name.startswith(prefix)}
@@ -87,6 +95,7 @@ class AdapterFile:
             AdapterFileError: a module is not there, or the tensors do not fit it.
             BaseMismatchError: this is another base than the one trained on.
         """
+        self._refuse_experts()
         modules, quantisation = dict(base.named_modules()), get_quantization_kwargs(base)
         layers: dict[str, Layer] = {}
         for name in self.layers:

@@ -39,6 +39,8 @@ class IsotuneConfig(PeftConfig):
         modules_to_save: modules trained in full and stored with the adapter, such as a new classification head.
         layers_to_transform: indices of the layers to adapt.
         layers_pattern: name of the list of layers to which `layers_to_transform` refers.
+        target_parameters: names of parameters to adapt that are no layer's weight: the fused experts of a mixture, such
+            as ["experts.gate_up_proj", "experts.down_proj"]. Layers are then adapted only where target_modules says so.
         bias: which biases of the base model are trained: "none", "all", or "isotune_only" (those of adapted layers).
         fan_in_fan_out: accepted for compatibility; how a weight is stored is read off the layer itself.
         init_weights: True starts at the identity; False starts at a random operator, for tests.
@@ -58,6 +60,7 @@ class IsotuneConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None)
     layers_to_transform: list[int] | int | None = field(default=None)
     layers_pattern: list[str] | str | None = field(default=None)
+    target_parameters: list[str] | None = field(default=None)
     bias: Literal["none", "all", "isotune_only"] = field(default="none")
     fan_in_fan_out: bool = field(default=False)
     init_weights: bool = field(default=True)
@@ -85,6 +88,8 @@ class IsotuneConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         require_choice("bias", self.bias, ("none", "all", "isotune_only"))
+        if isinstance(self.target_parameters, str):
+            raise ValueError(f"target_parameters={self.target_parameters!r} must be a list of names, not a string.")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError(
                 "layers_pattern is set but layers_to_transform is not; it says which of those layers to adapt."

@@ -65,6 +65,7 @@ class Layer(nn.Module, BaseTunerLayer):
         base_layer: the host module, possibly already wrapped by another tuner layer.
         key: its name in the model.
         backend: of a quantised host: how its weight is read and written.
+        parameter: of a module of experts: the name of the one that is adapted.
 
     Raises:
         ValueError: the layer cannot be a host, or the rank does not fit its weight.
@@ -73,11 +74,13 @@ class Layer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("isotune_operator",)
     other_param_names = ("isotune_form", "isotune_dropout")
 
-    def __init__(self, base_layer: nn.Module, key: str = "", backend: Backend | None = None) -> None:
+    def __init__(
+        self, base_layer: nn.Module, key: str = "", backend: Backend | None = None, parameter: str | None = None
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.key = key
-        self.host = host_for(self.get_base_layer(), key, backend)
+        self.host = host_for(self.get_base_layer(), key, backend, parameter)
         self.quantization_backend: Any = backend  # PEFT's name, by which get_layer_status() finds it
         self.in_features = self.host.in_features
         self.out_features = self.host.out_features
@@ -117,8 +120,7 @@ class Layer(nn.Module, BaseTunerLayer):
         weight = self.host.weight
         device = torch.device("cpu") if weight.is_meta else weight.device
         wide = torch.promote_types(weight.dtype, torch.float32)
-        operator = config.build_operator(self.key, self.in_features, self.out_features)
-        operator = _placed(operator, device, wide)
+        operator = _placed(self._new_operator(config), device, wide)
         if not config.init_weights:
             operator.randomize_parameters()
         dropout = config.update_dropout if isinstance(config, SubspaceConfig) else 0.0
@@ -129,9 +131,19 @@ class Layer(nn.Module, BaseTunerLayer):
             )
         self.configs[adapter_name] = config
         self.isotune_operator[adapter_name] = operator
-        self.isotune_form[adapter_name] = config.build_form(self.key, self.in_features, device)
+        self.isotune_form[adapter_name] = self._new_form(config, device)
         self.isotune_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _new_operator(self, config: IsotuneConfig) -> Operator:
+        return config.build_operator(self.key, self.in_features, self.out_features)
+
+    def _new_form(self, config: IsotuneConfig, device: torch.device) -> Form:
+        return config.build_form(self.key, self.in_features, device)
+
+    def parts(self, adapter_name: str) -> list[Any]:
+        """What a subspace of this adapter is to be found for: the layer itself, or nothing for a rotation."""
+        return [self] if isinstance(self.raw_form(adapter_name), SubspaceUpdate) else []
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer and from the computations it shares."""

@@ -139,7 +139,7 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
         model: the model that the adapter was injected into, not a PeftModel around it.
         adapter_name: the adapter.
     """
-    for name, module in list(model.named_modules()):
+    for name, module in reversed(list(model.named_modules())):  # of nested layers the inner one first
         if isinstance(module, Layer) and adapter_name in module.isotune_operator:
             alone, original = len(module.isotune_operator) == 1, module.base_layer
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:

@@ -69,9 +69,16 @@ class Operator(nn.Module, ABC):
         shared = None if self._batch is None else self._batch.tensors(self, self._slot, dtype)
         return self.own_tensors(dtype) if shared is None else shared
 
-    def own_tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """The tensors of M, computed for this operator alone."""
+    def own_tensors(self, dtype: torch.dtype | None = None, at: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The tensors of M, computed for this operator alone.
+
+        Args:
+            dtype: of the result.
+            at: which operators, where the parameters are those of many, (many, …); None for all.
+        """
         parameters = self.parameter_tuple()
+        if at is not None:
+            parameters = tuple(parameter.index_select(0, at) for parameter in parameters)
         noise = self._noise_alone()
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters) and not torch.compiler.is_compiling():
             tracked: tuple[Tensor, ...] = _Evaluation.apply(self, dtype, 1, noise, *parameters)  # type: ignore[no-untyped-call]

@@ -32,10 +32,8 @@ class AdapterGroup:
 
     def __init__(self, adapter_name: str, layers: Iterable[Layer]) -> None:
         self.adapter_name = adapter_name
-        self.layers = [
-            layer
-            for layer in layers
-            if adapter_name in layer.isotune_operator and isinstance(layer.raw_form(adapter_name), SubspaceUpdate)
+        self.layers: list[Layer] = [
+            part for layer in layers if adapter_name in layer.isotune_operator for part in layer.parts(adapter_name)
         ]
 
     @torch.no_grad()

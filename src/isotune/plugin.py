@@ -27,6 +27,8 @@ from isotune.adapter_file import KEY_PREFIX, check_tensors
 from isotune.combine import check_request, combine
 from isotune.config import IsotuneConfig
 from isotune.errors import AdapterFileError, IsotuneWarning, UnsupportedVersionError
+from isotune.experts import ExpertsLayer
+from isotune.experts import inject as inject_experts
 from isotune.hosts import keep_readable
 from isotune.layer import Layer, MixedBatch, adapt, warn_of_requantising
 from isotune.links import Links, remove_adapter
@@ -113,6 +115,9 @@ class IsotuneModel(BaseTuner):
             for name, module in self.model.named_modules()
             if isinstance(module, Layer) and any(adapter in module.isotune_operator for adapter in adapters)
         }
+        for name, layer in layers.items():
+            if isinstance(layer, ExpertsLayer):
+                raise ValueError(f"There is no mean of adapters on experts yet, such as those of {name!r}.")
         found = combine(layers, adapters, weights)
         configs[adapter_name] = copy.deepcopy(configs[adapters[0]])
         self.inject_adapter(self.model, adapter_name, basis_of=adapters[0])
@@ -147,6 +152,22 @@ class IsotuneModel(BaseTuner):
         Links.detach(model)
         warn_of_requantising(layers)
         return model
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            return peft_config  # no default layers beside the parameters that were asked for
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        return inject_experts(model, peft_config, adapter_name)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ExpertsLayer):
+            setattr(parent, child_name, new_module)  # PEFT would look for a weight of its own
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _create_and_replace(
         self,

@@ -243,3 +243,36 @@ def test_the_command(tmp_path: Path) -> None:
     assert own.seconds == own.operations / 0.5e12
     assert "1e+12" in to_text(own)
     assert own.total < ACCELERATORS["l4"].memory
+
+
+def test_a_mixture_of_experts(tmp_path: Path) -> None:
+    """Of the experts, those that a token is sent to are multiplied; adapters on them keep a folded copy."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config)
+    where = folder(model, tmp_path)
+    options = {"r": 8, "target_modules": ["q_proj"]}
+    found = plan(setting(where, options=options, dtype="bfloat16"))
+    tokens, attention = BATCH * LENGTH, 2 * BATCH * LENGTH**2 * 2 * 64
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 4 * 64 + 2 * 3 * 64 * 96) + 64 * 96
+    assert found.operations == pytest.approx(2 * (2 * tokens * weights + 3.5 * attention), rel=0.05)
+    both = {**options, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    more = plan(setting(where, options=both, dtype="bfloat16"))
+    assert more.trained_parameters - found.trained_parameters == 2 * 2 * 4 * (28 + 16)
+    copies = 2 * 2 * 4 * 3 * 64 * 96
+    assert more.adapter_activations - found.adapter_activations == copies
+    # And what so few tokens cannot outweigh: the inputs of the products, for the gradient of the copies.
+    assert copies <= more.memory["kept for backward"] - found.memory["kept for backward"] <= 2 * copies
+    with pytest.raises(ValueError, match="cannot be followed without its weights"):
+        plan(setting(where, options=options, dtype="float32"))  # torch's grouped product on no numbers is for bfloat16

@@ -18,6 +18,7 @@ from isotune.experiments import methods
 from isotune.experiments.recipe import Method, MethodName
 from isotune.experiments.trace import Trace, attention, blocks_of, inputs_for, trace
 from isotune.forms import SubspaceUpdate
+from isotune.hosts import ExpertsHost
 from isotune.layer import Layer
 from isotune.report import paper
 
@@ -325,7 +326,8 @@ def adapter_activations(model: nn.Module, tokens: int) -> int:
     """Bytes that isotune's adapters keep for backward beyond the frozen model, by formula.
 
     tokens × r for an update of a subspace, in the dtype of the base; at most tokens × in for a rotation of all inputs,
-    which layers that read the same input share. The operators themselves come on top, whatever the tokens.
+    which layers that read the same input share. The operators themselves come on top, whatever the tokens, and so does
+    what convolutions and embeddings fold. Experts keep a folded copy of their parameter.
 
     Args:
         model: adapted.
@@ -333,6 +335,9 @@ def adapter_activations(model: nn.Module, tokens: int) -> int:
     """
     total = 0
     for layer in _layers(model):
+        if layer.host.folds:
+            total += layer.host.weight.nbytes if isinstance(layer.host, ExpertsHost) else 0
+            continue
         for name, form in layer.isotune_form.items():
             width = form.rank if isinstance(form, SubspaceUpdate) else layer.operator(name).size
             total += tokens * width * layer.host.weight.element_size()

@@ -154,8 +154,12 @@ def _added_product(into: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
     return int(2 * left[0] * left[1] * right[1])
 
 
-_FORMULAS = {torch.ops.aten.addmm_: _added_product}
-"""A product that torch's own counter leaves out, by the shapes of its arguments."""
+def _grouped_product(left: Any, right: Any, *_: Any, **__: Any) -> int:
+    return int(2 * left[0] * left[1] * right[-1])  # the groups are parts of the rows, or of what is summed
+
+
+_FORMULAS = {torch.ops.aten.addmm_: _added_product, torch.ops.aten._grouped_mm: _grouped_product}
+"""Products that torch's own counter leaves out, by the shapes of their arguments."""
 
 
 class _Attention(torch.autograd.Function):

@@ -6,6 +6,7 @@ from torch import nn
 
 from isotune.hosts.conv import ConvHost
 from isotune.hosts.embedding import EmbeddingHost
+from isotune.hosts.experts import ExpertsHost
 from isotune.hosts.host import Host, Kept, widen
 from isotune.hosts.linear import LinearHost
 from isotune.hosts.quantised import Backend, QuantisedHost, functions_for, keep_readable, read_by_forward
@@ -14,6 +15,7 @@ __all__ = [
     "Backend",
     "ConvHost",
     "EmbeddingHost",
+    "ExpertsHost",
     "Host",
     "Kept",
     "LinearHost",
@@ -28,13 +30,14 @@ __all__ = [
 _HOSTS: tuple[type[Host], ...] = (LinearHost, ConvHost, EmbeddingHost)
 
 
-def host_for(module: nn.Module, name: str = "", backend: Backend | None = None) -> Host:
+def host_for(module: nn.Module, name: str = "", backend: Backend | None = None, parameter: str | None = None) -> Host:
     """Find the host class of a module.
 
     Args:
         module: the frozen layer.
         name: its name in the model, for the message.
         backend: of a quantised layer: how its weight is read and written.
+        parameter: of a module of experts: the name of the one that is adapted.
 
     Returns:
         The host around it.
@@ -42,6 +45,8 @@ def host_for(module: nn.Module, name: str = "", backend: Backend | None = None) 
     Raises:
         ValueError: no host takes such a layer, or its weight is not a floating-point matrix.
     """
+    if parameter is not None:
+        return ExpertsHost(module, name, parameter)
     if backend is not None:
         return QuantisedHost(module, name, backend)
     for host in _HOSTS:

@@ -103,6 +103,9 @@ class WeightHost(Host):
         ValueError: the weight is not floating-point, or has another number of dimensions than `dimensions`.
     """
 
+    parameter = "weight"
+    """Its name in the module."""
+
     @property
     def dimensions(self) -> int:
         """How many the weight has."""
@@ -123,13 +126,15 @@ class WeightHost(Host):
     @property
     def weight(self) -> nn.Parameter:
         """The parameter named weight."""
-        weight: nn.Parameter = self.module.weight  # type: ignore[assignment]
+        weight: nn.Parameter = getattr(self.module, self.parameter)
         return weight
 
     def weight_name(self, base_layer: nn.Module) -> str:
         """The name of the weight within what stands in the model for the host."""
         return next(
-            f"{name}.weight" if name else "weight" for name, m in base_layer.named_modules() if m is self.module
+            f"{name}.{self.parameter}" if name else self.parameter
+            for name, m in base_layer.named_modules()
+            if m is self.module
         )
 
     def check_merge(self) -> None:
@@ -151,7 +156,7 @@ class WeightHost(Host):
     def set_matrix(self, matrix: Tensor) -> None:
         """Replace the weight parameter by a new one."""
         weight = self.stored(matrix).contiguous().to(self.weight)
-        self.module.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        setattr(self.module, self.parameter, nn.Parameter(weight, requires_grad=self.weight.requires_grad))
 
     def keep(self) -> Kept:
         """The parameter."""
@@ -163,7 +168,7 @@ class WeightHost(Host):
         assert isinstance(original, nn.Parameter)
         if original.device != current.device or original.dtype != current.dtype:
             original.data = original.data.to(current)  # the model was moved or cast meanwhile
-        self.module.weight = original
+        setattr(self.module, self.parameter, original)
 
 
 def widen(tensor: Tensor) -> Tensor:

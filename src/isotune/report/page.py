@@ -230,7 +230,7 @@ def _geometry(comparison: Comparison) -> list[dict[str, str]]:
     rows = []
     for variant in comparison.variants:
         geometry = variant.geometry
-        if geometry is None or not geometry.get("layers"):
+        if geometry is None:
             continue
         layers = geometry["layers"]
         turned = [row["rotation"]["largest"] for row in layers if row.get("rotation")]

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from isotune.experiments import angles
 from isotune.experiments.files import read_json
 from isotune.experiments.recipe import LESS_IS_BETTER
 from isotune.report import paper
@@ -335,7 +336,7 @@ def _run(record: _File, metric: str, sets: Iterable[str]) -> Run:
         forgetting=_finite(forgetting.get("change")),
         forgetting_measure=str(forgetting.get("measure") or "the loss on other text"),
         forgetting_text=str(forgetting.get("text") or ""),
-        geometry=record.mapping("geometry") or None,
+        geometry=_geometry(record.mapping("geometry")),
         versions=record.mapping("versions"),
         hardware=record.mapping("hardware"),
         **{
@@ -352,6 +353,11 @@ def _run(record: _File, metric: str, sets: Iterable[str]) -> Run:
             )
         },
     )
+
+
+def _geometry(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What `adapter_geometry` measured; None for a form of it that is not known here."""
+    return content if content.get("format") == angles.FORMAT and content.get("layers") else None
 
 
 def _how(interval: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from helpers import (
     OPTIONS_FOR_TINY,
+    OneLayer,
     adapt,
     layers_of,
     psoft,
@@ -26,6 +27,7 @@ from helpers import (
 from isotune import HRAConfig, OFTConfig, PsoftConfig, add_adapter, get_peft_model, load_adapter
 from isotune.config import IsotuneConfig
 from isotune.methods import METHODS
+from quantisers import parameters, quantise
 
 
 def config(method: str, **options: Any) -> IsotuneConfig:
@@ -119,6 +121,21 @@ def test_beams_of_an_encoder_and_a_decoder() -> None:
     ]
     assert len({tuple(one[0].tolist()) for one in singles}) > 1
     assert_same_text(model.generate(input_ids=tokens, adapter_names=names, **options), singles)
+
+
+@pytest.mark.parametrize("name", parameters())
+def test_every_sample_of_a_batch_on_a_quantised_base_is_as_if_alone(name: str) -> None:
+    model = get_peft_model(
+        quantise(OneLayer(nn.Linear(96, 64)), name), config("psoft", target_modules=["layer"]), "psoft"
+    )
+    for method in ("oft", "hra"):
+        add_adapter(model, method, config(method, target_modules=["layer"]))
+    for seed, method in enumerate(("psoft", "oft", "hra")):
+        randomize(model.eval(), method, std=0.2, seed=seed)
+    x, names = torch.randn(5, 3, 96), ["hra", "__base__", "psoft", "oft", "psoft"]
+    with torch.no_grad():
+        for row, one, found in zip(x, names, model(x, adapter_names=names), strict=True):
+            assert relative_error(found[None], alone(model, one, lambda m, row=row: m(row[None]))) < 2e-6, one
 
 
 def test_a_batch_of_another_size_is_refused_and_leaves_nothing_behind() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from helpers import (
     OPTIONS_FOR_12,
+    OneLayer,
     adapt,
     counted,
     layers_of,
@@ -31,6 +32,7 @@ from isotune.config import IsotuneConfig
 from isotune.errors import AdapterFileError, BaseMismatchError
 from isotune.methods import METHODS
 from isotune.subspace import principal_subspace
+from quantisers import parameters, quantise
 
 OPTIONS = {**OPTIONS_FOR_12, "oft": {"oft_block_size": 8}}
 TOKENS = some_tokens()
@@ -153,6 +155,46 @@ def test_saved_modules_and_biases_come_along(tmp_path: Path) -> None:
     before = state(model)
     hotswap_adapter(model, folders[1])
     assert relative_error(logits(model), expected) < 1e-6
+    assert_same_places(before, state(model))
+
+
+@pytest.mark.parametrize("method", ["psoft", "oft", "boft"])
+def test_convolutions_and_embeddings(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(4)
+        return nn.Sequential(nn.Embedding(19, 16), nn.Conv1d(7, 16, 8), nn.Conv1d(16, 5, 1))
+
+    settings = config(method, target_modules=["0", "2"])
+    with monkeypatch.context() as patch:
+        turned(patch)
+        second = saved(tmp_path / "second", settings, 2, base)
+    model, expected = loaded(saved(tmp_path / "first", settings, 1, base), base), loaded(second, base)
+    tokens = torch.arange(14).reshape(2, 7)
+    before = state(model)
+    hotswap_adapter(model, second)
+    with torch.no_grad():
+        assert relative_error(model(tokens), expected(tokens)) < 1e-4
+    assert_same_places(before, state(model))
+
+
+@pytest.mark.parametrize("name", parameters())
+def test_a_quantised_base(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pin of the new adapter is found on the very weights that the old one's was found on."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(4)
+        return quantise(OneLayer(nn.Linear(96, 64)), name)
+
+    settings = config("psoft", target_modules=["layer"])
+    with monkeypatch.context() as patch:
+        turned(patch)
+        second = saved(tmp_path / "second", settings, 2, base)
+    model, expected = loaded(saved(tmp_path / "first", settings, 1, base), base), loaded(second, base)
+    x = torch.randn(3, 96)
+    before = state(model)
+    hotswap_adapter(model, second)
+    with torch.no_grad():
+        assert relative_error(model(x), expected(x)) < 1e-3
     assert_same_places(before, state(model))
 
 

@@ -61,7 +61,9 @@ def export_lora_runs(
         directory: holds adapter folders at any depth, such as the checkpoints of a training.
         out: where to write; made if it is not there.
         base: the base model, or its name; by default what each adapter's config names.
-        rank, energy, uniform_rank: as for `export_lora`.
+        rank: as for `export_lora`.
+        energy: as there.
+        uniform_rank: as there.
         trust_remote_code: run code that the base model's repository carries.
 
     Raises:

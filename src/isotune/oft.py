@@ -45,8 +45,7 @@ class Linear(layer.Linear):
     Args:
         base_layer: nn.Linear or GPT-2's Conv1D; its parameters are frozen.
         adapter_name: of the first adapter.
-        r, oft_block_size, module_dropout, coft, eps, block_share, adjust, use_cayley_neumann, num_cayley_neumann_terms,
-            init_weights: as in `OFTConfig`.
+        r: this and all further ones as in `OFTConfig`.
 
     Raises:
         ValueError: as `OFTConfig`, or the blocks do not fit the layer.

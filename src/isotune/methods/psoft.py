@@ -30,7 +30,8 @@ class PsoftConfig(SubspaceConfig):
             any claim about angles.
         psoft_svd: "full" is exact, "lowrank" iterates until converged, "auto" takes the cheaper for each weight.
         psoft_orth: R orthogonal by the Cayley transform; False trains a free r × r matrix.
-        psoft_mag_a, psoft_mag_b: train α on the side of the input, β on that of the output; neither is PSOFT-SO.
+        psoft_mag_a: train α on the side of the input.
+        psoft_mag_b: train β on that of the output; with neither it is PSOFT-SO.
         use_cayley_neumann: the truncated Neumann series in the place of the exact transform.
         num_cayley_neumann_terms: highest power of the series; each further one is closer to exact.
         cayley_neumann_eps: bound in (0, 1) on the Frobenius norm of the generator, with use_cayley_neumann.

@@ -106,7 +106,10 @@ def compare(
             typer.echo(note)
         typer.echo(f"{plan.total()} runs, {len(plan.records)} of them done; results in {folder}")
         chosen = engines.make(engine, jobs, options.threads, address)
-        typer.echo(comparing.table(comparing.compare(plan, chosen)))
+        result = comparing.compare(plan, chosen)
+        typer.echo(comparing.table(result))
+        if any(row["failed"] for row in result["rows"]):
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from isotune.experiments.compare import Options, Plan, compare, grid, parse, pla
 from isotune.experiments.compare import whole_number as read_number
 from isotune.experiments.engines import LocalProcesses, RayTasks
 from isotune.experiments.engines import make as make_engine
-from isotune.experiments.files import read_json
+from isotune.experiments.files import StorageError, read_json
 from isotune.experiments.methods import LEARNING_RATES
 from isotune.experiments.recipe import MethodName, Recipe, RecipeError, validate
 from isotune.experiments.single import Spec
@@ -357,6 +358,22 @@ def test_ctrl_c_stops_the_engine_and_keeps_what_is_done(tiny: dict[str, Any]) ->
     assert engine.closed
     assert len(planned(tiny, "psoft", lr_search=3, seeds=1).records) == 1
     assert read_json(found.folder / "comparison.json")["complete"] is False
+
+
+def test_a_full_disk_stops_the_comparison_with_one_line(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    engine = Fake(scored(lambda spec: spec.lr, lambda spec: 0.5))
+    found = planned(tiny, "psoft", seeds=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(StorageError, match="No space left on device; make room and run the same command again"):
+            compare(found, engine)
+    assert engine.closed
+    assert len(engine.started) == 1
+    assert not any(path.name.startswith(".") for path in found.folder.rglob("*"))
+    assert compare(planned(tiny, "psoft", seeds=1), engine)["complete"] is True
 
 
 # -- real runs in real processes --------------------------------------------------------------------------------------

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from isotune.experiments import loop
-from isotune.experiments.files import StorageError, read_json, storing
+from isotune.experiments import run as run_module
+from isotune.experiments.files import StorageError, storing
 from isotune.experiments.recipe import validate
 from isotune.experiments.run import run
 
@@ -88,35 +86,55 @@ def test_what_is_no_failed_write_is_no_storage_error() -> None:
         raise KeyError("a bug")
 
 
+# Where a run is killed, one after the other: (owner, attribute) of what is about to be called for the first time in a
+# process, or, with a name, with a file or folder of that name.
+MOMENTS: list[tuple[Any, str, str]] = [
+    (os, "replace", "experiment.json"),
+    (loop.Loop, "training_step", ""),
+    (torch, "save", "optimizer.pt"),
+    (os, "replace", "seconds.json"),
+    (shutil, "rmtree", ""),
+    (loop.Loop, "predict", ""),
+    (run_module, "_save", ""),
+    (os, "replace", "predictions.json"),
+    (os, "replace", "run.json"),
+    (os, "replace", "result.json"),
+]
+
+
+def killed(recipe: dict[str, Any], owner: Any, attribute: str, name: str) -> int:
+    """Run in a process of its own that is killed at a moment; returns how it ended."""
+    child = os.fork()
+    if child == 0:
+        original = getattr(owner, attribute)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if not name or any(Path(str(argument)).name == name for argument in arguments):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
+
+        setattr(owner, attribute, call)
+        try:
+            run(validate(recipe))
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tiny: dict[str, Any], tmp_path: Path) -> None:
-    """Killed again and again, each time a little later, whatever it was doing; in the end it has finished."""
-    tiny["train"] |= {"epochs": 3, "eval_steps": 2, "batch_size": 8}
+    tiny["train"] |= {"eval_steps": 4}
     whole = run(validate({**tiny, "output": str(tmp_path / "whole")}))
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
-    folder = Path(tiny["output"])
-    command = [sys.executable, "-c", "from isotune.cli import main; main()", "train", str(tmp_path / "tiny.yaml")]
-    kills = 0
-    for wait in (0.0, 0.15, 0.3, 0.5, 0.7):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = set(folder.rglob("*"))
-        # The time is counted from the first new file: until then it is the libraries that are loaded.
-        while process.poll() is None and set(folder.rglob("*")) <= before:
-            time.sleep(0.01)
-        time.sleep(wait)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills >= 3
+    for moment in MOMENTS:
+        assert killed(tiny, *moment) == -signal.SIGKILL, moment
     resumed = run(validate(tiny))
     assert resumed["metrics"] == pytest.approx(whole["metrics"], abs=1e-6)
-    first, second = (entry["runs"][0] for entry in (resumed, whole))
-    assert (first["best_step"], first["validation"]) == (second["best_step"], pytest.approx(second["validation"]))
-    weights = [
-        load_file(path / "psoft" / "adapter" / "adapter_model.safetensors") for path in (folder, tmp_path / "whole")
-    ]
-    for name, tensor in weights[1].items():
-        torch.testing.assert_close(weights[0][name], tensor, rtol=0, atol=1e-6)
-    assert read_json(folder / "result.json")["metrics"] == resumed["metrics"]
+    first, second = (result["runs"][0] for result in (resumed, whole))
+    assert (first["best_step"], first["validation"]) == (second["best_step"], second["validation"])
+    assert [row["step"] for row in first["curve"]] == [row["step"] for row in second["curve"]]
+    one, other = (
+        load_file(folder / "psoft" / "adapter" / "adapter_model.safetensors")
+        for folder in (Path(tiny["output"]), tmp_path / "whole")
+    )
+    for name, tensor in other.items():
+        torch.testing.assert_close(one[name], tensor, rtol=0, atol=1e-6)

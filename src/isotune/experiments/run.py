@@ -150,7 +150,10 @@ def claim(folder: Path, identity: dict[str, Any], how: str = "output=FOLDER") ->
                 f"give another folder with {how}, or remove it"
             )
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # A process that was killed while it wrote the claim has left no more than that file under its first name.
+    if folder.exists() and (
+        not folder.is_dir() or any(not path.name.startswith(f".{stored.name}.") for path in folder.iterdir())
+    ):
         raise RecipeError(f"{folder} exists and holds something else; give another folder with {how}")
     write_json(stored, identity)
 

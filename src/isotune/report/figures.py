@@ -349,6 +349,9 @@ def _forgetting(comparison: Comparison, looks: Looks) -> Section | None:
         return None
     shown.sort(key=lambda v: v.average("forgetting") or 0.0, reverse=True)
     data: list[Spec] = []
+    # Where nothing was forgotten, as by a head alone, rounding must not fill the axis.
+    largest = max(abs(run.forgetting) for v in shown for run in v.runs if run.forgetting is not None)
+    tiny = {"range": [-0.01, 0.01]} if largest < 1e-3 else {}
     for row, variant in enumerate(shown):
         values = [run.forgetting for run in variant.runs if run.forgetting is not None]
         data.append(
@@ -375,7 +378,7 @@ def _forgetting(comparison: Comparison, looks: Looks) -> Section | None:
             }
         )
     layout = {
-        "xaxis": {"title": {"text": "change"}, "zeroline": True, "zerolinecolor": "@muted"},
+        "xaxis": {"title": {"text": "change"}, "zeroline": True, "zerolinecolor": "@muted", **tiny},
         "yaxis": {
             "tickvals": list(range(len(shown))),
             "ticktext": [_safe(v.title) for v in shown],

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from isotune import lowrank
 from isotune.lowrank import pad_rank, truncate, truncate_product
 
 
@@ -38,7 +39,13 @@ def test_a_rank_gives_the_best_error(shape: tuple[int, int], rank: int) -> None:
 
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.999, 0.999999])
 @pytest.mark.parametrize(("shape", "rate"), [((40, 60), 0.7), ((300, 200), 0.97)])
-def test_an_energy_gives_the_least_rank(energy: float, shape: tuple[int, int], rate: float) -> None:
+@pytest.mark.parametrize("small", [True, False], ids=["at-once", "guess-by-guess"])
+def test_an_energy_gives_the_least_rank(
+    energy: float, shape: tuple[int, int], rate: float, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not small:
+        monkeypatch.setattr(lowrank, "_SMALL", 0)
+        monkeypatch.setattr(lowrank, "_FIRST_GUESS", 4)
     matrix = decaying(*shape, rate)
     found = truncate(matrix, energy=energy)
     shares = torch.linalg.svdvals(matrix).square().cumsum(0) / matrix.square().sum()

@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
+from tqdm.auto import tqdm
 
 from isotune.adapter_file import (
     CONFIG_FILE,
@@ -171,7 +172,8 @@ def export_lora(
         )
         layers = file.place(plain)
     tensors = {KEY_PREFIX + k.removeprefix(KEY_PREFIX): tensor for k, tensor in extras.items()}
-    found = {module: _factored(module, layer, name, options) for module, layer in layers.items()}
+    bar = tqdm(layers.items(), desc="factors", unit="layer", delay=3.0, leave=False)
+    found = {module: _factored(module, layer, name, options) for module, layer in bar}
     largest = max(len(factored.down) for factored in found.values())
     ranks: dict[str, int] = {}
     for module, factored in found.items():

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from isotune.subspace import principal_subspace
 
-_FIRST_GUESS = 16
+_FIRST_GUESS = 64
+_SMALL = 1024
+"""Up to this side, all singular vectors at once cost less than one guess of a rank after the other."""
 _TOLERANCE = 1e-3
 
 
@@ -59,7 +61,7 @@ def truncate(matrix: Tensor, *, rank: int | None = None, energy: float | None = 
     norm, limit = _norm(wide), min(wide.shape)
     if norm == 0.0:
         return Factored(wide.new_zeros(len(wide), 1), wide.new_zeros(1, wide.shape[1]), 0.0, 0.0)
-    guess = min(limit, rank or _FIRST_GUESS)
+    guess = rank or (limit if limit <= _SMALL else _FIRST_GUESS)
     while True:
         # Past a third of the directions the exact answer is as cheap.
         guess = limit if 3 * guess > limit else guess
@@ -68,7 +70,7 @@ def truncate(matrix: Tensor, *, rank: int | None = None, energy: float | None = 
         kept = torch.linalg.vector_norm(up, dim=0, dtype=torch.float64).square().cumsum(0) / norm**2
         if rank is not None or guess == limit or float(kept[-1]) >= float(energy or 0.0):
             break
-        guess *= 2
+        guess *= 3
     count = min(limit, rank) if rank is not None else _least(kept, float(energy or 0.0))
     up, down = up[:, :count].contiguous(), down[:count].contiguous()
     return Factored(up, down, _norm(wide - up @ down), norm)

@@ -167,3 +167,47 @@ def test_hub_rows_are_read_by_split(monkeypatch: pytest.MonkeyPatch) -> None:
     examples = load(Data.model_validate({"hub": {"name": "x/y", "test": "dev"}}))
     assert examples.test == [Example("c", None, 1)]
     assert examples.labels == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("5.5", r"dev\.csv, line 2: the column 'label' holds '5\.5', which is not a number from 0 to 5"),
+        ("-1", "not a number from 0 to 5"),
+        ("nan", "not a number from 0 to 5"),
+        ("much", "not a number from 0 to 5"),
+    ],
+)
+def test_a_number_outside_the_range_is_one_line(folder: Path, value: str, said: str) -> None:
+    (folder / "dev.csv").write_text(f"text,label\na,{value}\n")
+    (folder / "train.csv").write_text("text,label\na,2.5\nb,0\n")
+    data = recipe(folder, files={"test": "dev.csv"}, range=[0, 5])
+    with pytest.raises(DataError, match=said):
+        load(data, regression=True)
+    (folder / "dev.csv").write_text("text,label\na,5\n")
+    assert [e.label for e in load(data, regression=True).train] == [2.5, 0.0]
+
+
+def test_files_may_call_columns_and_labels_differently(folder: Path) -> None:
+    (folder / "train.csv").write_text("said,judged\na,no\nb,yes\n")
+    (folder / "test.csv").write_text("said,judged\nc,yes\n")
+    own = {"text": "said", "label": "judged", "labels": ["yes", "no"]}
+    examples = load(recipe(folder, files=own, labels=[0, 1]))
+    assert [e.label for e in examples.train + examples.test] == [1, 0, 0]
+    renamed = load(recipe(folder, rename={"said": "text", "judged": "label"}))
+    assert [e.text for e in renamed.train] == ["a", "b"]
+
+
+def test_a_part_is_held_out_and_test_sets_are_shortened(folder: Path) -> None:
+    (folder / "train.csv").write_text("text,label\n" + "".join(f"t{n},{'xy'[n % 2]}\n" for n in range(20)))
+    whole = load(recipe(folder))
+    examples = load(recipe(folder, hold_out=5, max_train=8))
+    assert (len(examples.train), len(examples.validation)) == (8, 5)
+    assert not {e.text for e in examples.train} & {e.text for e in examples.validation}
+    assert {e.text for e in examples.train + examples.validation} < {e.text for e in whole.train}
+    assert load(recipe(folder, hold_out=5, max_train=8)) == examples
+    assert len(load(recipe(folder, files={"test": "train.csv"}, max_test=7)).test) == 7
+    with pytest.raises(DataError, match=r"data\.hold_out=20 leaves nothing of 20 training examples"):
+        load(recipe(folder, hold_out=20))
+    with pytest.raises(DataError, match="there is one already"):
+        load(recipe(folder, hold_out=2, files={"validation": "test.csv"}))

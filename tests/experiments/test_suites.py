@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from helpers import VOCABULARY, WORDS, make_tokenizer, tiny_llama
 from isotune.experiments import reload, suites
 from isotune.experiments.architectures import adapter_parameters
+from isotune.experiments.data import DataError
 from isotune.experiments.recipe import load, packaged
 from isotune.experiments.run import run
 from isotune.report import paper
@@ -222,7 +224,8 @@ def test_nlu(task: str, deberta: Path, tmp_path: Path) -> None:
     if task in ("stsb", "rte"):
         found = reload.score(tmp_path / "run", "psoft")
         for kind in ("reloaded", "merged"):
-            assert found[kind][result["metric"]] == pytest.approx(result["metrics"][result["metric"]], abs=1e-5)
+            assert found[kind][result["metric"]] == pytest.approx(result["metrics"][result["metric"]], abs=1e-3)
+            assert found[kind]["changed"] == 0
 
 
 @pytest.mark.parametrize("task", VTAB)
@@ -242,6 +245,41 @@ def test_vision(task: str, vit: Path, vtab: Path, tmp_path: Path) -> None:
     if task == "cifar100":
         expected = {"accuracy": result["metrics"]["accuracy"], "changed": 0}
         assert reload.score(tmp_path / "run", "psoft") == {"reloaded": expected, "merged": expected}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("images/9.png 0", r"train800\.txt, line 1: there is no image .*9\.png"),
+        ("images/text.png 0", r"train800\.txt, line 1: .*text\.png is no image that can be read"),
+        ("images/0.png 10", r"train800\.txt, line 1: the label '10' is none of the task's labels \(0, 1, .* 9\)"),
+        ("images/0.png", r"train800\.txt, line 1: expected the path of an image, a space and its label"),
+        ("", "the train split is empty"),
+    ],
+)
+def test_wrong_images_are_one_line_before_any_model_is_looked_for(
+    vtab: Path, tmp_path: Path, line: str, said: str
+) -> None:
+    shutil.copytree(vtab / "eurosat", tmp_path / "eurosat")
+    (tmp_path / "eurosat" / "images" / "text.png").write_text("no image")
+    (tmp_path / "eurosat" / "train800.txt").write_text(line + "\n")
+    # The folder of the task itself will do.
+    recipe = load(
+        "vtab/eurosat", [f"data.path={tmp_path / 'eurosat'}", "model=/no/such/model", f"output={tmp_path}/run"]
+    )
+    with pytest.raises(DataError, match=said) as caught:
+        run(recipe)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_that_breaks_off_is_named(vtab: Path, vit: Path, tmp_path: Path) -> None:
+    shutil.copytree(vtab / "eurosat", tmp_path / "eurosat")
+    image = tmp_path / "eurosat" / "images" / "1.png"
+    image.write_bytes(image.read_bytes()[:50])  # its header is whole
+    recipe = load("vtab/eurosat", [f"data.path={tmp_path}", f"model={vit}", f"output={tmp_path}/run", *QUICK])
+    with pytest.raises(DataError, match=r"cannot read the image .*1\.png"):
+        run(recipe)
 
 
 def test_vtab_has_three_groups_whose_means_are_averaged() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,13 @@ from isotune.base_model import quiet
 from isotune.experiments import tasks
 from isotune.experiments.files import read_json, write_json
 from isotune.experiments.recipe import Recipe
+
+
+def _differs(predicted: Any, expected: Any) -> bool:
+    """Whether two predictions are not the same: numbers to what rounding may do, all else exactly."""
+    if isinstance(expected, float):
+        return not math.isclose(predicted, expected, rel_tol=1e-3, abs_tol=1e-4)
+    return bool(predicted != expected)
 
 
 def score(output: Path, folder: str) -> dict[str, Any]:
@@ -34,7 +42,7 @@ def score(output: Path, folder: str) -> dict[str, Any]:
     return {
         name: {
             recipe.metric: task.score(predicted)[recipe.metric],
-            "changed": sum(p != e for p, e in zip(predicted, expected, strict=True)),
+            "changed": sum(_differs(p, e) for p, e in zip(predicted, expected, strict=True)),
         }
         for name, predicted in found.items()
     }

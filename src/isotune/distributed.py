@@ -93,6 +93,8 @@ def sample_of(weight: Tensor, count: int = 64) -> list[float]:
     """A few entries, by which processes see that they hold the same weight; none of one that they hold together."""
     if is_sharded(weight):
         return []
+    while hasattr(weight, "__tensor_flatten__"):  # quantised: the tensor inside that holds the numbers
+        weight = getattr(weight, weight.__tensor_flatten__()[0][0])
     flat = weight.detach().reshape(-1)
     chosen: list[float] = flat[:: max(1, flat.numel() // count)][:count].float().tolist()
     return chosen

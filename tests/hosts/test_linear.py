@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from helpers import OPTIONS_FOR_12, OneLayer
+from helpers import EXACT_START, OPTIONS_FOR_12, OneLayer
 from isotune import get_peft_model
 from isotune.hosts import LinearHost, host_for
 from isotune.methods import METHODS
@@ -75,7 +75,8 @@ class Doubling(nn.Linear):
 def test_the_forward_of_a_subclass_is_called(method: str) -> None:
     base, x = OneLayer(Doubling(12, 12)), torch.randn(3, 12)
     expected = base(x)
-    model = get_peft_model(base, METHODS[method](target_modules=["layer"], **OPTIONS_FOR_12[method]))
+    options = {**OPTIONS_FOR_12[method], **EXACT_START.get(method, {})}
+    model = get_peft_model(base, METHODS[method](target_modules=["layer"], **options))
     torch.testing.assert_close(model(x), expected)
 
 

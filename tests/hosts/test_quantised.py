@@ -28,6 +28,7 @@ from helpers import (
     trainable,
 )
 from isotune import PsoftConfig, get_peft_model
+from isotune.distributed import sample_of
 from isotune.errors import BaseMismatchError, IsotuneWarning
 from isotune.export import export_lora, export_merged
 from isotune.hosts import host_for
@@ -200,6 +201,14 @@ def test_trained_saved_and_loaded_on_a_model_quantised_by_hand(method: str, name
     model = get_peft_model(base, METHODS[method](target_modules=["q_proj", "v_proj", "up_proj"], **options))
     assert [isinstance(layer.host, QuantisedHost) for layer in layers_of(model)] == [True, True, False] * 2
     train_save_and_load(model, plain, tokens, again, tmp_path, name)
+
+
+@everywhere
+def test_processes_can_compare_their_weights(name: str) -> None:
+    first, second = (sample_of(only(adapted("oft", name)).host.weight) for _ in range(2))
+    assert 32 <= len(first) <= 64
+    assert len(set(first)) > 4
+    assert first != second
 
 
 # -- what the pin says -------------------------------------------------------------------------------------------

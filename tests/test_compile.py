@@ -97,23 +97,19 @@ def test_twenty_steps_with_changing_batches(method: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["psoft", "boft"])
 def test_twenty_steps_of_a_llama_with_changing_batches(method: str) -> None:
     train_beside_eager(on_llama(method), "aot_eager", 20)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["psoft", "oft"])
-def test_the_code_that_inductor_makes(method: str) -> None:
-    train_beside_eager(on_every_host(method), "inductor", 8)
+def test_the_code_that_inductor_makes() -> None:
+    train_beside_eager(on_every_host("psoft"), "inductor", 8)
 
 
-def slow_but(*fast: str) -> list[Any]:
-    """All methods, of which CI's quick part runs these."""
-    return [method if method in fast else pytest.param(method, marks=pytest.mark.slow) for method in METHODS]
-
-
-@pytest.mark.parametrize("method", slow_but("psoft"))
+@pytest.mark.parametrize(
+    "method", ["psoft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("oft", "goft", "hra"))]
+)
 def test_generation_with_a_static_cache(method: str) -> None:
     """As transformers compiles it: the prompt by one graph, every token after it by another."""
     from transformers import CompileConfig

@@ -64,12 +64,7 @@ class IsotuneModel(BaseTuner):
 
         With `basis_of`, it takes those of another adapter, and its tensors.
         """
-        if (getattr(model, "_tp_size", None) or 1) > 1:
-            raise ValueError(
-                f"The weights of this model are divided by rows or columns between {model._tp_size} devices "
-                "(tensor parallelism), which isotune cannot adapt. Load the model without tp_plan and tp_size, and "
-                "spread it with FSDP2 instead."
-            )
+        _refuse_divided(model)
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         first = not any(isinstance(module, Layer) for module in model.modules())
         for module in model.modules():
@@ -270,6 +265,21 @@ def _saved_modules_told(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
             wrapper._active_adapter = name
         for handle in handles:
             handle.remove()
+
+
+def _refuse_divided(model: nn.Module) -> None:
+    """Refuse a model whose weights are in parts that nothing here puts together."""
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError(
+            f"The weights of this model are divided by rows or columns between {model._tp_size} devices (tensor "
+            "parallelism), which isotune cannot adapt. Load the model without tp_plan and tp_size, and spread it with "
+            "FSDP2 instead."
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            "DeepSpeed ZeRO-3 has divided the weights of this model while it was loaded, and isotune needs them whole "
+            "to make an adapter. Use ZeRO-2, which keeps them whole, or FSDP2."
+        )
 
 
 def _check_file(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> None:

@@ -43,22 +43,17 @@ def test_a_run_killed_in_a_checkpoint_ends_as_one_process_would(tiny: dict[str, 
     assert (folder / "checkpoint-8" / "trainer_state.json").exists()
     assert not (folder / "run.json").exists()
 
-    accelerate = [
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes=2",
-        "--num_machines=1",
-        "--mixed_precision=no",
-    ]
-    resumed = launch([*accelerate, "--dynamo_backend=no", "--module", "isotune.cli"], "train", str(recipe))
+    resumed = launch([*torchrun, "-m", "isotune"], "train", str(recipe))
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     found = read_json(Path(tiny["output"]) / "result.json")
     assert found["hardware"]["processes"] == 2
     assert found["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)
     for one, other in zip(found["runs"][0]["curve"], expected["runs"][0]["curve"], strict=True):
-        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+        # Trainer fills a batch up with examples seen before so that all processes have one: in the validation loss,
+        # and not in the scores, they count.
+        for name in other:
+            assert one[name] == pytest.approx(other[name], rel=1e-2 if name == "validation_loss" else 1e-3, abs=1e-4)
     assert resumed.stdout.count("24 test examples") == 1
-    assert resumed.stderr.count("16/16") == 1
 
 
 def test_a_batch_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -348,3 +348,20 @@ def test_math(task: str, llama: Path, mathematics: Path, tmp_path: Path) -> None
     # Chosen by the loss of what is held out, which TRL and we compute alike.
     last = [row for row in entry["curve"] if "validation_loss" in row][-1]
     assert entry["validation"]["loss"] == pytest.approx(last["validation_loss"], rel=0.05)
+
+
+def test_the_small_recipes_score_several_sets_by_likelihood_and_solutions_by_their_loss(
+    llama: Path, commonsense: Path, mathematics: Path, tmp_path: Path
+) -> None:
+    own = ["data.files.train=ARC-Easy/test.json", "data.hold_out=2"]
+    result = trained("arc/gemma", llama, commonsense, tmp_path / "arc", *own)
+    assert set(result["metrics"]) == {"accuracy", "arc_easy", "arc_challenge"}
+    assert result["data"]["sets"] == {"arc_easy": 4, "arc_challenge": 4}
+    own = ["data.files.train=test.jsonl", "data.hold_out=2"]
+    result = trained("gsm8k/gemma", llama, mathematics / "gsm8k", tmp_path / "gsm8k", *own)
+    assert result["metrics"].keys() == {"loss"}
+    assert 0 < result["metrics"]["loss"] < 10
+    found = reload.score(tmp_path / "gsm8k", "psoft")
+    for kind in ("reloaded", "merged"):
+        assert found[kind]["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-4)
+        assert found[kind]["changed"] == 0

@@ -191,6 +191,23 @@ def test_a_model_of_images(tmp_path: Path) -> None:
     assert found.trained_parameters == 2 * 6 * (28 + 16) + 2 * 64 + 2  # and the classifier
 
 
+def test_an_encoder_with_attention_of_its_own(tmp_path: Path) -> None:
+    """DeBERTa has no fused attention, so its scores are kept; its head is trained beside the adapter."""
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    position = {"relative_attention": True, "position_buckets": 16, "pos_att_type": ["p2c", "c2p"]}
+    base = DebertaV2ForSequenceClassification(DebertaV2Config(vocab_size=96, share_att_key=True, **sizes, **position))
+    found = plan(setting(folder(base, tmp_path), options={"r": 8}))
+    model = real(base, "psoft", {"r": 8}).train()
+    tokens = some_tokens(BATCH, LENGTH)
+    with SavedTensors(model) as saved:
+        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=torch.zeros(BATCH, dtype=torch.long))
+    trained, everything = model.get_nb_trainable_parameters()
+    assert (found.trained_parameters, found.base_parameters) == (trained, everything - trained)
+    assert found.memory["kept for backward"] == pytest.approx(saved.nbytes, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -220,10 +220,15 @@ def inputs_for(model: Any, batch: int, sequence: int) -> dict[str, Tensor]:
     accepted = inspect.signature(model.forward).parameters
     if "labels" in accepted and "Classification" in type(model).__name__ and "Token" not in type(model).__name__:
         inputs["labels"] = torch.zeros(batch, dtype=torch.long, device=model.device)
+        if config.problem_type is None and config.num_labels > 1:
+            config.problem_type = "single_label_classification"  # which some models would find out from the labels
     elif "labels" in accepted and main == "input_ids":
         inputs["labels"] = inputs["input_ids"].clone()
     elif getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = inputs["input_ids"].clone()
+    if main == "input_ids" and "attention_mask" in accepted and config._attn_implementation == "eager":
+        # Without one, transformers would look for padding among the tokens; fused attention gets none and makes none.
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if "use_cache" in accepted:
         inputs["use_cache"] = False  # type: ignore[assignment]
     return inputs

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib
 import tempfile
 import warnings
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 import isotune
-from step import PROJECTIONS, kept_bytes, llama
+from isotune.experiments.measure import kept_bytes
+from step import PROJECTIONS, llama, loss
 
 MODELS = ("llama", "gemma")
 
@@ -97,7 +99,7 @@ def measure(name: str, tokens: int) -> None:
         added = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in own]
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         model(inputs_embeds=embeddings).last_hidden_state.sum().backward()  # what is made once is made
-        kept = kept_bytes(model, embeddings)
+        kept = kept_bytes(model, functools.partial(loss, model, embeddings))
         print(f"| {label} | {trained:,} | {nbytes(added) / 2**20:.1f} | {kept / 2**20:.1f} |", flush=True)
 
 

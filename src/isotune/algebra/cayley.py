@@ -35,8 +35,10 @@ def _polish(difference: Tensor) -> Tensor:
     """
     if difference.ndim != 3:
         return _polish(difference.reshape(-1, *difference.shape[-2:])).view_as(difference)
-    defect = torch.baddbmm(difference + difference.mT, difference.mT, difference)
-    return torch.baddbmm(difference.sub(defect, alpha=0.5), difference, defect, alpha=-0.5)
+    rotation = difference.clone(memory_format=torch.contiguous_format)
+    rotation.diagonal(dim1=-2, dim2=-1).add_(1)
+    defect = torch.baddbmm(difference, difference.mT, rotation)  # RᵀR − I
+    return torch.baddbmm(difference, rotation, defect, alpha=-0.5)
 
 
 _SMALL = range(2, 12)
@@ -95,6 +97,7 @@ def _inverse_difference(matrix: Tensor) -> Tensor:
     second = result[:, after, after]
     second.copy_(_inverse_difference(torch.baddbmm(matrix[:, after, after], lower, right)))
     corner = result[:, before, after]
+    # Copied from products of their own: a batched product into a part of a tensor takes longer.
     corner.copy_(torch.baddbmm(right, right, second))
     result[:, after, before] = torch.baddbmm(left, second, left)
     result[:, before, before] = torch.baddbmm(first, corner, left)

@@ -30,7 +30,7 @@ class _ScaledDifference(torch.autograd.Function):
         products = gradient * difference
         grad_alpha = (products @ beta[..., None]).squeeze(-1) + diagonal * beta
         grad_beta = (alpha[..., None, :] @ products).squeeze(-2) + diagonal * alpha
-        return by_row * beta[..., None, :], grad_alpha, grad_beta
+        return by_row.mul_(beta[..., None, :]), grad_alpha, grad_beta
 
 
 def scaled_difference(difference: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:

@@ -30,6 +30,11 @@ from isotune.regularization import has_regularization, regularization_callback
 
 Row = dict[str, Any]
 
+_CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in TrainingArguments.__annotations__
+)
+"""What transformers calls activation checkpointing; where it knows the first name, the second is deprecated."""
+
 
 class TrainingDiverged(ValueError):
     """The loss is no longer a number; the message names the step and the last good checkpoint."""
@@ -366,7 +371,7 @@ def train(
         max_steps=settings.max_steps or -1,
         per_device_train_batch_size=processes.share_of(settings.batch_size // settings.gradient_accumulation),
         gradient_accumulation_steps=settings.gradient_accumulation,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        **{_CHECKPOINTING: settings.gradient_checkpointing},
         per_device_eval_batch_size=settings.eval_batch_size,
         learning_rate=lr,
         lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,

@@ -668,19 +668,25 @@ def test_deleting_a_merged_adapter_does_not_break_the_layer(method: str, host: C
 # -- mixed batches -----------------------------------------------------------------------------------------------
 
 
+def one_by_one(model: Any, x: Tensor, names: Sequence[str]) -> list[Tensor]:
+    """The output of each sample alone with the adapter named for it, "__base__" for none."""
+    outputs = []
+    for sample, name in zip(x, names, strict=True):
+        if name == "__base__":
+            with model.disable_adapter():
+                outputs.append(model(sample[None]))
+        else:
+            model.set_adapter(name)
+            outputs.append(model(sample[None]))
+    return outputs
+
+
 @pytest.mark.parametrize("names", [["default", "other", "__base__", "other"], ["__base__"] * 4, ["other"] * 4])
 def test_each_sample_of_a_mixed_batch_is_as_if_alone(method: str, host: Case, names: list[str]) -> None:
     model = build(method, host)
     model.add_adapter("other", config(method, host, other=True))
     x = inputs(host, 4, 3)
-    expected = []
-    for sample, name in zip(x, names, strict=True):
-        if name == "__base__":
-            with model.disable_adapter():
-                expected.append(model(sample[None]))
-        else:
-            model.set_adapter(name)
-            expected.append(model(sample[None]))
+    expected = one_by_one(model, x, names)
     model.set_adapter("default")
     found = model(x, adapter_names=names)
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
@@ -967,14 +973,7 @@ def test_quantised_each_sample_of_a_mixed_batch_is_as_if_alone(method: str, pack
     model = build_packed(method, packed)
     model.add_adapter("other", config(method, WIDE, other=True))
     x, names = inputs(WIDE, 4, 3), ["default", "other", "__base__", "other"]
-    expected = []
-    for sample, name in zip(x, names, strict=True):
-        if name == "__base__":
-            with model.disable_adapter():
-                expected.append(model(sample[None]))
-        else:
-            model.set_adapter(name)
-            expected.append(model(sample[None]))
+    expected = one_by_one(model, x, names)
     found = model(x, adapter_names=names)
     # Where inputs are rounded to 8 bits, the last bit of a rotation may tip one of them.
     limit = 1e-2 if QUANTISERS[packed].rounds_inputs else 1e-5

@@ -80,7 +80,8 @@ def _inverse_difference(matrix: Tensor) -> Tensor:
 
     LAPACK solves one matrix after the other on one core; here all but the smallest blocks are batched products, which
     take a half to a third of the time. The Schur complement of I − K has a symmetric part of at least I again, so it
-    never needs a pivot from elsewhere; as in `_eliminate` that costs up to ‖K‖² of the precision, and K is float64.
+    never needs a pivot from elsewhere. That costs up to ‖K‖² of the precision at each division, so K is float64
+    and what is left of the error at extreme K is for `_polish`.
     """
     n = matrix.shape[-1]
     if n <= _LEAF:

@@ -16,6 +16,7 @@ from isotune.experiments import models, tasks
 from isotune.experiments.data import DataError
 from isotune.experiments.recipe import RecipeError, validate
 from isotune.experiments.tasks.commonsense import first_choice
+from isotune.experiments.tasks.language import SftLoop
 from isotune.experiments.tasks.math import final_number, same_expression
 
 SAID = ["the", "correct", "answer", "is", "blue", "deep", "red", "green"]
@@ -131,6 +132,46 @@ def test_only_the_answer_is_learnt_and_what_does_not_fit_is_said(
     assert "1 of the train split are left out" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"no question of the train split fits into train\.max_length=3"):
         _ = tasks.make(recipe(folder, model, train={"max_length": 3})).encoded
+
+
+@pytest.mark.parametrize("counted", [None, 7])
+def test_the_loss_without_the_logits_of_the_questions_is_that_of_trl(
+    folder: Path, model: Path, counted: int | None, tmp_path: Path
+) -> None:
+    task = tasks.make(recipe(folder, model))
+    loaded, _ = task.build()
+    encoded = task.encoded
+    loop = SftLoop(
+        task.recipe.train,
+        1e-3,
+        [],
+        encoded.lengths,
+        model=loaded,
+        args=encoded.arguments(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none"),
+        train_dataset=encoded.train,
+        **encoded.options,
+    )
+    found = []
+    for compute, name in ((loop.compute_loss, "own"), (super(SftLoop, loop).compute_loss, "trl")):
+        rows = computed_rows(loaded)
+        loss = compute(loaded, task.training_batch(), num_items_in_batch=counted)
+        loss.backward()
+        found.append((loss.detach(), {n: p.grad for n, p in loaded.named_parameters()}, rows))
+        loaded.zero_grad(set_to_none=True)
+        assert name == "own" or sum(rows) == 0  # TRL multiplies by the head's weight itself
+    (own, own_grads, rows), (trl, trl_grads, _) = found
+    torch.testing.assert_close(own, trl, rtol=1e-6, atol=1e-6)
+    for name, gradient in trl_grads.items():
+        torch.testing.assert_close(own_grads[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    labels = task.training_batch()["labels"]
+    assert sum(rows) == len(labels) * int((labels[:, 1:] != -100).any(0).sum()) < labels[:, 1:].numel()
+
+
+def computed_rows(model: Any) -> list[int]:
+    """How many rows of logits each later call of the model's head computes."""
+    rows: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, __, output: rows.append(output[..., 0].numel()))
+    return rows
 
 
 def test_several_test_sets_are_scored_each_and_in_the_mean(folder: Path) -> None:

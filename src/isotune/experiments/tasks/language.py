@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -48,6 +48,26 @@ class SftLoop(loop.Loop, SFTTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: a checkpoint is for going on, not for publishing."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss, and on a CPU without the logits of what is not learnt, which TRL leaves out on GPUs alone.
+
+        With a large vocabulary the logits of the questions cost more than all else in a step.
+        """
+        whole = return_outputs or self.aux_loss_enabled or self.accelerator.num_processes > 1
+        if whole or inputs["labels"].device.type != "cpu" or "logits_to_keep" not in _arguments_of(model):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"][:, 1:]
+        learnt = labels != IGNORED
+        places = learnt.any(0).nonzero()[:, 0]  # from which some row of the batch learns its next token
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        logits = model(**given, use_cache=False, logits_to_keep=places).logits
+        total = nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), labels[:, places].flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return total / (learnt.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 class LanguageTask(ABC):

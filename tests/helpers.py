@@ -395,33 +395,6 @@ def counted(monkeypatch: Any, target: str) -> Iterator[list[Any]]:
         yield calls
 
 
-class SavedTensors:
-    """The bytes of distinct storages kept for backward that are not parameters or buffers of the model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        owned = [*model.parameters(), *model.buffers()]
-        self.owned = {tensor.untyped_storage().data_ptr() for tensor in owned}
-        self.storages: dict[int, tuple[int, Tensor]] = {}
-
-    def __enter__(self) -> SavedTensors:
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.owned:
-            self.storages[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    @property
-    def nbytes(self) -> int:
-        return sum(size for size, _ in self.storages.values())
-
-
 _VIEWS = {"view", "t", "transpose", "reshape", "unsqueeze", "squeeze", "expand", "permute", "select", "slice", "alias"}
 _VIEWS |= {"_unsafe_view", "detach", "as_strided", "unbind"}
 

@@ -19,7 +19,6 @@ from helpers import (
     EXACT_START,
     AtenOps,
     OneLayer,
-    SavedTensors,
     adapt,
     assert_unchanged,
     layers_of,
@@ -35,6 +34,7 @@ from helpers import (
 from isotune import get_peft_model
 from isotune.algebra.factors import LowRank, apply_chain
 from isotune.errors import IsotuneWarning
+from isotune.experiments.measure import Kept
 from isotune.layer import Layer
 from isotune.methods import METHODS
 from isotune.operators import Operator, Rotation
@@ -726,7 +726,7 @@ def test_kept_for_backward_is_one_tokens_times_rank_or_input(method: str, host: 
     def kept(model: nn.Module) -> int:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             hidden = torch.ones_like(x).requires_grad_() * x
-            with SavedTensors(model) as saved:
+            with Kept(model) as saved:
                 model(hidden)
         return saved.nbytes
 
@@ -749,7 +749,7 @@ def test_kept_for_backward_in_a_whole_model(method: str, build_model: Callable[.
     embedded = frozen.get_input_embeddings()(tokens)
 
     def kept(model: nn.Module) -> int:
-        with SavedTensors(model) as saved:
+        with Kept(model) as saved:
             model(inputs_embeds=embedded.clone().requires_grad_())
         return saved.nbytes
 

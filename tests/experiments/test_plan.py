@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
-from helpers import FAMILIES, SavedTensors, layers_of, some_tokens, tiny_llama
+from helpers import FAMILIES, layers_of, some_tokens, tiny_llama
 from isotune import cli
+from isotune.experiments.measure import Kept
 from isotune.experiments.methods import attach
 from isotune.experiments.plan import ACCELERATORS, Setting, adapter_activations, parse_options, plan, to_text
 from isotune.experiments.recipe import Method
@@ -67,7 +68,7 @@ def test_counts_file_and_kept_bytes_are_those_of_the_real_model(
         assert found.trained_parameters == found.base_parameters == sum(p.numel() for p in model.parameters())
     tokens = some_tokens(BATCH, LENGTH)
     labels = tokens if family != "bert" else torch.zeros(BATCH, dtype=torch.long)
-    with SavedTensors(model) as saved:
+    with Kept(model) as saved:
         model(input_ids=tokens, labels=labels, **({} if family == "bert" else {"use_cache": False}))
     operators = sum(3 * 4 * t.numel() for layer in layers_of(model) for t in layer.operator("default").tensors())
     assert saved.nbytes * 0.98 <= found.memory["kept for backward"] <= saved.nbytes * 1.02 + operators
@@ -201,7 +202,7 @@ def test_an_encoder_with_attention_of_its_own(tmp_path: Path) -> None:
     found = plan(setting(folder(base, tmp_path), options={"r": 8}))
     model = real(base, "psoft", {"r": 8}).train()
     tokens = some_tokens(BATCH, LENGTH)
-    with SavedTensors(model) as saved:
+    with Kept(model) as saved:
         model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=torch.zeros(BATCH, dtype=torch.long))
     trained, everything = model.get_nb_trainable_parameters()
     assert (found.trained_parameters, found.base_parameters) == (trained, everything - trained)

@@ -19,31 +19,57 @@ LEVEL = 0.95
 RESAMPLES = 1000
 
 
+class Kept:
+    """Counts, while it is entered, the bytes of distinct storages saved for backward that are not of `model`.
+
+    Tensors may have numbers or, under FakeTensorMode, only shapes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # By identity, as storages without numbers have no address.
+        self._owned = {_identity(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._seen: dict[int, Tensor] = {}
+        self.nbytes = 0
+        self.largest = 0
+        """Bytes of the largest storage."""
+
+    def __enter__(self) -> Kept:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        identity = _identity(tensor)
+        if identity not in self._owned and identity not in self._seen:
+            # Alive, or a storage that is freed would give its identity to another, which were then not counted.
+            self._seen[identity] = tensor
+            size = tensor.untyped_storage().nbytes()
+            self.nbytes += size
+            self.largest = max(self.largest, size)
+        return tensor
+
+
+def _identity(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
 def kept_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
     """Bytes of distinct storages that `forward` saves for backward; parameters and buffers of `model` not included.
 
     What autograd saves is counted with `saved_tensors_hooks`, also what an operator's own graph keeps.
     """
-    persistent = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    seen: dict[int, int] = {}
-    alive: list[Tensor] = []  # a storage that is freed could be given out again and be counted once for two
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in persistent:
-            seen[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
     hidden = isotune.operators.hidden_from_hooks
     isotune.operators.hidden_from_hooks = contextlib.nullcontext
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with Kept(model) as kept:
             result = forward()
     finally:
         isotune.operators.hidden_from_hooks = hidden
     del result
-    return sum(seen.values())
+    return kept.nbytes
 
 
 def kept_by_batch(model: Any, batch: Mapping[str, Any]) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from isotune import operators
+from isotune.experiments.measure import Kept
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def trace(model: nn.Module, inputs: dict[str, Tensor]) -> Trace:
         model: with parameters that are trained; on the meta device it needs no memory.
         inputs: of its forward, with labels where it takes them.
     """
-    counter = _Kept(model)
+    counter = Kept(model)
     flops = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     with flops, counter, _blocks_watched(model, counter, flops) as watched, _counted_operators():
         output = model(**inputs)
@@ -77,37 +78,6 @@ def trace(model: nn.Module, inputs: dict[str, Tensor]) -> Trace:
     )
 
 
-class _Kept:
-    """The bytes of distinct storages kept for backward that are no parameters or buffers."""
-
-    def __init__(self, model: nn.Module) -> None:
-        # By identity, as storages without numbers have no address.
-        self.owned = {_identity(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        self.seen: dict[int, Tensor] = {}
-        self.nbytes = self.largest = 0
-
-    def __enter__(self) -> _Kept:
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        identity = _identity(tensor)
-        if identity not in self.owned and identity not in self.seen:
-            self.seen[identity] = tensor  # alive, so that its identity stays its own
-            size = tensor.untyped_storage().nbytes()
-            self.nbytes += size
-            self.largest = max(self.largest, size)
-        return tensor
-
-
-def _identity(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
 @dataclass
 class _Watched:
     kept: list[int]
@@ -116,7 +86,7 @@ class _Watched:
 
 
 @contextlib.contextmanager
-def _blocks_watched(model: nn.Module, counter: _Kept, flops: FlopCounterMode) -> Iterator[_Watched]:
+def _blocks_watched(model: nn.Module, counter: Kept, flops: FlopCounterMode) -> Iterator[_Watched]:
     """Note of every block what it keeps, what it is given and what it multiplies, while it runs."""
     watched, before = _Watched([], []), [(0, 0)]
 

@@ -127,21 +127,8 @@ def _seeds(comparison: Comparison, looks: Looks) -> Section | None:
             data.append(_seed_points(comparison, looks, variant, runs, row))
         data.append(
             {
-                **_named(variant),
-                "type": "scatter",
-                "mode": "markers",
-                "x": [variant.mean],
+                **_mean_point(comparison, looks, variant, "x", _safe(variant.title)),
                 "y": [row],
-                "marker": {"size": 11, "color": looks.colour(variant), "symbol": "diamond"},
-                "error_x": {
-                    "type": "data",
-                    "array": [variant.standard_error or 0],
-                    "thickness": 3,
-                    "width": 5,
-                    "color": looks.colour(variant),
-                },
-                "hovertemplate": f"{_safe(variant.title)}<br>mean {comparison.shown(variant.mean)} "
-                f"{comparison.shown_error(variant.standard_error)}<extra></extra>",
             }
         )
     layout = {
@@ -618,22 +605,15 @@ def _vectors(comparison: Comparison, looks: Looks) -> Section | None:
         )
         data.append(
             {
-                **_named(variant),
-                "type": "scatter",
-                "mode": "markers",
+                **_mean_point(
+                    comparison,
+                    looks,
+                    variant,
+                    "y",
+                    what,
+                    f"<br>{count(variant.average('trainable_parameters') or 0)} trained numbers",
+                ),
                 "x": [column],
-                "y": [variant.mean],
-                "marker": {"size": 12, "color": looks.colour(variant), "symbol": "diamond"},
-                "error_y": {
-                    "type": "data",
-                    "array": [variant.standard_error or 0],
-                    "thickness": 2.5,
-                    "width": 5,
-                    "color": looks.colour(variant),
-                },
-                "hovertemplate": f"{what}<br>mean {comparison.shown(variant.mean)} "
-                f"{comparison.shown_error(variant.standard_error)}<br>"
-                f"{count(variant.average('trainable_parameters') or 0)} trained numbers<extra></extra>",
             }
         )
     layout = {
@@ -840,6 +820,26 @@ def _blocks(modules: Sequence[str]) -> Spec:
 
 
 # -- shared -----------------------------------------------------------------------------------------------------------
+
+
+def _mean_point(comparison: Comparison, looks: Looks, variant: Variant, axis: str, what: str, more: str = "") -> Spec:
+    """A method's mean with its standard error along `axis`; where it lies on the other axis is left to the caller."""
+    return {
+        **_named(variant),
+        "type": "scatter",
+        "mode": "markers",
+        axis: [variant.mean],
+        "marker": {"size": 11, "color": looks.colour(variant), "symbol": "diamond"},
+        f"error_{axis}": {
+            "type": "data",
+            "array": [variant.standard_error or 0],
+            "thickness": 3,
+            "width": 5,
+            "color": looks.colour(variant),
+        },
+        "hovertemplate": f"{what}<br>mean {comparison.shown(variant.mean)} "
+        f"{comparison.shown_error(variant.standard_error)}{more}<extra></extra>",
+    }
 
 
 def _named(variant: Variant) -> Spec:

@@ -85,9 +85,10 @@ def compare(
         from pathlib import Path
 
         from isotune.experiments import compare as comparing
-        from isotune.experiments import engines
+        from isotune.experiments import engines, processes
         from isotune.experiments.recipe import load
 
+        processes.require_alone("isotune compare")
         loaded = load(recipe, overrides or ())
         folder = Path(output or f"runs/compare/{Path(loaded.output or recipe).name}")
         options = comparing.Options(

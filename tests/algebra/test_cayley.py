@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from isotune.algebra.cayley import bound_generator, cayley_difference, neumann_difference
+from isotune.algebra import cayley
+from isotune.algebra.cayley import bound_generator, cayley_difference, cayley_of_entries, neumann_difference
 
 SIZES = [1, 2, 3, 5, 8]
 LEADING = [(), (3,), (2, 2)]
@@ -152,3 +153,13 @@ def test_the_bound_of_a_zero_generator_is_finite() -> None:
     assert not bounded.any()
     assert generator.grad is not None
     assert bool(torch.isfinite(generator.grad).all())
+
+
+@pytest.mark.parametrize("leading", [(7,), (2, 4), (3,)])
+def test_blocks_eliminated_in_several_parts_are_those_of_one(
+    leading: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = torch.randn(*leading, 28)
+    whole = cayley_of_entries(entries, 8)
+    monkeypatch.setattr(cayley, "_TOGETHER", 3)
+    assert torch.equal(cayley_of_entries(entries, 8), whole)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from isotune.experiments.files import StorageError, read_json, write_json
+from isotune.experiments.files import StorageError, read_json, storing, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,3 +37,18 @@ def test_reading_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match=r"cannot read .*x\.json"):
         read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(28, "No space left on device"), StorageError),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), StorageError),
+        (ConnectionResetError("Connection reset by peer"), ConnectionResetError),
+        (RuntimeError("Connection closed by peer [127.0.0.1]:4711"), RuntimeError),
+    ],
+)
+def test_what_is_no_matter_of_room_passes_as_it_is(error: Exception, expected: type[Exception]) -> None:
+    with pytest.raises(expected) as found, storing("the checkpoint"):
+        raise error
+    assert (found.value is error) == (expected is type(error))

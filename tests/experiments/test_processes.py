@@ -77,6 +77,15 @@ def test_launchers_that_spread_the_weights_are_refused(
         run(validate(tiny))
 
 
+def test_a_comparison_is_not_to_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes.require_alone("isotune compare")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(
+        RecipeError, match=r"isotune compare starts .* started it 4 times; run it once, without torchrun"
+    ):
+        processes.require_alone("isotune compare")
+
+
 def test_a_process_apart_has_nothing_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "ACCELERATE_USE_CPU"):
         monkeypatch.setenv(name, "1")

@@ -45,14 +45,25 @@ _SMALL = range(2, 12)
 """Block sizes for which LAPACK's solves of many blocks take 1.5 to 3 times as long on a CPU as `_eliminate`."""
 
 
+_TOGETHER = 2048
+"""How many matrices `_eliminate` takes at a time: their numbers stay in the processor's cache from step to step."""
+
+
 def _eliminate(entries: Tensor, n: int) -> Tensor:
-    """R − I by Gauss–Jordan elimination of all matrices at once, in float64.
+    """R − I by Gauss–Jordan elimination of many matrices at once, in float64.
 
     No pivots are searched: the symmetric part of I − Q is I, and so every pivot is at least 1. That bounds the growth
     of rounding errors by about ‖Q‖², which float64 has to spare. The matrices lie along the last dimension, so that
-    each operation runs over all of them.
+    each operation runs over many of them.
     """
-    columns = entries.reshape(-1, entries.shape[-1]).double().t().contiguous()
+    flat = entries.reshape(-1, entries.shape[-1])
+    parts = [_eliminate_together(part, n) for part in flat.split(_TOGETHER)]
+    result = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return result.view(*entries.shape[:-1], n, n)
+
+
+def _eliminate_together(entries: Tensor, n: int) -> Tensor:
+    columns = entries.double().t().contiguous()
     upper, lower = skew_positions(n, entries.device)
     work = columns.new_zeros(n * n, columns.shape[1])
     work.index_copy_(0, lower, columns).index_copy_(0, upper, -columns)
@@ -68,7 +79,7 @@ def _eliminate(entries: Tensor, n: int) -> Tensor:
         work[k] = row
     work *= 2
     work.diagonal(dim1=0, dim2=1).sub_(2)
-    return work.permute(2, 0, 1).to(entries.dtype).contiguous().view(*entries.shape[:-1], n, n)
+    return work.permute(2, 0, 1).to(entries.dtype).contiguous()
 
 
 _LEAF = 16

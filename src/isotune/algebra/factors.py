@@ -260,10 +260,11 @@ class _RotatedLinear(torch.autograd.Function):
         x, gain, *tensors = ctx.saved_tensors
         flat, grad = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         weight, grad_gain = ctx.weight.to(x.dtype), None
+        scratch: Tensor | None = None
         if ctx.needs_input_grad[1]:
-            output = torch.mm(chain_forward(flat, ctx.chain, tensors), weight.t())
-            grad_gain = output.mul_(grad).sum(0, dtype=gain.dtype)
-        inner = torch.mm(grad if gain is None else grad * gain.to(x.dtype), weight)
+            scratch = torch.mm(chain_forward(flat, ctx.chain, tensors), weight.t())
+            grad_gain = scratch.mul_(grad).sum(0, dtype=gain.dtype)
+        inner = torch.mm(grad if gain is None else torch.mul(grad, gain.to(x.dtype), out=scratch), weight)
         grad_x, grads = chain_backward(flat, inner, ctx.chain, tensors, ctx.needs_input_grad[0], in_place=True)
         return None if grad_x is None else grad_x.reshape(x.shape), grad_gain, None, None, *grads
 

@@ -21,12 +21,15 @@ class StorageError(ValueError):
 
 @contextlib.contextmanager
 def storing(what: str) -> Iterator[None]:
-    """Make of a failed write, by whichever library, a StorageError of one line that names `what` was written."""
+    """Make of a failed write, by whichever library, a StorageError of one line that names `what` was written.
+
+    A lost connection to another process, which a common checkpoint needs too, passes as it is.
+    """
     from safetensors import SafetensorError
 
     try:
         yield
-    except StorageError:
+    except (StorageError, ConnectionError):  # another process that is gone is no matter of room
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _TORCH_WRITER.search(str(error)):

@@ -33,6 +33,15 @@ def join() -> None:
     PartialState(cpu=on_cpu())
 
 
+def require_alone(command: str) -> None:
+    """Raise RecipeError where a launcher has started several processes of a command that starts its own."""
+    if count() > 1:
+        raise RecipeError(
+            f"{command} starts the processes of its runs itself, and a launcher has started it {count()} times; run it "
+            "once, without torchrun or accelerate launch, with --jobs or on a cluster with --engine ray"
+        )
+
+
 def on_cpu() -> bool:
     """Whether there is no accelerator; unasked, accelerate leaves such processes each to itself."""
     import torch

@@ -21,8 +21,8 @@ _RESERVED = ("task_type", "inference_mode", "modules_to_save", "peft_type", "aut
 
 
 LEARNING_RATES = {
-    "psoft": 2e-3,
-    "psoft_so": 2e-3,
+    "psoft": 8e-4,
+    "psoft_so": 8e-4,
     "lora_xs": 2e-3,
     **dict.fromkeys(("oft", "coft", "boft", "goft", "qgoft", "hra"), 1e-3),
     **dict.fromkeys(("lora", "rslora", "dora", "pissa"), 6e-4),

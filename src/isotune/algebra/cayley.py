@@ -57,7 +57,8 @@ def _eliminate(entries: Tensor, n: int) -> Tensor:
     each operation runs over many of them.
     """
     flat = entries.reshape(-1, entries.shape[-1])
-    parts = [_eliminate_together(part, n) for part in flat.split(_TOGETHER)]
+    starts = range(0, max(1, len(flat)), _TOGETHER)
+    parts = [_eliminate_together(flat[start : start + _TOGETHER], n) for start in starts]
     result = parts[0] if len(parts) == 1 else torch.cat(parts)
     return result.view(*entries.shape[:-1], n, n)
 

@@ -139,6 +139,17 @@ def test_the_environment_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         SubspaceCache()
 
 
+def test_an_entry_evicted_while_it_is_opened_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evicted(path: Path, **_: object) -> None:  # what safetensors does second: map the file with torch
+        path.unlink()
+        torch.UntypedStorage.from_file(str(path), False, 64)
+
+    cache = SubspaceCache(tmp_path)
+    cache.put("k", example())
+    monkeypatch.setattr("isotune.subspace_cache.safe_open", evicted)
+    assert cache.get("k", SHAPE) is None
+
+
 def _hammer(directory: str, failures: multiprocessing.Queue[str]) -> None:
     torch.set_num_threads(1)
     stored = [example(seed) for seed in range(3)]

@@ -49,6 +49,8 @@ class SubspaceCache:
             found = _read(path, shape)
         except (FileNotFoundError, PermissionError):
             return None
+        except RuntimeError:  # safetensors opens a file twice; torch says this of one that was evicted in between
+            return None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             with contextlib.suppress(OSError):
                 path.unlink()

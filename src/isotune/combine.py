@@ -109,7 +109,8 @@ def _close(one: Tensor, two: Tensor) -> bool:
 def _mean(layer: Layer, adapters: Sequence[str], weights: Tensor) -> dict[str, Tensor]:
     operators = [layer.operator(adapter) for adapter in adapters]
     means = operators[0].averages
-    without = [name for name in operators[0].parameter_names() if name not in means]
+    names = [name for name, _ in operators[0].named_parameters()]
+    without = [name for name in names if name not in means]
     if without:
         raise ValueError(
             f"{type(operators[0]).__name__} with {', '.join(without)} has no mean of its own kind, as its factors are "
@@ -118,6 +119,5 @@ def _mean(layer: Layer, adapters: Sequence[str], weights: Tensor) -> dict[str, T
     by_name = [dict(operator.named_parameters()) for operator in operators]
     weights = weights.to(next(iter(by_name[0].values())).device)
     return {
-        name: means[name](torch.stack([parameters[name].detach() for parameters in by_name]), weights)
-        for name in operators[0].parameter_names()
+        name: means[name](torch.stack([parameters[name].detach() for parameters in by_name]), weights) for name in names
     }

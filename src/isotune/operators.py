@@ -31,6 +31,8 @@ class Operator(nn.Module, ABC):
     """Whether `evaluate` takes many small steps, whose results backward computes again and does not keep."""
     averages: Means = {}  # noqa: RUF012
     """How each parameter of several such operators is averaged; one that is missing has no mean."""
+    unevaluated: ClassVar[tuple[str, ...]] = ()
+    """Names of parameters that `evaluate` does not read, which may differ in shape within a batch."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -124,12 +126,12 @@ class Operator(nn.Module, ABC):
         return self.is_identity()
 
     def parameter_tuple(self) -> tuple[Tensor, ...]:
-        """The parameters in the order of their names' registration."""
-        return tuple(p for p in self._parameters.values() if p is not None)
+        """The parameters that `evaluate` reads, in the order of their names' registration."""
+        return tuple(p for name, p in self._parameters.items() if p is not None and name not in self.unevaluated)
 
     def parameter_names(self) -> tuple[str, ...]:
         """The names that go with `parameter_tuple`."""
-        return tuple(name for name, p in self._parameters.items() if p is not None)
+        return tuple(name for name, p in self._parameters.items() if p is not None and name not in self.unevaluated)
 
 
 class DenseOperator(Operator):
@@ -437,6 +439,7 @@ def batch_operators(operators: Iterable[Operator]) -> list[OperatorBatch]:
     """
     groups: dict[Hashable, list[Operator]] = {}
     for operator in operators:
-        shapes = tuple((name, p.shape, p.dtype, p.device) for name, p in operator.named_parameters())
+        parameters = zip(operator.parameter_names(), operator.parameter_tuple(), strict=True)
+        shapes = tuple((name, p.shape, p.dtype, p.device) for name, p in parameters)
         groups.setdefault((type(operator), operator.batch_key(), shapes), []).append(operator)
     return [OperatorBatch(group) for group in groups.values()]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from isotune.algebra import cayley
 from isotune.algebra.cayley import bound_generator, cayley_difference, cayley_of_entries, neumann_difference
+from isotune.algebra.skew import skew_from_vector
 
 SIZES = [1, 2, 3, 5, 8]
 LEADING = [(), (3,), (2, 2)]
@@ -153,6 +154,14 @@ def test_the_bound_of_a_zero_generator_is_finite() -> None:
     assert not bounded.any()
     assert generator.grad is not None
     assert bool(torch.isfinite(generator.grad).all())
+
+
+@pytest.mark.parametrize("n", [2, 8, 11])
+def test_the_small_diagonal_of_a_small_rotation_is_kept(n: int) -> None:
+    entries = 1e-3 * torch.randn(5, n * (n - 1) // 2)
+    exact = twin(skew_from_vector(entries.double(), n)).diagonal(dim1=1, dim2=2)
+    found = cayley_of_entries(entries, n).diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("leading", [(7,), (2, 4), (3,)])

@@ -102,6 +102,7 @@ class BOFTOperator(Rotation):
     """
 
     recompute = True
+    unevaluated = ("output_gain",)
 
     def __init__(
         self,

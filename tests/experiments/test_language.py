@@ -14,6 +14,7 @@ import torch
 from helpers import WORDS, make_tokenizer, tiny_gpt2, tiny_llama
 from isotune.experiments import models, tasks
 from isotune.experiments.data import DataError
+from isotune.experiments.measure import kept_by_batch
 from isotune.experiments.recipe import RecipeError, validate
 from isotune.experiments.tasks.commonsense import first_choice
 from isotune.experiments.tasks.language import SftLoop
@@ -163,8 +164,12 @@ def test_the_loss_without_the_logits_of_the_questions_is_that_of_trl(
     torch.testing.assert_close(own, trl, rtol=1e-6, atol=1e-6)
     for name, gradient in trl_grads.items():
         torch.testing.assert_close(own_grads[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
-    labels = task.training_batch()["labels"]
+    batch = task.training_batch()
+    labels = batch["labels"]
     assert sum(rows) == len(labels) * int((labels[:, 1:] != -100).any(0).sum()) < labels[:, 1:].numel()
+    learnt = int((labels[:, 1:] != -100).sum())
+    torch.testing.assert_close(task.loss(loaded, batch).detach(), trl * (counted or learnt) / learnt)
+    assert kept_by_batch(loaded, batch, task.loss) < kept_by_batch(loaded, batch, lambda model, b: model(**b).loss)
 
 
 def computed_rows(model: Any) -> list[int]:

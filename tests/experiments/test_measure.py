@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,13 @@ def test_a_frozen_layer_keeps_less_than_a_trained_one_and_psoft_little_more() ->
     whole = tiny_llama()
     state = torch.get_rng_state()
     training = whole.training
-    kept = measure.kept_by_batch(whole, batch)
-    assert 0 < measure.kept_by_batch(adapted, batch) < kept
+
+    def loss(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        found: Tensor = model(**inputs).loss
+        return found
+
+    kept = measure.kept_by_batch(whole, batch, loss)
+    assert 0 < measure.kept_by_batch(adapted, batch, loss) < kept
     assert torch.equal(torch.get_rng_state(), state)
     assert whole.training is training
     assert not any(p.grad is not None for p in whole.parameters())

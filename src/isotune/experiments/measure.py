@@ -72,8 +72,8 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
     return kept.nbytes
 
 
-def kept_by_batch(model: Any, batch: Mapping[str, Any]) -> int:
-    """Bytes that one training pass of `model` over `batch` (inputs with labels) saves for backward.
+def kept_by_batch(model: Any, batch: Mapping[str, Any], loss: Callable[[Any, Mapping[str, Any]], Tensor]) -> int:
+    """Bytes that one training pass of `model` over `batch`, inputs with labels, to its `loss` saves for backward.
 
     The mode and the random numbers are left as they were.
     """
@@ -83,7 +83,7 @@ def kept_by_batch(model: Any, batch: Mapping[str, Any]) -> int:
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
-            return kept_bytes(model.train(), lambda: model(**inputs).loss)
+            return kept_bytes(model.train(), lambda: loss(model, inputs))
     finally:
         model.train(training)
 

@@ -234,7 +234,7 @@ def train_one(
         "train_seconds": outcome.seconds,
         "tokens_per_second": outcome.tokens_per_second,
         "peak_memory_bytes": peak,
-        "kept_bytes": measure.kept_by_batch(outcome.model, task.training_batch()),
+        "kept_bytes": measure.kept_by_batch(outcome.model, task.training_batch(), task.loss),
         "forgetting": forgetting.after(outcome.model) if forgetting is not None else None,
         "geometry": angles.adapter_geometry(outcome.model),
         "adapter_bytes": saved.stat().st_size,

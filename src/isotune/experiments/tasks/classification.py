@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, default_data_collator
 
@@ -67,6 +68,10 @@ class Classifier(ABC):
 
     def training_batch(self) -> dict[str, Any]:
         return dict(self.encoded.collate(self.encoded.train[: self.recipe.train.batch_size]))
+
+    def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        found: Tensor = model(**batch).loss
+        return found
 
     def train(self, model: Any, job: Job) -> loop.Outcome:
         return loop.train(model, self.encoded, job.settings, job.lr, job.head, job.folder, job.title)

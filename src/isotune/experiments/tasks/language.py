@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from statistics import fmean
@@ -57,17 +57,27 @@ class SftLoop(loop.Loop, SFTTrainer):  # type: ignore[misc]
         With a large vocabulary the logits of the questions cost more than all else in a step.
         """
         whole = return_outputs or self.aux_loss_enabled or self.accelerator.num_processes > 1
-        if whole or inputs["labels"].device.type != "cpu" or "logits_to_keep" not in _arguments_of(model):
+        if whole or not _takes_places(model, inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"][:, 1:]
-        learnt = labels != IGNORED
-        places = learnt.any(0).nonzero()[:, 0]  # from which some row of the batch learns its next token
-        given = {name: value for name, value in inputs.items() if name != "labels"}
-        logits = model(**given, use_cache=False, logits_to_keep=places).logits
-        total = nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels[:, places].flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        return total / (learnt.sum() if num_items_in_batch is None else num_items_in_batch)
+        return _answer_loss(model, inputs, num_items_in_batch)
+
+
+def _takes_places(model: Any, inputs: Mapping[str, Any]) -> bool:
+    return inputs["labels"].device.type == "cpu" and "logits_to_keep" in _arguments_of(model)
+
+
+def _answer_loss(model: Any, inputs: Mapping[str, Any], count: Any = None) -> Tensor:
+    """The mean loss of the learnt tokens, or their sum over `count`, with logits at no other place of the batch."""
+    labels = inputs["labels"][:, 1:]
+    learnt = labels != IGNORED
+    places = learnt.any(0).nonzero()[:, 0]  # from which some row of the batch learns its next token
+    given = {name: value for name, value in inputs.items() if name != "labels"}
+    logits = model(**given, use_cache=False, logits_to_keep=places).logits
+    total = nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels[:, places].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    mean: Tensor = total / (learnt.sum() if count is None else count)
+    return mean
 
 
 class LanguageTask(ABC):
@@ -126,6 +136,12 @@ class LanguageTask(ABC):
         collate = DataCollatorForLanguageModeling(self._tokenizer.pad_token_id)
         parts = self.recipe.train.batch_size // self.recipe.train.gradient_accumulation
         return dict(collate([rows[i] for i in range(min(parts, len(rows)))]))
+
+    def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        if _takes_places(model, batch):
+            return _answer_loss(model, batch)
+        whole: Tensor = model(**batch).loss
+        return whole
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from isotune.experiments.recipe import Method, Train
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from isotune.experiments.loop import Outcome
 
 
@@ -62,6 +64,10 @@ class Task(Protocol):
 
     def training_batch(self) -> dict[str, Any]:
         """The same batch of training examples at every call, as the model takes it, with labels."""
+        ...
+
+    def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        """The loss of a batch as a training step computes it."""
         ...
 
     def train(self, model: Any, job: Job) -> Outcome:

@@ -77,6 +77,28 @@ def log_likelihood(model: Any, tokenizer: Any, prompt: str, answer: str) -> floa
     return sum(float(scores[at - 1, ids[at]]) for at in range(len(given), len(ids)))
 
 
+def test_a_prompt_with_the_question_alone_asks_for_the_words_of_the_answer(folder: Path) -> None:
+    listed = row("Please choose the correct answer to the question: Which?", "answer2", "answer1/answer2")
+    listed["instruction"] = listed["instruction"].replace("\n\n", "\n\nAnswer1: deep blue Answer2: red\n\n", 1)
+    named = row("Please answer with a colour, question: Which: one?", "red", "blue/red")
+    (folder / "test.json").write_text(json.dumps([listed, {**named, "input": "w1"}]))
+    (folder / "train.json").write_text(json.dumps([listed]))
+    task = tasks.make(recipe(folder, prompt="Question: {question}\nAnswer:", score="likelihood"))
+    first, second = task.splits["test"]
+    assert (first.prompt, first.completion) == ("Question: Which?\nAnswer:", " red")
+    assert (first.answer, first.choices, task.said("red")) == ("red", ("deep blue", "red"), " red")
+    assert (second.prompt, second.completion) == ("Question: Which: one?\n\nw1\nAnswer:", " red")
+    assert (second.answer, second.choices) == ("red", ("blue", "red"))
+    assert task.splits["train"][0].completion == " red"
+    assert task.right(first, "red")
+    (folder / "train.json").write_text(json.dumps([{**listed, "instruction": "Which?"}]))
+    with pytest.raises(DataError, match="does not end in 'Answer format"):
+        tasks.make(recipe(folder, prompt="{question}"))
+    for prompt in ("Answer:", "{instruction} {question}"):
+        with pytest.raises(RecipeError, match=r"\{instruction\} or \{question\}"):
+            tasks.make(recipe(folder, prompt=prompt))
+
+
 @pytest.mark.parametrize("choices", ["blue/red/green", "blue/deep/red"])
 def test_the_likeliest_choice_is_that_of_plain_torch(folder: Path, model: Path, choices: str) -> None:
     answer = choices.split("/")[1]

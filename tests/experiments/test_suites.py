@@ -354,9 +354,10 @@ def test_the_small_recipes_score_several_sets_by_likelihood_and_solutions_by_the
     llama: Path, commonsense: Path, mathematics: Path, tmp_path: Path
 ) -> None:
     own = ["data.files.train=ARC-Easy/test.json", "data.hold_out=2"]
-    result = trained("arc/gemma", llama, commonsense, tmp_path / "arc", *own)
-    assert set(result["metrics"]) == {"accuracy", "arc_easy", "arc_challenge"}
-    assert result["data"]["sets"] == {"arc_easy": 4, "arc_challenge": 4}
+    for name in ("arc/gemma", "arc/gemma-words"):
+        result = trained(name, llama, commonsense, tmp_path / name, *own)
+        assert set(result["metrics"]) == {"accuracy", "arc_easy", "arc_challenge"}
+        assert result["data"]["sets"] == {"arc_easy": 4, "arc_challenge": 4}
     own = ["data.files.train=test.jsonl", "data.hold_out=2"]
     result = trained("gsm8k/gemma", llama, mathematics / "gsm8k", tmp_path / "gsm8k", *own)
     assert result["metrics"].keys() == {"loss"}

@@ -43,7 +43,11 @@ def test_a_run_killed_in_a_checkpoint_ends_as_one_process_would(tiny: dict[str, 
     assert (folder / "checkpoint-8" / "trainer_state.json").exists()
     assert not (folder / "run.json").exists()
 
-    resumed = launch([*torchrun, "-m", "isotune"], "train", str(recipe))
+    # Started by the one launcher, it may go on under the other. Where there is no GPU the processes of --multi_gpu
+    # compute on the CPU; with --cpu, accelerate starts several by MPI alone.
+    accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+    accelerate += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    resumed = launch([*accelerate, "-m", "isotune"], "train", str(recipe))
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     found = read_json(Path(tiny["output"]) / "result.json")
     assert found["hardware"]["processes"] == 2

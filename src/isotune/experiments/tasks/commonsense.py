@@ -27,6 +27,7 @@ class MultipleChoice(LanguageTask):
 
     def __init__(self, recipe: Recipe) -> None:
         self._in_words = recipe.prompt is not None and "{question}" in recipe.prompt
+        self._shown = "{question}" if self._in_words else "{instruction}"
         if recipe.prompt is not None and self._in_words == ("{instruction}" in recipe.prompt):
             raise RecipeError("the prompt of multiple-choice questions must contain {instruction} or {question}")
         super().__init__(recipe)
@@ -49,7 +50,7 @@ class MultipleChoice(LanguageTask):
             text = _ASKED.sub("", question)
         if further:
             text = f"{text}\n\n{further}"
-        prompt = (self.recipe.prompt or "{instruction}\n").replace("{instruction}", text).replace("{question}", text)
+        prompt = (self.recipe.prompt or "{instruction}\n").replace(self._shown, text)
         return Question(prompt, completion, answer, choices, row.set)
 
     def said(self, choice: str) -> str:

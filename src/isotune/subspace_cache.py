@@ -47,10 +47,8 @@ class SubspaceCache:
         path = self.directory / (key + _SUFFIX)
         try:
             found = _read(path, shape)
-        except (FileNotFoundError, PermissionError):
-            return None
-        except RuntimeError:  # safetensors opens a file twice; torch says this of one that was evicted in between
-            return None
+        except (FileNotFoundError, PermissionError, RuntimeError):
+            return None  # RuntimeError: safetensors opens a file twice, and this one was evicted in between
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             with contextlib.suppress(OSError):
                 path.unlink()

@@ -1,11 +1,12 @@
 """One training step of isotune's methods beside PEFT's, in one process.
 
 Models like Llama, random weights, one step = forward, loss, backward. Variants are interleaved round by round, so that
-whatever else the machine does falls on all of them, and medians over rounds are compared; every figure of time is a
-ratio to PEFT LoRA r=8 of the same round. "kept" counts, exactly, the bytes that the forward pass saves for backward,
-frozen weights and adapter buffers not included. "aten" is the number of operations, views not counted, that one
-adapted layer adds to a forward pass of a frozen one plus its own; "bound" is the ratio that the multiplications alone
-would set: the frozen model's time and the update's products at the frozen model's own speed.
+whatever else the machine does falls on all of them, in another order each round, so that none always comes after the
+same one (what comes after a variant that has emptied the caches is slower); medians over rounds are compared. Every
+figure of time is a ratio to PEFT LoRA r=8 of the same round. "kept" counts, exactly, the bytes that the forward pass
+saves for backward, frozen weights and adapter buffers not included. "aten" is the number of operations, views not
+counted, that one adapted layer adds to a forward pass of a frozen one plus its own; "bound" is the ratio that the
+multiplications alone would set: the frozen model's time and the update's products at the frozen model's own speed.
 
     python benchmarks/step.py                 # the table of the README
     python benchmarks/step.py --set family --width 512 --tokens 256 --dtype float32 --rounds 15
@@ -18,6 +19,7 @@ import copy
 import functools
 import json
 import platform
+import random
 import statistics
 import sys
 import time
@@ -186,10 +188,12 @@ def measure(
         step(model, embeddings)
         step(model, embeddings)
     times: dict[str, list[float]] = {name: [] for name in models}
+    shuffled, order = random.Random(0), list(models)
     for _ in range(rounds):
-        for name, model in models.items():
+        shuffled.shuffle(order)
+        for name in order:
             start = time.perf_counter()
-            step(model, embeddings)
+            step(models[name], embeddings)
             times[name].append(time.perf_counter() - start)
     operations = {name: forward_operations(model, embeddings) for name, model in models.items()}
     adapted_layers = LAYERS[width] * len(PROJECTIONS)

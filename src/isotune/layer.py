@@ -348,7 +348,9 @@ class Layer(nn.Module, BaseTunerLayer):
     def _rotated(self, x: Tensor, operator: Rotation) -> Tensor:
         weight, bias = self._frozen()
         matrix = self.host.stored(weight)  # its own inverse: as it is, or transposed
-        return rotated_linear(x, operator.gain, operator.chain, operator.tensors(x.dtype), matrix, bias)
+        result = rotated_linear(x, operator.gain, operator.chain, operator.tensors(x.dtype), matrix, bias)
+        operator.watch(result)
+        return result
 
     def _frozen(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of a bare host."""

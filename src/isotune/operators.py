@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
-from isotune.algebra.factors import Chain, apply_chain, transpose_chain
+from isotune.algebra.factors import Chain, apply_chain, keep_if_alive, transpose_chain
 from isotune.algebra.means import Means
 from isotune.distributed import is_sharded, several
 
@@ -179,6 +180,11 @@ class Rotation(Operator):
         """Trained factors of the layer's outputs, (out,), where the method has them."""
         return None
 
+    def watch(self, output: Tensor) -> None:
+        """Let backward find the gain's gradient in the layer's output if the forward pass leaves that in memory."""
+        if self.gain is not None and self._batch is not None and not torch.compiler.is_compiling():
+            self._batch.watch(output, self.gain)
+
     def is_identity(self) -> bool:
         """Whether M is the identity and every gain one."""
         return super().is_identity() and (self.gain is None or bool((self.gain == 1).all()))
@@ -233,22 +239,21 @@ class _Evaluation(torch.autograd.Function):
         ctx: Any, operator: Operator, dtype: torch.dtype | None, count: int, noise: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        leaves = [stacked.detach().requires_grad_() for stacked in _stack(parameters, count)]
-        names = operator.parameter_names()
-        ctx.count, ctx.leaves, ctx.results = count, leaves, None
+        ctx.inner = inner = _InnerGraph(operator, dtype, count, noise, parameters)
         if operator.recompute:
-            ctx.again = operator.without_parameters(), names, leaves, noise, dtype
+            ctx.makes_again = inner.output  # by which a layer need not keep the tensors
             with torch.no_grad():
-                results = _compute(operator, names, leaves, noise, dtype)
+                results = inner.results()
         else:
-            results = ctx.results = _compute_with_graph(operator, names, leaves, noise, dtype)
+            results = inner.record()[1]
         return tuple(one for result in results for one in result.detach().unbind(0))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        results = _compute_with_graph(*ctx.again) if ctx.results is None else ctx.results
-        kinds = [gradients[i : i + ctx.count] for i in range(0, len(gradients), ctx.count)]
+        inner: _InnerGraph = ctx.inner
+        leaves, results = inner.record()
+        kinds = [gradients[i : i + inner.count] for i in range(0, len(gradients), inner.count)]
         # An operator that had no part in the loss has no gradient: a zero would let an optimiser's momentum and weight
         # decay move it.
         used = [any(g is not None for g in own) for own in zip(*kinds, strict=True)]
@@ -256,22 +261,77 @@ class _Evaluation(torch.autograd.Function):
         for result, kind in zip(results, kinds, strict=True):
             zero = torch.zeros_like(result[0]) if any(g is None for g in kind) else None
             stacked.append(torch.stack([zero if g is None else g for g in kind]))  # type: ignore[misc]
-        found = torch.autograd.grad(results, ctx.leaves, stacked, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(results, leaves, stacked, retain_graph=True, allow_unused=True)
         flat: list[Tensor | None] = []
         for gradient in found:
-            rows = [None] * ctx.count if gradient is None else gradient.unbind(0)
+            rows = [None] * inner.count if gradient is None else gradient.unbind(0)
             flat.extend(g if use else None for g, use in zip(rows, used, strict=True))
+        if hasattr(ctx, "makes_again"):
+            inner.forget()
         return None, None, None, None, *flat
+
+
+class _InnerGraph:
+    """How the tensors of operators come from their parameters, and the graph of that while it is there.
+
+    A graph that is made again in backward is made of the parameters themselves, of which nothing is kept meanwhile.
+
+    Args:
+        operator, dtype, count, noise, parameters: as of `_Evaluation`.
+    """
+
+    def __init__(
+        self,
+        operator: Operator,
+        dtype: torch.dtype | None,
+        count: int,
+        noise: Tensor | None,
+        parameters: Sequence[Tensor],
+    ) -> None:
+        self.operator, self.names = operator.without_parameters(), operator.parameter_names()
+        self.dtype, self.count, self.noise = dtype, count, noise
+        self.parameters = [parameter.detach() for parameter in parameters]
+        self.versions = [_version(parameter) for parameter in parameters]
+        self.recorded: tuple[list[Tensor], tuple[Tensor, ...]] | None = None
+
+    def results(self, leaves: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
+        """The tensors, each of all operators."""
+        given = _stack(self.parameters, self.count) if leaves is None else leaves
+        return _compute(self.operator, self.names, given, self.noise, self.dtype)
+
+    def record(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """The stacked parameters, and the tensors as a function of them that can be passed backward.
+
+        Raises:
+            RuntimeError: a parameter has been written to since the forward pass.
+        """
+        if self.recorded is None:
+            if self.versions != [_version(parameter) for parameter in self.parameters]:
+                raise RuntimeError(
+                    "A parameter of an adapter was changed in place between the forward and the backward pass that "
+                    "needs it; call backward() before the optimiser's step."
+                )
+            with torch.enable_grad(), hidden_from_hooks():
+                leaves = [stacked.requires_grad_() for stacked in _stack(self.parameters, self.count)]
+                self.recorded = leaves, self.results(leaves)
+        return self.recorded
+
+    def output(self, index: int) -> Tensor:
+        """An output of the node, once more."""
+        return self.record()[1][index // self.count][index % self.count].detach()
+
+    def forget(self) -> None:
+        """Give the graph up; it is made again if it is needed again."""
+        self.recorded = None
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def hidden_from_hooks() -> AbstractContextManager[Any]:
     """A scope in which what is saved for backward is seen by no hooks from outside; benchmarks replace it to count."""
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-
-
-def _compute_with_graph(*arguments: Any) -> tuple[Tensor, ...]:
-    with torch.enable_grad(), hidden_from_hooks():
-        return _compute(*arguments)
 
 
 def _stack(parameters: Sequence[Tensor], count: int) -> list[Tensor]:
@@ -298,7 +358,9 @@ class OperatorBatch:
         """Whether the operators are computed alone in this pass, since their parameters are not here all at once."""
         self._compared = False
         self._noise: Tensor | None = None
-        self._tracked: dict[torch.dtype | None, tuple[Tensor, ...]] = {}
+        # None for what was given up after the pass: checkpointing, which runs parts of it again, makes it again.
+        self._tracked: dict[torch.dtype | None, tuple[Tensor, ...] | None] = {}
+        self._watched: list[tuple[TensorWeakRef, int, Tensor]] = []
         self._untracked: dict[torch.dtype | None, tuple[Tensor, ...]] = {}
         self._traced: tuple[Tensor, ...] | None = None
         self._snapshot: list[Tensor] = []
@@ -314,6 +376,7 @@ class OperatorBatch:
             self._traced = self._evaluated(self._stacked(), noise, None)
             return
         self._tracked.clear()
+        self._watched.clear()
         self._compared = self.apart = False
         # Drawn here, not where it is first needed: that may lie in a part of the model that checkpointing runs again
         # from a saved state of the random numbers, and then finds the evaluation done.
@@ -326,6 +389,16 @@ class OperatorBatch:
         """The forward pass is over; its result stays for checkpointing, which repeats parts of it in backward."""
         self.running = self.apart = False
         self._traced = None
+        if self.operators[0].recompute:
+            self._tracked = dict.fromkeys(self._tracked)
+        for reference, version, gain in self._watched:
+            keep_if_alive(reference(), version, gain)
+        self._watched.clear()
+
+    def watch(self, output: Tensor, gain: Tensor) -> None:
+        """Let a layer's backward use its output if that is still there, and the same, when the pass is over."""
+        if self.running and output.grad_fn is not None and not is_symbolic(output):
+            self._watched.append((TensorWeakRef(output), output._version, gain))
 
     def noise(self, slot: int) -> Tensor | None:
         """The noise of one operator in the last forward pass, (1, …)."""
@@ -348,7 +421,8 @@ class OperatorBatch:
 
     def _with_graph(self, dtype: torch.dtype | None) -> tuple[Tensor, ...] | None:
         found = self._tracked.get(dtype)
-        if self.running and found is None and not self.apart:
+        again = dtype in self._tracked and _in_backward()
+        if found is None and (self.running or again) and not self.apart:
             flat = self._parameters()
             if self._must_be_apart(flat):
                 return None

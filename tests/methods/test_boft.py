@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import TensorWeakRef
 
-from helpers import adapt, layers_of, trainable
+from helpers import adapt, assert_same_gradients, layers_of, trainable
 from isotune.algebra.factors import apply_chain
+from isotune.experiments.measure import kept_bytes
 from isotune.methods import BOFTConfig
 from isotune.methods.boft import BOFTOperator
 from isotune.methods.oft import OFTOperator
@@ -280,3 +286,116 @@ def test_masks_follow_from_the_seed(factors: float) -> None:
         results.append(maps_of(model, 64).detach())
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
+
+
+# -- what a gain and a chain cost in backward ----------------------------------------------------------------------
+
+
+class Followed(nn.Module):
+    """Layers, each followed by what keeps its output for backward or does not, or writes to it."""
+
+    AFTER: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {
+        "kept": nn.functional.silu,
+        "not kept": lambda y: 2 * y,
+        "overwritten": lambda y: nn.functional.silu(y.mul_(0.5)),
+        "overwritten later": lambda y: nn.functional.relu(y, inplace=True),
+    }
+
+    def __init__(self, after: str, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16, bias=bias, dtype=dtype) for _ in range(3))
+        self.after = self.AFTER[after]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.after(layer(x))
+        return x
+
+
+class Products(TorchDispatchMode):
+    """Counts products of two matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("least", [0.5, 0.05, 0.0], ids="gain>={}".format)
+@pytest.mark.parametrize(("bias", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
+@pytest.mark.parametrize("after", list(Followed.AFTER))
+def test_the_gradient_of_a_gain_is_read_off_an_output_that_is_kept(
+    after: str, bias: bool, dtype: torch.dtype, least: float
+) -> None:
+    config = BOFTConfig(target_modules="all-linear", boft_n_butterfly_factor=2, init_weights=False)
+    model = adapt(Followed(after, bias, dtype), config)
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.operator("default").output_gain.uniform_(-2, 2).clamp_(min=least)
+            layer.operator("default").output_gain[0] = least
+    x = torch.randn(8, 16, dtype=dtype).requires_grad_()
+    loss = model(x).float().square().sum()
+    with Products() as products:
+        loss.backward()
+    read_off = after == "kept" and least == 0.5 and not (bias and dtype == torch.bfloat16)
+    assert products.count == (3 if read_off else 6)
+
+    reference = copy.deepcopy(model).float()
+    reference.zero_grad()
+    merged = copy.deepcopy(x.detach().float())
+    for layer in layers_of(reference):
+        operator = layer.operator("default")
+        host = layer.get_base_layer()
+        merged = operator.output_gain * (operator(merged) @ host.weight.T) + (host.bias if bias else 0)
+        merged = reference.get_base_model().after(merged)
+    merged.square().sum().backward()
+    assert_same_gradients(model, reference, 1e-5 if dtype == torch.float32 else 3e-2)
+
+
+def test_an_output_written_to_after_the_forward_pass_is_not_read() -> None:
+    model = adapt(nn.Sequential(nn.Linear(16, 16)), BOFTConfig(target_modules=["0"], init_weights=False))
+    x, held = torch.randn(8, 16).requires_grad_(), []
+    cotangent = torch.randn(8, 16)
+    model.get_base_model()[0].register_forward_hook(lambda module, args, output: held.append(output.detach()))
+    outputs = [model(x), model(x)]
+    held[1].zero_()
+    (gain,) = (p for name, p in model.named_parameters() if name.endswith("output_gain"))
+    found = [torch.autograd.grad(output, gain, cotangent)[0] for output in outputs]
+    assert bool(found[0].any())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_kept_for_backward_does_not_grow_with_the_factors() -> None:
+    x = torch.randn(32, 64).requires_grad_()
+
+    def kept(factors: int) -> int:
+        model = bare(BOFTConfig(boft_n_butterfly_factor=factors, init_weights=False), 64, layers=3)
+        return kept_bytes(model, lambda: model(x))
+
+    # All three layers read one x, which is kept; of the operators nothing is but their parameters.
+    assert {kept(factors) for factors in (1, 2, 3, 4)} == {x.nbytes}
+
+
+def test_a_parameter_changed_between_forward_and_backward_is_an_error() -> None:
+    model = bare(BOFTConfig(init_weights=False), 16)
+    output = maps_of(model, 16)
+    with torch.no_grad():
+        layers_of(model)[0].operator("default").generator.add_(0.1)
+    with pytest.raises(RuntimeError, match="changed in place between the forward and the backward"):
+        output.sum().backward()
+
+
+def test_a_loss_that_is_held_holds_no_outputs() -> None:
+    model = adapt(Followed("kept", False, torch.float32), BOFTConfig(target_modules="all-linear", init_weights=False))
+    outputs: list[TensorWeakRef] = []
+    for layer in layers_of(model):
+        layer.register_forward_hook(lambda module, args, output: outputs.append(TensorWeakRef(output)))
+    loss = model(torch.randn(8, 16).requires_grad_()).square().sum()
+    storages = [StorageWeakRef(output().untyped_storage()) for output in outputs[:-1]]
+    assert not any(storage.expired() for storage in storages)
+    loss.backward()
+    assert all(storage.expired() for storage in storages)
+    assert loss.grad_fn is not None

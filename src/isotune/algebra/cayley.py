@@ -6,6 +6,8 @@ difference keeps its own relative precision, while R itself would lose it to the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,8 +47,22 @@ _SMALL = range(2, 12)
 """Block sizes for which LAPACK's solves of many blocks take 1.5 to 3 times as long on a CPU as `_eliminate`."""
 
 
-_TOGETHER = 4096
-"""How many matrices `_eliminate` takes at a time: their numbers stay in the processor's cache from step to step."""
+_TOGETHER = 2**18
+"""How many float64 numbers a CPU works on at a time: they stay in its cache, and in memory that it has already."""
+_AT_LEAST = 64
+"""Of so few matrices the operations cost more than what that gains."""
+
+
+def _in_parts(entries: Tensor, n: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `compute` makes of all matrices, (matrices, n(n − 1)/2) -> (matrices, n, n), of some at a time."""
+    flat = entries.reshape(-1, entries.shape[-1])
+    parts = torch.split(flat, max(_AT_LEAST, _TOGETHER // n**2))
+    if len(parts) == 1:
+        return compute(flat).view(*entries.shape[:-1], n, n)
+    result = entries.new_empty(len(flat), n, n)
+    for part, own in zip(torch.split(result, len(parts[0])), parts, strict=True):
+        part.copy_(compute(own))
+    return result.view(*entries.shape[:-1], n, n)
 
 
 def _eliminate(entries: Tensor, n: int) -> Tensor:
@@ -55,15 +71,11 @@ def _eliminate(entries: Tensor, n: int) -> Tensor:
     No pivots are searched: the symmetric part of I − Q is I, and so every pivot is at least 1. That bounds the growth
     of rounding errors by about ‖Q‖², which float64 has to spare. The matrices lie along the last dimension, so that
     each operation runs over many of them.
+
+    Args:
+        entries: (matrices, n(n − 1)/2).
+        n: size of R.
     """
-    flat = entries.reshape(-1, entries.shape[-1])
-    starts = range(0, max(1, len(flat)), _TOGETHER)
-    parts = [_eliminate_together(flat[start : start + _TOGETHER], n) for start in starts]
-    result = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return result.view(*entries.shape[:-1], n, n)
-
-
-def _eliminate_together(entries: Tensor, n: int) -> Tensor:
     columns = entries.double().t().contiguous()
     upper, lower = skew_positions(n, entries.device)
     work = columns.new_zeros(n * n, columns.shape[1])
@@ -118,8 +130,14 @@ def _inverse_difference(matrix: Tensor) -> Tensor:
 
 
 def _divides(entries: Tensor, n: int) -> bool:
-    """Whether `_inverse_difference` is quicker than LAPACK alone: for large matrices, and for very many."""
-    return n > 3 * _LEAF or (n > _LEAF and entries.numel() // entries.shape[-1] >= 256)
+    """Whether `_inverse_difference` is quicker than LAPACK alone: for large matrices, and for many."""
+    return n > 3 * _LEAF or (n > _LEAF and entries.numel() // entries.shape[-1] >= 32)
+
+
+def _by_division(entries: Tensor, n: int) -> Tensor:
+    """R − I from (matrices, n(n − 1)/2)."""
+    generator = skew_from_vector(entries.double(), n)
+    return _polish(_inverse_difference(generator).mul_(2).to(entries.dtype))
 
 
 def _generator_gradient(difference: Tensor, gradient: Tensor) -> Tensor:
@@ -158,11 +176,9 @@ class _CayleyOfEntries(torch.autograd.Function):
     @staticmethod
     def forward(entries: Tensor, n: int) -> Tensor:
         if n in _SMALL and entries.device.type == "cpu":
-            return _eliminate(entries, n)
+            return _in_parts(entries, n, partial(_eliminate, n=n))
         if entries.device.type == "cpu" and _divides(entries, n):
-            generator = skew_from_vector(entries.double(), n)
-            difference = _inverse_difference(generator.view(-1, n, n)).mul_(2).to(entries.dtype)
-            return _polish(difference).view(generator.shape)
+            return _in_parts(entries, n, partial(_by_division, n=n))
         generator = skew_from_vector(entries, n)
         minus = -generator
         minus.diagonal(dim1=-2, dim2=-1).fill_(1)

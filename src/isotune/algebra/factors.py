@@ -8,7 +8,8 @@ it. D and not I + D is stored, so that a small rotation keeps its relative preci
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -168,6 +169,26 @@ def chain_backward(
     return gradient if needs_x else None, tuple(grads)
 
 
+def _keep(ctx: Any, others: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> None:
+    """Save for backward, but of the tensors of factors those not that what made them can make again then."""
+    sources = [None if torch.compiler.is_compiling() else _source(tensor) for tensor in tensors]
+    ctx.sources = sources
+    ctx.save_for_backward(*others, *(t for t, source in zip(tensors, sources, strict=True) if source is None))
+
+
+def _source(tensor: Tensor) -> Callable[[], Tensor] | None:
+    """What makes the tensor again, where the node that it came from says how."""
+    makes_again = getattr(tensor.grad_fn, "makes_again", None)
+    return None if makes_again is None else partial(makes_again, tensor.output_nr)
+
+
+def _kept(ctx: Any, others: int) -> tuple[Sequence[Tensor], list[Tensor]]:
+    """What `_keep` was given: the first `others`, and the tensors of factors."""
+    saved = ctx.saved_tensors
+    rest = iter(saved[others:])
+    return saved[:others], [next(rest) if source is None else source() for source in ctx.sources]
+
+
 class _Chain(torch.autograd.Function):
     """A chain that keeps its input and its tensors."""
 
@@ -175,14 +196,14 @@ class _Chain(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> Tensor:
         # Not named: a trace takes a function that is given as many arguments as its signature has for one without ctx.
         x, chain, *tensors = given
-        ctx.save_for_backward(x, *tensors)
+        _keep(ctx, (x,), tensors)
         ctx.chain = chain
         return chain_forward(x.reshape(-1, x.shape[-1]), chain, tensors).reshape(x.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        x, *tensors = ctx.saved_tensors
+        (x,), tensors = _kept(ctx, 1)
         width = x.shape[-1]
         grad_x, grads = chain_backward(
             x.reshape(-1, width), gradient.reshape(-1, width), ctx.chain, tensors, ctx.needs_input_grad[0]
@@ -238,14 +259,15 @@ class _RotatedLinear(torch.autograd.Function):
     """diag(gain) applied to chain(x) Wᵀ, plus bias, for a frozen W and bias; keeps x alone.
 
     The gradient of a gain needs chain(x) Wᵀ once more. Keeping it would cost tokens × out; computing it again costs one
-    product.
+    product. Often the layer's output is kept by whatever comes after it, and then it is read off that
+    (`keep_if_alive`).
     """
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
         x, gain, chain, (weight, bias), *tensors = given  # as in `_Chain.forward`
-        ctx.save_for_backward(x, gain, *tensors)
-        ctx.chain, ctx.weight = chain, weight
+        _keep(ctx, (x, gain), tensors)
+        ctx.chain, ctx.weight, ctx.bias, ctx.output = chain, weight, bias, None
         rotated = chain_forward(x.reshape(-1, x.shape[-1]), chain, tensors)
         bias = None if bias is None else bias.to(x.dtype)
         result, rows = frozen_linear(rotated, x.shape, weight.to(x.dtype), bias)
@@ -257,16 +279,54 @@ class _RotatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        x, gain, *tensors = ctx.saved_tensors
+        (x, gain), tensors = _kept(ctx, 2)
         flat, grad = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         weight, grad_gain = ctx.weight.to(x.dtype), None
         scratch: Tensor | None = None
         if ctx.needs_input_grad[1]:
-            scratch = torch.mm(chain_forward(flat, ctx.chain, tensors), weight.t())
-            grad_gain = scratch.mul_(grad).sum(0, dtype=gain.dtype)
+            output = _take_output(ctx)
+            if output is None:
+                scratch = torch.mm(chain_forward(flat, ctx.chain, tensors), weight.t())
+                grad_gain = scratch.mul_(grad).sum(0, dtype=gain.dtype)
+            else:
+                scratch = torch.mul(output.reshape(grad.shape), grad)
+                grad_gain = scratch.sum(0, dtype=gain.dtype)
+                if ctx.bias is not None:
+                    grad_gain -= ctx.bias.to(gain.dtype) * grad.sum(0, dtype=gain.dtype)
+                # What the forward pass multiplied by, in its precision.
+                grad_gain /= 1 + (gain - 1).to(x.dtype).to(gain.dtype)
         inner = torch.mm(grad if gain is None else torch.mul(grad, gain.to(x.dtype), out=scratch), weight)
         grad_x, grads = chain_backward(flat, inner, ctx.chain, tensors, ctx.needs_input_grad[0], in_place=True)
         return None if grad_x is None else grad_x.reshape(x.shape), grad_gain, None, None, *grads
+
+
+_SMALLEST_GAIN = 0.125
+"""Below it the output has lost so many of its digits to the division by its gain that it is computed again."""
+
+
+def keep_if_alive(output: Tensor | None, version: int, gain: Tensor) -> None:
+    """Let the backward of `rotated_linear` use its output, which something else has kept, to find a gain's gradient.
+
+    Done when the forward pass is over: what lives then is kept for backward anyway, by an activation function or a
+    product; but that lets go of it just before it would be used here.
+
+    Args:
+        output: of `rotated_linear`, or None where it is gone.
+        version: of it, when it was new; one that has been written to since is of no use.
+        gain: that it was multiplied by.
+    """
+    if output is None or output._version != version or output.device.type != "cpu":
+        return  # a GPU would have to be waited for, to see the gain
+    precise = output.grad_fn.bias is None or output.dtype in (torch.float32, torch.float64)  # type: ignore[union-attr]
+    if precise and bool((gain.detach().abs() >= _SMALLEST_GAIN).all()):
+        output.grad_fn.output = output.detach(), version  # type: ignore[union-attr]
+
+
+def _take_output(ctx: Any) -> Tensor | None:
+    """The output that `keep_if_alive` found, unless it has been written to since; the node lets go of it."""
+    output, version = ctx.output or (None, 0)
+    ctx.output = None  # a loss that is held into the next step must not hold this
+    return output if output is not None and output._version == version else None
 
 
 def rotated_linear(

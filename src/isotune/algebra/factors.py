@@ -323,9 +323,14 @@ def keep_if_alive(output: Tensor | None, version: int, gain: Tensor) -> None:
 
 
 def _take_output(ctx: Any) -> Tensor | None:
-    """The output that `keep_if_alive` found, unless it has been written to since; the node lets go of it."""
+    """The output that `keep_if_alive` found, unless it has been written to since.
+
+    Like what is saved for backward it goes with the first backward pass that does not retain the graph: a loss that is
+    held into the next step must not hold it, and a second pass must find what the first did, to the last bit.
+    """
     output, version = ctx.output or (None, 0)
-    ctx.output = None  # a loss that is held into the next step must not hold this
+    if not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.output = None
     return output if output is not None and output._version == version else None
 
 

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import json
-import subprocess
-import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from torch import distributed as dist
 from torch import nn
 
 from distributed import worker
-from helpers import adapted_stack, layers_of, tiny_llama, trainable
+from helpers import adapted_stack, layers_of, tiny_llama, torchrun, trainable
 from isotune import get_peft_model
 from isotune.distributed import average_gradients, one_for_all
 from isotune.methods import METHODS
 
 WORKER = Path(worker.__file__)
-
-
-def torchrun(count: int, *command: Any, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a script in processes of one thread each, on a free port."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    done = subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True, timeout=600)
-    assert not check or done.returncode == 0, done.stderr[-4000:]
-    return done
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
@@ -42,8 +36,8 @@ def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def alone() -> dict[str, list[float]]:
     """The loss of every step in one process, by method."""
     curves = {}
-    for method in ("psoft", "oft"):
-        model = worker.adapted(method)
+    for method, options in {"psoft": {}, "oft": {}, "hra": {"regularizer_weight": 0.3}}.items():
+        model = worker.adapted(method, **options)
         curves[method] = worker.train(model, trainable(model).values())
     return curves
 
@@ -56,6 +50,8 @@ def test_the_loss_curve_is_that_of_one_process(processes: Any, alone: dict[str, 
         "fsdp oft": "oft",
         "fsdp ignored": "psoft",
         "fsdp checkpointed": "psoft",
+        "fsdp evaluated": "psoft",
+        "fsdp hra": "hra",
     }
     for name, method in curves.items():
         assert len(alone[method]) == worker.STEPS
@@ -68,6 +64,12 @@ def test_the_first_process_finds_the_subspaces_for_all(processes: Any) -> None:
     first, *others = processes[1]
     assert first["solved psoft"] == 8
     assert all(found["solved psoft"] == 0 for found in others)
+
+
+def test_processes_meet_again_after_the_first_was_alone(processes: Any) -> None:
+    first, *others = processes[1]
+    assert first["solved together again"] == 8
+    assert all(found["solved together again"] == 0 for found in others)
 
 
 def test_an_adapter_added_to_spread_weights(processes: Any) -> None:
@@ -98,6 +100,29 @@ def test_an_adapter_saved_from_shards_loads_in_one_process(processes: Any, metho
     loaded = PeftModel.from_pretrained(tiny_llama(layers=4), folder / f"fsdp-{method}")
     expected = torch.load(folder / f"fsdp-{method}.pt", weights_only=True)
     torch.testing.assert_close(worker.logits(loaded), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """A group of this process alone, in which FSDP2 does all but talk."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_one_process_shards_like_several(alone: dict[str, list[float]]) -> None:
+    model = worker.sharded(worker.adapted("psoft"))
+    assert worker.train(model, trainable(model).values()) == pytest.approx(alone["psoft"], abs=1e-4)
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_the_whole_weights_are_given_up_when_their_shards_take_their_place() -> None:
+    model = worker.adapted("psoft")
+    whole = [weakref.ref(parameter) for parameter in model.parameters()]
+    worker.sharded(model)
+    gc.collect()
+    assert not [parameter for parameter in whole if parameter() is not None]
 
 
 def test_one_process_needs_nobody() -> None:

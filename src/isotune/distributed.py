@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -22,9 +23,22 @@ _MET: Counter[str] = Counter()
 _COUNTED_IN = 1 << 16
 
 
+def in_group() -> bool:
+    """Whether this process works in a group, possibly of itself alone."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def several() -> bool:
     """Whether this is one of several processes that work together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return in_group() and dist.get_world_size() > 1
+
+
+def loaded_by_one() -> bool:
+    """Whether transformers was told to load weights in one process of a machine alone, for accelerate to send later."""
+    switches = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return in_group() and all(
+        os.environ.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on") for name in switches
+    )
 
 
 def one_for_all(name: str, make: Callable[[], list[Tensor]]) -> list[Tensor]:
@@ -43,9 +57,10 @@ def one_for_all(name: str, make: Callable[[], list[Tensor]]) -> list[Tensor]:
     if not several():
         return make()
     store = dist.distributed_c10d._get_default_store()
-    _MET[name] += 1
-    place = f"isotune/{hashlib.sha256(name.encode()).hexdigest()[:32]}/{_MET[name]}"
     rank, others = dist.get_rank(), range(1, dist.get_world_size())
+    kind = f"isotune/{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+    _MET[name] += 1
+    place = f"{kind}/{_MET[name]}"
     if rank == 0:
         store.set(f"{place}/coming", "1")
         try:
@@ -60,6 +75,11 @@ def one_for_all(name: str, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         store.set(f"{place}/decision", json.dumps(shapes) if all(here) else "")
         return _sent(made) if all(here) else made
     arrived = store.add(f"{place}/{rank}", 1)
+    while arrived > _COUNTED_IN and _wait(store, [f"{kind}/{_MET[name] + 1}/coming"], WAIT):
+        # The first process has been here without this one, and is at the next meeting by now.
+        _MET[name] += 1
+        place = f"{kind}/{_MET[name]}"
+        arrived = store.add(f"{place}/{rank}", 1)
     if arrived == 1 and not _wait(store, [f"{place}/coming"], WAIT) and store.add(f"{place}/{rank}", 1) == 2:
         return make()
     _wait(store, [f"{place}/decision"], timedelta(days=1))
@@ -101,8 +121,8 @@ def sample_of(weight: Tensor, count: int = 64) -> list[float]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds a part of the tensor only."""
-    return several() and isinstance(tensor, _distributed_tensor())
+    """Whether this process holds its part of a tensor, of which the others (there may be none) hold theirs."""
+    return in_group() and isinstance(tensor, _distributed_tensor())
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import MutableMapping
 from itertools import takewhile
 from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from isotune.distributed import keep_buffers_at_home
 from isotune.errors import BaseMismatchError
@@ -30,7 +32,8 @@ class Links:
         self.batches: list[OperatorBatch] = []
         self.built = False
         self.model: nn.Module | None = None
-        self.trainable: dict[nn.Parameter, bool] = {}
+        # Weakly: what holds a parameter would keep it whole beside the shards that take its place.
+        self.trainable: MutableMapping[nn.Parameter, bool] = WeakTensorKeyDictionary()
         self._running: list[int] = []
 
     def __reduce__(self) -> tuple[type[Links], tuple[()]]:

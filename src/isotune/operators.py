@@ -14,7 +14,7 @@ from torch.utils.weak import TensorWeakRef
 
 from isotune.algebra.factors import Chain, apply_chain, keep_if_alive, transpose_chain
 from isotune.algebra.means import Means
-from isotune.distributed import is_sharded, several
+from isotune.distributed import gathered, in_group, is_sharded
 
 
 class Operator(nn.Module, ABC):
@@ -38,6 +38,8 @@ class Operator(nn.Module, ABC):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
+        self.sharded = False
+        """Whether the parameters were ever seen in parts."""
         self._batch: OperatorBatch | None = None
         self._slot = -1
 
@@ -56,6 +58,11 @@ class Operator(nn.Module, ABC):
     def penalty(self) -> Tensor | None:
         """What training adds to the loss, a scalar that is already weighted; None where there is no regulariser."""
         return None
+
+    def whole(self, name: str) -> Tensor:
+        """A parameter outside of a forward pass, in float32 at least; where it is in parts, every process must ask."""
+        parameter = gathered(self.get_parameter(name))
+        return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
     def randomize_parameters(self) -> None:
         """Move every parameter off the identity at random, for tests that need a trained-looking adapter."""
@@ -456,8 +463,13 @@ class OperatorBatch:
         return [parameter for same_name in by_name for parameter in same_name]
 
     def _must_be_apart(self, parameters: Sequence[Tensor]) -> bool:
-        # With `fully_shard` the parameters of a block are whole while that block runs, and at no other time.
-        self.apart = several() and any(map(is_sharded, parameters))
+        # With `fully_shard` the parameters of a block are whole while that block runs, and their gradients must be
+        # there when backward leaves it: the latter also where a forward pass without backward has left all blocks
+        # whole (reshard_after_forward=False).
+        if in_group() and any(map(is_sharded, parameters)):
+            for operator in self.operators:
+                operator.sharded = True
+        self.apart = self.operators[0].sharded
         return self.apart
 
     def _stacked(self) -> list[Tensor]:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from isotune.adapter_file import KEY_PREFIX, check_tensors
 from isotune.combine import check_request, combine
-from isotune.config import IsotuneConfig
+from isotune.config import IsotuneConfig, SubspaceConfig
+from isotune.distributed import loaded_by_one
 from isotune.errors import AdapterFileError, IsotuneWarning, UnsupportedVersionError
 from isotune.experts import ExpertsLayer
 from isotune.experts import inject as inject_experts
@@ -65,6 +66,8 @@ class IsotuneModel(BaseTuner):
         With `basis_of`, it takes those of another adapter, and its tensors.
         """
         _refuse_divided(model)
+        if isinstance(self.peft_config[adapter_name], SubspaceConfig):
+            _refuse_loading_by_one(model)
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         first = not any(isinstance(module, Layer) for module in model.modules())
         for module in model.modules():
@@ -73,7 +76,7 @@ class IsotuneModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             links = Links.attach(model)
             if first:
-                links.trainable = trainable
+                links.trainable.update(trainable)
             group = AdapterGroup(adapter_name, links.layers)
             if basis_of is not None:
                 group.share(basis_of)
@@ -280,6 +283,18 @@ def _refuse_divided(model: nn.Module) -> None:
             "DeepSpeed ZeRO-3 has divided the weights of this model while it was loaded, and isotune needs them whole "
             "to make an adapter. Use ZeRO-2, which keeps them whole, or FSDP2."
         )
+
+
+def _refuse_loading_by_one(model: nn.Module) -> None:
+    """Refuse an adapter with a basis where accelerate is going to send the other processes parameters only."""
+    if not loaded_by_one() or any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters()):
+        return  # four-bit weights every process loads for itself
+    raise ValueError(
+        "fsdp_cpu_ram_efficient_loading is on: one process of a machine loads the weights, which accelerate sends to "
+        "the others when it shards the model, and it cannot send the basis that this adapter keeps beside its "
+        "parameters. Turn it off, by fsdp_cpu_ram_efficient_loading: false in accelerate's configuration file "
+        "(accelerate launch has it on unless told otherwise); or use a method that rotates all inputs, such as OFT."
+    )
 
 
 def _check_file(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import isotune.distributed
 import isotune.subspace
 from helpers import OPTIONS_FOR_TINY, layers_of, randomize, some_tokens, tiny_llama, trainable
-from isotune import get_peft_model
+from isotune import get_peft_model, regularization_loss
 from isotune.distributed import average_gradients
 from isotune.methods import METHODS
 
@@ -36,21 +36,32 @@ def count_solves() -> None:
     isotune.subspace.principal_subspace = noted
 
 
-def adapted(method: str) -> Any:
-    options = OPTIONS_FOR_TINY[method]
-    model = get_peft_model(tiny_llama(layers=4), METHODS[method](target_modules=["q_proj", "v_proj"], **options))
-    randomize(model, std=0.02)
+def adapted(method: str, seed: int = 7, **options: Any) -> Any:
+    options = {"target_modules": ["q_proj", "v_proj"], **OPTIONS_FOR_TINY[method], **options}
+    torch.manual_seed(seed)  # HRA starts at random pairs of reflections
+    model = get_peft_model(tiny_llama(layers=4), METHODS[method](**options))
+    randomize(model, std=0.02, seed=seed)
     return model.train()
 
 
-def train(model: nn.Module, parameters: Any, rank: int = 0, size: int = 1, after_backward: Any = None) -> list[float]:
+def train(
+    model: nn.Module,
+    parameters: Any,
+    rank: int = 0,
+    size: int = 1,
+    after_backward: Any = None,
+    evaluate: bool = False,
+) -> list[float]:
     """20 steps of AdamW on the rows of this process; the loss of all rows at each."""
     optimizer = torch.optim.AdamW(parameters, lr=0.01)
     losses = []
     for step in range(STEPS):
         rows = some_tokens(ROWS, 9, seed=step % 3)[rank::size]
+        if evaluate:
+            logits(model)
+            model.train()
         loss = model(input_ids=rows, labels=rows).loss
-        loss.backward()
+        (loss + regularization_loss(model)).backward()
         if after_backward is not None:
             after_backward()
         optimizer.step()
@@ -62,11 +73,12 @@ def train(model: nn.Module, parameters: Any, rank: int = 0, size: int = 1, after
     return losses
 
 
-def sharded(model: Any, *, with_adapter: bool) -> Any:
+def sharded(model: Any, *, with_adapter: bool = True, **options: Any) -> Any:
     """Each block and then the rest by FSDP2, the adapter with them or whole in every process."""
     from torch.distributed.fsdp import fully_shard
 
-    options = {} if with_adapter else {"ignored_params": set(trainable(model).values())}
+    if not with_adapter:
+        options["ignored_params"] = set(trainable(model).values())
     for block in model.get_base_model().model.layers:
         fully_shard(block, **options)
     return fully_shard(model, **options)
@@ -99,7 +111,7 @@ def run(out: Path) -> dict[str, Any]:
         if method == "psoft":
             buffers = {name: list(tensor.shape) for name, tensor in replica.module.named_buffers()}
             found["sent buffers"] = [name for name in buffers if name not in replica.parameters_to_ignore]
-        model = sharded(adapted(method), with_adapter=True)
+        model = sharded(adapted(method))
         found[f"fsdp {method}"] = train(model, [p for p in model.parameters() if p.requires_grad], rank, size)
         save_whole(model, out / f"fsdp-{method}")
         expected = logits(model)
@@ -108,9 +120,15 @@ def run(out: Path) -> dict[str, Any]:
     model = sharded(adapted("psoft"), with_adapter=False)
     own = list(trainable(model).values())
     found["fsdp ignored"] = train(model, own, rank, size, lambda: average_gradients(own))
+    model = sharded(adapted("psoft"), reshard_after_forward=False)
+    found["fsdp evaluated"] = train(
+        model, [p for p in model.parameters() if p.requires_grad], rank, size, evaluate=True
+    )
+    model = sharded(adapted("hra", regularizer_weight=0.3))
+    found["fsdp hra"] = train(model, [p for p in model.parameters() if p.requires_grad], rank, size)
     model = adapted("psoft")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = sharded(model, with_adapter=True)
+    model = sharded(model)
     found["fsdp checkpointed"] = train(model, [p for p in model.parameters() if p.requires_grad], rank, size)
     try:
         model.merge_adapter()
@@ -126,6 +144,9 @@ def run(out: Path) -> dict[str, Any]:
     if rank == 0:
         found["alone"] = bool(logits(adapted("psoft")).isfinite().all())
     dist.barrier()
+    before = len(SOLVED)
+    adapted("psoft")
+    found["solved together again"] = len(SOLVED) - before
     return found
 
 

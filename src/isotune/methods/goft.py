@@ -108,8 +108,8 @@ class QGOFTOperator(Rotation):
         """λ Σ (a₁b₁ + a₂b₂)²."""
         if not self.regularizer_weight:
             return None
-        pairs = self.pairs.float() + torch.eye(2, device=self.pairs.device)
-        return self.regularizer_weight * pair_penalty(pairs)
+        pairs = self.whole("pairs")
+        return self.regularizer_weight * pair_penalty(pairs + torch.eye(2, device=pairs.device))
 
     def evaluate(self, parameters: Mapping[str, Tensor], noise: Tensor | None) -> tuple[Tensor, ...]:
         """The folded blocks of `givens_chain`."""

@@ -95,7 +95,7 @@ class HRAOperator(Rotation):
 
     def penalty(self) -> Tensor | None:
         """λ ‖I − UᵀU‖²_F."""
-        return self.regularizer_weight * reflection_penalty(self.vectors.float()) if self.regularizer_weight else None
+        return self.regularizer_weight * reflection_penalty(self.whole("vectors")) if self.regularizer_weight else None
 
     def evaluate(self, parameters: Mapping[str, Tensor], noise: Tensor | None) -> tuple[Tensor, ...]:
         """M − I as (..., n, r) and (..., r, n)."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isotune.algebra.factors import Chain, apply_chain, transpose_chain
 from isotune.algebra.means import Means
-from isotune.distributed import is_sharded, several
+from isotune.distributed import is_divided, is_sharded, is_whole, several, shape_of
 
 
 class Operator(nn.Module, ABC):
@@ -79,6 +79,12 @@ class Operator(nn.Module, ABC):
             at: which operators, where the parameters are those of many, (many, …); None for all.
         """
         parameters = self.parameter_tuple()
+        if not torch.compiler.is_compiling() and any(is_divided(p) and not is_whole(p) for p in parameters):
+            raise RuntimeError(
+                "The parameters of an adapter are divided by DeepSpeed ZeRO-3 and gathered in forward passes of the "
+                "whole model only. Call the engine that deepspeed.initialize returned, or gather them with "
+                "deepspeed.zero.GatheredParameters."
+            )
         if at is not None:
             parameters = tuple(parameter.index_select(0, at) for parameter in parameters)
         noise = self._noise_alone()
@@ -382,8 +388,9 @@ class OperatorBatch:
         return [parameter for same_name in by_name for parameter in same_name]
 
     def _must_be_apart(self, parameters: Sequence[Tensor]) -> bool:
-        # With `fully_shard` the parameters of a block are whole while that block runs, and at no other time.
-        self.apart = several() and any(map(is_sharded, parameters))
+        # With `fully_shard` the parameters of a block are whole while that block runs, and at no other time; with
+        # ZeRO-3 those of a layer while that layer runs.
+        self.apart = is_divided(parameters[0]) or (several() and any(map(is_sharded, parameters)))
         return self.apart
 
     def _stacked(self) -> list[Tensor]:
@@ -440,6 +447,6 @@ def batch_operators(operators: Iterable[Operator]) -> list[OperatorBatch]:
     groups: dict[Hashable, list[Operator]] = {}
     for operator in operators:
         parameters = zip(operator.parameter_names(), operator.parameter_tuple(), strict=True)
-        shapes = tuple((name, p.shape, p.dtype, p.device) for name, p in parameters)
+        shapes = tuple((name, shape_of(p), p.dtype, p.device) for name, p in parameters)
         groups.setdefault((type(operator), operator.batch_key(), shapes), []).append(operator)
     return [OperatorBatch(group) for group in groups.values()]

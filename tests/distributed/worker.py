@@ -36,9 +36,9 @@ def count_solves() -> None:
     isotune.subspace.principal_subspace = noted
 
 
-def adapted(method: str) -> Any:
-    options = OPTIONS_FOR_TINY[method]
-    model = get_peft_model(tiny_llama(layers=4), METHODS[method](target_modules=["q_proj", "v_proj"], **options))
+def adapted(method: str, base: nn.Module | None = None) -> Any:
+    base = tiny_llama(layers=4) if base is None else base
+    model = get_peft_model(base, METHODS[method](target_modules=["q_proj", "v_proj"], **OPTIONS_FOR_TINY[method]))
     randomize(model, std=0.02)
     return model.train()
 
@@ -73,8 +73,9 @@ def sharded(model: Any, *, with_adapter: bool) -> Any:
 
 
 def logits(model: nn.Module) -> torch.Tensor:
+    model.eval()  # which DeepSpeed's engine does not return
     with torch.no_grad():
-        return model.eval()(input_ids=some_tokens(2, 9)).logits
+        return model(input_ids=some_tokens(2, 9)).logits
 
 
 def save_whole(model: Any, folder: Path) -> None:

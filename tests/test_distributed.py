@@ -142,14 +142,6 @@ def test_weights_divided_by_rows_or_columns_are_refused() -> None:
     assert not layers_of(model)
 
 
-def test_weights_divided_by_deepspeed_are_refused() -> None:
-    model = tiny_llama()
-    next(model.parameters()).ds_id = 0
-    with pytest.raises(ValueError, match=r"ZeRO-3.*ZeRO-2"):
-        get_peft_model(model, METHODS["psoft"](r=8))
-    assert not layers_of(model)
-
-
 def test_what_ddp_is_told_goes_with_the_adapter() -> None:
     model = adapted_stack()
     base: nn.Module = model.get_base_model()

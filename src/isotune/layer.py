@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from isotune.algebra.factors import rotated_linear
 from isotune.config import IsotuneConfig, SubspaceConfig
-from isotune.distributed import gathered, is_sharded
+from isotune.distributed import is_divided, is_sharded, whole
 from isotune.errors import IsotuneWarning
 from isotune.forms import Form, SubspaceUpdate, mark
 from isotune.hosts import Backend, Kept, LinearHost, QuantisedHost, functions_for, host_for, read_by_forward, widen
@@ -118,6 +118,11 @@ class Layer(nn.Module, BaseTunerLayer):
             ValueError: the configuration does not fit the shape of W.
         """
         weight = self.host.weight
+        if self.host.quantised and is_divided(weight):
+            raise ValueError(
+                f"{self.key!r} is quantised and divided by DeepSpeed ZeRO-3, so that its weight cannot be read. Use "
+                "ZeRO-2, or load the base unquantised."
+            )
         device = torch.device("cpu") if weight.is_meta else weight.device
         wide = torch.promote_types(weight.dtype, torch.float32)
         operator = _placed(self._new_operator(config), device, wide)
@@ -187,7 +192,7 @@ class Layer(nn.Module, BaseTunerLayer):
         if self._kept is not None:
             with self._restored(self._kept):
                 return self.host.matrix()
-        return gathered(self.host.matrix())
+        return self.host.matrix()
 
     @property
     def _base_weight(self) -> Tensor:
@@ -396,7 +401,8 @@ class Layer(nn.Module, BaseTunerLayer):
         matrix = widen(self.unmerged_matrix())
         # An update is folded into zero, which keeps its own precision.
         start = torch.zeros_like(matrix) if self.raw_form(adapter_name).additive else matrix
-        return self.host.stored(self._fold([adapter_name], start) - start)
+        with whole(self.operator(adapter_name).parameters()):
+            return self.host.stored(self._fold([adapter_name], start) - start)
 
     @torch.no_grad()
     def low_rank(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -406,7 +412,7 @@ class Layer(nn.Module, BaseTunerLayer):
             ValueError: the change has no low rank.
         """
         matrix = self.unmerged_matrix()
-        with without_autocast(matrix):
+        with without_autocast(matrix), whole(self.operator(adapter_name).parameters()):
             return self.form(adapter_name).low_rank(matrix, self.operator(adapter_name))
 
     @torch.no_grad()

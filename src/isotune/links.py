@@ -12,7 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from isotune.distributed import keep_buffers_at_home
+from isotune.distributed import gather_with, is_divided, keep_buffers_at_home
 from isotune.errors import BaseMismatchError
 from isotune.forms import Form
 from isotune.layer import Layer
@@ -108,11 +108,20 @@ class Links:
         if id(module) in self._running:
             self._running.clear()  # an interrupt (Ctrl-C in a notebook) left the last pass without an end
         if not self._running:
-            if not self.built and not torch.compiler.is_compiling():
-                self.build(module)
+            if not torch.compiler.is_compiling():
+                if not self.built:
+                    self.build(module)
+                if any(is_divided(batch.operators[0].parameter_tuple()[0]) for batch in self.batches):
+                    self._gather_with_layers()
             for batch in self.batches:
                 batch.begin()
         self._running.append(id(module))
+
+    def _gather_with_layers(self) -> None:
+        """Have ZeRO-3 gather with each layer what the layer reads itself of the modules inside it."""
+        for layer in self.layers:
+            bias = layer.get_base_layer()._parameters.get("bias")
+            gather_with(layer, [*layer.isotune_operator.parameters(), *([] if bias is None else [bias])])
 
     def leave(self, module: nn.Module) -> None:
         """It has returned or raised."""

@@ -14,7 +14,7 @@ from torch.utils.weak import TensorWeakRef
 
 from isotune.algebra.factors import Chain, apply_chain, keep_if_alive, transpose_chain
 from isotune.algebra.means import Means
-from isotune.distributed import gathered, in_group, is_sharded
+from isotune.distributed import gathered, in_group, is_divided, is_sharded, is_whole, shape_of
 
 
 class Operator(nn.Module, ABC):
@@ -87,6 +87,12 @@ class Operator(nn.Module, ABC):
             at: which operators, where the parameters are those of many, (many, …); None for all.
         """
         parameters = self.parameter_tuple()
+        if not torch.compiler.is_compiling() and any(is_divided(p) and not is_whole(p) for p in parameters):
+            raise RuntimeError(
+                "The parameters of an adapter are divided by DeepSpeed ZeRO-3 and gathered in forward passes of the "
+                "whole model only. Call the engine that deepspeed.initialize returned, or gather them with "
+                "deepspeed.zero.GatheredParameters."
+            )
         if at is not None:
             parameters = tuple(parameter.index_select(0, at) for parameter in parameters)
         noise = self._noise_alone()
@@ -465,8 +471,8 @@ class OperatorBatch:
     def _must_be_apart(self, parameters: Sequence[Tensor]) -> bool:
         # With `fully_shard` the parameters of a block are whole while that block runs, and their gradients must be
         # there when backward leaves it: the latter also where a forward pass without backward has left all blocks
-        # whole (reshard_after_forward=False).
-        if in_group() and any(map(is_sharded, parameters)):
+        # whole (reshard_after_forward=False). With ZeRO-3 those of a layer are whole while that layer runs.
+        if any(map(is_sharded, parameters)):
             for operator in self.operators:
                 operator.sharded = True
         self.apart = self.operators[0].sharded
@@ -526,6 +532,6 @@ def batch_operators(operators: Iterable[Operator]) -> list[OperatorBatch]:
     groups: dict[Hashable, list[Operator]] = {}
     for operator in operators:
         parameters = zip(operator.parameter_names(), operator.parameter_tuple(), strict=True)
-        shapes = tuple((name, p.shape, p.dtype, p.device) for name, p in parameters)
+        shapes = tuple((name, shape_of(p), p.dtype, p.device) for name, p in parameters)
         groups.setdefault((type(operator), operator.batch_key(), shapes), []).append(operator)
     return [OperatorBatch(group) for group in groups.values()]

@@ -278,11 +278,6 @@ def _refuse_divided(model: nn.Module) -> None:
             "parallelism), which isotune cannot adapt. Load the model without tp_plan and tp_size, and spread it with "
             "FSDP2 instead."
         )
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ValueError(
-            "DeepSpeed ZeRO-3 has divided the weights of this model while it was loaded, and isotune needs them whole "
-            "to make an adapter. Use ZeRO-2, which keeps them whole, or FSDP2."
-        )
 
 
 def _refuse_loading_by_one(model: nn.Module) -> None:

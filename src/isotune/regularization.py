@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from isotune.distributed import is_divided
 from isotune.layer import Layer
+from isotune.operators import Operator
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -19,9 +22,20 @@ def _penalties(model: nn.Module) -> list[Tensor]:
     for module in model.modules():
         if isinstance(module, Layer) and not module.disable_adapters:
             active = [name for name in module.active_adapters if name in module.isotune_operator]
-            penalties = (module.operator(name).penalty() for name in active)
+            operators = [module.operator(name) for name in active]
+            _refuse_divided(operators)
+            penalties = (operator.penalty() for operator in operators)
             found += [penalty for penalty in penalties if penalty is not None]
     return found
+
+
+def _refuse_divided(operators: Iterable[Operator]) -> None:
+    for operator in operators:
+        if getattr(operator, "regularizer_weight", 0) and any(map(is_divided, operator.parameters())):
+            raise ValueError(
+                "The regulariser of an adapter needs its parameters after the forward pass, when DeepSpeed ZeRO-3 has "
+                "taken them away. Set regularizer_weight to 0, or use ZeRO-2 or FSDP2."
+            )
 
 
 def has_regularization(model: nn.Module) -> bool:
@@ -64,7 +78,16 @@ def regularization_callback() -> TrainerCallback:
 
 
 def add_regularization_gradient(model: nn.Module) -> None:
-    """Add the gradient of `regularization_loss` to `.grad` of the adapters' parameters."""
+    """Add the gradient of `regularization_loss` to `.grad` of the adapters' parameters.
+
+    Raises:
+        ValueError: DeepSpeed ZeRO trains the model, which has taken the gradients away by then.
+    """
+    if has_regularization(model) and any(hasattr(parameter, "_hp_mapping") for parameter in model.parameters()):
+        raise ValueError(
+            "DeepSpeed has taken the gradients of the parameters away before this callback could add to them. Add "
+            "isotune.regularization_loss(model) to the loss instead, or set regularizer_weight to 0."
+        )
     with torch.enable_grad():
         loss = regularization_loss(model)
         parameters = [p for name, p in model.named_parameters() if p.requires_grad and ".isotune_operator." in name]

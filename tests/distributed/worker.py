@@ -36,10 +36,10 @@ def count_solves() -> None:
     isotune.subspace.principal_subspace = noted
 
 
-def adapted(method: str, seed: int = 7, **options: Any) -> Any:
+def adapted(method: str, base: nn.Module | None = None, seed: int = 7, **options: Any) -> Any:
     options = {"target_modules": ["q_proj", "v_proj"], **OPTIONS_FOR_TINY[method], **options}
     torch.manual_seed(seed)  # HRA starts at random pairs of reflections
-    model = get_peft_model(tiny_llama(layers=4), METHODS[method](**options))
+    model = get_peft_model(tiny_llama(layers=4) if base is None else base, METHODS[method](**options))
     randomize(model, std=0.02, seed=seed)
     return model.train()
 
@@ -85,8 +85,9 @@ def sharded(model: Any, *, with_adapter: bool = True, **options: Any) -> Any:
 
 
 def logits(model: nn.Module) -> torch.Tensor:
+    model.eval()  # which DeepSpeed's engine does not return
     with torch.no_grad():
-        return model.eval()(input_ids=some_tokens(2, 9)).logits
+        return model(input_ids=some_tokens(2, 9)).logits
 
 
 def save_whole(model: Any, folder: Path) -> None:

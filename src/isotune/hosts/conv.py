@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from isotune.hosts.host import Fold, WeightHost, widen
 
@@ -34,6 +33,6 @@ class ConvHost(WeightHost):
 
     def call_folded(self, base_layer: nn.Module, fold: Fold, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The convolution with the folded kernel, rounded once to the dtype of its own."""
+        self.refuse_watched()
         kernel = self.stored(fold(widen(self.weight.flatten(1)))).to(self.weight.dtype)
-        result: Tensor = functional_call(base_layer, {self.weight_name(base_layer): kernel}, (x, *args), kwargs)
-        return result
+        return self.call_with(base_layer, kernel, x, *args, **kwargs)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.func import functional_call
 
+from isotune.distributed import shape_of
 from isotune.hosts.host import Fold, WeightHost, widen
 
 
@@ -50,21 +50,11 @@ class ExpertsHost(WeightHost):
     @property
     def experts(self) -> int:
         """How many there are."""
-        return len(self.weight)
+        return shape_of(self.weight)[0]
 
-    @property
-    def in_features(self) -> int:
-        """Columns of each W."""
-        return int(self.matrix().shape[2])
-
-    @property
-    def out_features(self) -> int:
-        """Rows of each W."""
-        return int(self.matrix().shape[1])
-
-    def matrix(self) -> Tensor:
-        """All W, (experts, out, in)."""
-        return self.stored(self.weight.detach())
+    def seen(self, weight: Tensor) -> Tensor:
+        """The weight as all W, (experts, out, in)."""
+        return self.stored(weight)
 
     def stored(self, matrix: Tensor) -> Tensor:
         """(…, out, in) in the layout of the parameter, and back."""
@@ -72,19 +62,16 @@ class ExpertsHost(WeightHost):
 
     def call_folded(self, base_layer: nn.Module, fold: Fold, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The experts with the parameter folded for those that are reached, rounded once to its own dtype."""
+        self.refuse_watched()
         weight, reached = self.weight, self._reached((*args, *kwargs.values()))
         if reached is not None and len(reached) == 0:
-            return self._call(base_layer, {}, x, *args, **kwargs)
+            return base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         chosen = weight if reached is None else weight.index_select(0, reached)
         folded = fold(widen(self.stored(chosen)), None, reached)
         folded = self.stored(folded).to(weight.dtype).contiguous()
         if reached is not None and len(reached) < self.experts:
             folded = weight.index_copy(0, reached, folded)
-        return self._call(base_layer, {self.weight_name(base_layer): folded}, x, *args, **kwargs)
-
-    def _call(self, base_layer: nn.Module, weights: dict[str, Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result: Tensor = functional_call(base_layer, weights, (x, *args), kwargs)
-        return result
+        return self.call_with(base_layer, folded, x, *args, **kwargs)
 
     def _reached(self, arguments: tuple[Any, ...]) -> Tensor | None:
         """Which experts the router sends tokens to; None for all, where that cannot be known."""

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from isotune.distributed import is_sharded
+from isotune.distributed import gathered, is_divided, is_whole, shape_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -86,14 +87,14 @@ class Host(ABC):
         raise NotImplementedError(f"{type(self).__name__} multiplies its input by W, so nothing has to be folded.")
 
     @property
+    @abstractmethod
     def in_features(self) -> int:
         """Columns of W."""
-        return int(self.matrix().shape[1])
 
     @property
+    @abstractmethod
     def out_features(self) -> int:
         """Rows of W."""
-        return int(self.matrix().shape[0])
 
 
 class WeightHost(Host):
@@ -113,11 +114,11 @@ class WeightHost(Host):
 
     def __init__(self, module: nn.Module, name: str = "") -> None:
         super().__init__(module, name)
-        weight = self.weight
-        if weight.ndim != self.dimensions or weight.dtype not in _DTYPES:
+        weight, shape = self.weight, shape_of(self.weight)
+        if len(shape) != self.dimensions or weight.dtype not in _DTYPES:
             raise ValueError(
                 f"The weight of {name or type(module).__name__!r}, a {type(module).__module__}."
-                f"{type(module).__qualname__}, has shape {tuple(weight.shape)} and dtype {weight.dtype}; "
+                f"{type(module).__qualname__}, has shape {tuple(shape)} and dtype {weight.dtype}; "
                 f"{self.dimensions} dimensions and floating-point numbers of 16 bits or more are needed. A layer "
                 "packed or quantised by this library cannot be adapted: load the base model unquantised or quantised "
                 "by another (see the guide on quantised bases), or exclude the layer with exclude_modules."
@@ -129,29 +130,55 @@ class WeightHost(Host):
         weight: nn.Parameter = getattr(self.module, self.parameter)
         return weight
 
-    def weight_name(self, base_layer: nn.Module) -> str:
-        """The name of the weight within what stands in the model for the host."""
-        return next(
-            f"{name}.{self.parameter}" if name else self.parameter
-            for name, m in base_layer.named_modules()
-            if m is self.module
-        )
+    def refuse_watched(self) -> None:
+        """Raise a ValueError if DeepSpeed ZeRO-3 gathers the weight at the calls of the host, as `call_with` breaks."""
+        weight = self.module._parameters.get(self.parameter)
+        if weight is not None and is_divided(weight) and self.module._forward_pre_hooks:
+            raise ValueError(
+                f"Adapters on {self.name!r} put another weight into it at each call, and DeepSpeed ZeRO-3 gathers the "
+                "original alone. Leave it out of target_modules or target_parameters, or use ZeRO-2 or FSDP2."
+            )
+
+    def call_with(self, base_layer: nn.Module, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of what stands in the model for the host, with another weight in the place of its own."""
+        name = next(name for name, module in base_layer.named_modules() if module is self.module)
+        own = f"{name}.{self.parameter}" if name else self.parameter
+        result: Tensor = functional_call(base_layer, {own: weight}, args, kwargs)
+        return result
 
     def check_merge(self) -> None:
         """Refuse a weight of which this process holds a part only."""
-        if is_sharded(self.weight):
+        if not is_whole(self.weight):
             raise ValueError(
                 f"The weight of {self.name!r} is spread over several processes, and nothing can be merged into a part "
                 "of it; nothing was merged. Save the adapter, and merge it into the base model loaded in one process."
             )
 
+    @property
+    def in_features(self) -> int:
+        """Columns of W."""
+        return self._matrix_shape()[-1]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of W."""
+        return self._matrix_shape()[-2]
+
+    def _matrix_shape(self) -> torch.Size:
+        # Also of a weight that is not here as a whole.
+        return self.seen(torch.empty(shape_of(self.weight), device="meta")).shape
+
     def matrix(self) -> Tensor:
-        """W, all dimensions but the first as one."""
-        return self.weight.detach().flatten(1)
+        """W; where it is spread over processes, every one that has a part must ask."""
+        return self.seen(gathered(self.weight).detach())
+
+    def seen(self, weight: Tensor) -> Tensor:
+        """The weight as W: all dimensions but the first as one."""
+        return weight.flatten(1)
 
     def stored(self, matrix: Tensor) -> Tensor:
         """W in the shape of the weight."""
-        return matrix.reshape(self.weight.shape)
+        return matrix.reshape(shape_of(self.weight))
 
     def set_matrix(self, matrix: Tensor) -> None:
         """Replace the weight parameter by a new one."""

@@ -41,9 +41,8 @@ class LinearHost(WeightHost):
         """nn.Linear, its subclasses that keep a plain weight, and Conv1D."""
         return isinstance(module, (nn.Linear, _conv1d()))
 
-    def matrix(self) -> Tensor:
-        """W as (out, in)."""
-        weight = self.weight.detach()
+    def seen(self, weight: Tensor) -> Tensor:
+        """The weight as (out, in)."""
         return weight.T if self.transposed else weight
 
     def stored(self, matrix: Tensor) -> Tensor:

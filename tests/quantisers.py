@@ -6,12 +6,15 @@ import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+
+from isotune.hosts import keep_readable
 
 
 @dataclass(frozen=True)
@@ -161,3 +164,88 @@ def quantise(model: nn.Module, name: str, *leave: str) -> nn.Module:
         configuration = SimpleNamespace(get_apply_tensor_subclass=quantiser.configuration)
         model.hf_quantizer = SimpleNamespace(quantization_config=configuration)  # as transformers' loader does
     return model.requires_grad_(False)
+
+
+LEFT = ("o_proj", "lm_head")
+"""What `load` leaves unquantised."""
+
+
+def load(folder: Path, name: str) -> Any:
+    """A saved model as transformers loads and quantises it, by its own configuration of the library.
+
+    AWQ can only be loaded packed: see `save_packed`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    pytest.importorskip(QUANTISERS[name].package, reason="see requirements/")
+    configuration = _CONFIGURATIONS[name.partition("-")[0]](name.partition("-")[2])
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=configuration, device_map="cpu")
+    for module in model.modules():
+        keep_readable(
+            module
+        )  # where a CPU has AVX512-BF16, the base alone would fail for widths that 32 does not divide
+    return model
+
+
+def _bitsandbytes_configuration(kind: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(LEFT))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=list(LEFT),
+    )
+
+
+def _torchao_configuration(kind: str) -> Any:
+    from transformers import TorchAoConfig
+
+    configuration = QUANTISERS[f"torchao-{kind}"].configuration
+    assert configuration is not None
+    return TorchAoConfig(configuration(), modules_to_not_convert=[f".*{name}.weight" for name in LEFT])
+
+
+def _quanto_configuration(kind: str) -> Any:
+    from transformers import QuantoConfig
+
+    return QuantoConfig(weights=kind, modules_to_not_convert=list(LEFT))
+
+
+def _gptqmodel_configuration(kind: str) -> Any:
+    from transformers import AwqConfig, GPTQConfig
+
+    if kind == "awq":
+        return AwqConfig(bits=4, group_size=16, backend="torch_awq", modules_to_not_convert=list(LEFT))
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(4, 96, (1, 16), generator=generator) for _ in range(8)]
+    return GPTQConfig(
+        bits=4,
+        group_size=16,
+        backend="torch",  # the kernel that is chosen by itself on some CPUs is compiled first, for minutes, and not trained
+        dataset=[{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens],
+        modules_in_block_to_quantize=[
+            [f"self_attn.{kind}_proj" for kind in "qkv"],
+            [f"mlp.{kind}_proj" for kind in ("gate", "up")],
+            ["mlp.down_proj"],
+        ],
+    )
+
+
+_CONFIGURATIONS: dict[str, Callable[[str], Any]] = {
+    "bitsandbytes": _bitsandbytes_configuration,
+    "torchao": _torchao_configuration,
+    "quanto": _quanto_configuration,
+    "gptqmodel": _gptqmodel_configuration,
+}
+BY_TRANSFORMERS = tuple(name for name in QUANTISERS if name.partition("-")[0] in _CONFIGURATIONS)
+"""Those that transformers can load: not HQQ, for which it has no way to quantise a weight any more."""
+
+
+def save_packed(model: nn.Module, folder: Path) -> None:
+    """A model packed as AWQ, which transformers does not do, saved with the configuration by which it is loaded."""
+    packed: Any = quantise(model, "gptqmodel-awq", *LEFT)
+    packed.config.quantization_config = _gptqmodel_configuration("awq").to_dict()
+    packed.save_pretrained(folder)

@@ -224,13 +224,30 @@ def inject(model: nn.Module, config: IsotuneConfig, adapter_name: str) -> list[s
     return done
 
 
+def _packed(module: nn.Module) -> dict[str, type]:
+    """Name -> what a library has put in the place of a parameter: a parametrisation or an object of its own."""
+    computed = getattr(module, "parametrizations", {})
+    return {
+        **{own: type(value) for own, value in vars(module).items() if value is not None},
+        **{own: type(next(iter(steps))) for own, steps in computed.items()},
+    }
+
+
 def _inject_into(
     model: nn.Module, name: str, module: nn.Module, targets: Sequence[str], config: IsotuneConfig, adapter_name: str
 ) -> list[str]:
-    parameters = [own for own, _ in module.named_parameters(recurse=False)]
-    chosen = [
-        own for own in parameters if any(f"{name}.{own}" == t or f"{name}.{own}".endswith(f".{t}") for t in targets)
-    ]
+    def is_target(own: str) -> bool:
+        return any(f"{name}.{own}" == t or f"{name}.{own}".endswith(f".{t}") for t in targets)
+
+    for own, packer in _packed(module).items():
+        if is_target(own):
+            raise ValueError(
+                f"target_parameters choose {name}.{own}, which is no parameter any more: a {packer.__module__}."
+                f"{packer.__qualname__} stands in its place. Packed experts cannot be adapted: load them unquantised, "
+                "as bitsandbytes leaves fused experts when transformers loads the model, or take them out of "
+                "target_parameters."
+            )
+    chosen = [own for own, _ in module.named_parameters(recurse=False) if is_target(own)]
     if not chosen:
         return []
     top = model.get_submodule(name)

@@ -14,7 +14,7 @@ from torch.utils.weak import TensorWeakRef
 
 from isotune.algebra.factors import Chain, apply_chain, keep_if_alive, transpose_chain
 from isotune.algebra.means import Means
-from isotune.distributed import gathered, in_group, is_divided, is_sharded, is_whole, shape_of
+from isotune.distributed import gathered, is_divided, is_sharded, is_whole, shape_of
 
 
 class Operator(nn.Module, ABC):

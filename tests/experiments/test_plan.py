@@ -31,7 +31,28 @@ METHODS: list[tuple[str, dict[str, Any]]] = [  # the first three on every archit
     ("hra", {"r": 4}),
     ("full", {}),
 ]
-CASES = [(family, *case) for family in FAMILIES for case in (METHODS if family == "llama" else METHODS[:3])]
+
+
+def tiny_t5() -> nn.Module:
+    """Its attention adds a bias by position, and the decoder's second one reads the encoder's output."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 112, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(vocab_size=96, dropout_rate=0.0, decoder_start_token_id=0, **sizes))
+
+
+def tiny_bart() -> nn.Module:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes: dict[str, Any] = {"d_model": 64, "max_position_embeddings": 64, "dropout": 0.0}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 112}
+    return BartForConditionalGeneration(BartConfig(vocab_size=96, **sizes))
+
+
+PAIRS = {"t5": tiny_t5, "bart": tiny_bart}  # of an encoder and a decoder
+ALL = {**FAMILIES, **PAIRS}
+CASES = [(family, *case) for family in ALL for case in (METHODS if family == "llama" else METHODS[:3])]
 
 
 def folder(model: nn.Module, to: Path) -> str:
@@ -55,7 +76,7 @@ def real(base: nn.Module, method: str, options: dict[str, Any]) -> Any:
 def test_counts_file_and_kept_bytes_are_those_of_the_real_model(
     family: str, method: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    base = FAMILIES[family]()
+    base = ALL[family]()
     found = plan(setting(folder(base, tmp_path / "base"), method, options))
     model = real(base, method, options).train()
     if method != "full":
@@ -106,6 +127,29 @@ def test_operations_are_those_of_the_products(tmp_path: Path) -> None:
     # Backward has one product for each frozen weight, and five for two of attention's.
     expected = 2 * (tokens * (2 * frozen - first + own) + attention * 3.5)
     assert found.operations == pytest.approx(expected, rel=0.01)
+
+
+def test_an_encoder_and_a_decoder(tmp_path: Path) -> None:
+    """Both get sequences of the same length; the paper has no formula for them."""
+    base = tiny_t5()
+    found = plan(setting(folder(base, tmp_path), options={"r": 8}))
+    tokens = BATCH * LENGTH
+    assert found.tokens == tokens
+    assert found.paper_activations is None
+    assert f"encoder and decoder: {LENGTH} tokens each" in to_text(found)
+    linear = [m for m in base.modules() if isinstance(m, nn.Linear)]
+    own = sum(2 * 8 * (m.in_features + m.out_features) + 3 * 64 for m in linear if m is not base.lm_head)
+    frozen = sum(m.weight.numel() for m in linear)
+    attentions = 2 + 2 * 3  # layers of the encoder, and two for each of the decoder
+    attention = attentions * BATCH * LENGTH**2 * 2 * 64
+    first = 3 * 64 * 64  # the input of the first layer needs no gradient
+    expected = 2 * (tokens * (2 * frozen - 2 * first + own) + attention * 3.5)
+    assert found.operations == pytest.approx(expected, rel=0.02)
+    kept = {}
+    for checkpointing in (False, True):
+        one = plan(setting(str(tmp_path), options={"r": 8}, checkpointing=checkpointing))
+        kept[checkpointing] = one.memory["kept for backward"]
+    assert kept[True] < kept[False]
 
 
 def test_a_layer_more_costs_one_input_more_under_checkpointing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from torch.func import functional_call
 from helpers import assert_unchanged, counted, layers_of, randomize, relative_error, snapshot, some_tokens, trainable
 from isotune import BOFTConfig, OFTConfig, PsoftConfig, get_peft_model
 from isotune.adapter_file import describe
-from isotune.errors import AdapterFileError, BaseMismatchError
+from isotune.errors import AdapterFileError, BaseMismatchError, IsotuneWarning
 from isotune.experts import ExpertForms, ExpertsLayer
 from isotune.export import export_lora
 from isotune.forms import SubspaceUpdate
 from isotune.hosts import ExpertsHost
 from isotune.methods import METHODS
 from isotune.operators import DenseOperator
+from quantisers import load
 
 EXPERTS, HIDDEN, INNER = 5, 32, 24
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -405,6 +407,61 @@ def test_other_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="experts"):
         export_lora(tmp_path / "adapter", tmp_path / "lora", base=model_of("mixtral"))
     assert not (tmp_path / "lora").exists()
+
+
+# -- quantised bases -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes-nf4", "bitsandbytes-int8"])
+def test_experts_beside_layers_that_bitsandbytes_has_quantised(name: str, tmp_path: Path) -> None:
+    """transformers leaves fused experts as they are; adapters on them and on quantised layers train together."""
+    model_of("mixtral").save_pretrained(tmp_path / "base")
+    options = {"target_modules": ["q_proj", "v_proj"], "init_weights": True}
+    model = get_peft_model(load(tmp_path / "base", name), config("psoft", **options)).train()
+    hosts = {layer.key.rpartition(".")[2]: layer.host for layer in layers_of(model)}
+    assert hosts["q_proj"].quantised
+    assert hosts["gate_up_proj"].weight.dtype == torch.float32
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=2e-2)
+    for _ in range(4):
+        step(model)
+        optimizer.step()
+    expected = logits(model.eval()).detach()
+    with model.disable_adapter():
+        assert relative_error(logits(model).detach(), expected) > 1e-2
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(load(tmp_path / "base", name), tmp_path / "adapter").eval()
+    limit = 2e-2 if name.endswith("int8") else 1e-3  # where inputs are rounded to 8 bits in evaluation
+    assert relative_error(logits(loaded).detach(), expected) < limit
+    with pytest.warns(IsotuneWarning, match="merged weights of 4 layers were quantised again"):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+
+
+def _by_torchao(module: nn.Module) -> None:
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
+
+    quantize_(module, FqnToConfig({"gate_up_proj": Int8WeightOnlyConfig()}), filter_fn=None)
+
+
+def _by_bitsandbytes(module: nn.Module) -> None:
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    replace_parameter_4bit(module, "gate_up_proj", quant_type="nf4")
+
+
+@pytest.mark.parametrize(("quantise", "library"), [(_by_torchao, "torchao"), (_by_bitsandbytes, "bitsandbytes")])
+def test_quantised_experts_are_refused(quantise: Callable[[nn.Module], None], library: str) -> None:
+    model = model_of("mixtral")
+    for layer in model.model.layers:
+        quantise(layer.mlp.experts)
+    before = logits(model).detach()
+    assert relative_error(before, logits(model_of("mixtral")).detach()) > 1e-4
+    with pytest.raises(ValueError, match=rf"experts\.gate_up_proj.* {library}\."):
+        get_peft_model(model, config("psoft"))
+    assert torch.equal(logits(model), before)
+    assert layers_of(model) == []
+    get_peft_model(model, config("psoft", target_parameters=BOTH[1:]))  # the others can be adapted
 
 
 def test_a_module_that_does_not_say_its_layout_is_refused() -> None:

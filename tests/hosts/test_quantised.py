@@ -34,7 +34,7 @@ from isotune.export import export_lora, export_merged
 from isotune.hosts import host_for
 from isotune.hosts.quantised import Functions, QuantisedHost
 from isotune.methods import METHODS
-from quantisers import OTHERS, QUANTISERS, parameters, quantise
+from quantisers import BY_TRANSFORMERS, OTHERS, QUANTISERS, load, parameters, quantise, save_packed
 
 everywhere = pytest.mark.parametrize("name", parameters())
 
@@ -116,25 +116,6 @@ def test_merge_reports_or_refuses_and_unmerge_restores_every_byte(method: str, n
     assert torch.equal(model(x), expected)
 
 
-def load(folder: Path, name: str, **options: Any) -> nn.Module:
-    """The saved tiny Llama as transformers loads and quantises it."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
-
-    quantiser = QUANTISERS[name]
-    if quantiser.configuration is not None:
-        configuration = TorchAoConfig(quantiser.configuration(), modules_to_not_convert=["lm_head", r".*o_proj.weight"])
-    elif name == "bitsandbytes-int8":
-        configuration = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "o_proj"])
-    else:
-        configuration = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=name[-3:],
-            bnb_4bit_use_double_quant=True,
-            llm_int8_skip_modules=["lm_head", "o_proj"],
-        )
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=configuration, device_map="cpu", **options)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama")
@@ -142,30 +123,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", parameters(*[n for n in QUANTISERS if n.startswith(("bitsandbytes", "torchao"))]))
+@pytest.mark.parametrize("name", parameters(*BY_TRANSFORMERS))
 @pytest.mark.parametrize("method", ["psoft", "oft"])
 def test_trained_saved_and_loaded_as_transformers_users_do(
     method: str, name: str, folder: Path, tmp_path: Path
 ) -> None:
     """Twenty steps on a base that transformers has quantised but for some layers, then a fresh base with the file."""
+    if name == "gptqmodel-awq":
+        folder = tmp_path / "packed"
+        save_packed(tiny_llama(), folder)
     base = prepare_model_for_kbit_training(load(folder, name), use_gradient_checkpointing=method == "oft")
     tokens = some_tokens(4, 12)
     plain = base.eval()(tokens).logits.detach()
     options = {"psoft": {"r": 8}, "oft": {"oft_block_size": 8}}[method]
-    model = get_peft_model(base, METHODS[method](target_modules="all-linear", task_type="CAUSAL_LM", **options))
+    packed = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    targets = [*packed, "o_proj"] if name.startswith("gptqmodel") else "all-linear"
+    model = get_peft_model(base, METHODS[method](target_modules=targets, task_type="CAUSAL_LM", **options))
     kinds = {layer.key.rpartition(".")[2]: isinstance(layer.host, QuantisedHost) for layer in layers_of(model)}
-    assert kinds == {
-        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"), True),
-        "o_proj": False,  # left unquantised
-    }
+    assert kinds == {**dict.fromkeys(packed, True), "o_proj": False}
     status = {layer.name.rpartition(".")[2]: layer.quantization_backend for layer in model.get_layer_status()}
     assert status["o_proj"] is None
-    assert status["q_proj"].startswith({"bitsandbytes": "bnb", "torchao": "torchao"}[QUANTISERS[name].package])
-    train_save_and_load(model, plain, tokens, load(folder, name), tmp_path, name)
+    package = QUANTISERS[name].package
+    assert status["q_proj"].startswith(
+        {"bitsandbytes": "bnb", "optimum.quanto": "optimum-quanto"}.get(package, package)
+    )
+    train_save_and_load(model, plain, tokens, load(folder, name), tmp_path / "adapter", name)
 
 
 def train_save_and_load(model: Any, plain: Tensor, tokens: Tensor, again: nn.Module, folder: Path, name: str) -> None:
-    """Twenty steps leave the base alone and change the output, and a fresh base with the file gives the same."""
+    """Twenty steps leave the base alone and change the output, and a fresh base with the file gives the same.
+
+    Merging then is refused, or changes what it must and is undone.
+    """
     before = [layer.host.matrix().clone() for layer in layers_of(model)]
     losses = []
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)
@@ -189,6 +178,21 @@ def train_save_and_load(model: Any, plain: Tensor, tokens: Tensor, again: nn.Mod
     assert relative_error(fresh(tokens).logits.detach(), trained) < limit
     for one, other in zip(layers_of(fresh), layers_of(model), strict=True):
         assert relative_error(one.get_delta_weight("default"), other.get_delta_weight("default")) < 1e-3
+    if not QUANTISERS[name].merges:
+        with pytest.raises(ValueError, match="cannot be merged"):
+            model.merge_adapter()
+    else:
+        wanted = [merged_matrix(layer).detach() for layer in layers_of(model)]
+        with pytest.warns(IsotuneWarning, match="quantised again"):
+            model.merge_adapter()
+        for layer, matrix in zip(layers_of(model), wanted, strict=True):
+            error = 0.0 if layer.requantised is None else layer.requantised.of_weight
+            assert relative_error(layer.host.matrix(), matrix) == pytest.approx(error, rel=1e-3, abs=1e-6)
+            assert error < (0.4 if layer.host.quantised else 1e-6)
+        model.unmerge_adapter()
+    for layer, matrix in zip(layers_of(model), before, strict=True):
+        assert torch.equal(layer.host.matrix(), matrix)
+    assert torch.equal(model(tokens).logits, trained)
 
 
 @pytest.mark.parametrize("name", parameters(*[n for n in OTHERS if not n.startswith(("bitsandbytes", "torchao"))]))

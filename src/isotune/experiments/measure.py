@@ -27,7 +27,7 @@ class Kept:
 
     def __init__(self, model: nn.Module) -> None:
         # By identity, as storages without numbers have no address.
-        self._owned = {_identity(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._owned = {identity(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._seen: dict[int, Tensor] = {}
         self.nbytes = 0
         self.largest = 0
@@ -42,17 +42,18 @@ class Kept:
         self._hooks.__exit__(*error)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        identity = _identity(tensor)
-        if identity not in self._owned and identity not in self._seen:
+        key = identity(tensor)
+        if key not in self._owned and key not in self._seen:
             # Alive, or a storage that is freed would give its identity to another, which were then not counted.
-            self._seen[identity] = tensor
+            self._seen[key] = tensor
             size = tensor.untyped_storage().nbytes()
             self.nbytes += size
             self.largest = max(self.largest, size)
         return tensor
 
 
-def _identity(tensor: Tensor) -> int:
+def identity(tensor: Tensor) -> int:
+    """What tells its storage from all others that are alive."""
     return int(tensor.untyped_storage()._cdata)
 
 

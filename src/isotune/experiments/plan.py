@@ -30,19 +30,19 @@ class Accelerator:
     half: float
     """Operations a second in bfloat16."""
     single: float
-    """Operations a second in float32."""
+    """Operations a second in float32, without TF32, which torch leaves off."""
     memory: float
     """Bytes."""
 
 
 ACCELERATORS = {
-    "h200": Accelerator(989.4e12, 67e12, 141e9),
-    "h100": Accelerator(989.4e12, 67e12, 80e9),
-    "a100": Accelerator(312e12, 19.5e12, 80e9),
+    "h200": Accelerator(989.4e12, 67e12, 141e9),  # SXM; the NVL card is slower
+    "h100": Accelerator(989.4e12, 67e12, 80e9),  # SXM; the PCIe and NVL cards are slower
+    "a100": Accelerator(312e12, 19.5e12, 80e9),  # SXM or PCIe with 80 GB
     "l40s": Accelerator(362.05e12, 91.6e12, 48e9),
     "l4": Accelerator(121e12, 30.3e12, 24e9),
 }
-"""NVIDIA's data sheets, the SXM form with 80 GB of H100 and A100; figures with sparsity are halved."""
+"""NVIDIA's data sheets; figures that they give with sparsity are halved."""
 
 BITS = {
     "none": None,
@@ -81,7 +81,8 @@ class Setting:
         dtype: of the base model's weights and of the computation; None: what its configuration says.
         quantization: of the base's linear layers, a key of BITS.
         optimizer: adamw, adamw-8bit or sgd.
-        batch, sequence: of one device and one step; a model of images has its own number of tokens.
+        batch, sequence: of one device and one step; a model of images has its own number of tokens, and the decoder
+            of a model with an encoder gets a sequence as long as the encoder's.
         checkpointing: whether activations of blocks are computed again in backward.
         accelerator: a key of ACCELERATORS, for its speed and memory.
         flops: operations a second of one device, in the place of an accelerator's.
@@ -138,7 +139,7 @@ class Plan:
     base_parameters: int
     trained_parameters: int
     tokens: int
-    """Of one device in a step."""
+    """Of one device in a step; what an encoder is given where there is one."""
     adapter_file: int
     memory: dict[str, int]
     """Row -> bytes on one device."""
@@ -208,8 +209,13 @@ def plan(setting: Setting) -> Plan:
             operations=operations,
             seconds=operations / (speed * setting.utilization),
             sent=_sent(setting, base_bytes, sum(p.numel() * p.element_size() for p in trained)),
-            assumptions=_assumptions(setting, speed),
+            assumptions=_assumptions(setting, speed, pairs=_pairs(base.config)),
         )
+
+
+def _pairs(config: Any) -> bool:
+    """Whether the model reads one sequence and writes another."""
+    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def _tokens(base: nn.Module, inputs: dict[str, Tensor]) -> int:
@@ -371,7 +377,8 @@ def paper_activations(setting: Setting, base: nn.Module, tokens: int) -> float |
     """
     config: Any = base.config
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
-    if setting.method not in _TABLE_9 or not all(hasattr(config, name) for name in names):
+    plain = all(hasattr(config, name) for name in names) and not _pairs(config)
+    if setting.method not in _TABLE_9 or not plain:
         return None
     layers, width, heads = (int(getattr(config, name)) for name in names)
     rank = setting.options.get("r", 0)
@@ -404,7 +411,7 @@ def _sent(setting: Setting, base_bytes: int, trained_bytes: int) -> int:
     return round(share * 2 * trained_bytes)
 
 
-def _assumptions(setting: Setting, speed: float) -> list[str]:
+def _assumptions(setting: Setting, speed: float, *, pairs: bool) -> list[str]:
     own = (
         f"--flops {setting.flops:.3g}"
         if setting.flops
@@ -416,6 +423,10 @@ def _assumptions(setting: Setting, speed: float) -> list[str]:
         "working space: one more tensor as large as the largest that is kept, and what the options below add",
         "fragmentation and the libraries' own memory, often 1 to 2 GB, come on top",
     ]
+    if pairs:
+        found.append(
+            f"encoder and decoder: {setting.sequence} tokens each; tokens a second counts pairs, one token of either"
+        )
     if setting.quantization != "none":
         found.append(
             f"{setting.quantization}: {BITS[setting.quantization]:.3g} bits for each weight of a linear layer but the "

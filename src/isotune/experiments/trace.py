@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from isotune import operators
-from isotune.experiments.measure import Kept
+from isotune.experiments.measure import Kept, identity
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Trace:
     blocks: tuple[int, ...]
     """Bytes that each block of the model keeps, in order: what activation checkpointing computes again."""
     block_inputs: tuple[int, ...]
-    """Bytes of each block's input, which checkpointing keeps."""
+    """Bytes of each block's inputs that no earlier block was given, which checkpointing keeps."""
     forward: int
     """Floating-point operations of the products in the forward pass, two for a multiplication and its addition."""
     backward: int
@@ -89,10 +89,12 @@ class _Watched:
 def _blocks_watched(model: nn.Module, counter: Kept, flops: FlopCounterMode) -> Iterator[_Watched]:
     """Note of every block what it keeps, what it is given and what it multiplies, while it runs."""
     watched, before = _Watched([], []), [(0, 0)]
+    given: dict[int, Tensor] = {}  # what a decoder is given of the encoder is the same for all of its blocks
 
     def enter(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        hidden = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-        watched.inputs.append(hidden.untyped_storage().nbytes())
+        inputs = {identity(t): t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
+        watched.inputs.append(sum(t.untyped_storage().nbytes() for key, t in inputs.items() if key not in given))
+        given.update(inputs)
         before[0] = counter.nbytes, flops.get_total_flops()
 
     def leave(*_: Any) -> None:
@@ -139,18 +141,19 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         batch, heads, length, _ = query.shape
         result = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         _products(query, key, value, scores=1, values=1)
-        ctx.save_for_backward(query, key, value, result, query.new_empty(batch, heads, length, dtype=torch.float32))
+        sums = query.new_empty(batch, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, result, sums, bias)
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, *_ = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *_, bias = ctx.saved_tensors
         _products(query, key, value, scores=3, values=2)
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        return tuple(None if t is None else torch.empty_like(t) for t in (query, key, value, bias))
 
 
 def _products(query: Tensor, key: Tensor, value: Tensor, *, scores: int, values: int) -> None:
@@ -164,9 +167,24 @@ def _products(query: Tensor, key: Tensor, value: Tensor, *, scores: int, values:
         torch.bmm(found, values_)
 
 
-def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    """An attention function as transformers takes one, for a trace on the meta device."""
-    result: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *_: Any,
+    position_bias: Tensor | None = None,
+    **__: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers takes one, for a trace on the meta device.
+
+    A bias of the scores by position, as T5 has, is kept by every layer: with the causal mask in it, or made contiguous.
+    """
+    if position_bias is not None:
+        causal = getattr(module, "is_causal", True)
+        layout = {"memory_format": torch.contiguous_format}
+        position_bias = position_bias.clone(**layout) if causal else position_bias.contiguous()
+    result: Tensor = _Attention.apply(query, key, value, position_bias)  # type: ignore[no-untyped-call]
     return result.transpose(1, 2), None
 
 

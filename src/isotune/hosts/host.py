@@ -115,6 +115,12 @@ class WeightHost(Host):
     def __init__(self, module: nn.Module, name: str = "") -> None:
         super().__init__(module, name)
         weight, shape = self.weight, shape_of(self.weight)
+        if _is_packed(weight):
+            raise ValueError(
+                f"The weight of {name or type(module).__name__!r} is a {type(weight).__module__}."
+                f"{type(weight).__qualname__}, which only linear layers can have. Load the base model without "
+                "quantising it, or choose others in target_modules and target_parameters."
+            )
         if len(shape) != self.dimensions or weight.dtype not in _DTYPES:
             raise ValueError(
                 f"The weight of {name or type(module).__name__!r}, a {type(module).__module__}."
@@ -196,6 +202,11 @@ class WeightHost(Host):
         if original.device != current.device or original.dtype != current.dtype:
             original.data = original.data.to(current)  # the model was moved or cast meanwhile
         setattr(self.module, self.parameter, original)
+
+
+def _is_packed(weight: Tensor) -> bool:
+    """Whether it is of a library's own class, as torchao's, which name the dtype that they were packed from."""
+    return hasattr(weight, "__tensor_flatten__") and not type(weight).__module__.startswith("torch.")
 
 
 def widen(tensor: Tensor) -> Tensor:

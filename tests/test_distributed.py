@@ -109,14 +109,6 @@ def test_one_process_needs_nobody() -> None:
     assert all(map(torch.equal, before, [p.grad for p in trainable(model).values()]))
 
 
-def test_weights_divided_by_rows_or_columns_are_refused() -> None:
-    model = tiny_llama()
-    model._tp_size = 2
-    with pytest.raises(ValueError, match=r"tensor parallelism.*FSDP2"):
-        get_peft_model(model, METHODS["psoft"](r=8))
-    assert not layers_of(model)
-
-
 def test_weights_divided_by_deepspeed_are_refused() -> None:
     model = tiny_llama()
     next(model.parameters()).ds_id = 0

@@ -20,9 +20,10 @@ from test_distributed import torchrun
 
 SCRIPT = Path(tensor_worker.__file__)
 pytest.importorskip("transformers", minversion="5.17")
-STEPS_COMPARED = [
+CASES = [
     *METHODS,
-    *(f"{m} uneven" for m in tensor_worker.UNEVEN),
+    *(f"{method} split" for method in tensor_worker.SPLIT),
+    *(f"{method} uneven" for method in tensor_worker.UNEVEN),
     "psoft on oft",
     "oft on psoft",
     "hra on boft",
@@ -63,9 +64,9 @@ def test_the_loss_curve_is_that_of_one_process(processes: Any, curves: dict[str,
             assert found[f"curve {name}"] == pytest.approx(expected, abs=1e-4), name
 
 
-@pytest.mark.parametrize("case", STEPS_COMPARED)
+@pytest.mark.parametrize("case", CASES)
 def test_every_gradient_is_that_of_one_process_and_alike_in_all(processes: Any, steps: Any, case: str) -> None:
-    """On layers divided by rows, by columns, with a gathered output, and an embedding."""
+    """On layers divided by rows, by columns, with a gathered output or a whole input, and an embedding."""
     folder, ranks = processes
     first, *others = (torch.load(folder / f"steps-{rank}.pt", weights_only=True)[case] for rank in range(len(ranks)))
     expected = steps[case]
@@ -98,7 +99,9 @@ def test_the_copies_of_a_trained_adapter_are_equal(processes: Any) -> None:
 
 
 @pytest.mark.parametrize("method", tensor_worker.CURVES)
-def test_the_saved_file_is_that_of_one_process(processes: Any, method: str, tmp_path: Path) -> None:
+def test_the_saved_file_is_that_of_one_process_and_does_the_same_in_it(
+    processes: Any, method: str, tmp_path: Path
+) -> None:
     folder, ranks = processes
     saved = load_file(folder / method / "adapter_model.safetensors")
     model = tensor_worker.adapted(tensor_worker.base(), method)
@@ -110,7 +113,10 @@ def test_the_saved_file_is_that_of_one_process(processes: Any, method: str, tmp_
     assert all(torch.equal(saved[name], alone[name]) for name in pins)
     loaded = PeftModel.from_pretrained(tensor_worker.base(), folder / method)
     expected = torch.load(folder / f"{method}.pt", weights_only=True)
-    torch.testing.assert_close(worker.logits(loaded), expected, rtol=1e-4, atol=1e-4)
+    given = tensor_worker.answers(loaded)
+    assert torch.equal(given["tokens"], expected["tokens"])
+    torch.testing.assert_close(given["logits"], expected["logits"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(given["mixed"], expected["mixed"], rtol=1e-4, atol=1e-4)
     assert all(found[f"loaded {method}"] < 1e-4 for found in ranks)
 
 

@@ -23,13 +23,14 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 EVERYWHERE = [*PROJECTIONS, "lm_head", "embed_tokens"]
 CURVES = ["psoft", "oft", "boft"]
 UNEVEN = ["psoft", "hra"]
+SPLIT = ["psoft", "boft"]
 WIDTHS = {"even": 112, "uneven": 114}
 DROPOUTS = {"psoft": "psoft_dropout", "oft": "module_dropout", "boft": "boft_dropout"}
 
 
 def base(kind: str = "even") -> Any:
     """Four layers with biases, whose inner features four processes can divide evenly or not."""
-    width = WIDTHS[kind]
+    width = WIDTHS.get(kind, WIDTHS["even"])
     model = tiny_llama(layers=4, num_key_value_heads=4, intermediate_size=width, attention_bias=True, mlp_bias=True)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
@@ -38,12 +39,15 @@ def base(kind: str = "even") -> Any:
     return model
 
 
-def divided(folder: Path) -> Any:
-    """A saved model, loaded with its own plan over all processes."""
+OTHER_STYLES = {"lm_head": "rowwise_split_input", "model.embed_tokens": "embedding_colwise"}
+
+
+def divided(folder: Path, plan: Any = None) -> Any:
+    """A saved model, loaded over all processes with its own plan, or other styles for some modules."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
-    config = DistributedConfig(tp_size=dist.get_world_size())
+    config = DistributedConfig(tp_size=dist.get_world_size(), tp_plan=plan)
     return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
 
 
@@ -86,11 +90,22 @@ def one_step(model: Any) -> dict[str, torch.Tensor]:
 def steps_of_all(base: Any) -> dict[str, dict[str, torch.Tensor]]:
     """`one_step` of everything that is compared; `base` gives a fresh model of a kind."""
     found = {method: one_step(adapted(base("even"), method, EVERYWHERE)) for method in METHODS}
+    for method in SPLIT:
+        found[f"{method} split"] = one_step(adapted(base("split"), method, EVERYWHERE))
     for method in UNEVEN:
         found[f"{method} uneven"] = one_step(adapted(base("uneven"), method))
     for methods in (("psoft", "oft"), ("oft", "psoft"), ("hra", "boft")):
         found[" on ".join(methods)] = one_step(composed(base("even"), *methods))
     return found
+
+
+def answers(model: Any) -> dict[str, Any]:
+    """What a trained adapter generates, and the logits of a batch in which one sample has no adapter."""
+    rows = some_tokens(2, 9)
+    tokens = model.eval().generate(rows, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    with torch.no_grad():
+        mixed = model(rows, adapter_names=["default", "__base__"]).logits
+    return {"tokens": tokens, "mixed": mixed, "logits": worker.logits(model)}
 
 
 def state_of(model: nn.Module) -> list[float]:
@@ -109,7 +124,7 @@ def run(out: Path) -> dict[str, Any]:
     rank = dist.get_rank()
 
     def base(kind: str = "even") -> Any:
-        return divided(out / kind)
+        return divided(out / "even", OTHER_STYLES) if kind == "split" else divided(out / kind)
 
     found: dict[str, Any] = {}
     worker.count_solves()
@@ -127,11 +142,12 @@ def run(out: Path) -> dict[str, Any]:
         found[f"solved {method}"] = len(worker.SOLVED) - before
         found[f"curve {method}"] = worker.train(model, trainable(model).values())
         found[f"end {method}"] = state_of(model)
-        expected = worker.logits(model)
+        given = answers(model)
+        expected = given["logits"]
         model.save_pretrained(str(out / method), is_main_process=rank == 0)
         dist.barrier()
         if rank == 0:
-            torch.save(expected, out / f"{method}.pt")
+            torch.save(given, out / f"{method}.pt")
         loaded = PeftModel.from_pretrained(base(), out / method)
         found[f"loaded {method}"] = float((worker.logits(loaded) - expected).abs().max())
         weights = {name: p.to_local().clone() for name, p in model.named_parameters() if hasattr(p, "to_local")}

@@ -14,7 +14,17 @@ import isotune
 
 SOURCE = Path(isotune.__file__).parent
 OUTER = ("experiments", "report", "cli", "__main__")
-CORE = {"operators", "pinning", "subspace", "subspace_cache", "errors", "geometry", "lowrank", "distributed"}
+CORE = {
+    "operators",
+    "pinning",
+    "subspace",
+    "subspace_cache",
+    "errors",
+    "geometry",
+    "lowrank",
+    "distributed",
+    "tensor_parallel",
+}
 MAY_IMPORT_PEFT = {
     "adapters",
     "layer",
@@ -115,7 +125,7 @@ def test_forms_know_algebra_and_the_core() -> None:
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("hosts")])
 def test_hosts_know_torch_and_quantisers_only_lazily(name: str) -> None:
     assert foreign(imports_of(name, lazy=False)) <= {"torch", "numpy"}
-    assert own(imports_of(name)) == under(own(imports_of(name)), "hosts", "errors", "distributed")
+    assert own(imports_of(name)) == under(own(imports_of(name)), "hosts", "errors", "distributed", "tensor_parallel")
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("methods.")])

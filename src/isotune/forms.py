@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from isotune.algebra.factors import LowRank, frozen_linear, refuse_double_backward
 from isotune.operators import DenseOperator, Operator, Rotation
 from isotune.pinning import pin
+from isotune.tensor_parallel import Share
 
 _WIDE = (torch.float32, torch.float64)
 _ALIGNMENT = 16
@@ -34,15 +35,29 @@ def _to_coordinates(x: Tensor, aligned: Tensor, rank: int) -> Tensor:
 
 
 class _SubspaceUpdate(torch.autograd.Function):
-    """residual + ((x readerᵀ) D) writerᵀ, keeping only x readerᵀ (tokens × r) for backward."""
+    """residual + ((x readerᵀ) D) writerᵀ, keeping only x readerᵀ (tokens × r) for backward.
+
+    Where x or residual is divided between processes, reader or writer holds this process's columns or rows, and what
+    each finds in the r coordinates is a part of their sum. Once that is summed, everything else is whole.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, difference: Tensor, residual: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        difference: Tensor,
+        residual: Tensor,
+        factors: tuple[Tensor, Tensor],
+        of_x: Share | None,
+        of_residual: Share | None,
+    ) -> Tensor:
         reader, writer = factors
         rank = len(difference)
         coordinates = _to_coordinates(x.reshape(-1, x.shape[-1]), reader, rank).contiguous()
+        if of_x is not None:
+            coordinates = of_x.total(coordinates)
         ctx.save_for_backward(coordinates, difference)
-        ctx.factors = factors
+        ctx.factors, ctx.of_residual = factors, of_residual
         result = residual.clone(memory_format=torch.contiguous_format)
         result.view(len(coordinates), result.shape[-1]).addmm_(torch.mm(coordinates, difference), writer.t()[:rank])
         return result
@@ -52,14 +67,16 @@ class _SubspaceUpdate(torch.autograd.Function):
         refuse_double_backward()
         coordinates, difference = ctx.saved_tensors
         reader, writer = ctx.factors
-        needs_x, needs_difference, needs_residual, _ = ctx.needs_input_grad
+        needs_x, needs_difference, needs_residual, *_ = ctx.needs_input_grad
         rank = len(difference)
         read = _to_coordinates(gradient.reshape(-1, gradient.shape[-1]), writer.t(), rank)
+        if ctx.of_residual is not None:
+            read = ctx.of_residual.total(read)
         grad_difference = torch.mm(coordinates.t(), read) if needs_difference else None
         grad_x = None
         if needs_x:
             grad_x = torch.mm(torch.mm(read, difference.t()), reader[:rank]).view(*gradient.shape[:-1], reader.shape[1])
-        return grad_x, grad_difference, gradient if needs_residual else None, None
+        return grad_x, grad_difference, gradient if needs_residual else None, None, None, None
 
 
 class _LinearSubspaceUpdate(torch.autograd.Function):
@@ -394,10 +411,30 @@ class SubspaceUpdate(Form):
 
     # -- the update --------------------------------------------------------------------------------------------
 
-    def update(self, x: Tensor, difference: Tensor, residual: Tensor) -> Tensor:
-        """residual + ((x readerᵀ)(M − I)) writerᵀ, in the dtype of `residual`, for any host and any input."""
+    def update(
+        self,
+        x: Tensor,
+        difference: Tensor,
+        residual: Tensor,
+        of_x: Share | None = None,
+        of_residual: Share | None = None,
+    ) -> Tensor:
+        """residual + ((x readerᵀ)(M − I)) writerᵀ, in the dtype of `residual`, for any host and any input.
+
+        Args:
+            x: (..., in), or with `of_x` this process's share of its columns.
+            difference: M − I, (r, r).
+            residual: (..., out), or with `of_residual` this process's share of its columns.
+        """
         dtype = residual.dtype
-        result: Tensor = _SubspaceUpdate.apply(x.to(dtype), difference, residual, self._factors(dtype))  # type: ignore[no-untyped-call]
+        reader, writer = self._factors(dtype)
+        if of_x is not None:
+            reader = reader[:, of_x.span]
+        if of_residual is not None:
+            writer = writer[of_residual.span]
+        result: Tensor = _SubspaceUpdate.apply(  # type: ignore[no-untyped-call]
+            x.to(dtype), difference, residual, (reader, writer), of_x, of_residual
+        )
         return result
 
     def linear(self, x: Tensor, difference: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

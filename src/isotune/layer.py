@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from isotune.algebra.factors import rotated_linear
 from isotune.config import IsotuneConfig, SubspaceConfig
-from isotune.distributed import is_divided, is_sharded, whole
+from isotune.distributed import gathered, is_divided, is_sharded, whole
 from isotune.errors import IsotuneWarning
 from isotune.forms import Form, SubspaceUpdate, mark
 from isotune.hosts import Backend, Kept, LinearHost, QuantisedHost, functions_for, host_for, read_by_forward, widen
 from isotune.operators import DenseOperator, Operator, Rotation, autocasts, is_symbolic, without_autocast
 from isotune.placing import AdapterGroup
+from isotune.tensor_parallel import Share, mesh_of
 
 if TYPE_CHECKING:
     from isotune.links import Links
@@ -298,12 +299,33 @@ class Layer(nn.Module, BaseTunerLayer):
         operator = self.operator(name)
         if not isinstance(operator, Rotation):
             return self._add_update(self._composed(x, before, *args, **kwargs), x, name)
-        result = self._composed(operator(_cast_by_autocast(x)), before, *args, **kwargs)
-        if operator.gain is None:
+        x = _cast_by_autocast(x)
+        share = self._share(x, self.in_features)
+        # A rotation mixes the inputs of all processes.
+        turned = operator(x) if share is None else share.of(operator(share.joined(x)))
+        result = self._composed(turned, before, *args, **kwargs)
+        gain = operator.gain
+        if gain is None:
             return result
+        share = self._share(result, self.out_features)
         # What the gain adds, so that a gain of one changes no bit.
-        less, bias = (operator.gain - 1).to(result.dtype), getattr(self.get_base_layer(), "bias", None)
+        less, bias = ((gain if share is None else share.of(gain)) - 1).to(result.dtype), self._bias_within(result)
         return result + (result if bias is None else result - bias.to(result.dtype)) * less
+
+    def _share(self, tensor: Tensor, features: int) -> Share | None:
+        """Which of the layer's inputs or outputs a tensor has, where tensor parallelism has divided them."""
+        if tensor.shape[-1] == features:
+            return None
+        mesh = mesh_of(self.host.module)
+        return None if mesh is None else Share(mesh, features)
+
+    def _bias_within(self, result: Tensor) -> Tensor | None:
+        """The host's bias for the outputs that `result` has."""
+        bias: Tensor | None = getattr(self.get_base_layer(), "bias", None)
+        if bias is None or mesh_of(self.host.module) is None:
+            return bias
+        own: Tensor = bias.to_local()  # type: ignore[attr-defined]
+        return own if own.shape[-1] == result.shape[-1] else gathered(bias)
 
     def _folded(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """For a host whose input W does not multiply as it is: the host with the adapters in its weight."""
@@ -368,8 +390,17 @@ class Layer(nn.Module, BaseTunerLayer):
         operator = self.operator(name)
         assert isinstance(operator, DenseOperator)
         return self._update_in_use(name).update(
-            self.isotune_dropout[name](x), operator.difference(result.dtype), result
+            self.isotune_dropout[name](x),
+            operator.difference(result.dtype),
+            result,
+            self._share(x, self.in_features),
+            self._share(result, self.out_features),
         )
+
+    def draws(self, adapter_name: str) -> bool:
+        """Whether an adapter drops something at random in training."""
+        dropout = self.isotune_dropout[adapter_name]
+        return not isinstance(dropout, nn.Identity) or self.operator(adapter_name).sample_noise(1) is not None
 
     def _update_in_use(self, name: str) -> SubspaceUpdate:
         form = self.form(name)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from isotune.adapter_file import KEY_PREFIX, check_tensors
 from isotune.combine import check_request, combine
 from isotune.config import IsotuneConfig, SubspaceConfig
-from isotune.distributed import loaded_by_one
+from isotune.distributed import is_sharded, loaded_by_one
 from isotune.errors import AdapterFileError, IsotuneWarning, UnsupportedVersionError
 from isotune.experts import ExpertsLayer
 from isotune.experts import inject as inject_experts
@@ -35,6 +35,7 @@ from isotune.layer import Layer, MixedBatch, adapt, warn_of_requantising
 from isotune.links import Links, remove_adapter
 from isotune.methods import METHODS
 from isotune.placing import AdapterGroup
+from isotune.tensor_parallel import make_equal, mesh_of
 
 MINIMUM_VERSIONS = {"torch": "2.6", "peft": "0.21.2"}
 UNTESTED_VERSIONS = {"peft": "0.22"}
@@ -77,6 +78,7 @@ class IsotuneModel(BaseTuner):
             links = Links.attach(model)
             if first:
                 links.trainable.update(trainable)
+            _make_replicas(model, links.layers, adapter_name)
             group = AdapterGroup(adapter_name, links.layers)
             if basis_of is not None:
                 group.share(basis_of)
@@ -272,11 +274,12 @@ def _saved_modules_told(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
 
 def _refuse_divided(model: nn.Module) -> None:
     """Refuse a model whose weights are in parts that nothing here puts together."""
-    if (getattr(model, "_tp_size", None) or 1) > 1:
+    size = getattr(model, "_tp_size", None) or 1
+    if size > 1 and not any(map(is_sharded, model.parameters())):
         raise ValueError(
-            f"The weights of this model are divided by rows or columns between {model._tp_size} devices (tensor "
-            "parallelism), which isotune cannot adapt. Load the model without tp_plan and tp_size, and spread it with "
-            "FSDP2 instead."
+            f"The weights of this model are divided by rows or columns between {size} devices (tensor parallelism), "
+            "and this version of transformers does not say how. Upgrade to transformers 5.17 or later, or load the "
+            "model without a tensor parallel plan and spread it with FSDP2."
         )
 
 
@@ -290,6 +293,21 @@ def _refuse_loading_by_one(model: nn.Module) -> None:
         "parameters. Turn it off, by fsdp_cpu_ram_efficient_loading: false in accelerate's configuration file "
         "(accelerate launch has it on unless told otherwise); or use a method that rotates all inputs, such as OFT."
     )
+
+
+def _make_replicas(model: nn.Module, layers: Sequence[Layer], adapter_name: str) -> None:
+    """Under tensor parallelism, give all processes the same parameters, and refuse what would part them again."""
+    mesh = next((found for module in model.modules() if (found := mesh_of(module)) is not None), None)
+    if mesh is None:
+        return
+    own = [layer for layer in layers if adapter_name in layer.isotune_operator]
+    if any(layer.draws(adapter_name) and not layer.configs[adapter_name].inference_mode for layer in own):
+        raise ValueError(
+            f"The adapter {adapter_name!r} is to be trained with dropout, which under tensor parallelism every process "
+            "would draw for itself, so that their copies of the adapter drift apart. Set its dropout to 0, or load "
+            "the model without a tensor parallel plan and spread it with FSDP2."
+        )
+    make_equal((p for layer in own for p in layer.operator(adapter_name).parameters()), mesh)
 
 
 def _check_file(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from isotune.hosts.experts import ExpertsHost
 from isotune.hosts.host import Host, Kept, widen
 from isotune.hosts.linear import LinearHost
 from isotune.hosts.quantised import Backend, QuantisedHost, functions_for, keep_readable, read_by_forward
+from isotune.tensor_parallel import refuse_other_divisions
 
 __all__ = [
     "Backend",
@@ -43,8 +44,10 @@ def host_for(module: nn.Module, name: str = "", backend: Backend | None = None, 
         The host around it.
 
     Raises:
-        ValueError: no host takes such a layer, or its weight is not a floating-point matrix.
+        ValueError: no host takes such a layer, its weight is not a floating-point matrix, or tensor parallelism has
+            divided it in a way that no adapter follows.
     """
+    refuse_other_divisions(module, name, packed=parameter is not None or backend is not None)
     if parameter is not None:
         return ExpertsHost(module, name, parameter)
     if backend is not None:

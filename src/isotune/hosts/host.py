@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from isotune.distributed import gathered, is_divided, is_whole, shape_of
+from isotune.tensor_parallel import divide_like, mesh_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -153,8 +154,8 @@ class WeightHost(Host):
         return result
 
     def check_merge(self) -> None:
-        """Refuse a weight of which this process holds a part only."""
-        if not is_whole(self.weight):
+        """Refuse a weight of which this process holds a part only, but for the parts of tensor parallelism."""
+        if not is_whole(self.weight) and mesh_of(self.module) is None:
             raise ValueError(
                 f"The weight of {self.name!r} is spread over several processes, and nothing can be merged into a part "
                 "of it; nothing was merged. Save the adapter, and merge it into the base model loaded in one process."
@@ -187,9 +188,11 @@ class WeightHost(Host):
         return matrix.reshape(shape_of(self.weight))
 
     def set_matrix(self, matrix: Tensor) -> None:
-        """Replace the weight parameter by a new one."""
-        weight = self.stored(matrix).contiguous().to(self.weight)
-        setattr(self.module, self.parameter, nn.Parameter(weight, requires_grad=self.weight.requires_grad))
+        """Replace the weight parameter by a new one, divided as it was."""
+        before = self.weight
+        weight = self.stored(matrix).contiguous().to(before.device, before.dtype)
+        weight = weight if mesh_of(self.module) is None else divide_like(weight, before)
+        setattr(self.module, self.parameter, nn.Parameter(weight, requires_grad=before.requires_grad))
 
     def keep(self) -> Kept:
         """The parameter."""
@@ -199,8 +202,12 @@ class WeightHost(Host):
         """The very parameter object, so ties to other modules are ties again."""
         original, current = kept.weight, self.weight
         assert isinstance(original, nn.Parameter)
-        if original.device != current.device or original.dtype != current.dtype:
-            original.data = original.data.to(current)  # the model was moved or cast meanwhile
+        if original.device != current.device or original.dtype != current.dtype:  # moved or cast meanwhile
+            moved = original.data.to(current.device, current.dtype)
+            if mesh_of(self.module) is not None:  # to its data alone a divided tensor would pay no heed
+                original = nn.Parameter(moved, requires_grad=original.requires_grad)
+            else:
+                original.data = moved
         setattr(self.module, self.parameter, original)
 
 

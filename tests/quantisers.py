@@ -159,7 +159,10 @@ def quantise(model: nn.Module, name: str, *leave: str) -> nn.Module:
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and not path.endswith(leave):
             parent, _, attribute = path.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, quantiser.layer(module))
+            packed = quantiser.layer(module)
+            if module.out_features % 32:
+                keep_readable(packed)  # for other widths bitsandbytes itself fails on a CPU with AVX512-BF16
+            setattr(model.get_submodule(parent), attribute, packed)
     if quantiser.configuration is not None:
         configuration = SimpleNamespace(get_apply_tensor_subclass=quantiser.configuration)
         model.hf_quantizer = SimpleNamespace(quantization_config=configuration)  # as transformers' loader does
@@ -224,13 +227,9 @@ def _gptqmodel_configuration(kind: str) -> Any:
     return GPTQConfig(
         bits=4,
         group_size=16,
-        backend="torch",  # the kernel that is chosen by itself on some CPUs is compiled first, for minutes, and not trained
+        backend="torch",  # what it chooses by itself on some CPUs is compiled first, for minutes
         dataset=[{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens],
-        modules_in_block_to_quantize=[
-            [f"self_attn.{kind}_proj" for kind in "qkv"],
-            [f"mlp.{kind}_proj" for kind in ("gate", "up")],
-            ["mlp.down_proj"],
-        ],
+        modules_in_block_to_quantize=[[f"self_attn.{kind}_proj" for kind in "qkv"]],  # 32 must divide their sizes
     )
 
 

@@ -51,7 +51,7 @@ def spectral(out_features: int, in_features: int) -> nn.Linear:
 def adapted(method: str, name: str, **options: Any) -> Any:
     """One quantised layer with a random operator, in training mode: no library rounds its input there."""
     options = {"init_weights": False, "target_modules": ["layer"], **OPTIONS_FOR_12[method], **options}
-    return get_peft_model(quantise(OneLayer(nn.Linear(96, 64)), name), METHODS[method](**options)).train()
+    return get_peft_model(quantise(OneLayer(nn.Linear(192, 64)), name), METHODS[method](**options)).train()
 
 
 def holds(model: nn.Module) -> list[bytes]:
@@ -76,7 +76,7 @@ def test_output_and_gradients_are_those_of_the_dequantised_layer(method: str, na
     model = adapted(method, name)
     layer = only(model)
     assert isinstance(layer.host, QuantisedHost)
-    x = torch.randn(3, 5, 96, requires_grad=True)
+    x = torch.randn(3, 5, 192, requires_grad=True)
     same = x.detach().clone().requires_grad_()
     found = model(x)
     parameters = list(trainable(model).values())
@@ -94,7 +94,7 @@ def test_output_and_gradients_are_those_of_the_dequantised_layer(method: str, na
 @pytest.mark.parametrize("method", list(METHODS))
 def test_merge_reports_or_refuses_and_unmerge_restores_every_byte(method: str, name: str) -> None:
     model = adapted(method, name)
-    layer, x = only(model), torch.randn(3, 96)
+    layer, x = only(model), torch.randn(3, 192)
     before, weight, expected = holds(model), layer.host.weight, model(x).detach()
     if not QUANTISERS[name].merges:
         with pytest.raises(ValueError, match=r"'layer' is quantised by .*cannot be merged"):

@@ -342,7 +342,8 @@ def _rounds_cheaply(matrix: Tensor, block: int) -> bool:
     if matrix.dtype != torch.float32 or matrix.numel() * block < _COARSE_WORK:
         return False
     if matrix.device.type == "cpu":
-        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+        can = torch.cpu.get_capabilities()
+        return bool(can.get("amx_bf16", False) or can.get("avx512_bf16", False))
     return matrix.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

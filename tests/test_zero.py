@@ -18,12 +18,11 @@ from peft import PeftModel
 from torch import nn
 
 from distributed import worker
-from helpers import OPTIONS_FOR_TINY, adapted_stack, layers_of, tiny_llama, trainable
+from helpers import OPTIONS_FOR_TINY, adapted_stack, layers_of, tiny_llama, torchrun, trainable
 from isotune import get_peft_model, regularization_loss
 from isotune.distributed import shape_of
 from isotune.methods import METHODS
 from isotune.regularization import add_regularization_gradient
-from test_distributed import torchrun
 
 WORKER = Path(worker.__file__).with_name("zero_worker.py")
 

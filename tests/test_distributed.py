@@ -17,9 +17,7 @@ from torch import nn
 
 from distributed import worker
 from helpers import adapted_stack, layers_of, tiny_llama, torchrun, trainable
-from isotune import get_peft_model
 from isotune.distributed import average_gradients, one_for_all
-from isotune.methods import METHODS
 
 WORKER = Path(worker.__file__)
 
@@ -132,14 +130,6 @@ def test_one_process_needs_nobody() -> None:
     before = [p.grad.clone() for p in trainable(model).values()]
     average_gradients(model)
     assert all(map(torch.equal, before, [p.grad for p in trainable(model).values()]))
-
-
-def test_weights_divided_by_rows_or_columns_are_refused() -> None:
-    model = tiny_llama()
-    model._tp_size = 2
-    with pytest.raises(ValueError, match=r"tensor parallelism.*FSDP2"):
-        get_peft_model(model, METHODS["psoft"](r=8))
-    assert not layers_of(model)
 
 
 def test_what_ddp_is_told_goes_with_the_adapter() -> None:

@@ -8,19 +8,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from isotune.algebra.factors import LowRank, frozen_linear, refuse_double_backward
-from isotune.operators import DenseOperator, Operator, Rotation
+from isotune.algebra.factors import WIDE, LowRank, frozen_linear, refuse_double_backward
+from isotune.operators import DenseOperator, Operator, Rotation, version_of
 from isotune.pinning import pin
 from isotune.tensor_parallel import Share
 
-_WIDE = (torch.float32, torch.float64)
 _ALIGNMENT = 16
 """Products with tokens × r results run up to twice as fast on a CPU, and on GPUs too, if r is a multiple of this."""
 
 
 def mark(tensor: Tensor) -> tuple[int, int]:
     """What tells whether a tensor was replaced or written to since: its identity and its version."""
-    return id(tensor), 0 if tensor.is_inference() else tensor._version
+    return id(tensor), version_of(tensor)
 
 
 def _aligned(rank: int) -> int:
@@ -444,7 +443,7 @@ class SubspaceUpdate(Form):
         on_input = (
             self._plain
             and weight.shape[1] < weight.shape[0]
-            and x.dtype in _WIDE
+            and x.dtype in WIDE
             and (x.requires_grad or not torch.is_grad_enabled())
         )
         frozen = (*self._factors(x.dtype), weight, bias, on_input)

@@ -14,7 +14,7 @@ from torch.utils.weak import TensorWeakRef
 
 from isotune.algebra.factors import Chain, apply_chain, keep_if_alive, transpose_chain
 from isotune.algebra.means import Means
-from isotune.distributed import gathered, is_divided, is_sharded, is_whole, shape_of
+from isotune.distributed import gathered, in_group, is_divided, is_sharded, is_whole, shape_of
 
 
 class Operator(nn.Module, ABC):
@@ -60,8 +60,18 @@ class Operator(nn.Module, ABC):
         return None
 
     def whole(self, name: str) -> Tensor:
-        """A parameter outside of a forward pass, in float32 at least; where it is in parts, every process must ask."""
-        parameter = gathered(self.get_parameter(name))
+        """A parameter for `penalty`, in float32 at least; where it is in parts, every process must ask.
+
+        Raises:
+            ValueError: DeepSpeed ZeRO-3 has divided it, of which what is gathered here would have no gradient.
+        """
+        own = self.get_parameter(name)
+        if is_divided(own):
+            raise ValueError(
+                "The regulariser of an adapter needs its parameters after the forward pass, when DeepSpeed ZeRO-3 has "
+                "taken them away. Set regularizer_weight to 0, or use ZeRO-2 or FSDP2."
+            )
+        parameter = gathered(own)
         return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
     def randomize_parameters(self) -> None:
@@ -279,8 +289,8 @@ class _Evaluation(torch.autograd.Function):
         for gradient in found:
             rows = [None] * inner.count if gradient is None else gradient.unbind(0)
             flat.extend(g if use else None for g, use in zip(rows, used, strict=True))
-        if hasattr(ctx, "makes_again"):
-            inner.forget()
+        if inner.operator.recompute:
+            inner.recorded = None
         return None, None, None, None, *flat
 
 
@@ -304,7 +314,7 @@ class _InnerGraph:
         self.operator, self.names = operator.without_parameters(), operator.parameter_names()
         self.dtype, self.count, self.noise = dtype, count, noise
         self.parameters = [parameter.detach() for parameter in parameters]
-        self.versions = [_version(parameter) for parameter in parameters]
+        self.versions = [version_of(parameter) for parameter in parameters]
         self.recorded: tuple[list[Tensor], tuple[Tensor, ...]] | None = None
 
     def results(self, leaves: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
@@ -319,7 +329,7 @@ class _InnerGraph:
             RuntimeError: a parameter has been written to since the forward pass.
         """
         if self.recorded is None:
-            if self.versions != [_version(parameter) for parameter in self.parameters]:
+            if self.versions != [version_of(parameter) for parameter in self.parameters]:
                 raise RuntimeError(
                     "A parameter of an adapter was changed in place between the forward and the backward pass that "
                     "needs it; call backward() before the optimiser's step."
@@ -333,12 +343,9 @@ class _InnerGraph:
         """An output of the node, once more."""
         return self.record()[1][index // self.count][index % self.count].detach()
 
-    def forget(self) -> None:
-        """Give the graph up; it is made again if it is needed again."""
-        self.recorded = None
 
-
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """How often the tensor was written to."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -472,7 +479,7 @@ class OperatorBatch:
         # With `fully_shard` the parameters of a block are whole while that block runs, and their gradients must be
         # there when backward leaves it: the latter also where a forward pass without backward has left all blocks
         # whole (reshard_after_forward=False). With ZeRO-3 those of a layer are whole while that layer runs.
-        if any(map(is_sharded, parameters)):
+        if is_divided(parameters[0]) or (in_group() and any(map(is_sharded, parameters))):
             for operator in self.operators:
                 operator.sharded = True
         self.apart = self.operators[0].sharded

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from isotune.distributed import is_divided
 from isotune.layer import Layer
-from isotune.operators import Operator
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -22,20 +19,9 @@ def _penalties(model: nn.Module) -> list[Tensor]:
     for module in model.modules():
         if isinstance(module, Layer) and not module.disable_adapters:
             active = [name for name in module.active_adapters if name in module.isotune_operator]
-            operators = [module.operator(name) for name in active]
-            _refuse_divided(operators)
-            penalties = (operator.penalty() for operator in operators)
+            penalties = (module.operator(name).penalty() for name in active)
             found += [penalty for penalty in penalties if penalty is not None]
     return found
-
-
-def _refuse_divided(operators: Iterable[Operator]) -> None:
-    for operator in operators:
-        if getattr(operator, "regularizer_weight", 0) and any(map(is_divided, operator.parameters())):
-            raise ValueError(
-                "The regulariser of an adapter needs its parameters after the forward pass, when DeepSpeed ZeRO-3 has "
-                "taken them away. Set regularizer_weight to 0, or use ZeRO-2 or FSDP2."
-            )
 
 
 def has_regularization(model: nn.Module) -> bool:

@@ -6,7 +6,6 @@ processes have some, after it has found them a device (the CPU) and a backend (g
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -104,10 +103,7 @@ def by_hand(out: Path) -> dict[str, Any]:
     accelerator = accelerator_of(cpu_ram_efficient_loading=True)
     model, optimizer = prepared(accelerator, worker.adapted("oft"))
     found["oft sent"] = train(accelerator, model, optimizer)
-    try:
-        worker.adapted("psoft")
-    except ValueError as error:
-        found["refused"] = str(error)
+    found["refused"] = worker.refused(lambda: worker.adapted("psoft"))
     return found
 
 
@@ -169,5 +165,4 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     as_accelerators()
     result = by_trainer(folder) if "trainer" in sys.argv else by_hand(folder)
-    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
+    worker.report(folder, result)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -112,14 +111,6 @@ def state_of(model: nn.Module) -> list[float]:
     return [float(p.detach().double().norm()) for p in trainable(model).values()]
 
 
-def refused(make: Any) -> str:
-    try:
-        make()
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 def run(out: Path) -> dict[str, Any]:
     rank = dist.get_rank()
 
@@ -174,15 +165,10 @@ def run(out: Path) -> dict[str, Any]:
     for method, option in DROPOUTS.items():
         config = METHODS[method](target_modules=PROJECTIONS, **OPTIONS_FOR_TINY[method], **{option: 0.1})
         model = base()
-        found[f"dropout {method}"] = refused(lambda model=model, config=config: get_peft_model(model, config))
+        found[f"dropout {method}"] = worker.refused(lambda model=model, config=config: get_peft_model(model, config))
         assert not layers_of(model)
     return found
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    folder = Path(sys.argv[1])
-    result = run(folder)
-    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
+    worker.main(run)

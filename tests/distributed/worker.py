@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,30 @@ def save_whole(model: Any, folder: Path) -> None:
     dist.barrier()
 
 
+def refused(action: Callable[[], Any]) -> str:
+    """What a ValueError says, or nothing where there is none."""
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def report(folder: Path, found: dict[str, Any]) -> None:
+    """Write down what this process has found, and part from the others."""
+    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main(run: Callable[[Path], dict[str, Any]]) -> None:
+    """`run` with the folder that torchrun was given, by gloo."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    folder = Path(sys.argv[1])
+    report(folder, run(folder))
+
+
 def run(out: Path) -> dict[str, Any]:
     rank, size = dist.get_rank(), dist.get_world_size()
     found: dict[str, Any] = {}
@@ -131,10 +156,7 @@ def run(out: Path) -> dict[str, Any]:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = sharded(model)
     found["fsdp checkpointed"] = train(model, [p for p in model.parameters() if p.requires_grad], rank, size)
-    try:
-        model.merge_adapter()
-    except ValueError as error:
-        found["merge refused"] = str(error)
+    found["merge refused"] = refused(model.merge_adapter)
     # A second adapter on weights that are already spread: each weight is gathered for it.
     before = len(SOLVED)
     model.add_adapter("late", METHODS["psoft"](r=6, target_modules=["q_proj"]))
@@ -152,9 +174,4 @@ def run(out: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    folder = Path(sys.argv[1])
-    result = run(folder)
-    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
+    main(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from importlib import import_module
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import deepspeed
 from peft import PeftModel
 
-from distributed import worker
+from distributed import accelerated, worker
 from helpers import some_tokens, tiny_llama
 
 # It would be compiled, which takes minutes, and serves inference alone.
@@ -80,15 +79,6 @@ def loaded_in_parts(folder: Path, config: dict[str, Any]) -> Any:
     return model
 
 
-def refused(action: Any) -> str:
-    """What a ValueError says."""
-    try:
-        action()
-    except ValueError as error:
-        return str(error)
-    return "nothing"
-
-
 def merged_and_back(engine: Any) -> float:
     """How far the merged model is from the unmerged one, all of it gathered, as TRL sends weights to a server."""
     before = worker.logits(engine)
@@ -117,7 +107,7 @@ def run(out: Path) -> dict[str, Any]:
         found[f"zero3 {method}"] = train(engine)
         save(engine, out / f"zero3-{method}")
         if method == "psoft":
-            found["merge refused"] = refused(engine.module.merge_adapter)
+            found["merge refused"] = worker.refused(engine.module.merge_adapter)
             found["merged"] = merged_and_back(engine)
             engine.save_checkpoint(str(out / "checkpoint"))
     model = worker.adapted("psoft")
@@ -152,22 +142,13 @@ def run_by_accelerate(out: Path, stage: int) -> dict[str, Any]:
 
     plugin = DeepSpeedPlugin(hf_ds_config=configuration(stage), zero3_init_flag=stage == 3)
     accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
-    rank, size = accelerator.process_index, accelerator.num_processes
     if accelerator.is_main_process:
         tiny_llama(layers=4).save_pretrained(out / "base")
     accelerator.wait_for_everyone()
     base = LlamaForCausalLM.from_pretrained(out / "base")
-    found: dict[str, Any] = {"divided": all(hasattr(p, "ds_id") for p in base.parameters()), "losses": []}
-    model = worker.adapted("psoft", base)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    for step in range(worker.STEPS):
-        rows = some_tokens(worker.ROWS, 9, seed=step % 3)[rank::size]
-        loss = model(input_ids=rows, labels=rows).loss
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        found["losses"].append(float(accelerator.reduce(loss.detach(), "mean")))
+    found: dict[str, Any] = {"divided": all(hasattr(p, "ds_id") for p in base.parameters())}
+    model, optimizer = accelerated.prepared(accelerator, worker.adapted("psoft", base))
+    found["losses"] = accelerated.train(accelerator, model, optimizer)
     expected, state = worker.logits(model), accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(out / "adapter", state_dict=state)
@@ -184,6 +165,4 @@ if __name__ == "__main__":
         result = run(folder)
     else:
         result = run_by_accelerate(folder, int(engine))
-    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+    worker.report(folder, result)

@@ -15,6 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+WIDE = (torch.float32, torch.float64)
+"""In these small differences of numbers survive; in half precision they are rounded away."""
+
 
 def refuse_double_backward() -> None:
     """Raise a RuntimeError where a backward pass is itself being recorded.
@@ -317,7 +320,7 @@ def keep_if_alive(output: Tensor | None, version: int, gain: Tensor) -> None:
     """
     if output is None or output._version != version or output.device.type != "cpu":
         return  # a GPU would have to be waited for, to see the gain
-    precise = output.grad_fn.bias is None or output.dtype in (torch.float32, torch.float64)  # type: ignore[union-attr]
+    precise = output.grad_fn.bias is None or output.dtype in WIDE  # type: ignore[union-attr]
     if precise and bool((gain.detach().abs() >= _SMALLEST_GAIN).all()):
         output.grad_fn.output = output.detach(), version  # type: ignore[union-attr]
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from isotune.subspace import cheaper_solver, principal_subspace
+from isotune.subspace.solvers import cheaper_solver, principal_subspace
 
 
 def weight_like(size: int) -> tuple[Tensor, Tensor]:

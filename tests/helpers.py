@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isotune import PsoftConfig, get_peft_model
-from isotune.layer import Layer
+from isotune.tuner.layer import Layer
 
 VOCABULARY = 96
 WORDS = [f"w{i}" for i in range(VOCABULARY - 4)]

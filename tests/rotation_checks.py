@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from isotune import get_peft_model
-from isotune.operators import Rotation
+from isotune.adapter.operator import Rotation
 
 KINDS = ("uniform", "equal", "sparse", "signs")
 

@@ -32,13 +32,13 @@ from helpers import (
     trainable,
 )
 from isotune import get_peft_model
+from isotune.adapter.operator import Operator, Rotation
 from isotune.algebra.factors import LowRank, apply_chain
 from isotune.errors import IsotuneWarning
 from isotune.experiments.measure import Kept
-from isotune.layer import Layer
 from isotune.methods import METHODS
-from isotune.operators import Operator, Rotation
-from isotune.placing import AdapterGroup
+from isotune.tuner.layer import Layer
+from isotune.tuner.placing import AdapterGroup
 from quantisers import QUANTISERS, quantise
 
 RANK = 5

@@ -6,11 +6,11 @@ adapter works with isotune's configurations.
 
 from peft import PeftModel, get_peft_model
 
-from isotune.adapters import add_adapter, load_adapter
-from isotune.hotswap import hotswap_adapter
 from isotune.methods import BOFTConfig, GOFTConfig, HRAConfig, LoraXsConfig, OFTConfig, PsoftConfig, QGOFTConfig
-from isotune.plugin import register
-from isotune.regularization import regularization_callback, regularization_loss
+from isotune.tools.hotswap import hotswap_adapter
+from isotune.tools.regularization import regularization_callback, regularization_loss
+from isotune.tools.several import add_adapter, load_adapter
+from isotune.tuner.model import register
 
 __version__ = "0.1.0"
 

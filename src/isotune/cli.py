@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from isotune.export import LoraOptions
+    from isotune.files.export_lora import LoraOptions
 
 app = typer.Typer(
     help="Orthogonal and principal-subspace fine-tuning.",
@@ -170,7 +170,7 @@ def inspect_adapter(
     with plain_errors():
         import json
 
-        from isotune.report.inspect import inspect, save_png, to_text
+        from isotune.diagnostics.inspect import inspect, save_png, to_text
 
         report = inspect(directory, base, trust_remote_code=trust_remote_code)
         if png is not None:
@@ -284,12 +284,12 @@ def export_adapter(
         if to == "merged":
             if rank is not None or energy is not None or uniform_rank:
                 raise ValueError("--rank, --energy and --uniform-rank are for --to lora; a merged model is exact.")
-            from isotune.export import export_merged
+            from isotune.files.export_lora import export_merged
 
             export_merged(directory, output, base=base, trust_remote_code=trust_remote_code)
             typer.echo(f"wrote {output}")
             return
-        from isotune.export import LoraOptions, has_adapter
+        from isotune.files.export_lora import LoraOptions, has_adapter
 
         options = LoraOptions(rank, energy, uniform_rank)
         if has_adapter(directory):
@@ -299,8 +299,8 @@ def export_adapter(
 
 
 def _export_one(directory: str, output: str, base: str | None, options: LoraOptions, trust: bool) -> None:
-    from isotune.export import export_lora
-    from isotune.serving import describe_obstacles
+    from isotune.files.export_lora import export_lora
+    from isotune.files.lora_servers import describe_obstacles
 
     report = export_lora(directory, output, base=base, **asdict(options), trust_remote_code=trust)
     if report.error:
@@ -312,7 +312,7 @@ def _export_one(directory: str, output: str, base: str | None, options: LoraOpti
 
 
 def _export_runs(directory: str, output: str, base: str | None, options: LoraOptions, trust: bool) -> None:
-    from isotune.export_runs import export_lora_runs
+    from isotune.files.export_runs import export_lora_runs
 
     result = export_lora_runs(directory, output, base, **asdict(options), trust_remote_code=trust)
     for name, report in result.written.items():
@@ -334,7 +334,7 @@ def import_adapter(
 ) -> None:
     """Convert an adapter of PEFT's own PSOFT, OFT, BOFT or HRA to isotune's, the same function."""
     with plain_errors():
-        from isotune.peft_import import convert_peft
+        from isotune.files.peft_import import convert_peft
 
         convert_peft(directory, output, base, trust_remote_code=trust_remote_code)
         typer.echo(f"wrote {output}")

@@ -14,12 +14,12 @@ from torch import distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import isotune.distributed
-import isotune.subspace
+import isotune.parallel.processes
+import isotune.subspace.solvers
 from helpers import OPTIONS_FOR_TINY, layers_of, randomize, some_tokens, tiny_llama, trainable
 from isotune import get_peft_model, regularization_loss
-from isotune.distributed import average_gradients
 from isotune.methods import METHODS
+from isotune.parallel.processes import average_gradients
 
 STEPS = 20
 ROWS = 8
@@ -28,13 +28,13 @@ SOLVED: list[str] = []
 
 def count_solves() -> None:
     """Note every subspace that this process finds by itself."""
-    original = isotune.subspace.principal_subspace
+    original = isotune.subspace.solvers.principal_subspace
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         SOLVED.append("one")
         return original(*args, **kwargs)
 
-    isotune.subspace.principal_subspace = noted
+    isotune.subspace.solvers.principal_subspace = noted
 
 
 def adapted(method: str, base: nn.Module | None = None, seed: int = 7, **options: Any) -> Any:
@@ -163,7 +163,7 @@ def run(out: Path) -> dict[str, Any]:
     found["solved late"] = len(SOLVED) - before
     found["late reader"] = float(layers_of(model)[0].form("late").reader.double().square().sum())
     # One process alone must not wait for the others for ever.
-    isotune.distributed.WAIT = timedelta(seconds=1)
+    isotune.parallel.processes.WAIT = timedelta(seconds=1)
     if rank == 0:
         found["alone"] = bool(logits(adapted("psoft")).isfinite().all())
     dist.barrier()

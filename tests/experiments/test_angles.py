@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from helpers import adapt, layers_of, psoft, randomize, tiny_bert, tiny_gpt2
 from isotune import BOFTConfig, HRAConfig, OFTConfig, get_peft_model
+from isotune.diagnostics.geometry import MAX_ROWS
 from isotune.experiments.angles import MAP_ROWS, adapter_geometry
 from isotune.experiments.files import write_json
-from isotune.geometry import MAX_ROWS
 
 TARGETS = ["query", "value", "intermediate.dense"]
 

@@ -28,9 +28,9 @@ from helpers import (
 )
 from isotune import get_peft_model
 from isotune.hosts import ConvHost, host_for
-from isotune.layer import Layer
 from isotune.methods import METHODS
-from isotune.placing import AdapterGroup
+from isotune.tuner.layer import Layer
+from isotune.tuner.placing import AdapterGroup
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from torch.func import functional_call
 
 from helpers import assert_unchanged, counted, layers_of, randomize, relative_error, snapshot, some_tokens, trainable
 from isotune import BOFTConfig, OFTConfig, PsoftConfig, get_peft_model
-from isotune.adapter_file import describe
+from isotune.adapter.operator import DenseOperator
+from isotune.adapter.subspace import SubspaceUpdate
 from isotune.errors import AdapterFileError, BaseMismatchError, IsotuneWarning
-from isotune.experts import ExpertForms, ExpertsLayer
-from isotune.export import export_lora
-from isotune.forms import SubspaceUpdate
+from isotune.files.adapter import describe
+from isotune.files.export_lora import export_lora
 from isotune.hosts import ExpertsHost
 from isotune.methods import METHODS
-from isotune.operators import DenseOperator
+from isotune.tuner.experts_layer import ExpertForms, ExpertsLayer
 from quantisers import load
 
 EXPERTS, HIDDEN, INNER = 5, 32, 24

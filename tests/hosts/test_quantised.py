@@ -28,12 +28,12 @@ from helpers import (
     trainable,
 )
 from isotune import PsoftConfig, get_peft_model
-from isotune.distributed import sample_of
 from isotune.errors import BaseMismatchError, IsotuneWarning
-from isotune.export import export_lora, export_merged
+from isotune.files.export_lora import export_lora, export_merged
 from isotune.hosts import host_for
 from isotune.hosts.quantised import Functions, QuantisedHost
 from isotune.methods import METHODS
+from isotune.parallel.processes import sample_of
 from quantisers import BY_TRANSFORMERS, OTHERS, QUANTISERS, load, parameters, quantise, save_packed
 
 everywhere = pytest.mark.parametrize("name", parameters())
@@ -403,7 +403,7 @@ def test_a_library_whose_weights_peft_cannot_read_is_named(method: str, monkeypa
     from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 
     monkeypatch.setattr(
-        "isotune.layer.resolve_quantization_backend", lambda *_, **__: ForwardOnlyQuantizationBackend("aqlm")
+        "isotune.tuner.layer.resolve_quantization_backend", lambda *_, **__: ForwardOnlyQuantizationBackend("aqlm")
     )
     base = OneLayer(Packed())
     with pytest.raises(ValueError, match=r"'layer'.*aqlm.*Supported"):
@@ -459,5 +459,5 @@ def test_a_layer_that_was_repacked_before_is_brought_back() -> None:
 
 
 def test_plain_models_import_no_quantisation_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isotune.layer.resolve_quantization_backend", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr("isotune.tuner.layer.resolve_quantization_backend", lambda *_, **__: pytest.fail("asked"))
     adapt(Stack(), psoft(target_modules=["first"]))

@@ -12,8 +12,8 @@ from torch import nn
 
 from helpers import layers_of, trainable
 from isotune import get_peft_model
-from isotune.layer import Layer
 from isotune.methods import METHODS
+from isotune.tuner.layer import Layer
 
 FORMULAS: dict[str, tuple[dict[str, Any], Callable[[int, int], int]]] = {
     "psoft": ({"r": 46}, lambda d, n: 46 * 45 // 2 + 2 * 46),

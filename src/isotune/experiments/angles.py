@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isotune import geometry
-from isotune.layer import Layer
-from isotune.operators import Operator, Rotation
-from isotune.report.measure import turn, turned_weights
+from isotune.adapter.operator import Operator, Rotation
+from isotune.diagnostics import geometry
+from isotune.diagnostics.turn import turn, turned_weights
+from isotune.tuner.layer import Layer
 
 FORMAT = 1
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)

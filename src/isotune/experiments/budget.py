@@ -84,9 +84,9 @@ def counter(model: Any, head: list[str], peft_type: str | None) -> Callable[[Met
 
     import torch
 
-    from isotune.base_model import quiet
     from isotune.experiments.loop import is_head
     from isotune.experiments.methods import attach
+    from isotune.files.base_model import quiet
 
     bare = model.to("meta")
 

@@ -13,9 +13,9 @@ from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, Protocol
 
-from isotune.config import require_choice
 from isotune.experiments.files import read_json, write_json
 from isotune.experiments.single import Spec, attempt, failure
+from isotune.methods.config import require_choice
 
 Finished = tuple[Spec, dict[str, Any]]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from isotune.adapter_file import named_base, read_config
-from isotune.base_model import gguf_of, quiet, resolve_base
 from isotune.experiments.files import write_json
+from isotune.files.adapter import named_base, read_config
+from isotune.files.base_model import gguf_of, quiet, resolve_base
 
 
 def evaluate(
@@ -29,7 +29,7 @@ def evaluate(
     Args:
         directory: an adapter's folder, of any of PEFT's or isotune's methods for causal language models.
         tasks: names as `lm_eval --tasks` takes them, groups included.
-        base: the base model, as `isotune.base_model.resolve_base`; by default what the adapter names.
+        base: the base model, as `isotune.files.base_model.resolve_base`; by default what the adapter names.
         few_shot: solved examples shown before each question; by default the task's own number.
         limit: only so many questions of each task.
         batch_size: sequences a forward pass.

@@ -22,11 +22,11 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from isotune.base_model import quiet
 from isotune.experiments import processes
 from isotune.experiments.files import StorageError, read_json, storing, write_json
 from isotune.experiments.recipe import LESS_IS_BETTER, Metric, Train
-from isotune.regularization import has_regularization, regularization_callback
+from isotune.files.base_model import quiet
+from isotune.tools.regularization import has_regularization, regularization_callback
 
 Row = dict[str, Any]
 

@@ -21,8 +21,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from isotune.base_model import forget_quantisation, gguf_of, quiet, resolve_base
 from isotune.experiments.methods import HEADS
+from isotune.files.base_model import forget_quantisation, gguf_of, quiet, resolve_base
 
 
 class ModelError(ValueError):
@@ -30,7 +30,7 @@ class ModelError(ValueError):
 
 
 def locate(name: str) -> str:
-    """The folder or Hub name a recipe's model stands for, as `isotune.base_model.resolve_base`; raises ModelError."""
+    """The folder or Hub name a recipe's model stands for, as `resolve_base`; raises ModelError."""
     try:
         return resolve_base(name)
     except ValueError as error:

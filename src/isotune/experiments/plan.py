@@ -12,15 +12,15 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from isotune.base_model import quiet, resolve_base
-from isotune.config import require_choice, require_positive_integer
+from isotune.adapter.subspace import SubspaceUpdate
 from isotune.experiments import methods
 from isotune.experiments.recipe import Method, MethodName
 from isotune.experiments.trace import Trace, attention, blocks_of, inputs_for, trace
-from isotune.forms import SubspaceUpdate
+from isotune.files.base_model import quiet, resolve_base
 from isotune.hosts import ExpertsHost
-from isotune.layer import Layer
+from isotune.methods.config import require_choice, require_positive_integer
 from isotune.report import paper
+from isotune.tuner.layer import Layer
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from isotune.base_model import quiet
 from isotune.experiments import tasks
 from isotune.experiments.files import read_json, write_json
 from isotune.experiments.recipe import Recipe
+from isotune.files.base_model import quiet
 
 
 def _differs(predicted: Any, expected: Any) -> bool:

@@ -13,10 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from isotune.base_model import quiet
 from isotune.experiments import measure, methods, processes, summary, tasks
 from isotune.experiments.files import read_json, storing, write_json
 from isotune.experiments.recipe import Method, Recipe, RecipeError
+from isotune.files.base_model import quiet
 
 FORMAT = 1
 # What may differ between two runs of one experiment without making them two experiments.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from isotune import operators
+from isotune.adapter import operator as operators
 from isotune.experiments.measure import Kept, identity
 
 

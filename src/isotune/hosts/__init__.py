@@ -10,7 +10,7 @@ from isotune.hosts.experts import ExpertsHost
 from isotune.hosts.host import Host, Kept, widen
 from isotune.hosts.linear import LinearHost
 from isotune.hosts.quantised import Backend, QuantisedHost, functions_for, keep_readable, read_by_forward
-from isotune.tensor_parallel import refuse_other_divisions
+from isotune.parallel.tensor_parallel import refuse_other_divisions
 
 __all__ = [
     "Backend",

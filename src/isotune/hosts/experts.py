@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from isotune.distributed import shape_of
 from isotune.hosts.host import Fold, WeightHost, widen
+from isotune.parallel.processes import shape_of
 
 
 class ExpertsHost(WeightHost):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from isotune.distributed import gathered, is_divided, is_whole, shape_of
-from isotune.tensor_parallel import divide_like, mesh_of
+from isotune.parallel.processes import gathered, is_divided, is_whole, shape_of
+from isotune.parallel.tensor_parallel import divide_like, mesh_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,7 +1,7 @@
 """The methods: each is one file with a configuration and an operator, and one line here."""
 
-from isotune.config import IsotuneConfig
 from isotune.methods.boft import BOFTConfig
+from isotune.methods.config import IsotuneConfig
 from isotune.methods.goft import GOFTConfig, QGOFTConfig
 from isotune.methods.hra import HRAConfig
 from isotune.methods.lora_xs import LoraXsConfig

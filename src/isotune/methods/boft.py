@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from isotune.adapter.operator import Rotation, keep_mask
 from isotune.algebra.butterfly import butterfly_blocks, butterfly_chain
 from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.means import generator_means
 from isotune.algebra.skew import skew_order, skew_size
-from isotune.config import RotationConfig, check_probability, divisor_for, require_positive_integer
-from isotune.operators import Rotation, keep_mask
+from isotune.methods.config import RotationConfig, check_probability, divisor_for, require_positive_integer
 
 
 @dataclass

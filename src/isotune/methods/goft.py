@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from isotune.adapter.operator import Rotation
 from isotune.algebra.givens import givens_blocks, givens_chain, pair_penalty, rotation_pairs
 from isotune.algebra.means import linear_mean
-from isotune.config import RotationConfig, check_weight
-from isotune.operators import Rotation
+from isotune.methods.config import RotationConfig, check_weight
 
 
 def _require_pair(module: str, in_features: int) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from isotune.adapter.operator import Rotation
 from isotune.algebra.factors import LowRank
 from isotune.algebra.householder import orthonormal_reflection, reflection_penalty, reflections
-from isotune.config import RotationConfig, check_weight, require_positive_integer
-from isotune.operators import Rotation
+from isotune.methods.config import RotationConfig, check_weight, require_positive_integer
 
 
 @dataclass

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from isotune.adapter.operator import DenseOperator
 from isotune.algebra.means import linear_mean
-from isotune.config import SubspaceConfig, check_alphas, check_weight
-from isotune.operators import DenseOperator
+from isotune.methods.config import SubspaceConfig, check_alphas, check_weight
 
 _START = 8.0
 """Standard deviations that no number of a normal sample lies beyond: one in 10¹⁵ does."""

@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from isotune.adapter.operator import Rotation, keep_mask
 from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.factors import BlockDiagonal
 from isotune.algebra.means import generator_means
 from isotune.algebra.skew import skew_order, skew_size
-from isotune.config import RotationConfig, check_cayley_options, check_probability, divisor_for, require_choice
-from isotune.operators import Rotation, keep_mask
+from isotune.methods.config import RotationConfig, check_cayley_options, check_probability, divisor_for, require_choice
 
 
 @dataclass

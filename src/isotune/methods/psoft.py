@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from isotune.adapter.operator import DenseOperator
 from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.diagonal import scaled_difference
 from isotune.algebra.means import generator_means, linear_mean
 from isotune.algebra.skew import skew_size
-from isotune.config import SubspaceConfig, check_alphas, check_cayley_options, check_probability, require_choice
 from isotune.errors import IsotuneWarning
-from isotune.operators import DenseOperator
+from isotune.methods.config import SubspaceConfig, check_alphas, check_cayley_options, check_probability, require_choice
 
 
 @dataclass

@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from isotune.base_model import quiet
 from isotune.experiments import data, loop, models, processes
 from isotune.experiments.recipe import Recipe
 from isotune.experiments.tasks.task import Job
+from isotune.files.base_model import quiet
 
 IGNORED = -100
 

@@ -1,0 +1,123 @@
+"""The best approximation of a matrix by one of low rank, as two factors, with its error."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from isotune.subspace.solvers import principal_subspace
+
+_FIRST_GUESS = 64
+_SMALL = 1024
+"""Up to this side, all singular vectors at once cost less than one guess of a rank after the other."""
+_TOLERANCE = 1e-3
+
+
+class Factored(NamedTuple):
+    """up · down, what it leaves out, and the Frobenius norm of the whole."""
+
+    up: Tensor
+    """(out, k)."""
+    down: Tensor
+    """(k, in)."""
+    missing: float
+    """‖Δ − up · down‖_F."""
+    norm: float
+    """‖Δ‖_F."""
+
+
+def check_truncation(rank: int | None, energy: float | None) -> None:
+    """Raise a ValueError for a rank or a share of the energy that is not allowed, or for both at once."""
+    if rank is not None and energy is not None:
+        raise ValueError(f"rank={rank} and energy={energy} are both given; give one of them.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank={rank!r} is not allowed; it must be an integer of at least 1.")
+    if energy is not None and not 0.0 < energy < 1.0:
+        raise ValueError(f"energy={energy!r} is not allowed; it must be above 0 and below 1, such as 0.999.")
+
+
+def truncate(matrix: Tensor, *, rank: int | None = None, energy: float | None = None) -> Factored:
+    """The best approximation Δ ≈ up · down in the Frobenius norm, of a given rank or of the least rank for an energy.
+
+    Args:
+        matrix: Δ, (out, in).
+        rank: k; more than the smaller side of Δ means that side.
+        energy: share of ‖Δ‖²_F that up · down holds at least, below 1.
+
+    Returns:
+        The factors in float32 at least, down with orthonormal rows. A zero matrix gives zeros of rank 1.
+
+    Raises:
+        ValueError: neither or both of rank and energy, or values that are not allowed, or Δ is not finite.
+
+    Source: Eckart and Young (1936): the leading singular vectors give the best one.
+    """
+    check_truncation(rank, energy)
+    if rank is None and energy is None:
+        raise ValueError("Give rank=... or energy=..., which say how good the approximation is to be.")
+    wide = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
+    norm, limit = _norm(wide), min(wide.shape)
+    if norm == 0.0:
+        return Factored(wide.new_zeros(len(wide), 1), wide.new_zeros(1, wide.shape[1]), 0.0, 0.0)
+    guess = rank or (limit if limit <= _SMALL else _FIRST_GUESS)
+    while True:
+        # Past a third of the directions the exact answer is as cheap.
+        guess = limit if 3 * guess > limit else guess
+        down = principal_subspace(wide, guess, tolerance=_TOLERANCE, name="the update").basis
+        up = wide @ down.T
+        kept = torch.linalg.vector_norm(up, dim=0, dtype=torch.float64).square().cumsum(0) / norm**2
+        if rank is not None or guess == limit or float(kept[-1]) >= float(energy or 0.0):
+            break
+        guess *= 3
+    count = min(limit, rank) if rank is not None else _least(kept, float(energy or 0.0))
+    up, down = up[:, :count].contiguous(), down[:count].contiguous()
+    return Factored(up, down, _norm(wide - up @ down), norm)
+
+
+def truncate_product(up: Tensor, down: Tensor, *, rank: int | None = None, energy: float | None = None) -> Factored:
+    """The same for Δ = up · down of rank r, from its factors alone; with neither rank nor energy, Δ itself.
+
+    Args:
+        up: (out, r).
+        down: (r, in).
+        rank, energy: as for `truncate`.
+
+    Raises:
+        ValueError: values that are not allowed.
+
+    Source: Golub and Van Loan, Matrix Computations, 4th ed., section 5.2: with up = Q₁R₁ and downᵀ = Q₂R₂ the singular
+    vectors of R₁R₂ᵀ, at most r × r, give those of Δ.
+    """
+    check_truncation(rank, energy)
+    first, left = torch.linalg.qr(up.detach().double())
+    second, right = torch.linalg.qr(down.detach().double().T)
+    inner, values, outer = torch.linalg.svd(left @ right.T)
+    energies = values.square()
+    norm = float(energies.sum()) ** 0.5
+    count = len(down)
+    if rank is not None:
+        count = min(rank, count)
+    elif energy is not None:
+        count = _least(energies.cumsum(0) / norm**2, energy) if norm else 1
+    if count >= len(down):
+        return Factored(up, down, 0.0, norm)
+    count = min(count, len(values))
+    new_up, new_down = first @ (inner[:, :count] * values[:count]), outer[:count] @ second.T
+    return Factored(new_up.to(up), new_down.to(down), float(energies[count:].sum()) ** 0.5, norm)
+
+
+def pad_rank(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same product with zeros up to a rank."""
+    filling = rank - len(down)
+    return torch.nn.functional.pad(up, (0, filling)), torch.nn.functional.pad(down, (0, 0, 0, filling))
+
+
+def _least(kept: Tensor, energy: float) -> int:
+    """The first count whose share reaches the energy, or all, where rounding keeps the last from it."""
+    return min(len(kept), int((kept < energy).sum()) + 1)
+
+
+def _norm(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))

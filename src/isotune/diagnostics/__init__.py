@@ -1,0 +1,1 @@
+"""What an adapter does to the weights: angles, norms and a report of an adapter folder."""

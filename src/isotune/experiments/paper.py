@@ -1,0 +1,105 @@
+"""The figures that the PSOFT paper reports, to stand beside ours and never among them.
+
+Source: Wu, Hu, Min, Wang, Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation, ICLR 2026, arXiv
+2505.11235v3; the numbers are in `paper_results.json`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+MODELS = {
+    "glue": "DeBERTaV3-base",
+    "vtab": "ViT-B/16",
+    "math": "LLaMA-3.2-3B",
+    "commonsense": "LLaMA-3.1-8B",
+}
+"""The pre-trained model of each of the paper's suites."""
+
+_METHODS = {
+    "psoft": "PSOFT",
+    "oft": "OFTv2",
+    "boft": "BOFT",
+    "goft": "GOFTv2",
+    "qgoft": "qGOFTv2",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "lora_xs": "LoRA-XS",
+    "full": "FFT",
+}
+_TASKS = {
+    "arce": "arceasy",
+    "arcc": "arcchallenge",
+    "obqa": "openbookqa",
+    "cifar": "cifar100",
+    "all": "avg",
+}
+_NO_TASK = ("method", "params_M", "memory_GB")
+
+
+@dataclass(frozen=True)
+class PaperFigure:
+    """One result of the paper."""
+
+    suite: str
+    """glue, vtab, math or commonsense."""
+    task: str
+    """The column's name in the paper's table."""
+    method: str
+    """With its rank or block size, as PSOFT r=46."""
+    score: float
+    """From 0 to 1: the paper's percentage, or its correlation times a hundred, divided by a hundred."""
+    parameters: float
+    """Trained numbers, in millions."""
+    memory: float | None
+    """Peak memory of training, GB."""
+
+    @property
+    def model(self) -> str:
+        """What it was trained on."""
+        return MODELS[self.suite]
+
+
+@functools.cache
+def results() -> dict[str, Any]:
+    """All that is kept of the paper: results, hyperparameters, formulas and ablations, with its source."""
+    text = resources.files("isotune.experiments").joinpath("paper_results.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def source() -> str:
+    """Where the figures come from, in a line."""
+    return str(results()["source"])
+
+
+def figures(task: str) -> dict[str, PaperFigure]:
+    """What the paper reports for a task.
+
+    Args:
+        task: a recipe's name, such as glue/cola; case and punctuation do not count. SUITE/all is the paper's average.
+
+    Returns:
+        By our name of the method; empty for a task that the paper does not have.
+    """
+    suite, _, name = task.rpartition("/")
+    found: dict[str, PaperFigure] = {}
+    for row in results()["results"].get(suite, ()):
+        column = next((key for key in row if key not in _NO_TASK and _plain(key) == _plain(name)), None)
+        own = next((own for own, theirs in _METHODS.items() if row["method"].split()[0] == theirs), None)
+        if column is not None and own is not None and row[column] is not None:
+            found[own] = PaperFigure(
+                suite, column, row["method"], row[column] / 100, row["params_M"], row.get("memory_GB")
+            )
+    return found
+
+
+def _plain(name: str) -> str:
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    return _TASKS.get(plain, plain)

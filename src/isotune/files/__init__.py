@@ -1,0 +1,1 @@
+"""Adapter folders and base models: reading, writing, exporting, and importing those of PEFT itself."""

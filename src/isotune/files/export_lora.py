@@ -1,0 +1,357 @@
+"""Adapters in forms that need no isotune: an ordinary LoRA folder, and a plain model with the update merged in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from isotune.algebra.lowrank import Factored, check_truncation, pad_rank, truncate, truncate_product
+from isotune.files.adapter import (
+    CONFIG_FILE,
+    KEY_PREFIX,
+    WEIGHTS_FILE,
+    adapted_layers,
+    describe,
+    named_base,
+    new_directory,
+    rank_pattern,
+    read_config,
+)
+from isotune.files.base_model import resolve_base
+from isotune.methods.config import IsotuneConfig
+from isotune.tuner.layer import Layer, warn_of_requantising
+
+LORA_REPORT = "isotune_export.json"
+"""The file in a LoRA folder that says each layer's rank and error."""
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+_BIAS = {"none": "none", "all": "all", "isotune_only": "lora_only"}
+
+Source = nn.Module | str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """How an adapter is written as LoRA, as for `export_lora`.
+
+    Raises:
+        ValueError: a rank or energy that is not allowed, or both.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    uniform_rank: bool = False
+
+    def __post_init__(self) -> None:
+        check_truncation(self.rank, self.energy)
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """What became of one adapted layer in a LoRA folder."""
+
+    name: str
+    rank: int
+    """Rows of A, without what was filled up with zeros."""
+    missing: float
+    """‖ΔW − B A‖_F; 0 where the factors are exact."""
+    norm: float
+    """‖ΔW‖_F."""
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − B A‖_F / ‖ΔW‖_F, from 0 to 1."""
+        return self.missing / self.norm if self.norm else 0.0
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """What `export_lora` wrote."""
+
+    layers: tuple[ExportedLayer, ...]
+    rank: int
+    """The largest rank, which a server must have room for."""
+
+    @property
+    def error(self) -> float:
+        """The error of all layers together, ‖ΔW − B A‖_F / ‖ΔW‖_F."""
+        whole = math.hypot(*(layer.norm for layer in self.layers))
+        return math.hypot(*(layer.missing for layer in self.layers)) / whole if whole else 0.0
+
+    @property
+    def worst(self) -> ExportedLayer:
+        """The layer with the largest error."""
+        return max(self.layers, key=lambda layer: layer.error)
+
+    def __str__(self) -> str:
+        exact = "exact" if not self.error else f"relative error of the update {self.error:.2e}"
+        worst = f", worst {self.worst.error:.2e} in {self.worst.name}" if self.error and len(self.layers) > 1 else ""
+        lowest = min(layer.rank for layer in self.layers)
+        ranks = f"rank {self.rank}" if lowest == self.rank else f"ranks {lowest} to {self.rank}"
+        return f"{len(self.layers)} layers, {ranks}, {exact}{worst}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers and names for JSON."""
+        layers = {x.name: {"rank": x.rank, "error": x.error, "update_norm": x.norm} for x in self.layers}
+        return {"rank": self.rank, "error": self.error, "layers": layers}
+
+
+def export_lora(
+    model_or_dir: Source,
+    out: str | os.PathLike[str],
+    adapter_name: str = "default",
+    base: nn.Module | str | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    uniform_rank: bool = False,
+    trust_remote_code: bool = False,
+) -> LoraExport:
+    """Write an adapter as an ordinary PEFT LoRA folder, which plain PEFT loads without isotune.
+
+    An update of low rank (PSOFT, HRA) is written exactly, at its own rank, unless `rank` or `energy` asks for less. A
+    rotation of all inputs (OFT, BOFT, GOFT, qGOFT), BOFT with its gain, changes W by a matrix of full rank: one of the
+    two says how good its best approximation is to be.
+
+    B is (out, r) and A is (r, in) with lora_alpha = r, so the scaling is 1 in every layer. Saved modules, trained
+    biases and embeddings are written as they are. The file LORA_REPORT in the folder holds each layer's error.
+
+    Args:
+        model_or_dir: a model with isotune adapters, merged or not, or the folder of a saved one.
+        out: the folder to write; it appears only when it is complete.
+        adapter_name: which adapter of a model.
+        base: for a folder: the base model, or its name; by default what the adapter's config names.
+        rank: the largest rank; a layer with a smaller side has that.
+        energy: choose each layer's rank so that B A has at least this share of ‖ΔW‖²_F, such as 0.999.
+        uniform_rank: fill all layers up to one rank with zeros, for servers that know one rank and one alpha only.
+        trust_remote_code: run code that the base model's repository carries.
+
+    Raises:
+        ValueError: `out` is not empty, there is no such adapter or base, the adapter does not fit the base, or its
+            update has full rank and neither rank nor energy is given.
+    """
+    options = LoraOptions(rank, energy, uniform_rank)
+    origin = None if isinstance(model_or_dir, nn.Module) else origin_of(model_or_dir, options)
+    if isinstance(model_or_dir, nn.Module):
+        config = _config(model_or_dir, adapter_name)
+        layers, name = dict(adapted_layers(model_or_dir, adapter_name)), adapter_name
+        state = get_peft_model_state_dict(model_or_dir, adapter_name=adapter_name)
+        extras = {k: tensor for k, tensor in state.items() if ".isotune_" not in k}
+    else:
+        file = describe(model_or_dir)
+        config, extras, name = file.config, file.extras, "default"
+        plain = (
+            base if isinstance(base, nn.Module) else named_base(model_or_dir, base, trust_remote_code=trust_remote_code)
+        )
+        layers = file.place(plain)
+    tensors = {KEY_PREFIX + k.removeprefix(KEY_PREFIX): tensor for k, tensor in extras.items()}
+    bar = tqdm(layers.items(), desc="factors", unit="layer", delay=3.0, leave=False)
+    found = {module: _factored(module, layer, name, options) for module, layer in bar}
+    largest = max(len(factored.down) for factored in found.values())
+    ranks: dict[str, int] = {}
+    for module, factored in found.items():
+        up, down = pad_rank(factored.up, factored.down, largest) if uniform_rank else factored[:2]
+        ranks[module] = len(down)
+        tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = down
+        tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = up
+    # Cloned: safetensors refuses tensors that share memory, as tied embeddings do.
+    tensors = {k: tensor.detach().cpu().clone().contiguous() for k, tensor in tensors.items()}
+    report = LoraExport(
+        tuple(ExportedLayer(module, len(f.down), f.missing, f.norm) for module, f in found.items()), largest
+    )
+    with new_directory(out) as folder:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        _lora_config(config, layers, ranks).save_pretrained(str(folder))
+        content = {**report.to_dict(), "origin": origin}
+        (folder / LORA_REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def has_adapter(directory: str | os.PathLike[str]) -> bool:
+    """Whether a folder is an adapter's, and not one that holds several."""
+    return (Path(directory) / CONFIG_FILE).is_file()
+
+
+def origin_of(directory: str | os.PathLike[str], options: LoraOptions) -> dict[str, Any]:
+    """What tells whether an adapter folder would be exported to the same LoRA folder again.
+
+    Raises:
+        AdapterFileError: there is no adapter.
+    """
+    read_config(directory)
+    files = [Path(directory) / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+    return {"sha256": hashes, "options": asdict(options)}
+
+
+def _factored(module: str, layer: Layer, adapter_name: str, options: LoraOptions) -> Factored:
+    """The change of a layer's W as two factors, exact where that needs no more than the rank asked for."""
+    if layer.host.folds:
+        kind = type(layer.get_base_layer()).__name__
+        raise ValueError(
+            f"The adapted module {module!r} is a {kind}, and only linear layers can be exported as LoRA; export the "
+            "merged model instead (--to merged)."
+        )
+    rank, energy = options.rank, options.energy
+    if layer.supports_lora_conversion(adapter_name):
+        return truncate_product(*layer.low_rank(adapter_name), rank=rank, energy=energy)
+    if rank is None and energy is None:
+        raise ValueError(
+            f"The adapter rotates all inputs of {module!r}, so its update has full rank. Give a rank (--rank 64) or "
+            "the share of the update to keep (--energy 0.99) for the best LoRA adapter, whose error is told; or export "
+            "the merged model, which is exact (--to merged)."
+        )
+    return truncate(layer.host.stored(layer.get_delta_weight(adapter_name)), rank=rank, energy=energy)
+
+
+def export_merged(
+    model_or_dir: Source,
+    out: str | os.PathLike[str],
+    adapter_name: str = "default",
+    base: nn.Module | str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write a plain transformers model with the adapter's update in its weights, with the tokeniser where there is one.
+
+    Args:
+        model_or_dir: a model with isotune adapters, which is left as it was, or the folder of a saved one.
+        out: the folder to write; it appears only when it is complete.
+        adapter_name: which adapter of a model.
+        base: for a folder: the base model, or its name; by default what the adapter's config names.
+        trust_remote_code: run code that the base model's repository carries.
+
+    Raises:
+        ValueError: as `export_lora`; or the model cannot save itself; or other adapters are merged into it.
+    """
+    sources: list[str] = []
+    if isinstance(model_or_dir, nn.Module):
+        model = model_or_dir
+    else:
+        describe(model_or_dir)  # its messages are clearer than what PEFT finds while loading
+        plain = (
+            base if isinstance(base, nn.Module) else named_base(model_or_dir, base, trust_remote_code=trust_remote_code)
+        )
+        model, adapter_name = PeftModel.from_pretrained(plain, os.fspath(model_or_dir)), "default"
+        sources = [os.fspath(model_or_dir)]
+    config = _config(model, adapter_name)
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not hasattr(inner, "save_pretrained"):
+        raise ValueError(f"A {type(inner).__name__} has no save_pretrained; only a transformers model can be exported.")
+    named = base if isinstance(base, str) else getattr(inner, "name_or_path", None) or config.base_model_name_or_path
+    with new_directory(out) as folder:
+        with _merged_and_bare(inner, adapter_name):
+            inner.save_pretrained(str(folder))
+        _copy_tokenizer([*sources, *([str(named)] if named else [])], folder)
+
+
+def _config(model: nn.Module, adapter_name: str) -> IsotuneConfig:
+    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name)
+    if not isinstance(config, IsotuneConfig):
+        have = {name: str(getattr(c, "peft_type", c)) for name, c in configs.items()}
+        raise ValueError(f"There is no isotune adapter {adapter_name!r} on this model; it has {have or 'none'}.")
+    return config
+
+
+def _lora_config(config: IsotuneConfig, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> LoraConfig:
+    rank = max(ranks.values())  # servers compare r with the rank they have room for, and some read no pattern
+    other = rank_pattern(ranks, rank)
+    saved = config.modules_to_save
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=other,
+        alpha_pattern=dict(other),
+        target_modules=sorted(layers),
+        fan_in_fan_out=any(getattr(layer.host, "transposed", False) for layer in layers.values()),
+        bias=_BIAS[config.bias],  # type: ignore[arg-type]
+        modules_to_save=None if saved is None else list(dict.fromkeys(saved)),
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        auto_mapping=config.auto_mapping,
+        inference_mode=True,
+    )
+
+
+@contextmanager
+def _merged_and_bare(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """For the time of the block: the update in the weights, and the model's own modules in the places of wrappers."""
+    for name, module in model.named_modules():
+        if isinstance(module, Layer) and module.merged and module.merged_adapters != [adapter_name]:
+            raise ValueError(f"{name!r} has {module.merged_adapters} merged; call unmerge_adapter() first.")
+    swapped: list[tuple[nn.Module, str, nn.Module]] = []
+    merged_here: list[Layer] = []
+    try:
+        for _, layer in adapted_layers(model, adapter_name):
+            if not layer.merged:
+                layer.merge(adapter_names=[adapter_name])
+                merged_here.append(layer)
+        warn_of_requantising(merged_here)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Layer):
+                plain = module.base_layer
+            elif isinstance(module, ModulesToSaveWrapper):
+                own = adapter_name in module.modules_to_save
+                plain = module.modules_to_save[adapter_name] if own else module.original_module
+            else:
+                continue
+            parent, _, attribute = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            swapped.append((owner, attribute, module))
+            setattr(owner, attribute, plain)
+        with torch.no_grad():
+            yield
+    finally:
+        for owner, attribute, module in swapped:
+            setattr(owner, attribute, module)
+        for layer in merged_here:
+            layer.unmerge()
+
+
+def _copy_tokenizer(sources: list[str], folder: Path) -> None:
+    """Copy the files of the first source that has any; one that cannot be reached has none."""
+    from transformers.utils import cached_file
+
+    for source in sources:
+        found = []
+        for file in _TOKENIZER_FILES:
+            try:
+                place = source if source in sources[:-1] else resolve_base(source)
+                path = cached_file(place, file, _raise_exceptions_for_missing_entries=False)
+            except (OSError, ValueError):
+                path = None
+            if path is not None:
+                found.append(path)
+        for path in found:
+            shutil.copyfile(path, folder / Path(path).name)
+        if found:
+            return

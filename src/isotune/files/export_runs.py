@@ -1,0 +1,121 @@
+"""LoRA folders of all checkpoints in a directory, with one load of the base model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from isotune.files.adapter import CONFIG_FILE, named_base, read_config
+from isotune.files.export_lora import LORA_REPORT, LoraExport, LoraOptions, export_lora, origin_of
+
+
+@dataclass
+class RunsExport:
+    """What became of the adapters of a directory, each by its path within it."""
+
+    written: dict[str, LoraExport] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    """Exported before, from the same file with the same options."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Why."""
+
+
+def adapter_folders(directory: str | os.PathLike[str]) -> list[Path]:
+    """The paths, below a directory, of the folders that hold an adapter, checkpoint-2 before checkpoint-10.
+
+    Raises:
+        ValueError: there is no such directory, or no adapter in it.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder; give an adapter's folder, or one that holds several.")
+    inside = [file.parent.relative_to(root) for file in root.rglob(CONFIG_FILE)]
+    hidden = {path for path in inside if any(part.startswith(".") for part in path.parts)}  # half-written ones
+    if not set(inside) - hidden:
+        raise ValueError(f"Neither {root} nor a folder in it has an {CONFIG_FILE}, so there is no adapter to export.")
+    return sorted(set(inside) - hidden, key=_natural)
+
+
+def export_lora_runs(
+    directory: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base: nn.Module | str | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    uniform_rank: bool = False,
+    trust_remote_code: bool = False,
+) -> RunsExport:
+    """Write every adapter below a directory as a LoRA folder of the same name below `out`.
+
+    Each base model is loaded once. An adapter that was exported before, from the same file and with the same options,
+    is skipped, so an interrupted export goes on where it was; one that fails is reported, and the others are written.
+
+    Args:
+        directory: holds adapter folders at any depth, such as the checkpoints of a training.
+        out: where to write; made if it is not there.
+        base: the base model, or its name; by default what each adapter's config names.
+        rank: as for `export_lora`.
+        energy: as there.
+        uniform_rank: as there.
+        trust_remote_code: run code that the base model's repository carries.
+
+    Raises:
+        ValueError: there is no adapter at all, or the options are not allowed.
+    """
+    root, target, result = Path(directory), Path(out), RunsExport()
+    options = LoraOptions(rank, energy, uniform_rank)
+    pending: dict[str, list[Path]] = {}
+    for folder in adapter_folders(root):
+        try:
+            if _is_done(root / folder, target / folder, options):
+                result.skipped.append(folder.as_posix())
+            else:
+                pending.setdefault(_base_of(root / folder), []).append(folder)
+        except ValueError as error:
+            result.failed[folder.as_posix()] = str(error)
+    with tqdm(total=sum(map(len, pending.values())), desc="exporting", unit="adapter") as bar:
+        for folders in pending.values():
+            model: nn.Module | None = None
+            for folder in folders:
+                try:
+                    model = model or named_base(root / folder, base, trust_remote_code=trust_remote_code)
+                    result.written[folder.as_posix()] = export_lora(
+                        root / folder, target / folder, base=model, rank=rank, energy=energy, uniform_rank=uniform_rank
+                    )
+                except ValueError as error:
+                    result.failed[folder.as_posix()] = str(error)
+                bar.update()
+    return result
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Numbers in a name count as numbers."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.as_posix())]
+
+
+def _base_of(folder: Path) -> str:
+    """What decides which base model is loaded and how, as a key."""
+    raw = read_config(folder)
+    return json.dumps([raw.get(k) for k in ("base_model_name_or_path", "revision", "task_type", "auto_mapping")])
+
+
+def _is_done(folder: Path, exported: Path, options: LoraOptions) -> bool:
+    if not exported.exists():
+        return False
+    try:
+        found = json.loads((exported / LORA_REPORT).read_text(encoding="utf-8")).get("origin")
+    except (OSError, ValueError):
+        found = None
+    if found != origin_of(folder, options):
+        raise ValueError(
+            f"{exported} is there already, and not as this adapter and these options give it; remove it, or choose "
+            "another place to write."
+        )
+    return True

@@ -1,0 +1,133 @@
+"""Tensor parallelism of transformers: a weight of which every process holds some rows or some columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from isotune.parallel.processes import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process has of the inputs or outputs of a layer, when their last dimension is divided over a mesh.
+
+    Whatever all processes hold whole, they hold alike: `of` and `joined` give gradients that are whole too.
+
+    Args:
+        mesh: of the processes, with one dimension.
+        size: of the whole dimension.
+    """
+
+    mesh: DeviceMesh
+    size: int
+
+    @property
+    def span(self) -> slice:
+        """The indices of this process: as many as `torch.chunk` would give it."""
+        length = -(-self.size // self.mesh.size())
+        start = min(self.mesh.get_local_rank() * length, self.size)
+        return slice(start, min(start + length, self.size))
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of what all processes hold; without a gradient."""
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor, group=self.mesh.get_group())
+        return tensor
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The part of this process; in backward the gradients of all parts are put together."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        tensor = DTensor.from_local(whole, self.mesh, [Replicate()], run_check=False)
+        part: Tensor = tensor.redistribute(placements=[Shard(whole.ndim - 1)]).to_local()
+        return part
+
+    def joined(self, part: Tensor) -> Tensor:
+        """The whole, from the parts of all processes; in backward each takes the gradient of its own."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        shape = torch.Size([*part.shape[:-1], self.size])
+        stride = torch.empty(shape, device="meta").stride()
+        placement = [Shard(part.ndim - 1)]
+        tensor = DTensor.from_local(part, self.mesh, placement, run_check=False, shape=shape, stride=stride)
+        whole: Tensor = tensor.redistribute(placements=[Replicate()]).to_local()
+        return whole
+
+
+def mesh_of(module: nn.Module) -> DeviceMesh | None:
+    """The processes between which transformers has divided the module's own parameters; None if it is whole."""
+    if not _is_divided(module):
+        return None
+    sharded = (p for p in module._parameters.values() if p is not None and is_sharded(p))
+    return next((parameter.device_mesh for parameter in sharded), None)  # type: ignore[attr-defined]
+
+
+def _is_divided(module: nn.Module) -> bool:
+    """Whether transformers has put its tensor parallelism around the forward of a module."""
+    return bool(module.__dict__.get("_is_hooked"))
+
+
+def refuse_other_divisions(module: nn.Module, name: str, *, packed: bool = False) -> None:
+    """Refuse a layer that tensor parallelism has divided in a way that no adapter follows.
+
+    Args:
+        module: the frozen layer.
+        name: its name in the model, for the message.
+        packed: whether it is more than one plain matrix: quantised, or experts.
+
+    Raises:
+        ValueError: it is divided, and not simply by rows or by columns.
+    """
+    if not _is_divided(module):
+        return
+    from torch.distributed.tensor import Shard
+
+    mesh, weight = mesh_of(module), module._parameters.get("weight")
+    found = "its weight is whole, and what it gives or takes is not"
+    if packed or not isinstance(module, (nn.Linear, nn.Embedding)):
+        found = f"it is {'quantised or holds experts' if packed else 'no nn.Linear or nn.Embedding'}"
+    elif mesh is not None and weight is not None and is_sharded(weight):
+        (placement, *others) = weight.placements  # type: ignore[attr-defined]
+        if not others and type(placement) is Shard and weight.shape[placement.dim] >= mesh.size():
+            return
+        found = f"its weight of shape {tuple(weight.shape)} lies as {weight.placements} on {mesh.size()} processes"  # type: ignore[attr-defined]
+    raise ValueError(
+        f"The target module {name!r}, a {type(module).__module__}.{type(module).__qualname__}, is divided by tensor "
+        f"parallelism in a way that adapters do not follow: {found}. They follow nn.Linear and nn.Embedding, not "
+        "quantised, divided evenly or unevenly by rows or by columns, without FSDP in addition. Exclude the module "
+        "with exclude_modules, or load the model without a tensor parallel plan and spread it with FSDP2."
+    )
+
+
+@torch.no_grad()
+def divide_like(whole: Tensor, divided: Tensor) -> Tensor:
+    """This process's part of a tensor, as the parameter `divided` of the same shape is divided."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, (placement,) = divided.device_mesh, divided.placements  # type: ignore[attr-defined]
+    span = Share(mesh, whole.shape[placement.dim]).span
+    part = whole.narrow(placement.dim, span.start, span.stop - span.start).clone(
+        memory_format=torch.contiguous_format  # a view would keep the whole tensor alive
+    )
+    found: Tensor = DTensor.from_local(
+        part, mesh, [placement], run_check=False, shape=divided.shape, stride=divided.stride()
+    )
+    return found
+
+
+@torch.no_grad()
+def make_equal(parameters: Iterable[Tensor], mesh: DeviceMesh) -> None:
+    """Give all processes of a mesh the values of its first: they start at random ones, and must stay replicas."""
+    source = int(mesh.mesh.flatten()[0])
+    for parameter in parameters:
+        if not parameter.is_meta:
+            dist.broadcast(parameter.data, src=source, group=mesh.get_group())

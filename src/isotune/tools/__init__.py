@@ -1,0 +1,1 @@
+"""Public functions on adapted models, beside what PEFT offers itself."""

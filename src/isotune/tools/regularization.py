@@ -1,0 +1,85 @@
+"""The losses that keep nearly orthogonal methods so: qGOFT's pairs of columns, HRA's directions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from isotune.tuner.layer import Layer
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+
+def _penalties(model: nn.Module) -> list[Tensor]:
+    """The weighted penalty of every active adapter that has one, layer by layer."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, Layer) and not module.disable_adapters:
+            active = [name for name in module.active_adapters if name in module.isotune_operator]
+            penalties = (module.operator(name).penalty() for name in active)
+            found += [penalty for penalty in penalties if penalty is not None]
+    return found
+
+
+def has_regularization(model: nn.Module) -> bool:
+    """Whether an active adapter of the model has a regulariser with a weight above 0."""
+    return bool(_penalties(model))
+
+
+def regularization_loss(model: nn.Module) -> Tensor:
+    """The sum of the regularisers of all active adapters, weighted by their `regularizer_weight`.
+
+    To be added to the loss, once for each optimiser step: `loss = loss + isotune.regularization_loss(model)`.
+
+    Args:
+        model: with isotune adapters.
+
+    Returns:
+        A scalar on the device of the adapters, differentiable; 0 where no active adapter has a regulariser.
+
+    Source: Ma et al., GOFT (ICML 2024), for qGOFT; Yuan et al., HRA (NeurIPS 2024), equation 7.
+    """
+    penalties = _penalties(model)
+    if not penalties:
+        return torch.zeros(())
+    return torch.stack([penalty.to(penalties[0].device) for penalty in penalties]).sum()
+
+
+def regularization_callback() -> TrainerCallback:
+    """A callback for transformers' Trainer (and TRL's) that trains with `regularization_loss`.
+
+    It adds the regularisers' gradient right before each optimiser step, after the Trainer has averaged over gradient
+    accumulation and clipped; the loss that is logged is that of the task alone.
+    """
+    from transformers import TrainerCallback
+
+    class RegularizationCallback(TrainerCallback):  # type: ignore[misc]
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            add_regularization_gradient(kwargs["model"])
+
+    return RegularizationCallback()
+
+
+def add_regularization_gradient(model: nn.Module) -> None:
+    """Add the gradient of `regularization_loss` to `.grad` of the adapters' parameters.
+
+    Raises:
+        ValueError: DeepSpeed ZeRO trains the model, which has taken the gradients away by then.
+    """
+    if has_regularization(model) and any(hasattr(parameter, "_hp_mapping") for parameter in model.parameters()):
+        raise ValueError(
+            "DeepSpeed has taken the gradients of the parameters away before this callback could add to them. Add "
+            "isotune.regularization_loss(model) to the loss instead, or set regularizer_weight to 0."
+        )
+    with torch.enable_grad():
+        loss = regularization_loss(model)
+        parameters = [p for name, p in model.named_parameters() if p.requires_grad and ".isotune_operator." in name]
+        if not loss.requires_grad:
+            return
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

@@ -1,0 +1,1 @@
+"""Everything that knows PEFT at run time: the tuner layer, the tuner model and their registration."""

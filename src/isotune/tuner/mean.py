@@ -1,0 +1,123 @@
+"""Weighted combinations of adapters of one method on one basis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from isotune.adapter.subspace import SubspaceUpdate
+from isotune.methods.config import IsotuneConfig, SubspaceConfig
+from isotune.tuner.layer import Layer
+
+_SAME_BASIS = 1e-5
+_ELSE = "Use them together by base_model.set_adapter([...]) instead, which composes them in that order."
+
+
+def check_request(
+    adapters: Sequence[str], weights: Sequence[float], adapter_name: str, configs: Mapping[str, IsotuneConfig]
+) -> None:
+    """Refuse names, weights and methods that cannot be combined.
+
+    Raises:
+        ValueError: says which and why.
+    """
+    unknown = [name for name in adapters if name not in configs]
+    if unknown or not adapters or len(set(adapters)) < len(adapters):
+        raise ValueError(
+            f"adapters={list(adapters)} must name at least one adapter and each once; this model has {list(configs)}."
+        )
+    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights={list(weights)} must be one finite number for each of the {len(adapters)} adapters.")
+    if adapter_name in configs:
+        raise ValueError(f"There is an adapter {adapter_name!r} already; choose another name, or delete it first.")
+    types = {name: str(configs[name].peft_type) for name in adapters}
+    if len(set(types.values())) > 1:
+        raise ValueError(f"Adapters of different methods have no weighted mean: {types}. {_ELSE}")
+    for name in adapters:
+        config = configs[name]
+        if config.modules_to_save or config.bias != "none":
+            raise ValueError(
+                f"{name!r} has modules_to_save={config.modules_to_save} and bias={config.bias!r}; only adapters that "
+                "train nothing else can be combined."
+            )
+
+
+def combine(
+    layers: Mapping[str, Layer], adapters: Sequence[str], weights: Sequence[float]
+) -> dict[str, dict[str, Tensor]]:
+    """The parameters of the weighted mean of adapters: module -> parameter -> value, float64.
+
+    Rotations are averaged on the rotation group (`RotationMean`), magnitudes and gains geometrically, free matrices and
+    angles linearly. The weights need not sum to one; what they lack is the base model's.
+
+    Args:
+        layers: by name, those that hold any of the adapters.
+        adapters, weights: as many of each, at least one.
+
+    Raises:
+        ValueError: the adapters are not of the same modules, shapes, options, scale or basis, or their method has no
+            mean; says what differs where.
+    """
+    first = adapters[0]
+    result = {}
+    for name, layer in layers.items():
+        absent = [adapter for adapter in adapters if adapter not in layer.isotune_operator]
+        if absent:
+            raise ValueError(f"{absent[0]!r} does not adapt {name!r}, which other adapters do. {_ELSE}")
+        for other in adapters[1:]:
+            difference = _difference(layer, first, other)
+            if difference:
+                raise ValueError(f"{first!r} and {other!r} have {difference} in {name!r}, so no mean. {_ELSE}")
+        try:
+            result[name] = _mean(layer, adapters, torch.tensor(weights, dtype=torch.float64))
+        except ValueError as error:
+            names = ", ".join(map(repr, adapters))
+            raise ValueError(f"{names} cannot be combined in {name!r}: {error}. {_ELSE}") from None
+    return result
+
+
+def _difference(layer: Layer, first: str, other: str) -> str | None:
+    """In what two adapters on a layer differ besides the values of their parameters."""
+    one, two = layer.operator(first), layer.operator(other)
+    shapes = [{name: tuple(p.shape) for name, p in operator.named_parameters()} for operator in (one, two)]
+    if shapes[0] != shapes[1]:
+        return f"different sizes ({shapes[0]} and {shapes[1]})"
+    if one.batch_key() != two.batch_key():
+        return "different options"
+    form, form2 = layer.form(first), layer.form(other)
+    config, config2 = layer.configs[first], layer.configs[other]
+    if isinstance(form, SubspaceUpdate) and isinstance(form2, SubspaceUpdate):
+        assert isinstance(config, SubspaceConfig)
+        assert isinstance(config2, SubspaceConfig)
+        if (form.embedded, form.reader_power) != (form2.embedded, form2.reader_power):
+            return "different options (basis or the split of the singular values)"
+        if form.scale != form2.scale:
+            return f"different scales ({form.scale:g} and {form2.scale:g})"
+        if config.basis_seed != config2.basis_seed or not _close(form.stored, form2.stored):
+            return "different bases of the principal subspace (solved on another machine or base)"
+    return None
+
+
+def _close(one: Tensor, two: Tensor) -> bool:
+    """Equal up to the rounding of a solver with another number of threads; other signs are far from that."""
+    return float(torch.linalg.vector_norm(one - two)) <= _SAME_BASIS * float(torch.linalg.vector_norm(one))
+
+
+def _mean(layer: Layer, adapters: Sequence[str], weights: Tensor) -> dict[str, Tensor]:
+    operators = [layer.operator(adapter) for adapter in adapters]
+    means = operators[0].averages
+    names = [name for name, _ in operators[0].named_parameters()]
+    without = [name for name in names if name not in means]
+    if without:
+        raise ValueError(
+            f"{type(operators[0]).__name__} with {', '.join(without)} has no mean of its own kind, as its factors are "
+            "not unique or the mean of two would need more of them"
+        )
+    by_name = [dict(operator.named_parameters()) for operator in operators]
+    weights = weights.to(next(iter(by_name[0].values())).device)
+    return {
+        name: means[name](torch.stack([parameters[name].detach() for parameters in by_name]), weights) for name in names
+    }

@@ -1,0 +1,191 @@
+"""Weighted means of adapters: exact at the ends, of the same kind between, refused where they make no sense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from helpers import Stack, layers_of, psoft, randomize, relative_error
+from isotune import add_adapter, get_peft_model
+from isotune.diagnostics.geometry import orthogonality_error
+from isotune.methods import METHODS
+from isotune.methods.config import IsotuneConfig
+
+TARGETS = ["first", "second", "third"]
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "psoft": ("psoft", {"r": 8}),
+    "psoft-strict": ("psoft", {"r": 6, "psoft_mag_a": False, "psoft_mag_b": False}),
+    "psoft-scaled": ("psoft", {"r": 8, "ab_svd_init": "pissa_init", "basis": "embedded"}),
+    "psoft-series": ("psoft", {"r": 8, "use_cayley_neumann": True, "cayley_neumann_eps": 0.5}),
+    "psoft-free": ("psoft", {"r": 5, "psoft_orth": False, "psoft_mag_a": False, "psoft_mag_b": False}),
+    "lora_xs": ("lora_xs", {"r": 8}),
+    "oft": ("oft", {"oft_block_size": 8}),
+    "coft": ("oft", {"oft_block_size": 8, "coft": True, "eps": 0.05, "block_share": True}),
+    "boft": ("boft", {"boft_block_size": 4, "boft_n_butterfly_factor": 2}),
+    "goft": ("goft", {}),
+}
+
+
+def config(method: str, **options: Any) -> IsotuneConfig:
+    return METHODS[method](**{"target_modules": TARGETS, **options})
+
+
+def pair(method: str, dtype: torch.dtype = torch.float32, **options: Any) -> PeftModel:
+    model = get_peft_model(Stack(dtype=dtype), config(method, **options), "a")
+    model.add_adapter("b", config(method, **options))
+    for seed, name in enumerate(("a", "b")):
+        randomize(model, name, std=0.2, seed=seed)
+    return model.eval()
+
+
+def output(model: PeftModel, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    model.set_adapter(name)
+    x = torch.linspace(-2, 2, 5 * 24, dtype=dtype).reshape(5, 24)
+    with torch.no_grad():
+        result: torch.Tensor = model(x)
+    return result
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_ends_are_the_adapters_and_nothing_is_the_base(case: str) -> None:
+    method, options = CASES[case]
+    model = pair(method, **options)
+    with torch.no_grad(), model.disable_adapter():
+        base = model(torch.linspace(-2, 2, 5 * 24).reshape(5, 24))
+    for weights, name in (([1.0, 0.0], "a"), ([0.0, 1.0], "b")):
+        model.add_weighted_adapter(["a", "b"], weights, f"only-{name}")
+        assert relative_error(output(model, f"only-{name}"), output(model, name)) < 1e-6
+    model.add_weighted_adapter(["a", "b"], [0.0, 0.0], "none")
+    assert relative_error(output(model, "none"), base) < 1e-6
+    model.add_weighted_adapter(["a"], [0.5], "half-a")
+    whole, half = (relative_error(output(model, name), base) for name in ("a", "half-a"))
+    assert 0.2 * whole < half < 0.9 * whole
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c not in ("psoft-free", "lora_xs", "psoft-series")])
+def test_what_is_between_is_as_orthogonal(case: str) -> None:
+    method, options = CASES[case]
+    model = pair(method, torch.float64, **options)
+    model.add_weighted_adapter(["a", "b"], [0.4, 0.6], "mean")
+    for layer in layers_of(model):
+        operator = layer.operator("mean")
+        if hasattr(operator, "rotation_difference"):
+            difference = operator.rotation_difference(operator.generator)
+            matrix = difference + torch.eye(len(difference), dtype=difference.dtype)
+        else:
+            matrix = operator.matrix()
+        assert orthogonality_error(matrix.detach()) < 1e-12
+    for name in ("a", "b"):
+        assert relative_error(output(model, "mean", torch.float64), output(model, name, torch.float64)) > 1e-3
+
+
+@pytest.mark.parametrize("case", ["psoft-free", "lora_xs"])
+def test_free_matrices_sum(case: str) -> None:
+    method, options = CASES[case]
+    model = pair(method, **options)
+    model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "sum")
+    for layer in layers_of(model):
+        expected = 0.7 * layer.get_delta_weight("a") - 0.4 * layer.get_delta_weight("b")
+        assert relative_error(layer.get_delta_weight("sum"), expected) < 1e-5
+
+
+def test_magnitudes_multiply() -> None:
+    model = pair("psoft", r=8)
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")
+    for layer in layers_of(model):
+        a, b, mean = (layer.operator(name) for name in ("a", "b", "mean"))
+        torch.testing.assert_close(mean.input_scale, (a.input_scale * b.input_scale).sqrt())
+
+
+def test_the_mean_shares_the_basis_and_lives_like_any_adapter(tmp_path: Path) -> None:
+    pair("psoft", r=8).save_pretrained(str(tmp_path))
+    model = PeftModel.from_pretrained(stack(), str(tmp_path / "a"), "a").eval()
+    model.load_adapter(str(tmp_path / "b"), "b")
+    before = {name: output(model, name) for name in ("a", "b")}
+    model.set_adapter("a")
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")
+    for layer in layers_of(model):
+        assert layer.form("mean").aligned_reader is layer.form("a").aligned_reader
+        assert layer.active_adapters == ["a"]
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".mean." in n)
+    expected = output(model, "mean")
+    for name, right in before.items():
+        assert torch.equal(output(model, name), right)
+    model.save_pretrained(str(tmp_path / "saved"), selected_adapters=["mean"])
+    again = PeftModel.from_pretrained(stack(), str(tmp_path / "saved/mean"), "mean").eval()
+    assert relative_error(output(again, "mean"), expected) < 1e-5
+    model.delete_adapter("a")
+    assert torch.equal(output(model, "mean"), expected)
+
+
+def stack() -> Stack:
+    """The base of `pair`, whose seed is that at the beginning of a test."""
+    torch.manual_seed(0)
+    return Stack()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"r": 5}, r"'a' and 'b' have different sizes .*'first'"),
+    "options": ({"use_cayley_neumann": True}, "different options"),
+    "split": ({"ab_svd_init": "pissa_init"}, "different options .*split"),
+    "kind": ({"basis": "embedded"}, "different options .*basis"),
+    "seed": ({"basis_seed": 5}, "different bases"),
+    "modules": ({"target_modules": ["first"]}, r"'b' does not adapt '.*second'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_differs_is_named(case: str) -> None:
+    options, message = REFUSED[case]
+    model = get_peft_model(Stack(), psoft(target_modules=TARGETS), "a")
+    model.add_adapter("b", psoft(**{"target_modules": TARGETS, **options}))
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")
+    assert list(model.peft_config) == ["a", "b"]
+    assert not any("mean" in name for name, _ in model.named_modules())
+
+
+def test_other_bases_methods_and_requests_are_refused() -> None:
+    model = pair("psoft", r=8)
+    with torch.no_grad():
+        form = layers_of(model)[1].form("b")
+        turned = form.reader.flip(0)
+        form.stored.copy_(form.stored.flip(0))
+        form.place(turned, layers_of(model)[1].unmerged_matrix(), 1.0)
+    with pytest.raises(ValueError, match=r"different bases of the principal subspace .* 'second'"):
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")
+    add_adapter(model, "rotation", config("oft", oft_block_size=8))
+    for adapters, weights, name, message in (
+        (["a", "rotation"], [1, 1], "m", "different methods.*ISOTUNE_OFT"),
+        (["a", "missing"], [1, 1], "m", "this model has"),
+        (["a", "a"], [1, 1], "m", "each once"),
+        ([], [], "m", "at least one"),
+        (["a"], [1, 1], "m", "one finite number for each of the 1"),
+        (["a"], [float("nan")], "m", "finite"),
+        (["a"], [1.0], "b", "already"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.add_weighted_adapter(adapters, weights, name)
+    layers_of(model)[0].operator("a").input_scale.data[0] = -1.0
+    with pytest.raises(ValueError, match=r"'a' cannot be combined in .*first'.*not above 0"):
+        model.add_weighted_adapter(["a"], [0.5], "m")
+    assert list(model.peft_config) == ["a", "b", "rotation"]
+
+
+def test_saved_modules_are_not_averaged() -> None:
+    model = get_peft_model(Stack(), psoft(target_modules=["first"], modules_to_save=["third"]), "a")
+    with pytest.raises(ValueError, match=r"'a' has modules_to_save=\['third'\]"):
+        model.add_weighted_adapter(["a"], [0.5], "mean")
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("hra", {"r": 4}), ("qgoft", {}), ("psoft", {"r": 4, "psoft_orth": False})]
+)
+def test_methods_without_a_mean_are_refused(method: str, options: dict[str, Any]) -> None:
+    model = pair(method, **options)
+    with pytest.raises(ValueError, match="has no mean of its own kind"):
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")

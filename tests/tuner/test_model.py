@@ -1,0 +1,406 @@
+"""How isotune stands in PEFT: registration, targets, options of the model, and refusals that leave no trace."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import PeftModel, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from torch import nn
+
+import isotune
+from helpers import (
+    FAMILIES,
+    Stack,
+    adapt,
+    assert_unchanged,
+    layers_of,
+    psoft,
+    randomize,
+    relative_error,
+    snapshot,
+    some_tokens,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_opt,
+    trainable,
+)
+from isotune import PsoftConfig, get_peft_model
+from isotune.errors import IsotuneWarning, UnsupportedVersionError
+from isotune.tuner.layer import Linear
+from isotune.tuner.model import IsotuneModel, check_versions, register
+
+# -- registration --------------------------------------------------------------------------------------------------
+
+
+def test_registering_again_changes_nothing() -> None:
+    before = list(PeftType.__members__), dict(PEFT_TYPE_TO_CONFIG_MAPPING), dict(PEFT_TYPE_TO_TUNER_MAPPING)
+    register()
+    register()
+    assert (list(PeftType.__members__), PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING) == before
+    assert list(PeftType.__members__).count("ISOTUNE_PSOFT") == 1
+    assert PEFT_TYPE_TO_TUNER_MAPPING["ISOTUNE_PSOFT"] is IsotuneModel
+
+
+def test_the_type_behaves_like_a_member() -> None:
+    kind = PeftType("ISOTUNE_PSOFT")
+    assert kind == "ISOTUNE_PSOFT"
+    assert kind.value == kind.name == "ISOTUNE_PSOFT"
+    assert kind in list(PeftType)
+    assert isinstance(kind, PeftType)
+    assert PeftType["ISOTUNE_PSOFT"] is kind
+    assert copy.deepcopy(kind) == kind
+    assert {kind: 1}["ISOTUNE_PSOFT"] == 1
+
+
+def test_methods_of_peft_stay_as_they_are() -> None:
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.PSOFT] is peft.PsoftConfig
+    assert peft.PsoftConfig is not PsoftConfig
+    model = peft.get_peft_model(Stack(), peft.LoraConfig(target_modules=["second"]))
+    assert "lora_A" in " ".join(model.state_dict())
+    assert layers_of(model) == []
+
+
+@pytest.mark.parametrize(("library", "version"), [("torch", "2.5.1"), ("peft", "0.21.1"), ("peft", "0.9")])
+def test_old_versions_are_refused(library: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr({"torch": torch, "peft": peft}[library], "__version__", version)
+    with pytest.raises(UnsupportedVersionError, match=rf"{library} .* or later, and {version} is installed"):
+        check_versions()
+    assert issubclass(UnsupportedVersionError, ImportError)
+    assert issubclass(UnsupportedVersionError, ValueError)
+
+
+@pytest.mark.parametrize("version", ["0.22.0", "0.22.1.dev0", "1.0"])
+def test_untested_versions_give_one_warning(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft, "__version__", version)
+    with pytest.warns(IsotuneWarning, match="tested with peft below") as given:
+        check_versions()
+    assert len(given) == 1
+
+
+def test_present_versions_are_silent() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_versions()
+
+
+# -- which modules -------------------------------------------------------------------------------------------------
+
+
+def keys(model: nn.Module) -> list[str]:
+    return [layer.key for layer in layers_of(model)]
+
+
+def test_all_linear_leaves_the_output_layer() -> None:
+    for build, count in ((tiny_opt, 12), (tiny_llama, 14), (tiny_gpt2, 8)):
+        model = adapt(build(), target_modules="all-linear")
+        assert len(keys(model)) == count
+        assert not [key for key in keys(model) if "lm_head" in key]
+
+
+def test_default_targets_of_known_architectures() -> None:
+    assert {k.rpartition(".")[2] for k in keys(adapt(tiny_llama()))} == {"q_proj", "v_proj"}
+    assert {k.rpartition(".")[2] for k in keys(adapt(tiny_gpt2()))} == {"c_attn"}
+    assert {k.rpartition(".")[2] for k in keys(adapt(tiny_bert()))} == {"query", "value"}
+
+
+def test_layers_to_transform_and_exclusion_and_expressions() -> None:
+    model = adapt(tiny_llama(layers=3), target_modules=["q_proj"], layers_to_transform=[0, 2])
+    assert keys(model) == ["model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.q_proj"]
+    model = adapt(tiny_llama(layers=3), target_modules=["q_proj"], layers_to_transform=1, layers_pattern="layers")
+    assert keys(model) == ["model.layers.1.self_attn.q_proj"]
+    model = adapt(tiny_llama(), target_modules=["q_proj", "v_proj"], exclude_modules=["layers.0.self_attn.v_proj"])
+    assert len(keys(model)) == 3
+    model = adapt(tiny_llama(), target_modules=r".*\.1\..*(up|down)_proj", exclude_modules=r".*up.*")
+    assert keys(model) == ["model.layers.1.mlp.down_proj"]
+
+
+@pytest.mark.filterwarnings("ignore::isotune.errors.IsotuneWarning")
+def test_rank_and_alpha_patterns() -> None:
+    config = psoft(r=8, psoft_alpha=8, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 5})
+    config.alpha_pattern = {"layers.1.self_attn.q_proj": 2.0}
+    model = adapt(tiny_llama(), config)
+    found = {layer.key: (layer.form("default").rank, layer.form("default").scale) for layer in layers_of(model)}
+    assert found == {
+        "model.layers.0.self_attn.q_proj": (8, 1.0),
+        "model.layers.0.self_attn.v_proj": (5, 8 / 5),
+        "model.layers.1.self_attn.q_proj": (8, 2 / 8),
+        "model.layers.1.self_attn.v_proj": (5, 8 / 5),
+    }
+
+
+def test_conv1d_of_gpt2(tmp_path: Path) -> None:
+    tokens = some_tokens()
+    base = tiny_gpt2()
+    expected = base(tokens).logits.detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = get_peft_model(base, PsoftConfig(r=8, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)).eval()
+    assert torch.equal(model(tokens).logits, expected)
+    randomize(model)
+    adapted = model(tokens).logits.detach()
+    assert relative_error(adapted, expected) > 1e-3
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_gpt2(), tmp_path)
+    torch.testing.assert_close(loaded(tokens).logits, adapted, rtol=1e-3, atol=1e-3)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(tokens).logits, adapted, rtol=1e-4, atol=1e-4)
+    for flag in (True, False):  # the layout is read off the layer, whatever was said
+        assert layers_of(adapt(tiny_gpt2(), target_modules=["c_attn"], fan_in_fan_out=flag))[0].host.transposed
+
+
+# -- what is trained and stored besides ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "isotune_only"])
+def test_bias(bias: str, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_opt(), psoft(target_modules=["q_proj"], bias=bias))
+    biases = {name for name in trainable(model) if name.endswith("bias")}
+    every = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    own = {name for name in every if "q_proj" in name}
+    assert biases == {"none": set(), "all": every, "isotune_only": own}[bias]
+    if bias == "none":
+        return
+    with torch.no_grad():
+        for name in biases:
+            model.get_parameter(name).add_(0.5)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_opt(), tmp_path)
+    torch.testing.assert_close(
+        loaded.eval()(some_tokens()).logits, model.eval()(some_tokens()).logits, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_modules_to_save(tmp_path: Path) -> None:
+    base = tiny_bert()
+    model = get_peft_model(base, psoft(target_modules=["query"], modules_to_save=["classifier"]))
+    assert {n.split(".")[2] for n in trainable(model)} == {"bert", "classifier"}
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            if "classifier" in name:
+                parameter.add_(0.3)
+    expected = model.eval()(some_tokens()).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path).eval()
+    torch.testing.assert_close(loaded(some_tokens()).logits, expected, rtol=1e-3, atol=1e-3)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(some_tokens()).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_mixed_batches_with_modules_to_save() -> None:
+    """Each sample gets the head of its own adapter too."""
+    model = adapt(tiny_bert(), target_modules=["query"], modules_to_save=["classifier"])
+    model.add_adapter("other", psoft(target_modules=["query"], modules_to_save=["classifier"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save.other" in name:
+                parameter.add_(0.7)
+    tokens, expected = some_tokens(2), []
+    for row, name in zip(tokens, ("default", "other"), strict=True):
+        model.set_adapter(name)
+        expected.append(model.eval()(row[None]).logits)
+    model.set_adapter("default")
+    found = model(tokens, adapter_names=["default", "other"]).logits
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*tied.*:UserWarning")
+def test_tied_weights() -> None:
+    base = tiny_opt(tie_word_embeddings=True)
+    embedding = base.get_input_embeddings().weight
+    assert base.lm_head.weight is embedding
+    values, tokens = embedding.detach().clone(), some_tokens()
+    expected = base(tokens).logits.detach()
+    model = adapt(base, target_modules=["lm_head"], r=8)
+    adapted = model(tokens).logits.detach()
+    assert relative_error(adapted, expected) > 1e-3
+    model.merge_adapter()
+    head = model.get_base_model().lm_head.base_layer
+    assert head.weight is not embedding
+    assert torch.equal(base.get_input_embeddings().weight, values)
+    torch.testing.assert_close(model(tokens).logits, adapted, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert head.weight is embedding
+    assert torch.equal(embedding, values)
+    with model.disable_adapter():
+        assert torch.equal(model(tokens).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*tied.*:UserWarning")
+def test_a_merged_tied_head_survives_saving(tmp_path: Path) -> None:
+    model = adapt(tiny_opt(tie_word_embeddings=True), target_modules=["lm_head"], r=8)
+    expected = model(some_tokens()).logits
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(some_tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path)
+    reloaded = type(merged).from_pretrained(tmp_path)
+    torch.testing.assert_close(reloaded(some_tokens()).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+# -- without weights -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_meta_weights_are_deferred_until_they_come(whole: bool) -> None:
+    config = psoft(target_modules=["q_proj", "v_proj"], init_weights=whole)
+    normal = adapt(tiny_opt(), config)
+    randomize(normal)
+    with torch.device("meta"):
+        empty = tiny_opt()
+    assert all(p.is_meta for p in empty.parameters())
+    model = get_peft_model(empty, copy.deepcopy(config)).eval()
+    state = normal.state_dict()
+    if not whole:  # the base alone, then the adapter's own parameters as training would write them
+        state = {name: tensor for name, tensor in state.items() if "isotune" not in name}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights() if hasattr(model, "tie_weights") else None
+    model.get_base_model().tie_weights()
+    if not whole:
+        for ours, theirs in zip(layers_of(model), layers_of(normal), strict=True):
+            ours.operator("default").load_state_dict(theirs.operator("default").state_dict())
+    assert not [name for name, p in model.named_parameters() if p.is_meta]
+    tokens = some_tokens()
+    torch.testing.assert_close(model(tokens).logits, normal(tokens).logits, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(layers_of(model), layers_of(normal), strict=True):
+        torch.testing.assert_close(ours.raw_form("default").stored, theirs.raw_form("default").stored)
+    model(tokens).logits.sum().backward()
+    assert all(p.grad is not None for p in trainable(model).values())
+
+
+def test_another_base_loaded_into_an_untrained_model_moves_the_subspace() -> None:
+    model = adapt(Stack(), target_modules=["second"], init_weights=True)
+    torch.manual_seed(77)
+    other = Stack()
+    names = {name: name.replace("second.", "second.base_layer.") for name, _ in other.named_parameters()}
+    model.get_base_model().load_state_dict({names[n]: p for n, p in other.state_dict().items()}, strict=False)
+    expected = adapt(other, target_modules=["second"], init_weights=True)
+    for each in (model, expected):
+        randomize(each)
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(model(x), expected(x), rtol=1e-5, atol=1e-5)
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+def with_nan(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model.third.weight[1, 2] = float("nan")
+    return model
+
+
+def with_integers(model: nn.Module) -> nn.Module:
+    model.third.weight = nn.Parameter(model.third.weight.detach().to(torch.int8), requires_grad=False)
+    return model
+
+
+def with_vector(model: nn.Module) -> nn.Module:
+    model.third.weight = nn.Parameter(model.third.weight.detach().flatten())
+    return model
+
+
+def with_conv(model: nn.Module) -> nn.Module:
+    model.third = nn.ConvTranspose2d(3, 3, 1)
+    return model
+
+
+def as_it_is(model: nn.Module) -> nn.Module:
+    return model
+
+
+ALL = ["first", "second", "third"]
+REFUSED: list[Any] = [
+    pytest.param(as_it_is, {"r": 25}, r"'first'.*40 × 24.*at most 24", id="rank above the smaller side"),
+    pytest.param(as_it_is, {"rank_pattern": {"third": 30}}, "'third'.*at most 24", id="rank of a pattern"),
+    pytest.param(with_nan, {}, "third.*NaN", id="NaN"),
+    pytest.param(with_integers, {}, "'third'.*int8", id="integers"),
+    pytest.param(with_vector, {}, "'third'.*shape", id="vector"),
+    pytest.param(with_conv, {}, "'third'.*ConvTranspose2d.*Supported", id="module type"),
+    pytest.param(as_it_is, {"target_modules": ["nothing"]}, "nothing", id="no match"),
+    pytest.param(as_it_is, {"target_modules": None}, "target_modules", id="no default"),
+]
+
+
+@pytest.mark.parametrize(("prepare", "options", "message"), REFUSED)
+def test_a_refused_model_is_as_before(
+    prepare: Callable[[nn.Module], nn.Module], options: dict[str, Any], message: str
+) -> None:
+    model = prepare(Stack())
+    model.first.bias.requires_grad_(False)
+    model.second.eval()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, PsoftConfig(**{"r": 8, "target_modules": ALL, **options}))
+    assert_unchanged(model, before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT warns of a model that has been adapted before
+        adapted = get_peft_model(model, PsoftConfig(r=8, target_modules=["second"]))
+    assert len(layers_of(adapted)) == 1
+
+
+@pytest.mark.parametrize(("prepare", "options", "message"), [p for p in REFUSED if p.id != "no default"])
+def test_a_refused_second_adapter_leaves_the_first_alone(
+    prepare: Callable[[nn.Module], nn.Module], options: dict[str, Any], message: str
+) -> None:
+    model = get_peft_model(prepare(Stack()), psoft(target_modules=["second"]))
+    before, active = snapshot(model), model.active_adapters
+    x = torch.randn(3, 40)
+    expected = model.get_base_model().second(x)
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("other", psoft(**{"target_modules": ALL, **options}))
+    assert_unchanged(model, before)
+    assert model.active_adapters == active
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(model.get_base_model().second(x), expected)
+    model.add_adapter("other", psoft(target_modules=["second"]))  # the name is still free
+
+
+def test_a_refusal_with_modules_to_save_leaves_no_wrapper() -> None:
+    model = tiny_bert()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="at most"):
+        get_peft_model(model, psoft(r=500, target_modules=["query"], modules_to_save=["classifier"]))
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_safe_merge_of_a_whole_model_is_all_or_nothing(family: str) -> None:
+    """A bad last layer must not leave the layers before it merged."""
+    model = adapt(FAMILIES[family](), target_modules=["q_proj", "v_proj"])
+    with torch.no_grad():
+        layers_of(model)[-1].operator("default").generator[0] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_adapter(safe_merge=True)
+    assert not any(layer.merged for layer in layers_of(model))
+    assert_unchanged(model, before)
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_and_unload(safe_merge=True)
+    assert len(layers_of(model)) == 4
+    assert not any(layer.merged for layer in layers_of(model))
+
+
+def test_unloading_leaves_the_very_base() -> None:
+    base = tiny_opt()
+    before = {name: (id(p), p.detach().clone()) for name, p in base.named_parameters()}
+    model = adapt(base, target_modules=["q_proj"])
+    model.merge_adapter()
+    model.unmerge_adapter()
+    unloaded = model.unload()
+    assert not [m for m in unloaded.modules() if isinstance(m, Linear)]
+    for name, parameter in unloaded.named_parameters():
+        assert id(parameter) == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+
+
+def test_the_public_names() -> None:
+    assert set(isotune.__all__) <= set(dir(isotune))
+    assert isotune.get_peft_model is peft.get_peft_model

@@ -1,22 +1,18 @@
 """Linear maps of row vectors as chains of structured factors I + D, applied without ever forming the whole matrix.
 
-A factor says how a few tensors act on x (tokens, n); a chain applies one after the other, keeps nothing but x itself
-for backward, and undoes nothing: what lies between two factors is computed again from x, which costs less than keeping
-it. D and not I + D is stored, so that a small rotation keeps its relative precision and D = 0 changes no bit.
+A factor says how a few tensors act on x (tokens, n). A chain applies one after the other and saves only its input for
+backward: intermediate results are computed again from it, which is cheaper than storing tokens × n for each factor.
+D and not I + D is stored, so that a small rotation keeps its relative precision and D = 0 changes no bit.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-
-WIDE = (torch.float32, torch.float64)
-"""In these small differences of numbers survive; in half precision they are rounded away."""
 
 
 def refuse_double_backward() -> None:
@@ -172,26 +168,6 @@ def chain_backward(
     return gradient if needs_x else None, tuple(grads)
 
 
-def _keep(ctx: Any, others: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> None:
-    """Save for backward, but of the tensors of factors those not that what made them can make again then."""
-    sources = [None if torch.compiler.is_compiling() else _source(tensor) for tensor in tensors]
-    ctx.sources = sources
-    ctx.save_for_backward(*others, *(t for t, source in zip(tensors, sources, strict=True) if source is None))
-
-
-def _source(tensor: Tensor) -> Callable[[], Tensor] | None:
-    """What makes the tensor again, where the node that it came from says how."""
-    makes_again = getattr(tensor.grad_fn, "makes_again", None)
-    return None if makes_again is None else partial(makes_again, tensor.output_nr)
-
-
-def _kept(ctx: Any, others: int) -> tuple[Sequence[Tensor], list[Tensor]]:
-    """What `_keep` was given: the first `others`, and the tensors of factors."""
-    saved = ctx.saved_tensors
-    rest = iter(saved[others:])
-    return saved[:others], [next(rest) if source is None else source() for source in ctx.sources]
-
-
 class _Chain(torch.autograd.Function):
     """A chain that keeps its input and its tensors."""
 
@@ -199,14 +175,14 @@ class _Chain(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> Tensor:
         # Not named: a trace takes a function that is given as many arguments as its signature has for one without ctx.
         x, chain, *tensors = given
-        _keep(ctx, (x,), tensors)
+        ctx.save_for_backward(x, *tensors)
         ctx.chain = chain
         return chain_forward(x.reshape(-1, x.shape[-1]), chain, tensors).reshape(x.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        (x,), tensors = _kept(ctx, 1)
+        x, *tensors = ctx.saved_tensors
         width = x.shape[-1]
         grad_x, grads = chain_backward(
             x.reshape(-1, width), gradient.reshape(-1, width), ctx.chain, tensors, ctx.needs_input_grad[0]
@@ -233,124 +209,3 @@ def transpose_chain(chain: Chain, tensors: Sequence[Tensor]) -> tuple[Chain, tup
     """The chain of the transposed map, differentiably: ((I + D₁)(I + D₂))ᵀ = (I + D₂ᵀ)(I + D₁ᵀ)."""
     pairs = list(zip(chain, split_tensors(chain, tensors), strict=True))[::-1]
     return tuple(factor for factor, _ in pairs), tuple(t for factor, own in pairs for t in factor.transposed(own))
-
-
-def frozen_linear(flat: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """flat Wᵀ + b without a graph, for use in the forward of a node.
-
-    Args:
-        flat: (tokens, in).
-        shape: (..., in), what `flat` was before its leading dimensions became one.
-        weight: W, (out, in), in the dtype of `flat`.
-        bias: (out,), or None.
-
-    Returns:
-        The result, (..., out), and a view of it as (tokens, out). It is allocated in its final shape and filled
-        through that view: a result that was a view itself could not be changed in place by what follows, such as
-        ReLU(inplace=True).
-    """
-    result = flat.new_empty(*shape[:-1], weight.shape[0])
-    rows = result.view(len(flat), weight.shape[0])
-    if bias is None:
-        torch.mm(flat, weight.t(), out=rows)
-    else:
-        torch.addmm(bias, flat, weight.t(), out=rows)
-    return result, rows
-
-
-class _RotatedLinear(torch.autograd.Function):
-    """diag(gain) applied to chain(x) Wᵀ, plus bias, for a frozen W and bias; keeps x alone.
-
-    The gradient of a gain needs chain(x) Wᵀ once more. Keeping it would cost tokens × out; computing it again costs one
-    product. Often the layer's output is kept by whatever comes after it, and then it is read off that
-    (`keep_if_alive`).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        x, gain, chain, (weight, bias), *tensors = given  # as in `_Chain.forward`
-        _keep(ctx, (x, gain), tensors)
-        ctx.chain, ctx.weight, ctx.bias, ctx.output = chain, weight, bias, None
-        rotated = chain_forward(x.reshape(-1, x.shape[-1]), chain, tensors)
-        bias = None if bias is None else bias.to(x.dtype)
-        result, rows = frozen_linear(rotated, x.shape, weight.to(x.dtype), bias)
-        if gain is not None:
-            # What the gain adds to what the layer itself computes, so that a gain of one changes no bit.
-            rows.addcmul_(rows if bias is None else rows - bias, (gain - 1).to(x.dtype))
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
-        (x, gain), tensors = _kept(ctx, 2)
-        flat, grad = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        weight, grad_gain = ctx.weight.to(x.dtype), None
-        scratch: Tensor | None = None
-        if ctx.needs_input_grad[1]:
-            output = _take_output(ctx)
-            if output is None:
-                scratch = torch.mm(chain_forward(flat, ctx.chain, tensors), weight.t())
-                grad_gain = scratch.mul_(grad).sum(0, dtype=gain.dtype)
-            else:
-                scratch = torch.mul(output.reshape(grad.shape), grad)
-                grad_gain = scratch.sum(0, dtype=gain.dtype)
-                if ctx.bias is not None:
-                    grad_gain -= ctx.bias.to(gain.dtype) * grad.sum(0, dtype=gain.dtype)
-                # What the forward pass multiplied by, in its precision.
-                grad_gain /= 1 + (gain - 1).to(x.dtype).to(gain.dtype)
-        inner = torch.mm(grad if gain is None else torch.mul(grad, gain.to(x.dtype), out=scratch), weight)
-        grad_x, grads = chain_backward(flat, inner, ctx.chain, tensors, ctx.needs_input_grad[0], in_place=True)
-        return None if grad_x is None else grad_x.reshape(x.shape), grad_gain, None, None, *grads
-
-
-_SMALLEST_GAIN = 0.125
-"""Below it the output has lost so many of its digits to the division by its gain that it is computed again."""
-
-
-def keep_if_alive(output: Tensor | None, version: int, gain: Tensor) -> None:
-    """Let the backward of `rotated_linear` use its output, which something else has kept, to find a gain's gradient.
-
-    Done when the forward pass is over: what lives then is kept for backward anyway, by an activation function or a
-    product; but that lets go of it just before it would be used here.
-
-    Args:
-        output: of `rotated_linear`, or None where it is gone.
-        version: of it, when it was new; one that has been written to since is of no use.
-        gain: that it was multiplied by.
-    """
-    if output is None or output._version != version or output.device.type != "cpu":
-        return  # a GPU would have to be waited for, to see the gain
-    precise = output.grad_fn.bias is None or output.dtype in WIDE  # type: ignore[union-attr]
-    if precise and bool((gain.detach().abs() >= _SMALLEST_GAIN).all()):
-        output.grad_fn.output = output.detach(), version  # type: ignore[union-attr]
-
-
-def _take_output(ctx: Any) -> Tensor | None:
-    """The output that `keep_if_alive` found, unless it has been written to since.
-
-    Like what is saved for backward it goes with the first backward pass that does not retain the graph: a loss that is
-    held into the next step must not hold it, and a second pass must find what the first did, to the last bit.
-    """
-    output, version = ctx.output or (None, 0)
-    if not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph():
-        ctx.output = None
-    return output if output is not None and output._version == version else None
-
-
-def rotated_linear(
-    x: Tensor, gain: Tensor | None, chain: Chain, tensors: Sequence[Tensor], weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    """gain ⊙ (chain(x) Wᵀ) + bias for a frozen layer.
-
-    Args:
-        x: (..., in).
-        gain: (out,), in float32 at least, or None.
-        chain, tensors: as in `apply_chain`, on `in` coordinates.
-        weight: W, (out, in), not trained; of any dtype, it is multiplied in that of x.
-        bias: (out,), not trained, or None.
-
-    Returns:
-        (..., out); differentiable once. For backward x itself is kept, and nothing else of that size.
-    """
-    result: Tensor = _RotatedLinear.apply(x, gain, chain, (weight, bias), *tensors)  # type: ignore[no-untyped-call]
-    return result

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.operator import Rotation
+from isotune.adapter.rotation import RotationAdapter
 from isotune.diagnostics import geometry
 from isotune.diagnostics.turn import MAX_DENSE, basis_of, turn, turned_weights
 from isotune.files.adapter import ADAPTER, AdapterFile, describe, read_config
@@ -138,7 +138,7 @@ def inspect(
 def _measure(file: AdapterFile, module: str, layer: Layer | None) -> LayerReport:
     operator: Any = file.operator(module)
     turned = turn(operator)
-    rotates = isinstance(operator, Rotation)
+    rotates = isinstance(operator, RotationAdapter)
     report = LayerReport(
         module=module,
         rank=operator.size,
@@ -160,7 +160,7 @@ def _measure(file: AdapterFile, module: str, layer: Layer | None) -> LayerReport
     values = geometry.factored_singular_values(up, down)
     return dataclasses.replace(
         _with_update(report, weight, torch.linalg.vector_norm(values), values, moved),
-        base_residual=getattr(layer.raw_form(ADAPTER), "residual", None),
+        base_residual=getattr(getattr(layer.adapter(ADAPTER), "placement", None), "residual", None),
         energy=geometry.energy_captured(weight, basis_of(down)),
     )
 

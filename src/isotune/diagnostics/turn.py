@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.operator import Operator, Rotation
-from isotune.adapter.subspace import SubspaceUpdate
+from isotune.adapter.operator import Adapter
+from isotune.adapter.rotation import RotationAdapter
 from isotune.algebra.factors import BlockDiagonal, LowRank
 from isotune.diagnostics import geometry
 from isotune.tuner.layer import Layer
@@ -27,26 +27,26 @@ class Turn(NamedTuple):
 
 
 @torch.no_grad()
-def turn(operator: Operator, *, max_dense: int = MAX_DENSE) -> Turn:
+def turn(operator: Adapter, *, max_dense: int = MAX_DENSE) -> Turn:
     """The orthogonality error and the rotation angles of an operator, without the vectors that scale it.
 
     Args:
         operator: of a subspace or of all inputs.
         max_dense: above this n a chain of factors that must be multiplied out to find its angles gets none.
     """
-    if isinstance(operator, Rotation):
+    if isinstance(operator, RotationAdapter):
         return _turn_of_chain(operator, max_dense)
     scaled: Any = operator
     rotation = operator.matrix()
     if hasattr(operator, "rotation_difference"):
-        difference = scaled.rotation_difference(scaled.generator)
+        difference = scaled.rotation_difference()
         rotation = difference + torch.eye(operator.size, dtype=difference.dtype, device=difference.device)
     free = not getattr(operator, "orthogonal", True)
     return Turn(geometry.orthogonality_error(rotation), None if free else geometry.rotation_angles(rotation))
 
 
-def _turn_of_chain(operator: Rotation, max_dense: int) -> Turn:
-    kinds, tensors = [type(factor) for factor in operator.chain], operator.tensors()
+def _turn_of_chain(operator: RotationAdapter, max_dense: int) -> Turn:
+    kinds, tensors = [type(factor) for factor in operator.chain], operator.chain_tensors()
     if kinds == [BlockDiagonal]:
         blocks = tensors[0].double()
         blocks = blocks + torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
@@ -75,9 +75,8 @@ def turned_weights(layer: Layer, adapter_name: str) -> tuple[Tensor, Tensor]:
         inputs, (out, in) each. Angles between rows and norms of rows are those of P V and of W.
     """
     weight = layer.unmerged_matrix().float()
-    form = layer.raw_form(adapter_name)
-    if not isinstance(form, SubspaceUpdate):
-        return weight, form.fold(weight, layer.operator(adapter_name))
+    if not layer.adapter(adapter_name).additive:
+        return weight, layer.fold([adapter_name], weight)
     up, down = layer.low_rank(adapter_name)
     basis = basis_of(down)
     principal = weight @ basis.T

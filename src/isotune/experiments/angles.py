@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.operator import Operator, Rotation
 from isotune.diagnostics import geometry
 from isotune.diagnostics.turn import turn, turned_weights
 from isotune.tuner.layer import Layer
@@ -51,7 +48,7 @@ def adapter_geometry(model: nn.Module, adapter_name: str | None = None) -> dict[
     chosen = list(dict.fromkeys([order[0], order[len(order) // 2]]))[:MAPS]
     return {
         "format": FORMAT,
-        "subspaces": not isinstance(layers[0].operator(adapter_name), Rotation),
+        "subspaces": layers[0].adapter(adapter_name).additive,
         "strict": all(math.radians(row["angles_moved"]["largest"]) <= _KEPT for row in rows)
         and all(row["norms_moved"]["largest"] <= _KEPT for row in rows),
         "layers": rows,
@@ -60,10 +57,9 @@ def adapter_geometry(model: nn.Module, adapter_name: str | None = None) -> dict[
 
 
 def _row(layer: Layer, adapter_name: str) -> dict[str, Any]:
-    operator = layer.operator(adapter_name)
-    with _without_dropout(operator):
-        turned = turn(operator, max_dense=_MAX_DENSE)
-        before, after = turned_weights(layer, adapter_name)
+    operator = layer.adapter(adapter_name)
+    turned = turn(operator, max_dense=_MAX_DENSE)
+    before, after = turned_weights(layer, adapter_name)
     angles, norms = geometry.angle_change(before, after), geometry.norm_change(before, after)
     return {
         "module": layer.key,
@@ -91,8 +87,7 @@ def _change(row: dict[str, Any]) -> tuple[float, float]:
 
 
 def _heat_map(layer: Layer, adapter_name: str) -> dict[str, Any]:
-    with _without_dropout(layer.operator(adapter_name)):
-        before, after = turned_weights(layer, adapter_name)
+    before, after = turned_weights(layer, adapter_name)
     whole = (before.any(1) & after.any(1)).nonzero().flatten()
     rows = whole[geometry.spaced(len(whole), MAP_ROWS).to(whole.device)] if len(whole) else whole
     return {
@@ -112,13 +107,3 @@ def _pairs(rows: Tensor) -> list[float]:
 def _short(value: float) -> float:
     """Four digits, as a run has hundreds of these."""
     return float(f"{value:.4g}")
-
-
-@contextmanager
-def _without_dropout(operator: Operator) -> Iterator[None]:
-    training = operator.training
-    operator.eval()
-    try:
-        yield
-    finally:
-        operator.train(training)

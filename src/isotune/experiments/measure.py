@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import isotune.adapter.operator
+import isotune.adapter.evaluation
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -62,13 +62,13 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
 
     What autograd saves is counted with `saved_tensors_hooks`, also what an operator's own graph keeps.
     """
-    hidden = isotune.adapter.operator.hidden_from_hooks
-    isotune.adapter.operator.hidden_from_hooks = contextlib.nullcontext
+    hidden = isotune.adapter.evaluation.hidden_from_hooks
+    isotune.adapter.evaluation.hidden_from_hooks = contextlib.nullcontext
     try:
         with Kept(model) as kept:
             result = forward()
     finally:
-        isotune.adapter.operator.hidden_from_hooks = hidden
+        isotune.adapter.evaluation.hidden_from_hooks = hidden
     del result
     return kept.nbytes
 

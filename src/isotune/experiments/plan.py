@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from isotune.adapter.subspace import SubspaceUpdate
+from isotune.adapter.subspace import SubspaceAdapter
 from isotune.experiments import methods
 from isotune.experiments.recipe import Method, MethodName
 from isotune.experiments.trace import Trace, attention, blocks_of, inputs_for, trace
@@ -311,8 +311,10 @@ def _memory(
 
 def _factor_bytes(model: nn.Module) -> int:
     """Reader, writer and pin of every subspace; tensors that adapters share count once."""
-    buffers = {id(b): b for layer in _layers(model) for form in layer.isotune_form.values() for b in form.buffers()}
-    return sum(b.numel() * b.element_size() for b in buffers.values())
+    tensors = {id(b): b for layer in _layers(model) for form in layer.isotune_form.values() for b in form.buffers()}
+    placements = (m.placement for m in model.modules() if isinstance(m, SubspaceAdapter))
+    factors = {id(t): t for placement in placements if placement is not None for t in (placement.down, placement.up)}
+    return sum(t.numel() * t.element_size() for t in {**tensors, **factors}.values())
 
 
 def _layers(model: nn.Module) -> list[Layer]:
@@ -344,9 +346,7 @@ def adapter_activations(model: nn.Module, tokens: int) -> int:
         if layer.host.folds:
             total += layer.host.weight.nbytes if isinstance(layer.host, ExpertsHost) else 0
             continue
-        for name, form in layer.isotune_form.items():
-            width = form.rank if isinstance(form, SubspaceUpdate) else layer.operator(name).size
-            total += tokens * width * layer.host.weight.element_size()
+        total += sum(tokens * layer.adapter(name).size for name in layer.configs) * layer.host.weight.element_size()
     return total
 
 

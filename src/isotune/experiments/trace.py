@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from isotune.adapter import operator as operators
+from isotune.adapter import evaluation
 from isotune.experiments.measure import Kept, identity
 
 
@@ -114,12 +114,12 @@ def _blocks_watched(model: nn.Module, counter: Kept, flops: FlopCounterMode) -> 
 @contextlib.contextmanager
 def _counted_operators() -> Iterator[None]:
     """Let the counter see what the operators keep, which hooks from outside do not."""
-    hidden = operators.hidden_from_hooks
-    operators.hidden_from_hooks = contextlib.nullcontext
+    hidden = evaluation.hidden_from_hooks
+    evaluation.hidden_from_hooks = contextlib.nullcontext
     try:
         yield
     finally:
-        operators.hidden_from_hooks = hidden
+        evaluation.hidden_from_hooks = hidden
 
 
 def _added_product(into: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:

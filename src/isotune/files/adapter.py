@@ -17,13 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from isotune.adapter.operator import Operator
+from isotune.adapter.operator import Adapter
 from isotune.errors import AdapterFileError
 from isotune.files.base_model import load_base
 from isotune.methods import METHODS
 from isotune.methods.config import IsotuneConfig
-from isotune.tuner.layer import Layer, adapt
-from isotune.tuner.placing import AdapterGroup
+from isotune.tuner.backends import adapt
+from isotune.tuner.layer import Layer
+from isotune.tuner.placing import place_adapter
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -45,7 +46,7 @@ class AdapterFile:
     extras: dict[str, Tensor]
     """All other tensors by their name in the file: saved modules, trained biases, embeddings."""
 
-    def operator(self, module: str) -> Operator:
+    def operator(self, module: str) -> Adapter:
         """The trained operator of a module.
 
         Raises:
@@ -100,7 +101,7 @@ class AdapterFile:
         layers: dict[str, Layer] = {}
         for name in self.layers:
             layers[name] = self.build(name, adapt(modules[self._find(name, modules)], name, **quantisation))
-        AdapterGroup(ADAPTER, list(layers.values())).place()
+        place_adapter(ADAPTER, layers.values())
         return layers
 
     def build(self, module: str, layer: Layer) -> Layer:
@@ -110,8 +111,9 @@ class AdapterFile:
             AdapterFileError: the tensors do not fit the layer.
         """
         layer.update_layer(ADAPTER, self.config)
-        self._load(layer.operator(ADAPTER), module, "isotune_operator.")
-        self._load(layer.raw_form(ADAPTER), module, "isotune_form.")
+        self._load(layer.adapter(ADAPTER), module, "isotune_operator.")
+        if ADAPTER in layer.isotune_form:
+            self._load(layer.isotune_form[ADAPTER], module, "isotune_form.")
         return layer
 
     def _find(self, name: str, modules: Mapping[str, nn.Module]) -> str:
@@ -138,7 +140,8 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, L
 
 def named_tensors(layer: Layer, adapter_name: str) -> dict[str, Tensor]:
     """What a layer holds of an adapter and a file stores, by its name in the file: "isotune_operator.generator", …"""
-    parts = {"isotune_operator": layer.operator(adapter_name), "isotune_form": layer.raw_form(adapter_name)}
+    groups = {"isotune_operator": layer.isotune_operator, "isotune_form": layer.isotune_form}
+    parts = {group: modules[adapter_name] for group, modules in groups.items() if adapter_name in modules}
     return {f"{group}.{name}": t for group, part in parts.items() for name, t in part.state_dict().items()}
 
 

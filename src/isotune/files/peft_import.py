@@ -17,7 +17,6 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from peft.tuners.psoft.layer import Linear as PeftPsoftLinear
 from torch import Tensor, nn
 
-from isotune.adapter.subspace import SubspaceUpdate
 from isotune.algebra.cayley import bound_generator
 from isotune.algebra.skew import skew_from_vector, vector_from_skew
 from isotune.errors import AdapterFileError
@@ -182,7 +181,7 @@ class _Source:
                 f"{self.folder}: {CONFIG_FILE} and {WEIGHTS_FILE} disagree on {odd!r} being adapted."
             )
         for name, layer in adapted.items():
-            for key, parameter in layer.operator(ADAPTER).named_parameters():
+            for key, parameter in layer.adapter(ADAPTER).named_parameters():
                 value = parameters[name][key]
                 if value.shape != parameter.shape:
                     raise AdapterFileError(
@@ -437,10 +436,10 @@ def _import_psoft(source: _Source) -> PeftModel:
         config.basis = "embedded"
         model = get_peft_model(model.unload(), replace(config))
     for name, layer in source.fill(model, {name: layer.parameters for name, layer in layers.items()}).items():
-        form = layer.raw_form(ADAPTER)
-        assert isinstance(form, SubspaceUpdate)
-        with torch.no_grad():
-            form.adopt_foreign(layers[name].basis(), layer.unmerged_matrix(), 1.0, config.basis_seed)
+        (form,), basis = layer.bases(ADAPTER), layers[name].basis()
+        form.record(basis if form.embedded else pin(basis, seed=config.basis_seed))
+        # It need not be the principal one, so no other adapter may take it for that.
+        layer.put_on_basis(ADAPTER, [basis], principal=False)
     return model
 
 
@@ -504,12 +503,9 @@ def _with_free_matrices(config: PsoftConfig, ranks: Mapping[str, int]) -> PsoftC
 
 def _is_recoverable(layer: Layer, imported: _Subspace) -> bool:
     """Whether the pin of this basis would lead back to it, which needs it to be principal."""
-    form = layer.raw_form(ADAPTER)
-    assert isinstance(form, SubspaceUpdate)
-    basis, candidates = imported.basis(), form.candidates
-    if candidates is None:  # a weight that another layer has too
-        count = candidate_rank(len(basis), layer.in_features, layer.out_features)
-        candidates = principal_subspace(layer.unmerged_matrix(), count).basis
+    basis = imported.basis()
+    count = candidate_rank(len(basis), layer.in_features, layer.out_features)
+    candidates = principal_subspace(layer.unmerged_matrix(), count).basis
     found, _ = recover(pin(basis), candidates.to(basis))
     return bool((found - basis).norm() <= _RECOVERABLE * len(basis) ** 0.5)
 

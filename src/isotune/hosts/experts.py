@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from isotune.hosts.host import Fold, WeightHost, widen
-from isotune.parallel.processes import shape_of
+from isotune.parallel.sharding import shape_of
 
 
 class ExpertsHost(WeightHost):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from isotune.parallel.processes import gathered, is_divided, is_whole, shape_of
+from isotune.parallel.sharding import gathered, is_partitioned, is_whole, shape_of
 from isotune.parallel.tensor_parallel import divide_like, mesh_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -115,6 +115,13 @@ class WeightHost(Host):
 
     def __init__(self, module: nn.Module, name: str = "") -> None:
         super().__init__(module, name)
+        if self.parameter not in module._parameters:
+            raise ValueError(
+                f"The weight of {name or type(module).__name__!r}, a {type(module).__module__}."
+                f"{type(module).__qualname__}, is no parameter: it is computed from others, as weight_norm and "
+                "parametrizations do, so no adapter can be merged into it. Remove the parametrisation first "
+                "(torch.nn.utils.parametrize.remove_parametrizations), or exclude the module with exclude_modules."
+            )
         weight, shape = self.weight, shape_of(self.weight)
         if _is_packed(weight):
             raise ValueError(
@@ -140,7 +147,7 @@ class WeightHost(Host):
     def refuse_watched(self) -> None:
         """Raise a ValueError if DeepSpeed ZeRO-3 gathers the weight at the calls of the host, as `call_with` breaks."""
         weight = self.module._parameters.get(self.parameter)
-        if weight is not None and is_divided(weight) and self.module._forward_pre_hooks:
+        if weight is not None and is_partitioned(weight) and self.module._forward_pre_hooks:
             raise ValueError(
                 f"Adapters on {self.name!r} put another weight into it at each call, and DeepSpeed ZeRO-3 gathers the "
                 "original alone. Leave it out of target_modules or target_parameters, or use ZeRO-2 or FSDP2."
@@ -148,6 +155,14 @@ class WeightHost(Host):
 
     def call_with(self, base_layer: nn.Module, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of what stands in the model for the host, with another weight in the place of its own."""
+        held = vars(self.module)
+        if self.parameter in held:  # where FSDP1 puts what it has gathered, and what a forward finds first
+            before = held[self.parameter]
+            held[self.parameter] = weight
+            try:
+                return base_layer(*args, **kwargs)  # type: ignore[no-any-return]
+            finally:
+                held[self.parameter] = before
         name = next(name for name, module in base_layer.named_modules() if module is self.module)
         own = f"{name}.{self.parameter}" if name else self.parameter
         result: Tensor = functional_call(base_layer, {own: weight}, args, kwargs)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.operator import Rotation, keep_mask
+from isotune.adapter.evaluation import keep_mask
+from isotune.adapter.rotation import RotationAdapter
 from isotune.algebra.butterfly import butterfly_blocks, butterfly_chain
 from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.means import generator_means
@@ -91,7 +92,7 @@ class BOFTConfig(RotationConfig):
         return blocks * skew_order(entries), len(tensors["output_gain"])
 
 
-class BOFTOperator(Rotation):
+class BOFTOperator(RotationAdapter):
     """M = B_m ⋯ B₂ B₁ with blocks that are Cayley transforms, and the output gain.
 
     Args:
@@ -101,8 +102,8 @@ class BOFTOperator(Rotation):
         dropout: share of the blocks that are the identity in training, and share of the stages where this happens.
     """
 
-    recompute = True
-    unevaluated = ("output_gain",)
+    evaluated = ("generator",)
+    beside = ("output_gain",)
 
     def __init__(
         self,
@@ -126,20 +127,25 @@ class BOFTOperator(Rotation):
 
     def batch_key(self) -> Hashable:
         """What `evaluate` depends on besides the parameters."""
-        return self.block_size, self.dropout
+        return self.block_size, self.has_dropout
 
-    def sample_noise(self, count: int) -> Tensor | None:
-        """Which blocks are kept, (count, m, in / b)."""
-        stages, blocks, _ = self.generator.shape
-        kept = keep_mask(self, self.dropout[0], count, stages, blocks)
-        if kept is None or self.dropout[1] == 1.0:
-            return kept
-        untouched = keep_mask(self, self.dropout[1], count, stages, 1)
-        return kept if untouched is None else torch.maximum(kept, untouched)
+    @property
+    def has_dropout(self) -> bool:
+        """Whether blocks are dropped in training."""
+        return self.dropout[0] > 0.0
 
-    def evaluate(self, parameters: Mapping[str, Tensor], noise: Tensor | None) -> tuple[Tensor, ...]:
-        """The folded blocks of `butterfly_chain`."""
+    def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The folded blocks of `butterfly_chain`; those of all stages where some are to be dropped before."""
         difference = orthogonal_difference(parameters["generator"], self.block_size)
-        if noise is not None:
-            difference = difference * noise.to(difference.dtype)[..., None, None]
+        return (difference,) if self.has_dropout else butterfly_blocks(difference, self.block_size)
+
+    def complete(self, tensors: tuple[Tensor, ...], drop: bool = False) -> tuple[Tensor, ...]:
+        """The folded blocks, with `drop` some of those of the stages zero, so that R = I there."""
+        if not self.has_dropout:
+            return tensors
+        (difference,), (probability, share) = tensors, self.dropout
+        if drop:
+            stages, blocks = difference.shape[:2]
+            kept = keep_mask(probability, difference, stages, blocks, 1, 1)
+            difference = difference * torch.maximum(kept, keep_mask(share, difference, stages, 1, 1, 1))
         return butterfly_blocks(difference, self.block_size)

@@ -20,8 +20,8 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from isotune.adapter.operator import DenseOperator, Operator
-from isotune.adapter.subspace import Form, InputRotation, SubspaceUpdate
+from isotune.adapter.operator import Adapter
+from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
 from isotune.errors import AdapterFileError, IsotuneWarning
 from isotune.subspace.pinning import pin_width
 
@@ -65,6 +65,9 @@ class IsotuneConfig(PeftConfig):
     fan_in_fan_out: bool = field(default=False)
     init_weights: bool = field(default=True)
     isotune_format: int = field(default=FORMAT_VERSION)
+
+    read_from_file: ClassVar[bool] = False
+    """Whether the configuration was read from an adapter file, whose tensors then come next."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -121,7 +124,9 @@ class IsotuneConfig(PeftConfig):
                 raise AdapterFileError(
                     f"{file} is damaged and cannot be read ({error}). Copy or download it again."
                 ) from error
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.read_from_file = True
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that the file stores."""
@@ -134,7 +139,7 @@ class IsotuneConfig(PeftConfig):
         return stored
 
     @abstractmethod
-    def build_operator(self, module: str, in_features: int, out_features: int) -> Operator:
+    def build_operator(self, module: str, in_features: int, out_features: int) -> Adapter:
         """A new operator for a module whose W is (out_features, in_features), the identity if `init_weights`.
 
         Raises:
@@ -142,16 +147,16 @@ class IsotuneConfig(PeftConfig):
         """
 
     @abstractmethod
-    def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> Operator:
+    def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> Adapter:
         """A new operator into which these tensors of an adapter file fit, where the base's shapes are not known.
 
         Raises:
             KeyError, IndexError, ValueError: they are not tensors of this method.
         """
 
-    @abstractmethod
-    def build_form(self, module: str, in_features: int, device: torch.device) -> Form:
-        """A new form for that operator."""
+    def build_basis(self, module: str, in_features: int, device: torch.device) -> SubspaceBasis | None:
+        """What the file holds of a module's subspace, empty yet; None for a method that has none."""
+        return None
 
 
 @dataclass
@@ -217,19 +222,15 @@ class SubspaceConfig(IsotuneConfig):
         alpha = by_pattern(self.alpha_pattern, module, self.alpha)
         return 1.0 if alpha is None else float(alpha) / self.rank_of(module)
 
-    def build_form(self, module: str, in_features: int, device: torch.device) -> SubspaceUpdate:
-        """The update of the principal subspace, not placed yet."""
+    def build_basis(self, module: str, in_features: int, device: torch.device) -> SubspaceBasis:
+        """The pin or the basis of a module's subspace, empty yet."""
         rank = self.rank_of(module)
-        return SubspaceUpdate(
-            rank,
-            in_features,
-            reader_power=self.reader_power,
-            pin_width=pin_width(rank, in_features) if self.basis == "pinned" else None,
-            device=device,
+        return SubspaceBasis(
+            rank, in_features, pin_width(rank, in_features) if self.basis == "pinned" else None, device
         )
 
-    def build_operator(self, module: str, in_features: int, out_features: int) -> DenseOperator:
-        """A new operator on the coordinates of the subspace."""
+    def build_operator(self, module: str, in_features: int, out_features: int) -> SubspaceAdapter:
+        """A new operator on the coordinates of the subspace, not placed yet."""
         rank, limit = self.rank_of(module), min(in_features, out_features)
         if rank > limit:
             raise ValueError(
@@ -237,14 +238,20 @@ class SubspaceConfig(IsotuneConfig):
                 f"rank may be at most {limit}. Choose a smaller r, give this module its own with "
                 f"rank_pattern={{{module!r}: {limit}}}, or exclude it with exclude_modules."
             )
-        return self.subspace_operator(rank)
+        return self._scaled_operator(module)
 
-    def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> DenseOperator:
+    def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> SubspaceAdapter:
         """The operator of the rank that the configuration says."""
-        return self.subspace_operator(self.rank_of(module))
+        return self._scaled_operator(module)
+
+    def _scaled_operator(self, module: str) -> SubspaceAdapter:
+        adapter = self.subspace_operator(self.rank_of(module))
+        adapter.configured_scale = adapter.scale = self.scale_of(module)
+        adapter.dropout, adapter.power = self.update_dropout, self.reader_power
+        return adapter
 
     @abstractmethod
-    def subspace_operator(self, rank: int) -> DenseOperator:
+    def subspace_operator(self, rank: int) -> SubspaceAdapter:
         """A new operator on rank coordinates, the identity if `init_weights`."""
 
 
@@ -252,11 +259,7 @@ class SubspaceConfig(IsotuneConfig):
 class RotationConfig(IsotuneConfig):
     """Fields shared by the methods that rotate all inputs of each layer."""
 
-    def build_form(self, module: str, in_features: int, device: torch.device) -> InputRotation:
-        """y = host(x M)."""
-        return InputRotation()
-
-    def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> Operator:
+    def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> Adapter:
         """The operator of the widths that the tensors have."""
         return self.build_operator(module, *self.widths_of(tensors))
 

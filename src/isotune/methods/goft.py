@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.operator import Rotation
+from isotune.adapter.rotation import RotationAdapter
 from isotune.algebra.givens import givens_blocks, givens_chain, pair_penalty, rotation_pairs
 from isotune.algebra.means import linear_mean
 from isotune.methods.config import RotationConfig, check_weight
@@ -61,10 +61,10 @@ class QGOFTConfig(RotationConfig):
         return len(tensors["pairs"]) + 1, 1
 
 
-class GOFTOperator(Rotation):
+class GOFTOperator(RotationAdapter):
     """The tree of rotations by `angles`, (n − 1,): level by level from stride 1, within a level by position."""
 
-    recompute = True
+    evaluated = ("angles",)
     averages = {"angles": linear_mean}  # noqa: RUF012
 
     def __init__(self, size: int) -> None:
@@ -79,12 +79,12 @@ class GOFTOperator(Rotation):
         """Angles of all sizes, whatever the width."""
         nn.init.normal_(self.angles, std=0.5)
 
-    def evaluate(self, parameters: Mapping[str, Tensor], noise: Tensor | None) -> tuple[Tensor, ...]:
+    def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The folded blocks of `givens_chain`."""
         return givens_blocks(rotation_pairs(parameters["angles"]), self.size)
 
 
-class QGOFTOperator(Rotation):
+class QGOFTOperator(RotationAdapter):
     """The tree of free 2 × 2 matrices I + `pairs`, (n − 1, 2, 2), in the order of `GOFTOperator`.
 
     Args:
@@ -93,7 +93,7 @@ class QGOFTOperator(Rotation):
     """
 
     orthogonal = False
-    recompute = True
+    evaluated = ("pairs",)
 
     def __init__(self, size: int, regularizer_weight: float = 0.0) -> None:
         super().__init__(size, givens_chain(size))
@@ -108,9 +108,9 @@ class QGOFTOperator(Rotation):
         """λ Σ (a₁b₁ + a₂b₂)²."""
         if not self.regularizer_weight:
             return None
-        pairs = self.whole("pairs")
+        pairs = self.full_parameter("pairs")
         return self.regularizer_weight * pair_penalty(pairs + torch.eye(2, device=pairs.device))
 
-    def evaluate(self, parameters: Mapping[str, Tensor], noise: Tensor | None) -> tuple[Tensor, ...]:
+    def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The folded blocks of `givens_chain`."""
         return givens_blocks(parameters["pairs"], self.size)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.operator import Rotation
+from isotune.adapter.rotation import RotationAdapter
 from isotune.algebra.factors import LowRank
 from isotune.algebra.householder import orthonormal_reflection, reflection_penalty, reflections
 from isotune.methods.config import RotationConfig, check_weight, require_positive_integer
@@ -65,7 +65,7 @@ class HRAConfig(RotationConfig):
         return tensors["vectors"].shape[1], 1
 
 
-class HRAOperator(Rotation):
+class HRAOperator(RotationAdapter):
     """M = H_r ⋯ H₂ H₁ with the directions `vectors`, (r, n), of any length above 0.
 
     Args:
@@ -75,7 +75,7 @@ class HRAOperator(Rotation):
         regularizer_weight: λ.
     """
 
-    recompute = True
+    evaluated = ("vectors",)
 
     def __init__(self, size: int, reflections: int, *, strict: bool = False, regularizer_weight: float = 0.0) -> None:
         super().__init__(size, (LowRank(),))
@@ -95,9 +95,11 @@ class HRAOperator(Rotation):
 
     def penalty(self) -> Tensor | None:
         """λ ‖I − UᵀU‖²_F."""
-        return self.regularizer_weight * reflection_penalty(self.whole("vectors")) if self.regularizer_weight else None
+        if not self.regularizer_weight:
+            return None
+        return self.regularizer_weight * reflection_penalty(self.full_parameter("vectors"))
 
-    def evaluate(self, parameters: Mapping[str, Tensor], noise: Tensor | None) -> tuple[Tensor, ...]:
+    def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """M − I as (..., n, r) and (..., r, n)."""
         vectors = parameters["vectors"]
         return orthonormal_reflection(vectors) if self.strict else reflections(vectors)

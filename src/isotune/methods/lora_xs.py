@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.operator import DenseOperator
+from isotune.adapter.subspace import SubspaceAdapter
 from isotune.algebra.means import linear_mean
 from isotune.methods.config import SubspaceConfig, check_alphas, check_weight
 
@@ -54,7 +54,7 @@ class LoraXsConfig(SubspaceConfig):
         return LoraXsOperator(rank, self.init_std)
 
 
-class LoraXsOperator(DenseOperator):
+class LoraXsOperator(SubspaceAdapter):
     """M = I + Rᵀ, R the free matrix `coefficients`, (r, r), of W' = W + s·U R S Vᵀ.
 
     Operators act on row vectors, x ↦ x M, and the paper's R on columns, so M − I is its transpose.
@@ -64,8 +64,8 @@ class LoraXsOperator(DenseOperator):
         std: standard deviation of R at the start.
     """
 
+    evaluated = ("coefficients",)
     averages = {"coefficients": linear_mean}  # noqa: RUF012
-    orthogonal = False
 
     def __init__(self, size: int, std: float = 1e-5) -> None:
         super().__init__(size)
@@ -73,13 +73,13 @@ class LoraXsOperator(DenseOperator):
         self.coefficients = nn.Parameter(std * torch.randn(size, size))
 
     def batch_key(self) -> Hashable:
-        """What `compute` depends on besides the parameters."""
+        """What `evaluate` depends on besides the parameters."""
         return self.size
 
     def is_untrained(self) -> bool:
         """Whether R is as small as at the start."""
         return bool((self.coefficients.detach().abs() <= _START * self.std).all())
 
-    def compute(self, parameters: Mapping[str, Tensor]) -> Tensor:
+    def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor]:
         """M − I = Rᵀ."""
-        return parameters["coefficients"].mT
+        return (parameters["coefficients"].mT,)

@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.operator import Rotation, keep_mask
+from isotune.adapter.evaluation import keep_mask
+from isotune.adapter.rotation import RotationAdapter
 from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.factors import BlockDiagonal
 from isotune.algebra.means import generator_means
@@ -101,7 +102,7 @@ class OFTConfig(RotationConfig):
         return width, width
 
 
-class OFTOperator(Rotation):
+class OFTOperator(RotationAdapter):
     """M = blockdiag(R₁, R₂, …), each R the Cayley transform of a skew generator.
 
     Args:
@@ -111,6 +112,8 @@ class OFTOperator(Rotation):
         neumann_terms, generator_bound: of `isotune.algebra.cayley.orthogonal_difference`.
         dropout: share of the blocks that are the identity in training.
     """
+
+    evaluated = ("generator",)
 
     def __init__(
         self,
@@ -134,15 +137,22 @@ class OFTOperator(Rotation):
 
     def batch_key(self) -> Hashable:
         """What `evaluate` depends on besides the parameters."""
-        return self.block_size, self.blocks, self.neumann_terms, self.generator_bound, self.dropout
+        return self.block_size, self.blocks, self.neumann_terms, self.generator_bound
 
-    def sample_noise(self, count: int) -> Tensor | None:
-        """Which blocks are kept, (count, blocks)."""
-        return keep_mask(self, self.dropout, count, self.blocks)
-
-    def evaluate(self, parameters: Mapping[str, Tensor], noise: Tensor | None) -> tuple[Tensor, ...]:
+    def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """R − I of all blocks, (..., blocks, b, b)."""
         generator = parameters["generator"]
         difference = orthogonal_difference(generator, self.block_size, self.neumann_terms, self.generator_bound)
-        difference = difference.expand(*difference.shape[:-3], self.blocks, -1, -1)
-        return (difference if noise is None else difference * noise.to(difference.dtype)[..., None, None],)
+        return (difference.expand(*difference.shape[:-3], self.blocks, -1, -1),)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether blocks are dropped in training."""
+        return self.dropout > 0.0
+
+    def complete(self, tensors: tuple[Tensor, ...], drop: bool = False) -> tuple[Tensor, ...]:
+        """With `drop` some of the blocks zero, so that R = I there."""
+        if not (drop and self.dropout):
+            return tensors
+        (difference,) = tensors
+        return (difference * keep_mask(self.dropout, difference, self.blocks, 1, 1),)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.operator import DenseOperator
+from isotune.adapter.subspace import SubspaceAdapter
 from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.diagonal import scaled_difference
 from isotune.algebra.means import generator_means, linear_mean
@@ -93,7 +93,7 @@ class PsoftConfig(SubspaceConfig):
         )
 
 
-class PsoftOperator(DenseOperator):
+class PsoftOperator(SubspaceAdapter):
     """M = diag(α) R diag(β), R the Cayley transform of a skew generator or a free matrix.
 
     Args:
@@ -101,6 +101,8 @@ class PsoftOperator(DenseOperator):
         input_scale, output_scale: train α, β, (r,) each.
         neumann_terms, generator_bound: of `isotune.algebra.cayley.orthogonal_difference`.
     """
+
+    evaluated = ("generator", "input_scale", "output_scale")
 
     def __init__(
         self,
@@ -131,19 +133,20 @@ class PsoftOperator(DenseOperator):
                 nn.init.ones_(scale)
 
     def batch_key(self) -> Hashable:
-        """What `compute` depends on besides the parameters."""
+        """What `evaluate` depends on besides the parameters."""
         return self.size, self.orthogonal, self.neumann_terms, self.generator_bound
 
-    def compute(self, parameters: Mapping[str, Tensor]) -> Tensor:
+    def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor]:
         """M − I = diag(α)(R − I)diag(β) + diag(αβ − 1)."""
-        difference = self.rotation_difference(parameters["generator"])
+        difference = parameters["generator"]
+        if self.orthogonal:
+            difference = orthogonal_difference(difference, self.size, self.neumann_terms, self.generator_bound)
         if "input_scale" not in parameters and "output_scale" not in parameters:
-            return difference
+            return (difference,)
         ones = difference.new_ones(difference.shape[:-1])
-        return scaled_difference(difference, parameters.get("input_scale", ones), parameters.get("output_scale", ones))
+        scales = (parameters.get(name, ones) for name in ("input_scale", "output_scale"))
+        return (scaled_difference(difference, *scales),)
 
-    def rotation_difference(self, generator: Tensor) -> Tensor:
-        """R − I, (..., r, r), from the generator, (..., r(r − 1)/2) or (..., r, r)."""
-        if not self.orthogonal:
-            return generator
-        return orthogonal_difference(generator, self.size, self.neumann_terms, self.generator_bound)
+    def rotation_difference(self) -> Tensor:
+        """R − I, (r, r), without the vectors."""
+        return self.evaluate({"generator": self.generator})[0]

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -16,18 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from isotune.parallel.sharding import in_group, is_sharded
+
 WAIT = timedelta(seconds=60)
 """How long processes wait for each other before each computes for itself."""
 
-_IGNORED = "_ddp_params_and_buffers_to_ignore"
-_WITHIN_PEFT = "base_model.model."
 _MET: Counter[str] = Counter()
 _COUNTED_IN = 1 << 16
-
-
-def in_group() -> bool:
-    """Whether this process works in a group, possibly of itself alone."""
-    return dist.is_available() and dist.is_initialized()
 
 
 def several() -> bool:
@@ -120,95 +113,6 @@ def sample_of(weight: Tensor, count: int = 64) -> list[float]:
     flat = weight.detach().reshape(-1)
     chosen: list[float] = flat[:: max(1, flat.numel() // count)][:count].float().tolist()
     return chosen
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether the tensor is spread over processes (there may be one only), by FSDP2 or by ZeRO-3."""
-    return is_divided(tensor) or (in_group() and isinstance(tensor, _distributed_tensor()))
-
-
-def is_divided(tensor: Tensor) -> bool:
-    """Whether the tensor is a parameter of DeepSpeed ZeRO-3: empty but for the times when it is gathered."""
-    return hasattr(tensor, "ds_id")
-
-
-def is_whole(tensor: Tensor) -> bool:
-    """Whether all elements of the tensor are here now."""
-    if is_divided(tensor):
-        return bool(tensor.ds_status.name == "AVAILABLE")  # type: ignore[attr-defined]
-    return not is_sharded(tensor)
-
-
-def shape_of(tensor: Tensor) -> torch.Size:
-    """The shape of the tensor with all its elements."""
-    shape: torch.Size = tensor.ds_shape if is_divided(tensor) else tensor.shape  # type: ignore[attr-defined]
-    return shape
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """The tensor with all its elements; where it is spread, every process that has a part must ask.
-
-    What ZeRO-3 has divided comes without a graph.
-    """
-    if is_whole(tensor):
-        return tensor
-    if is_divided(tensor):
-        with whole([tensor]):
-            return tensor.data  # what the parameter loses at the end of the block, this keeps
-    full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    return full
-
-
-@contextmanager
-def whole(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """A block in which those parameters that ZeRO-3 has divided are here; every process must enter it."""
-    absent = [parameter for parameter in parameters if is_divided(parameter) and not is_whole(parameter)]
-    with _zero().GatheredParameters(absent) if absent else nullcontext():
-        yield
-
-
-def gather_with(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Have ZeRO-3 gather parameters of other modules too when it gathers those of `module`, forward and backward.
-
-    Args:
-        module: whose forward reads them.
-        parameters: those that ZeRO-3 has not divided are left out.
-    """
-    known = module.__dict__.get("_external_params", {})
-    for parameter in parameters:
-        if is_divided(parameter) and id(parameter) not in known:
-            _zero().register_external_parameter(module, parameter)
-
-
-def _zero() -> Any:
-    # A parameter that ZeRO-3 has divided can exist only if somebody else has imported DeepSpeed.
-    return sys.modules["deepspeed"].zero
-
-
-def keep_buffers_at_home(model: nn.Module, names: Sequence[str]) -> None:
-    """Have DistributedDataParallel leave these buffers of a model alone, in place of those that were named before.
-
-    It would send all buffers from the first process to the others at every step. Those of an adapter are the same
-    everywhere from the start and never change.
-
-    Args:
-        model: which is wrapped itself, or as the base model of a PeftModel.
-        names: of its buffers.
-    """
-    before: set[str] = model.__dict__.pop("_isotune_at_home", set())
-    ignored = set(model.__dict__.pop(_IGNORED, ())) - before
-    own = {prefix + name for name in names for prefix in ("", _WITHIN_PEFT)}
-    if own:
-        model.__dict__["_isotune_at_home"] = own
-    if ignored | own:
-        # What DistributedDataParallel._set_params_and_buffers_to_ignore_for_model sets.
-        model.__dict__[_IGNORED] = sorted(ignored | own)
-
-
-def _distributed_tensor() -> type[Tensor]:
-    from torch.distributed.tensor import DTensor
-
-    return DTensor
 
 
 def average_gradients(parameters: nn.Module | Iterable[Tensor]) -> None:

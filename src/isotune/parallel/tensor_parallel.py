@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from isotune.parallel.processes import is_sharded
+from isotune.parallel.sharding import gathered, is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -61,6 +61,35 @@ class Share:
         tensor = DTensor.from_local(part, self.mesh, placement, run_check=False, shape=shape, stride=stride)
         whole: Tensor = tensor.redistribute(placements=[Replicate()]).to_local()
         return whole
+
+
+@dataclass(frozen=True)
+class Division:
+    """How tensor parallelism has divided the inputs and outputs of a layer.
+
+    Args:
+        mesh: of the processes.
+        in_features, out_features: of the whole layer.
+    """
+
+    mesh: DeviceMesh
+    in_features: int
+    out_features: int
+
+    def of_input(self, x: Tensor) -> Share | None:
+        """What this process has of the inputs; None for all of them."""
+        return None if x.shape[-1] == self.in_features else Share(self.mesh, self.in_features)
+
+    def of_output(self, result: Tensor) -> Share | None:
+        """What this process has of the outputs; None for all of them."""
+        return None if result.shape[-1] == self.out_features else Share(self.mesh, self.out_features)
+
+    def bias_of(self, result: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The layer's bias for the outputs that `result` has."""
+        if bias is None:
+            return None
+        own: Tensor = bias.to_local()  # type: ignore[attr-defined]
+        return own if own.shape[-1] == result.shape[-1] else gathered(bias)
 
 
 def mesh_of(module: nn.Module) -> DeviceMesh | None:

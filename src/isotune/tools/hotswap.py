@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from isotune.adapter.subspace import SubspaceUpdate
+from isotune.adapter.placement import Placement
+from isotune.adapter.subspace import SubspaceAdapter
 from isotune.errors import AdapterFileError
 from isotune.files.adapter import (
     ADAPTER,
@@ -25,7 +27,7 @@ from isotune.files.adapter import (
 )
 from isotune.methods.config import IsotuneConfig, SubspaceConfig, config_fields
 from isotune.tuner.layer import Layer
-from isotune.tuner.placing import AdapterGroup
+from isotune.tuner.placing import place_adapter
 
 _WHERE_AND_HOW = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
@@ -44,8 +46,8 @@ class _Incoming:
 
     copies: list[tuple[Tensor, Tensor]]
     """(what the model holds, what comes)."""
-    forms: list[tuple[Layer, SubspaceUpdate, bool]]
-    """(layer, its new form, whether others hold the tensors of the old one); only where the basis is another."""
+    placements: list[tuple[SubspaceAdapter, Placement]]
+    """(adapter, its new placement), only where the basis is another; in the old tensors if nobody shares them."""
 
 
 def hotswap_adapter(
@@ -93,10 +95,8 @@ def hotswap_adapter(
     with lock or nullcontext(), torch.inference_mode() if in_inference else torch.no_grad():
         for held, new in incoming.copies:
             held.copy_(new)
-        for layer, form, shared in incoming.forms:
-            own = layer.raw_form(adapter_name)
-            assert isinstance(own, SubspaceUpdate)
-            own.take(form, in_place=not shared)
+        for adapter, placement in incoming.placements:
+            adapter.placement = placement
         for layer in layers.values():
             layer.configs[adapter_name] = file.config
         configs[adapter_name] = file.config
@@ -122,7 +122,7 @@ def _check_options(file: AdapterFile, config: IsotuneConfig, layers: Mapping[str
         f"for the adapter {adapter_name!r} of this model; only one of the same shapes can be swapped in",
     )
     for name, layer in layers.items():
-        same = file.operator(name).batch_key() == layer.operator(adapter_name).batch_key()
+        same = file.operator(name).batch_key() == layer.adapter(adapter_name).batch_key()
         if isinstance(config, SubspaceConfig) and isinstance(file.config, SubspaceConfig):
             new, old = file.config, config
             same = same and (new.scale_of(name), new.reader_power) == (old.scale_of(name), old.reader_power)
@@ -141,25 +141,32 @@ def _check_options(file: AdapterFile, config: IsotuneConfig, layers: Mapping[str
 
 def _prepare(model: nn.Module, file: AdapterFile, layers: Mapping[str, Layer], adapter_name: str) -> _Incoming:
     """Find the bases that are new on this model's weights, and all tensors with what comes into them."""
-    twins: dict[str, Layer] = {}
+    beside: dict[str, Layer] = {}
     for name, layer in layers.items():
-        form = layer.form(adapter_name)
+        held = named_tensors(layer, adapter_name)
         stored = {key: t for key, t in file.layers[name].items() if key.startswith(_FORM)}
-        if not all(torch.equal(t, form.state_dict()[key.removeprefix(_FORM)].cpu()) for key, t in stored.items()):
-            twins[name] = file.build(name, layer.without_adapters())
-    AdapterGroup(ADAPTER, list(twins.values())).place()
-    users: dict[int, int] = {}
-    for module in model.modules():
-        if isinstance(module, SubspaceUpdate) and module.aligned_reader is not None:
-            users[id(module.aligned_reader)] = users.get(id(module.aligned_reader), 0) + 1
-    forms = []
-    for name, twin in twins.items():
-        new, old = twin.raw_form(ADAPTER), layers[name].raw_form(adapter_name)
-        assert isinstance(new, SubspaceUpdate)
-        assert isinstance(old, SubspaceUpdate)
-        new.rescale(old.scale)
-        forms.append((layers[name], new, users[id(old.aligned_reader)] > 1))
-    copies = []
+        if not all(torch.equal(t, held[key].cpu()) for key, t in stored.items()):
+            beside[name] = file.build(name, layer.without_adapters())
+    place_adapter(ADAPTER, beside.values())
+    users = Counter(
+        id(module.placement.down)
+        for module in model.modules()
+        if isinstance(module, SubspaceAdapter) and module.placement is not None
+    )
+    copies: list[tuple[Tensor, Tensor]] = []
+    placements = []
+    for name, other in beside.items():
+        adapter, new = layers[name].adapter(adapter_name), other.adapter(ADAPTER)
+        assert isinstance(adapter, SubspaceAdapter)
+        assert isinstance(new, SubspaceAdapter)
+        old, placement = adapter.placement, new.placement
+        assert placement is not None
+        stored = [basis.stored for basis in layers[name].bases(adapter_name)]
+        copies += zip(stored, placement.stored, strict=True)
+        if old is not None and users[id(old.down)] == 1:
+            copies += [(old.down, placement.down), (old.up, placement.up)]
+            placement = replace(placement, down=old.down, up=old.up)
+        placements.append((adapter, placement))
     for name, layer in layers.items():
         held = named_tensors(layer, adapter_name)
         copies += [(held[key], t) for key, t in file.layers[name].items() if not key.startswith(_FORM)]
@@ -170,4 +177,4 @@ def _prepare(model: nn.Module, file: AdapterFile, layers: Mapping[str, Layer], a
     if more:
         raise AdapterFileError(f"{file.directory} holds {more[0]!r}, which {adapter_name!r} has not; load it beside.")
     check_tensors(extras, given, f"for the adapter {adapter_name!r} of this model")
-    return _Incoming([*copies, *((extras[key], tensor) for key, tensor in given.items())], forms)
+    return _Incoming([*copies, *((extras[key], tensor) for key, tensor in given.items())], placements)

@@ -29,7 +29,7 @@ class Rotations(Mapping[str, Rotation]):
     def __getitem__(self, adapter_name: str) -> Rotation:
         if adapter_name not in self._owner.isotune_operator:
             raise KeyError(adapter_name)
-        generator: Any = self._owner.operator(adapter_name).generator
+        generator: Any = self._owner.adapter(adapter_name).generator
         return Rotation(generator)
 
     def __iter__(self) -> Iterator[str]:

@@ -19,7 +19,7 @@ def _penalties(model: nn.Module) -> list[Tensor]:
     for module in model.modules():
         if isinstance(module, Layer) and not module.disable_adapters:
             active = [name for name in module.active_adapters if name in module.isotune_operator]
-            penalties = (module.operator(name).penalty() for name in active)
+            penalties = (module.adapter(name).penalty() for name in active)
             found += [penalty for penalty in penalties if penalty is not None]
     return found
 

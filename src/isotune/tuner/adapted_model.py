@@ -1,147 +1,259 @@
-"""What the adapted layers of one model share, and when a forward pass of it runs."""
+"""All isotune layers of one model: their evaluations are shared and their subspaces placed here, and nowhere else."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from isotune.adapter.operator import OperatorBatch, batch_operators
-from isotune.adapter.subspace import Form
+from isotune.adapter.evaluation import SharedEvaluation, is_recorded, share_evaluations
+from isotune.adapter.operator import Adapter
+from isotune.adapter.placement import Mark, place
+from isotune.adapter.subspace import SubspaceAdapter
 from isotune.errors import BaseMismatchError
-from isotune.parallel.processes import gather_with, is_divided, keep_buffers_at_home
+from isotune.internals.ddp import ignore_buffers
+from isotune.internals.offloading import is_managed
+from isotune.internals.torch_state import is_symbolic, remove_hooks
+from isotune.parallel.sharding import gather_with, is_partitioned, is_sharded, is_wrapped_by_fsdp
+from isotune.tuner.experts_layer import ExpertsLayer
 from isotune.tuner.layer import Layer
-from isotune.tuner.placing import AdapterGroup
+from isotune.tuner.placing import place_adapter
+
+_KEY = "_isotune"
+_SAME_WEIGHT = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""Relative difference of W downᵀ up to which a weight that was moved or cast counts as the one placed on."""
 
 
-class Links:
-    """What the isotune layers of one model share: the batches of their operators, and when a forward pass runs.
+class AdaptedModel:
+    """All isotune layers of one model: evaluates their operators once a forward pass, and places their subspaces.
 
-    It hangs on every module that contains all adapted layers, with a hook before and after its forward; the outermost
-    of them that is called is the forward pass. A copy of it is empty and finds the layers of the copied model itself.
+    It hangs on every module that contains all adapted layers, with a hook before and after its forward. A copy of it is
+    empty and finds the layers of the copied model itself.
     """
 
     def __init__(self) -> None:
-        self.layers: list[Layer] = []
-        self.batches: list[OperatorBatch] = []
-        self.built = False
         self.model: nn.Module | None = None
+        self.layers: list[Layer] = []
+        self.evaluations: list[SharedEvaluation] = []
+        self.built = False
         # Weakly: what holds a parameter would keep it whole beside the shards that take its place.
         self.trainable: MutableMapping[nn.Parameter, bool] = WeakTensorKeyDictionary()
-        self._running: list[int] = []
+        self.call: object | None = None
+        """The call of PeftModel's forward or generate that runs."""
 
-    def __reduce__(self) -> tuple[type[Links], tuple[()]]:
-        return Links, ()
+    def __reduce__(self) -> tuple[type[AdaptedModel], tuple[()]]:
+        return AdaptedModel, ()
 
     @classmethod
-    def attach(cls, model: nn.Module) -> Links:
-        """Link the isotune layers of a model, and watch the forward passes of it and of what holds all of them."""
-        links = model.__dict__.get("_isotune_links") or cls()
-        links.build(model)
+    def of(cls, model: nn.Module) -> AdaptedModel | None:
+        """The object that hangs on a model, if there is one."""
+        found: AdaptedModel | None = model.__dict__.get(_KEY)
+        return found
+
+    @classmethod
+    def attach(cls, model: nn.Module) -> AdaptedModel:
+        """Find the layers of a model, and watch the forward passes of it and of what holds all of them."""
+        own = cls.of(model) or cls()
+        own.build(model)
         names = [name for name, module in model.named_modules() if isinstance(module, Layer)]
         paths = [name.split(".")[:-1] for name in names]
         common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
         for depth in range(len(common) + 1):
             module = model.get_submodule(".".join(common[:depth]))
-            if "_isotune_links" not in module.__dict__:
-                module.register_forward_pre_hook(_enter)
-                module.register_forward_hook(_leave, always_call=True)
-            module.__dict__["_isotune_links"] = links
-        keep_buffers_at_home(model, [f"{name}.{own}" for name, form in _forms(model) for own in form._buffers])
-        return links
+            if _KEY not in module.__dict__:
+                module.register_forward_pre_hook(_begin)
+                module.register_forward_hook(_end, always_call=True)
+            module.__dict__[_KEY] = own
+        remove_hooks(model, _after_load)
+        model.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+        buffers = [f"{name}.isotune_form" for name in names]
+        ignore_buffers(model, [name for name, _ in model.named_buffers() if name.startswith(tuple(buffers))])
+        return own
 
-    @staticmethod
-    def detach(model: nn.Module) -> None:
-        """Undo `attach`."""
-        keep_buffers_at_home(model, [])
-        for module in model.modules():
-            if module.__dict__.pop("_isotune_links", None) is not None:
-                for hooks, own in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
-                    for key in [key for key, hook in hooks.items() if hook is own]:
-                        del hooks[key]
-                        module._forward_hooks_always_called.pop(key, None)
+    def detach(self) -> None:
+        """Undo `attach`: nothing of isotune is left on the model."""
+        if self.model is None:
+            return
+        ignore_buffers(self.model, [])
+        for module in self.model.modules():
+            if module.__dict__.pop(_KEY, None) is not None:
+                remove_hooks(module, _begin, _end, _after_load)
 
     def build(self, model: nn.Module) -> None:
-        """Find the layers, and batch their operators by adapter."""
+        """Find the layers, and let those whose operators are alike share their evaluation, by adapter name."""
         self.model = model
         self.layers = [module for module in model.modules() if isinstance(module, Layer)]
         for layer in self.layers:
-            layer.links = self
-        adapters = dict.fromkeys(name for layer in self.layers for name in layer.isotune_operator)
-        self.batches = [
-            batch
-            for name in adapters
-            for batch in batch_operators(
-                layer.operator(name) for layer in self.layers if name in layer.isotune_operator
-            )
-        ]
+            layer.owner = self
+        self.evaluations = []
+        for name in dict.fromkeys(name for layer in self.layers for name in layer.isotune_operator):
+            # The parameters of experts are many operators' already, and only some of them are evaluated at a time.
+            plain = [layer for layer in self.layers if not isinstance(layer, ExpertsLayer)]
+            adapters = [layer.adapter(name) for layer in plain if name in layer.isotune_operator]
+            for shared, members in share_evaluations(adapters):
+                self.evaluations.append(shared)
+                for slot, member in enumerate(members):
+                    assert isinstance(member, Adapter)
+                    member.shared, member.slot = shared, slot
         self.built = True
 
-    def settle(self) -> None:
-        """Place every adapter whose stored basis has changed, and take one out that does not fit this base.
+    def forget(self) -> None:
+        """Find the layers anew before the next forward pass."""
+        self.evaluations = []
+        self.built = False
+
+    def tuners_around(self, layer: nn.Module) -> list[str]:
+        """Name the classes of other tuners' layers that have the layer inside."""
+        others = [] if self.model is None else self.model.modules()
+        found = (m for m in others if isinstance(m, BaseTunerLayer) and not isinstance(m, Layer))
+        return [type(module).__name__ for module in found if any(inner is layer for inner in module.modules())]
+
+    # -- a forward pass ------------------------------------------------------------------------------------------
+
+    def begin(self, module: nn.Module) -> None:
+        """A module that holds all layers is called."""
+        if not is_recorded():
+            if not self.built:
+                self.build(self.model or module)
+            self._place_before_forward()
+            apart = self._is_moved_by_others()
+            for shared in self.evaluations:
+                shared.apart = apart or is_partitioned(shared.members[0].parameters_read()[0])
+            if any(is_partitioned(shared.members[0].parameters_read()[0]) for shared in self.evaluations):
+                self._gather_with_layers()
+        for shared in self.evaluations:
+            shared.begin(self.call)
+
+    def end(self) -> None:
+        """It has returned or raised."""
+        for shared in self.evaluations:
+            shared.end()
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """A call of PeftModel's forward or generate, within which parameters do not change."""
+        before, self.call = self.call, object()
+        try:
+            yield
+        finally:
+            self.call = before
+
+    def _gather_with_layers(self) -> None:
+        """Have ZeRO-3 gather with each layer the bias that the layer reads itself of the module inside it."""
+        for layer in self.layers:
+            bias = layer.get_base_layer()._parameters.get("bias")
+            gather_with(layer, [*layer.isotune_operator.parameters(), *([] if bias is None else [bias])])
+
+    # -- placing ---------------------------------------------------------------------------------------------------
+
+    def place(self) -> None:
+        """Place every adapter whose stored basis or whose base has changed since, or that never was.
 
         Raises:
-            BaseMismatchError: as `AdapterGroup.place`; the adapter is gone then and the base as it was.
+            BaseMismatchError: as `place_adapter`.
         """
-        for name in dict.fromkeys(name for layer in self.layers for name in layer.configs):
-            group = AdapterGroup(name, self.layers)
+        stale = dict[str, None]()
+        for layer in self.layers:
+            for name in layer.isotune_form:
+                if not self._is_placed(layer, name):
+                    stale[name] = None
+        for name in stale:
+            place_adapter(name, self.layers)
+
+    def _place_before_forward(self) -> None:
+        # Who loads without calling load_state_dict (transformers' own loader), exchanges a base's weights, or adapts a
+        # model before its weights are there, leaves no other moment at which the subspaces could be found.
+        self.place()
+
+    def place_after_load(self) -> None:
+        """Place what a load has brought, and take an adapter out that does not fit this base.
+
+        Raises:
+            BaseMismatchError: as `place_adapter`; the adapter is gone then and the base as it was.
+        """
+        for name in dict.fromkeys(name for layer in self.layers for name in layer.isotune_form):
             try:
-                group.refresh()
+                if not all(self._is_placed(layer, name) for layer in self.layers if name in layer.isotune_form):
+                    place_adapter(name, self.layers)
             except BaseMismatchError:
                 if self.model is not None:
                     remove_adapter(self.model, name)
                 raise
 
-    def unlink(self) -> None:
-        """Forget the batches; the next forward pass makes them anew."""
-        self.batches.clear()
-        self.built = False
+    def _is_placed(self, layer: Layer, adapter_name: str) -> bool:
+        """Whether an adapter has a placement that is true; one that is not is taken away."""
+        adapter = layer.adapter(adapter_name)
+        assert isinstance(adapter, SubspaceAdapter)
+        placement, weight = adapter.placement, layer.base_weight
+        if placement is None:
+            return False
+        if is_symbolic(placement.down) != is_symbolic(weight) and not is_managed(layer.host.module):
+            return False
+        if is_symbolic(weight):
+            return True
+        stored = [basis.stored for basis in layer.bases(adapter_name)]
+        pins = tuple(Mark.of(buffer, sampled=False) for buffer in stored)
+        if pins != placement.pins and not all(
+            torch.equal(buffer.to(known), known) for buffer, known in zip(stored, placement.stored, strict=True)
+        ):
+            adapter.placement = None
+            return False
+        mark = placement.weight if is_sharded(weight) or not isinstance(weight, nn.Parameter) else Mark.of(weight)
+        if mark != placement.weight and not self._is_moved_by_others() and not _acts_as_placed(layer, adapter):
+            if adapter.is_untrained():
+                for basis in layer.bases(adapter_name):
+                    basis.record(torch.zeros_like(basis.stored))
+            adapter.placement = None
+            return False
+        if pins != placement.pins or mark != placement.weight:
+            adapter.placement = placement.marked(pins, mark)
+        return True
 
-    def enter(self, module: nn.Module) -> None:
-        """A module that holds all layers is called."""
-        if id(module) in self._running:
-            self._running.clear()  # an interrupt (Ctrl-C in a notebook) left the last pass without an end
-        if not self._running:
-            if not torch.compiler.is_compiling():
-                if not self.built:
-                    self.build(module)
-                if any(is_divided(batch.operators[0].parameter_tuple()[0]) for batch in self.batches):
-                    self._gather_with_layers()
-            for batch in self.batches:
-                batch.begin()
-        self._running.append(id(module))
-
-    def _gather_with_layers(self) -> None:
-        """Have ZeRO-3 gather with each layer what the layer reads itself of the modules inside it."""
-        for layer in self.layers:
-            bias = layer.get_base_layer()._parameters.get("bias")
-            gather_with(layer, [*layer.isotune_operator.parameters(), *([] if bias is None else [bias])])
-
-    def leave(self, module: nn.Module) -> None:
-        """It has returned or raised."""
-        if id(module) in self._running:
-            del self._running[self._running.index(id(module)) :]
-        if not self._running:
-            for batch in self.batches:
-                batch.end()
-
-
-def _forms(model: nn.Module) -> list[tuple[str, Form]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, Form)]
+    def _is_moved_by_others(self) -> bool:
+        """Whether FSDP, accelerate or diffusers moves weights in and out, so that their marks say nothing."""
+        model = self.model
+        return model is not None and (is_wrapped_by_fsdp(model) or any(map(is_managed, model.modules())))
 
 
-def _enter(module: nn.Module, args: Any) -> None:
-    module.__dict__["_isotune_links"].enter(module)
+@torch.no_grad()
+def _acts_as_placed(layer: Layer, adapter: SubspaceAdapter) -> bool:
+    """Whether the base's weight, moved or cast, still is the one that an adapter was placed on."""
+    placement, matrix = adapter.placement, layer.unmerged_matrix()
+    assert placement is not None
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    basis = nn.functional.normalize(placement.down[..., : adapter.size, :].to(matrix.device, wide), dim=-1)
+    now = place(basis, matrix, (), layer.base_weight, power=adapter.power)
+    tolerance = max(_SAME_WEIGHT.get(dtype, 2e-2) for dtype in (matrix.dtype, placement.up.dtype))
+    norm = torch.linalg.vector_norm
+    pairs = [
+        (one.to(wide), other.to(one.device, wide)) for one, other in zip(now.factors, placement.factors, strict=True)
+    ]
+    return all(bool(norm(one - other) <= tolerance * norm(other)) for one, other in pairs)
 
 
-def _leave(module: nn.Module, args: Any, output: Any) -> None:
-    module.__dict__["_isotune_links"].leave(module)
+def _begin(module: nn.Module, args: Any) -> None:
+    module.__dict__[_KEY].begin(module)
+
+
+def _end(module: nn.Module, args: Any, output: Any) -> None:
+    module.__dict__[_KEY].end()
+
+
+def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
+    """After any load_state_dict: find the loaded bases on this base model, and refuse one that does not fit."""
+    own = AdaptedModel.of(model)
+    if own is not None:
+        if not own.built:
+            own.build(model)
+        own.place_after_load()
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -169,15 +281,15 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
                 module.delete_adapter(adapter_name, None)
     configs = getattr(model, "peft_config", {})
     configs.pop(adapter_name, None)
-    links = model.__dict__.get("_isotune_links")
+    own = AdaptedModel.of(model)
     if any(isinstance(module, Layer) for module in model.modules()):
-        if links is not None:
-            links.unlink()
+        if own is not None:
+            own.forget()
         return
-    if links is not None:
-        for parameter, flag in links.trainable.items():
+    if own is not None:
+        for parameter, flag in own.trainable.items():
             parameter.requires_grad_(flag)
-    Links.detach(model)
+        own.detach()
     if not configs and hasattr(model, "peft_config"):
         del model.peft_config
         if getattr(model, "_hf_peft_config_loaded", False):

@@ -2,113 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from isotune.adapter.operator import DenseOperator, Operator, Rotation
-from isotune.adapter.subspace import Form, SubspaceUpdate
-from isotune.algebra.factors import apply_chain, transpose_chain
+from isotune.adapter.operator import Adapter
+from isotune.adapter.subspace import SubspaceBasis
 from isotune.hosts import ExpertsHost
-from isotune.methods.config import IsotuneConfig, SubspaceConfig
-from isotune.tuner.layer import Layer, MixedBatch
+from isotune.methods.config import IsotuneConfig
+from isotune.tuner.layer import Layer
+from isotune.tuner.mixed_batch import BASE, MixedBatch
 
 
-class ExpertForms(Form):
-    """The forms of one adapter on all experts of a parameter: fold takes and gives (experts, out, in).
+class ExpertBases(nn.Module):
+    """What the file holds of the subspaces of one adapter on all experts of a parameter.
 
     Args:
-        forms: one an expert for an update of the subspace, which is each expert's own; else one for all.
+        forms: one for each expert.
     """
 
-    def __init__(self, forms: Sequence[Form]) -> None:
+    def __init__(self, forms: Sequence[SubspaceBasis]) -> None:
         super().__init__()
         self.forms = nn.ModuleList(forms)
-
-    def __iter__(self) -> Iterator[Form]:
-        return iter(self.forms)  # type: ignore[arg-type]
-
-    @property
-    def additive(self) -> bool:  # type: ignore[override]
-        """As each of them."""
-        return next(iter(self)).additive
-
-    @property
-    def settled(self) -> bool:  # type: ignore[override]
-        """Whether each of them is."""
-        return all(form.settled for form in self)
-
-    @property
-    def symbolic(self) -> bool:  # type: ignore[override]
-        """Whether one of them is."""
-        return any(form.symbolic for form in self)
-
-    def fold(self, matrix: Tensor, operator: Operator, rows: Tensor | None = None, at: Tensor | None = None) -> Tensor:
-        """The matrices with the adapter in them.
-
-        Args:
-            matrix: (experts, out, in), of some experts.
-            operator: with all experts' parameters.
-            rows: not used.
-            at: (experts,), which experts these are; None for all.
-        """
-        tensors = operator.own_tensors(matrix.dtype, at)
-        if isinstance(operator, DenseOperator):
-            forms = list(self) if at is None else [self.forms[index] for index in at.tolist()]
-            reader = torch.stack([form.reader for form in forms]).to(matrix.dtype)  # type: ignore[misc]
-            writer = torch.stack([form.writer for form in forms]).to(matrix.dtype)  # type: ignore[misc]
-            return torch.baddbmm(matrix, writer @ tensors[0].mT, reader)
-        assert isinstance(operator, Rotation)
-        folded = []
-        for index, own in enumerate(matrix):
-            chain, transposed = transpose_chain(operator.chain, [tensor[index] for tensor in tensors])
-            folded.append(apply_chain(own, chain, transposed))
-        return torch.stack(folded)
-
-    def low_rank(self, matrix: Tensor, operator: Operator) -> tuple[Tensor, Tensor]:
-        """None has been written for experts."""
-        raise ValueError(
-            "An adapter on experts is not exported to LoRA; export the merged model instead (--to merged)."
-        )
-
-    def has_low_rank(self, operator: Operator) -> bool:
-        """Not that `low_rank` would give."""
-        return False
-
-    def describe(self, operator: Operator) -> str:
-        """As each of them."""
-        return f"{next(iter(self)).describe(operator)}, each expert"
-
-
-class _Expert:
-    """One expert as what `AdapterGroup` places a subspace on; what is not its own is the layer's."""
-
-    quantised = False
-
-    def __init__(self, layer: ExpertsLayer, index: int) -> None:
-        self.layer, self.index = layer, index
-        self.host = self
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.layer, name)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.layer.host.weight
-
-    def matrix(self) -> Tensor:
-        return self.layer.host.matrix()[self.index]
-
-    def unmerged_matrix(self) -> Tensor:
-        return self.layer.unmerged_matrix()[self.index]
-
-    def raw_form(self, adapter_name: str) -> Form:
-        forms = self.layer.raw_form(adapter_name)
-        assert isinstance(forms, ExpertForms)
-        return forms.forms[self.index]  # type: ignore[return-value]
 
 
 class ExpertsLayer(Layer):
@@ -127,32 +45,27 @@ class ExpertsLayer(Layer):
     def __init__(self, base_layer: nn.Module, key: str) -> None:
         super().__init__(base_layer, key, parameter=key.rpartition(".")[2])
 
-    def _new_operator(self, config: IsotuneConfig) -> Operator:
-        """An operator whose parameters have the experts in front, each with a start of its own.
+    def _new_adapter(self, config: IsotuneConfig) -> Adapter:
+        """An adapter whose parameters have the experts in front, each with a start of its own.
 
         Raises:
             ValueError: the configuration does not fit, or has what has not been written for experts.
         """
-        operators = [super(ExpertsLayer, self)._new_operator(config) for _ in range(self.host.experts)]
-        first = operators[0]
-        if isinstance(first, Rotation) and first.gain is not None:
+        adapters = [super(ExpertsLayer, self)._new_adapter(config) for _ in range(self.host.experts)]
+        first = adapters[0]
+        if first.beside:
             raise ValueError(f"The gains of this method cannot be trained on experts, such as {self.key!r}; use OFT.")
-        if first.train().sample_noise(1) is not None:
-            raise ValueError(f"Dropout of an operator cannot be used on experts, such as {self.key!r}; set it to 0.")
-        for name in first.parameter_names():
-            stacked = torch.stack([operator.get_parameter(name).detach() for operator in operators])
+        if first.has_dropout:
+            raise ValueError(f"Dropout of an adapter cannot be used on experts, such as {self.key!r}; set it to 0.")
+        for name in first.names_read():
+            stacked = torch.stack([adapter.get_parameter(name).detach() for adapter in adapters])
             setattr(first, name, nn.Parameter(stacked))
         return first
 
-    def _new_form(self, config: IsotuneConfig, device: torch.device) -> Form:
-        count = self.host.experts if isinstance(config, SubspaceConfig) else 1
-        return ExpertForms([super(ExpertsLayer, self)._new_form(config, device) for _ in range(count)])
-
-    def parts(self, adapter_name: str) -> list[Any]:
-        """The experts, for an adapter on their subspaces."""
-        forms = self.raw_form(adapter_name)
-        assert isinstance(forms, ExpertForms)
-        return [_Expert(self, i) for i, form in enumerate(forms) if isinstance(form, SubspaceUpdate)]
+    def _new_form(self, config: IsotuneConfig, device: torch.device) -> nn.Module | None:
+        found = [config.build_basis(self.key, self.in_features, device) for _ in range(self.host.experts)]
+        forms = [form for form in found if form is not None]
+        return ExpertBases(forms) if forms else None
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Refuse any scale but 1.
@@ -160,11 +73,22 @@ class ExpertsLayer(Layer):
         Raises:
             ValueError: another scale.
         """
-        if adapter_name in self.isotune_form and scale != 1.0:
+        if adapter_name in self.isotune_operator and scale != 1.0:
             raise ValueError(f"The adapter {adapter_name!r} on the experts {self.key!r} cannot be scaled by {scale}.")
 
-    def _scale_in_use(self, adapter_name: str) -> float:
-        return 1.0
+    def low_rank(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """None has been written for experts.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "An adapter on experts is not exported to LoRA; export the merged model instead (--to merged)."
+        )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: exporting experts to LoRA is not supported."""
+        return adapter_name not in self.isotune_operator
 
     def _mixed(self, x: Tensor, batch: MixedBatch, *args: Any, **kwargs: Any) -> Tensor:
         """A batch of one adapter; tokens of several are mixed by the router.
@@ -172,13 +96,26 @@ class ExpertsLayer(Layer):
         Raises:
             ValueError: the batch has several.
         """
-        names = {name if name in self.isotune_operator else "__base__" for name in batch.names}
+        names = {name if name in self.isotune_operator else BASE for name in batch.names}
         if len(names) > 1:
             raise ValueError(
                 f"adapter_names cannot mix {', '.join(sorted(names))} in one batch, as {self.key!r} adapts experts; "
                 "call the model once for each adapter."
             )
-        return self._adapted(x, [name for name in names if name != "__base__"], *args, **kwargs)
+        return self._adapted(x, [name for name in names if name != BASE], *args, **kwargs)
+
+    @property
+    def weight(self) -> Tensor:
+        """Refused: experts have several parameters, none of which is called weight.
+
+        Raises:
+            AttributeError: always.
+        """
+        raise AttributeError(f"The experts {self.key!r} have no single weight; read the parameter of the base layer.")
+
+    def extra_repr(self) -> str:
+        """The adapters, each with its method and size."""
+        return ", ".join(f"{name}={self.adapter(name).describe()}, each expert" for name in self.configs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from isotune.adapter.subspace import SubspaceUpdate
+from isotune.adapter.subspace import SubspaceAdapter
 from isotune.methods.config import IsotuneConfig, SubspaceConfig
 from isotune.tuner.layer import Layer
 
@@ -81,22 +81,22 @@ def combine(
 
 def _difference(layer: Layer, first: str, other: str) -> str | None:
     """In what two adapters on a layer differ besides the values of their parameters."""
-    one, two = layer.operator(first), layer.operator(other)
+    one, two = layer.adapter(first), layer.adapter(other)
     shapes = [{name: tuple(p.shape) for name, p in operator.named_parameters()} for operator in (one, two)]
     if shapes[0] != shapes[1]:
         return f"different sizes ({shapes[0]} and {shapes[1]})"
     if one.batch_key() != two.batch_key():
         return "different options"
-    form, form2 = layer.form(first), layer.form(other)
     config, config2 = layer.configs[first], layer.configs[other]
-    if isinstance(form, SubspaceUpdate) and isinstance(form2, SubspaceUpdate):
+    if isinstance(one, SubspaceAdapter) and isinstance(two, SubspaceAdapter):
         assert isinstance(config, SubspaceConfig)
         assert isinstance(config2, SubspaceConfig)
-        if (form.embedded, form.reader_power) != (form2.embedded, form2.reader_power):
+        if (config.basis, one.power) != (config2.basis, two.power):
             return "different options (basis or the split of the singular values)"
-        if form.scale != form2.scale:
-            return f"different scales ({form.scale:g} and {form2.scale:g})"
-        if config.basis_seed != config2.basis_seed or not _close(form.stored, form2.stored):
+        if one.scale != two.scale:
+            return f"different scales ({one.scale:g} and {two.scale:g})"
+        pairs = zip(layer.bases(first), layer.bases(other), strict=True)
+        if config.basis_seed != config2.basis_seed or not all(_close(a.stored, b.stored) for a, b in pairs):
             return "different bases of the principal subspace (solved on another machine or base)"
     return None
 
@@ -107,7 +107,7 @@ def _close(one: Tensor, two: Tensor) -> bool:
 
 
 def _mean(layer: Layer, adapters: Sequence[str], weights: Tensor) -> dict[str, Tensor]:
-    operators = [layer.operator(adapter) for adapter in adapters]
+    operators = [layer.adapter(adapter) for adapter in adapters]
     means = operators[0].averages
     names = [name for name, _ in operators[0].named_parameters()]
     without = [name for name in names if name not in means]

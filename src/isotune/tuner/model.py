@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import peft
@@ -16,7 +16,6 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    ModulesToSaveWrapper,
     PeftType,
     get_quantization_kwargs,
     register_peft_method,
@@ -28,14 +27,18 @@ from isotune.files.adapter import KEY_PREFIX, check_tensors
 from isotune.hosts import keep_readable
 from isotune.methods import METHODS
 from isotune.methods.config import IsotuneConfig, SubspaceConfig
-from isotune.parallel.processes import is_sharded, loaded_by_one
+from isotune.parallel.processes import loaded_by_one
+from isotune.parallel.sharding import is_sharded
 from isotune.parallel.tensor_parallel import make_equal, mesh_of
-from isotune.tuner.adapted_model import Links, remove_adapter
+from isotune.tuner.adapted_model import AdaptedModel, remove_adapter
+from isotune.tuner.backends import adapt
 from isotune.tuner.experts_layer import ExpertsLayer
 from isotune.tuner.experts_layer import inject as inject_experts
-from isotune.tuner.layer import Layer, MixedBatch, adapt, warn_of_requantising
+from isotune.tuner.layer import Layer
 from isotune.tuner.mean import check_request, combine
-from isotune.tuner.placing import AdapterGroup
+from isotune.tuner.merging import warn_of_requantising
+from isotune.tuner.mixed_batch import batch_of, check_names, measured, saved_modules_routed
+from isotune.tuner.placing import place_adapter, share_basis
 
 MINIMUM_VERSIONS = {"torch": "2.6", "peft": "0.21.2"}
 UNTESTED_VERSIONS = {"peft": "0.22"}
@@ -67,7 +70,8 @@ class IsotuneModel(BaseTuner):
         With `basis_of`, it takes those of another adapter, and its tensors.
         """
         _refuse_divided(model)
-        if isinstance(self.peft_config[adapter_name], SubspaceConfig):
+        config = self.peft_config[adapter_name]
+        if isinstance(config, SubspaceConfig):
             _refuse_loading_by_one(model)
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         first = not any(isinstance(module, Layer) for module in model.modules())
@@ -75,22 +79,21 @@ class IsotuneModel(BaseTuner):
             keep_readable(module)  # those without an adapter too: the gradient of earlier layers passes through them
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            links = Links.attach(model)
+            _refuse_several_places(model)
+            own = AdaptedModel.attach(model)
             if first:
-                links.trainable.update(trainable)
-            _make_replicas(model, links.layers, adapter_name)
-            group = AdapterGroup(adapter_name, links.layers)
+                own.trainable.update(trainable)
+            _make_replicas(model, own.layers, adapter_name)
             if basis_of is not None:
-                group.share(basis_of)
-            group.place()
+                share_basis(adapter_name, basis_of, own.layers)
+            elif not config.read_from_file:  # else what the file holds comes next, and is placed then
+                place_adapter(adapter_name, own.layers)
         except BaseException:
             remove_adapter(model, adapter_name)
             self.peft_config.pop(adapter_name, None)
             for parameter, flag in trainable.items():
                 parameter.requires_grad_(flag)
             raise
-        if _after_load not in model._load_state_dict_post_hooks.values():
-            model.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Add the weighted mean of adapters of one method, rank and basis as another adapter of that method.
@@ -124,7 +127,7 @@ class IsotuneModel(BaseTuner):
         with torch.no_grad():
             for name, values in found.items():
                 for parameter, value in values.items():
-                    layers[name].operator(adapter_name).get_parameter(parameter).copy_(value)
+                    layers[name].adapter(adapter_name).get_parameter(parameter).copy_(value)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base; all layers are checked before the first is changed."""
@@ -149,7 +152,9 @@ class IsotuneModel(BaseTuner):
         model: Any = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
-        Links.detach(model)
+        own = AdaptedModel.of(model)
+        if own is not None:
+            own.detach()
         warn_of_requantising(layers)
         return model
 
@@ -189,41 +194,56 @@ class IsotuneModel(BaseTuner):
         # PEFT's _replace_module would move the layer to its host's device, where it already is.
         setattr(parent, target_name, layer)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's choice of the parameters' dtype: float32 where the base is in half precision, or the base's."""
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            return
+        for module in self.model.modules():
+            if isinstance(module, Layer) and adapter_name in module.isotune_operator:
+                dtype = module.host.weight.dtype
+                if dtype.is_floating_point:
+                    module.isotune_operator[adapter_name].to(dtype)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Around each forward and generate of a PeftModel: one evaluation, and `adapter_names` of a mixed batch."""
+        own = AdaptedModel.of(self.model)
+        with nullcontext() if own is None else own.calling():
+            names = kwargs.get("adapter_names")
+            if names is None:
+                yield
+            else:
+                with self._mixed(names, kwargs):
+                    yield
+
+    @contextmanager
+    def _mixed(self, names: Sequence[str], kwargs: dict[str, Any]) -> Iterator[None]:
         """Let `adapter_names` of a mixed batch reach the layers for the time of one call."""
-        names = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
-        unknown = sorted(set(names) - {"__base__", *self.peft_config})
-        if unknown:
-            raise ValueError(
-                f"adapter_names holds {', '.join(map(repr, unknown))}; this model has "
-                f"{', '.join(map(repr, self.peft_config))}, and '__base__' stands for none."
-            )
+        check_names(names, self.peft_config)
         if self.training:
             raise ValueError("adapter_names is for inference; call model.eval() first, or train one adapter at a time.")
         layers = [m for m in self.model.modules() if isinstance(m, Layer)]
         if any(layer.merged for layer in layers):
             raise ValueError("adapter_names needs every adapter unmerged; call unmerge_adapter() first.")
-        batch = MixedBatch(tuple(names), _copies_of_a_sample(self.model, kwargs))
-
-        def measure(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            inputs = (named.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds"))
-            tensors = [value for value in (*given, *inputs) if isinstance(value, Tensor) and value.ndim > 1]
-            batch.length = tensors[0].shape[1] if tensors else 1
-
-        handle = self.model.register_forward_pre_hook(measure, with_kwargs=True, prepend=True)
+        batch = batch_of(self.model, names, kwargs)
         for layer in layers:
-            layer._batch_adapters = batch
+            layer.mixed_batch = batch
         try:
-            with _saved_modules_told(self.model, batch):
+            with measured(self.model, batch), saved_modules_routed(self.model, batch):
                 yield
         finally:
-            handle.remove()
             for layer in layers:
-                layer._batch_adapters = None
+                layer.mixed_batch = None
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """The key in the file for a key of the model: without the adapter's name, wherever else that may stand."""
+        for group in ("isotune_operator", "isotune_form"):
+            head, found, rest = key.rpartition(f".{group}.{adapter_name}.")
+            if found:
+                return f"{head}.{group}.{rest}"
+        return key
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -238,38 +258,6 @@ class IsotuneModel(BaseTuner):
             remove_adapter(model.get_base_model() if isinstance(model, PeftModel) else model, adapter_name)
             raise
         return remapped
-
-
-def _copies_of_a_sample(model: nn.Module, kwargs: Mapping[str, Any]) -> int:
-    """How often generation puts each sample into its batch, for beams or for several answers, one after the other."""
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    counts = [kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences")]
-    return max(count or 1 for count in counts)
-
-
-@contextmanager
-def _saved_modules_told(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
-    """Let PEFT's own wrappers of modules_to_save give each sample what its adapter has saved."""
-
-    def tell(wrapper: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
-        assert isinstance(wrapper, ModulesToSaveWrapper)
-        names = batch.of(given[0]) if given else batch.names
-        known = [name if name in wrapper.modules_to_save else "__base__" for name in names]
-        return given, {**named, "adapter_names": known}
-
-    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    active = [wrapper._active_adapter for wrapper in wrappers]
-    handles = [wrapper.register_forward_pre_hook(tell, with_kwargs=True) for wrapper in wrappers]
-    for wrapper in wrappers:
-        # A wrapper that has nothing saved for the active adapter would not look at the names.
-        wrapper._active_adapter = list(wrapper.modules_to_save)[:1]
-    try:
-        yield
-    finally:
-        for wrapper, name in zip(wrappers, active, strict=True):
-            wrapper._active_adapter = name
-        for handle in handles:
-            handle.remove()
 
 
 def _refuse_divided(model: nn.Module) -> None:
@@ -295,19 +283,31 @@ def _refuse_loading_by_one(model: nn.Module) -> None:
     )
 
 
+def _refuse_several_places(model: nn.Module) -> None:
+    """Refuse a model with one adapted module in several places, of which PEFT's injection has reached one only."""
+    adapted = {id(m.base_layer): m.key for m in model.modules() if isinstance(m, Layer)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        key = adapted.get(id(module))
+        if key is not None and not name.endswith(".base_layer"):
+            raise ValueError(
+                f"The target module {key!r} is the same object as {name!r}, so an adapter would act in one place, and "
+                "merging it change all. Exclude the module with exclude_modules, or give each place a copy of its own."
+            )
+
+
 def _make_replicas(model: nn.Module, layers: Sequence[Layer], adapter_name: str) -> None:
     """Under tensor parallelism, give all processes the same parameters, and refuse what would part them again."""
     mesh = next((found for module in model.modules() if (found := mesh_of(module)) is not None), None)
     if mesh is None:
         return
     own = [layer for layer in layers if adapter_name in layer.isotune_operator]
-    if any(layer.draws(adapter_name) and not layer.configs[adapter_name].inference_mode for layer in own):
+    if any(layer.adapter(adapter_name).has_dropout and not layer.configs[adapter_name].inference_mode for layer in own):
         raise ValueError(
             f"The adapter {adapter_name!r} is to be trained with dropout, which under tensor parallelism every process "
             "would draw for itself, so that their copies of the adapter drift apart. Set its dropout to 0, or load "
             "the model without a tensor parallel plan and spread it with FSDP2."
         )
-    make_equal((p for layer in own for p in layer.operator(adapter_name).parameters()), mesh)
+    make_equal((p for layer in own for p in layer.adapter(adapter_name).parameters()), mesh)
 
 
 def _check_file(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> None:
@@ -322,15 +322,6 @@ def _check_file(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]
         {name.removeprefix(KEY_PREFIX): tensor for name, tensor in state.items()},
         "on this base model by its adapter_config.json; check that both belong together",
     )
-
-
-def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
-    """After any load_state_dict: find the loaded bases on this base model, and refuse one that does not fit."""
-    links = model.__dict__.get("_isotune_links")
-    if links is not None:
-        if not links.built:
-            links = Links.attach(model)
-        links.settle()
 
 
 def check_versions() -> None:

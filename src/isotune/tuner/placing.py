@@ -3,195 +3,235 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from isotune.adapter.operator import is_symbolic
-from isotune.adapter.subspace import SubspaceUpdate
+from isotune.adapter.placement import Mark, Placement, place
+from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
 from isotune.errors import BaseMismatchError, IsotuneWarning
+from isotune.internals.offloading import is_managed
+from isotune.internals.torch_state import is_symbolic
 from isotune.methods.config import SubspaceConfig
-from isotune.parallel.processes import is_sharded, one_for_all, sample_of, several
+from isotune.parallel.processes import one_for_all, sample_of, several
+from isotune.parallel.sharding import is_sharded
 from isotune.subspace.cache import SubspaceCache
-from isotune.subspace.pinning import CANDIDATE_TOLERANCE, MAX_RESIDUAL, candidate_rank, recover
+from isotune.subspace.pinning import CANDIDATE_TOLERANCE, MAX_RESIDUAL, candidate_rank, pin, recover
 from isotune.subspace.solvers import SubspaceRequest, principal_subspaces
-
-if TYPE_CHECKING:
-    from isotune.tuner.layer import Layer
+from isotune.tuner.layer import Layer
 
 
-class AdapterGroup:
-    """One adapter on all its layers: what is found for them together, once.
+@dataclass(frozen=True)
+class _Place:
+    """One basis that is looked for: of a layer, or of one expert of it."""
+
+    layer: Layer
+    basis: SubspaceBasis
+    expert: int | None
+
+    @property
+    def key(self) -> str:
+        """The layer's name in the model."""
+        return self.layer.key
+
+    def matrix(self) -> Tensor:
+        """W, (out, in)."""
+        found = self.layer.unmerged_matrix()
+        return found if self.expert is None else found[self.expert]
+
+    def is_empty(self) -> bool:
+        """Whether nothing is stored yet: neither solved here nor loaded from a file."""
+        return self.basis.stored.is_meta or not bool(self.basis.stored.any())
+
+
+@torch.no_grad()
+def place_adapter(adapter_name: str, layers: Iterable[Layer]) -> None:
+    """Place an adapter on all layers where it has a subspace and no placement: solve, or recover what a file holds.
 
     Args:
         adapter_name: the adapter.
-        layers: the layers of the model; those without the adapter, or whose form needs no subspace, are left out.
+        layers: of the model; those without the adapter or with a placement are left as they are.
+
+    Raises:
+        BaseMismatchError: a pinned basis was made on another base; names the worst layer and the residual. Nothing is
+            placed then.
+        ValueError: a weight has no principal subspace (NaN, …).
     """
+    pending = []
+    for layer in layers:
+        if adapter_name not in layer.isotune_form:
+            continue
+        adapter = layer.adapter(adapter_name)
+        assert isinstance(adapter, SubspaceAdapter)
+        placement = adapter.placement
+        if is_symbolic(layer.base_weight) and not is_managed(layer.host.module):
+            if placement is None:
+                _place_symbolically(layer, adapter_name, adapter)
+        elif placement is None or is_symbolic(placement.down):
+            pending.append(layer)
+    if not pending:
+        return
+    places = {id(layer): _places(layer, adapter_name) for layer in pending}
+    stored = [layer for layer in pending if not any(one.is_empty() for one in places[id(layer)])]
+    found = _recovered(adapter_name, [one for layer in stored for one in places[id(layer)]])
+    for layer in stored:
+        bases, residuals = zip(*(found.pop(0) for _ in places[id(layer)]), strict=True)
+        layer.put_on_basis(adapter_name, bases, residual=max(residuals), principal=True)
+    _solve(adapter_name, [layer for layer in pending if layer not in stored])
 
-    def __init__(self, adapter_name: str, layers: Iterable[Layer]) -> None:
-        self.adapter_name = adapter_name
-        self.layers: list[Layer] = [
-            part for layer in layers if adapter_name in layer.isotune_operator for part in layer.parts(adapter_name)
-        ]
 
-    @torch.no_grad()
-    def place(self) -> None:
-        """Solve the subspaces of all layers that need it, pin them or recover them from their pins, and place them.
+def share_basis(adapter_name: str, other: str, layers: Iterable[Layer]) -> None:
+    """Place an adapter on the basis of another of the same ranks and options, on its very tensors."""
+    for layer in layers:
+        if adapter_name in layer.isotune_form:
+            _take(layer, adapter_name, other)
 
-        Raises:
-            BaseMismatchError: a pinned basis was trained on another base; names the worst layer and the residual.
-            ValueError: a weight has no principal subspace (NaN, …).
-        """
-        pending = [layer for layer in self.layers if self._form(layer).needs_placing()]
-        real = []
-        for layer in pending:
-            if is_symbolic(layer.host.weight):
-                self._form(layer).place_symbolic(layer.host.matrix(), self._scale(layer))
-            else:
-                real.append(layer)
-        foreign = [layer for layer in real if self._form(layer).holds_foreign_basis()]
-        self._solve([layer for layer in real if layer not in foreign])
-        self._recover(foreign)
 
-    def share(self, adapter_name: str) -> None:
-        """Take the bases of another adapter with the same ranks and scales on these layers, and its very tensors."""
-        for layer in self.layers:
-            form, other = self._form(layer), layer.form(adapter_name)
-            assert isinstance(other, SubspaceUpdate)
-            form.adopt_twin(other, layer.unmerged_matrix(), other.scale)
-            form.solved_here = other.solved_here
-            layer.note_host()
+def _places(layer: Layer, adapter_name: str) -> list[_Place]:
+    bases = layer.bases(adapter_name)
+    experts = hasattr(layer.host, "experts")
+    return [_Place(layer, basis, index if experts else None) for index, basis in enumerate(bases)]
 
-    def refresh(self) -> None:
-        """Place again what a load of weights has changed: the stored bases, or the weights of the hosts."""
-        for layer in self.layers:
-            if layer.host_has_changed():
-                untrained = layer.operator(self.adapter_name).is_untrained()
-                self._form(layer).forget(stored=untrained)
-        self.place()
 
-    def _form(self, layer: Layer) -> SubspaceUpdate:
-        form = layer.raw_form(self.adapter_name)
-        assert isinstance(form, SubspaceUpdate)
-        return form
+def _place_symbolically(layer: Layer, adapter_name: str, adapter: SubspaceAdapter) -> None:
+    """Give an adapter the shapes of a placement on a weight without values; it is placed anew when there are some."""
+    matrix, stored = layer.unmerged_matrix(), [basis.stored for basis in layer.bases(adapter_name)]
+    basis = matrix.new_zeros(*matrix.shape[:-2], adapter.size, matrix.shape[-1])
+    wide = basis.to(torch.promote_types(matrix.dtype, torch.float32))
+    adapter.placement = place(wide, matrix, stored, layer.base_weight, power=adapter.power)
 
-    def _config(self, layer: Layer) -> SubspaceConfig:
-        config = layer.configs[self.adapter_name]
-        assert isinstance(config, SubspaceConfig)
-        return config
 
-    def _scale(self, layer: Layer) -> float:
-        return self._config(layer).scale_of(layer.key)
+def _config(layer: Layer, adapter_name: str) -> SubspaceConfig:
+    config = layer.configs[adapter_name]
+    assert isinstance(config, SubspaceConfig)
+    return config
 
-    def _subspaces(self, layers: list[Layer]) -> list[Tensor]:
-        """The leading right singular vectors of the layers' weights, (k, in) each, k ≥ r."""
-        if not layers:
-            return []
-        if len(layers) > 1 and any(is_sharded(layer.host.weight) for layer in layers):
-            # One after the other: a process that has room for a part of the model has none for all of it.
-            return [subspace for layer in layers for subspace in self._subspaces([layer])]
-        config = self._config(layers[0])
-        requests = []
-        for layer in layers:
-            rank = self._form(layer).rank
-            if config.basis == "pinned":
-                # A few more than r: a cut between nearly equal singular values may fall differently elsewhere.
-                rank = candidate_rank(rank, layer.in_features, layer.out_features)
-            # A quantised weight is dequantised when its turn comes, so that not all of them live at once.
-            weight = layer.unmerged_matrix if layer.host.quantised else layer.unmerged_matrix()
-            requests.append(SubspaceRequest(weight, rank, f"module {layer.key!r}"))
-        cache = SubspaceCache() if config.subspace_cache else None
 
-        def solve() -> list[Tensor]:
-            found = principal_subspaces(requests, solver=config.solver, tolerance=CANDIDATE_TOLERANCE, cache=cache)
-            return [subspace.basis for subspace in found]
+def _take(layer: Layer, adapter_name: str, other: str) -> None:
+    own, adapter = layer.adapter(adapter_name), layer.adapter(other)
+    assert isinstance(own, SubspaceAdapter)
+    assert isinstance(adapter, SubspaceAdapter)
+    assert adapter.placement is not None
+    for mine, theirs in zip(layer.bases(adapter_name), layer.bases(other), strict=True):
+        mine.record(theirs.stored)
+    own.placement = _on_pins_of(layer, adapter_name, adapter.placement)
 
-        if not several():
-            return solve()
-        same = [
-            (layer.key, request.rank, layer.out_features, layer.in_features, sample_of(layer.host.weight))
-            for layer, request in zip(layers, requests, strict=True)
-        ]
-        return one_for_all(f"{config.solver} {same}", solve)
 
-    def _solve(self, layers: list[Layer]) -> None:
-        fresh = []
-        for layer in layers:
-            twin = self._sibling(layer)
-            if twin is None:
-                fresh.append(layer)
-            else:
-                self._form(layer).adopt_twin(twin, layer.unmerged_matrix(), self._scale(layer))
-        solved: dict[tuple[int, int], SubspaceUpdate] = {}
-        for layer, subspace in zip(fresh, self._subspaces(fresh), strict=True):
-            self._adopt(layer, subspace, layer.unmerged_matrix(), solved)
-        for layer in layers:
-            layer.note_host()
+def _on_pins_of(layer: Layer, adapter_name: str, placement: Placement) -> Placement:
+    """A placement for an adapter whose file holds the same, on the same tensors."""
+    pins = tuple(Mark.of(basis.stored, sampled=False) for basis in layer.bases(adapter_name))
+    return replace(placement, pins=pins)
 
-    def _adopt(
-        self, layer: Layer, subspace: Tensor, matrix: Tensor, solved: dict[tuple[int, int], SubspaceUpdate]
-    ) -> None:
-        """Take a solved subspace, or all of another layer that was given it for the same weight."""
-        form = self._form(layer)
-        twin = solved.setdefault((id(subspace), matrix.data_ptr()), form)
-        if twin is form:
-            form.adopt(subspace, matrix, self._scale(layer), self._config(layer).basis_seed)
+
+def _twin(layer: Layer, adapter_name: str) -> str | None:
+    """Another adapter on the same layer whose basis is one for an adapter of this configuration."""
+    own, mine = layer.configs[adapter_name], layer.adapter(adapter_name)
+    for name, config in layer.configs.items():
+        adapter = layer.adapter(name)
+        if name == adapter_name or not isinstance(adapter, SubspaceAdapter) or adapter.placement is None:
+            continue
+        if is_symbolic(adapter.placement.down) or not isinstance(config, SubspaceConfig):
+            continue
+        equal = all(getattr(config, field) == getattr(own, field, None) for field in ("basis", "basis_seed"))
+        same = equal and (adapter.size, adapter.power) == (mine.size, getattr(mine, "power", None))
+        if same and adapter.placement.is_principal:
+            return name
+    return None
+
+
+def _solve(adapter_name: str, layers: Sequence[Layer]) -> None:
+    """Place on the principal subspaces of the weights as they are, or on the bases of adapters that are there."""
+    fresh = []
+    for layer in layers:
+        twin = _twin(layer, adapter_name)
+        if twin is None:
+            fresh.append(layer)
         else:
-            form.adopt_twin(twin, matrix, self._scale(layer))
+            _take(layer, adapter_name, twin)
+    places = [one for layer in fresh for one in _places(layer, adapter_name)]
+    subspaces = _subspaces(adapter_name, places)
+    taken: dict[tuple[int, int], Placement] = {}
+    for layer in fresh:
+        own = [(one, subspaces.pop(0)) for one in _places(layer, adapter_name)]
+        bases = [subspace[: one.basis.stored.shape[0]].clone() for one, subspace in own]
+        for (one, _), basis in zip(own, bases, strict=True):
+            seed = _config(layer, adapter_name).basis_seed
+            one.basis.record(basis if one.basis.embedded else pin(basis, seed=seed))
+        adapter = layer.adapter(adapter_name)
+        assert isinstance(adapter, SubspaceAdapter)
+        # Layers of one weight were given one and the same subspace, and keep one and the same placement.
+        key = id(own[0][1]), layer.base_weight.data_ptr()
+        if len(own) == 1 and key in taken:
+            adapter.placement = _on_pins_of(layer, adapter_name, taken[key])
+            continue
+        layer.put_on_basis(adapter_name, bases, principal=True)
+        assert adapter.placement is not None
+        taken[key] = adapter.placement
 
-    def _sibling(self, layer: Layer) -> SubspaceUpdate | None:
-        """Another adapter's form on the same layer whose basis and tensors can be used as they are."""
-        own, config = self._form(layer), self._config(layer)
-        for name, other in layer.configs.items():
-            form = layer.raw_form(name)
-            if (
-                form is not own
-                and isinstance(form, SubspaceUpdate)
-                and isinstance(other, SubspaceConfig)
-                and form.solved_here
-                and form.settled
-                and (form.rank, form.reader_power, form.embedded) == (own.rank, own.reader_power, own.embedded)
-                and other.basis_seed == config.basis_seed
-            ):
-                return form
-        return None
 
-    def _recover(self, layers: list[Layer]) -> None:
-        """Bases that came from a file: embedded ones as they are, pinned ones found again on this base."""
-        pinned = [layer for layer in layers if not self._form(layer).embedded]
-        missing = [layer for layer in pinned if self._form(layer).candidates is None]
-        solved = dict(zip(map(id, missing), self._subspaces(missing), strict=True))
-        found: list[tuple[Layer, Tensor, float]] = [
-            (layer, self._form(layer).stored, 0.0) for layer in layers if self._form(layer).embedded
-        ]
-        for layer in pinned:
-            candidates = self._form(layer).candidates
-            seed = self._config(layer).basis_seed
-            candidates = solved[id(layer)] if candidates is None else candidates
-            found.append((layer, *recover(self._form(layer).stored, candidates, seed=seed)))
-        self._refuse_other_base([(layer, residual) for layer, _, residual in found])
-        for layer, basis, residual in found:
-            self._form(layer).place(basis, layer.unmerged_matrix(), self._scale(layer))
-            self._form(layer).residual = residual
-            layer.note_host()
+def _subspaces(adapter_name: str, places: Sequence[_Place]) -> list[Tensor]:
+    """The leading right singular vectors of the weights, (k, in) each, k ≥ r."""
+    if not places:
+        return []
+    if len(places) > 1 and any(is_sharded(one.layer.base_weight) for one in places):
+        # One after the other: a process that has room for a part of the model has none for all of it.
+        return [subspace for one in places for subspace in _subspaces(adapter_name, [one])]
+    config = _config(places[0].layer, adapter_name)
+    requests = []
+    for one in places:
+        rank, layer = one.basis.stored.shape[0], one.layer
+        if config.basis == "pinned":
+            # A few more than r: a cut between nearly equal singular values may fall differently elsewhere.
+            rank = candidate_rank(rank, layer.in_features, layer.out_features)
+        # A quantised weight is dequantised when its turn comes, so that not all of them live at once.
+        weight = one.matrix if layer.host.quantised else one.matrix()
+        requests.append(SubspaceRequest(weight, rank, f"module {layer.key!r}"))
+    cache = SubspaceCache() if config.subspace_cache else None
 
-    def _refuse_other_base(self, residuals: list[tuple[Layer, float]]) -> None:
-        above = [(layer, residual) for layer, residual in residuals if not residual <= MAX_RESIDUAL]
-        if not above:
-            return
-        worst, residual = max(above, key=lambda pair: pair[1])
-        message = (
-            f"The adapter {self.adapter_name!r} was not trained on this base model: in {len(above)} of "
-            f"{len(self.layers)} layers the principal subspace differs, most in {worst.key!r} with a residual of "
-            f"{residual:.3f} (the same base gives below 0.001, a base rounded to bfloat16 about 0.003, at most "
-            f"{MAX_RESIDUAL} is allowed). Load the adapter on the base it was trained on, quantised in the same way or "
-            "not at all; or train and save it with basis='embedded', which fits any base of the same shapes; or, to "
-            "load it all the same, set "
-            "on_base_mismatch='warn' in PeftModel.from_pretrained or on the config."
-        )
-        if self._config(worst).on_base_mismatch == "warn":
-            warnings.warn(message, IsotuneWarning, stacklevel=2)
+    def solve() -> list[Tensor]:
+        found = principal_subspaces(requests, solver=config.solver, tolerance=CANDIDATE_TOLERANCE, cache=cache)
+        return [subspace.basis for subspace in found]
+
+    if not several():
+        return solve()
+    same = [
+        (one.key, request.rank, one.layer.out_features, one.layer.in_features, sample_of(one.layer.base_weight))
+        for one, request in zip(places, requests, strict=True)
+    ]
+    return one_for_all(f"{config.solver} {same}", solve)
+
+
+def _recovered(adapter_name: str, places: Sequence[_Place]) -> list[tuple[Tensor, float]]:
+    """The bases of a file with their residuals: embedded ones as they are, pinned ones found again on this base."""
+    solved = _subspaces(adapter_name, [one for one in places if not one.basis.embedded])
+    found: list[tuple[Tensor, float]] = []
+    for one in places:
+        stored = one.basis.stored
+        if one.basis.embedded:
+            found.append((stored, 0.0))
         else:
-            raise BaseMismatchError(message)
+            found.append(recover(stored, solved.pop(0), seed=_config(one.layer, adapter_name).basis_seed))
+    _refuse_other_base(adapter_name, places, [residual for _, residual in found])
+    return found
+
+
+def _refuse_other_base(adapter_name: str, places: Sequence[_Place], residuals: Sequence[float]) -> None:
+    above = [pair for pair in zip(places, residuals, strict=True) if not pair[1] <= MAX_RESIDUAL]
+    if not above:
+        return
+    worst, residual = max(above, key=lambda pair: pair[1])
+    message = (
+        f"The adapter {adapter_name!r} was not trained on this base model: in {len(above)} of "
+        f"{len(places)} layers the principal subspace differs, most in {worst.key!r} with a residual of "
+        f"{residual:.3f} (the same base gives below 0.001, a base rounded to bfloat16 about 0.003, at most "
+        f"{MAX_RESIDUAL} is allowed). Load the adapter on the base it was trained on, quantised in the same way or "
+        "not at all; or train and save it with basis='embedded', which fits any base of the same shapes; or, to "
+        "load it all the same, set "
+        "on_base_mismatch='warn' in PeftModel.from_pretrained or on the config."
+    )
+    if _config(worst.layer, adapter_name).on_base_mismatch == "warn":
+        warnings.warn(message, IsotuneWarning, stacklevel=2)
+    else:
+        raise BaseMismatchError(message)

@@ -1,0 +1,311 @@
+"""Evaluating operators: a pure function of their parameters, done once for all layers of a forward pass.
+
+An evaluation is a value: the tensors of M, and the parameters that they were made from. It is never changed, and used
+only while it still says the truth about the parameters in hand. So threads, replicas, interrupted and nested calls, and
+steps between or within forward passes need no rule of their own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from isotune.internals.torch_state import backward_pass, is_symbolic, version_of
+from isotune.parallel.sharding import is_sharded, shape_of
+
+
+class Evaluable(Protocol):
+    """What an evaluation needs to know of an operator."""
+
+    def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Map parameters, each with any same leading dimensions, to the tensors of M."""
+
+    def batch_key(self) -> Hashable:
+        """Operators of one class with equal keys and parameter shapes are evaluated in one batch."""
+
+    def parameters_read(self) -> tuple[Tensor, ...]:
+        """The parameters that `evaluate` reads."""
+
+    def names_read(self) -> tuple[str, ...]:
+        """Their names."""
+
+
+def wide(operator: Evaluable, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Parameters by name, in float32 at least: in half there is no factorisation, and a small rotation is lost."""
+    found = (parameter.to(torch.promote_types(parameter.dtype, torch.float32)) for parameter in parameters)
+    return dict(zip(operator.names_read(), found, strict=True))
+
+
+def cast(tensors: tuple[Tensor, ...], dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    """Tensors in a dtype, or as they are."""
+    return tensors if dtype is None else tuple(tensor.to(dtype) for tensor in tensors)
+
+
+class _Evaluated(torch.autograd.Function):
+    """The tensors of M from the parameters of `count` like operators, as one node that holds the graph within.
+
+    Such a node may be passed backward many times, which an ordinary graph, freed by the first, may not: two losses of
+    one forward pass share it. And what it holds is seen neither by checkpointing, which would have to find the same
+    saved tensors when it runs a part of the model again, nor by offloading.
+
+    All tensors of one kind come together: (first of operator 1, first of operator 2, …, second of operator 1, …).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, operator: Evaluable, dtype: torch.dtype | None, count: int, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.count = count
+        with torch.enable_grad(), hidden_from_hooks(), without_autocast(parameters[0]):
+            ctx.leaves = [stacked.requires_grad_() for stacked in _stack([p.detach() for p in parameters], count)]
+            ctx.results = cast(operator.evaluate(wide(operator, ctx.leaves)), dtype)
+        return tuple(one for result in ctx.results for one in result.detach().unbind(0))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        count: int = ctx.count
+        kinds = [gradients[i : i + count] for i in range(0, len(gradients), count)]
+        # An operator that had no part in the loss has no gradient: a zero would let an optimiser's momentum and weight
+        # decay move it.
+        used = [any(g is not None for g in own) for own in zip(*kinds, strict=True)]
+        stacked = []
+        for result, kind in zip(ctx.results, kinds, strict=True):
+            zero = torch.zeros_like(result[0]) if any(g is None for g in kind) else None
+            stacked.append(torch.stack([zero if g is None else g for g in kind]))  # type: ignore[misc]
+        found = torch.autograd.grad(ctx.results, ctx.leaves, stacked, retain_graph=True, allow_unused=True)
+        flat: list[Tensor | None] = []
+        for gradient in found:
+            rows = [None] * count if gradient is None else gradient.unbind(0)
+            flat.extend(g if use else None for g, use in zip(rows, used, strict=True))
+        return None, None, None, *flat
+
+
+def hidden_from_hooks() -> AbstractContextManager[Any]:
+    """A scope in which hooks from outside see nothing of what is saved for backward; benchmarks replace it to count.
+
+    What the pack hook gives must not be the tensor itself: an output saved by its own node would be a cycle that no
+    garbage collector sees.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda tensor: tensor)
+
+
+def _stack(parameters: Sequence[Tensor], count: int) -> list[Tensor]:
+    """One tensor for each parameter name, of all operators, from the list of all of the first name, the second, …"""
+    return [torch.stack(tuple(parameters[i : i + count])) for i in range(0, len(parameters), count)]
+
+
+def evaluate_alone(
+    operator: Evaluable, parameters: tuple[Tensor, ...], dtype: torch.dtype | None
+) -> tuple[Tensor, ...]:
+    """The tensors of M of one operator, from parameters in hand."""
+    tracked = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+    if not tracked or is_recorded():
+        with without_autocast(parameters[0]):
+            return cast(operator.evaluate(wide(operator, parameters)), dtype)
+    result: tuple[Tensor, ...] = _Evaluated.apply(operator, dtype, 1, *parameters)  # type: ignore[no-untyped-call]
+    return result
+
+
+def is_recorded() -> bool:
+    """Whether torch.compile or torch.jit.trace records, which cannot follow a node that holds a graph."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """The tensors of M of several like operators, and the parameters that they were made from."""
+
+    tensors: tuple[Tensor, ...]
+    parameters: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    values: tuple[Tensor, ...] = ()
+    """Copies of the parameters, stacked; none with gradients, where an evaluation serves one forward pass."""
+    call: object | None = None
+    """The call of `generate` that it was made in."""
+
+    def is_of(self, slot: int, parameters: Sequence[Tensor]) -> bool:
+        """Whether these very parameters were read, and have not been written to since with a trace."""
+        count = len(self.parameters) // len(parameters)
+        places = range(slot, len(self.parameters), count)
+        return all(
+            self.parameters[place] is parameter and self.versions[place] == version_of(parameter)
+            for place, parameter in zip(places, parameters, strict=True)
+        )
+
+
+_Results = dict[tuple[torch.dtype | None, bool], _Evaluation]
+
+
+class SharedEvaluation:
+    """The one evaluation of operators of the same class, key, shapes and device, for a forward pass of their model.
+
+    The first layer of a pass that asks has all of them evaluated. A layer that is called by itself, outside of a pass
+    of the model, is evaluated alone. What writes to parameters without a trace (`parameter.data`) is seen by the next
+    pass, which evaluates afresh; only without gradients, an evaluation of before serves again: on a CPU where the
+    parameters have the same values, elsewhere within one call of `generate`.
+
+    Args:
+        members: at least one, all of them alike; each is told its place by the caller.
+    """
+
+    def __init__(self, members: Sequence[Evaluable]) -> None:
+        self.members = tuple(members)
+        self.apart = False
+        """Whether each operator is to be evaluated in its own layer, since the parameters are not here all at once."""
+        self._here = _Here()
+        self._again: tuple[int, _Results] = (-1, {})
+        self._kept: Mapping[torch.dtype | None, _Evaluation] = {}
+        self._traced: tuple[Tensor, ...] | None = None
+
+    def begin(self, call: object | None = None) -> None:
+        """A forward pass of the model begins in this thread, maybe within a call of `generate`."""
+        if is_recorded():
+            # A part that checkpointing will trace again must not be the first to ask, and a graph drops what it does
+            # not need.
+            self._traced = self._untracked(self._stacked(), None)
+            return
+        self._again = (-1, {})
+        self._here.results, self._here.call = {}, call
+
+    def end(self) -> None:
+        """It is over."""
+        self._traced = None
+        if not is_recorded():
+            self._here.results = None
+
+    def tensors(self, operator: Evaluable, slot: int, dtype: torch.dtype | None) -> tuple[Tensor, ...] | None:
+        """The tensors of the operator in a slot, or None where it must be evaluated alone."""
+        if is_recorded():
+            # Where a block is compiled by itself, neither its slot nor the batch may become a part of the code.
+            if self._traced is None:
+                return None
+            return tuple(one if dtype is None else one.to(dtype) for one in self._traced[slot :: len(self.members)])
+        results = self._results()
+        if results is None or self.apart or self.members[slot] is not operator:  # a replica of DataParallel is another
+            return None
+        parameters = operator.parameters_read()
+        tracked = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+        found = results.get((dtype, tracked))
+        if found is None or not found.is_of(slot, parameters):
+            flat = tuple(self._parameters())
+            if any(parameter.is_meta != flat[0].is_meta or is_sharded(parameter) for parameter in flat):
+                return None
+            versions = tuple(map(version_of, flat))
+            if tracked:
+                made = _Evaluated.apply(self.members[0], dtype, len(self.members), *flat)  # type: ignore[no-untyped-call]
+                found = _Evaluation(made, flat, versions)
+            else:
+                found = self._kept_or_made(dtype, flat, versions)
+            results[dtype, tracked] = found
+        return found.tensors[slot :: len(self.members)]
+
+    def _results(self) -> _Results | None:
+        """The evaluations of the pass that runs in this thread; in backward, of what is run again there."""
+        running = backward_pass()
+        if running is None:
+            return self._here.results
+        number, results = self._again
+        if number != running:
+            results = {}
+            self._again = running, results
+        return results
+
+    def _kept_or_made(
+        self, dtype: torch.dtype | None, flat: tuple[Tensor, ...], versions: tuple[int, ...]
+    ) -> _Evaluation:
+        """An evaluation without gradients: of an earlier pass if it still holds."""
+        # Tensors of inference mode could not be saved for backward by a later pass with gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            kept = self._kept.get(dtype)
+            if kept is not None and self._is_true(kept, flat, versions):
+                return replace(kept, parameters=flat, versions=versions)
+            values = self._stacked()
+            tensors = self._untracked(values, dtype)
+        found = _Evaluation(tensors, flat, versions, tuple(values), self._here.call)
+        self._kept = {**self._kept, dtype: found}
+        return found
+
+    def _is_true(self, kept: _Evaluation, flat: tuple[Tensor, ...], versions: tuple[int, ...]) -> bool:
+        """Whether an evaluation of an earlier pass still holds; a GPU is not waited for."""
+        if is_symbolic(flat[0]):
+            return False
+        if flat[0].device.type == "cpu":
+            return all(map(torch.equal, self._stacked(), kept.values))
+        same = all(map(_is, flat, kept.parameters)) and versions == kept.versions
+        return same and kept.call is not None and kept.call is self._here.call
+
+    def _parameters(self) -> list[Tensor]:
+        by_name = zip(*(member.parameters_read() for member in self.members), strict=True)
+        return [parameter for same_name in by_name for parameter in same_name]
+
+    def _stacked(self) -> list[Tensor]:
+        return _stack(self._parameters(), len(self.members))
+
+    def _untracked(self, values: Sequence[Tensor], dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+        """All tensors from stacked parameters, by the operations themselves."""
+        operator = self.members[0]
+        with without_autocast(values[0]):
+            results = cast(operator.evaluate(wide(operator, values)), dtype)
+        # Not by unbind, whose list of results a trace can neither keep nor make again for a checkpointed part.
+        return tuple(result[slot] for result in results for slot in range(len(self.members)))
+
+
+class _Here(threading.local):
+    """What belongs to the forward pass that runs in a thread."""
+
+    results: _Results | None = None
+    call: object | None = None
+
+
+def _is(one: object, other: object) -> bool:
+    return one is other
+
+
+def share_evaluations(operators: Iterable[Evaluable]) -> list[tuple[SharedEvaluation, list[Evaluable]]]:
+    """Put operators that one evaluation can serve together.
+
+    Args:
+        operators: of one adapter name, in the order in which the model has them.
+
+    Returns:
+        One pair for each distinct class, key, parameter shapes, dtypes and device: the evaluation and its members.
+    """
+    groups: dict[Hashable, list[Evaluable]] = {}
+    for operator in operators:
+        parameters = zip(operator.names_read(), operator.parameters_read(), strict=True)
+        shapes = tuple((name, shape_of(p), p.dtype, p.device) for name, p in parameters)
+        groups.setdefault((type(operator), operator.batch_key(), shapes), []).append(operator)
+    return [(SharedEvaluation(group), group) for group in groups.values()]
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on where the tensor is; the meta device has none, and torch refuses to say so."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer computes with an input."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
+def cast_by_autocast(x: Tensor) -> Tensor:
+    """An input in the dtype in which a linear layer computes with it."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x) else x
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A scope without autocast where the tensor is."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
+def keep_mask(probability: float, like: Tensor, *shape: int) -> Tensor:
+    """1 for what stays and 0 for what is dropped with this probability, of a shape, in the dtype of `like`."""
+    return (torch.rand(*shape, device=like.device) >= probability).to(like.dtype)

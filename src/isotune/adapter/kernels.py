@@ -1,0 +1,233 @@
+"""The autograd nodes of both forms: each keeps as little as can be for backward, and can be differentiated once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isotune.algebra.factors import Chain, chain_backward, chain_forward, refuse_double_backward
+from isotune.parallel.tensor_parallel import Share
+
+
+def _coordinates(x: Tensor, rows: Tensor, rank: int) -> Tensor:
+    """x rowsᵀ of the first `rank` rows, (tokens, rank); the others fill them up to a size that products like."""
+    wide = torch.mm(x, rows.t())
+    return wide if wide.shape[1] == rank else wide[:, :rank]
+
+
+def _frozen_linear(flat: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """flat Wᵀ + b without a graph.
+
+    Args:
+        flat: (tokens, in).
+        shape: (..., in), what `flat` was before its leading dimensions became one.
+        weight: W, (out, in), in the dtype of `flat`.
+        bias: (out,), or None.
+
+    Returns:
+        The result, (..., out), and a view of it as (tokens, out). It is allocated in its final shape and filled
+        through that view: a result that was a view itself could not be changed in place by what follows, such as
+        ReLU(inplace=True).
+    """
+    result = flat.new_empty(*shape[:-1], weight.shape[0])
+    rows = result.view(len(flat), weight.shape[0])
+    if bias is None:
+        torch.mm(flat, weight.t(), out=rows)
+    else:
+        torch.addmm(bias, flat, weight.t(), out=rows)
+    return result, rows
+
+
+class _SubspaceUpdate(torch.autograd.Function):
+    """residual + ((x downᵀ) D) upᵀ, keeping only x downᵀ (tokens × r) for backward.
+
+    Where x or residual is tensor-parallel, down or up holds this process's columns or rows, and what each finds in the
+    r coordinates is a part of their sum. Once that is summed, everything else is whole.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        difference: Tensor,
+        residual: Tensor,
+        factors: tuple[Tensor, Tensor],
+        of_x: Share | None,
+        of_residual: Share | None,
+    ) -> Tensor:
+        down, up = factors
+        rank = len(difference)
+        coordinates = _coordinates(x.reshape(-1, x.shape[-1]), down, rank).contiguous()
+        if of_x is not None:
+            coordinates = of_x.total(coordinates)
+        ctx.save_for_backward(coordinates, difference)
+        ctx.factors, ctx.of_residual = factors, of_residual
+        result = residual.clone(memory_format=torch.contiguous_format)
+        result.view(len(coordinates), result.shape[-1]).addmm_(torch.mm(coordinates, difference), up.t()[:rank])
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        coordinates, difference = ctx.saved_tensors
+        down, up = ctx.factors
+        needs_x, needs_difference, needs_residual, *_ = ctx.needs_input_grad
+        rank = len(difference)
+        read = _coordinates(gradient.reshape(-1, gradient.shape[-1]), up.t(), rank)
+        if ctx.of_residual is not None:
+            read = ctx.of_residual.total(read)
+        grad_difference = torch.mm(coordinates.t(), read) if needs_difference else None
+        grad_x = None
+        if needs_x:
+            grad_x = torch.mm(torch.mm(read, difference.t()), down[:rank]).view(*gradient.shape[:-1], down.shape[1])
+        return grad_x, grad_difference, gradient if needs_residual else None, None, None, None
+
+
+def subspace_update(
+    x: Tensor,
+    difference: Tensor,
+    residual: Tensor,
+    factors: tuple[Tensor, Tensor],
+    of_x: Share | None = None,
+    of_residual: Share | None = None,
+) -> Tensor:
+    """Add a subspace update to the output of any layer.
+
+    Args:
+        x: (..., in), or with `of_x` this process's share of its columns.
+        difference: M − I times the scale, (r, r).
+        residual: (..., out), the layer's own output, or with `of_residual` this process's share of its columns.
+        factors: down (r or more, in) and up (out, r or more), in the dtype of `residual` and cut to the shares.
+        of_x, of_residual: the shares.
+
+    Returns:
+        residual + ((x downᵀ) D) upᵀ, differentiable once.
+    """
+    result: Tensor = _SubspaceUpdate.apply(x, difference, residual, factors, of_x, of_residual)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _LinearSubspaceUpdate(torch.autograd.Function):
+    """x Wᵀ + b and its subspace update in one node, for a frozen plain linear layer.
+
+    With the layer inside, the update is accumulated by the matrix product itself instead of in a pass of its own.
+    `on_input` adds the update to x, not to y, which is cheaper where in < out: with up = W downᵀ,
+    x Wᵀ + u D upᵀ = (x + u D down) Wᵀ.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, difference: Tensor, frozen: tuple[Any, ...]) -> Tensor:
+        down, up, weight, bias, on_input = frozen
+        shape, rank = x.shape, len(difference)
+        flat = x.reshape(-1, shape[-1])
+        coordinates = _coordinates(flat, down, rank).contiguous()
+        ctx.save_for_backward(coordinates, difference)
+        ctx.frozen = frozen
+        update = torch.mm(coordinates, difference)
+        if on_input:
+            flat = torch.addmm(flat, update, down[:rank])
+        result, rows = _frozen_linear(flat, shape, weight, bias)
+        if not on_input:
+            rows.addmm_(update, up.t()[:rank])
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        coordinates, difference = ctx.saved_tensors
+        down, up, weight, _, on_input = ctx.frozen
+        needs_x, needs_difference, _ = ctx.needs_input_grad
+        shape, rank = gradient.shape, len(difference)
+        flat = gradient.reshape(-1, shape[-1])
+        grad_x = torch.mm(flat, weight) if needs_x or on_input else None
+        on_input = on_input and grad_x is not None
+        read = _coordinates(grad_x if on_input else flat, down if on_input else up.t(), rank)
+        grad_difference = torch.mm(coordinates.t(), read) if needs_difference else None
+        if grad_x is None or not needs_x:
+            return None, grad_difference, None
+        grad_x.addmm_(torch.mm(read, difference.t()), down[:rank])
+        return grad_x.view(*shape[:-1], weight.shape[1]), grad_difference, None
+
+
+def linear_with_update(
+    x: Tensor,
+    difference: Tensor,
+    factors: tuple[Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    on_input: bool,
+) -> Tensor:
+    """x Wᵀ + b with its subspace update, for frozen W and b whose dtype x has.
+
+    Args:
+        x: (..., in).
+        difference: M − I times the scale, (r, r).
+        factors: down (r or more, in) and up (out, r or more), in the dtype of x.
+        weight: W, (out, in).
+        bias: (out,), or None.
+        on_input: add the update to x, which is the same only where up = W downᵀ.
+
+    Returns:
+        (..., out), differentiable once.
+    """
+    result: Tensor = _LinearSubspaceUpdate.apply(x, difference, (*factors, weight, bias, on_input))  # type: ignore[no-untyped-call]
+    return result
+
+
+class _RotatedLinear(torch.autograd.Function):
+    """diag(gain) applied to chain(x) Wᵀ, plus bias, for a frozen W and bias; keeps x alone.
+
+    The gradient of a gain needs chain(x) Wᵀ once more. Keeping it would cost tokens × out; computing it again costs one
+    product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        # Not named: a trace takes a function that is given as many arguments as its signature has for one without ctx.
+        x, gain, chain, (weight, bias), *tensors = given
+        ctx.save_for_backward(x, gain, *tensors)
+        ctx.chain, ctx.weight = chain, weight
+        rotated = chain_forward(x.reshape(-1, x.shape[-1]), chain, tensors)
+        bias = None if bias is None else bias.to(x.dtype)
+        result, rows = _frozen_linear(rotated, x.shape, weight.to(x.dtype), bias)
+        if gain is not None:
+            # What the gain adds to what the layer itself computes, so that a gain of one changes no bit.
+            rows.addcmul_(rows if bias is None else rows - bias, (gain - 1).to(x.dtype))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        x, gain, *tensors = ctx.saved_tensors
+        flat, grad = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        weight, grad_gain = ctx.weight.to(x.dtype), None
+        scratch: Tensor | None = None
+        if ctx.needs_input_grad[1]:
+            scratch = torch.mm(chain_forward(flat, ctx.chain, tensors), weight.t())
+            grad_gain = scratch.mul_(grad).sum(0, dtype=gain.dtype)
+        inner = torch.mm(grad if gain is None else torch.mul(grad, gain.to(x.dtype), out=scratch), weight)
+        grad_x, grads = chain_backward(flat, inner, ctx.chain, tensors, ctx.needs_input_grad[0], in_place=True)
+        return None if grad_x is None else grad_x.reshape(x.shape), grad_gain, None, None, *grads
+
+
+def rotated_linear(
+    x: Tensor, gain: Tensor | None, chain: Chain, tensors: Sequence[Tensor], weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """gain ⊙ (chain(x) Wᵀ) + bias for a frozen layer.
+
+    Args:
+        x: (..., in).
+        gain: (out,), in float32 at least, or None.
+        chain, tensors: as in `isotune.algebra.factors.apply_chain`, on `in` coordinates.
+        weight: W, (out, in), not trained; of any dtype, it is multiplied in that of x.
+        bias: (out,), not trained, or None.
+
+    Returns:
+        (..., out); differentiable once. For backward x itself is kept, and nothing else of that size.
+    """
+    result: Tensor = _RotatedLinear.apply(x, gain, chain, (weight, bias), *tensors)  # type: ignore[no-untyped-call]
+    return result

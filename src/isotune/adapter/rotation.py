@@ -1,0 +1,133 @@
+"""The form *input rotation*: y = host(x M), M a chain of structured factors on all inputs of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from isotune.adapter.evaluation import cast_by_autocast
+from isotune.adapter.kernels import rotated_linear
+from isotune.adapter.operator import Adapter, FrozenLinear
+from isotune.algebra.factors import Chain, LowRank, apply_chain, transpose_chain
+from isotune.parallel.tensor_parallel import Division
+
+
+class RotationAdapter(Adapter):
+    """An operator on all inputs of a layer, a chain of structured factors because (in, in) is too large to form.
+
+    Args:
+        size: n.
+        chain: the factors whose tensors `complete` returns, the one that acts first in front.
+    """
+
+    additive = False
+    orthogonal = True
+    """Whether M is orthogonal at every value of the parameters, so that M⁻¹ = Mᵀ."""
+
+    def __init__(self, size: int, chain: Chain) -> None:
+        super().__init__(size)
+        self.chain = chain
+
+    @property
+    def gain(self) -> nn.Parameter | None:
+        """Trained factors of the layer's outputs, (out,), where the method has them, beside what is evaluated."""
+        return None
+
+    def _acting(self, tensors: tuple[Tensor, ...], drop: bool = False) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """The tensors of the chain, with `drop` some blocks the identity at random; and the gain, if there is one."""
+        count = len(tensors) - len(self.beside)
+        return self.complete(tensors[:count], drop), tensors[count] if self.beside else None
+
+    def chain_tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """The tensors of the chain, without dropout."""
+        return self._acting(self.tensors(dtype))[0]
+
+    def matrix(self) -> Tensor:
+        """M itself, (n, n)."""
+        tensors = self.chain_tensors()
+        eye = torch.eye(self.size, dtype=tensors[0].dtype, device=tensors[0].device)
+        return apply_chain(eye, self.chain, tensors)
+
+    def inverse(self) -> Tensor:
+        """M⁻¹, which is Mᵀ of an orthogonal M."""
+        return self.matrix().mT if self.orthogonal else super().inverse()
+
+    def operate(self, x: Tensor) -> Tensor:
+        """x M for x of shape (..., n)."""
+        return apply_chain(x, self.chain, self.chain_tensors(x.dtype))
+
+    def is_identity(self) -> bool:
+        """Whether M is the identity and every gain one."""
+        return super().is_identity() and (self.gain is None or bool((self.gain == 1).all()))
+
+    def output(
+        self,
+        x: Tensor,
+        tensors: tuple[Tensor, ...],
+        host: Callable[[Tensor], Tensor],
+        bias: Tensor | None,
+        division: Division | None,
+    ) -> Tensor:
+        """gain ⊙ host(x M), the gain without the bias."""
+        x = cast_by_autocast(x)
+        tensors, gain = self._acting(tensors, self.training)
+        share = None if division is None else division.of_input(x)
+        # A rotation mixes the inputs of all processes.
+        turned = apply_chain(x if share is None else share.joined(x), self.chain, tensors)
+        result = host(turned if share is None else share.of(turned))
+        if gain is None:
+            return result
+        if division is not None:
+            share, bias = division.of_output(result), division.bias_of(result, bias)
+            gain = gain if share is None else share.of(gain)
+        # What the gain adds, so that a gain of one changes no bit.
+        return result + (result if bias is None else result - bias.to(result.dtype)) * (gain - 1).to(result.dtype)
+
+    def fused(self, x: Tensor, tensors: tuple[Tensor, ...], linear: FrozenLinear) -> Tensor | None:
+        """The chain, the product with W and the gain in one node."""
+        x = cast_by_autocast(x)
+        tensors, gain = self._acting(tensors, self.training)
+        return rotated_linear(x, gain, self.chain, tensors, *linear)
+
+    def fold(
+        self,
+        matrix: Tensor,
+        tensors: tuple[Tensor, ...],
+        *,
+        drop: bool = False,
+        rows: Tensor | None = None,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """diag(gain) W Mᵀ."""
+        if matrix.ndim == 3:
+            turned = []
+            for index, own in enumerate(matrix):
+                turned.append(apply_chain(own, *transpose_chain(self.chain, [tensor[index] for tensor in tensors])))
+            return torch.stack(turned)
+        tensors, gain = self._acting(tensors, drop)
+        rotated = apply_chain(matrix, *transpose_chain(self.chain, tensors))
+        if gain is None:
+            return rotated
+        own = gain.to(matrix.dtype)
+        return rotated * (own if at is None else own.index_select(0, at))[:, None]
+
+    def low_rank(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """For reflections, M = I + L R: W Rᵀ and Lᵀ."""
+        if not self.has_low_rank:
+            raise ValueError(
+                "This method rotates all inputs of a layer, so its update has full rank and is no LoRA adapter; export "
+                "the merged model instead (--to merged)."
+            )
+        left, right = self.chain_tensors()
+        return matrix.to(right.dtype) @ right.mT, left.mT
+
+    @property
+    def has_low_rank(self) -> bool:
+        """Whether M − I is a product of two thin matrices; all other rotations turn every direction."""
+        return [type(factor) for factor in self.chain] == [LowRank] and not self.beside
+
+    def describe(self) -> str:
+        """The width that is rotated."""
+        return f"rotation of {self.size}"

@@ -1,0 +1,31 @@
+"""What DistributedDataParallel reads of the modules that it wraps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+_OWN = "_isotune_ignored_by_ddp"
+_WITHIN_PEFT = "base_model.model."
+
+
+def ignore_buffers(model: nn.Module, names: Sequence[str]) -> None:
+    """Have DistributedDataParallel leave these buffers of a model alone, in place of those that were named before.
+
+    It would send all buffers from the first process to the others at every step. Those of an adapter are the same
+    everywhere from the start and never change. What is set here is what DistributedDataParallel's private
+    `_set_params_and_buffers_to_ignore_for_model` sets.
+
+    Args:
+        model: which is wrapped itself, or as the base model of a PeftModel.
+        names: of its buffers; none undoes it.
+    """
+    before: set[str] = model.__dict__.pop(_OWN, set())
+    ignored = set(model.__dict__.pop(_IGNORED, ())) - before
+    own = {prefix + name for name in names for prefix in ("", _WITHIN_PEFT)}
+    if own:
+        model.__dict__[_OWN] = own
+    if ignored | own:
+        model.__dict__[_IGNORED] = sorted(ignored | own)

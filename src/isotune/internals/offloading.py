@@ -1,0 +1,34 @@
+"""How accelerate and diffusers move weights in and out around a module's forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Say whether accelerate or diffusers brings, casts or removes what a module holds around its forward.
+
+    Both leave their hook on the module under a private name; there is no public question.
+    """
+    hook: Any = module.__dict__.get("_hf_hook")
+    return "_diffusers_hook" in module.__dict__ or any(
+        getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))
+    )
+
+
+@contextmanager
+def brought(module: nn.Module) -> Iterator[None]:
+    """A block in which a module's own parameters are here, where accelerate keeps them elsewhere between its calls."""
+    hook: Any = module.__dict__.get("_hf_hook")
+    if hook is None or not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)

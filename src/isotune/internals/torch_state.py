@@ -1,0 +1,46 @@
+"""What torch knows and says nowhere in its public interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def backward_pass() -> int | None:
+    """Identify the backward pass that is running in this thread, or return None outside of one.
+
+    torch's own checkpointing tells by the same number whether a part of the model runs again; there is no public way.
+    """
+    number = torch._C._current_graph_task_id()
+    return None if number == -1 else number
+
+
+def version_of(tensor: Tensor) -> int:
+    """Count how often a tensor was written to in place; tensors of inference mode do not count and give 0."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def is_symbolic(tensor: Tensor) -> bool:
+    """Say whether a tensor has no values to compute with, as on the meta device or under FakeTensorMode."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor) or tensor.is_meta
+
+
+def is_bare(module: torch.nn.Module) -> bool:
+    """Say whether calling a module runs its class's own forward and nothing else: no hooks, no replaced forward."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return not any(hooks) and "forward" not in module.__dict__
+
+
+def remove_hooks(module: torch.nn.Module, *hooks: Any) -> None:
+    """Take functions off the hooks of a module: before and after its forward, and after a load of its state.
+
+    The handles that `register_…` returns do not survive a copy of the module; the functions do.
+    """
+    for table in (module._forward_pre_hooks, module._forward_hooks, module._load_state_dict_post_hooks):
+        for key in [key for key, hook in table.items() if hook in hooks]:
+            del table[key]
+            module._forward_hooks_always_called.pop(key, None)

@@ -1,0 +1,95 @@
+"""Weights that are spread over processes: sharded by FSDP, partitioned by DeepSpeed ZeRO-3."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+
+def in_group() -> bool:
+    """Whether this process works in a group, possibly of itself alone."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is spread over processes (there may be one only), by FSDP2 or by ZeRO-3."""
+    return is_partitioned(tensor) or (in_group() and isinstance(tensor, _distributed_tensor()))
+
+
+def is_wrapped_by_fsdp(model: nn.Module) -> bool:
+    """Whether FSDP1 or FSDP2 gathers parameters around parts of a model, so that not all of them are there at once."""
+    if not in_group():
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether the tensor is a parameter of DeepSpeed ZeRO-3: empty but for the times when it is gathered."""
+    return hasattr(tensor, "ds_id")
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether all elements of the tensor are here now."""
+    if is_partitioned(tensor):
+        return bool(tensor.ds_status.name == "AVAILABLE")  # type: ignore[attr-defined]
+    return not is_sharded(tensor)
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """The shape of the tensor with all its elements."""
+    shape: torch.Size = tensor.ds_shape if is_partitioned(tensor) else tensor.shape  # type: ignore[attr-defined]
+    return shape
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The tensor with all its elements; where it is spread, every process that has a part must ask.
+
+    What ZeRO-3 has divided comes without a graph.
+    """
+    if is_whole(tensor):
+        return tensor
+    if is_partitioned(tensor):
+        with whole([tensor]):
+            return tensor.data  # what the parameter loses at the end of the block, this keeps
+    full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return full
+
+
+@contextmanager
+def whole(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """A block in which those parameters that ZeRO-3 has divided are here; every process must enter it."""
+    absent = [parameter for parameter in parameters if is_partitioned(parameter) and not is_whole(parameter)]
+    with _zero().GatheredParameters(absent) if absent else nullcontext():
+        yield
+
+
+def gather_with(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Have ZeRO-3 gather parameters of other modules too when it gathers those of `module`, forward and backward.
+
+    Args:
+        module: whose forward reads them.
+        parameters: those that ZeRO-3 has not divided are left out.
+    """
+    known = module.__dict__.get("_external_params", {})
+    for parameter in parameters:
+        if is_partitioned(parameter) and id(parameter) not in known:
+            _zero().register_external_parameter(module, parameter)
+
+
+def _zero() -> Any:
+    # A parameter that ZeRO-3 has divided can exist only if somebody else has imported DeepSpeed.
+    return sys.modules["deepspeed"].zero
+
+
+def _distributed_tensor() -> type[Tensor]:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor

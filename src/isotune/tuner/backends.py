@@ -1,0 +1,57 @@
+"""Which layer stands around a module, and how the weight of a quantised one is read and written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import resolve_quantization_backend
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from torch import nn
+
+from isotune.hosts import Backend, LinearHost, QuantisedHost, functions_for, read_by_forward
+from isotune.tuner.layer import Layer, Linear
+
+
+def adapt(module: nn.Module, key: str = "", **quantisation: Any) -> Layer:
+    """The layer around a module, without adapters yet.
+
+    Args:
+        module: the frozen layer, possibly already wrapped by another tuner layer.
+        key: its name in the model.
+        quantisation: what PEFT's `get_quantization_kwargs` finds on the model.
+
+    Raises:
+        ValueError: the module cannot be a host.
+    """
+    inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    backend = _backend_of(inner, key, **quantisation)
+    return (Layer if backend is None and not LinearHost.accepts(inner) else Linear)(module, key, backend)
+
+
+def _backend_of(module: nn.Module, key: str, get_apply_tensor_subclass: Any = None) -> Backend | None:
+    """How the weight of a quantised module is read and written; None for a module that is not quantised."""
+    own = functions_for(module, key)
+    if own is not None:
+        return own
+    weight = module._parameters.get("weight")
+    if type(weight) is nn.Parameter and weight.is_floating_point():
+        return None  # PEFT would import every quantisation library that is installed
+    backend = resolve_quantization_backend(
+        module, get_apply_tensor_subclass=get_apply_tensor_subclass or _unknown_configuration
+    )
+    if isinstance(backend, ForwardOnlyQuantizationBackend):
+        if backend.backend_name in ("gptq", "awq"):
+            return read_by_forward(f"gptqmodel ({backend.backend_name})")
+        raise ValueError(
+            f"The target module {key!r} is quantised by {backend.backend_name}, whose weights cannot be dequantised, "
+            f"so it cannot be adapted. Supported: {', '.join(QuantisedHost.kinds)}. Quantise the base with one of "
+            "these, or exclude the module with exclude_modules."
+        )
+    if backend is not None and backend.backend_name == "torchao" and get_apply_tensor_subclass is None:
+        backend.supports_merge = False
+    return backend
+
+
+def _unknown_configuration() -> None:
+    """Stands where the configuration that a torchao model was quantised with is not known."""

@@ -1,0 +1,216 @@
+"""Merging adapters into the weight of their layer and back, and reading what they change."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from isotune.adapter.evaluation import without_autocast
+from isotune.adapter.operator import Adapter
+from isotune.errors import IsotuneWarning
+from isotune.hosts import Host, Kept, widen
+from isotune.internals.offloading import brought
+from isotune.parallel.sharding import whole
+
+
+@dataclass(frozen=True)
+class Requantised:
+    """What quantising a merged weight W' again has changed, in Frobenius norms."""
+
+    of_weight: float
+    """The change over ‖W'‖: the relative change of the output for inputs without a preferred direction."""
+    of_update: float
+    """The change over ‖W' − W‖, what the adapters themselves change."""
+
+    @classmethod
+    def measure(cls, before: Tensor, wanted: Tensor, found: Tensor) -> Requantised:
+        """From W, W' and what W' has become."""
+        before, wanted, found = widen(before), widen(wanted), widen(found)
+        error = torch.linalg.vector_norm(found - wanted)
+        norm, update = torch.linalg.vector_norm(wanted), torch.linalg.vector_norm(wanted - before)
+        tiny = torch.finfo(norm.dtype).tiny
+        return cls(float(error / norm.clamp_min(tiny)), float(error / update.clamp_min(tiny)))
+
+
+def warn_of_requantising(layers: Iterable[MergingLayer]) -> None:
+    """Say once what merging into quantised layers has changed."""
+    found = {layer.key: layer.requantised for layer in layers if layer.requantised is not None}
+    if not found:
+        return
+    worst = max(found, key=lambda key: found[key].of_weight)
+    mean = [sum(getattr(one, name) for one in found.values()) / len(found) for name in ("of_weight", "of_update")]
+    warnings.warn(
+        f"The merged weights of {len(found)} layers were quantised again, which changed them by {mean[0]:.2g} of their "
+        f"norm on average (most, {found[worst].of_weight:.2g}, in {worst!r}): {mean[1]:.2g} times what the adapters "
+        "change. Left unmerged, adapters on a quantised base are exact.",
+        IsotuneWarning,
+        stacklevel=3,
+    )
+
+
+class Owner(Protocol):
+    """What a layer asks about the model around it."""
+
+    def tuners_around(self, layer: nn.Module) -> list[str]:
+        """Name the classes of other tuners' layers that have the layer inside."""
+
+    def forget(self) -> None:
+        """Find the layers anew before the next forward pass."""
+
+
+class MergingLayer(nn.Module, BaseTunerLayer):
+    """The part of the tuner layer that merges: W is replaced by a new parameter, and comes back bit for bit."""
+
+    host: Host
+    key: str
+    base_layer: nn.Module
+    isotune_operator: nn.ModuleDict
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merged_adapters: list[str] = []
+        self.requantised: Requantised | None = None
+        self.owner: Owner | None = None
+        """Who knows what is around the layer; set by the model-level object that is it."""
+        self._kept: Kept | None = None
+
+    def adapter(self, adapter_name: str) -> Adapter:
+        """The adapter of a name."""
+        raise NotImplementedError
+
+    def fold(
+        self,
+        names: Sequence[str],
+        matrix: Tensor,
+        rows: Tensor | None = None,
+        at: Tensor | None = None,
+        *,
+        drop: bool = False,
+    ) -> Tensor:
+        """`matrix` with these adapters in this order, as `Adapter.fold`, whatever autocast says."""
+        with without_autocast(matrix):
+            for name in names:
+                adapter = self.adapter(name)
+                tensors = adapter.tensors(matrix.dtype) if matrix.ndim == 2 else adapter(matrix.dtype, at)
+                matrix = adapter.fold(matrix, tensors, drop=drop, rows=rows, at=at)
+        return matrix
+
+    def unmerged_matrix(self) -> Tensor:
+        """W (out, in) of the base, also while adapters are merged into the host."""
+        with brought(self.host.module), nullcontext() if self._kept is None else self._restored(self._kept):
+            return self.host.matrix()
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The base's own weight parameter, also while adapters are merged into the host."""
+        return self.host.weight if self._kept is None else self._kept.weight
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """The change of the host's weight by an adapter alone, in the layout of the weight and float32 at least."""
+        matrix = widen(self.unmerged_matrix())
+        # An update is folded into zero, which keeps its own precision.
+        start = torch.zeros_like(matrix) if self.adapter(adapter_name).additive else matrix
+        with whole(self.adapter(adapter_name).parameters()):
+            return self.host.stored(self.fold([adapter_name], start) - start)
+
+    @torch.no_grad()
+    def low_rank(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Exact factors up (out, r) and down (r, in) of the change of W by an adapter alone, float32 at least.
+
+        Raises:
+            ValueError: the change has no low rank.
+        """
+        matrix, adapter = self.unmerged_matrix(), self.adapter(adapter_name)
+        with without_autocast(matrix), whole(adapter.parameters()):
+            return adapter.low_rank(matrix)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put W with the adapters in it in the place of the host's weight, computed in float32 and rounded once.
+
+        The original parameter is kept, and `unmerge` puts it back bit for bit; modules that share it (tied
+        embeddings) keep it too. On a quantised host the result is quantised as the layer was, and `requantised` says
+        what that changes.
+
+        Raises:
+            ValueError: with `safe_merge`, the result would hold NaN or infinity; the host is quantised by a library
+                that cannot write back; or another tuner has an adapter on the same layer; nothing is changed.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.isotune_operator]
+        if not names:
+            return
+        self._refuse_to_merge()
+        merged = self._merged_matrix(names, safe_merge)
+        if self._kept is None:
+            self._kept = self.host.keep()
+        self.host.set_matrix(merged)
+        self.merged_adapters.extend(names)
+        if self.host.quantised:
+            self.requantised = Requantised.measure(self.unmerged_matrix(), merged, self.host.matrix())
+
+    @torch.no_grad()
+    def check_merge(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
+        """Raise what `merge` would raise, and change nothing."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = [n for n in names if n in self.isotune_operator and n not in self.merged_adapters]
+        if names:
+            self._refuse_to_merge()
+        if names and safe_merge:
+            self._merged_matrix(names, safe_merge=True)
+
+    def _refuse_to_merge(self) -> None:
+        self.host.check_merge()
+        inner, others = self.base_layer, [] if self.owner is None else self.owner.tuners_around(self)
+        while isinstance(inner, BaseTunerLayer):
+            if not isinstance(inner, MergingLayer):
+                others.append(type(inner).__name__)
+            inner = inner.base_layer
+        if others:
+            raise ValueError(
+                f"Another tuner's adapter is on {self.key!r} too ({', '.join(others)}), and both merge into the one "
+                "weight, of which each would take the other's change for the base's; nothing was merged. Merge and "
+                "unload the other adapter first and put this one on the result, or leave both unmerged."
+            )
+
+    def _merged_matrix(self, names: list[str], safe_merge: bool) -> Tensor:
+        matrix = self.unmerged_matrix()
+        merged = self.fold([*self.merged_adapters, *names], widen(matrix)).to(matrix.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"Merging {', '.join(names)} into {self.key!r} gives NaN or infinite weights, so nothing was merged. "
+                "The adapter is broken (a diverged training?), or its values exceed the range of "
+                f"{matrix.dtype}: load a good checkpoint, or the base in float32."
+            )
+        return merged
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the original weight back, the same bits."""
+        if not self.merged:
+            warnings.warn("Nothing is merged, so there is nothing to unmerge.", IsotuneWarning, stacklevel=2)
+            return
+        if self._kept is not None:
+            self.host.restore(self._kept)
+        self._kept = self.requantised = None
+        self.merged_adapters.clear()
+
+    @contextmanager
+    def _restored(self, kept: Kept) -> Iterator[None]:
+        merged = self.host.keep()
+        self.host.restore(kept)
+        try:
+            yield
+        finally:
+            self.host.restore(merged)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the change of W is of rank r."""
+        return adapter_name not in self.isotune_operator or self.adapter(adapter_name).has_low_rank

@@ -1,0 +1,116 @@
+"""Batches whose samples have different adapters (`adapter_names`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from isotune.internals.peft_state import active_of, set_active_of
+
+BASE = "__base__"
+"""PEFT's name for a sample without an adapter."""
+
+
+@dataclass
+class MixedBatch:
+    """Which adapter each sample of a batch is meant for."""
+
+    names: tuple[str, ...]
+    """One a sample; "__base__" for none."""
+    copies: int = 1
+    """How often generation repeats each sample, one after the other, for beams or for several answers."""
+    length: int = 1
+    """Positions of a sample in the forward pass that runs."""
+    rows: int | None = None
+    """Samples in that pass, where its inputs say so."""
+
+    def of(self, x: Tensor) -> list[str]:
+        """The names for the rows of an input: samples, their copies, or (rows, n) with the positions of each in turn.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        for copies in dict.fromkeys((1, self.copies)):
+            if self.rows is not None and self.rows != len(self.names) * copies:
+                continue
+            for repeats in (copies, copies * self.length) if x.ndim == 2 else (copies,):
+                if len(x) == len(self.names) * repeats:
+                    return [name for name in self.names for _ in range(repeats)]
+        raise ValueError(
+            f"adapter_names has {len(self.names)} entries for a batch of "
+            f"{len(x) if self.rows is None else self.rows} samples."
+        )
+
+
+def check_names(names: Sequence[str], known: Mapping[str, Any]) -> None:
+    """Refuse names of adapters that a model does not have.
+
+    Raises:
+        ValueError: says which, and which there are.
+    """
+    unknown = sorted(set(names) - {BASE, *known})
+    if unknown:
+        raise ValueError(
+            f"adapter_names holds {', '.join(map(repr, unknown))}; this model has {', '.join(map(repr, known))}, and "
+            f"{BASE!r} stands for none."
+        )
+
+
+def batch_of(model: nn.Module, names: Sequence[str], kwargs: Mapping[str, Any]) -> MixedBatch:
+    """The batch of one call.
+
+    Args:
+        model: that is called.
+        names: one a sample.
+        kwargs: of the call; those of `generate` say how often each sample is repeated.
+    """
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    counts = [kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences")]
+    return MixedBatch(tuple(names), max(count or 1 for count in counts))
+
+
+@contextmanager
+def measured(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
+    """A block in which each forward pass of a model tells a batch its number of samples and their length."""
+
+    def measure(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        inputs = (named.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds"))
+        tensors = [value for value in (*given, *inputs) if isinstance(value, Tensor) and value.ndim > 1]
+        batch.length = tensors[0].shape[1] if tensors else 1
+        batch.rows = tensors[0].shape[0] if tensors else None
+
+    handle = model.register_forward_pre_hook(measure, with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def saved_modules_routed(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
+    """A block in which PEFT's wrappers of modules_to_save use for each sample what its own adapter has saved."""
+
+    def name_adapters(wrapper: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        assert isinstance(wrapper, ModulesToSaveWrapper)
+        names = batch.of(given[0]) if given else batch.names
+        known = [name if name in wrapper.modules_to_save else BASE for name in names]
+        return given, {**named, "adapter_names": known}
+
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    active = [active_of(wrapper) for wrapper in wrappers]
+    handles = [wrapper.register_forward_pre_hook(name_adapters, with_kwargs=True) for wrapper in wrappers]
+    for wrapper in wrappers:
+        # A wrapper that has nothing saved for the active adapter returns before it looks at the names.
+        set_active_of(wrapper, list(wrapper.modules_to_save)[:1])
+    try:
+        yield
+    finally:
+        for wrapper, names in zip(wrappers, active, strict=True):
+            set_active_of(wrapper, names)
+        for handle in handles:
+            handle.remove()

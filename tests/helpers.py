@@ -187,13 +187,25 @@ def layers_of(model: nn.Module) -> list[Layer]:
     return [module for module in model.modules() if isinstance(module, Layer)]
 
 
+def down_of(layer: Layer, adapter: str = "default") -> Tensor:
+    """The factor of a subspace update that reads the input, (r, in), without its filling."""
+    own = layer.adapter(adapter)
+    return own.placement.down[..., : own.size, :]
+
+
+def up_of(layer: Layer, adapter: str = "default") -> Tensor:
+    """The factor that writes the output, (out, r), times the scale, without its filling."""
+    own = layer.adapter(adapter)
+    return own.placement.up[..., : own.size] * own.scale
+
+
 def randomize(model: nn.Module, adapter: str = "default", std: float = 0.1, seed: int = 7) -> None:
     """Move every operator of an adapter away from where it is, as training does."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in layers_of(model):
             if adapter in layer.isotune_operator:
-                for parameter in layer.operator(adapter).parameters():
+                for parameter in layer.adapter(adapter).parameters():
                     noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                     parameter.add_((std * noise).to(parameter))
 
@@ -202,8 +214,9 @@ def _alone(operator: nn.Module, dtype: torch.dtype | None = None) -> tuple[Tenso
     half = (torch.float16, torch.bfloat16)
     parameters = {name: p.float() if p.dtype in half else p for name, p in operator.named_parameters()}
     with torch.autocast("cpu", enabled=False):
-        result = operator.evaluate(parameters, None)
-    return result if dtype is None else tuple(tensor.to(dtype) for tensor in result)
+        result = operator.evaluate(parameters)
+    evaluated = result if dtype is None else tuple(tensor.to(dtype) for tensor in result)
+    return (*evaluated, *(getattr(operator, name) for name in operator.beside))
 
 
 def one_by_one(model: nn.Module) -> nn.Module:
@@ -280,12 +293,12 @@ def reference_difference(operator: nn.Module) -> Tensor:
 
 def reference_update(layer: Layer, adapter: str = "default") -> Tensor:
     """The change of W by the definition s·P(Mᵀ − I)V, from the layer's reader and a plain inverse, (out, in)."""
-    form, operator = layer.form(adapter), layer.operator(adapter)
+    operator = layer.adapter(adapter)
     weight = layer.unmerged_matrix().to(torch.promote_types(layer.host.weight.dtype, torch.float32))
-    basis = form.reader.to(weight)
+    basis = down_of(layer, adapter).to(weight)
     scale = layer.configs[adapter].scale_of(layer.key)
     writer = weight @ basis.T
-    if form.reader_power:
+    if operator.power:
         writer = writer / basis.square().sum(1)
     return scale * writer @ reference_difference(operator).to(weight).T @ basis
 
@@ -343,8 +356,8 @@ def merged_matrix(
     matrix = layer.unmerged_matrix()
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     for name in names:
-        operator = layer.operator(name)
-        if layer.form(name).additive:
+        operator = layer.adapter(name)
+        if layer.adapter(name).additive:
             change = update(layer, name)
             matrix = matrix + (
                 change if change.shape == matrix.shape else layer.host.stored(change).reshape(matrix.shape)
@@ -361,7 +374,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "modules": {name: id(module) for name, module in model.named_modules()},
         "parameters": {name: (id(p), p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()},
         "training": {name: module.training for name, module in model.named_modules()},
-        "attributes": set(vars(model)) - {"_isotune_load_hook"},
+        "attributes": set(vars(model)),
     }
 
 

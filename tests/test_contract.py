@@ -21,6 +21,7 @@ from helpers import (
     OneLayer,
     adapt,
     assert_unchanged,
+    down_of,
     layers_of,
     merged_matrix,
     only,
@@ -30,15 +31,18 @@ from helpers import (
     tiny_llama,
     tiny_opt,
     trainable,
+    up_of,
 )
 from isotune import get_peft_model
-from isotune.adapter.operator import Operator, Rotation
+from isotune.adapter.kernels import subspace_update
+from isotune.adapter.operator import Adapter
+from isotune.adapter.rotation import RotationAdapter
 from isotune.algebra.factors import LowRank, apply_chain
 from isotune.errors import IsotuneWarning
 from isotune.experiments.measure import Kept
 from isotune.methods import METHODS
 from isotune.tuner.layer import Layer
-from isotune.tuner.placing import AdapterGroup
+from isotune.tuner.placing import place_adapter
 from quantisers import QUANTISERS, quantise
 
 RANK = 5
@@ -258,7 +262,7 @@ def test_a_merge_in_half_precision_rounds_once(method: str, host: Case, dtype: t
 def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing(method: str, host: Case, bad: float) -> None:
     model = build(method, host)
     with torch.no_grad():
-        next(iter(only(model).operator("default").parameters())).view(-1)[0] = bad
+        next(iter(only(model).adapter("default").parameters())).view(-1)[0] = bad
     before = snapshot(model)
     with pytest.raises(ValueError, match="layer"):
         model.merge_adapter(safe_merge=True)
@@ -403,13 +407,15 @@ def test_half_precision_applies_the_update_that_is_merged(
     model = build(method, case, dtype, init_weights=True)
     randomize(model, std=size)
     layer, x = only(model), inputs(case, 64, dtype=dtype)
-    assert all(p.dtype == torch.float32 for p in layer.operator("default").parameters())
-    form, operator = layer.form("default"), layer.operator("default")
-    if form.additive:
+    assert all(p.dtype == torch.float32 for p in layer.adapter("default").parameters())
+    operator = layer.adapter("default")
+    if operator.additive:
         expected = x.float() @ layer.host.stored(layer.get_delta_weight("default")).T.float()
         zero = torch.zeros(64, case.out_features, dtype=dtype)
         # Each of the three factors and two products is rounded once.
-        assert relative_error(form.update(x, operator.difference(dtype), zero), expected) < 4 * torch.finfo(dtype).eps
+        factors = operator.factors(dtype, x.device)
+        found = subspace_update(x, operator.difference(dtype), zero, factors)
+        assert relative_error(found, expected) < 4 * torch.finfo(dtype).eps
     # And what the layer gives is the output of the layer merged in float32, rounded.
     weight = layer.host.matrix().float() + layer.host.stored(layer.get_delta_weight("default"))
     bias = layer.get_base_layer().bias
@@ -423,17 +429,17 @@ def test_the_operator_keeps_its_precision_under_a_half_precision_base(method: st
     """M − I is computed in float32 and rounded once: no cancellation, whatever its size."""
     model = build(method, case, torch.bfloat16, init_weights=True)
     randomize(model, std=size)
-    operator = only(model).operator("default")
+    operator = only(model).adapter("default")
     wide = copy.deepcopy(operator).double()
     exact = change(wide, torch.float64)
     assert relative_error(change(operator, torch.bfloat16), exact) < 2**-7
     assert relative_error(change(operator, torch.float32), exact) < (1e-2 if method == "hra" else 1e-4)
 
 
-def change(operator: Operator, dtype: torch.dtype) -> Tensor:
+def change(operator: Adapter, dtype: torch.dtype) -> Tensor:
     """M − I, (n, n), float64, from the tensors of M in a dtype, without ever adding them to an identity."""
-    if isinstance(operator, Rotation):
-        tensors = [tensor.double() for tensor in operator.tensors(dtype)]
+    if isinstance(operator, RotationAdapter):
+        tensors = [tensor.double() for tensor in operator.chain_tensors(dtype)]
         if [type(factor) for factor in operator.chain] == [LowRank]:
             return tensors[0] @ tensors[1]
         eye = torch.eye(operator.size, dtype=torch.float64)
@@ -464,11 +470,10 @@ def test_a_cast_model_goes_on(method: str, host: Case, dtype: torch.dtype) -> No
     model = build(method, host)
     x = inputs(host, 6)
     expected = model(x).detach()
-    form = only(model).raw_form("default")
-    pin = form.stored.clone() if form.additive else torch.zeros(1)
+    pins = [basis.stored.clone() for basis in only(model).bases("default")]
     model.to(dtype)
-    if form.additive:
-        assert torch.equal(form.stored, pin)  # what the file holds is not rounded
+    for basis, pin in zip(only(model).bases("default"), pins, strict=True):
+        assert torch.equal(basis.stored, pin)  # what the file holds is not rounded
     assert relative_error(model(x.to(dtype) if x.is_floating_point() else x), expected) < max(tolerance(dtype), 1e-5)
     model.float()
     assert relative_error(model(x), expected) < max(tolerance(dtype), 1e-5)
@@ -524,10 +529,9 @@ def test_gradients_equal_a_plain_torch_twin(method: str, host: Case, needs_input
     x.requires_grad_(needs_input_grad)
     same = x.detach().clone().requires_grad_(needs_input_grad)
     ours = model(x)
-    form, weight = layer.form("default"), layer.host.matrix()
-    operator = copy.deepcopy(layer.operator("default"))
-    if form.additive:
-        weight = weight + form.writer @ operator.difference().T @ form.reader
+    weight, operator = layer.host.matrix(), copy.deepcopy(layer.adapter("default"))
+    if operator.additive:
+        weight = weight + up_of(layer) @ operator.difference().T @ down_of(layer)
     else:
         weight = weight @ operator.matrix().T
         weight = weight if operator.gain is None else operator.gain[:, None] * weight
@@ -538,7 +542,7 @@ def test_gradients_equal_a_plain_torch_twin(method: str, host: Case, needs_input
     theirs.backward(cotangent)
     if needs_input_grad:
         torch.testing.assert_close(x.grad, same.grad, rtol=1e-10, atol=1e-11)
-    for found, expected in zip(layer.operator("default").parameters(), operator.parameters(), strict=True):
+    for found, expected in zip(layer.adapter("default").parameters(), operator.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-10)
 
 
@@ -580,7 +584,7 @@ def test_two_adapters_active_at_once(method: str, host: Case) -> None:
     expected = with_matrix(layer, merged(layer, ["default", "other"]), x)
     assert relative_error(both, expected) < 1e-5
     both.square().sum().backward()
-    assert all(p.grad is not None for name in ("default", "other") for p in layer.operator(name).parameters())
+    assert all(p.grad is not None for name in ("default", "other") for p in layer.adapter(name).parameters())
 
 
 @pytest.mark.parametrize("second", list(METHODS))
@@ -592,7 +596,7 @@ def test_adapters_of_different_methods_compose_in_their_order(
     model = build(method, host, torch.float64)
     layer = only(model)
     layer.update_layer("other", config(second, host, other=True))
-    AdapterGroup("other", [layer]).place()
+    place_adapter("other", [layer])
     layer.eval()
     if hooked:
         hook_host(model)
@@ -735,8 +739,8 @@ def test_kept_for_backward_is_one_tokens_times_rank_or_input(method: str, host: 
     extra = kept(model) - frozen
     layer = only(model)
     # What M is made of, and a copy of it in another dtype; a gain, and a copy of it.
-    operator = sum(8 * t.numel() for t in layer.operator("default").tensors()) + 8 * case.out_features
-    if layer.raw_form("default").additive:
+    operator = sum(8 * t.numel() for t in layer.adapter("default").tensors()) + 8 * case.out_features
+    if layer.adapter("default").additive:
         assert tokens * RANK * width <= extra <= tokens * RANK * width + operator
     else:
         assert extra <= tokens * case.in_features * width + operator
@@ -759,11 +763,11 @@ def test_kept_for_backward_in_a_whole_model(method: str, build_model: Callable[.
     extra = kept(model) - before
     shared: dict[str, int] = {}
     for layer in layers:
-        for tensor in layer.operator("default").tensors():
+        for tensor in layer.adapter("default").tensors():
             extra -= 2 * 4 * tensor.numel()
         extra -= 2 * 4 * layer.out_features
         block, _, name = layer.key.rpartition(".")
-        if layer.raw_form("default").additive:
+        if layer.adapter("default").additive:
             shared[layer.key] = RANK
         else:  # q, k and v read the same input, and so do gate and up
             together = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
@@ -776,8 +780,8 @@ def test_at_most_ten_operations_a_layer(method: str, case: Case, grad: bool, mon
     model = build(method, case)
     layer, x = only(model), inputs(case, 8).requires_grad_(grad)
     with torch.set_grad_enabled(grad):
-        tensors = layer.operator("default").tensors()  # the one evaluation belongs to the model, not to the layer
-        monkeypatch.setattr(layer.operator("default"), "tensors", lambda dtype: tensors)
+        tensors = layer.adapter("default").tensors()  # the one evaluation belongs to the model, not to the layer
+        monkeypatch.setattr(layer.adapter("default"), "tensors", lambda dtype: tensors)
         with AtenOps() as operations:
             layer(x)
     assert len(operations.names) <= 10, operations.names
@@ -944,7 +948,7 @@ def test_quantised_two_adapters_at_once(method: str, packed: str, second: str) -
     model = build_packed(method, packed)
     layer = only(model)
     layer.update_layer("other", config(second, WIDE, other=True))
-    AdapterGroup("other", [layer]).place()
+    place_adapter("other", [layer])
     layer.train()
     x = inputs(WIDE, 4)
     for order in (["default", "other"], ["other", "default"]):

@@ -201,7 +201,7 @@ def test_save_and_from_pretrained(family: str, tmp_path: Path, low_cpu_mem_usage
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
     assert not any(p.is_meta for p in [*loaded.parameters(), *loaded.buffers()])
     assert trainable(loaded) == {}
-    assert all(not layer.form("default").residual > 1e-3 for layer in layers_of(loaded))
+    assert all(not layer.adapter("default").placement.residual > 1e-3 for layer in layers_of(loaded))
     again = PeftModel.from_pretrained(FAMILIES[family](), tmp_path, is_trainable=True)
     assert len(trainable(again)) == 4 * 3
     losses = train(again, steps=6)

@@ -182,7 +182,7 @@ def test_rotations_of_all_inputs(config: RotationConfig, free: bool, tmp_path: P
     assert len(report.layers) == len(layers) == len(alone.layers)
     for found in report.layers:
         layer = layers[found.module]
-        matrix = layer.operator("default").matrix().detach()
+        matrix = layer.adapter("default").matrix().detach()
         angle = float(torch.linalg.eigvals(matrix.double()).angle().abs().max())
         assert (found.orthogonality_error > 1e-3) == free
         if not free:
@@ -190,7 +190,7 @@ def test_rotations_of_all_inputs(config: RotationConfig, free: bool, tmp_path: P
         delta = layer.get_delta_weight("default")
         assert found.update_norm == pytest.approx(float(delta.norm()), rel=1e-4)
         assert found.energy is None
-        if not free and layer.operator("default").gain is None:
+        if not free and layer.adapter("default").gain is None:
             assert found.angle_moved_largest == pytest.approx(0.0, abs=0.1)
     assert "width" in report.summary()
     assert all(layer.update_norm is None for layer in alone.layers)

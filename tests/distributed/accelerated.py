@@ -20,7 +20,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from distributed import worker
 from helpers import some_tokens, trainable
-from isotune.parallel.processes import is_sharded
+from isotune.parallel.sharding import is_sharded
 
 
 def as_accelerators() -> None:

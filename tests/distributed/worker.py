@@ -16,7 +16,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import isotune.parallel.processes
 import isotune.subspace.solvers
-from helpers import OPTIONS_FOR_TINY, layers_of, randomize, some_tokens, tiny_llama, trainable
+from helpers import OPTIONS_FOR_TINY, down_of, layers_of, randomize, some_tokens, tiny_llama, trainable
 from isotune import get_peft_model, regularization_loss
 from isotune.methods import METHODS
 from isotune.parallel.processes import average_gradients
@@ -161,7 +161,7 @@ def run(out: Path) -> dict[str, Any]:
     before = len(SOLVED)
     model.add_adapter("late", METHODS["psoft"](r=6, target_modules=["q_proj"]))
     found["solved late"] = len(SOLVED) - before
-    found["late reader"] = float(layers_of(model)[0].form("late").reader.double().square().sum())
+    found["late reader"] = float(down_of(layers_of(model)[0], "late").double().square().sum())
     # One process alone must not wait for the others for ever.
     isotune.parallel.processes.WAIT = timedelta(seconds=1)
     if rank == 0:

@@ -67,7 +67,7 @@ def test_numbers_are_those_of_the_full_matrices(merged: bool) -> None:
     found = measured(model)
     assert [row["module"] for row in found["layers"]] == list(expected)
     for row in found["layers"]:
-        operator: Any = expected[row["module"]].operator("default")
+        operator: Any = expected[row["module"]].adapter("default")
         weight, rank = weights[row["module"]], operator.size
         right = torch.linalg.svd(weight).Vh[:rank]
         before = weight @ right.T @ right
@@ -105,10 +105,10 @@ def test_rotations_of_all_inputs_turn_the_whole_weight(config: Any) -> None:
     model.train()  # dropout must not get into what is measured
     found = measured(model)
     assert not found["subspaces"]
-    assert all(layer.operator("default").training for layer in layers_of(model))
+    assert all(layer.adapter("default").training for layer in layers_of(model))
     model.eval()
     for row, layer in zip(found["layers"], layers_of(model), strict=True):
-        matrix = layer.operator("default").matrix().detach().double()
+        matrix = layer.adapter("default").matrix().detach().double()
         angles = torch.linalg.eigvals(matrix).angle().abs().rad2deg()
         assert row["size"] == 64
         assert row["rotation"]["largest"] == pytest.approx(float(angles.max()), rel=1e-3)

@@ -91,7 +91,7 @@ def test_counts_file_and_kept_bytes_are_those_of_the_real_model(
     labels = tokens if family != "bert" else torch.zeros(BATCH, dtype=torch.long)
     with Kept(model) as saved:
         model(input_ids=tokens, labels=labels, **({} if family == "bert" else {"use_cache": False}))
-    operators = sum(3 * 4 * t.numel() for layer in layers_of(model) for t in layer.operator("default").tensors())
+    operators = sum(3 * 4 * t.numel() for layer in layers_of(model) for t in layer.adapter("default").tensors())
     assert saved.nbytes * 0.98 <= found.memory["kept for backward"] <= saved.nbytes * 1.02 + operators
     assert found.memory["optimiser states"] == 8 * found.trained_parameters
     assert sum(found.memory.values()) == found.total
@@ -107,7 +107,7 @@ def test_the_formula_of_an_adapter_s_own_activations(method: str, options: dict[
     frozen = copy.deepcopy(base).requires_grad_(False)
     frozen.get_input_embeddings().weight.requires_grad_(True)  # so that the whole of it has a graph
     extra = trace(model, inputs).kept - trace(frozen, inputs).kept
-    operators = sum(4 * 4 * t.numel() for layer in layers_of(model) for t in layer.operator("default").tensors())
+    operators = sum(4 * 4 * t.numel() for layer in layers_of(model) for t in layer.adapter("default").tensors())
     first = 4 * 64 * 64 * 4  # the input of the first layer, which a trained embedding need not keep
     assert extra <= formula + operators
     if method in ("psoft", "lora_xs"):

@@ -352,7 +352,7 @@ def test_hra(options: dict[str, Any], expected: dict[str, Any], tmp_path: Path) 
 def test_hra_of_odd_rank_trains_on_with_an_idle_reflection(tmp_path: Path) -> None:
     saved_rotation(peft.HRAConfig(r=3, target_modules=["up"]), tmp_path / "theirs")
     model = import_peft(tmp_path / "theirs", net())
-    vectors = model.base_model.model.up.operator("default").vectors
+    vectors = model.base_model.model.up.adapter("default").vectors
     before = vectors.detach().clone()
     optimizer = torch.optim.AdamW([vectors], lr=0.1)
     for _ in range(2):

@@ -24,6 +24,7 @@ from helpers import (
     TARGETS,
     adapt,
     assert_unchanged,
+    down_of,
     layers_of,
     psoft,
     randomize,
@@ -136,12 +137,12 @@ def test_another_solver(
     # Without the pin it would be another adapter: the test can fail.
     fresh = adapted(ab_svd_init=init)
     for layer, trained in zip(layers_of(fresh), layers_of(model), strict=True):
-        layer.operator("default").load_state_dict(trained.operator("default").state_dict())
+        layer.adapter("default").load_state_dict(trained.adapter("default").state_dict())
     if solver in (flipped, mixed):
         assert max(relative_error(a, b) for a, b in zip(updates(fresh), expected, strict=True)) > 0.1
     loaded = PeftModel.from_pretrained(base(), tmp_path)
     assert_same_updates(updates(loaded), expected)
-    assert max(layer.form("default").residual for layer in layers_of(loaded)) < 1e-3
+    assert max(layer.adapter("default").placement.residual for layer in layers_of(loaded)) < 1e-3
     x = torch.randn(5, 40)
     assert relative_error(loaded(x), model(x)) < 1e-3
 
@@ -200,7 +201,7 @@ def test_training_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monke
         each(x).square().mean().backward()
     for ours, theirs in zip(layers_of(model), layers_of(loaded), strict=True):
         for found, expected in zip(
-            theirs.operator("default").parameters(), ours.operator("default").parameters(), strict=True
+            theirs.adapter("default").parameters(), ours.adapter("default").parameters(), strict=True
         ):
             assert relative_error(found.grad, expected.grad) < 2e-3
 
@@ -286,9 +287,9 @@ def test_another_base_is_taken_with_a_warning_when_asked_for(
         model = PeftModel.from_pretrained(other_base(change), opt_adapter, on_base_mismatch="warn")
     logits = model(some_tokens()).logits
     assert bool(torch.isfinite(logits).all())
-    assert max(layer.form("default").residual for layer in layers_of(model)) > 0.03
-    form = layers_of(model)[0].form("default")
-    torch.testing.assert_close(form.reader @ form.reader.T, torch.eye(8), rtol=0, atol=1e-5)
+    assert max(layer.adapter("default").placement.residual for layer in layers_of(model)) > 0.03
+    reader = down_of(layers_of(model)[0])
+    torch.testing.assert_close(reader @ reader.T, torch.eye(8), rtol=0, atol=1e-5)
     model.save_pretrained(opt_adapter / "again")
     assert "on_base_mismatch" not in (opt_adapter / "again" / "adapter_config.json").read_text()
 
@@ -302,9 +303,9 @@ def test_embedded_is_exact_on_any_base(tmp_path: Path) -> None:
     # On another base the basis is the stored one exactly, and the update is that of its definition.
     other = PeftModel.from_pretrained(other_base(unrelated), tmp_path)
     for ours, theirs in zip(layers_of(other), layers_of(model), strict=True):
-        assert torch.equal(ours.form("default").reader, theirs.form("default").reader)
-        basis = ours.form("default").reader.double()
-        change = ours.operator("default").matrix().detach().double() - torch.eye(8)
+        assert torch.equal(down_of(ours, "default"), down_of(theirs, "default"))
+        basis = down_of(ours, "default").double()
+        change = ours.adapter("default").matrix().detach().double() - torch.eye(8)
         expected = (ours.host.matrix().double() @ basis.T) @ change.T @ basis
         assert relative_error(ours.get_delta_weight("default"), expected) <= 1e-5
 
@@ -316,7 +317,7 @@ def test_minilm_rounded_to_bfloat16(tmp_path: Path) -> None:
     model = adapt(minilm(), target_modules=["query", "value"], r=46)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(minilm().bfloat16(), tmp_path)
-    residuals = [layer.form("default").residual for layer in layers_of(loaded)]
+    residuals = [layer.adapter("default").placement.residual for layer in layers_of(loaded)]
     assert 1e-3 < max(residuals) <= 0.03
     for found, expected in zip(updates(loaded), updates(model), strict=True):
         assert relative_error(found, expected) <= 5e-2

@@ -30,7 +30,7 @@ from isotune import get_peft_model
 from isotune.hosts import ConvHost, host_for
 from isotune.methods import METHODS
 from isotune.tuner.layer import Layer
-from isotune.tuner.placing import AdapterGroup
+from isotune.tuner.placing import place_adapter
 
 
 @dataclass(frozen=True)
@@ -265,12 +265,12 @@ def test_each_sample_of_a_mixed_batch_is_as_if_alone(method: str) -> None:
 def test_half_precision_rounds_the_kernel_once(method: str, case: str, dtype: torch.dtype) -> None:
     model, x = build(method, case, dtype), batch_for(case, dtype)
     layer, wide = only(model), merged_matrix(only(model)).detach()
-    if layer.form("default").additive:  # its reader and writer are of the weight's dtype
+    if layer.adapter("default").additive:  # its reader and writer are of the weight's dtype
         up, down = layer.low_rank("default")
         wide = layer.host.matrix().float() + up @ down
     found = model(x)
     assert found.dtype == dtype
-    assert {p.dtype for p in layer.operator("default").parameters()} == {torch.float32}
+    assert {p.dtype for p in layer.adapter("default").parameters()} == {torch.float32}
     step = torch.finfo(dtype).eps
     assert relative_error(found, convolved(layer, x, wide)) < step
     layer.merge()
@@ -307,7 +307,7 @@ def test_the_update_of_a_layer_that_another_tuner_has_wrapped_is_kept(method: st
     assert relative_error(plain(x) + lora, plain(x)) > 1e-2
     layer = Layer(base.layer, "layer")
     layer.update_layer("default", config(method))
-    AdapterGroup("default", [layer]).place()
+    place_adapter("default", [layer])
     expected = convolved(layer, x, merged_matrix(layer)) + lora
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
@@ -329,7 +329,7 @@ def test_gradients_equal_those_of_the_dense_twin(method: str, case: str, needs_i
     theirs.backward(cotangent)
     if needs_input_grad:
         torch.testing.assert_close(x.grad, same.grad, rtol=1e-10, atol=1e-11)
-    pairs = zip(layer.operator("default").parameters(), twin.operator("default").parameters(), strict=True)
+    pairs = zip(layer.adapter("default").parameters(), twin.adapter("default").parameters(), strict=True)
     for found, expected in pairs:
         assert bool(expected.grad.any())
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-10)

@@ -209,12 +209,12 @@ def test_each_sample_of_a_mixed_batch_is_as_if_alone(method: str) -> None:
 def test_half_precision_rounds_the_rows_once(method: str, dtype: torch.dtype) -> None:
     model = build(method, embedding(dtype))
     layer, wide = only(model), merged_matrix(only(model)).detach()
-    if layer.form("default").additive:  # its reader and writer are of the weight's dtype
+    if layer.adapter("default").additive:  # its reader and writer are of the weight's dtype
         up, down = layer.low_rank("default")
         wide = layer.host.matrix().float() + up @ down
     found = model(TOKENS)
     assert found.dtype == dtype
-    assert {p.dtype for p in layer.operator("default").parameters()} == {torch.float32}
+    assert {p.dtype for p in layer.adapter("default").parameters()} == {torch.float32}
     step = torch.finfo(dtype).eps
     assert relative_error(found.detach(), wide[TOKENS]) < step / 2
     layer.merge()
@@ -269,7 +269,7 @@ def test_scaled_embeddings(method: str, family: str) -> None:
     cotangent = torch.randn_like(found)
     found.backward(cotangent)
     expected.backward(cotangent)
-    for own, other in zip(layer.operator("default").parameters(), twin.operator("default").parameters(), strict=True):
+    for own, other in zip(layer.adapter("default").parameters(), twin.adapter("default").parameters(), strict=True):
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-9, atol=1e-10)
     model.merge_adapter()
     torch.testing.assert_close(model(TOKENS), expected, rtol=1e-10, atol=1e-11)
@@ -303,7 +303,7 @@ def test_gradients_equal_those_of_the_look_up_in_the_merged_weight(method: str, 
     cotangent = torch.randn_like(ours)
     ours.backward(cotangent)
     theirs.backward(cotangent)
-    pairs = zip(layer.operator("default").parameters(), twin.operator("default").parameters(), strict=True)
+    pairs = zip(layer.adapter("default").parameters(), twin.adapter("default").parameters(), strict=True)
     for found, expected in pairs:
         assert bool(expected.grad.any()) is not (padding == PADDING and case == "only padding")
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-10)

@@ -13,16 +13,28 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from helpers import assert_unchanged, counted, layers_of, randomize, relative_error, snapshot, some_tokens, trainable
+from helpers import (
+    assert_unchanged,
+    counted,
+    down_of,
+    layers_of,
+    randomize,
+    relative_error,
+    snapshot,
+    some_tokens,
+    trainable,
+    up_of,
+)
 from isotune import BOFTConfig, OFTConfig, PsoftConfig, get_peft_model
-from isotune.adapter.operator import DenseOperator
-from isotune.adapter.subspace import SubspaceUpdate
+from isotune.adapter.rotation import RotationAdapter
+from isotune.adapter.subspace import SubspaceBasis
+from isotune.algebra.factors import apply_chain
 from isotune.errors import AdapterFileError, BaseMismatchError, IsotuneWarning
 from isotune.files.adapter import describe
 from isotune.files.export_lora import export_lora
 from isotune.hosts import ExpertsHost
 from isotune.methods import METHODS
-from isotune.tuner.experts_layer import ExpertForms, ExpertsLayer
+from isotune.tuner.experts_layer import ExpertsLayer
 from quantisers import load
 
 EXPERTS, HIDDEN, INNER = 5, 32, 24
@@ -101,18 +113,16 @@ def logits(model: nn.Module, tokens: Tensor | None = None) -> Tensor:
 def folded(layer: ExpertsLayer, parameters: dict[str, Tensor], name: str = "default") -> Tensor:
     """The parameter by the definition of the two forms, expert by expert, from an operator of one expert."""
     single = layer.configs[name].build_operator(layer.key, layer.in_features, layer.out_features).double()
-    forms = layer.form(name)
-    assert isinstance(forms, ExpertForms)
     result = []
     for index, matrix in enumerate(layer.host.matrix().double()):
         own = {key: value[index] for key, value in parameters.items()}
         eye = torch.eye(single.size, dtype=torch.float64)
-        operator = functional_call(single, own, (eye,))
-        if isinstance(single, DenseOperator):
-            form = forms.forms[index]
-            result.append(matrix + form.writer.double() @ (operator - eye).T @ form.reader.double())
+        tensors = single.evaluate(own)
+        if isinstance(single, RotationAdapter):
+            result.append(matrix @ apply_chain(eye, single.chain, tensors).T)
         else:
-            result.append(matrix @ operator.T)
+            up, down = up_of(layer, name)[index].double(), down_of(layer, name)[index].double()
+            result.append(matrix + up @ tensors[0].T @ down)
     return layer.host.stored(torch.stack(result))
 
 
@@ -141,7 +151,7 @@ def test_output_and_gradients_are_those_of_folded_weights(family: str, method: s
     model = adapted(family, method, dtype=torch.float64)
     layers = {layer.key: layer for layer in layers_of(model)}
     leaves = {
-        key: {n: p.detach().clone().requires_grad_() for n, p in layer.operator("default").named_parameters()}
+        key: {n: p.detach().clone().requires_grad_() for n, p in layer.adapter("default").named_parameters()}
         for key, layer in layers.items()
     }
     weights = {key: folded(layer, leaves[key]) for key, layer in layers.items()}
@@ -154,7 +164,7 @@ def test_output_and_gradients_are_those_of_folded_weights(family: str, method: s
     ours.backward(cotangent)
     theirs.backward(cotangent)
     for key, layer in layers.items():
-        for name, parameter in layer.operator("default").named_parameters():
+        for name, parameter in layer.adapter("default").named_parameters():
             assert bool(leaves[key][name].grad.any())
             torch.testing.assert_close(parameter.grad, leaves[key][name].grad, rtol=1e-7, atol=1e-9)
 
@@ -183,13 +193,13 @@ def test_only_the_experts_that_are_reached_are_computed(
     index = torch.tensor([[1, 3], [3, 1], [3, 1], [1, 3]])
     x, weights = torch.randn(4, HIDDEN), torch.rand(4, 2)
     expected = experts(x, index, weights).detach()
-    operators = [layer.operator("default") for layer in (experts, experts.base_layer)]
+    operators = [layer.adapter("default") for layer in (experts, experts.base_layer)]
     with torch.no_grad():
         for layer in (experts, experts.base_layer):
             others = torch.tensor([0, 2, 4])
             layer.host.weight[others] = float("nan")
             layer.note_host()
-            for parameter in layer.operator("default").parameters():
+            for parameter in layer.adapter("default").parameters():
                 parameter[others] = float("nan")
     kind = type(operators[0])
     with counted(monkeypatch, f"{kind.__module__}.{kind.__name__}.evaluate") as calls:
@@ -329,8 +339,8 @@ def test_save_and_load(family: str, method: str, basis: str | None, tmp_path: Pa
     loaded = PeftModel.from_pretrained(model_of(family), tmp_path).eval()
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-3, atol=1e-4)
     if basis is not None:
-        first = layers_of(loaded)[0].form("default")
-        assert sum(isinstance(form, SubspaceUpdate) for form in first) == EXPERTS
+        forms = layers_of(loaded)[0].isotune_form["default"].modules()
+        assert sum(isinstance(form, SubspaceBasis) for form in forms) == EXPERTS
     if basis == "pinned":
         other = model_of(family)
         with torch.no_grad():

@@ -17,6 +17,7 @@ from helpers import (
     OneLayer,
     Stack,
     adapt,
+    down_of,
     layers_of,
     merged_matrix,
     only,
@@ -238,7 +239,7 @@ def test_an_adapter_of_a_four_bit_base_is_refused_on_the_base_itself_and_on_othe
     embedded.save_pretrained(tmp_path / "embedded")
     for fitting in (copy.deepcopy(base), quantise(base, other)):
         loaded = PeftModel.from_pretrained(fitting, tmp_path / "embedded").eval()
-        assert torch.equal(only(loaded).form("default").stored, only(embedded).form("default").stored)
+        assert torch.equal(only(loaded).bases("default")[0].stored, only(embedded).bases("default")[0].stored)
 
 
 def test_the_pin_takes_eight_bits_for_the_base_itself(tmp_path: Path) -> None:
@@ -247,7 +248,7 @@ def test_the_pin_takes_eight_bits_for_the_base_itself(tmp_path: Path) -> None:
     model = adapt(quantise(base, "torchao-int8"), psoft(r=8, target_modules=["layer"]))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
-    assert 1e-6 < only(loaded).form("default").residual < 0.03
+    assert 1e-6 < only(loaded).adapter("default").placement.residual < 0.03
     assert relative_error(only(loaded).get_delta_weight("default"), only(model).get_delta_weight("default")) < 5e-2
 
 
@@ -258,7 +259,7 @@ def test_the_subspace_is_that_of_the_dequantised_weight() -> None:
     model = adapt(quantise(OneLayer(spectral(40, 64)), "bitsandbytes-nf4"), psoft(r=6, target_modules=["layer"]))
     layer = only(model)
     _, _, right = torch.linalg.svd(layer.host.matrix())
-    angles = torch.linalg.svdvals(layer.form("default").reader @ right[:6].T)
+    angles = torch.linalg.svdvals(down_of(layer, "default") @ right[:6].T)
     assert float((angles - 1).abs().max()) < 1e-5
 
 

@@ -154,7 +154,7 @@ def test_the_weight_scales_the_penalty_and_none_of_it_is_none() -> None:
 
 
 def test_descending_the_penalty_makes_the_columns_orthogonal() -> None:
-    operator = layers_of(bare(QGOFTConfig(regularizer_weight=1.0), 12))[0].operator("default")
+    operator = layers_of(bare(QGOFTConfig(regularizer_weight=1.0), 12))[0].adapter("default")
     fill(operator, "uniform", 0.4, seed=1)
     optimizer = torch.optim.SGD(operator.parameters(), lr=0.1)
     start = float(operator.penalty().detach())

@@ -107,7 +107,7 @@ def test_identity_at_the_start(dtype: torch.dtype) -> None:
     model = get_peft_model(base, HRAConfig(r=8, target_modules=["0", "2"]))
     assert relative_error(model(x), expected) < (1e-6 if dtype == torch.float32 else 1e-14)
     for layer in layers_of(model):
-        vectors = layer.operator("default").vectors
+        vectors = layer.adapter("default").vectors
         assert torch.equal(vectors[0::2], vectors[1::2])
         torch.testing.assert_close(vectors.norm(dim=1), torch.ones(8, dtype=vectors.dtype))
         assert torch.linalg.matrix_rank(vectors.detach()) == 4  # the pairs are not all the same
@@ -207,7 +207,7 @@ def test_the_change_of_the_weight_has_exactly_rank_r(strict: bool, dtype: torch.
     up, down = layer.low_rank("default")
     assert up.shape == (14, 4)
     assert down.shape == (4, 20)
-    vectors = layer.operator("default").vectors.detach().to(dtype)
+    vectors = layer.adapter("default").vectors.detach().to(dtype)
     expected = weight @ ((strictly_reflected if strict else reflected)(vectors).T - torch.eye(20, dtype=dtype))
     limit = 2e-6 if dtype == torch.float32 else 1e-6  # the directions are kept in float32
     assert relative_error(up @ down, expected) < limit

@@ -9,7 +9,19 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from helpers import Stack, adapt, assert_all_differ, layers_of, only, randomize, relative_error, tiny_llama, trainable
+from helpers import (
+    Stack,
+    adapt,
+    assert_all_differ,
+    down_of,
+    layers_of,
+    only,
+    randomize,
+    relative_error,
+    tiny_llama,
+    trainable,
+    up_of,
+)
 from isotune import LoraXsConfig, get_peft_model
 from isotune.methods.lora_xs import LoraXsOperator
 
@@ -35,10 +47,10 @@ def test_training_is_the_paper_s(shape: tuple[int, int], alpha: float | None) ->
     layer = nn.Linear(*shape, bias=False, dtype=torch.float64)
     twin = Paper(layer.weight.detach().clone(), 5, alpha or 5)
     model = get_peft_model(nn.Sequential(layer), LoraXsConfig(r=5, lora_alpha=alpha, target_modules=["0"]))
-    form, operator = only(model).form("default"), only(model).operator("default")
-    signs = torch.sign((form.reader * twin.a).sum(1))
-    torch.testing.assert_close(form.reader, twin.a * signs[:, None])
-    torch.testing.assert_close(form.writer, twin.scale * twin.b * signs)
+    layer, operator = only(model), only(model).adapter("default")
+    signs = torch.sign((down_of(layer) * twin.a).sum(1))
+    torch.testing.assert_close(down_of(layer), twin.a * signs[:, None])
+    torch.testing.assert_close(up_of(layer), twin.scale * twin.b * signs)
     with torch.no_grad():
         twin.r.copy_(operator.coefficients * signs[:, None] * signs)
     x, target = torch.randn(30, shape[0], dtype=torch.float64), torch.randn(30, shape[1], dtype=torch.float64)
@@ -87,7 +99,7 @@ def test_an_untrained_adapter_follows_a_base_that_is_loaded_after_it() -> None:
     weights = {name.replace("second.", "second.base_layer."): value for name, value in weights.items()}
     model.load_state_dict(weights, strict=False)
     expected = adapt(other, LoraXsConfig(r=8, target_modules=["second"]))
-    assert relative_error(only(model).form("default").reader, only(expected).form("default").reader) < 1e-6
+    assert relative_error(down_of(only(model), "default"), down_of(only(expected), "default")) < 1e-6
 
 
 KNOBS: list[dict[str, Any]] = [

@@ -149,7 +149,7 @@ def test_the_series_is_not_orthogonal_and_says_so() -> None:
 )
 def test_the_block_size_follows_from_what_is_given(options: dict[str, Any], width: int, size: int) -> None:
     assert OFTConfig(**options).block_size_for("m", width) == size
-    operator = layers_of(bare(OFTConfig(**options), width))[0].operator("default")
+    operator = layers_of(bare(OFTConfig(**options), width))[0].adapter("default")
     assert operator.generator.shape == (width // size, size * (size - 1) // 2)
 
 
@@ -191,7 +191,7 @@ def test_the_nearest_size_on_request(options: dict[str, Any], width: int, size: 
         model = bare(OFTConfig(**options, adjust="nearest"), width, layers=3)
     assert len(said) == 1
     for layer in layers_of(model):
-        assert layer.operator("default").block_size == size
+        assert layer.adapter("default").block_size == size
 
 
 @pytest.mark.usefixtures("forgetful")
@@ -304,7 +304,7 @@ def test_dropped_blocks_get_no_gradient() -> None:
     off = (diagonal_blocks(result, SIZE).detach() == torch.eye(SIZE)).flatten(-2).all(-1)
     (result * torch.randn_like(result)).sum().backward()
     for layer, mask in zip(layers_of(model), off, strict=True):
-        gradient = layer.operator("default").generator.grad
+        gradient = layer.adapter("default").generator.grad
         assert gradient is not None
         assert torch.equal(gradient.any(1), ~mask)
 
@@ -428,7 +428,7 @@ def test_switching_the_transform_of_a_trained_adapter(terms: int, trained_exact:
     series = OFTConfig(**options, use_cayley_neumann=True, num_cayley_neumann_terms=terms)
     first, second = (exact, series) if trained_exact else (series, exact)
     trained = bare(first, width, dtype=torch.float64)
-    with_norm(layers_of(trained)[0].operator("default"), norm)
+    with_norm(layers_of(trained)[0].adapter("default"), norm)
     other = bare(second, width, dtype=torch.float64)
     set_peft_model_state_dict(other, get_peft_model_state_dict(trained))
     one, two = (maps_of(m, width, torch.float64)[0] for m in (trained, other))

@@ -51,7 +51,7 @@ def adapted(model: str, method: str, targets: Any = None, **options: Any) -> Any
 
 
 def trained(layers: list[Layer]) -> int:
-    return sum(p.numel() for layer in layers for p in layer.operator("default").parameters() if p.requires_grad)
+    return sum(p.numel() for layer in layers for p in layer.adapter("default").parameters() if p.requires_grad)
 
 
 def test_every_method_has_a_formula() -> None:
@@ -107,7 +107,7 @@ def test_published_numbers_of_boft_count_whole_blocks(model: str, block: int, mi
     peft_model = adapted(model, "boft", boft_block_size=block, boft_n_butterfly_factor=2)
     layers = layers_of(peft_model)
     whole = sum(
-        layer.operator("default").generator.shape[:2].numel() * block**2 + layer.operator("default").gain.numel()
+        layer.adapter("default").generator.shape[:2].numel() * block**2 + layer.adapter("default").gain.numel()
         for layer in layers
     )
     assert round(whole / 1e6, 2) == millions

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from helpers import (
     adapt,
     assert_all_differ,
+    down_of,
     layers_of,
     psoft,
     randomize,
     reference_difference,
     relative_error,
     trainable,
+    up_of,
 )
 from isotune import PsoftConfig, get_peft_model
 from isotune.errors import IsotuneWarning
@@ -106,14 +108,14 @@ def test_every_knob_changes_the_output() -> None:
 def test_psoft_init_has_orthonormal_rows_and_pissa_splits_the_singular_values() -> None:
     layer = nn.Sequential(nn.Linear(20, 12, bias=False))
     values = torch.linalg.svdvals(layer[0].weight)[:5]
-    strict = layers_of(adapt(layer, r=5, target_modules=["0"]))[0].form("default")
-    torch.testing.assert_close(strict.reader @ strict.reader.T, torch.eye(5), atol=1e-5, rtol=0)
-    torch.testing.assert_close(strict.writer.norm(dim=0), values)
+    (strict,) = layers_of(adapt(layer, r=5, target_modules=["0"]))
+    torch.testing.assert_close(down_of(strict) @ down_of(strict).T, torch.eye(5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(up_of(strict).norm(dim=0), values)
     layer = nn.Sequential(nn.Linear(20, 12, bias=False))
     values = torch.linalg.svdvals(layer[0].weight)[:5]
-    split = layers_of(adapt(layer, r=5, target_modules=["0"], ab_svd_init="pissa_init"))[0].form("default")
-    torch.testing.assert_close(split.reader.norm(dim=1), values.sqrt())
-    torch.testing.assert_close(split.writer.norm(dim=0), values.sqrt())
+    (split,) = layers_of(adapt(layer, r=5, target_modules=["0"], ab_svd_init="pissa_init"))
+    torch.testing.assert_close(down_of(split).norm(dim=1), values.sqrt())
+    torch.testing.assert_close(up_of(split).norm(dim=0), values.sqrt())
 
 
 # -- the theorem ---------------------------------------------------------------------------------------------------
@@ -121,9 +123,8 @@ def test_psoft_init_has_orthonormal_rows_and_pissa_splits_the_singular_values() 
 
 def principal_rows(layer: Any) -> tuple[Tensor, Tensor]:
     """The rows of W_pri = P V before and of P Mᵀ V after the adapter, in the layer's own dtype."""
-    form = layer.form("default")
-    weight, basis = layer.host.matrix(), form.reader
-    operator = layer.operator("default").matrix().detach()
+    weight, basis = layer.host.matrix(), down_of(layer)
+    operator = layer.adapter("default").matrix().detach()
     projection = weight @ basis.T
     return projection @ basis, projection @ operator.T @ basis
 
@@ -152,7 +153,7 @@ def test_psoft_so_keeps_all_angles_and_norms(
     config = PsoftConfig(r=rank, target_modules=["0"], psoft_mag_a=False, psoft_mag_b=False)
     layer = layers_of(get_peft_model(model, config))[0]
     with torch.no_grad():
-        layer.operator("default").generator.normal_().mul_(magnitude / rank)
+        layer.adapter("default").generator.normal_().mul_(magnitude / rank)
     assert_geometry(*principal_rows(layer), 1.0, tolerance)
     # And what is really added to the weight is P Mᵀ V − P V.
     before, after = principal_rows(layer)
@@ -164,7 +165,7 @@ def test_psoft_so_keeps_all_angles_and_norms(
 def test_equal_magnitudes_keep_angles_and_scale_norms(dtype: torch.dtype, tolerance: float) -> None:
     model = nn.Sequential(nn.Linear(20, 33, dtype=dtype))
     layer = layers_of(adapt(model, r=9, target_modules=["0"]))[0]
-    operator = layer.operator("default")
+    operator = layer.adapter("default")
     with torch.no_grad():
         operator.input_scale.fill_(1.7)
         operator.output_scale.fill_(0.6)
@@ -303,7 +304,7 @@ def test_parameter_counts_of_the_paper(build: Any, rank: int, targets: Any, mill
         model = build()
     model = get_peft_model(model, PsoftConfig(r=rank, target_modules=targets))
     count = sum(
-        p.numel() for layer in layers_of(model) for p in layer.operator("default").parameters() if p.requires_grad
+        p.numel() for layer in layers_of(model) for p in layer.adapter("default").parameters() if p.requires_grad
     )
     assert count == len(layers_of(model)) * (rank * (rank - 1) // 2 + 2 * rank)
     # The paper rounds some of its figures and cuts others off (1.2066 is printed as 1.20, 14.484 as 14.5).

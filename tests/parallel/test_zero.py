@@ -21,7 +21,7 @@ from distributed import worker
 from helpers import OPTIONS_FOR_TINY, adapted_stack, layers_of, tiny_llama, torchrun, trainable
 from isotune import get_peft_model, regularization_loss
 from isotune.methods import METHODS
-from isotune.parallel.processes import shape_of
+from isotune.parallel.sharding import shape_of
 from isotune.tools.regularization import add_regularization_gradient
 
 WORKER = Path(worker.__file__).with_name("zero_worker.py")

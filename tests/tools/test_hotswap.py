@@ -128,7 +128,7 @@ def test_another_adapter_that_shares_the_basis_stays(tmp_path: Path, monkeypatch
     model.add_adapter("other", config())
     randomize(model, "other", std=0.3)
     layer = layers_of(model)[0]
-    assert layer.form("default").aligned_reader is layer.form("other").aligned_reader
+    assert layer.adapter("default").placement.down is layer.adapter("other").placement.down
     with monkeypatch.context() as patch:
         turned(patch)
         second = saved(tmp_path / "second", config(), 2)

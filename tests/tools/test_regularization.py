@@ -33,7 +33,7 @@ def adapted(config: RotationConfig) -> torch.nn.Module:
 def by_hand(model: torch.nn.Module, weight: float) -> torch.Tensor:
     total = torch.zeros(())
     for layer in layers_of(model):
-        operator = layer.operator("default")
+        operator = layer.adapter("default")
         if hasattr(operator, "pairs"):
             for (a1, b1), (a2, b2) in operator.pairs + torch.eye(2):
                 total = total + (a1 * b1 + a2 * b2) ** 2

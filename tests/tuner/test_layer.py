@@ -92,8 +92,8 @@ def test_equal_weights_and_a_second_adapter_are_solved_once(monkeypatch: pytest.
         model.add_adapter("other", psoft(target_modules=["first", "second", "third"]))
         assert len(calls) == 3
     for layer in layers_of(model):
-        assert layer.form("default").aligned_reader is layer.form("other").aligned_reader
-        assert layer.form("default").aligned_writer is layer.form("other").aligned_writer
+        assert layer.adapter("default").placement.down is layer.adapter("other").placement.down
+        assert layer.adapter("default").placement.up is layer.adapter("other").placement.up
 
 
 def test_loading_on_the_same_base_solves_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ def test_a_deleted_adapter_is_freed(x: torch.Tensor) -> None:
     model.add_adapter("other", psoft(r=5, target_modules=["first", "second"]))
     model.set_adapter("other")
     model(x).sum().backward()
-    reference = weakref.ref(layers_of(model)[0].operator("other").generator)
+    reference = weakref.ref(layers_of(model)[0].adapter("other").generator)
     model.zero_grad()
     model.set_adapter("default")
     model.delete_adapter("other")

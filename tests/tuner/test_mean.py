@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from helpers import Stack, layers_of, psoft, randomize, relative_error
+from helpers import Stack, down_of, layers_of, psoft, randomize, relative_error
 from isotune import add_adapter, get_peft_model
 from isotune.diagnostics.geometry import orthogonality_error
 from isotune.methods import METHODS
@@ -72,7 +72,7 @@ def test_what_is_between_is_as_orthogonal(case: str) -> None:
     model = pair(method, torch.float64, **options)
     model.add_weighted_adapter(["a", "b"], [0.4, 0.6], "mean")
     for layer in layers_of(model):
-        operator = layer.operator("mean")
+        operator = layer.adapter("mean")
         if hasattr(operator, "rotation_difference"):
             difference = operator.rotation_difference(operator.generator)
             matrix = difference + torch.eye(len(difference), dtype=difference.dtype)
@@ -97,7 +97,7 @@ def test_magnitudes_multiply() -> None:
     model = pair("psoft", r=8)
     model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")
     for layer in layers_of(model):
-        a, b, mean = (layer.operator(name) for name in ("a", "b", "mean"))
+        a, b, mean = (layer.adapter(name) for name in ("a", "b", "mean"))
         torch.testing.assert_close(mean.input_scale, (a.input_scale * b.input_scale).sqrt())
 
 
@@ -109,7 +109,7 @@ def test_the_mean_shares_the_basis_and_lives_like_any_adapter(tmp_path: Path) ->
     model.set_adapter("a")
     model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")
     for layer in layers_of(model):
-        assert layer.form("mean").aligned_reader is layer.form("a").aligned_reader
+        assert layer.adapter("mean").placement.down is layer.adapter("a").placement.down
         assert layer.active_adapters == ["a"]
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".mean." in n)
     expected = output(model, "mean")
@@ -152,10 +152,10 @@ def test_what_differs_is_named(case: str) -> None:
 def test_other_bases_methods_and_requests_are_refused() -> None:
     model = pair("psoft", r=8)
     with torch.no_grad():
-        form = layers_of(model)[1].form("b")
-        turned = form.reader.flip(0)
-        form.stored.copy_(form.stored.flip(0))
-        form.place(turned, layers_of(model)[1].unmerged_matrix(), 1.0)
+        layer = layers_of(model)[1]
+        turned, (basis,) = down_of(layer, "b").flip(0), layer.bases("b")
+        basis.record(basis.stored.flip(0))
+        layer.put_on_basis("b", [turned], principal=False)
     with pytest.raises(ValueError, match=r"different bases of the principal subspace .* 'second'"):
         model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")
     add_adapter(model, "rotation", config("oft", oft_block_size=8))
@@ -170,7 +170,7 @@ def test_other_bases_methods_and_requests_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             model.add_weighted_adapter(adapters, weights, name)
-    layers_of(model)[0].operator("a").input_scale.data[0] = -1.0
+    layers_of(model)[0].adapter("a").input_scale.data[0] = -1.0
     with pytest.raises(ValueError, match=r"'a' cannot be combined in .*first'.*not above 0"):
         model.add_weighted_adapter(["a"], [0.5], "m")
     assert list(model.peft_config) == ["a", "b", "rotation"]

@@ -128,7 +128,7 @@ def test_rank_and_alpha_patterns() -> None:
     config = psoft(r=8, psoft_alpha=8, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 5})
     config.alpha_pattern = {"layers.1.self_attn.q_proj": 2.0}
     model = adapt(tiny_llama(), config)
-    found = {layer.key: (layer.form("default").rank, layer.form("default").scale) for layer in layers_of(model)}
+    found = {layer.key: (layer.adapter("default").size, layer.adapter("default").scale) for layer in layers_of(model)}
     assert found == {
         "model.layers.0.self_attn.q_proj": (8, 1.0),
         "model.layers.0.self_attn.v_proj": (5, 8 / 5),
@@ -265,12 +265,12 @@ def test_meta_weights_are_deferred_until_they_come(whole: bool) -> None:
     model.get_base_model().tie_weights()
     if not whole:
         for ours, theirs in zip(layers_of(model), layers_of(normal), strict=True):
-            ours.operator("default").load_state_dict(theirs.operator("default").state_dict())
+            ours.adapter("default").load_state_dict(theirs.adapter("default").state_dict())
     assert not [name for name, p in model.named_parameters() if p.is_meta]
     tokens = some_tokens()
     torch.testing.assert_close(model(tokens).logits, normal(tokens).logits, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(layers_of(model), layers_of(normal), strict=True):
-        torch.testing.assert_close(ours.raw_form("default").stored, theirs.raw_form("default").stored)
+        torch.testing.assert_close(ours.bases("default")[0].stored, theirs.bases("default")[0].stored)
     model(tokens).logits.sum().backward()
     assert all(p.grad is not None for p in trainable(model).values())
 
@@ -376,7 +376,7 @@ def test_safe_merge_of_a_whole_model_is_all_or_nothing(family: str) -> None:
     """A bad last layer must not leave the layers before it merged."""
     model = adapt(FAMILIES[family](), target_modules=["q_proj", "v_proj"])
     with torch.no_grad():
-        layers_of(model)[-1].operator("default").generator[0] = float("nan")
+        layers_of(model)[-1].adapter("default").generator[0] = float("nan")
     before = snapshot(model)
     with pytest.raises(ValueError, match="NaN"):
         model.merge_adapter(safe_merge=True)

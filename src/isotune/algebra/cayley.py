@@ -286,7 +286,9 @@ def orthogonal_difference(
         (..., n, n).
     """
     if neumann_terms is None and generator_bound is None:
-        return cayley_of_entries(entries, n)
+        check_entries(entries, n)
+        result: Tensor = _CayleyOfEntries.apply(entries, n)  # type: ignore[no-untyped-call]
+        return result
     generator = skew_from_vector(entries, n)
     if generator_bound is not None:
         generator = bound_generator(generator, generator_bound)

@@ -27,10 +27,10 @@ from helpers import (
     tiny_opt,
     trainable,
 )
-from isotune.adapter.operator import batch_operators
+from isotune.adapter.evaluation import share_evaluations
 from isotune.methods.psoft import PsoftOperator
 
-CAYLEY = "isotune.algebra.cayley.cayley_of_entries"
+CAYLEY = "isotune.algebra.cayley._CayleyOfEntries.forward"
 
 
 @pytest.fixture
@@ -74,8 +74,7 @@ def test_batches_are_by_size_kind_dtype_and_device() -> None:
         PsoftOperator(4, output_scale=False),
         PsoftOperator(4).double(),
     ]
-    batches = batch_operators(operators)
-    assert [len(batch.operators) for batch in batches] == [2, 1, 1, 1, 1, 1, 1, 1]
+    assert [len(members) for _, members in share_evaluations(operators)] == [2, 1, 1, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("neumann", [None, 3])
@@ -87,9 +86,14 @@ def test_a_batch_gives_what_each_operator_alone_gives(neumann: int | None, bound
     for operator in operators:
         operator.randomize_parameters()
         alone.append(operator.difference().detach())
-    batch_operators(operators)
+    ((shared, members),) = share_evaluations(operators)
+    assert members == operators
+    for slot, operator in enumerate(operators):
+        operator.shared, operator.slot = shared, slot
+    shared.begin()
     for operator, expected in zip(operators, alone, strict=True):
         torch.testing.assert_close(operator.difference(), expected, rtol=1e-5, atol=1e-6)
+    shared.end()
 
 
 def test_half_precision_parameters_are_computed_in_single() -> None:
@@ -170,7 +174,7 @@ def write_assigned_state_dict(model: nn.Module) -> None:
 
 def write_new_parameter(model: nn.Module) -> None:
     for layer in layers_of(model):
-        operator = layer.operator("default")
+        operator = layer.adapter("default")
         operator.generator = nn.Parameter(operator.generator.detach() + 0.1)
 
 
@@ -252,13 +256,6 @@ def test_a_layer_called_twice(model: Any, x: Tensor) -> None:
     compare(model, one_by_one(model), x)
 
 
-def test_a_module_used_under_two_names(x: Tensor) -> None:
-    layer = nn.Linear(24, 24)
-    model = adapt(nn.Sequential(layer, nn.Tanh(), layer), target_modules=["0"])
-    reference = one_by_one(model)
-    compare(model, reference, x)
-
-
 def test_two_forwards_then_two_separate_backwards(model: Any, x: Tensor) -> None:
     reference = one_by_one(model)
     for each in (model, reference):
@@ -326,8 +323,8 @@ def test_inference_mode_first_then_training(model: Any, x: Tensor) -> None:
 
 
 def test_some_operators_frozen(model: Any, x: Tensor) -> None:
-    layers_of(model)[1].operator("default").requires_grad_(False)
-    layers_of(model)[2].operator("default").generator.requires_grad_(False)
+    layers_of(model)[1].adapter("default").requires_grad_(False)
+    layers_of(model)[2].adapter("default").generator.requires_grad_(False)
     compare(model, one_by_one(model), x)
 
 
@@ -462,7 +459,7 @@ def test_casting_the_model(model: Any, x: Tensor) -> None:
 def test_the_reference_shares_nothing(model: Any, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tests above compare with computes every operator at every call."""
     reference = one_by_one(model)
-    with counted(monkeypatch, "isotune.methods.psoft.PsoftOperator.compute") as calls:
+    with counted(monkeypatch, "isotune.methods.psoft.PsoftOperator.evaluate") as calls:
         for count in (3, 6):
             reference(x)
             assert len(calls) == count

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from isotune.subspace.precision import full_precision
+
 if TYPE_CHECKING:
     from isotune.subspace.cache import SubspaceCache
 
@@ -100,7 +102,7 @@ def principal_subspace(
     """
     _check_request(weight, rank, solver, tolerance, name)
     device = weight.device
-    with torch.no_grad(), _exact_matmul(device):
+    with torch.no_grad(), _without_autocast(device):
         matrix = weight.detach()
         if device.type == "mps":
             matrix = matrix.cpu()  # no float64 there, and every small matrix below is float64
@@ -230,15 +232,10 @@ def _check_request(weight: Tensor, rank: int, solver: str, tolerance: float, nam
 
 
 @contextlib.contextmanager
-def _exact_matmul(device: torch.device) -> Iterator[None]:
-    """Keep autocast and reduced-precision float32 products (TF32, bf16) out of the solvers."""
-    precision = torch.get_float32_matmul_precision()
+def _without_autocast(device: torch.device) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for kind in {"cpu", device.type}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        if precision != "highest":
-            torch.set_float32_matmul_precision("highest")
-            stack.callback(torch.set_float32_matmul_precision, precision)
         yield
 
 
@@ -296,7 +293,8 @@ def _lowrank(matrix: Tensor, rank: int, tolerance: float, seed: int) -> tuple[tu
     short = tall.shape[1]
     block = min(short, block_size(rank))
     energy_tolerance = min(ENERGY_TOLERANCE, 10.0 * tolerance**2)
-    working = tall.to(torch.bfloat16) if _rounds_cheaply(tall, block) else tall
+    exact = None if _rounds_cheaply(tall, block) else full_precision(tall)
+    working = tall.to(torch.bfloat16) if exact is None else exact
     start = torch.from_numpy(_gaussian(short, block, seed)).to(tall)
     vectors = torch.linalg.qr(_product(working.T, _product(working, start))).Q
     applications = 1
@@ -305,16 +303,18 @@ def _lowrank(matrix: Tensor, rank: int, tolerance: float, seed: int) -> tuple[tu
         image = _product(working, vectors)
         ritz, rotation = torch.linalg.eigh(image.double().T @ image.double())
         ritz = ritz.flip(0).clamp_min(0.0)
-        rotation = rotation.flip(1).to(vectors.dtype)
-        vectors, image = vectors @ rotation, image @ rotation
+        rotation = rotation.flip(1)
+        # In float64, as are all products but those with the weight: no setting of the process rounds them.
+        vectors, image = (vectors.double() @ rotation).to(vectors), (image.double() @ rotation).to(image)
         applied = _product(working.T, image)
         applications += 1
         residuals = torch.linalg.vector_norm(applied.double() - vectors.double() * ritz, dim=0)
         previous, relative = relative, _relative_residual(ritz, residuals, rank)
-        if working is not tall:
+        if exact is None:
             # The rounding of bfloat16 is where its rounds stop to gain.
             if relative > 0.5 * previous or _angle_bound(ritz, residuals, rank) <= _COARSE_ANGLE:
-                working, relative = tall, math.inf
+                working = exact = full_precision(tall)
+                relative = math.inf
         else:
             # Residuals that have fallen to rounding and no further: no more can be known of a cut between such close
             # values, and the energy decides. Residuals that merely fall slowly (a flat spectrum) prove nothing, as

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -61,3 +64,16 @@ def exact_product(left: Tensor, right: Tensor) -> Tensor:
     wide = right.double()
     rows = max(1, _CHUNK // max(1, left.shape[1]))
     return torch.cat([(part.double() @ wide).to(left.dtype) for part in torch.split(left, rows)])
+
+
+@contextlib.contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Compute in the dtypes that are given, on the CPU and on a device, inside of an autocast region too.
+
+    Args:
+        device: of the weights.
+    """
+    with contextlib.ExitStack() as stack:
+        for kind in {"cpu", device.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

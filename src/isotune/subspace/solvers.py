@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from isotune.subspace.precision import full_precision
+from isotune.subspace.precision import full_precision, without_autocast
 
 if TYPE_CHECKING:
     from isotune.subspace.cache import SubspaceCache
@@ -102,7 +101,7 @@ def principal_subspace(
     """
     _check_request(weight, rank, solver, tolerance, name)
     device = weight.device
-    with torch.no_grad(), _without_autocast(device):
+    with torch.no_grad(), without_autocast(device):
         matrix = weight.detach()
         if device.type == "mps":
             matrix = matrix.cpu()  # no float64 there, and every small matrix below is float64
@@ -170,7 +169,10 @@ def principal_subspaces(
                 if view is not None:
                     keys[view] = key
             if key not in solved:
-                found = None if cache is None else cache.get(key[0], (request.rank, weight.shape[1]), weight.device)
+                found = None
+                if cache is not None:
+                    shape = (request.rank, weight.shape[1])
+                    found = cache.get(key[0], shape, weight.device, weight=weight, tolerance=tolerance)
                 if found is None:
                     found = principal_subspace(
                         weight, request.rank, solver=solver, tolerance=tolerance, seed=seed, name=request.name
@@ -229,14 +231,6 @@ def _check_request(weight: Tensor, rank: int, solver: str, tolerance: float, nam
             f"{name}: tolerance is {tolerance!r}; it is the sine of an angle, so give a number between 0 and 1, such "
             f"as 1e-3"
         )
-
-
-@contextlib.contextmanager
-def _without_autocast(device: torch.device) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for kind in {"cpu", device.type}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 def _solve(matrix: Tensor, rank: int, solver: str, tolerance: float, seed: int) -> Subspace:

@@ -116,8 +116,9 @@ class BOFTOperator(Rotation):
         self.block_size = block_size
         self.dropout = dropout
         self.averages = generator_means(None, "output_gain")
-        self.generator = nn.Parameter(torch.zeros(stages, in_features // block_size, skew_size(block_size)))
-        self.output_gain = nn.Parameter(torch.ones(out_features))
+        shape = (stages, in_features // block_size, skew_size(block_size))
+        self.generator = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+        self.output_gain = nn.Parameter(torch.ones(out_features, dtype=torch.float32))
 
     @property
     def gain(self) -> nn.Parameter:

@@ -69,7 +69,7 @@ class GOFTOperator(Rotation):
 
     def __init__(self, size: int) -> None:
         super().__init__(size, givens_chain(size))
-        self.angles = nn.Parameter(torch.zeros(size - 1))
+        self.angles = nn.Parameter(torch.zeros(size - 1, dtype=torch.float32))
 
     def batch_key(self) -> Hashable:
         """What `evaluate` depends on besides the parameters."""
@@ -98,7 +98,7 @@ class QGOFTOperator(Rotation):
     def __init__(self, size: int, regularizer_weight: float = 0.0) -> None:
         super().__init__(size, givens_chain(size))
         self.regularizer_weight = regularizer_weight
-        self.pairs = nn.Parameter(torch.zeros(size - 1, 2, 2))
+        self.pairs = nn.Parameter(torch.zeros(size - 1, 2, 2, dtype=torch.float32))
 
     def batch_key(self) -> Hashable:
         """What `evaluate` depends on besides the parameters."""
@@ -109,7 +109,7 @@ class QGOFTOperator(Rotation):
         if not self.regularizer_weight:
             return None
         pairs = self.whole("pairs")
-        return self.regularizer_weight * pair_penalty(pairs + torch.eye(2, device=pairs.device))
+        return self.regularizer_weight * pair_penalty(pairs + torch.eye(2, dtype=pairs.dtype, device=pairs.device))
 
     def evaluate(self, parameters: Mapping[str, Tensor], noise: Tensor | None) -> tuple[Tensor, ...]:
         """The folded blocks of `givens_chain`."""

@@ -81,7 +81,7 @@ class HRAOperator(Rotation):
         super().__init__(size, (LowRank(),))
         self.strict = strict
         self.regularizer_weight = regularizer_weight
-        directions = torch.randn(reflections if strict else reflections // 2, size)
+        directions = torch.randn(reflections if strict else reflections // 2, size, dtype=torch.float32)
         directions = directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True)
         self.vectors = nn.Parameter(directions if strict else directions.repeat_interleave(2, dim=0))
 

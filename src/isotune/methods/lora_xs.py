@@ -70,7 +70,7 @@ class LoraXsOperator(DenseOperator):
     def __init__(self, size: int, std: float = 1e-5) -> None:
         super().__init__(size)
         self.std = std
-        self.coefficients = nn.Parameter(std * torch.randn(size, size))
+        self.coefficients = nn.Parameter(std * torch.randn(size, size, dtype=torch.float32))
 
     def batch_key(self) -> Hashable:
         """What `compute` depends on besides the parameters."""

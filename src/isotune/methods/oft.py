@@ -130,7 +130,8 @@ class OFTOperator(Rotation):
         self.averages = generator_means(generator_bound)
         self.dropout = dropout
         self.orthogonal = neumann_terms is None
-        self.generator = nn.Parameter(torch.zeros(1 if shared else blocks, skew_size(block_size)))
+        entries = torch.zeros(1 if shared else blocks, skew_size(block_size), dtype=torch.float32)
+        self.generator = nn.Parameter(entries)
 
     def batch_key(self) -> Hashable:
         """What `evaluate` depends on besides the parameters."""

@@ -118,9 +118,10 @@ class PsoftOperator(DenseOperator):
         self.generator_bound = generator_bound
         own = generator_means(generator_bound, "input_scale", "output_scale")
         self.averages = own if orthogonal else {"generator": linear_mean}
-        self.generator = nn.Parameter(torch.empty(skew_size(size) if orthogonal else (size, size)))
-        self.input_scale = nn.Parameter(torch.empty(size)) if input_scale else None
-        self.output_scale = nn.Parameter(torch.empty(size)) if output_scale else None
+        entries = skew_size(size) if orthogonal else (size, size)
+        self.generator = nn.Parameter(torch.empty(entries, dtype=torch.float32))
+        self.input_scale = nn.Parameter(torch.empty(size, dtype=torch.float32)) if input_scale else None
+        self.output_scale = nn.Parameter(torch.empty(size, dtype=torch.float32)) if output_scale else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

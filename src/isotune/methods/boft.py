@@ -13,7 +13,8 @@ from isotune.algebra.butterfly import butterfly_blocks, butterfly_chain
 from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.means import generator_means
 from isotune.algebra.skew import skew_order, skew_size
-from isotune.methods.config import RotationConfig, check_probability, divisor_for, require_positive_integer
+from isotune.methods.checks import check_probability, divisor_for, require_positive_integer
+from isotune.methods.config import RotationConfig
 
 
 @dataclass

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from isotune.adapter.operator import Rotation
 from isotune.algebra.givens import givens_blocks, givens_chain, pair_penalty, rotation_pairs
 from isotune.algebra.means import linear_mean
-from isotune.methods.config import RotationConfig, check_weight
+from isotune.methods.checks import check_weight
+from isotune.methods.config import RotationConfig
 
 
 def _require_pair(module: str, in_features: int) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from isotune.adapter.operator import Rotation
 from isotune.algebra.factors import LowRank
 from isotune.algebra.householder import orthonormal_reflection, reflection_penalty, reflections
-from isotune.methods.config import RotationConfig, check_weight, require_positive_integer
+from isotune.methods.checks import check_weight, require_positive_integer
+from isotune.methods.config import RotationConfig
 
 
 @dataclass

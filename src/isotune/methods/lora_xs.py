@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from isotune.adapter.operator import DenseOperator
 from isotune.algebra.means import linear_mean
-from isotune.methods.config import SubspaceConfig, check_alphas, check_weight
+from isotune.methods.checks import check_alphas, check_weight
+from isotune.methods.config import SubspaceConfig
 
 _START = 8.0
 """Standard deviations that no number of a normal sample lies beyond: one in 10¹⁵ does."""

@@ -15,7 +15,8 @@ from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.factors import BlockDiagonal
 from isotune.algebra.means import generator_means
 from isotune.algebra.skew import skew_order, skew_size
-from isotune.methods.config import RotationConfig, check_cayley_options, check_probability, divisor_for, require_choice
+from isotune.methods.checks import check_cayley_options, check_probability, divisor_for
+from isotune.methods.config import RotationConfig
 
 
 @dataclass
@@ -50,12 +51,11 @@ class OFTConfig(RotationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("adjust", self.adjust, ("refuse", "nearest"))
         check_probability("module_dropout", self.module_dropout)
         check_cayley_options(self.use_cayley_neumann, self.num_cayley_neumann_terms, None)
         for name in ("r", "oft_block_size"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            if value is not None and value < 0:
                 raise ValueError(f"{name}={value!r} is not allowed; give an integer of at least 1, or 0 to derive it.")
         if not 0 < self.eps < math.inf:
             raise ValueError(f"eps={self.eps!r} is not allowed; it bounds a norm, so it must be above 0.")

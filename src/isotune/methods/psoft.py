@@ -16,7 +16,8 @@ from isotune.algebra.diagonal import scaled_difference
 from isotune.algebra.means import generator_means, linear_mean
 from isotune.algebra.skew import skew_size
 from isotune.errors import IsotuneWarning
-from isotune.methods.config import SubspaceConfig, check_alphas, check_cayley_options, check_probability, require_choice
+from isotune.methods.checks import check_alphas, check_cayley_options, check_probability
+from isotune.methods.config import SubspaceConfig
 
 
 @dataclass
@@ -53,8 +54,6 @@ class PsoftConfig(SubspaceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("ab_svd_init", self.ab_svd_init, ("psoft_init", "pissa_init"))
-        require_choice("psoft_svd", self.psoft_svd, ("auto", "full", "lowrank"))
         check_alphas("psoft_alpha", self.psoft_alpha, self.alpha_pattern)
         check_probability("psoft_dropout", self.psoft_dropout)
         if self.use_cayley_neumann and not self.psoft_orth:

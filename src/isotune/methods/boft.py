@@ -32,6 +32,8 @@ class BOFTConfig(RotationConfig):
         ValueError: a value that is not allowed or a combination without effect; the message says what to change.
     """
 
+    peft_bias = "boft_only"
+
     boft_block_size: int = field(default=0)
     boft_block_num: int = field(default=0)
     boft_n_butterfly_factor: int = field(default=1)

@@ -39,7 +39,8 @@ class IsotuneConfig(PeftConfig):
         layers_pattern: name of the list of layers to which `layers_to_transform` refers.
         target_parameters: names of parameters to adapt that are no layer's weight: the fused experts of a mixture, such
             as ["experts.gate_up_proj", "experts.down_proj"]. Layers are then adapted only where target_modules says so.
-        bias: which biases of the base model are trained: "none", "all", or "isotune_only" (those of adapted layers).
+        bias: which biases of the base model are trained: "none", "all", or "isotune_only" (those of adapted layers);
+            PEFT's own word for it ("oft_only", "boft_only", "hra_only") is taken for the method that it names.
         fan_in_fan_out: accepted for compatibility; how a weight is stored is read off the layer itself.
         init_weights: True starts at the identity; False starts at a random operator, for tests.
         isotune_format: version of the adapter file.
@@ -52,6 +53,8 @@ class IsotuneConfig(PeftConfig):
     method_type: ClassVar[Any] = None
     runtime_fields: ClassVar[tuple[str, ...]] = ()
     """Known only while a model runs, so never written: the file must mean the same to whoever loads it."""
+    peft_bias: ClassVar[str] = ""
+    """What PEFT's own method of this name calls bias="isotune_only"."""
 
     target_modules: list[str] | str | None = field(default=None)
     exclude_modules: list[str] | str | None = field(default=None)
@@ -79,6 +82,8 @@ class IsotuneConfig(PeftConfig):
                 f"The adapter file has format version {self.isotune_format!r}; this release of isotune reads versions "
                 f"1 to {FORMAT_VERSION}. Install a later release: pip install -U isotune."
             )
+        if self.bias and self.bias == self.peft_bias:
+            self.bias = "isotune_only"
         check_types(self)
         if self.task_type is not None:
             require_choice("task_type", self.task_type, [kind.value for kind in TaskType])
@@ -88,6 +93,7 @@ class IsotuneConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self.layers_pattern = self.layers_pattern or None
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError(
                 "layers_pattern is set but layers_to_transform is not; it says which of those layers to adapt."
@@ -205,7 +211,7 @@ class SubspaceConfig(IsotuneConfig):
         subspace_cache: whether computed subspaces are kept on disk (see ISOTUNE_CACHE). Not stored in the file.
     """
 
-    runtime_fields = ("on_base_mismatch", "subspace_cache")
+    runtime_fields: ClassVar[tuple[str, ...]] = ("on_base_mismatch", "subspace_cache")
 
     r: int = field(default=32)
     rank_pattern: dict[str, int] = field(default_factory=dict)

@@ -26,8 +26,7 @@ class OFTConfig(RotationConfig):
     Args:
         r: number of blocks; 0 or None: in_features / oft_block_size.
         oft_block_size: size of a block; 0 or None: in_features / r, or 32 if r is not given either.
-        adjust: "refuse" a number that does not divide in_features, or take the "nearest" that does (the lower of two)
-            and say so once.
+        adjust: "refuse" a number that does not divide in_features, or warn and take the "nearest" (lower) that does.
         module_dropout: share of the blocks that are the identity at each training step.
         coft: bound the rotation (COFT): the generators' Frobenius norm, over all blocks, is at most eps.
         eps: that bound; each of the r blocks has eps / √r.
@@ -38,6 +37,8 @@ class OFTConfig(RotationConfig):
     Raises:
         ValueError: a value that is not allowed or a combination without effect; the message says what to change.
     """
+
+    peft_bias = "oft_only"
 
     r: int | None = field(default=None)
     oft_block_size: int | None = field(default=None)

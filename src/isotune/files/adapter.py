@@ -24,12 +24,14 @@ from isotune.methods import METHODS
 from isotune.methods.config import IsotuneConfig
 from isotune.tuner.layer import Layer, adapt
 from isotune.tuner.placing import AdapterGroup
+from isotune.tuner.state import KEY_PREFIX as KEY_PREFIX
+from isotune.tuner.state import adapted_layers as adapted_layers
+from isotune.tuner.state import check_tensors as check_tensors
+from isotune.tuner.state import check_values
+from isotune.tuner.state import named_tensors as named_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-KEY_PREFIX = "base_model.model."
-"""What PEFT puts before every name of the base model."""
-
 ADAPTER = "default"
 """What an adapter is called that is loaded or imported."""
 
@@ -52,12 +54,19 @@ class AdapterFile:
             AdapterFileError: the tensors do not fit the config.
         """
         self._refuse_experts()
-        try:
-            operator = self.config.operator_of(module, self._tensors(module, "isotune_operator."))
-        except (KeyError, IndexError, ValueError) as error:
-            raise self._misfit(module, str(error)) from error
+        self._check_operator(module)
+        operator = self.config.operator_of(module, self._tensors(module, "isotune_operator."))
         self._load(operator, module, "isotune_operator.")
         return operator
+
+    def _check_operator(self, module: str) -> None:
+        """Compare the file with the configuration before anything of the size that this declares is made."""
+        try:
+            with torch.device("meta"):
+                operator = self.config.operator_of(module, self._tensors(module, "isotune_operator."))
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise self._misfit(module, str(error).splitlines()[0]) from error
+        self._load(operator, module, "isotune_operator.", assign=True)
 
     def _refuse_experts(self) -> None:
         if self.config.target_parameters:
@@ -69,9 +78,9 @@ class AdapterFile:
     def _tensors(self, module: str, prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): t for name, t in self.layers[module].items() if name.startswith(prefix)}
 
-    def _load(self, target: nn.Module, module: str, prefix: str) -> None:
+    def _load(self, target: nn.Module, module: str, prefix: str, *, assign: bool = False) -> None:
         try:
-            target.load_state_dict(self._tensors(module, prefix))
+            target.load_state_dict(self._tensors(module, prefix), assign=assign)
         except RuntimeError as error:
             raise self._misfit(module, str(error).splitlines()[-1].strip()) from error
 
@@ -109,6 +118,7 @@ class AdapterFile:
         Raises:
             AdapterFileError: the tensors do not fit the layer.
         """
+        self._check_operator(module)
         layer.update_layer(ADAPTER, self.config)
         self._load(layer.operator(ADAPTER), module, "isotune_operator.")
         self._load(layer.raw_form(ADAPTER), module, "isotune_form.")
@@ -127,49 +137,6 @@ class AdapterFile:
             f"{self.directory}: the adapter is on a module {name!r}, which this base model does not have. Give the "
             "base model that it was trained on."
         )
-
-
-def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Layer]]:
-    """The layers of a model that hold an adapter, each with its name in the base model."""
-    for name, module in model.named_modules():
-        if isinstance(module, Layer) and adapter_name in module.isotune_operator:
-            yield name.removeprefix(KEY_PREFIX), module
-
-
-def named_tensors(layer: Layer, adapter_name: str) -> dict[str, Tensor]:
-    """What a layer holds of an adapter and a file stores, by its name in the file: "isotune_operator.generator", …"""
-    parts = {"isotune_operator": layer.operator(adapter_name), "isotune_form": layer.raw_form(adapter_name)}
-    return {f"{group}.{name}": t for group, part in parts.items() for name, t in part.state_dict().items()}
-
-
-def check_tensors(needed: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str) -> None:
-    """Refuse a file that lacks what an adapter needs or holds what cannot be.
-
-    Args:
-        needed: by name, with the shapes that are needed.
-        given: what the file holds; what it holds besides is not looked at.
-        where: ends the message of a wrong shape, "(…) is needed WHERE".
-
-    Raises:
-        AdapterFileError: a tensor is missing, of another shape, an empty basis, or not finite; names it.
-    """
-    for name, tensor in needed.items():
-        if name not in given:
-            raise AdapterFileError(
-                f"The adapter file has no {name!r}. It is incomplete, or was made for other target_modules, another "
-                "rank or another basis than its adapter_config.json says; save the adapter again."
-            )
-        if given[name].shape != tensor.shape:
-            raise AdapterFileError(
-                f"{name!r} has shape {tuple(given[name].shape)} in the adapter file, and {tuple(tensor.shape)} is "
-                f"needed {where}."
-            )
-        if name.endswith((".pin", ".basis")) and not given[name].any():
-            raise AdapterFileError(
-                f"{name!r} is empty in the adapter file: it was saved before its base had weights. Save it again."
-            )
-        if not torch.isfinite(given[name]).all():
-            raise AdapterFileError(f"{name!r} holds NaN or infinity in the adapter file; load an earlier checkpoint.")
 
 
 def describe(directory: str | os.PathLike[str]) -> AdapterFile:
@@ -197,6 +164,9 @@ def describe(directory: str | os.PathLike[str]) -> AdapterFile:
     layers, extras = by_module(read_tensors(folder), ("isotune_operator", "isotune_form"))
     if not layers:
         raise AdapterFileError(f"{folder / WEIGHTS_FILE} holds no adapted layer; save the adapter again.")
+    for module, tensors in layers.items():
+        for name, tensor in tensors.items():
+            check_values(f"{module}.{name}", tensor, file=str(folder / WEIGHTS_FILE))
     return AdapterFile(folder, config, layers, extras)
 
 
@@ -214,6 +184,8 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise AdapterFileError(f"{folder} has no {CONFIG_FILE}, so it is not an adapter that save_pretrained wrote.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise AdapterFileError(f"{path} is damaged: it is nested too deeply. Copy or save the adapter again.") from None
     except ValueError as error:
         raise AdapterFileError(f"{path} is damaged: {error}. Copy or save the adapter again.") from error
     if not isinstance(content, dict):

@@ -134,7 +134,7 @@ class IsotuneConfig(PeftConfig):
                     f"{file} is damaged and cannot be read ({error}). Copy or download it again."
                 ) from error
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+            config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except AdapterFileError:
             raise
         except (ValueError, TypeError) as error:
@@ -142,6 +142,8 @@ class IsotuneConfig(PeftConfig):
             if own or not (folder / "adapter_config.json").is_file():
                 raise
             raise AdapterFileError(f"{folder / 'adapter_config.json'}: {error}") from error
+        config.__dict__["origin"] = str(pretrained_model_name_or_path)  # for messages; no field, so never written
+        return config
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:

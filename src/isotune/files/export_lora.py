@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from isotune.algebra.lowrank import Factored, check_truncation, pad_rank, truncate, truncate_product
 from isotune.files.adapter import (
     CONFIG_FILE,
     KEY_PREFIX,
@@ -34,6 +33,7 @@ from isotune.files.adapter import (
 )
 from isotune.files.base_model import resolve_base
 from isotune.methods.config import IsotuneConfig
+from isotune.subspace.lowrank import Factored, check_truncation, pad_rank, truncate, truncate_product
 from isotune.tuner.layer import Layer, warn_of_requantising
 
 LORA_REPORT = "isotune_export.json"

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from isotune.subspace.precision import exact_product, without_autocast
-from isotune.subspace.solvers import Subspace
+from isotune.subspace.result import Subspace
 
 DEFAULT_MAX_BYTES = 4 * 2**30
 AGREEMENT = 1e-3
@@ -196,7 +196,6 @@ def _read(path: Path, shape: tuple[int, int]) -> Subspace:
         float(metadata["energy"]),
         metadata["solver"],
         int(metadata["iterations"]),
-        True,
     )
 
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from isotune.subspace.cache import SubspaceCache
 from isotune.subspace.precision import full_precision, without_autocast
-
-if TYPE_CHECKING:
-    from isotune.subspace.cache import SubspaceCache
+from isotune.subspace.result import Subspace
+from isotune.subspace.result import SubspaceRequest as SubspaceRequest
 
 SOLVERS = ("auto", "full", "lowrank")
 SOLVER_VERSION = 2
@@ -38,36 +37,6 @@ _PROGRESS_DELAY_SECONDS = 3.0
 _COARSE_ANGLE = 0.3
 # Below this many multiplications per product, converting the weight costs more than the products save.
 _COARSE_WORK = 2e8
-
-
-@dataclass(frozen=True)
-class Subspace:
-    """The top-r right singular vectors of a weight W (out, in), and how they were found."""
-
-    basis: Tensor
-    """(r, in), orthonormal rows by descending singular value, on the weight's device; float64 for a float64 weight,
-    otherwise float32."""
-    singular_values: Tensor
-    """(r,), descending, same dtype and device as the basis."""
-    energy: float
-    """Sum of the captured squared singular values over the squared Frobenius norm of W; 1.0 for a zero weight."""
-    solver: str
-    """"full" or "lowrank": what was really used."""
-    iterations: int
-    """Products with WᵀW (or WWᵀ) that "lowrank" spent, also where it then fell back; 0 for "full"."""
-    converged: bool
-    """The stated tolerance was reached."""
-
-
-@dataclass(frozen=True)
-class SubspaceRequest:
-    """One weight of `principal_subspaces`: the tensor, or a function that makes it when its turn comes."""
-
-    weight: Tensor | Callable[[], Tensor]
-    """(out, in), or a zero-argument callable that returns it, so that one dequantised copy lives at a time."""
-    rank: int
-    name: str = "weight"
-    """Begins every error message about this request."""
 
 
 def principal_subspace(
@@ -121,14 +90,7 @@ def principal_subspace(
         values = result.singular_values
         if abs(exponent) > 16:
             values = torch.ldexp(values, torch.tensor(exponent, device=values.device))
-        return Subspace(
-            result.basis.to(device),
-            values.to(device),
-            result.energy,
-            result.solver,
-            result.iterations,
-            result.converged,
-        )
+        return replace(result, basis=result.basis.to(device), singular_values=values.to(device))
 
 
 def principal_subspaces(
@@ -249,7 +211,7 @@ def _solve(matrix: Tensor, rank: int, solver: str, tolerance: float, seed: int) 
     basis = _complete(basis, values, _NEGLIGIBLE[matrix.dtype])
     energy = min(1.0, float(values.square().sum()) / total) if total > 0.0 else 1.0
     basis = basis.to(matrix.dtype).contiguous()
-    return Subspace(basis, values.to(matrix.dtype), energy, solver, iterations, True)
+    return Subspace(basis, values.to(matrix.dtype), energy, solver, iterations)
 
 
 def _full(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -74,9 +74,9 @@ def check_tensors(
     for name, tensor in needed.items():
         if name not in given:
             raise AdapterFileError(
-                f"{name!r} is missing: {file} has no such tensor. It is incomplete, or was made for other "
-                "target_modules, another rank or another basis than its adapter_config.json says; save the adapter "
-                "again."
+                f"{file.replace('the', 'The', 1) if file.startswith(THE_FILE) else file} has no {name!r}. It is "
+                "incomplete, or was made for other target_modules, another rank or another basis than its "
+                "adapter_config.json says; save the adapter again."
             )
         if given[name].shape != tensor.shape:
             raise AdapterFileError(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from isotune.subspace.precision import exact_product
 from isotune.subspace.solvers import principal_subspace
 
 _FIRST_GUESS = 64
@@ -66,14 +67,14 @@ def truncate(matrix: Tensor, *, rank: int | None = None, energy: float | None = 
         # Past a third of the directions the exact answer is as cheap.
         guess = limit if 3 * guess > limit else guess
         down = principal_subspace(wide, guess, tolerance=_TOLERANCE, name="the update").basis
-        up = wide @ down.T
+        up = exact_product(wide, down.T)
         kept = torch.linalg.vector_norm(up, dim=0, dtype=torch.float64).square().cumsum(0) / norm**2
         if rank is not None or guess == limit or float(kept[-1]) >= float(energy or 0.0):
             break
         guess *= 3
     count = min(limit, rank) if rank is not None else _least(kept, float(energy or 0.0))
     up, down = up[:, :count].contiguous(), down[:count].contiguous()
-    return Factored(up, down, _norm(wide - up @ down), norm)
+    return Factored(up, down, _norm(wide - exact_product(up, down)), norm)
 
 
 def truncate_product(up: Tensor, down: Tensor, *, rank: int | None = None, energy: float | None = None) -> Factored:

@@ -250,6 +250,24 @@ def by_module(
     return layers, rest
 
 
+def config_of(model: nn.Module, adapter_name: str) -> IsotuneConfig:
+    """The configuration of an isotune adapter on a model.
+
+    Args:
+        model: a PeftModel, or a model with injected adapters.
+        adapter_name: the adapter.
+
+    Raises:
+        ValueError: there is no such adapter, or it is not isotune's; names those there are.
+    """
+    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name)
+    if not isinstance(config, IsotuneConfig):
+        have = {name: str(getattr(c, "peft_type", c)) for name, c in configs.items()}
+        raise ValueError(f"There is no isotune adapter {adapter_name!r} on this model; it has {have or 'none'}.")
+    return config
+
+
 def named_base(
     directory: str | os.PathLike[str], base: nn.Module | str | None = None, *, trust_remote_code: bool = False
 ) -> nn.Module:

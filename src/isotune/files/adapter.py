@@ -50,6 +50,9 @@ class AdapterFile:
     def operator(self, module: str) -> Operator:
         """The trained operator of a module.
 
+        Args:
+            module: its name in the file.
+
         Raises:
             AdapterFileError: the tensors do not fit the config.
         """
@@ -115,6 +118,10 @@ class AdapterFile:
     def build(self, module: str, layer: Layer) -> Layer:
         """Add the adapter to a layer as "default", its form not placed yet; returns the layer.
 
+        Args:
+            module: its name in the file.
+            layer: without that adapter.
+
         Raises:
             AdapterFileError: the tensors do not fit the layer.
         """
@@ -173,6 +180,9 @@ def describe(directory: str | os.PathLike[str]) -> AdapterFile:
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of an adapter folder's adapter_config.json, whatever the method.
 
+    Args:
+        directory: the folder.
+
     Raises:
         AdapterFileError: no such folder, or no such file, or not JSON.
     """
@@ -197,6 +207,9 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 def new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write into that becomes `out` when the block ends well, and vanishes otherwise.
 
+    Args:
+        out: the folder that is wanted; its parents are made.
+
     Raises:
         ValueError: `out` exists and is not an empty folder.
     """
@@ -215,6 +228,9 @@ def new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter folder by their name in the file, whatever the method.
+
+    Args:
+        folder: with adapter_model.safetensors.
 
     Raises:
         AdapterFileError: no such file, or damaged, or a pickle.
@@ -237,7 +253,21 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def by_module(
     tensors: Mapping[str, Tensor], groups: tuple[str, ...]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Split a file into the tensors of its adapted layers, by module, and the rest."""
+    """Split a file into the tensors of its adapted layers, by module, and the rest.
+
+    Args:
+        tensors: by their name in the file.
+        groups: what follows a module's name where the tensor is the adapter's.
+
+    Returns:
+        Module name -> name behind it -> tensor; and name in the file -> tensor.
+
+    Example:
+        >>> names = ["base_model.model.q.isotune_operator.angles", "base_model.model.head.weight"]
+        >>> layers, rest = by_module(dict.fromkeys(names, torch.zeros(1)), ("isotune_operator",))
+        >>> {module: list(tensors) for module, tensors in layers.items()}, list(rest)
+        ({'q': ['isotune_operator.angles']}, ['base_model.model.head.weight'])
+    """
     layers: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -273,6 +303,11 @@ def named_base(
 ) -> nn.Module:
     """The base model of an adapter folder: `base` itself, or loaded by that name or the one in the adapter's config.
 
+    Args:
+        directory: the adapter's folder.
+        base: the base model, or its name; None for the one that the adapter's config names.
+        trust_remote_code: run code that the base model's repository carries.
+
     Raises:
         ValueError: neither names one, or it cannot be loaded.
     """
@@ -288,5 +323,14 @@ def named_base(
 
 
 def rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:
-    """The pattern for those modules whose rank is not the default; anchored, as one name may end in another."""
+    """The pattern for those modules whose rank is not the default; anchored, as one name may end in another.
+
+    Args:
+        ranks: module name -> rank.
+        default: the rank that needs no pattern.
+
+    Example:
+        >>> rank_pattern({"layers.0.q": 4, "layers.0.k": 8}, 8)
+        {'^layers\\\\.0\\\\.q': 4}
+    """
     return {"^" + name.replace(".", r"\."): rank for name, rank in ranks.items() if rank != default}

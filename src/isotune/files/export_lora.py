@@ -173,12 +173,23 @@ def export_lora(
 
 
 def has_adapter(directory: str | os.PathLike[str]) -> bool:
-    """Whether a folder is an adapter's, and not one that holds several."""
+    """Whether a folder is an adapter's, and not one that holds several.
+
+    Args:
+        directory: any path.
+    """
     return (Path(directory) / CONFIG_FILE).is_file()
 
 
 def origin_of(directory: str | os.PathLike[str], options: LoraOptions) -> dict[str, Any]:
     """What tells whether an adapter folder would be exported to the same LoRA folder again.
+
+    Args:
+        directory: the adapter's folder.
+        options: how it is exported.
+
+    Returns:
+        The files' hashes and the options, for JSON.
 
     Raises:
         AdapterFileError: there is no adapter.
@@ -203,8 +214,8 @@ def _factored(module: str, layer: Layer, adapter_name: str, options: LoraOptions
     if rank is None and energy is None:
         raise ValueError(
             f"The adapter rotates all inputs of {module!r}, so its update has full rank. Give a rank (--rank 64) or "
-            "the share of the update to keep (--energy 0.99) for the best LoRA adapter, whose error is told; or export "
-            "the merged model, which is exact (--to merged)."
+            "the share of the update to keep (--energy 0.99) for the best LoRA adapter, whose error is reported; or "
+            "export the merged model, which is exact (--to merged)."
         )
     return truncate(layer.host.stored(layer.get_delta_weight(adapter_name)), rank=rank, energy=energy)
 

@@ -112,7 +112,15 @@ def _described(hint: Any, *, several: bool = False) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it, however large it is."""
+    """A value as a message shows it, however large it is.
+
+    Args:
+        value: anything.
+
+    Example:
+        >>> shown("x" * 1000)[-3:]
+        'xx…'
+    """
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, or a list in a list in a list …
@@ -130,6 +138,11 @@ def require_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
 
     Raises:
         ValueError: it is none of them; the message lists them and points to the nearest.
+
+    Example:
+        >>> require_choice("psoft_svd", "fulll", ["auto", "full", "lowrank"])
+        Traceback (most recent call last):
+        ValueError: psoft_svd='fulll' is not one of 'auto', 'full', 'lowrank'. Did you mean 'full'?
     """
     choices = tuple(allowed)
     if value not in choices:
@@ -141,6 +154,10 @@ def require_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
 def require_positive_integer(name: str, value: Any) -> None:
     """Refuse what is not an integer above zero.
 
+    Args:
+        name: of the option.
+        value: what was given.
+
     Raises:
         ValueError: names the option and the value.
     """
@@ -151,6 +168,10 @@ def require_positive_integer(name: str, value: Any) -> None:
 def check_seed(name: str, value: int) -> None:
     """Refuse an integer that is no seed.
 
+    Args:
+        name: of the option.
+        value: what was given.
+
     Raises:
         ValueError: it is below 0 or above 2³² − 1.
     """
@@ -160,6 +181,10 @@ def check_seed(name: str, value: int) -> None:
 
 def check_probability(name: str, value: float) -> None:
     """Refuse a number outside of [0, 1), and NaN.
+
+    Args:
+        name: of the option.
+        value: what was given.
 
     Raises:
         ValueError: names the option and the value.
@@ -189,6 +214,10 @@ def check_alphas(name: str, alpha: float | None, pattern: Mapping[str, float]) -
 def check_weight(name: str, value: float) -> None:
     """Refuse a number that is negative, infinite or NaN.
 
+    Args:
+        name: of the option.
+        value: what was given.
+
     Raises:
         ValueError: names the option and the value.
     """
@@ -198,6 +227,10 @@ def check_weight(name: str, value: float) -> None:
 
 def check_expression(name: str, value: str) -> None:
     """Refuse a string that is no regular expression.
+
+    Args:
+        name: of the option.
+        value: what was given.
 
     Raises:
         ValueError: names the option and what is wrong with the expression.
@@ -212,6 +245,10 @@ def check_expression(name: str, value: str) -> None:
 
 def check_pattern(name: str, pattern: Mapping[str, Any]) -> None:
     """Refuse a dictionary by module whose keys are no regular expressions.
+
+    Args:
+        name: of the option.
+        pattern: module name or regular expression -> anything.
 
     Raises:
         ValueError: names the option and the key.
@@ -262,6 +299,10 @@ def divisor_for(name: str, value: int, module: str, width: int, adjust: str = "r
 
     Raises:
         ValueError: it does not divide them; the message names the nearest that do.
+
+    Example:
+        >>> divisor_for("oft_block_size", 32, "q_proj", 768)
+        32
     """
     if value <= width and width % value == 0:
         return value

@@ -180,6 +180,11 @@ class IsotuneConfig(PeftConfig):
     def build_operator(self, module: str, in_features: int, out_features: int) -> Operator:
         """A new operator for a module whose W is (out_features, in_features), the identity if `init_weights`.
 
+        Args:
+            module: its name in the base model.
+            in_features: columns of W.
+            out_features: rows of W.
+
         Raises:
             ValueError: the configuration does not fit a matrix of this shape.
         """
@@ -188,13 +193,23 @@ class IsotuneConfig(PeftConfig):
     def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> Operator:
         """A new operator into which these tensors of an adapter file fit, where the base's shapes are not known.
 
+        Args:
+            module: its name in the base model.
+            tensors: of the operator, by the names of its parameters.
+
         Raises:
             KeyError, IndexError, ValueError: they are not tensors of this method.
         """
 
     @abstractmethod
     def build_form(self, module: str, in_features: int, device: torch.device) -> Form:
-        """A new form for that operator."""
+        """A new form for that operator, in which it is placed on the layer.
+
+        Args:
+            module: its name in the base model.
+            in_features: columns of W.
+            device: where the tensors of the form are.
+        """
 
 
 @dataclass
@@ -253,11 +268,24 @@ class SubspaceConfig(IsotuneConfig):
         return 0.0
 
     def rank_of(self, module: str) -> int:
-        """The rank for a module by `rank_pattern`, else r."""
+        """The rank for a module by `rank_pattern`, else r.
+
+        Args:
+            module: its name in the base model.
+
+        Example:
+            >>> from isotune import PsoftConfig
+            >>> PsoftConfig(r=8, rank_pattern={"q_proj": 4}).rank_of("layers.0.q_proj")
+            4
+        """
         return int(by_pattern(self.rank_pattern, module, self.r))
 
     def scale_of(self, module: str) -> float:
-        """The factor s of the update of a module: alpha / r, both by pattern."""
+        """The factor s of the update of a module: alpha / r, both by pattern.
+
+        Args:
+            module: its name in the base model.
+        """
         alpha = by_pattern(self.alpha_pattern, module, self.alpha)
         return 1.0 if alpha is None else float(alpha) / self.rank_of(module)
 
@@ -273,7 +301,11 @@ class SubspaceConfig(IsotuneConfig):
         )
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> DenseOperator:
-        """A new operator on the coordinates of the subspace."""
+        """A new operator on the coordinates of the subspace.
+
+        Raises:
+            ValueError: the rank is larger than the smaller side of the weight.
+        """
         rank, limit = self.rank_of(module), min(in_features, out_features)
         if rank > limit:
             raise ValueError(
@@ -289,7 +321,11 @@ class SubspaceConfig(IsotuneConfig):
 
     @abstractmethod
     def subspace_operator(self, rank: int) -> DenseOperator:
-        """A new operator on rank coordinates, the identity if `init_weights`."""
+        """A new operator on rank coordinates, the identity if `init_weights`.
+
+        Args:
+            rank: r.
+        """
 
 
 @dataclass
@@ -306,7 +342,11 @@ class RotationConfig(IsotuneConfig):
 
     @abstractmethod
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-        """in_features and out_features that go with the tensors of an operator; any where they do not matter."""
+        """in_features and out_features that go with the tensors of an operator; any where they do not matter.
+
+        Args:
+            tensors: of the operator, by the names of its parameters.
+        """
 
 
 def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -321,5 +361,9 @@ def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def config_fields(config: type[IsotuneConfig]) -> tuple[str, ...]:
-    """The names of all fields of a configuration class."""
+    """The names of all fields of a configuration class.
+
+    Args:
+        config: the class.
+    """
     return tuple(f.name for f in fields(config))

@@ -44,10 +44,12 @@ class LoraXsConfig(SubspaceConfig):
 
     @property
     def reader_power(self) -> float:
+        """1: all of them."""
         return 1.0
 
     @property
     def alpha(self) -> float | None:
+        """lora_alpha."""
         return self.lora_alpha
 
     def subspace_operator(self, rank: int) -> LoraXsOperator:

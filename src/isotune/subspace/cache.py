@@ -68,7 +68,7 @@ class SubspaceCache:
         weight: Tensor | None = None,
         tolerance: float = 0.0,
     ) -> Subspace | None:
-        """The subspace stored under a key, or None.
+        """The subspace stored under a key.
 
         Args:
             key: as `subspace_key` makes it.
@@ -76,6 +76,9 @@ class SubspaceCache:
             device: where the result is put.
             weight: W, (out, in). With it, an entry that `spans` finds to be of another weight counts as absent.
             tolerance: as for `spans`.
+
+        Returns:
+            The subspace, or None for no such entry, a damaged one, or one of another weight.
         """
         if self.directory is None:
             return None
@@ -86,7 +89,7 @@ class SubspaceCache:
             found = _read(path, shape)
             found = replace(found, basis=found.basis.to(device), singular_values=found.singular_values.to(device))
             if weight is not None and not spans(found, weight, tolerance):
-                raise ValueError(f"{path} is not of this weight")
+                raise ValueError(f"{path} is not of this weight")  # caught below, as are all that `_read` finds
         except (FileNotFoundError, PermissionError, RuntimeError):
             return None  # RuntimeError: safetensors opens a file twice, and this one was evicted in between
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):

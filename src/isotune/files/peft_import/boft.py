@@ -14,6 +14,14 @@ from isotune.methods import BOFTConfig
 
 @torch.no_grad()
 def import_boft(source: Source) -> PeftModel:
+    """The base with isotune's BOFT, which computes what PEFT's BOFT does.
+
+    Args:
+        source: the folder and its base, which is adapted in place.
+
+    Raises:
+        AdapterFileError: the folder does not fit the base, or computes what no adapter of isotune does.
+    """
     theirs = source.config
     # The file decides on m: without its CUDA extension PEFT has one factor whatever the configuration says.
     stages = {name: source.tensor(name, "boft_R", 4) for name in source.layers}

@@ -16,6 +16,14 @@ from isotune.methods import HRAConfig
 
 @torch.no_grad()
 def import_hra(source: Source) -> PeftModel:
+    """The base with isotune's HRA, which computes what PEFT's HRA does.
+
+    Args:
+        source: the folder and its base, which is adapted in place.
+
+    Raises:
+        AdapterFileError: the folder does not fit the base, or computes what no adapter of isotune does.
+    """
     theirs = source.config
     odd = theirs.r % 2 == 1 and not theirs.apply_GS
     with refused(str(source.folder / CONFIG_FILE)):

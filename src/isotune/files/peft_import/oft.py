@@ -18,6 +18,14 @@ from isotune.methods import OFTConfig
 
 @torch.no_grad()
 def import_oft(source: Source) -> PeftModel:
+    """The base with isotune's OFT, which computes what PEFT's OFT, COFT included does.
+
+    Args:
+        source: the folder and its base, which is adapted in place.
+
+    Raises:
+        AdapterFileError: the folder does not fit the base, or computes what no adapter of isotune does.
+    """
     theirs = source.config
     terms = int(theirs.num_cayley_neumann_terms)
     if theirs.use_cayley_neumann and terms == 2:

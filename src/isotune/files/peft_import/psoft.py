@@ -79,6 +79,14 @@ class _Subspace:
 
 
 def import_psoft(source: Source) -> PeftModel:
+    """The base with isotune's PSOFT, which computes what PEFT's PSOFT does.
+
+    Args:
+        source: the folder and its base, which is adapted in place.
+
+    Raises:
+        AdapterFileError: the folder does not fit the base, or computes what no adapter of isotune does.
+    """
     theirs = source.config
     theirs.fan_in_fan_out = False  # as PEFT sets it: its PSOFT takes nn.Linear only
     weights = {name: source.weight(name) for name in source.layers}

@@ -33,7 +33,14 @@ class Source:
     base: nn.Module
 
     def weight(self, name: str) -> Tensor:
-        """W of an adapted module, which must be an nn.Linear."""
+        """W of an adapted module, (out, in).
+
+        Args:
+            name: of the module.
+
+        Raises:
+            AdapterFileError: the base has no such module, or it is no nn.Linear.
+        """
         try:
             module = self.base.get_submodule(name)
         except AttributeError:
@@ -54,7 +61,16 @@ class Source:
         )
 
     def tensor(self, name: str, key: str, dimensions: int) -> Tensor:
-        """A tensor of an adapted nn.Linear, float32 at least."""
+        """A tensor of an adapted nn.Linear, float32 at least.
+
+        Args:
+            name: of the module.
+            key: of the tensor behind it.
+            dimensions: how many it must have.
+
+        Raises:
+            AdapterFileError: there is no such tensor of so many dimensions, or no such nn.Linear.
+        """
         self.weight(name)
         tensor = self.layers[name].get(key)
         if tensor is None or tensor.ndim != dimensions:
@@ -66,7 +82,18 @@ class Source:
         return widen(tensor)
 
     def fill(self, model: PeftModel, parameters: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Layer]:
-        """Put the parameters, by module and name, into the operators of the model, and return its layers."""
+        """Put parameters into the operators of a model.
+
+        Args:
+            model: the adapted base.
+            parameters: module name -> name of the parameter -> its values.
+
+        Returns:
+            Module name -> layer.
+
+        Raises:
+            AdapterFileError: other modules are adapted, or a shape is another.
+        """
         adapted = dict(adapted_layers(model, ADAPTER))
         if adapted.keys() != parameters.keys():
             odd = min(adapted.keys() ^ parameters.keys())
@@ -87,7 +114,15 @@ class Source:
         return adapted
 
     def rotation(self, config: RotationConfig, parameters: Mapping[str, Mapping[str, Tensor]]) -> PeftModel:
-        """The base with a rotation of isotune's that has these parameters."""
+        """The base with a rotation of isotune's that has these parameters.
+
+        Args:
+            config: of the rotation.
+            parameters: as for `fill`.
+
+        Raises:
+            AdapterFileError: the configuration does not fit the base, or as `fill`.
+        """
         with refused(str(self.folder)):
             model = get_peft_model(self.base, config)
         self.fill(model, parameters)
@@ -96,7 +131,14 @@ class Source:
 
 @contextlib.contextmanager
 def refused(what: str) -> Iterator[None]:
-    """Say which file it is about when PEFT or a configuration refuses something."""
+    """Say which file it is about when PEFT or a configuration refuses something.
+
+    Args:
+        what: the file, or the module in it.
+
+    Raises:
+        AdapterFileError: something was refused inside of the block.
+    """
     try:
         yield
     except AdapterFileError:
@@ -106,7 +148,11 @@ def refused(what: str) -> Iterator[None]:
 
 
 def shared_fields(theirs: Any) -> dict[str, Any]:
-    """The fields that every method has, from PEFT's configuration."""
+    """The fields that every method has, from PEFT's configuration.
+
+    Args:
+        theirs: a configuration of PEFT's.
+    """
     names = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "task_type",
              "auto_mapping", "revision")  # fmt: skip
     bias = getattr(theirs, "bias", "none")
@@ -118,5 +164,9 @@ def shared_fields(theirs: Any) -> dict[str, Any]:
 
 
 def series_terms(terms: int) -> int:
-    """Isotune's k for PEFT's series of `terms` ≥ 3 terms: its 3 and 4 are the same polynomial."""
+    """Isotune's k for a Neumann series of PEFT's, whose 3 and 4 terms are the same polynomial.
+
+    Args:
+        terms: num_cayley_neumann_terms of PEFT, at least 3.
+    """
     return max(terms - 2, 2)

@@ -284,7 +284,7 @@ def export_adapter(
         if to == "merged":
             if rank is not None or energy is not None or uniform_rank:
                 raise ValueError("--rank, --energy and --uniform-rank are for --to lora; a merged model is exact.")
-            from isotune.files.export_lora import export_merged
+            from isotune.files.export_merged import export_merged
 
             export_merged(directory, output, base=base, trust_remote_code=trust_remote_code)
             typer.echo(f"wrote {output}")

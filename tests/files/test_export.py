@@ -32,7 +32,8 @@ from typer.testing import CliRunner
 from helpers import layers_of, randomize, relative_error
 from isotune import BOFTConfig, GOFTConfig, OFTConfig, PeftModel, PsoftConfig, QGOFTConfig, cli, get_peft_model
 from isotune.errors import IsotuneWarning
-from isotune.files.export_lora import export_lora, export_merged
+from isotune.files.export_lora import export_lora
+from isotune.files.export_merged import export_merged
 from isotune.methods.config import IsotuneConfig
 
 IDS = torch.arange(8).view(2, 4)

@@ -151,7 +151,7 @@ def test_import_refusals(tmp_path: Path) -> None:
         import_peft(tmp_path / "theirs", tiny_bert())
     with pytest.raises(AdapterFileError, match="float32"):
         import_peft(tmp_path / "theirs", opt().double())
-    with pytest.raises(AdapterFileError, match=r"has a isotune\.layer\.Linear.*plain base"):
+    with pytest.raises(AdapterFileError, match=r"has a isotune\.tuner\.layer\.Linear.*plain base"):
         import_peft(tmp_path / "theirs", get_peft_model(opt(), PsoftConfig(r=2)).get_base_model())
     peft.get_peft_model(opt(), peft.LoraConfig(r=2)).save_pretrained(tmp_path / "lora")
     with pytest.raises(AdapterFileError, match="'LORA'; only PSOFT"):

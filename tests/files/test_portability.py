@@ -35,7 +35,8 @@ from helpers import (
 )
 from isotune import get_peft_model
 from isotune.errors import AdapterFileError, BaseMismatchError, IsotuneWarning
-from isotune.subspace.solvers import Subspace, SubspaceRequest, principal_subspaces
+from isotune.subspace.result import Subspace, SubspaceRequest
+from isotune.subspace.solvers import principal_subspaces
 
 FILE = "adapter_model.safetensors"
 

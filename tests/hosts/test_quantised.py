@@ -30,7 +30,8 @@ from helpers import (
 )
 from isotune import PsoftConfig, get_peft_model
 from isotune.errors import BaseMismatchError, IsotuneWarning
-from isotune.files.export_lora import export_lora, export_merged
+from isotune.files.export_lora import export_lora
+from isotune.files.export_merged import export_merged
 from isotune.hosts import host_for
 from isotune.hosts.quantised import Functions, QuantisedHost
 from isotune.methods import METHODS

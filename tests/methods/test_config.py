@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 from peft import PeftConfig
 
-from isotune import PsoftConfig
+from isotune import BOFTConfig, HRAConfig, OFTConfig, PsoftConfig
 from isotune.errors import AdapterFileError
 from isotune.methods.config import FORMAT_VERSION, config_fields
 
@@ -73,12 +75,103 @@ def test_defaults_are_strict_and_silent() -> None:
     assert config.peft_type == "ISOTUNE_PSOFT"
 
 
-def test_the_names_of_peft_are_fields() -> None:
-    from peft import PsoftConfig as TheirConfig
+OURS = {"PsoftConfig": PsoftConfig, "OFTConfig": OFTConfig, "BOFTConfig": BOFTConfig, "HRAConfig": HRAConfig}
 
-    # The solver stops by itself at a tolerance, and is deterministic: nobody chooses iterations or a seed.
-    needless = {"psoft_svd_lowrank_niter", "random_seed"}
-    assert set(TheirConfig.__dataclass_fields__) - set(config_fields(PsoftConfig)) <= needless
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_option_of_peft_is_an_option(name: str) -> None:
+    theirs = getattr(peft, name)
+    assert set(theirs.__dataclass_fields__) <= set(config_fields(OURS[name]))
+
+
+def variants(theirs: type[Any]) -> Iterator[dict[str, Any]]:
+    """PEFT's defaults, and every value of its options that its documentation names, one at a time."""
+    choices: dict[str, list[Any]] = {
+        "target_modules": [["q_proj"], "q_proj", "all-linear"],
+        "exclude_modules": [["k_proj"], "k_proj"],
+        "modules_to_save": [["score"]],
+        "layers_to_transform": [0, [0, 1]],
+        "task_type": [peft.TaskType.CAUSAL_LM, "SEQ_CLS"],
+        "bias": ["all", theirs.__name__.removesuffix("Config").lower() + "_only"],
+        "fan_in_fan_out": [True],
+        "init_weights": [False],
+        "inference_mode": [True],
+        "psoft_alpha": [16, 64],
+        "psoft_dropout": [0.1],
+        "ab_svd_init": ["pissa_init"],
+        "psoft_svd": ["lowrank"],
+        "psoft_svd_lowrank_niter": [4, 0],
+        "random_seed": [7],
+        "psoft_orth": [False],
+        "psoft_mag_a": [False],
+        "psoft_mag_b": [False],
+        "use_cayley_neumann": [True, False],
+        "num_cayley_neumann_terms": [3],
+        "oft_block_size": [16],
+        "module_dropout": [0.1],
+        "coft": [True],
+        "eps": [1e-4],
+        "block_share": [True],
+        "boft_block_size": [8],
+        "boft_n_butterfly_factor": [2],
+        "boft_dropout": [0.1],
+        "apply_GS": [False],
+        "r": [16],
+    }
+    base = {"target_modules": ["q_proj"]}
+    yield base
+    for option in theirs.__dataclass_fields__:
+        for value in choices.get(option, []):
+            yield {**base, option: value}
+    if theirs is peft.OFTConfig:
+        yield {**base, "r": 4, "oft_block_size": 0}
+    if theirs is peft.BOFTConfig:
+        yield {**base, "boft_block_size": 0, "boft_block_num": 4}
+    yield {**base, "layers_to_transform": [1], "layers_pattern": "layers"}
+    yield {**base, "layers_pattern": []}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OURS)
+def test_a_configuration_of_peft_is_one_of_isotune(name: str) -> None:
+    theirs, known = getattr(peft, name), 0
+    for options in variants(theirs):
+        if name == "OFTConfig" and options.get("r") == 16:
+            continue  # PEFT refuses its own default block size beside it
+        whole = {key: value for key, value in theirs(**options).to_dict().items() if key != "peft_type"}
+        for given in (options, whole):
+            config = OURS[name](**given)
+            assert config.bias in ("none", "all", "isotune_only")
+            known += 1
+    assert known > 20
+
+
+NOT_TAKEN = [
+    # What is refused of what PEFT's configurations accept, and why.
+    ("HRAConfig", {"r": 7}, "odd number of reflections"),  # not the identity at the start
+    ("HRAConfig", {"apply_GS": True}, "init_weights=False"),  # NaN in PEFT, from directions that are equal in pairs
+    ("PsoftConfig", {"cayley_neumann_eps": 0.9}, "use_cayley_neumann"),  # no effect in PEFT either
+    ("PsoftConfig", {"use_cayley_neumann": True, "psoft_orth": False}, "no effect"),  # likewise
+    ("OFTConfig", {"r": 0, "oft_block_size": 32, "module_dropout": 0.1, "block_share": True}, "no effect"),
+    ("PsoftConfig", {"psoft_svd_lowrank_niter": -1}, "psoft_svd_lowrank_niter=-1"),
+    ("PsoftConfig", {"psoft_svd_lowrank_niter": 2.5}, "psoft_svd_lowrank_niter=2.5 .* an integer or None"),
+    ("PsoftConfig", {"random_seed": -1}, "random_seed=-1"),
+    ("PsoftConfig", {"bias": "psoft_only"}, "bias='psoft_only'"),  # PEFT's PSOFT has no such option
+    ("OFTConfig", {"bias": "boft_only"}, "bias='boft_only'"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), NOT_TAKEN)
+def test_what_of_peft_is_refused(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OURS[name](**options)
+
+
+def test_options_without_a_meaning_here_are_not_stored(tmp_path: Path) -> None:
+    PsoftConfig(psoft_svd="lowrank", psoft_svd_lowrank_niter=3, random_seed=5).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert not {"psoft_svd_lowrank_niter", "random_seed"} & stored.keys()
+    assert PsoftConfig.from_pretrained(str(tmp_path)).psoft_svd_lowrank_niter is None
 
 
 @pytest.mark.parametrize("module", ["layers.1.q_proj", "q_proj"])

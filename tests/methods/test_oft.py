@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-import isotune.methods.config
+import isotune.methods.checks
 from helpers import adapt, assert_same_gradients, gradients, layers_of, randomize, some_tokens, tiny_opt, trainable
 from isotune import get_peft_model
 from isotune.errors import IsotuneWarning
@@ -38,9 +38,9 @@ from rotation_checks import (
 @pytest.fixture
 def forgetful() -> Iterator[None]:
     """What has been said once is said again."""
-    isotune.methods.config._say_once.cache_clear()
+    isotune.methods.checks._say_once.cache_clear()
     yield
-    isotune.methods.config._say_once.cache_clear()
+    isotune.methods.checks._say_once.cache_clear()
 
 
 # -- the operator --------------------------------------------------------------------------------------------------

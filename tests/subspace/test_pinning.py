@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_subspace import assert_orthonormal, minilm_weights, orthogonal, weight_like, with_spectrum
+from test_solvers import assert_orthonormal, minilm_weights, orthogonal, weight_like, with_spectrum
 from torch import Tensor
 
 from isotune.subspace.pinning import CANDIDATE_TOLERANCE, MAX_RESIDUAL, candidate_rank, pin, pin_width, recover

@@ -144,7 +144,7 @@ class _LinearSubspaceUpdate(torch.autograd.Function):
         flat = gradient.reshape(-1, shape[-1])
         grad_x = torch.mm(flat, weight) if needs_x or on_input else None
         on_input = on_input and grad_x is not None
-        read = _coordinates(grad_x if on_input else flat, down if on_input else up.t(), rank)
+        read = _coordinates(grad_x, down, rank) if on_input else _coordinates(flat, up.t(), rank)  # type: ignore[arg-type]
         grad_difference = torch.mm(coordinates.t(), read) if needs_difference else None
         if grad_x is None or not needs_x:
             return None, grad_difference, None

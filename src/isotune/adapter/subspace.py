@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -213,4 +213,4 @@ class SubspaceAdapter(Adapter):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.placement is not None:
             self.placement = self.placement.moved(fn)
-        return cast(SubspaceAdapter, self)
+        return self

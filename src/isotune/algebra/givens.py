@@ -36,6 +36,9 @@ def givens_chain(n: int) -> Chain:
     """The factors of the tree on n coordinates, the one that acts first in front.
 
     Each grid has one factor for its whole blocks, if any, and one for the incomplete block at its end, if any.
+
+    Args:
+        n: the number of coordinates.
     """
     chain: list[BlockDiagonal] = []
     step = 1

@@ -20,13 +20,28 @@ _LARGEST_TANGENT = 1e6
 
 
 def linear_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Σ wᵢ vᵢ: for free matrices and angles, with 0 where the operator is the identity."""
+    """Σ wᵢ vᵢ: for free matrices and angles, with 0 where the operator is the identity.
+
+    Args:
+        values: (k, …).
+        weights: (k,), of any sum.
+
+    Returns:
+        (…), float64.
+    """
     mean: Tensor = torch.tensordot(weights.double(), values.double(), 1)
     return mean
 
 
 def geometric_mean(values: Tensor, weights: Tensor) -> Tensor:
     """Π vᵢ^wᵢ: for factors, with 1 where the operator is the identity.
+
+    Args:
+        values: (k, …), above 0.
+        weights: (k,), of any sum.
+
+    Returns:
+        (…), float64.
 
     Raises:
         ValueError: a factor is not above 0, so that it has no power.
@@ -72,7 +87,12 @@ class RotationMean:
 
 
 def generator_means(bound: float | None = None, *factors: str) -> Means:
-    """For a rotation with the parameter `generator`, and parameters that scale what goes in or comes out."""
+    """The means of a rotation with the parameter `generator`, and of parameters that scale what goes in or comes out.
+
+    Args:
+        bound: of the generator, as `RotationMean` has it.
+        factors: names of the parameters that scale.
+    """
     return {"generator": RotationMean(bound), **dict.fromkeys(factors, geometric_mean)}
 
 

@@ -9,23 +9,55 @@ from torch import Tensor
 
 
 def skew_size(n: int) -> int:
-    """Number of free entries of an n × n skew-symmetric matrix, n(n − 1)/2."""
+    """Number of free entries of an n × n skew-symmetric matrix, n(n − 1)/2.
+
+    Args:
+        n: rows of the matrix.
+
+    Example:
+        >>> skew_size(4)
+        6
+    """
     return n * (n - 1) // 2
 
 
 def skew_order(entries: int) -> int:
-    """Size n of the skew-symmetric matrix with so many free entries, the inverse of `skew_size` for n ≥ 2."""
+    """Size n of the skew-symmetric matrix with so many free entries, the inverse of `skew_size` for n ≥ 2.
+
+    Args:
+        entries: n(n − 1)/2.
+
+    Example:
+        >>> skew_order(6)
+        4
+    """
     return round((1 + math.sqrt(1 + 8 * entries)) / 2)
 
 
 def skew_positions(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the strict upper triangle, row by row, and its mirror image lie in a flattened n × n matrix."""
+    """Where the strict upper triangle, row by row, and its mirror image lie in a flattened n × n matrix.
+
+    Args:
+        n: rows of the matrix.
+        device: of the result.
+
+    Returns:
+        Two index tensors, (n(n − 1)/2,).
+    """
     rows, columns = torch.triu_indices(n, n, offset=1, device=device).unbind(0)
     return rows * n + columns, columns * n + rows
 
 
 def check_entries(entries: Tensor, n: int) -> None:
-    """Raise a ValueError unless the last dimension of `entries` is n(n − 1)/2."""
+    """Refuse entries that are not those of an n × n skew-symmetric matrix.
+
+    Args:
+        entries: (..., n(n − 1)/2).
+        n: rows of the matrix.
+
+    Raises:
+        ValueError: the last dimension of `entries` is another.
+    """
     if entries.shape[-1] != skew_size(n):
         raise ValueError(
             f"A skew-symmetric {n} × {n} matrix has {skew_size(n)} free entries, but {entries.shape[-1]} were given."
@@ -44,6 +76,12 @@ def skew_from_vector(entries: Tensor, n: int) -> Tensor:
 
     Raises:
         ValueError: the last dimension of `entries` is not n(n − 1)/2.
+
+    Example:
+        >>> skew_from_vector(torch.tensor([1.0, 2.0, 3.0]), 3)
+        tensor([[ 0.,  1.,  2.],
+                [-1.,  0.,  3.],
+                [-2., -3.,  0.]])
     """
     check_entries(entries, n)
     upper, lower = skew_positions(n, entries.device)

@@ -25,12 +25,14 @@ from isotune.methods.config import IsotuneConfig
 from isotune.tuner.backends import adapt
 from isotune.tuner.layer import Layer
 from isotune.tuner.placing import place_adapter
+from isotune.tuner.state import KEY_PREFIX as KEY_PREFIX
+from isotune.tuner.state import adapted_layers as adapted_layers
+from isotune.tuner.state import check_tensors as check_tensors
+from isotune.tuner.state import check_values
+from isotune.tuner.state import named_tensors as named_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-KEY_PREFIX = "base_model.model."
-"""What PEFT puts before every name of the base model."""
-
 ADAPTER = "default"
 """What an adapter is called that is loaded or imported."""
 
@@ -49,16 +51,26 @@ class AdapterFile:
     def operator(self, module: str) -> Adapter:
         """The trained operator of a module.
 
+        Args:
+            module: its name in the file.
+
         Raises:
             AdapterFileError: the tensors do not fit the config.
         """
         self._refuse_experts()
-        try:
-            operator = self.config.operator_of(module, self._tensors(module, "isotune_operator."))
-        except (KeyError, IndexError, ValueError) as error:
-            raise self._misfit(module, str(error)) from error
+        self._check_operator(module)
+        operator = self.config.operator_of(module, self._tensors(module, "isotune_operator."))
         self._load(operator, module, "isotune_operator.")
         return operator
+
+    def _check_operator(self, module: str) -> None:
+        """Compare the file with the configuration before anything of the size that this declares is made."""
+        try:
+            with torch.device("meta"):
+                operator = self.config.operator_of(module, self._tensors(module, "isotune_operator."))
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise self._misfit(module, str(error).splitlines()[0]) from error
+        self._load(operator, module, "isotune_operator.", assign=True)
 
     def _refuse_experts(self) -> None:
         if self.config.target_parameters:
@@ -70,9 +82,9 @@ class AdapterFile:
     def _tensors(self, module: str, prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): t for name, t in self.layers[module].items() if name.startswith(prefix)}
 
-    def _load(self, target: nn.Module, module: str, prefix: str) -> None:
+    def _load(self, target: nn.Module, module: str, prefix: str, *, assign: bool = False) -> None:
         try:
-            target.load_state_dict(self._tensors(module, prefix))
+            target.load_state_dict(self._tensors(module, prefix), assign=assign)
         except RuntimeError as error:
             raise self._misfit(module, str(error).splitlines()[-1].strip()) from error
 
@@ -107,9 +119,14 @@ class AdapterFile:
     def build(self, module: str, layer: Layer) -> Layer:
         """Add the adapter to a layer as "default", its form not placed yet; returns the layer.
 
+        Args:
+            module: its name in the file.
+            layer: without that adapter.
+
         Raises:
             AdapterFileError: the tensors do not fit the layer.
         """
+        self._check_operator(module)
         layer.update_layer(ADAPTER, self.config)
         self._load(layer.adapter(ADAPTER), module, "isotune_operator.")
         if ADAPTER in layer.isotune_form:
@@ -129,50 +146,6 @@ class AdapterFile:
             f"{self.directory}: the adapter is on a module {name!r}, which this base model does not have. Give the "
             "base model that it was trained on."
         )
-
-
-def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Layer]]:
-    """The layers of a model that hold an adapter, each with its name in the base model."""
-    for name, module in model.named_modules():
-        if isinstance(module, Layer) and adapter_name in module.isotune_operator:
-            yield name.removeprefix(KEY_PREFIX), module
-
-
-def named_tensors(layer: Layer, adapter_name: str) -> dict[str, Tensor]:
-    """What a layer holds of an adapter and a file stores, by its name in the file: "isotune_operator.generator", …"""
-    groups = {"isotune_operator": layer.isotune_operator, "isotune_form": layer.isotune_form}
-    parts = {group: modules[adapter_name] for group, modules in groups.items() if adapter_name in modules}
-    return {f"{group}.{name}": t for group, part in parts.items() for name, t in part.state_dict().items()}
-
-
-def check_tensors(needed: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str) -> None:
-    """Refuse a file that lacks what an adapter needs or holds what cannot be.
-
-    Args:
-        needed: by name, with the shapes that are needed.
-        given: what the file holds; what it holds besides is not looked at.
-        where: ends the message of a wrong shape, "(…) is needed WHERE".
-
-    Raises:
-        AdapterFileError: a tensor is missing, of another shape, an empty basis, or not finite; names it.
-    """
-    for name, tensor in needed.items():
-        if name not in given:
-            raise AdapterFileError(
-                f"The adapter file has no {name!r}. It is incomplete, or was made for other target_modules, another "
-                "rank or another basis than its adapter_config.json says; save the adapter again."
-            )
-        if given[name].shape != tensor.shape:
-            raise AdapterFileError(
-                f"{name!r} has shape {tuple(given[name].shape)} in the adapter file, and {tuple(tensor.shape)} is "
-                f"needed {where}."
-            )
-        if name.endswith((".pin", ".basis")) and not given[name].any():
-            raise AdapterFileError(
-                f"{name!r} is empty in the adapter file: it was saved before its base had weights. Save it again."
-            )
-        if not torch.isfinite(given[name]).all():
-            raise AdapterFileError(f"{name!r} holds NaN or infinity in the adapter file; load an earlier checkpoint.")
 
 
 def describe(directory: str | os.PathLike[str]) -> AdapterFile:
@@ -200,11 +173,17 @@ def describe(directory: str | os.PathLike[str]) -> AdapterFile:
     layers, extras = by_module(read_tensors(folder), ("isotune_operator", "isotune_form"))
     if not layers:
         raise AdapterFileError(f"{folder / WEIGHTS_FILE} holds no adapted layer; save the adapter again.")
+    for module, tensors in layers.items():
+        for name, tensor in tensors.items():
+            check_values(f"{module}.{name}", tensor, file=str(folder / WEIGHTS_FILE))
     return AdapterFile(folder, config, layers, extras)
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of an adapter folder's adapter_config.json, whatever the method.
+
+    Args:
+        directory: the folder.
 
     Raises:
         AdapterFileError: no such folder, or no such file, or not JSON.
@@ -217,6 +196,8 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise AdapterFileError(f"{folder} has no {CONFIG_FILE}, so it is not an adapter that save_pretrained wrote.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise AdapterFileError(f"{path} is damaged: it is nested too deeply. Copy or save the adapter again.") from None
     except ValueError as error:
         raise AdapterFileError(f"{path} is damaged: {error}. Copy or save the adapter again.") from error
     if not isinstance(content, dict):
@@ -227,6 +208,9 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 @contextlib.contextmanager
 def new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write into that becomes `out` when the block ends well, and vanishes otherwise.
+
+    Args:
+        out: the folder that is wanted; its parents are made.
 
     Raises:
         ValueError: `out` exists and is not an empty folder.
@@ -246,6 +230,9 @@ def new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter folder by their name in the file, whatever the method.
+
+    Args:
+        folder: with adapter_model.safetensors.
 
     Raises:
         AdapterFileError: no such file, or damaged, or a pickle.
@@ -268,7 +255,21 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def by_module(
     tensors: Mapping[str, Tensor], groups: tuple[str, ...]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Split a file into the tensors of its adapted layers, by module, and the rest."""
+    """Split a file into the tensors of its adapted layers, by module, and the rest.
+
+    Args:
+        tensors: by their name in the file.
+        groups: what follows a module's name where the tensor is the adapter's.
+
+    Returns:
+        Module name -> name behind it -> tensor; and name in the file -> tensor.
+
+    Example:
+        >>> names = ["base_model.model.q.isotune_operator.angles", "base_model.model.head.weight"]
+        >>> layers, rest = by_module(dict.fromkeys(names, torch.zeros(1)), ("isotune_operator",))
+        >>> {module: list(tensors) for module, tensors in layers.items()}, list(rest)
+        ({'q': ['isotune_operator.angles']}, ['base_model.model.head.weight'])
+    """
     layers: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -281,10 +282,33 @@ def by_module(
     return layers, rest
 
 
+def config_of(model: nn.Module, adapter_name: str) -> IsotuneConfig:
+    """The configuration of an isotune adapter on a model.
+
+    Args:
+        model: a PeftModel, or a model with injected adapters.
+        adapter_name: the adapter.
+
+    Raises:
+        ValueError: there is no such adapter, or it is not isotune's; names those there are.
+    """
+    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name)
+    if not isinstance(config, IsotuneConfig):
+        have = {name: str(getattr(c, "peft_type", c)) for name, c in configs.items()}
+        raise ValueError(f"There is no isotune adapter {adapter_name!r} on this model; it has {have or 'none'}.")
+    return config
+
+
 def named_base(
     directory: str | os.PathLike[str], base: nn.Module | str | None = None, *, trust_remote_code: bool = False
 ) -> nn.Module:
     """The base model of an adapter folder: `base` itself, or loaded by that name or the one in the adapter's config.
+
+    Args:
+        directory: the adapter's folder.
+        base: the base model, or its name; None for the one that the adapter's config names.
+        trust_remote_code: run code that the base model's repository carries.
 
     Raises:
         ValueError: neither names one, or it cannot be loaded.
@@ -301,5 +325,14 @@ def named_base(
 
 
 def rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:
-    """The pattern for those modules whose rank is not the default; anchored, as one name may end in another."""
+    """The pattern for those modules whose rank is not the default; anchored, as one name may end in another.
+
+    Args:
+        ranks: module name -> rank.
+        default: the rank that needs no pattern.
+
+    Example:
+        >>> rank_pattern({"layers.0.q": 4, "layers.0.k": 8}, 8)
+        {'^layers\\\\.0\\\\.q': 4}
+    """
     return {"^" + name.replace(".", r"\."): rank for name, rank in ranks.items() if rank != default}

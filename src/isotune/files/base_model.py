@@ -81,7 +81,14 @@ def resolve_base(name: str) -> str:
 
 
 def gguf_of(path: str) -> dict[str, str]:
-    """{"gguf_file": name} for a folder with one GGUF file and no config.json, to be passed to `from_pretrained`."""
+    """What `from_pretrained` must be given besides for a folder with one GGUF file and no config.json.
+
+    Args:
+        path: the folder; nothing for any other path.
+
+    Returns:
+        {"gguf_file": its name}, or nothing.
+    """
     folder = Path(path)
     if not folder.is_dir() or (folder / "config.json").is_file():
         return {}
@@ -93,6 +100,9 @@ def forget_quantisation(model: Any) -> Any:
     """Let a model loaded from a GGUF file be what it is: its weights are full ones, yet it is marked as quantised.
 
     Trainer would refuse to train it.
+
+    Args:
+        model: loaded from a GGUF file; changed in place and returned.
     """
     for name in ("hf_quantizer", "quantization_method"):
         if name in vars(model):

@@ -1,4 +1,4 @@
-"""Adapters in forms that need no isotune: an ordinary LoRA folder, and a plain model with the update merged in."""
+"""An adapter as an ordinary LoRA folder, which needs no isotune."""
 
 from __future__ import annotations
 
@@ -6,55 +6,36 @@ import hashlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import ModulesToSaveWrapper
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from isotune.algebra.lowrank import Factored, check_truncation, pad_rank, truncate, truncate_product
 from isotune.files.adapter import (
     CONFIG_FILE,
     KEY_PREFIX,
     WEIGHTS_FILE,
     adapted_layers,
+    config_of,
     describe,
     named_base,
     new_directory,
     rank_pattern,
     read_config,
 )
-from isotune.files.base_model import resolve_base
 from isotune.methods.config import IsotuneConfig
-from isotune.tuner.layer import Layer, warn_of_requantising
+from isotune.subspace.lowrank import Factored, check_truncation, pad_rank, truncate, truncate_product
+from isotune.tuner.layer import Layer
 
 LORA_REPORT = "isotune_export.json"
 """The file in a LoRA folder that says each layer's rank and error."""
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 _BIAS = {"none": "none", "all": "all", "isotune_only": "lora_only"}
-
-Source = nn.Module | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -124,7 +105,7 @@ class LoraExport:
 
 
 def export_lora(
-    model_or_dir: Source,
+    model_or_dir: nn.Module | str | os.PathLike[str],
     out: str | os.PathLike[str],
     adapter_name: str = "default",
     base: nn.Module | str | None = None,
@@ -160,17 +141,14 @@ def export_lora(
     options = LoraOptions(rank, energy, uniform_rank)
     origin = None if isinstance(model_or_dir, nn.Module) else origin_of(model_or_dir, options)
     if isinstance(model_or_dir, nn.Module):
-        config = _config(model_or_dir, adapter_name)
+        config = config_of(model_or_dir, adapter_name)
         layers, name = dict(adapted_layers(model_or_dir, adapter_name)), adapter_name
         state = get_peft_model_state_dict(model_or_dir, adapter_name=adapter_name)
         extras = {k: tensor for k, tensor in state.items() if ".isotune_" not in k}
     else:
         file = describe(model_or_dir)
         config, extras, name = file.config, file.extras, "default"
-        plain = (
-            base if isinstance(base, nn.Module) else named_base(model_or_dir, base, trust_remote_code=trust_remote_code)
-        )
-        layers = file.place(plain)
+        layers = file.place(named_base(model_or_dir, base, trust_remote_code=trust_remote_code))
     tensors = {KEY_PREFIX + k.removeprefix(KEY_PREFIX): tensor for k, tensor in extras.items()}
     bar = tqdm(layers.items(), desc="factors", unit="layer", delay=3.0, leave=False)
     found = {module: _factored(module, layer, name, options) for module, layer in bar}
@@ -195,12 +173,23 @@ def export_lora(
 
 
 def has_adapter(directory: str | os.PathLike[str]) -> bool:
-    """Whether a folder is an adapter's, and not one that holds several."""
+    """Whether a folder is an adapter's, and not one that holds several.
+
+    Args:
+        directory: any path.
+    """
     return (Path(directory) / CONFIG_FILE).is_file()
 
 
 def origin_of(directory: str | os.PathLike[str], options: LoraOptions) -> dict[str, Any]:
     """What tells whether an adapter folder would be exported to the same LoRA folder again.
+
+    Args:
+        directory: the adapter's folder.
+        options: how it is exported.
+
+    Returns:
+        The files' hashes and the options, for JSON.
 
     Raises:
         AdapterFileError: there is no adapter.
@@ -225,60 +214,10 @@ def _factored(module: str, layer: Layer, adapter_name: str, options: LoraOptions
     if rank is None and energy is None:
         raise ValueError(
             f"The adapter rotates all inputs of {module!r}, so its update has full rank. Give a rank (--rank 64) or "
-            "the share of the update to keep (--energy 0.99) for the best LoRA adapter, whose error is told; or export "
-            "the merged model, which is exact (--to merged)."
+            "the share of the update to keep (--energy 0.99) for the best LoRA adapter, whose error is reported; or "
+            "export the merged model, which is exact (--to merged)."
         )
     return truncate(layer.host.stored(layer.get_delta_weight(adapter_name)), rank=rank, energy=energy)
-
-
-def export_merged(
-    model_or_dir: Source,
-    out: str | os.PathLike[str],
-    adapter_name: str = "default",
-    base: nn.Module | str | None = None,
-    *,
-    trust_remote_code: bool = False,
-) -> None:
-    """Write a plain transformers model with the adapter's update in its weights, with the tokeniser where there is one.
-
-    Args:
-        model_or_dir: a model with isotune adapters, which is left as it was, or the folder of a saved one.
-        out: the folder to write; it appears only when it is complete.
-        adapter_name: which adapter of a model.
-        base: for a folder: the base model, or its name; by default what the adapter's config names.
-        trust_remote_code: run code that the base model's repository carries.
-
-    Raises:
-        ValueError: as `export_lora`; or the model cannot save itself; or other adapters are merged into it.
-    """
-    sources: list[str] = []
-    if isinstance(model_or_dir, nn.Module):
-        model = model_or_dir
-    else:
-        describe(model_or_dir)  # its messages are clearer than what PEFT finds while loading
-        plain = (
-            base if isinstance(base, nn.Module) else named_base(model_or_dir, base, trust_remote_code=trust_remote_code)
-        )
-        model, adapter_name = PeftModel.from_pretrained(plain, os.fspath(model_or_dir)), "default"
-        sources = [os.fspath(model_or_dir)]
-    config = _config(model, adapter_name)
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not hasattr(inner, "save_pretrained"):
-        raise ValueError(f"A {type(inner).__name__} has no save_pretrained; only a transformers model can be exported.")
-    named = base if isinstance(base, str) else getattr(inner, "name_or_path", None) or config.base_model_name_or_path
-    with new_directory(out) as folder:
-        with _merged_and_bare(inner, adapter_name):
-            inner.save_pretrained(str(folder))
-        _copy_tokenizer([*sources, *([str(named)] if named else [])], folder)
-
-
-def _config(model: nn.Module, adapter_name: str) -> IsotuneConfig:
-    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
-    config = configs.get(adapter_name)
-    if not isinstance(config, IsotuneConfig):
-        have = {name: str(getattr(c, "peft_type", c)) for name, c in configs.items()}
-        raise ValueError(f"There is no isotune adapter {adapter_name!r} on this model; it has {have or 'none'}.")
-    return config
 
 
 def _lora_config(config: IsotuneConfig, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> LoraConfig:
@@ -300,58 +239,3 @@ def _lora_config(config: IsotuneConfig, layers: Mapping[str, Layer], ranks: Mapp
         auto_mapping=config.auto_mapping,
         inference_mode=True,
     )
-
-
-@contextmanager
-def _merged_and_bare(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """For the time of the block: the update in the weights, and the model's own modules in the places of wrappers."""
-    for name, module in model.named_modules():
-        if isinstance(module, Layer) and module.merged and module.merged_adapters != [adapter_name]:
-            raise ValueError(f"{name!r} has {module.merged_adapters} merged; call unmerge_adapter() first.")
-    swapped: list[tuple[nn.Module, str, nn.Module]] = []
-    merged_here: list[Layer] = []
-    try:
-        for _, layer in adapted_layers(model, adapter_name):
-            if not layer.merged:
-                layer.merge(adapter_names=[adapter_name])
-                merged_here.append(layer)
-        warn_of_requantising(merged_here)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, Layer):
-                plain = module.base_layer
-            elif isinstance(module, ModulesToSaveWrapper):
-                own = adapter_name in module.modules_to_save
-                plain = module.modules_to_save[adapter_name] if own else module.original_module
-            else:
-                continue
-            parent, _, attribute = name.rpartition(".")
-            owner = model.get_submodule(parent)
-            swapped.append((owner, attribute, module))
-            setattr(owner, attribute, plain)
-        with torch.no_grad():
-            yield
-    finally:
-        for owner, attribute, module in swapped:
-            setattr(owner, attribute, module)
-        for layer in merged_here:
-            layer.unmerge()
-
-
-def _copy_tokenizer(sources: list[str], folder: Path) -> None:
-    """Copy the files of the first source that has any; one that cannot be reached has none."""
-    from transformers.utils import cached_file
-
-    for source in sources:
-        found = []
-        for file in _TOKENIZER_FILES:
-            try:
-                place = source if source in sources[:-1] else resolve_base(source)
-                path = cached_file(place, file, _raise_exceptions_for_missing_entries=False)
-            except (OSError, ValueError):
-                path = None
-            if path is not None:
-                found.append(path)
-        for path in found:
-            shutil.copyfile(path, folder / Path(path).name)
-        if found:
-            return

@@ -29,6 +29,9 @@ class RunsExport:
 def adapter_folders(directory: str | os.PathLike[str]) -> list[Path]:
     """The paths, below a directory, of the folders that hold an adapter, checkpoint-2 before checkpoint-10.
 
+    Args:
+        directory: searched at any depth.
+
     Raises:
         ValueError: there is no such directory, or no adapter in it.
     """

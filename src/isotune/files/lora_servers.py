@@ -20,7 +20,15 @@ _FACTOR = re.compile(rf"{re.escape(KEY_PREFIX)}(.+)\.lora_[AB]\.weight")
 
 
 def vllm_max_rank(rank: int) -> int | None:
-    """The smallest --max-lora-rank that has room for a rank; None above the largest."""
+    """The smallest --max-lora-rank that has room for a rank; None above the largest.
+
+    Args:
+        rank: of a LoRA adapter.
+
+    Example:
+        >>> vllm_max_rank(46), vllm_max_rank(1000)
+        (64, None)
+    """
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
@@ -106,6 +114,9 @@ def _scale(config: Mapping[str, Any], alpha: float, rank: int) -> float:
 
 def describe_obstacles(directory: str | os.PathLike[str]) -> str:
     """One line a server: with what it serves the folder, or why not.
+
+    Args:
+        directory: as `export_lora` or PEFT wrote it.
 
     Raises:
         AdapterFileError: as `obstacles`.

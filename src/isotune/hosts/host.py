@@ -58,6 +58,10 @@ class Host(ABC):
     def matrix(self) -> Tensor:
         """W as (out, in), in its own dtype, without a graph; a view of the parameter unless `quantised`."""
 
+    def seen(self, weight: Tensor) -> Tensor:
+        """A weight in the module's own layout as W, of a host that is not `quantised`."""
+        raise NotImplementedError(f"The weight of {type(self).__name__} is packed.")
+
     @abstractmethod
     def stored(self, matrix: Tensor) -> Tensor:
         """A matrix (out, in) in the layout of the module's own weight."""

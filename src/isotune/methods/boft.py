@@ -14,7 +14,8 @@ from isotune.algebra.butterfly import butterfly_blocks, butterfly_chain
 from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.means import generator_means
 from isotune.algebra.skew import skew_order, skew_size
-from isotune.methods.config import RotationConfig, check_probability, divisor_for, require_positive_integer
+from isotune.methods.checks import check_probability, divisor_for, require_positive_integer
+from isotune.methods.config import RotationConfig
 
 
 @dataclass
@@ -31,6 +32,8 @@ class BOFTConfig(RotationConfig):
     Raises:
         ValueError: a value that is not allowed or a combination without effect; the message says what to change.
     """
+
+    peft_bias = "boft_only"
 
     boft_block_size: int = field(default=0)
     boft_block_num: int = field(default=0)
@@ -117,8 +120,9 @@ class BOFTOperator(RotationAdapter):
         self.block_size = block_size
         self.dropout = dropout
         self.averages = generator_means(None, "output_gain")
-        self.generator = nn.Parameter(torch.zeros(stages, in_features // block_size, skew_size(block_size)))
-        self.output_gain = nn.Parameter(torch.ones(out_features))
+        shape = (stages, in_features // block_size, skew_size(block_size))
+        self.generator = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+        self.output_gain = nn.Parameter(torch.ones(out_features, dtype=torch.float32))
 
     @property
     def gain(self) -> nn.Parameter:

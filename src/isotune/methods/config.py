@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import math
-import re
-import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from functools import lru_cache
 from inspect import get_annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from isotune.adapter.operator import Adapter
 from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
-from isotune.errors import AdapterFileError, IsotuneWarning
+from isotune.errors import AdapterFileError
+from isotune.methods.checks import check_expression, check_pattern, check_seed, check_types
+from isotune.methods.checks import require_choice as require_choice
+from isotune.methods.checks import require_positive_integer as require_positive_integer
 from isotune.subspace.pinning import pin_width
 
 FORMAT_VERSION = 1
@@ -41,7 +39,8 @@ class IsotuneConfig(PeftConfig):
         layers_pattern: name of the list of layers to which `layers_to_transform` refers.
         target_parameters: names of parameters to adapt that are no layer's weight: the fused experts of a mixture, such
             as ["experts.gate_up_proj", "experts.down_proj"]. Layers are then adapted only where target_modules says so.
-        bias: which biases of the base model are trained: "none", "all", or "isotune_only" (those of adapted layers).
+        bias: which biases of the base model are trained: "none", "all", or "isotune_only" (those of adapted layers);
+            PEFT's own word for it ("oft_only", "boft_only", "hra_only") is taken for the method that it names.
         fan_in_fan_out: accepted for compatibility; how a weight is stored is read off the layer itself.
         init_weights: True starts at the identity; False starts at a random operator, for tests.
         isotune_format: version of the adapter file.
@@ -54,6 +53,8 @@ class IsotuneConfig(PeftConfig):
     method_type: ClassVar[Any] = None
     runtime_fields: ClassVar[tuple[str, ...]] = ()
     """Known only while a model runs, so never written: the file must mean the same to whoever loads it."""
+    peft_bias: ClassVar[str] = ""
+    """What PEFT's own method of this name calls bias="isotune_only"."""
 
     target_modules: list[str] | str | None = field(default=None)
     exclude_modules: list[str] | str | None = field(default=None)
@@ -66,8 +67,8 @@ class IsotuneConfig(PeftConfig):
     init_weights: bool = field(default=True)
     isotune_format: int = field(default=FORMAT_VERSION)
 
-    read_from_file: ClassVar[bool] = False
-    """Whether the configuration was read from an adapter file, whose tensors then come next."""
+    origin: ClassVar[str | None] = None
+    """The folder or repository that the configuration was read from, whose tensors then come next; never written."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -79,20 +80,23 @@ class IsotuneConfig(PeftConfig):
                 cls.__annotations__[name] = get_type_hints(owner)[name]
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
-        self.peft_type = self.method_type
-        if self.isotune_format not in range(1, FORMAT_VERSION + 1):
+        if isinstance(self.isotune_format, bool) or self.isotune_format not in range(1, FORMAT_VERSION + 1):
             raise AdapterFileError(
                 f"The adapter file has format version {self.isotune_format!r}; this release of isotune reads versions "
                 f"1 to {FORMAT_VERSION}. Install a later release: pip install -U isotune."
             )
+        if self.bias and self.bias == self.peft_bias:
+            self.bias = "isotune_only"
+        check_types(self)
+        if self.task_type is not None:
+            require_choice("task_type", self.task_type, [kind.value for kind in TaskType])
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.peft_type = self.method_type
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        require_choice("bias", self.bias, ("none", "all", "isotune_only"))
-        if isinstance(self.target_parameters, str):
-            raise ValueError(f"target_parameters={self.target_parameters!r} must be a list of names, not a string.")
+        self.layers_pattern = self.layers_pattern or None
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError(
                 "layers_pattern is set but layers_to_transform is not; it says which of those layers to adapt."
@@ -104,18 +108,26 @@ class IsotuneConfig(PeftConfig):
                     "'all-linear'); give target_modules as a list, or put the layer numbers into the expression."
                 )
             if self.target_modules.lower() != "all-linear":
-                _require_expression("target_modules", self.target_modules)
+                check_expression("target_modules", self.target_modules)
         if isinstance(self.exclude_modules, str):
-            _require_expression("exclude_modules", self.exclude_modules)
+            check_expression("exclude_modules", self.exclude_modules)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """Read adapter_config.json of a folder or Hub repository; a local adapter file that is damaged is refused.
 
+        Args:
+            pretrained_model_name_or_path: the folder, or the repository's name.
+            subfolder: of it.
+            kwargs: options that no file stores, such as on_base_mismatch, and those of `huggingface_hub`.
+
         Raises:
-            AdapterFileError: adapter_model.safetensors is truncated or no safetensors file.
+            AdapterFileError: adapter_model.safetensors is truncated or no safetensors file, or adapter_config.json is
+                no JSON or holds what is no option's value; names the file.
+            ValueError: an option in `kwargs` that is not allowed.
         """
-        file = Path(pretrained_model_name_or_path) / (subfolder or "") / "adapter_model.safetensors"
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        file = folder / "adapter_model.safetensors"
         if file.is_file():
             try:
                 with safe_open(file, framework="pt"):
@@ -124,9 +136,38 @@ class IsotuneConfig(PeftConfig):
                 raise AdapterFileError(
                     f"{file} is damaged and cannot be read ({error}). Copy or download it again."
                 ) from error
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config.read_from_file = True
+        try:
+            config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except AdapterFileError:
+            raise
+        except (ValueError, TypeError) as error:
+            own = any(str(error).startswith(f"{name}=") for name in kwargs)
+            if own or not (folder / "adapter_config.json").is_file():
+                raise
+            raise AdapterFileError(f"{folder / 'adapter_config.json'}: {error}") from error
+        config.origin = str(pretrained_model_name_or_path)
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The content of an adapter_config.json.
+
+        Args:
+            path_json_file: the file.
+            kwargs: ignored, as by PEFT.
+
+        Raises:
+            AdapterFileError: it is no JSON object, or one that is nested too deeply.
+        """
+        try:
+            content: Any = super().from_json_file(path_json_file, **kwargs)
+        except RecursionError:
+            raise AdapterFileError(f"{path_json_file} is damaged: it is nested too deeply. Copy it again.") from None
+        except ValueError as error:
+            raise AdapterFileError(f"{path_json_file} is damaged: {error}. Copy or save it again.") from error
+        if not isinstance(content, dict):
+            raise AdapterFileError(f"{path_json_file} is damaged: it holds no object. Copy or save it again.")
+        return content
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that the file stores."""
@@ -142,6 +183,11 @@ class IsotuneConfig(PeftConfig):
     def build_operator(self, module: str, in_features: int, out_features: int) -> Adapter:
         """A new operator for a module whose W is (out_features, in_features), the identity if `init_weights`.
 
+        Args:
+            module: its name in the base model.
+            in_features: columns of W.
+            out_features: rows of W.
+
         Raises:
             ValueError: the configuration does not fit a matrix of this shape.
         """
@@ -150,12 +196,22 @@ class IsotuneConfig(PeftConfig):
     def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> Adapter:
         """A new operator into which these tensors of an adapter file fit, where the base's shapes are not known.
 
+        Args:
+            module: its name in the base model.
+            tensors: of the operator, by the names of its parameters.
+
         Raises:
             KeyError, IndexError, ValueError: they are not tensors of this method.
         """
 
     def build_basis(self, module: str, in_features: int, device: torch.device) -> SubspaceBasis | None:
-        """What the file holds of a module's subspace, empty yet; None for a method that has none."""
+        """What the file holds of a module's subspace, empty yet; None for a method that has none.
+
+        Args:
+            module: its name in the base model.
+            in_features: columns of W.
+            device: where its tensor is.
+        """
         return None
 
 
@@ -175,7 +231,7 @@ class SubspaceConfig(IsotuneConfig):
         subspace_cache: whether computed subspaces are kept on disk (see ISOTUNE_CACHE). Not stored in the file.
     """
 
-    runtime_fields = ("on_base_mismatch", "subspace_cache")
+    runtime_fields: ClassVar[tuple[str, ...]] = ("on_base_mismatch", "subspace_cache")
 
     r: int = field(default=32)
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -188,8 +244,9 @@ class SubspaceConfig(IsotuneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive_integer("r", self.r)
-        require_choice("basis", self.basis, ("pinned", "embedded"))
-        require_choice("on_base_mismatch", self.on_base_mismatch, ("error", "warn"))
+        check_seed("basis_seed", self.basis_seed)
+        check_pattern("rank_pattern", self.rank_pattern)
+        check_pattern("alpha_pattern", self.alpha_pattern)
         for name, rank in self.rank_pattern.items():
             require_positive_integer(f"rank_pattern[{name!r}]", rank)
 
@@ -214,11 +271,24 @@ class SubspaceConfig(IsotuneConfig):
         return 0.0
 
     def rank_of(self, module: str) -> int:
-        """The rank for a module by `rank_pattern`, else r."""
+        """The rank for a module by `rank_pattern`, else r.
+
+        Args:
+            module: its name in the base model.
+
+        Example:
+            >>> from isotune import PsoftConfig
+            >>> PsoftConfig(r=8, rank_pattern={"q_proj": 4}).rank_of("layers.0.q_proj")
+            4
+        """
         return int(by_pattern(self.rank_pattern, module, self.r))
 
     def scale_of(self, module: str) -> float:
-        """The factor s of the update of a module: alpha / r, both by pattern."""
+        """The factor s of the update of a module: alpha / r, both by pattern.
+
+        Args:
+            module: its name in the base model.
+        """
         alpha = by_pattern(self.alpha_pattern, module, self.alpha)
         return 1.0 if alpha is None else float(alpha) / self.rank_of(module)
 
@@ -230,7 +300,11 @@ class SubspaceConfig(IsotuneConfig):
         )
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> SubspaceAdapter:
-        """A new operator on the coordinates of the subspace, not placed yet."""
+        """A new operator on the coordinates of the subspace, not placed yet.
+
+        Raises:
+            ValueError: the rank is larger than the smaller side of the weight.
+        """
         rank, limit = self.rank_of(module), min(in_features, out_features)
         if rank > limit:
             raise ValueError(
@@ -252,7 +326,11 @@ class SubspaceConfig(IsotuneConfig):
 
     @abstractmethod
     def subspace_operator(self, rank: int) -> SubspaceAdapter:
-        """A new operator on rank coordinates, the identity if `init_weights`."""
+        """A new operator on rank coordinates, the identity if `init_weights`.
+
+        Args:
+            rank: r.
+        """
 
 
 @dataclass
@@ -265,100 +343,28 @@ class RotationConfig(IsotuneConfig):
 
     @abstractmethod
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-        """in_features and out_features that go with the tensors of an operator; any where they do not matter."""
+        """in_features and out_features that go with the tensors of an operator; any where they do not matter.
+
+        Args:
+            tensors: of the operator, by the names of its parameters.
+        """
 
 
 def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """What a pattern says for a module, by PEFT's rule: a key is its name, the end of it, or a regular expression.
+
+    Args:
+        patterns: key -> value.
+        module: its full name.
+        default: where no key fits.
+    """
     return patterns.get(get_pattern_key(list(patterns), module), default)
 
 
-def require_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
-    """Raise a ValueError unless `value` is one of `allowed`, naming the nearest."""
-    choices = tuple(allowed)
-    if value not in choices:
-        near = get_close_matches(str(value), choices, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.{hint}")
-
-
-def require_positive_integer(name: str, value: Any) -> None:
-    """Raise a ValueError unless `value` is an integer above zero."""
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"{name}={value!r} is not allowed; it must be an integer of at least 1.")
-
-
-def check_probability(name: str, value: Any) -> None:
-    """Raise a ValueError unless `value` is in [0, 1)."""
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name}={value!r} is not allowed; it must be in [0, 1).")
-
-
-def check_alphas(name: str, alpha: float | None, pattern: Mapping[str, float]) -> None:
-    """Raise a ValueError unless every alpha is a finite number above 0, or the method's own None."""
-    if not all(a is None or 0 < a < math.inf for a in (alpha, *pattern.values())):
-        raise ValueError(
-            f"{name}={alpha!r} with alpha_pattern={pattern!r} is not allowed; each must be above 0, or {name} None "
-            "for r."
-        )
-
-
-def check_weight(name: str, value: Any) -> None:
-    """Raise a ValueError unless `value` is a finite number of at least 0."""
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"{name}={value!r} is not allowed; it must be a number of at least 0.")
-
-
-def divisor_for(name: str, value: int, module: str, width: int, adjust: str = "refuse") -> int:
-    """`value` if it divides the inputs of a module, else the nearest divisor, the lower of two, if that is allowed.
-
-    Raises:
-        ValueError: it does not divide them; the message names the nearest that do.
-    """
-    if value <= width and width % value == 0:
-        return value
-    divisors = [d for d in range(1, width + 1) if width % d == 0]
-    nearest = min(divisors, key=lambda d: (abs(d - value), d))
-    if adjust == "nearest":
-        _say_once(f"{name}={value} does not divide the {width} inputs of some modules; {nearest} is used there.")
-        return nearest
-    around = [max((d for d in divisors if d < value), default=0), min((d for d in divisors if d > value), default=0)]
-    names = " or ".join(str(d) for d in around if d)
-    raise ValueError(
-        f"{name}={value} does not divide the {width} inputs of {module!r}; the nearest that do are {names}. Choose one "
-        "that divides the width of every adapted module, or exclude this one with exclude_modules."
-    )
-
-
-@lru_cache(maxsize=256)
-def _say_once(message: str) -> None:
-    warnings.warn(message, IsotuneWarning, stacklevel=2)
-
-
-def check_cayley_options(use_neumann: bool, terms: int, bound: float | None) -> None:
-    """Raise a ValueError for options of the Cayley transform that are not allowed or have no effect."""
-    require_positive_integer("num_cayley_neumann_terms", terms)
-    if bound is None:
-        return
-    if not use_neumann:
-        raise ValueError(
-            "cayley_neumann_eps bounds the generator of the Neumann series and has no effect with "
-            "use_cayley_neumann=False; leave it None or set use_cayley_neumann=True."
-        )
-    if not 0.0 < bound < 1.0:
-        raise ValueError(
-            f"cayley_neumann_eps={bound!r} is not allowed; it must be between 0 and 1, where the series converges."
-        )
-
-
-def _require_expression(name: str, value: str) -> None:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(
-            f"{name}={value!r} is not a regular expression ({error}); give a list for plain names."
-        ) from None
-
-
 def config_fields(config: type[IsotuneConfig]) -> tuple[str, ...]:
-    """The names of all fields of a configuration class."""
+    """The names of all fields of a configuration class.
+
+    Args:
+        config: the class.
+    """
     return tuple(f.name for f in fields(config))

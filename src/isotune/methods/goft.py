@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from isotune.adapter.rotation import RotationAdapter
 from isotune.algebra.givens import givens_blocks, givens_chain, pair_penalty, rotation_pairs
 from isotune.algebra.means import linear_mean
-from isotune.methods.config import RotationConfig, check_weight
+from isotune.methods.checks import check_weight
+from isotune.methods.config import RotationConfig
 
 
 def _require_pair(module: str, in_features: int) -> None:
@@ -69,7 +70,7 @@ class GOFTOperator(RotationAdapter):
 
     def __init__(self, size: int) -> None:
         super().__init__(size, givens_chain(size))
-        self.angles = nn.Parameter(torch.zeros(size - 1))
+        self.angles = nn.Parameter(torch.zeros(size - 1, dtype=torch.float32))
 
     def batch_key(self) -> Hashable:
         """What `evaluate` depends on besides the parameters."""
@@ -98,7 +99,7 @@ class QGOFTOperator(RotationAdapter):
     def __init__(self, size: int, regularizer_weight: float = 0.0) -> None:
         super().__init__(size, givens_chain(size))
         self.regularizer_weight = regularizer_weight
-        self.pairs = nn.Parameter(torch.zeros(size - 1, 2, 2))
+        self.pairs = nn.Parameter(torch.zeros(size - 1, 2, 2, dtype=torch.float32))
 
     def batch_key(self) -> Hashable:
         """What `evaluate` depends on besides the parameters."""

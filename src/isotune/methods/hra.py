@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from isotune.adapter.rotation import RotationAdapter
 from isotune.algebra.factors import LowRank
 from isotune.algebra.householder import orthonormal_reflection, reflection_penalty, reflections
-from isotune.methods.config import RotationConfig, check_weight, require_positive_integer
+from isotune.methods.checks import check_weight, require_positive_integer
+from isotune.methods.config import RotationConfig
 
 
 @dataclass
@@ -27,6 +28,8 @@ class HRAConfig(RotationConfig):
     Raises:
         ValueError: a value that is not allowed or a combination without effect; the message says what to change.
     """
+
+    peft_bias = "hra_only"
 
     r: int = field(default=8)
     apply_GS: bool = field(default=False)
@@ -81,7 +84,7 @@ class HRAOperator(RotationAdapter):
         super().__init__(size, (LowRank(),))
         self.strict = strict
         self.regularizer_weight = regularizer_weight
-        directions = torch.randn(reflections if strict else reflections // 2, size)
+        directions = torch.randn(reflections if strict else reflections // 2, size, dtype=torch.float32)
         directions = directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True)
         self.vectors = nn.Parameter(directions if strict else directions.repeat_interleave(2, dim=0))
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from isotune.adapter.subspace import SubspaceAdapter
 from isotune.algebra.means import linear_mean
-from isotune.methods.config import SubspaceConfig, check_alphas, check_weight
+from isotune.methods.checks import check_alphas, check_weight
+from isotune.methods.config import SubspaceConfig
 
 _START = 8.0
 """Standard deviations that no number of a normal sample lies beyond: one in 10¹⁵ does."""
@@ -43,10 +44,12 @@ class LoraXsConfig(SubspaceConfig):
 
     @property
     def reader_power(self) -> float:
+        """1: all of them."""
         return 1.0
 
     @property
     def alpha(self) -> float | None:
+        """lora_alpha."""
         return self.lora_alpha
 
     def subspace_operator(self, rank: int) -> LoraXsOperator:
@@ -70,7 +73,7 @@ class LoraXsOperator(SubspaceAdapter):
     def __init__(self, size: int, std: float = 1e-5) -> None:
         super().__init__(size)
         self.std = std
-        self.coefficients = nn.Parameter(std * torch.randn(size, size))
+        self.coefficients = nn.Parameter(std * torch.randn(size, size, dtype=torch.float32))
 
     def batch_key(self) -> Hashable:
         """What `evaluate` depends on besides the parameters."""

@@ -16,7 +16,8 @@ from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.factors import BlockDiagonal
 from isotune.algebra.means import generator_means
 from isotune.algebra.skew import skew_order, skew_size
-from isotune.methods.config import RotationConfig, check_cayley_options, check_probability, divisor_for, require_choice
+from isotune.methods.checks import check_cayley_options, check_probability, divisor_for
+from isotune.methods.config import RotationConfig
 
 
 @dataclass
@@ -26,8 +27,7 @@ class OFTConfig(RotationConfig):
     Args:
         r: number of blocks; 0 or None: in_features / oft_block_size.
         oft_block_size: size of a block; 0 or None: in_features / r, or 32 if r is not given either.
-        adjust: "refuse" a number that does not divide in_features, or take the "nearest" that does (the lower of two)
-            and say so once.
+        adjust: "refuse" a number that does not divide in_features, or warn and take the "nearest" (lower) that does.
         module_dropout: share of the blocks that are the identity at each training step.
         coft: bound the rotation (COFT): the generators' Frobenius norm, over all blocks, is at most eps.
         eps: that bound; each of the r blocks has eps / √r.
@@ -38,6 +38,8 @@ class OFTConfig(RotationConfig):
     Raises:
         ValueError: a value that is not allowed or a combination without effect; the message says what to change.
     """
+
+    peft_bias = "oft_only"
 
     r: int | None = field(default=None)
     oft_block_size: int | None = field(default=None)
@@ -51,12 +53,11 @@ class OFTConfig(RotationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("adjust", self.adjust, ("refuse", "nearest"))
         check_probability("module_dropout", self.module_dropout)
         check_cayley_options(self.use_cayley_neumann, self.num_cayley_neumann_terms, None)
         for name in ("r", "oft_block_size"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            if value is not None and value < 0:
                 raise ValueError(f"{name}={value!r} is not allowed; give an integer of at least 1, or 0 to derive it.")
         if not 0 < self.eps < math.inf:
             raise ValueError(f"eps={self.eps!r} is not allowed; it bounds a norm, so it must be above 0.")
@@ -133,7 +134,8 @@ class OFTOperator(RotationAdapter):
         self.averages = generator_means(generator_bound)
         self.dropout = dropout
         self.orthogonal = neumann_terms is None
-        self.generator = nn.Parameter(torch.zeros(1 if shared else blocks, skew_size(block_size)))
+        entries = torch.zeros(1 if shared else blocks, skew_size(block_size), dtype=torch.float32)
+        self.generator = nn.Parameter(entries)
 
     def batch_key(self) -> Hashable:
         """What `evaluate` depends on besides the parameters."""

@@ -16,7 +16,8 @@ from isotune.algebra.diagonal import scaled_difference
 from isotune.algebra.means import generator_means, linear_mean
 from isotune.algebra.skew import skew_size
 from isotune.errors import IsotuneWarning
-from isotune.methods.config import SubspaceConfig, check_alphas, check_cayley_options, check_probability, require_choice
+from isotune.methods.checks import check_alphas, check_cayley_options, check_probability, check_weight
+from isotune.methods.config import SubspaceConfig
 
 
 @dataclass
@@ -29,6 +30,9 @@ class PsoftConfig(SubspaceConfig):
         ab_svd_init: "psoft_init" reads with orthonormal rows V; "pissa_init" splits the singular values evenly, without
             any claim about angles.
         psoft_svd: "full" is exact, "lowrank" iterates until converged, "auto" takes the cheaper for each weight.
+        psoft_svd_lowrank_niter: PEFT's number of power iterations, for its configurations to run: "lowrank" iterates
+            until it has converged here, whatever it says. Not stored in the file.
+        random_seed: PEFT's seed of "lowrank", which has a fixed start here. Not stored in the file.
         psoft_orth: R orthogonal by the Cayley transform; False trains a free r × r matrix.
         psoft_mag_a: train α on the side of the input.
         psoft_mag_b: train β on that of the output; with neither it is PSOFT-SO.
@@ -40,10 +44,14 @@ class PsoftConfig(SubspaceConfig):
         ValueError: a value that is not allowed or a combination without effect; the message says what to change.
     """
 
+    runtime_fields = (*SubspaceConfig.runtime_fields, "psoft_svd_lowrank_niter", "random_seed")
+
     psoft_alpha: float | None = field(default=None)
     psoft_dropout: float = field(default=0.0)
     ab_svd_init: Literal["psoft_init", "pissa_init"] = field(default="psoft_init")
     psoft_svd: Literal["auto", "full", "lowrank"] = field(default="auto")
+    psoft_svd_lowrank_niter: int | None = field(default=None)
+    random_seed: int = field(default=0)
     psoft_orth: bool = field(default=True)
     psoft_mag_a: bool = field(default=True)
     psoft_mag_b: bool = field(default=True)
@@ -53,10 +61,10 @@ class PsoftConfig(SubspaceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("ab_svd_init", self.ab_svd_init, ("psoft_init", "pissa_init"))
-        require_choice("psoft_svd", self.psoft_svd, ("auto", "full", "lowrank"))
         check_alphas("psoft_alpha", self.psoft_alpha, self.alpha_pattern)
         check_probability("psoft_dropout", self.psoft_dropout)
+        for name in ("psoft_svd_lowrank_niter", "random_seed"):
+            check_weight(name, getattr(self, name) or 0)
         if self.use_cayley_neumann and not self.psoft_orth:
             raise ValueError("use_cayley_neumann=True has no effect with psoft_orth=False; set one of them otherwise.")
         check_cayley_options(self.use_cayley_neumann, self.num_cayley_neumann_terms, self.cayley_neumann_eps)
@@ -120,17 +128,10 @@ class PsoftOperator(SubspaceAdapter):
         self.generator_bound = generator_bound
         own = generator_means(generator_bound, "input_scale", "output_scale")
         self.averages = own if orthogonal else {"generator": linear_mean}
-        self.generator = nn.Parameter(torch.empty(skew_size(size) if orthogonal else (size, size)))
-        self.input_scale = nn.Parameter(torch.empty(size)) if input_scale else None
-        self.output_scale = nn.Parameter(torch.empty(size)) if output_scale else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Make M the identity."""
-        nn.init.zeros_(self.generator)
-        for scale in (self.input_scale, self.output_scale):
-            if scale is not None:
-                nn.init.ones_(scale)
+        entries = skew_size(size) if orthogonal else (size, size)
+        self.generator = nn.Parameter(torch.zeros(entries, dtype=torch.float32))
+        self.input_scale = nn.Parameter(torch.ones(size, dtype=torch.float32)) if input_scale else None
+        self.output_scale = nn.Parameter(torch.ones(size, dtype=torch.float32)) if output_scale else None
 
     def batch_key(self) -> Hashable:
         """What `evaluate` depends on besides the parameters."""

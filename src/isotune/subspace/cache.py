@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
+import stat
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,21 +17,37 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from isotune.subspace.solvers import Subspace
+from isotune.subspace.precision import exact_product, without_autocast
+from isotune.subspace.result import Subspace
 
 DEFAULT_MAX_BYTES = 4 * 2**30
+AGREEMENT = 1e-3
+"""How far an entry may be from what the weight says, relative to the weight: a share of each singular value squared."""
+
 _SUFFIX = ".safetensors"
 _TEMPORARY = ".partial"
+_ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+_TEMPORARY_NAME = re.compile(r"[0-9a-f]{64}\.[0-9a-f]{32}\.partial")
+_TENSORS = ("basis", "singular_values")
+_METADATA = {"energy", "solver", "iterations", "checksum"}
 _ABANDONED_SECONDS = 3600.0
 
 
 class SubspaceCache:
-    """Keep principal subspaces as safetensors files in one directory, the least recently used dropped first.
+    """Principal subspaces on disk, one safetensors file each, the least recently used dropped first.
 
-    `directory`: by default the environment's ISOTUNE_CACHE, else ~/.cache/isotune/subspaces; "off" or "0" there turns
-    the cache off. `max_bytes`: by default ISOTUNE_CACHE_BYTES, else 4 GiB. Several processes may share a directory. A
-    damaged or foreign entry counts as absent and is removed; a directory that cannot be written is no error: nothing
-    is kept. Raises ValueError if ISOTUNE_CACHE_BYTES is not a whole number of bytes.
+    Several processes may share a directory, and so may other programs: what is removed is recognised by its name and
+    by its content as written here. An entry that is damaged, or that is not of the weight it is asked for, counts as
+    absent and is removed. What is no regular file (a pipe, a socket, a folder) is never opened. A directory that
+    cannot be written is no error: nothing is kept.
+
+    Args:
+        directory: by default the environment's ISOTUNE_CACHE, else ~/.cache/isotune/subspaces; "off" or "0" in the
+            environment turns the cache off.
+        max_bytes: by default the environment's ISOTUNE_CACHE_BYTES, else 4 GiB.
+
+    Raises:
+        ValueError: ISOTUNE_CACHE_BYTES is not a whole number of bytes.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None, max_bytes: int | None = None) -> None:
@@ -40,13 +59,37 @@ class SubspaceCache:
             self.directory = Path(chosen or "~/.cache/isotune/subspaces").expanduser()
         self.max_bytes = _max_bytes_from_environment() if max_bytes is None else max_bytes
 
-    def get(self, key: str, shape: tuple[int, int], device: torch.device | str = "cpu") -> Subspace | None:
-        """Return the subspace stored under `key` with a basis of this `shape` (r, in), on `device`, or None."""
+    def get(
+        self,
+        key: str,
+        shape: tuple[int, int],
+        device: torch.device | str = "cpu",
+        *,
+        weight: Tensor | None = None,
+        tolerance: float = 0.0,
+    ) -> Subspace | None:
+        """The subspace stored under a key.
+
+        Args:
+            key: as `subspace_key` makes it.
+            shape: (r, in) of the basis.
+            device: where the result is put.
+            weight: W, (out, in). With it, an entry that `spans` finds to be of another weight counts as absent.
+            tolerance: as for `spans`.
+
+        Returns:
+            The subspace, or None for no such entry, a damaged one, or one of another weight.
+        """
         if self.directory is None:
             return None
         path = self.directory / (key + _SUFFIX)
         try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                return None
             found = _read(path, shape)
+            found = replace(found, basis=found.basis.to(device), singular_values=found.singular_values.to(device))
+            if weight is not None and not spans(found, weight, tolerance):
+                raise ValueError(f"{path} is not of this weight")  # caught below, as are all that `_read` finds
         except (FileNotFoundError, PermissionError, RuntimeError):
             return None  # RuntimeError: safetensors opens a file twice, and this one was evicted in between
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
@@ -55,17 +98,15 @@ class SubspaceCache:
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # the file's time is its last use, which eviction goes by
-        return Subspace(
-            found.basis.to(device),
-            found.singular_values.to(device),
-            found.energy,
-            found.solver,
-            found.iterations,
-            found.converged,
-        )
+        return found
 
     def put(self, key: str, subspace: Subspace) -> None:
-        """Store `subspace` under `key`, then drop the least recently used entries beyond the size bound."""
+        """Store a subspace, then drop the least recently used entries beyond the size bound.
+
+        Args:
+            key: as `subspace_key` makes it.
+            subspace: any; one that is larger than the bound is not stored.
+        """
         if self.directory is None:
             return
         tensors = {
@@ -78,14 +119,16 @@ class SubspaceCache:
             "energy": repr(subspace.energy),
             "solver": subspace.solver,
             "iterations": str(subspace.iterations),
-            "converged": str(int(subspace.converged)),
             "checksum": _checksum(tensors),
         }
+        entry = self.directory / (key + _SUFFIX)
         temporary = self.directory / f"{key}.{uuid.uuid4().hex}{_TEMPORARY}"
         try:
+            if entry.exists() and not entry.is_file():
+                return  # somebody else's pipe or folder
             self.directory.mkdir(parents=True, exist_ok=True)
             save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, self.directory / (key + _SUFFIX))
+            os.replace(temporary, entry)
             self._evict()
         except (OSError, SafetensorError):
             with contextlib.suppress(OSError):
@@ -96,10 +139,12 @@ class SubspaceCache:
         entries: list[tuple[float, int, Path]] = []
         for path in self.directory.iterdir():
             try:
-                status = path.stat()
-                if path.suffix == _TEMPORARY and time.time() - status.st_mtime > _ABANDONED_SECONDS:
+                status = path.lstat()
+                if not stat.S_ISREG(status.st_mode):
+                    continue
+                if _TEMPORARY_NAME.fullmatch(path.name) and time.time() - status.st_mtime > _ABANDONED_SECONDS:
                     path.unlink()  # its writer was killed
-                elif path.suffix == _SUFFIX:
+                elif _ENTRY_NAME.fullmatch(path.name):
                     entries.append((status.st_mtime, status.st_size, path))
             except FileNotFoundError:
                 continue  # another process evicted it
@@ -107,8 +152,9 @@ class SubspaceCache:
         for _, length, path in sorted(entries, key=lambda entry: entry[0]):
             if size <= self.max_bytes:
                 break
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+            if _is_entry(path):
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
             size -= length
 
 
@@ -130,10 +176,19 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _is_entry(path: Path) -> bool:
+    """Whether a file was written by `SubspaceCache.put`, by its header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys()) == set(_TENSORS) and set(file.metadata() or {}) >= _METADATA
+    except (OSError, RuntimeError, SafetensorError):
+        return False
+
+
 def _read(path: Path, shape: tuple[int, int]) -> Subspace:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in ("basis", "singular_values")}
+        tensors = {name: file.get_tensor(name) for name in _TENSORS}
     if tensors["basis"].shape != shape or tensors["singular_values"].shape != shape[:1]:
         raise ValueError(f"{path} holds a basis of another shape")
     if metadata["checksum"] != _checksum(tensors):
@@ -144,5 +199,38 @@ def _read(path: Path, shape: tuple[int, int]) -> Subspace:
         float(metadata["energy"]),
         metadata["solver"],
         int(metadata["iterations"]),
-        metadata["converged"] == "1",
     )
+
+
+@torch.no_grad()
+def spans(subspace: Subspace, weight: Tensor, tolerance: float = 0.0) -> bool:
+    """Whether a subspace can be the principal one of a weight, by one product with it.
+
+    With B the basis and σ the singular values, B must have orthonormal rows, and (W Bᵀ)ᵀ(W Bᵀ) must be diag(σ²) with
+    σ descending: both to within `AGREEMENT`, where row i counts in units of σᵢ, or σ₁ / 100 if that is more.
+
+    Args:
+        subspace: on the weight's device.
+        weight: W, (out, in), of any floating dtype.
+        tolerance: the sine of the angle to which the subspace was solved; its square is added to what is allowed.
+
+    Source: Golub and Van Loan, Matrix Computations, 4th ed., section 8.1.2 (Rayleigh-Ritz).
+    """
+    basis, values = subspace.basis, subspace.singular_values.cpu().double()
+    matrix = weight.detach().to(basis)
+    with without_autocast(matrix.device):
+        gram = _gram(basis.T)
+        image = _gram(exact_product(matrix, basis.T))
+    allowed = AGREEMENT + 4.0 * tolerance**2
+    scale = values.clamp_min(1e-2 * float(values[0])).clamp_min(1e-150)
+    defects = (
+        gram - torch.eye(len(values), dtype=torch.float64),
+        (image - values.square().diag()) / scale.outer(scale),
+    )
+    descending = bool((values[:-1] >= values[1:]).all())
+    return descending and all(float(defect.abs().max()) <= allowed for defect in defects)
+
+
+def _gram(columns: Tensor) -> Tensor:
+    wide = columns.double() if columns.device.type != "mps" else columns.cpu().double()
+    return (wide.T @ wide).cpu()

@@ -31,6 +31,10 @@ def pin_width(rank: int, in_features: int) -> int:
     """Say how many columns p the pin of a basis (rank, in_features) has.
 
     Part of the file format: r + max(8, r // 4), and never more than in_features, where the pin is as good as V itself.
+
+    Args:
+        rank: r.
+        in_features: columns of V.
     """
     return min(in_features, rank + max(8, rank // 4))
 
@@ -40,17 +44,40 @@ def candidate_rank(rank: int, in_features: int, out_features: int) -> int:
 
     More than r, so that a group of near-equal singular values that straddles the cut at r lies inside; fewer than p, so
     that what is left of p can measure the residual.
+
+    Args:
+        rank: r.
+        in_features: columns of W.
+        out_features: rows of W.
     """
     return min(in_features, out_features, rank + max(4, rank // 8))
 
 
 def pin(basis: Tensor, *, seed: int = 0, oversampling: int | None = None) -> Tensor:
-    """Sketch a basis V (r, in) with orthonormal rows as S = V Ω, (r, p) float32, on the CPU.
+    """Sketch a basis V with orthonormal rows as S = V Ω.
 
-    Ω (in, p) holds the standard normal numbers of numpy's `RandomState(seed)`, whose stream is frozen. p is
-    `pin_width(r, in)`, or at most r + `oversampling`.
+    Ω holds the standard normal numbers of numpy's `RandomState(seed)`, whose stream is frozen.
 
-    Raises ValueError for a basis that is not a finite matrix with r ≤ in, or a negative oversampling.
+    Args:
+        basis: V, (r, in), r ≤ in.
+        seed: of Ω, (in, p).
+        oversampling: p − r at most; None for that of `pin_width`.
+
+    Returns:
+        S, (r, p), float32, on the CPU.
+
+    Raises:
+        ValueError: the basis is not a finite matrix with r ≤ in, or oversampling is negative.
+
+    Example:
+        >>> import torch
+        >>> basis = torch.eye(3, 40)
+        >>> sketch = pin(basis)
+        >>> sketch.shape
+        torch.Size([3, 11])
+        >>> found, residual = recover(sketch, basis.flip(0) * -1)  # the same span, other vectors
+        >>> torch.allclose(found, basis, atol=1e-5), residual < 1e-5
+        (True, True)
     """
     _check_matrix(basis, "the basis", "(r, in) with r ≤ in")
     rank, width = basis.shape
@@ -61,21 +88,28 @@ def pin(basis: Tensor, *, seed: int = 0, oversampling: int | None = None) -> Ten
 
 
 def recover(pin: Tensor, candidates: Tensor, *, seed: int = 0) -> tuple[Tensor, float]:
-    """Find the basis that `pin` was made of in the span of the base's own singular vectors.
-
-    `pin` is (r, p) from `pin`, with the same `seed`; `candidates` V' is (k, in), the base's top right singular vectors,
-    orthonormal rows, k from `candidate_rank`. Returns V (r, in), orthonormal rows, in the dtype and on the device of
-    `candidates`, and the residual: an estimate of the root mean square over V's rows of the sine of the angle between
-    the pinned V and the span of V', from 0 (rounding: about 1e-5) to about 1 (another base). A residual above
-    `MAX_RESIDUAL` means that V is not to be trusted; the caller decides.
+    """Find the basis V that a pin was made of in the span of the base's own singular vectors V'.
 
     V' Ω has full rank, so S = T (V' Ω) has one least-squares solution T, and V is the orthonormal polar factor of T V':
-    the nearest basis in the span (Golub and Van Loan, Matrix Computations, 4th ed., section 9.4.3). The part of V
-    outside the span has a Gaussian sketch independent of V' Ω, which leaves E‖S − T V' Ω‖² = (p − k) ‖V⊥‖². A T whose
-    rows are not orthonormal counts as well, in the same units; it is all there is to measure with k ≥ p. Where
-    p = k = in, the pin holds all of V, and every base passes.
+    the nearest basis in the span. The part of V outside the span has a Gaussian sketch independent of V' Ω, which
+    leaves E‖S − T V' Ω‖² = (p − k) ‖V⊥‖². A T whose rows are not orthonormal counts as well, in the same units; it is
+    all there is to measure with k ≥ p. Where p = k = in, the pin holds all of V, and every base passes.
 
-    Raises ValueError for shapes that do not fit (r ≤ k ≤ in, r ≤ p ≤ in) and numbers that are not finite.
+    Args:
+        pin: S, (r, p), from the function `pin`.
+        candidates: V', (k, in), the base's leading right singular vectors, orthonormal rows, k from `candidate_rank`.
+        seed: as for the function `pin`.
+
+    Returns:
+        V, (r, in), orthonormal rows, in the dtype and on the device of the candidates; and the residual, an estimate of
+        the root mean square over V's rows of the sine of the angle between the pinned V and the span of V', from 0
+        (rounding: about 1e-5) to about 1 (another base). Above `MAX_RESIDUAL` V is not to be trusted; the caller
+        decides.
+
+    Raises:
+        ValueError: shapes that do not fit (r ≤ k ≤ in, r ≤ p ≤ in), or numbers that are not finite.
+
+    Source: Golub and Van Loan, Matrix Computations, 4th ed., section 9.4.3, for the polar factor.
     """
     _check_matrix(pin, "the pin", "(r, p) with r ≤ p")
     _check_matrix(candidates, "the candidates", "(k, in) with k ≤ in")

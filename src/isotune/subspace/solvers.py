@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-if TYPE_CHECKING:
-    from isotune.subspace.cache import SubspaceCache
+from isotune.subspace.bounds import angle_bound, filter_degree, missing_energy, relative_residual
+from isotune.subspace.cache import SubspaceCache
+from isotune.subspace.precision import full_precision, without_autocast
+from isotune.subspace.result import Subspace
+from isotune.subspace.result import SubspaceRequest as SubspaceRequest
 
 SOLVERS = ("auto", "full", "lowrank")
 SOLVER_VERSION = 2
@@ -30,43 +31,11 @@ ENERGY_TOLERANCE = 1e-5
 # nobody's, so they are replaced by directions that depend on the others only (see `_complete`).
 _NEGLIGIBLE = {torch.float32: 2e-6, torch.float64: 1e-13}
 _MAX_APPLICATIONS = 60
-_MAX_DEGREE = 12
-_MAX_AMPLIFICATION = 1e6
 _PROGRESS_DELAY_SECONDS = 3.0
 # Rounds in bfloat16 end here: the sine of the angle that its rounding leaves room for, with a margin.
 _COARSE_ANGLE = 0.3
 # Below this many multiplications per product, converting the weight costs more than the products save.
 _COARSE_WORK = 2e8
-
-
-@dataclass(frozen=True)
-class Subspace:
-    """The top-r right singular vectors of a weight W (out, in), and how they were found."""
-
-    basis: Tensor
-    """(r, in), orthonormal rows by descending singular value, on the weight's device; float64 for a float64 weight,
-    otherwise float32."""
-    singular_values: Tensor
-    """(r,), descending, same dtype and device as the basis."""
-    energy: float
-    """Sum of the captured squared singular values over the squared Frobenius norm of W; 1.0 for a zero weight."""
-    solver: str
-    """"full" or "lowrank": what was really used."""
-    iterations: int
-    """Products with WᵀW (or WWᵀ) that "lowrank" spent, also where it then fell back; 0 for "full"."""
-    converged: bool
-    """The stated tolerance was reached."""
-
-
-@dataclass(frozen=True)
-class SubspaceRequest:
-    """One weight of `principal_subspaces`: the tensor, or a function that makes it when its turn comes."""
-
-    weight: Tensor | Callable[[], Tensor]
-    """(out, in), or a zero-argument callable that returns it, so that one dequantised copy lives at a time."""
-    rank: int
-    name: str = "weight"
-    """Begins every error message about this request."""
 
 
 def principal_subspace(
@@ -78,29 +47,48 @@ def principal_subspace(
     seed: int = 0,
     name: str = "weight",
 ) -> Subspace:
-    """Find the top-`rank` right singular vectors of `weight`.
+    """Find the leading right singular vectors of a weight.
 
-    `weight` is (out, in), of any floating dtype, layout and device; the result has `basis` (rank, in). It is
-    deterministic, independent of the global random state and, up to rounding, of the number of threads.
+    The result is deterministic, independent of the global random state and of every setting of the process and, up to
+    rounding, of the number of threads. Directions whose singular value is rounding noise (a rank-deficient or zero
+    weight) are filled in by a fixed rule that depends only on the directions above them, so that they too are the same
+    everywhere.
 
-    `solver`: "full" is exact; "lowrank" iterates until the sine of the largest angle to the true subspace is at most
-    `tolerance`, or, where the singular values at the cut are too close for single precision to tell their vectors
-    apart, until the captured energy is within min(1e-5, 10 `tolerance`²) of the largest possible, and computes the
-    exact answer if it gets to neither; "auto" takes the cheaper one for this shape, rank and device.
+    Args:
+        weight: W, (out, in), of any floating dtype, layout and device.
+        rank: r, from 1 to min(out, in).
+        solver: "full" is exact; "lowrank" iterates until the sine of the largest angle to the true subspace is at most
+            `tolerance`, or, where the singular values at the cut are too close for single precision to tell their
+            vectors apart, until the captured energy is within min(1e-5, 10 `tolerance`²) of the largest possible, and
+            computes the exact answer if it gets to neither; "auto" takes the cheaper one for this shape, rank and
+            device.
+        tolerance: the sine of an angle, in (0, 1).
+        seed: of the fixed Gaussian block that "lowrank" starts from.
+        name: begins every error message.
 
-    Directions whose singular value is rounding noise (a rank-deficient or zero weight) are filled in by a fixed rule
-    that depends only on the directions above them, so that they too are the same everywhere.
+    Returns:
+        The basis, (r, in), with the singular values and the captured energy.
 
-    Raises ValueError for a weight that is not a finite, real floating matrix, a rank outside 1..min(out, in), an
-    unknown solver, or a tolerance outside (0, 1).
+    Raises:
+        ValueError: the weight is not a finite, real floating matrix, or an argument is not allowed.
+
+    Example:
+        >>> import torch
+        >>> found = principal_subspace(torch.diag(torch.tensor([1.0, 3.0, 2.0])), rank=2)
+        >>> found.singular_values
+        tensor([3., 2.])
+        >>> found.basis.abs()
+        tensor([[0., 1., 0.],
+                [0., 0., 1.]])
+        >>> round(found.energy, 4)
+        0.9286
 
     Source: Golub and Van Loan, Matrix Computations, 4th ed., section 8.6; Zhou, Saad, Tiago and Chelikowsky,
-    "Self-consistent-field calculations using Chebyshev-filtered subspace iteration" (2006), algorithm 4.1; the
-    bounds on the angle are Davis and Kahan (1970) and Stewart (1973), Error and perturbation bounds for subspaces.
+    "Self-consistent-field calculations using Chebyshev-filtered subspace iteration" (2006), algorithm 4.1.
     """
     _check_request(weight, rank, solver, tolerance, name)
     device = weight.device
-    with torch.no_grad(), _exact_matmul(device):
+    with torch.no_grad(), without_autocast(device):
         matrix = weight.detach()
         if device.type == "mps":
             matrix = matrix.cpu()  # no float64 there, and every small matrix below is float64
@@ -120,14 +108,7 @@ def principal_subspace(
         values = result.singular_values
         if abs(exponent) > 16:
             values = torch.ldexp(values, torch.tensor(exponent, device=values.device))
-        return Subspace(
-            result.basis.to(device),
-            values.to(device),
-            result.energy,
-            result.solver,
-            result.iterations,
-            result.converged,
-        )
+        return replace(result, basis=result.basis.to(device), singular_values=values.to(device))
 
 
 def principal_subspaces(
@@ -139,13 +120,23 @@ def principal_subspaces(
     cache: SubspaceCache | None = None,
     progress: bool | None = None,
 ) -> list[Subspace]:
-    """Find the principal subspaces of many weights, in the order of `requests`, solving equal weights once.
+    """Find the principal subspaces of many weights, solving equal weights once.
 
-    Requests whose weights are equal (the same storage, or the same content on the same device) and whose ranks are
-    equal get the very same `Subspace` object. `cache` keeps results on disk between processes. `progress`: None shows
-    one bar over all weights if the work takes more than a few seconds, True at once, False never.
+    Args:
+        requests: the weights and their ranks.
+        solver: as for `principal_subspace`.
+        tolerance: as there.
+        seed: as there.
+        cache: keeps results on disk between processes; None for none.
+        progress: None shows one bar over all weights if the work takes more than a few seconds, True at once, False
+            never.
 
-    Raises ValueError as `principal_subspace` does, beginning with the request's name.
+    Returns:
+        One for each request, in their order. Requests whose weights are equal (the same storage, or the same content
+        on the same device) and whose ranks are equal get the very same object.
+
+    Raises:
+        ValueError: as `principal_subspace`, beginning with the request's name.
     """
     solved: dict[tuple[str, str], Subspace] = {}
     # Only tensors that `requests` itself keeps alive: a callable's result may be freed and its address reused.
@@ -168,7 +159,10 @@ def principal_subspaces(
                 if view is not None:
                     keys[view] = key
             if key not in solved:
-                found = None if cache is None else cache.get(key[0], (request.rank, weight.shape[1]), weight.device)
+                found = None
+                if cache is not None:
+                    shape = (request.rank, weight.shape[1])
+                    found = cache.get(key[0], shape, weight.device, weight=weight, tolerance=tolerance)
                 if found is None:
                     found = principal_subspace(
                         weight, request.rank, solver=solver, tolerance=tolerance, seed=seed, name=request.name
@@ -188,8 +182,18 @@ def _bars_are_off() -> bool:
 
 
 def subspace_key(weight: Tensor, rank: int, solver: str, tolerance: float, seed: int) -> str:
-    """Name a principal subspace by everything that it depends on: hexadecimal blake2b of the weight's content (shape,
-    dtype, bytes in row-major order), rank, solver, tolerance, seed and `SOLVER_VERSION`."""
+    """Name a principal subspace by everything that it depends on, `SOLVER_VERSION` included.
+
+    Args:
+        weight: W; its shape, dtype and bytes in row-major order count.
+        rank: as for `principal_subspace`, as are the others.
+        solver: as there.
+        tolerance: as there.
+        seed: as there.
+
+    Returns:
+        64 hexadecimal digits (blake2b).
+    """
     digest = hashlib.blake2b(digest_size=32)
     settings = (SOLVER_VERSION, tuple(weight.shape), str(weight.dtype), rank, solver, float(tolerance), seed)
     digest.update(repr(settings).encode())
@@ -229,19 +233,6 @@ def _check_request(weight: Tensor, rank: int, solver: str, tolerance: float, nam
         )
 
 
-@contextlib.contextmanager
-def _exact_matmul(device: torch.device) -> Iterator[None]:
-    """Keep autocast and reduced-precision float32 products (TF32, bf16) out of the solvers."""
-    precision = torch.get_float32_matmul_precision()
-    with contextlib.ExitStack() as stack:
-        for kind in {"cpu", device.type}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        if precision != "highest":
-            torch.set_float32_matmul_precision("highest")
-            stack.callback(torch.set_float32_matmul_precision, precision)
-        yield
-
-
 def _solve(matrix: Tensor, rank: int, solver: str, tolerance: float, seed: int) -> Subspace:
     # By rows: as accurate as float64 over everything, without converting a large weight.
     total = float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
@@ -258,7 +249,7 @@ def _solve(matrix: Tensor, rank: int, solver: str, tolerance: float, seed: int) 
     basis = _complete(basis, values, _NEGLIGIBLE[matrix.dtype])
     energy = min(1.0, float(values.square().sum()) / total) if total > 0.0 else 1.0
     basis = basis.to(matrix.dtype).contiguous()
-    return Subspace(basis, values.to(matrix.dtype), energy, solver, iterations, True)
+    return Subspace(basis, values.to(matrix.dtype), energy, solver, iterations)
 
 
 def _full(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -296,7 +287,8 @@ def _lowrank(matrix: Tensor, rank: int, tolerance: float, seed: int) -> tuple[tu
     short = tall.shape[1]
     block = min(short, block_size(rank))
     energy_tolerance = min(ENERGY_TOLERANCE, 10.0 * tolerance**2)
-    working = tall.to(torch.bfloat16) if _rounds_cheaply(tall, block) else tall
+    exact = None if _rounds_cheaply(tall, block) else full_precision(tall)
+    working = tall.to(torch.bfloat16) if exact is None else exact
     start = torch.from_numpy(_gaussian(short, block, seed)).to(tall)
     vectors = torch.linalg.qr(_product(working.T, _product(working, start))).Q
     applications = 1
@@ -305,30 +297,32 @@ def _lowrank(matrix: Tensor, rank: int, tolerance: float, seed: int) -> tuple[tu
         image = _product(working, vectors)
         ritz, rotation = torch.linalg.eigh(image.double().T @ image.double())
         ritz = ritz.flip(0).clamp_min(0.0)
-        rotation = rotation.flip(1).to(vectors.dtype)
-        vectors, image = vectors @ rotation, image @ rotation
+        rotation = rotation.flip(1)
+        # In float64, as are all products but those with the weight: no setting of the process rounds them.
+        vectors, image = (vectors.double() @ rotation).to(vectors), (image.double() @ rotation).to(image)
         applied = _product(working.T, image)
         applications += 1
         residuals = torch.linalg.vector_norm(applied.double() - vectors.double() * ritz, dim=0)
-        previous, relative = relative, _relative_residual(ritz, residuals, rank)
-        if working is not tall:
+        previous, relative = relative, relative_residual(ritz, residuals, rank)
+        if exact is None:
             # The rounding of bfloat16 is where its rounds stop to gain.
-            if relative > 0.5 * previous or _angle_bound(ritz, residuals, rank) <= _COARSE_ANGLE:
-                working, relative = tall, math.inf
+            if relative > 0.5 * previous or angle_bound(ritz, residuals, rank) <= _COARSE_ANGLE:
+                working = exact = full_precision(tall)
+                relative = math.inf
         else:
             # Residuals that have fallen to rounding and no further: no more can be known of a cut between such close
             # values, and the energy decides. Residuals that merely fall slowly (a flat spectrum) prove nothing, as
             # larger eigenvalues may still be missing; those run into the budget and the exact solver.
             rounding = 32.0 * torch.finfo(matrix.dtype).eps * math.sqrt(rank * float(ritz[0] / ritz[rank - 1]))
-            settled = 0.5 * previous < relative <= rounding
-            settled = settled and _missing_energy(ritz, residuals, rank) <= energy_tolerance
-            if block == short or settled or _angle_bound(ritz, residuals, rank) <= tolerance:
+            at_rounding = 0.5 * previous < relative <= rounding
+            at_rounding = at_rounding and missing_energy(ritz, residuals, rank) <= energy_tolerance
+            if block == short or at_rounding or angle_bound(ritz, residuals, rank) <= tolerance:
                 top = (image if wide else vectors)[:, :rank].double()
                 return (torch.linalg.qr(top).Q.T, ritz[:rank].sqrt()), applications
         if applications >= _MAX_APPLICATIONS:
             return None, applications
         cut = max(float(ritz[-1]), 1e-12 * float(ritz[0]))
-        degree = _filter_degree(float(ritz[0]) / cut, float(ritz[rank - 1]) / cut)
+        degree = filter_degree(float(ritz[0]) / cut, float(ritz[rank - 1]) / cut)
         before, vectors = vectors, applied * (2.0 / cut) - vectors
         for _ in range(degree - 1):
             applied = _product(working.T, _product(working, vectors))
@@ -352,53 +346,6 @@ def _product(matrix: Tensor, block: Tensor) -> Tensor:
     return (matrix @ block.to(matrix.dtype)).to(block.dtype)
 
 
-def _angle_bound(ritz: Tensor, residuals: Tensor, rank: int) -> float:
-    """Bound the sine of the largest angle between the span of the first `rank` Ritz vectors and the true one.
-
-    The smaller of two. Davis and Kahan, vector by vector: each residual over its own distance to the rest of the
-    spectrum, which begins at the next Ritz value plus what that value's own residual may add. And the expansion to
-    second order in the residuals, which knows that Rayleigh-Ritz has already separated the vectors within the block:
-    what is missing lies beyond the block, a long way below, or comes back from there into the block. At least 1 says
-    nothing.
-    """
-    bounds = [1.0]
-    gaps = ritz[:rank] - (ritz[rank] + residuals[rank])
-    if float(gaps[-1]) > 0.0:
-        bounds.append(float(torch.linalg.vector_norm(residuals[:rank] / gaps)))
-    beyond = ritz[:rank] - (ritz[-1] + residuals[-1])
-    within = ritz[:rank, None] - ritz[None, rank:]
-    if float(beyond[-1]) > 0.0 and float(within[-1, 0]) > 0.0:
-        outside = residuals[:rank] / beyond
-        returned = outside[:, None] * residuals[None, rank:] / within
-        bounds.append(math.hypot(float(torch.linalg.vector_norm(outside)), float(torch.linalg.vector_norm(returned))))
-    return min(bounds)
-
-
-def _relative_residual(ritz: Tensor, residuals: Tensor, rank: int) -> float:
-    # Relative to each value, as rounding alone leaves more on the strong directions than on the weak ones.
-    floor = torch.finfo(torch.float32).eps * ritz[0]
-    return float(torch.linalg.vector_norm(residuals[:rank] / (ritz[:rank] + floor)))
-
-
-def _missing_energy(ritz: Tensor, residuals: Tensor, rank: int) -> float:
-    """Bound the share of the best subspace's energy that the first `rank` Ritz vectors miss.
-
-    Weyl's bound on each eigenvalue, or the quadratic one where the end of the block is far enough below.
-    """
-    wanted, errors = ritz[:rank], residuals[:rank]
-    far = (wanted - ritz[-1]).clamp_min(torch.finfo(torch.float64).tiny)
-    return float(torch.minimum(errors, errors.square() / far).sum() / wanted.sum())
-
-
-def _filter_degree(strongest: float, weakest: float) -> int:
-    """The highest degree whose filter leaves the weakest wanted direction above the rounding of the strongest.
-
-    Both arguments are eigenvalues over the cut. T_m(2x - 1) = cosh(m arccosh(2x - 1)).
-    """
-    spread = math.acosh(max(2.0 * strongest - 1.0, 1.0)) - math.acosh(max(2.0 * weakest - 1.0, 1.0))
-    return max(1, min(_MAX_DEGREE, int(math.log(_MAX_AMPLIFICATION) / max(spread, 1e-9))))
-
-
 def _complete(basis: Tensor, values: Tensor, negligible: float) -> Tensor:
     """Replace the directions whose singular value is rounding noise by ones that everybody would choose alike.
 
@@ -419,12 +366,22 @@ def block_size(rank: int) -> int:
     """How many vectors "lowrank" iterates on: about twice the rank, so that the cut never sets the speed.
 
     A multiple of 16, for which the matrix products at 4096 x 4096 took 7 % less time on two cores.
+
+    Args:
+        rank: r.
     """
     return -(-(2 * rank + 8) // 16) * 16
 
 
 def cheaper_solver(out_features: int, in_features: int, rank: int, device: torch.device | str = "cpu") -> str:
-    """Say which solver "auto" takes: "full" or "lowrank", by a cost model fitted to two CPU cores."""
+    """Say which solver "auto" takes, "full" or "lowrank", by a cost model fitted to two CPU cores.
+
+    Args:
+        out_features: rows of the weight.
+        in_features: its columns.
+        rank: r.
+        device: where the weight is; the model is the same everywhere.
+    """
     short, long = sorted((out_features, in_features))
     block = block_size(rank)
     if 2 * block > short:

@@ -161,8 +161,8 @@ def _prepare(model: nn.Module, file: AdapterFile, layers: Mapping[str, Layer], a
         assert isinstance(new, SubspaceAdapter)
         old, placement = adapter.placement, new.placement
         assert placement is not None
-        stored = [basis.stored for basis in layers[name].bases(adapter_name)]
-        copies += zip(stored, placement.stored, strict=True)
+        bases = [basis.stored for basis in layers[name].bases(adapter_name)]
+        copies += zip(bases, placement.stored, strict=True)
         if old is not None and users[id(old.down)] == 1:
             copies += [(old.down, placement.down), (old.up, placement.up)]
             placement = replace(placement, down=old.down, up=old.up)

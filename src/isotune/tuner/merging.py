@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -168,11 +168,12 @@ class MergingLayer(nn.Module, BaseTunerLayer):
 
     def _refuse_to_merge(self) -> None:
         self.host.check_merge()
-        inner, others = self.base_layer, [] if self.owner is None else self.owner.tuners_around(self)
+        inner: Any = self.base_layer
+        others = [] if self.owner is None else self.owner.tuners_around(self)
         while isinstance(inner, BaseTunerLayer):
             if not isinstance(inner, MergingLayer):
                 others.append(type(inner).__name__)
-            inner = inner.base_layer
+            inner = inner.base_layer  # type: ignore[attr-defined]
         if others:
             raise ValueError(
                 f"Another tuner's adapter is on {self.key!r} too ({', '.join(others)}), and both merge into the one "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -23,7 +23,6 @@ from peft.utils import (
 from torch import Tensor, nn
 
 from isotune.errors import AdapterFileError, IsotuneWarning, UnsupportedVersionError
-from isotune.files.adapter import KEY_PREFIX, check_tensors
 from isotune.hosts import keep_readable
 from isotune.methods import METHODS
 from isotune.methods.config import IsotuneConfig, SubspaceConfig
@@ -39,6 +38,7 @@ from isotune.tuner.mean import check_request, combine
 from isotune.tuner.merging import warn_of_requantising
 from isotune.tuner.mixed_batch import batch_of, check_names, measured, saved_modules_routed
 from isotune.tuner.placing import place_adapter, share_basis
+from isotune.tuner.state import check_file
 
 MINIMUM_VERSIONS = {"torch": "2.6", "peft": "0.21.2"}
 UNTESTED_VERSIONS = {"peft": "0.22"}
@@ -86,7 +86,7 @@ class IsotuneModel(BaseTuner):
             _make_replicas(model, own.layers, adapter_name)
             if basis_of is not None:
                 share_basis(adapter_name, basis_of, own.layers)
-            elif not config.read_from_file:  # else what the file holds comes next, and is placed then
+            elif config.origin is None:  # else what the file holds comes next, and is placed then
                 place_adapter(adapter_name, own.layers)
         except BaseException:
             remove_adapter(model, adapter_name)
@@ -249,14 +249,14 @@ class IsotuneModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: IsotuneConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
-        )
         try:
-            _check_file(model, adapter_name, remapped)
+            check_file(model, config, adapter_name, state_dict)
         except AdapterFileError:
             remove_adapter(model.get_base_model() if isinstance(model, PeftModel) else model, adapter_name)
             raise
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
         return remapped
 
 
@@ -308,20 +308,6 @@ def _make_replicas(model: nn.Module, layers: Sequence[Layer], adapter_name: str)
             "the model without a tensor parallel plan and spread it with FSDP2."
         )
     make_equal((p for layer in own for p in layer.adapter(adapter_name).parameters()), mesh)
-
-
-def _check_file(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> None:
-    """Refuse a file that lacks what the adapter needs or holds what cannot be."""
-    own = {
-        name: tensor
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if f".{_PREFIX}" in name and f".{adapter_name}." in name
-    }
-    check_tensors(
-        {name.removeprefix(KEY_PREFIX): tensor for name, tensor in own.items()},
-        {name.removeprefix(KEY_PREFIX): tensor for name, tensor in state.items()},
-        "on this base model by its adapter_config.json; check that both belong together",
-    )
 
 
 def check_versions() -> None:

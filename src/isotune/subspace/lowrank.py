@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from isotune.subspace.precision import exact_product
 from isotune.subspace.solvers import principal_subspace
 
 _FIRST_GUESS = 64
@@ -29,7 +30,15 @@ class Factored(NamedTuple):
 
 
 def check_truncation(rank: int | None, energy: float | None) -> None:
-    """Raise a ValueError for a rank or a share of the energy that is not allowed, or for both at once."""
+    """Refuse a rank or a share of the energy that is not allowed, or both at once.
+
+    Args:
+        rank: at least 1, or None.
+        energy: in (0, 1), or None.
+
+    Raises:
+        ValueError: names the value and what is allowed.
+    """
     if rank is not None and energy is not None:
         raise ValueError(f"rank={rank} and energy={energy} are both given; give one of them.")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
@@ -52,6 +61,16 @@ def truncate(matrix: Tensor, *, rank: int | None = None, energy: float | None = 
     Raises:
         ValueError: neither or both of rank and energy, or values that are not allowed, or Δ is not finite.
 
+    Example:
+        >>> import torch
+        >>> found = truncate(torch.diag(torch.tensor([4.0, 2.0, 1.0])), rank=2)
+        >>> (found.up @ found.down).round(decimals=4)
+        tensor([[4., 0., 0.],
+                [0., 2., 0.],
+                [0., 0., 0.]])
+        >>> round(found.missing, 4)
+        1.0
+
     Source: Eckart and Young (1936): the leading singular vectors give the best one.
     """
     check_truncation(rank, energy)
@@ -66,14 +85,14 @@ def truncate(matrix: Tensor, *, rank: int | None = None, energy: float | None = 
         # Past a third of the directions the exact answer is as cheap.
         guess = limit if 3 * guess > limit else guess
         down = principal_subspace(wide, guess, tolerance=_TOLERANCE, name="the update").basis
-        up = wide @ down.T
+        up = exact_product(wide, down.T)
         kept = torch.linalg.vector_norm(up, dim=0, dtype=torch.float64).square().cumsum(0) / norm**2
         if rank is not None or guess == limit or float(kept[-1]) >= float(energy or 0.0):
             break
         guess *= 3
     count = min(limit, rank) if rank is not None else _least(kept, float(energy or 0.0))
     up, down = up[:, :count].contiguous(), down[:count].contiguous()
-    return Factored(up, down, _norm(wide - up @ down), norm)
+    return Factored(up, down, _norm(wide - exact_product(up, down)), norm)
 
 
 def truncate_product(up: Tensor, down: Tensor, *, rank: int | None = None, energy: float | None = None) -> Factored:
@@ -82,7 +101,8 @@ def truncate_product(up: Tensor, down: Tensor, *, rank: int | None = None, energ
     Args:
         up: (out, r).
         down: (r, in).
-        rank, energy: as for `truncate`.
+        rank: as for `truncate`.
+        energy: as there.
 
     Raises:
         ValueError: values that are not allowed.
@@ -109,7 +129,16 @@ def truncate_product(up: Tensor, down: Tensor, *, rank: int | None = None, energ
 
 
 def pad_rank(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The same product with zeros up to a rank."""
+    """The same product with zeros up to a rank.
+
+    Args:
+        up: (out, k).
+        down: (k, in).
+        rank: at least k.
+
+    Returns:
+        (out, rank) and (rank, in).
+    """
     filling = rank - len(down)
     return torch.nn.functional.pad(up, (0, filling)), torch.nn.functional.pad(down, (0, 0, 0, filling))
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from isotune.algebra import lowrank
-from isotune.algebra.lowrank import pad_rank, truncate, truncate_product
+from isotune.subspace import lowrank
+from isotune.subspace.lowrank import pad_rank, truncate, truncate_product
 
 
 def decaying(rows: int, columns: int, rate: float = 0.7) -> Tensor:

@@ -1,0 +1,129 @@
+"""An adapter as a plain model with its update merged in, which needs no isotune."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from isotune.files.adapter import adapted_layers, config_of, describe, named_base, new_directory
+from isotune.files.base_model import resolve_base
+from isotune.tuner.layer import Layer
+from isotune.tuner.merging import warn_of_requantising
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def export_merged(
+    model_or_dir: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    adapter_name: str = "default",
+    base: nn.Module | str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write a plain transformers model with the adapter's update in its weights, with the tokeniser where there is one.
+
+    Args:
+        model_or_dir: a model with isotune adapters, which is left as it was, or the folder of a saved one.
+        out: the folder to write; it appears only when it is complete.
+        adapter_name: which adapter of a model.
+        base: for a folder: the base model, or its name; by default what the adapter's config names.
+        trust_remote_code: run code that the base model's repository carries.
+
+    Raises:
+        ValueError: `out` is not empty, there is no such adapter or base, the adapter does not fit the base, the model
+            cannot save itself, or other adapters are merged into it.
+    """
+    sources: list[str] = []
+    if isinstance(model_or_dir, nn.Module):
+        model = model_or_dir
+    else:
+        describe(model_or_dir)  # its messages are clearer than what PEFT finds while loading
+        plain = named_base(model_or_dir, base, trust_remote_code=trust_remote_code)
+        model, adapter_name = PeftModel.from_pretrained(plain, os.fspath(model_or_dir)), "default"
+        sources = [os.fspath(model_or_dir)]
+    config = config_of(model, adapter_name)
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not hasattr(inner, "save_pretrained"):
+        raise ValueError(f"A {type(inner).__name__} has no save_pretrained; only a transformers model can be exported.")
+    named = base if isinstance(base, str) else getattr(inner, "name_or_path", None) or config.base_model_name_or_path
+    with new_directory(out) as folder:
+        with _merged_and_bare(inner, adapter_name):
+            inner.save_pretrained(str(folder))
+        _copy_tokenizer([*sources, *([str(named)] if named else [])], folder)
+
+
+@contextmanager
+def _merged_and_bare(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """For the time of the block: the update in the weights, and the model's own modules in the places of wrappers."""
+    for name, module in model.named_modules():
+        if isinstance(module, Layer) and module.merged and module.merged_adapters != [adapter_name]:
+            raise ValueError(f"{name!r} has {module.merged_adapters} merged; call unmerge_adapter() first.")
+    swapped: list[tuple[nn.Module, str, nn.Module]] = []
+    merged_here: list[Layer] = []
+    try:
+        for _, layer in adapted_layers(model, adapter_name):
+            if not layer.merged:
+                layer.merge(adapter_names=[adapter_name])
+                merged_here.append(layer)
+        warn_of_requantising(merged_here)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Layer):
+                plain = module.base_layer
+            elif isinstance(module, ModulesToSaveWrapper):
+                own = adapter_name in module.modules_to_save
+                plain = module.modules_to_save[adapter_name] if own else module.original_module
+            else:
+                continue
+            parent, _, attribute = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            swapped.append((owner, attribute, module))
+            setattr(owner, attribute, plain)
+        with torch.no_grad():
+            yield
+    finally:
+        for owner, attribute, module in swapped:
+            setattr(owner, attribute, module)
+        for layer in merged_here:
+            layer.unmerge()
+
+
+def _copy_tokenizer(sources: list[str], folder: Path) -> None:
+    """Copy the files of the first source that has any; one that cannot be reached has none."""
+    from transformers.utils import cached_file
+
+    for source in sources:
+        found = []
+        for file in _TOKENIZER_FILES:
+            try:
+                place = source if source in sources[:-1] else resolve_base(source)
+                path = cached_file(place, file, _raise_exceptions_for_missing_entries=False)
+            except (OSError, ValueError):
+                path = None
+            if path is not None:
+                found.append(path)
+        for path in found:
+            shutil.copyfile(path, folder / Path(path).name)
+        if found:
+            return

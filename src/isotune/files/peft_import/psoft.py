@@ -1,0 +1,182 @@
+"""PEFT's own PSOFT, whose file holds no basis: it is the one that PEFT computes here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import peft
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.psoft.layer import Linear as PeftPsoftLinear
+from torch import Tensor, nn
+
+from isotune.errors import AdapterFileError
+from isotune.files.adapter import ADAPTER, adapted_layers, rank_pattern
+from isotune.files.peft_import.source import EXACT, Source, series_terms, shared_fields
+from isotune.methods import PsoftConfig
+from isotune.subspace.pinning import candidate_rank, pin, recover
+from isotune.subspace.solvers import principal_subspace
+from isotune.tuner.layer import Layer
+
+_RECOVERABLE = 1e-3
+"""How far a basis found again from its pin may be (root mean square over rows) for the pin to be kept."""
+
+
+@dataclass
+class _Subspace:
+    """One layer of a PEFT adapter, ΔW = writer (M − I)ᵀ reader, and what of isotune's own layer gives the same."""
+
+    reader: Tensor
+    """A, (r, in): its rows are orthogonal."""
+    writer: Tensor
+    """psoft_alpha / r · B, (out, r)."""
+    difference: Tensor
+    """M − I, (r, r), float64; in PEFT's terms Rᵀ − I with both vectors."""
+    parameters: dict[str, Tensor]
+    """Of isotune's operator."""
+
+    def basis(self) -> Tensor:
+        """V, (r, in): A without the singular values of a symmetric split."""
+        return nn.functional.normalize(self.reader, dim=1)
+
+    def defect(self, matrix: Tensor, *, symmetric: bool) -> float:
+        """Relative difference between this update and the one isotune's form makes with the same basis and M."""
+        projection = matrix.float() @ self.basis().float().T
+        values = torch.linalg.vector_norm(projection, dim=0).sqrt() if symmetric else projection.new_ones(1)
+        ours = (projection / values.clamp_min(torch.finfo(values.dtype).tiny)).double() @ self.difference.T * values
+        theirs = self.writer.double() @ self.difference.T * torch.linalg.vector_norm(self.reader, dim=1)
+        norm = float(theirs.norm())
+        return float((ours - theirs).norm()) / norm if norm > 0 else 0.0
+
+    def as_free_matrix(self) -> _Subspace:
+        """M itself as the trained matrix, whatever it was made of."""
+        return replace(self, parameters={"generator": self.difference})
+
+    def on_principal_form(self, matrix: Tensor) -> _Subspace:
+        """The same update by a free matrix on orthonormal directions V with W Vᵀ as its writer.
+
+        PEFT's "lowrank" stops before it has converged, and then its B is not W Aᵀ. But B lies in the column space of W,
+        so B = W Xᵀ, and with V an orthonormal basis of the rows of A and X together, A = C V and X = D V,
+        ΔW = W Vᵀ (Dᵀ (M − I)ᵀ C) V. V has up to 2 r rows, and r where W Aᵀ is B after all.
+        """
+        values = torch.linalg.vector_norm(self.reader, dim=1).double()
+        same = _Subspace(
+            self.basis(), self.writer * values.to(self.writer), self.difference * values[:, None] / values, {}
+        )
+        if same.defect(matrix, symmetric=False) <= EXACT:
+            return same.as_free_matrix()
+        wide = matrix.double()
+        source = torch.linalg.lstsq(wide.cpu(), self.writer.double().cpu(), driver="gelsd").solution.T.to(wide)
+        both = torch.cat([nn.functional.normalize(source, dim=1), self.basis().double()])
+        _, spread, right = torch.linalg.svd(both, full_matrices=False)
+        basis = right[spread > 1e-9 * spread[0]]
+        mixed = (source @ basis.T).T @ self.difference.T @ (self.reader.double() @ basis.T)
+        return _Subspace(basis, wide @ basis.T, mixed.T.contiguous(), {}).as_free_matrix()
+
+
+def import_psoft(source: Source) -> PeftModel:
+    """The base with isotune's PSOFT, which computes what PEFT's PSOFT does.
+
+    Args:
+        source: the folder and its base, which is adapted in place.
+
+    Raises:
+        AdapterFileError: the folder does not fit the base, or computes what no adapter of isotune does.
+    """
+    theirs = source.config
+    theirs.fan_in_fan_out = False  # as PEFT sets it: its PSOFT takes nn.Linear only
+    weights = {name: source.weight(name) for name in source.layers}
+    with torch.no_grad():
+        layers = {
+            name: _compute_as_peft(theirs, source.base.get_submodule(name), state, f"{source.folder}: {name!r}")
+            for name, state in source.layers.items()
+        }
+        config = _translate_psoft(theirs)
+        if not config.psoft_orth and theirs.psoft_orth:
+            layers = {name: layer.as_free_matrix() for name, layer in layers.items()}
+        symmetric = config.ab_svd_init == "pissa_init"
+        if any(layer.defect(weights[name], symmetric=symmetric) > EXACT for name, layer in layers.items()):
+            layers = {name: layer.on_principal_form(weights[name]) for name, layer in layers.items()}
+            config = _with_free_matrices(config, {name: len(layer.reader) for name, layer in layers.items()})
+    model = get_peft_model(source.base, replace(config))
+    if config.basis == "pinned" and not all(
+        _is_recoverable(m, layers[n]) for n, m in adapted_layers(model, ADAPTER) if n in layers
+    ):
+        config.basis = "embedded"
+        model = get_peft_model(model.unload(), replace(config))
+    for name, layer in source.fill(model, {name: layer.parameters for name, layer in layers.items()}).items():
+        (form,), basis = layer.bases(ADAPTER), layers[name].basis()
+        form.record(basis if form.embedded else pin(basis, seed=config.basis_seed))
+        # It need not be the principal one, so no other adapter may take it for that.
+        layer.put_on_basis(ADAPTER, [basis], principal=False)
+    return model
+
+
+def _compute_as_peft(config: peft.PsoftConfig, module: nn.Module, state: dict[str, Tensor], what: str) -> _Subspace:
+    """PEFT's own layer on this weight, with its own singular vectors, and the trained tensors in it."""
+    try:
+        layer = PeftPsoftLinear(module, ADAPTER, config)
+        trained: Any = layer.psoft_R[ADAPTER].float()
+        trained.load_state_dict({name.removeprefix("psoft_R."): tensor for name, tensor in state.items()})
+    except (RuntimeError, TypeError, ValueError) as error:
+        detail = str(error).splitlines()[-1].strip()
+        raise AdapterFileError(f"{what}: PEFT's layer cannot be made of this file and base: {detail}") from error
+    reader, writer = layer._psoft_A_cache[ADAPTER], layer._psoft_B_cache[ADAPTER] * layer.scaling[ADAPTER]
+    if not bool(reader.any(dim=1).all()):
+        raise AdapterFileError(f"{what}: the weight's rank is below r, so ab_svd_init='pissa_init' leaves no basis.")
+    matrix = trained.double().get_matrix().T
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    parameters = {"generator": -trained.weight if config.psoft_orth else trained.weight.T - eye}
+    if config.psoft_mag_a:
+        parameters["input_scale"] = trained.vector_a
+    if config.psoft_mag_b:
+        parameters["output_scale"] = trained.vector_b
+    return _Subspace(reader, writer, matrix - eye, parameters)
+
+
+def _translate_psoft(theirs: peft.PsoftConfig) -> PsoftConfig:
+    neumann = theirs.psoft_orth and theirs.use_cayley_neumann
+    terms = int(theirs.num_cayley_neumann_terms)
+    # I and I + 2Q are no product (I + Q)(I + … + Qᵏ).
+    free = neumann and terms < 3
+    series = neumann and not free
+    return PsoftConfig(
+        r=theirs.r,
+        psoft_dropout=theirs.psoft_dropout,
+        ab_svd_init=theirs.ab_svd_init,
+        psoft_orth=theirs.psoft_orth and not free,
+        psoft_mag_a=theirs.psoft_mag_a and not free,
+        psoft_mag_b=theirs.psoft_mag_b and not free,
+        use_cayley_neumann=series,
+        num_cayley_neumann_terms=series_terms(terms) if series else 5,
+        cayley_neumann_eps=theirs.cayley_neumann_eps if series else None,
+        **shared_fields(theirs),
+    )
+
+
+def _with_free_matrices(config: PsoftConfig, ranks: Mapping[str, int]) -> PsoftConfig:
+    default = Counter(ranks.values()).most_common(1)[0][0]
+    return replace(
+        config,
+        r=default,
+        rank_pattern=rank_pattern(ranks, default),
+        ab_svd_init="psoft_init",
+        basis="embedded",
+        psoft_orth=False,
+        psoft_mag_a=False,
+        psoft_mag_b=False,
+        use_cayley_neumann=False,
+        cayley_neumann_eps=None,
+    )
+
+
+def _is_recoverable(layer: Layer, imported: _Subspace) -> bool:
+    """Whether the pin of this basis would lead back to it, which needs it to be principal."""
+    basis = imported.basis()
+    count = candidate_rank(len(basis), layer.in_features, layer.out_features)
+    candidates = principal_subspace(layer.unmerged_matrix(), count).basis
+    found, _ = recover(pin(basis), candidates.to(basis))
+    return bool((found - basis).norm() <= _RECOVERABLE * len(basis) ** 0.5)

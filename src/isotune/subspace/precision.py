@@ -1,0 +1,79 @@
+"""Float32 products in full precision, whatever the process has set for speed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_FULL = ("none", "ieee", "highest")
+_CHUNK = 2**24
+"""Elements of the left matrix that are widened at a time."""
+
+
+def reduces_float32(device: torch.device | str = "cpu") -> bool:
+    """Say whether products of float32 matrices may be rounded to TF32 or bfloat16 in this process.
+
+    Torch has two interfaces for this, `torch.set_float32_matmul_precision` and, from 2.9, `fp32_precision` attributes
+    of `torch.backends`; it raises where the first is asked after the second was used. Both are only read here.
+
+    Args:
+        device: where the product runs.
+    """
+    try:
+        precisions = [torch.get_float32_matmul_precision()]
+    except RuntimeError:
+        return True  # set through both interfaces, to values that disagree
+    backend = torch.backends.cuda if torch.device(device).type == "cuda" else torch.backends.mkldnn
+    matmul = getattr(backend, "matmul", None)
+    if hasattr(torch.backends, "fp32_precision") and matmul is not None:
+        precisions.append(matmul.fp32_precision)
+    return any(precision not in _FULL for precision in precisions)
+
+
+def full_precision(matrix: Tensor) -> Tensor:
+    """A matrix whose products are at least as accurate as float32's, whatever the process has set.
+
+    A setting of the process is never changed for it, since other threads multiply under the same one.
+
+    Args:
+        matrix: of any floating dtype.
+
+    Returns:
+        The matrix itself, or in float64 where it is float32 and `reduces_float32`.
+    """
+    return matrix.double() if matrix.dtype == torch.float32 and reduces_float32(matrix.device) else matrix
+
+
+def exact_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, rounded no more than by float32 whatever the process has set.
+
+    Args:
+        left: (m, n).
+        right: (n, k), of the same dtype and device.
+
+    Returns:
+        (m, k), of that dtype.
+    """
+    if left.dtype != torch.float32 or not reduces_float32(left.device):
+        return left @ right
+    if left.device.type == "mps":  # it has neither float64 nor a faster float32
+        return left @ right
+    wide = right.double()
+    rows = max(1, _CHUNK // max(1, left.shape[1]))
+    return torch.cat([(part.double() @ wide).to(left.dtype) for part in torch.split(left, rows)])
+
+
+@contextlib.contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Compute in the dtypes that are given, on the CPU and on a device, inside of an autocast region too.
+
+    Args:
+        device: of the weights.
+    """
+    with contextlib.ExitStack() as stack:
+        for kind in {"cpu", device.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

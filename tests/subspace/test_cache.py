@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,7 +151,7 @@ def test_an_entry_evicted_while_it_is_opened_is_a_miss(tmp_path: Path, monkeypat
     assert cache.get("k", SHAPE) is None
 
 
-def _hammer(directory: str, failures: multiprocessing.Queue[str]) -> None:
+def _hammer(directory: str, failures: Any) -> None:
     torch.set_num_threads(1)
     stored = [example(seed) for seed in range(3)]
     cache = SubspaceCache(directory, max_bytes=3500)  # room for two of the three: eviction runs all the time

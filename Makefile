@@ -2,13 +2,15 @@
 # make test   lint, types and every test, the slow ones on real models included
 # make fast   the tests without the slow ones
 # make docs   build the documentation into site/
+# make constraints   resolve constraints.txt anew for every Python from 3.10 on, keeping the versions that still fit;
+#                    `make constraints UPGRADE=--upgrade` takes the newest, `UPGRADE='-P torch -P peft'` those of some
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test fast lint docs picture clean
+.PHONY: demo test fast lint docs constraints clean
 
 demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/isotune train demo
@@ -30,6 +32,10 @@ lint: $(VENV)/.test
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
+constraints: $(VENV)/.constraints
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-python-downloads --no-annotate --no-header \
+		--extra dev $(UPGRADE) --output-file constraints.txt pyproject.toml
+
 # One virtual environment, grown as targets ask for more; a stamp is older than the files that it was made from when
 # these change.
 $(BIN)/python:
@@ -41,6 +47,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[test,lint]'
+	touch $@
+
+$(VENV)/.constraints: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	touch $@
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python

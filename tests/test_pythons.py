@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib
 import inspect
+import itertools
 import os
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import isotune
 
@@ -25,6 +28,8 @@ CHECKS = Path(__file__).parent / "pythons" / "without_torch.py"
 FOLDERS = [SOURCE.parent, *(Path(__file__).parents[1] / name for name in ("tests", "benchmarks", "examples"))]
 MINORS = (10, 11, 12, 13, 14)
 """Of Python 3: those that pyproject.toml promises and of which there is a release."""
+PINNED = (10, 11, 12, 13)
+"""Those that constraints.txt is made for."""
 
 
 @functools.cache
@@ -57,6 +62,39 @@ def test_what_needs_no_torch(minor: int) -> None:
     run = check(python, *(folder for folder in FOLDERS if folder.is_dir()))
     assert run.returncode == 0, run.stdout + run.stderr
     assert int(run.stdout.split()[-4]) > len(list(SOURCE.rglob("*.py")))
+
+
+@pytest.mark.parametrize("minor", PINNED, ids=lambda minor: f"3.{minor}")
+def test_the_constraints_serve_it(minor: int) -> None:
+    """One pin of every package that the project asks for, and one that the project allows."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["project"]
+    here = {
+        "python_version": f"3.{minor}",
+        "python_full_version": f"3.{minor}.9",
+        "sys_platform": "linux",
+        "os_name": "posix",
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+        "extra": "",
+    }
+
+    def wanted(lines: list[str]) -> Iterator[Requirement]:
+        for requirement in map(Requirement, lines):
+            if requirement.marker is None or requirement.marker.evaluate(here):
+                yield requirement
+
+    pins: dict[str, list[str]] = {}
+    for pin in wanted((SOURCE.parents[1] / "constraints.txt").read_text().splitlines()):
+        (version,) = [specifier.version for specifier in pin.specifier if specifier.operator == "=="]
+        pins.setdefault(canonicalize_name(pin.name), []).append(version)
+    extras = {name: lines for name, lines in project["optional-dependencies"].items() if name != "eval"}  # not in dev
+    asked = [*project["dependencies"], *itertools.chain(*extras.values())]
+    for requirement in wanted(asked):
+        if requirement.name != "isotune":
+            (version,) = pins[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(version), requirement
+    assert {name for name, versions in pins.items() if len(versions) > 1} == set()
 
 
 def test_the_promise_is_that_of_the_project() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isotune import PsoftConfig, get_peft_model
 from isotune.tuner.layer import Layer
+
+QUICK = os.environ.get("ISOTUNE_TESTS", "all") == "quick"
+"""Whether this run is `make quick`: few random examples a property, and gradients checked along random directions."""
 
 VOCABULARY = 96
 WORDS = [f"w{i}" for i in range(VOCABULARY - 4)]
@@ -251,6 +255,11 @@ def assert_all_differ(outputs: dict[str, Tensor]) -> None:
     """No two of these are equal."""
     for (first, one), (second, other) in itertools.combinations(outputs.items(), 2):
         assert (one - other).abs().max() > 1e-6, (first, second)
+
+
+def assert_gradients_are_right(function: Callable[..., Any], *values: Tensor) -> None:
+    """torch's gradcheck in float64: of every entry, in a quick run of one random projection of all of them."""
+    assert torch.autograd.gradcheck(function, values, fast_mode=QUICK)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

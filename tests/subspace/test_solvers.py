@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -56,7 +56,6 @@ def assert_orthonormal(basis: Tensor, tolerance: float = 1e-6) -> None:
 
 
 @example(out=16, width=15, rank=1, decay=1e-5, scale=1e-25, solver="lowrank", dtype=torch.float32)
-@settings(max_examples=40, deadline=None)
 @given(
     out=st.integers(1, 40),
     width=st.integers(1, 40),

@@ -321,6 +321,10 @@ OPTIONS_FOR_TINY: dict[str, dict[str, Any]] = {
 }
 """Options with which each method fits every layer of the tiny models."""
 
+ONE_OF_EACH_FORM = ("psoft", "boft")
+"""An update of W, and a rotation of the inputs with a gain of the outputs. What a host alone can get wrong shows under
+one method of each form; that every method is right on every host is for test_contract.py."""
+
 EXACT_START: dict[str, dict[str, Any]] = {"lora_xs": {"init_std": 0.0}}
 """Options with which a method that starts next to the identity starts at it."""
 

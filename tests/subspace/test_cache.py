@@ -164,6 +164,7 @@ def _hammer(directory: str, failures: Any) -> None:
     failures.put("done")
 
 
+@pytest.mark.slow
 def test_two_processes_write_at_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()

@@ -1,4 +1,8 @@
-"""Settings of every test run, and the tiny random models that most tests adapt."""
+"""Settings of every test run, and the tiny random models that most tests adapt.
+
+Nothing heavy is imported at the top: under pytest-xdist the process that hands out the tests loads this file first, and
+runs none of them.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +17,35 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from hypothesis import settings
-from torch import nn
 
-import isotune  # noqa: F401  registers the methods with PEFT
-from helpers import FAMILIES, QUICK, make_tokenizer
+if TYPE_CHECKING:
+    from torch import nn
 
-settings.register_profile("quick", max_examples=5, deadline=None)
-settings.register_profile("ci", max_examples=40, deadline=None)
-settings.load_profile("quick" if QUICK else "ci")
 
-torch.set_num_threads(1)  # tiny matrices gain nothing from more, and several runs may share the machine
+def pytest_configure(config: pytest.Config) -> None:
+    """Where tests run: the profiles of hypothesis, one thread, and isotune's own warnings as errors."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
+    from hypothesis import settings
+
+    from helpers import QUICK
+
+    settings.register_profile("quick", max_examples=5, deadline=None)
+    settings.register_profile("ci", max_examples=40, deadline=None)
+    settings.load_profile("quick" if QUICK else "ci")
+    torch.set_num_threads(1)  # tiny matrices gain nothing from more, and several runs may share the machine
+    config.addinivalue_line("filterwarnings", "error::isotune.errors.IsotuneWarning")
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Every test begins with the same random numbers and the same default dtype."""
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -46,6 +59,8 @@ def family(request: pytest.FixtureRequest) -> str:
 def make_model() -> Callable[..., nn.Module]:
     """Build a tiny random model of a family; equal arguments give equal weights."""
 
+    from helpers import FAMILIES
+
     def make(family: str, **options: Any) -> nn.Module:
         return FAMILIES[family](**options)
 
@@ -55,12 +70,16 @@ def make_model() -> Callable[..., nn.Module]:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """A word-level tokenizer built here, without any download."""
+    from helpers import make_tokenizer
+
     return make_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def saved_base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder with the saved tiny base model and its tokenizer, by family."""
+    from helpers import FAMILIES, make_tokenizer
+
     folders = {}
     for family in ("opt", "llama"):
         folders[family] = tmp_path_factory.mktemp(f"base-{family}")

@@ -22,10 +22,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import isotune
+from helpers import QUICK
 
 SOURCE = Path(isotune.__file__).parent
 CHECKS = Path(__file__).parent / "pythons" / "without_torch.py"
 FOLDERS = [SOURCE.parent, *(Path(__file__).parents[1] / name for name in ("tests", "benchmarks", "examples"))]
+FOLDERS = FOLDERS[: 1 if QUICK else None]
 MINORS = (10, 11, 12, 13, 14)
 """Of Python 3: those that pyproject.toml promises and of which there is a release."""
 PINNED = (10, 11, 12, 13)
@@ -61,7 +63,7 @@ def test_what_needs_no_torch(minor: int) -> None:
         pytest.skip(f"there is no Python 3.{minor} here")
     run = check(python, *(folder for folder in FOLDERS if folder.is_dir()))
     assert run.returncode == 0, run.stdout + run.stderr
-    assert int(run.stdout.split()[-4]) > len(list(SOURCE.rglob("*.py")))
+    assert int(run.stdout.split()[-4]) >= len(list(SOURCE.rglob("*.py")))
 
 
 @pytest.mark.parametrize("minor", PINNED, ids=lambda minor: f"3.{minor}")

@@ -1,14 +1,17 @@
 # make demo   fine-tune a real pre-trained model with PSOFT and show the result (about five minutes on two cores)
 # make test   lint, types and every test, the slow ones on real models included
-# make fast   the tests without the slow ones
+# make quick  the tests to run while you work: no slow ones, a covering part of the contract; `make quick PART=adapter`
+#             runs those of one package, a folder or a file of tests/ (adapter, hosts, contract, user_paths, …)
 # make docs   build the documentation into site/
+# make constraints   resolve constraints.txt anew for every Python from 3.10 on, keeping the versions that still fit;
+#                    `make constraints UPGRADE=--upgrade` takes the newest, `UPGRADE='-P torch -P peft'` those of some
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test fast lint docs picture clean
+.PHONY: demo test quick lint docs constraints clean
 
 demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/isotune train demo
@@ -19,8 +22,10 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numproces
 test: lint
 	$(PYTEST)
 
-fast: $(VENV)/.test
-	$(PYTEST) -m "not slow"
+# What is looked for under tests/: a folder, or test_PART.py; nothing found is an error of pytest's.
+quick: $(VENV)/.test
+	ISOTUNE_TESTS=quick $(PYTEST) -m "not slow and not matrix" \
+		$(if $(PART),$(or $(wildcard tests/$(PART) tests/test_$(PART).py),tests/$(PART)),tests)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -29,6 +34,10 @@ lint: $(VENV)/.test
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
+
+constraints: $(VENV)/.constraints
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-python-downloads --no-annotate --no-header \
+		--extra dev $(UPGRADE) --output-file constraints.txt pyproject.toml
 
 # One virtual environment, grown as targets ask for more; a stamp is older than the files that it was made from when
 # these change.
@@ -41,6 +50,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[test,lint]'
+	touch $@
+
+$(VENV)/.constraints: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	touch $@
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python

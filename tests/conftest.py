@@ -1,7 +1,12 @@
-"""Settings of every test run, and the tiny random models that most tests adapt."""
+"""Settings of every test run, and the tiny random models that most tests adapt.
+
+Nothing heavy is imported at the top: under pytest-xdist the process that hands out the tests loads this file first, and
+runs none of them.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 
 # Before anything imports transformers or isotune: no network, and no subspaces of an earlier run.
@@ -10,23 +15,37 @@ os.environ["ISOTUNE_CACHE"] = "off"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from torch import nn
 
-import isotune  # noqa: F401  registers the methods with PEFT
-from helpers import FAMILIES, make_tokenizer
+if TYPE_CHECKING:
+    from torch import nn
 
-torch.set_num_threads(1)  # tiny matrices gain nothing from more, and several runs may share the machine
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where tests run: the profiles of hypothesis, one thread, and isotune's own warnings as errors."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
+    from hypothesis import settings
+
+    from helpers import QUICK
+
+    settings.register_profile("quick", max_examples=5, deadline=None)
+    settings.register_profile("ci", max_examples=40, deadline=None)
+    settings.load_profile("quick" if QUICK else "ci")
+    torch.set_num_threads(1)  # tiny matrices gain nothing from more, and several runs may share the machine
+    config.addinivalue_line("filterwarnings", "error::isotune.errors.IsotuneWarning")
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Every test begins with the same random numbers and the same default dtype."""
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -40,6 +59,8 @@ def family(request: pytest.FixtureRequest) -> str:
 def make_model() -> Callable[..., nn.Module]:
     """Build a tiny random model of a family; equal arguments give equal weights."""
 
+    from helpers import FAMILIES
+
     def make(family: str, **options: Any) -> nn.Module:
         return FAMILIES[family](**options)
 
@@ -49,15 +70,57 @@ def make_model() -> Callable[..., nn.Module]:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """A word-level tokenizer built here, without any download."""
+    from helpers import make_tokenizer
+
     return make_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def saved_base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder with the saved tiny base model and its tokenizer, by family."""
+    from helpers import FAMILIES, make_tokenizer
+
     folders = {}
     for family in ("opt", "llama"):
         folders[family] = tmp_path_factory.mktemp(f"base-{family}")
         FAMILIES[family]().save_pretrained(folders[family])
         make_tokenizer().save_pretrained(folders[family])
     return folders
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `matrix` what a covering part leaves out of the products of parameters.
+
+    In a module marked `covered(name=(values, …), …)` the parameters named there keep these values alone, and of the
+    product of the rest a part remains in which every two values of different parameters meet.
+    """
+    tests: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("covered") and hasattr(item, "callspec"):
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in tests.values():
+        marker = cases[0].get_closest_marker("covered")
+        assert marker is not None
+        kept = [
+            item
+            for item in cases
+            if all(item.callspec.params.get(name, values[0]) in values for name, values in marker.kwargs.items())
+        ]
+        for item in set(cases) - set(covering(kept)):
+            item.add_marker(pytest.mark.matrix)
+
+
+def covering(items: Sequence[pytest.Function]) -> list[pytest.Function]:
+    """Few of these cases of one test in which each two values that meet in any of them meet."""
+    pairs: dict[pytest.Function, set[Hashable]] = {}
+    for item in items:
+        values = [(name, repr(value)) for name, value in sorted(item.callspec.params.items())]
+        pairs[item] = set(itertools.combinations(values, 2)) or set(values)
+    missing = set().union(*pairs.values())
+    chosen = []
+    while missing:
+        best = max(pairs, key=lambda item: len(pairs[item] & missing))  # of equal ones the first
+        missing -= pairs.pop(best)
+        chosen.append(best)
+    return chosen

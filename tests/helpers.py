@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isotune import PsoftConfig, get_peft_model
 from isotune.tuner.layer import Layer
+
+QUICK = os.environ.get("ISOTUNE_TESTS", "all") == "quick"
+"""Whether this run is `make quick`: few random examples a property, and gradients checked along random directions."""
 
 VOCABULARY = 96
 WORDS = [f"w{i}" for i in range(VOCABULARY - 4)]
@@ -266,6 +270,11 @@ def assert_all_differ(outputs: dict[str, Tensor]) -> None:
         assert (one - other).abs().max() > 1e-6, (first, second)
 
 
+def assert_gradients_are_right(function: Callable[..., Any], *values: Tensor) -> None:
+    """torch's gradcheck in float64: of every entry, in a quick run of one random projection of all of them."""
+    assert torch.autograd.gradcheck(function, values, fast_mode=QUICK)
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference over that of what is expected."""
     return float((found.double() - expected.double()).norm() / expected.double().norm())
@@ -324,6 +333,10 @@ OPTIONS_FOR_TINY: dict[str, dict[str, Any]] = {
     "lora_xs": {"r": 8},
 }
 """Options with which each method fits every layer of the tiny models."""
+
+ONE_OF_EACH_FORM = ("psoft", "boft")
+"""An update of W, and a rotation of the inputs with a gain of the outputs. What a host alone can get wrong shows under
+one method of each form; that every method is right on every host is for test_contract.py."""
 
 EXACT_START: dict[str, dict[str, Any]] = {"lora_xs": {"init_std": 0.0}}
 """Options with which a method that starts next to the identity starts at it."""

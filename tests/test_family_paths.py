@@ -51,6 +51,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.covered(method=("boft",))  # a process takes seconds
 def test_train_save_and_load_in_another_process(method: str, tmp_path: Path) -> None:
     model = trained(method, tiny_llama())
     with torch.no_grad():

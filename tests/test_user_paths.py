@@ -126,15 +126,14 @@ def train_losses(trainer: Any) -> list[float]:
 
 @pytest.mark.parametrize("given", ["peft model", "config"])
 def test_trl_sft_trainer(family: str, given: str, tmp_path: Path, tokenizer: Any) -> None:
-    from trl import SFTTrainer
-
+    trl = pytest.importorskip("trl")
     model = FAMILIES[family]()
     options: dict[str, Any] = {}
     if given == "peft model":
         model = get_peft_model(model, full_config())
     else:
         options["peft_config"] = PsoftConfig(r=RANK)  # the default targets of the architecture
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         model=model,
         args=sft_args(tmp_path),
         train_dataset=text_dataset(),

@@ -10,7 +10,7 @@ from isotune.methods import BOFTConfig, GOFTConfig, HRAConfig, LoraXsConfig, OFT
 from isotune.tools.hotswap import hotswap_adapter
 from isotune.tools.regularization import regularization_callback, regularization_loss
 from isotune.tools.several import add_adapter, load_adapter
-from isotune.tuner.model import register
+from isotune.tuner.register import register
 
 __version__ = "0.1.0"
 

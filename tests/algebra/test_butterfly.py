@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -58,7 +58,6 @@ def test_equals_its_twin(size: int, stages: int) -> None:
     assert_equals_the_twin(size, stages, outer=1)
 
 
-@settings(max_examples=20, deadline=None)
 @given(
     size=st.sampled_from([2, 4, 6, 8]), stages=st.integers(1, 4), outer=st.integers(1, 3), seed=st.integers(0, 2**20)
 )
@@ -93,7 +92,6 @@ def test_a_single_stage_may_have_odd_blocks(size: int) -> None:
     assert_equals_the_twin(size, 1, outer=4)
 
 
-@settings(max_examples=20, deadline=None)
 @given(
     limit=st.sampled_from([2, 4, 8, 16, 32]),
     size=st.sampled_from([2, 4]),
@@ -126,7 +124,6 @@ def test_zero_stages_are_exactly_the_identity(size: int, stages: int) -> None:
     assert torch.equal(ours(x, zero), x)
 
 
-@settings(max_examples=20, deadline=None)
 @given(
     size=st.sampled_from([2, 4, 8, 32]),
     stages=st.integers(1, 4),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -85,7 +85,6 @@ names = st.lists(st.sampled_from(sorted(FACTORS)), min_size=1, max_size=4)
 shapes = st.sampled_from([(N,), (1, N), (5, N), (2, 3, N), (2, 1, 3, N)])
 
 
-@settings(max_examples=30, deadline=None)
 @given(names=names, shape=shapes, seed=st.integers(0, 2**20))
 def test_a_chain_is_the_product_of_its_matrices(names: list[str], shape: tuple[int, ...], seed: int) -> None:
     torch.manual_seed(seed)
@@ -120,7 +119,6 @@ def test_gradcheck_of_a_long_chain() -> None:
     assert torch.autograd.gradcheck(lambda x, *t: apply_chain(x, chain, t), (x, *tensors), fast_mode=True)
 
 
-@settings(max_examples=30, deadline=None)
 @given(names=names, seed=st.integers(0, 2**20))
 def test_the_transposed_chain_multiplies_by_the_transpose(names: list[str], seed: int) -> None:
     torch.manual_seed(seed)
@@ -269,7 +267,6 @@ def test_a_gained_layer_keeps_no_output(length: int) -> None:
     assert x.data_ptr() in {t.data_ptr() for t in saved}
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     names=names,
     shape=shapes,

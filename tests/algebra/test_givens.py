@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -59,7 +59,6 @@ def test_equals_its_twin(n: int) -> None:
     assert_equals_the_twin(n, 2 * torch.randn(n - 1, dtype=torch.float64))
 
 
-@settings(max_examples=30, deadline=None)
 @given(n=st.integers(2, 200), magnitude=st.floats(0.0, 1e3), seed=st.integers(0, 2**20))
 def test_equals_its_twin_at_any_size(n: int, magnitude: float, seed: int) -> None:
     torch.manual_seed(seed)
@@ -105,7 +104,6 @@ def test_gradcheck_where_there_are_several_grids(n: int) -> None:
 
 @example(n=2, magnitude=1e3, seed=0)
 @example(n=1025, magnitude=1e3, seed=0)
-@settings(max_examples=30, deadline=None)
 @given(
     n=st.sampled_from([2, 3, 31, 32, 33, 34, 64, 100, 257]),
     magnitude=st.floats(0.0, 1e3),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -36,7 +36,6 @@ widths = st.integers(1, 20)
 seeds = st.integers(0, 2**20)
 
 
-@settings(max_examples=30, deadline=None)
 @given(r=counts, n=widths, seed=seeds)
 def test_equals_the_product_of_reflections(r: int, n: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -80,7 +79,6 @@ def test_through_a_layer_and_transposed() -> None:
     assert torch.autograd.gradcheck(lambda x, v: apply_chain(x, chain, reflections(v)), (x, vectors))
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     r=st.integers(1, 16),
     n=st.integers(1, 64),
@@ -111,7 +109,6 @@ def test_the_gradient_survives_any_scale(scale: float) -> None:
     assert (found.double() - expected).norm() <= 1e-4 * expected.norm()
 
 
-@settings(max_examples=30, deadline=None)
 @given(pairs=st.integers(1, 4), n=st.integers(1, 40), scale=st.sampled_from([1e-20, 1.0, 1e20]), seed=seeds)
 def test_pairs_of_equal_rows_are_the_identity(pairs: int, n: int, scale: float, seed: int) -> None:
     torch.manual_seed(seed)
@@ -157,7 +154,6 @@ def test_leading_dimensions_are_products_by_themselves() -> None:
     torch.testing.assert_close(reflection_penalty(vectors), penalty)
 
 
-@settings(max_examples=30, deadline=None)
 @given(r=counts, n=widths, exponent=st.floats(-20, 20), seed=seeds)
 def test_unit_rows_have_length_one_and_their_direction(r: int, n: int, exponent: float, seed: int) -> None:
     torch.manual_seed(seed)
@@ -168,7 +164,6 @@ def test_unit_rows_have_length_one_and_their_direction(r: int, n: int, exponent:
     torch.testing.assert_close(units, exact, rtol=1e-6, atol=0)
 
 
-@settings(max_examples=30, deadline=None)
 @given(r=st.integers(1, 5), extra=st.integers(0, 8), seed=seeds)
 def test_the_orthonormal_reflection_negates_the_span(r: int, extra: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -203,7 +198,6 @@ def test_the_orthonormal_reflection_is_orthogonal_in_single_precision(r: int, n:
     assert torch.trace(matrix).item() == pytest.approx(n - 2 * r, abs=1e-3)
 
 
-@settings(max_examples=30, deadline=None)
 @given(r=counts, n=widths, seed=seeds)
 def test_the_penalty_is_the_distance_of_the_gram_matrix_from_the_identity(r: int, n: int, seed: int) -> None:
     torch.manual_seed(seed)

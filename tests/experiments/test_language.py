@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from helpers import WORDS, make_tokenizer, tiny_gpt2, tiny_llama
 from isotune.experiments import models, tasks
@@ -191,7 +193,9 @@ def test_the_loss_without_the_logits_of_the_questions_is_that_of_trl(
     assert sum(rows) == len(labels) * int((labels[:, 1:] != -100).any(0).sum()) < labels[:, 1:].numel()
     learnt = int((labels[:, 1:] != -100).sum())
     torch.testing.assert_close(task.loss(loaded, batch).detach(), trl * (counted or learnt) / learnt)
-    assert kept_by_batch(loaded, batch, task.loss) < kept_by_batch(loaded, batch, lambda model, b: model(**b).loss)
+    if Version(transformers.__version__).release >= (5, 23):  # before, choosing positions copied the hidden states,
+        # which so small a vocabulary does not outweigh
+        assert kept_by_batch(loaded, batch, task.loss) < kept_by_batch(loaded, batch, lambda model, b: model(**b).loss)
 
 
 def computed_rows(model: Any) -> list[int]:

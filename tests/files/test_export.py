@@ -107,6 +107,7 @@ def test_lora_computes_the_same(name: str, tmp_path: Path) -> None:
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
+@pytest.mark.slow
 def test_lora_loads_where_isotune_cannot_be_imported(tmp_path: Path) -> None:
     """A subspace, and a rotation with as many ranks as its layers need for nearly all of it."""
     model, base = adapted("opt", tmp_path)

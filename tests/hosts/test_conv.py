@@ -1,4 +1,7 @@
-"""Convolutions of every shape under every method, against torch's own convolution with the merged kernel."""
+"""What convolutions alone can get wrong: every shape, padding and group, against torch's own with the merged kernel.
+
+The contract of every method on them is in test_contract.py.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from torch import Tensor, nn
 
 from helpers import (
-    EXACT_START,
+    ONE_OF_EACH_FORM,
     OPTIONS_FOR_12,
     OneLayer,
+    assert_gradients_are_right,
     assert_unchanged,
     layers_of,
     merged_matrix,
@@ -66,6 +70,9 @@ CASES = {
 }
 SOME = ["1d stride reflect", "2d not square", "2d groups", "3d"]
 MORE = [*SOME, "2d 1x1", "2d circular", "2d depthwise", "3d groups circular"]
+
+
+pytestmark = pytest.mark.covered
 
 
 @pytest.fixture(params=list(METHODS))
@@ -193,18 +200,7 @@ def test_options_that_do_not_fit_are_refused(options: tuple[str, dict[str, Any]]
 # -- forward -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", SOME)
-def test_identity_at_the_start(method: str, case: str) -> None:
-    base, x = OneLayer(CASES[case].build()), batch_for(case)
-    expected = base(x).detach()
-    options = config(method, init_weights=True, **EXACT_START.get(method, {}))
-    found = get_peft_model(base, options)(x)
-    if method == "hra":  # its reflections cancel in pairs up to rounding
-        assert relative_error(found, expected) < 1e-6
-    else:
-        assert torch.equal(found, expected)
-
-
+@pytest.mark.parametrize("method", ONE_OF_EACH_FORM)
 @pytest.mark.parametrize("case", CASES)
 def test_forward_is_the_convolution_with_the_merged_kernel(method: str, case: str) -> None:
     model, x = build(method, case), batch_for(case)
@@ -217,6 +213,7 @@ def test_forward_is_the_convolution_with_the_merged_kernel(method: str, case: st
     assert model(x[:0]).shape == (0, *expected.shape[1:])
 
 
+@pytest.mark.parametrize("method", ONE_OF_EACH_FORM)
 @pytest.mark.parametrize("case", MORE)
 def test_merge_and_unmerge(method: str, case: str) -> None:
     model, x = build(method, case), batch_for(case)
@@ -238,28 +235,7 @@ def test_merge_and_unmerge(method: str, case: str) -> None:
     torch.testing.assert_close(plain(x), expected, rtol=1e-5, atol=2e-6)
 
 
-def test_disabling(method: str) -> None:
-    model, x = build(method, "2d not square"), batch_for("2d not square")
-    base, adapted = only(model).get_base_layer()(x), model(x)
-    with model.disable_adapter():
-        assert torch.equal(model(x), base)
-    assert torch.equal(model(x), adapted)
-    assert not torch.equal(adapted, base)
-
-
-def test_each_sample_of_a_mixed_batch_is_as_if_alone(method: str) -> None:
-    model, x = build(method, "2d groups"), batch_for("2d groups")
-    model.add_adapter("other", config(method))
-    parts = [model(x[:1])]
-    with model.disable_adapter():
-        parts.append(model(x[1:2]))
-    model.set_adapter("other")
-    parts.append(model(x[2:]))
-    assert relative_error(parts[0], only(model).get_base_layer()(x[:1])) > 1e-2
-    found = model(x, adapter_names=["default", "__base__", "other"])
-    torch.testing.assert_close(found, torch.cat(parts), rtol=1e-5, atol=2e-6)
-
-
+@pytest.mark.parametrize("method", ONE_OF_EACH_FORM)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", ["1d", "2d groups", "2d reflect", "3d"])
 def test_half_precision_rounds_the_kernel_once(method: str, case: str, dtype: torch.dtype) -> None:
@@ -315,27 +291,6 @@ def test_the_update_of_a_layer_that_another_tuner_has_wrapped_is_kept(method: st
 # -- gradients -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", SOME)
-@pytest.mark.parametrize("needs_input_grad", [True, False])
-def test_gradients_equal_those_of_the_dense_twin(method: str, case: str, needs_input_grad: bool) -> None:
-    model = build(method, case, torch.float64)
-    layer, twin = only(model), copy.deepcopy(only(model))
-    x = batch_for(case, torch.float64).requires_grad_(needs_input_grad)
-    same = x.detach().clone().requires_grad_(needs_input_grad)
-    ours, theirs = model(x), convolved(twin, same, merged_matrix(twin))
-    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
-    cotangent = torch.randn_like(ours)
-    ours.backward(cotangent)
-    theirs.backward(cotangent)
-    if needs_input_grad:
-        torch.testing.assert_close(x.grad, same.grad, rtol=1e-10, atol=1e-11)
-    pairs = zip(layer.adapter("default").parameters(), twin.adapter("default").parameters(), strict=True)
-    for found, expected in pairs:
-        assert bool(expected.grad.any())
-        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-10)
-    assert layer.host.weight.grad is None
-
-
 @pytest.mark.parametrize(
     "build_layer", [lambda: nn.Conv1d(6, 4, 2, padding=1), lambda: nn.Conv2d(4, 4, (3, 1), groups=1)]
 )
@@ -349,7 +304,7 @@ def test_gradcheck(method: str, build_layer: Callable[[], nn.Module]) -> None:
         return torch.func.functional_call(model, dict(zip(parameters, values[1:], strict=True)), (values[0],))
 
     values = [p.detach().clone().requires_grad_() for p in parameters.values()]
-    assert torch.autograd.gradcheck(function, (x, *values))
+    assert_gradients_are_right(function, x, *values)
 
 
 def test_a_trained_bias_gets_its_gradient(method: str) -> None:

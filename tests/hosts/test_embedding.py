@@ -1,4 +1,7 @@
-"""Embeddings under every method, against torch's own look-up in the merged weight."""
+"""What embeddings alone can get wrong: their options, the tokens' shapes, half precision, what shares their weight.
+
+The contract of every method on them is in test_contract.py.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from helpers import (
-    EXACT_START,
+    ONE_OF_EACH_FORM,
     OPTIONS_FOR_12,
     OneLayer,
+    assert_gradients_are_right,
     assert_unchanged,
     layers_of,
     merged_matrix,
@@ -32,6 +36,9 @@ from isotune.methods import METHODS
 ROWS, WIDTH, PADDING = 14, 12, 3
 TOKENS = torch.tensor([[1, 5, 5, PADDING, 0], [PADDING, 13, 5, 1, 7]])
 """Some of them repeated, the padding among them."""
+
+
+pytestmark = pytest.mark.covered
 
 
 @pytest.fixture(params=list(METHODS))
@@ -124,18 +131,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["plain", "both"])
-def test_identity_at_the_start(method: str, kind: str) -> None:
-    base = OneLayer(embedding(**KINDS[kind]))
-    expected = base(TOKENS).detach()
-    options = config(method, init_weights=True, **EXACT_START.get(method, {}))
-    found = get_peft_model(base, options)(TOKENS).detach()
-    if method == "hra":  # its reflections cancel in pairs up to rounding
-        assert relative_error(found, expected) < 1e-6
-    else:
-        assert torch.equal(found, expected)
-
-
+@pytest.mark.parametrize("method", ONE_OF_EACH_FORM)
 @pytest.mark.parametrize(("kind", "dtype"), [*((kind, torch.long) for kind in KINDS), ("both", torch.int32)])
 def test_forward_is_the_look_up_in_the_merged_weight(method: str, kind: str, dtype: torch.dtype) -> None:
     model, tokens = build(method, embedding(**KINDS[kind])), TOKENS.to(dtype)
@@ -145,6 +141,7 @@ def test_forward_is_the_look_up_in_the_merged_weight(method: str, kind: str, dty
     torch.testing.assert_close(found, functional.embedding(tokens, matrix), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("method", ONE_OF_EACH_FORM)
 @pytest.mark.parametrize("shape", [(), (4,), (0,), (2, 0), (2, 3, 2)])
 @pytest.mark.parametrize("kind", ["plain", "both"])
 def test_tokens_of_any_shape(method: str, kind: str, shape: tuple[int, ...]) -> None:
@@ -162,6 +159,7 @@ def test_tokens_that_are_not_contiguous(method: str) -> None:
     torch.testing.assert_close(model(TOKENS.T), model(TOKENS).transpose(0, 1), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ONE_OF_EACH_FORM)
 @pytest.mark.parametrize("kind", ["plain", "both", "sparse"])
 def test_merge_and_unmerge(method: str, kind: str) -> None:
     model = build(method, embedding(**KINDS[kind]))
@@ -183,28 +181,7 @@ def test_merge_and_unmerge(method: str, kind: str) -> None:
     torch.testing.assert_close(plain(TOKENS), expected, rtol=1e-5, atol=2e-6)
 
 
-def test_disabling(method: str) -> None:
-    model = build(method)
-    base, adapted = only(model).get_base_layer()(TOKENS), model(TOKENS)
-    with model.disable_adapter():
-        assert torch.equal(model(TOKENS), base)
-    assert torch.equal(model(TOKENS), adapted)
-    assert not torch.equal(adapted, base)
-
-
-def test_each_sample_of_a_mixed_batch_is_as_if_alone(method: str) -> None:
-    model, tokens = build(method, embedding(**KINDS["both"])), torch.cat([TOKENS, TOKENS[:1] + 1])
-    model.add_adapter("other", config(method))
-    parts = [model(tokens[:1])]
-    with model.disable_adapter():
-        parts.append(model(tokens[1:2]))
-    model.set_adapter("other")
-    parts.append(model(tokens[2:]))
-    assert relative_error(parts[0].detach(), only(model).get_base_layer()(tokens[:1])) > 1e-2
-    found = model(tokens, adapter_names=["default", "__base__", "other"])
-    torch.testing.assert_close(found, torch.cat(parts), rtol=1e-5, atol=2e-6)
-
-
+@pytest.mark.parametrize("method", ONE_OF_EACH_FORM)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_the_rows_once(method: str, dtype: torch.dtype) -> None:
     model = build(method, embedding(dtype))
@@ -289,6 +266,7 @@ def test_embeddings_that_look_up_other_rows_than_they_are_given(method: str) -> 
 
 
 # fails with scale_grad_by_freq: the factor of the gradient is rounded to float32 under a float64 weight
+@pytest.mark.parametrize("method", ONE_OF_EACH_FORM)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["repeated", "only padding", "one"])
 def test_gradients_equal_those_of_the_look_up_in_the_merged_weight(method: str, kind: str, case: str) -> None:
@@ -310,6 +288,7 @@ def test_gradients_equal_those_of_the_look_up_in_the_merged_weight(method: str, 
     assert layer.host.weight.grad is None
 
 
+@pytest.mark.parametrize("method", ONE_OF_EACH_FORM)
 @pytest.mark.parametrize("option", ["padding_idx", "scale_grad_by_freq"])
 def test_the_option_matters(method: str, option: str) -> None:
     """Without it the gradients differ, so that the test above would see if it were ignored."""
@@ -331,7 +310,7 @@ def test_gradcheck(method: str) -> None:
         return torch.func.functional_call(model, dict(zip(parameters, values, strict=True)), (TOKENS[:1, :3],))
 
     values = [p.detach().clone().requires_grad_() for p in parameters.values()]
-    assert torch.autograd.gradcheck(function, tuple(values))
+    assert_gradients_are_right(function, *values)
 
 
 # -- in a model ----------------------------------------------------------------------------------------------------

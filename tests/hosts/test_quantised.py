@@ -414,8 +414,7 @@ def test_a_library_whose_weights_peft_cannot_read_is_named(method: str, monkeypa
 
 
 def test_a_layer_that_is_not_quantised_yet_is_refused() -> None:
-    import bitsandbytes
-
+    bitsandbytes = pytest.importorskip("bitsandbytes")
     for layer in (bitsandbytes.nn.Linear4bit(64, 32), bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)):
         base = OneLayer(layer)
         with pytest.raises(ValueError, match=r"'layer', quantised by bnb .bit, cannot be dequantised.*device"):
@@ -450,12 +449,11 @@ def test_bitsandbytes_does_not_repack_a_layer_in_evaluation(monkeypatch: pytest.
 
 
 def test_a_layer_that_was_repacked_before_is_brought_back() -> None:
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu
-
+    convert = pytest.importorskip("bitsandbytes.functional")._convert_weight_packed_for_cpu
     base = quantise(OneLayer(nn.Linear(64, 64)), "bitsandbytes-nf4")
     expected = only(adapt(copy.deepcopy(base), psoft(target_modules=["layer"]))).host.matrix()
     weight = base.layer.weight
-    weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    weight.data, weight.quant_state = convert(weight.data, weight.quant_state)
     found = only(adapt(base, psoft(target_modules=["layer"]))).host.matrix()
     assert relative_error(found, expected) < 5e-3  # the block's scales went through bfloat16
 

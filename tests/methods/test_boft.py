@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -83,7 +83,6 @@ def test_operator_is_the_definition(n: int, size: int, stages: int) -> None:
     assert_is(operator, lambda: definition(operator))
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     filling=fillings(), shape=st.sampled_from([(24, 3, 1), (48, 8, 2), (64, 8, 4), (64, 4, 5), (32, 2, 5), (64, 16, 3)])
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -72,7 +72,6 @@ def test_qgoft_is_goft_where_its_pairs_are_rotations(n: int) -> None:
     torch.testing.assert_close(free.matrix(), strict.matrix(), rtol=0, atol=1e-14)
 
 
-@settings(max_examples=40, deadline=None)
 @given(filling=fillings(), n=st.integers(2, 140))
 def test_exactly_orthogonal(filling: tuple[str, float, int], n: int) -> None:
     operator = GOFTOperator(n)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -72,7 +72,6 @@ def test_the_strict_operator_is_the_definition(n: int, count: int) -> None:
     assert_is(operator, lambda: strictly_reflected(operator.vectors))
 
 
-@settings(max_examples=40, deadline=None)
 @given(filling=fillings(), n=st.integers(2, 60), pairs=st.integers(1, 10))
 def test_exactly_orthogonal(filling: tuple[str, float, int], n: int, pairs: int) -> None:
     """With zero directions and with parallel ones."""
@@ -81,7 +80,6 @@ def test_exactly_orthogonal(filling: tuple[str, float, int], n: int, pairs: int)
     assert_orthogonal(operator)
 
 
-@settings(max_examples=40, deadline=None)
 @given(filling=fillings(), n=st.integers(2, 60), data=st.data())
 def test_the_strict_form_is_exactly_orthogonal(filling: tuple[str, float, int], n: int, data: st.DataObject) -> None:
     operator = HRAOperator(n, data.draw(st.integers(1, n)), strict=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -95,7 +95,6 @@ def test_blocks_of_one_input_are_the_identity() -> None:
 
 @pytest.mark.parametrize("coft", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-@settings(max_examples=25, deadline=None)
 @given(filling=fillings(), size=st.sampled_from([2, 3, 5, 8, 16]), blocks=st.integers(1, 4))
 def test_exactly_orthogonal(coft: bool, shared: bool, filling: tuple[str, float, int], size: int, blocks: int) -> None:
     operator = OFTOperator(size, blocks, shared=shared, generator_bound=0.5 if coft else None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -138,7 +138,6 @@ def assert_geometry(before: Tensor, after: Tensor, factor: float, tolerance: flo
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-@settings(max_examples=25, deadline=None)
 @given(
     rank=st.integers(1, 12),
     shape=st.sampled_from([(12, 12), (30, 12), (12, 30), (17, 13)]),

@@ -22,7 +22,7 @@ from isotune.parallel.processes import average_gradients, one_for_all
 WORKER = Path(worker.__file__)
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(count, marks=pytest.mark.slow) for count in (2, 4)])
 def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """The folder that a run of the worker has written, and what each of its processes found."""
     folder = tmp_path_factory.mktemp(f"processes-{request.param}")

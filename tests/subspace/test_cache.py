@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,7 +166,7 @@ def test_an_entry_evicted_while_it_is_opened_is_a_miss(tmp_path: Path, monkeypat
     assert cache.get(K, SHAPE) is None
 
 
-def _hammer(directory: str, failures: multiprocessing.Queue[str]) -> None:
+def _hammer(directory: str, failures: Any) -> None:
     torch.set_num_threads(1)
     stored = [example(seed) for seed in range(3)]
     cache = SubspaceCache(directory, max_bytes=3500)  # room for two of the three: eviction runs all the time
@@ -178,6 +179,7 @@ def _hammer(directory: str, failures: multiprocessing.Queue[str]) -> None:
     failures.put("done")
 
 
+@pytest.mark.slow
 def test_two_processes_write_at_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()

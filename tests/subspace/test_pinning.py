@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_solvers import assert_orthonormal, minilm_weights, orthogonal, weight_like, with_spectrum
 from torch import Tensor
@@ -84,7 +84,6 @@ def test_pinning_leaves_the_global_random_state() -> None:
     assert np.array_equal(before[1], np.random.get_state()[1])
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     out=st.integers(1, 60),
     width=st.integers(1, 60),

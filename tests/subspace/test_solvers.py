@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -57,7 +57,6 @@ def assert_orthonormal(basis: Tensor, tolerance: float = 1e-6) -> None:
 
 
 @example(out=16, width=15, rank=1, decay=1e-5, scale=1e-25, solver="lowrank", dtype=torch.float32)
-@settings(max_examples=40, deadline=None)
 @given(
     out=st.integers(1, 40),
     width=st.integers(1, 40),
@@ -147,7 +146,8 @@ def test_rounds_in_bfloat16_change_the_cost_and_not_the_answer(
 def test_only_large_single_precision_weights_are_rounded() -> None:
     assert not module._rounds_cheaply(torch.empty(64, 64), 16)
     assert not module._rounds_cheaply(torch.empty(4096, 4096, dtype=torch.float64), 128)
-    supported = any(torch.cpu.get_capabilities().get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    supported = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
     assert module._rounds_cheaply(torch.empty(4096, 4096), 128) == supported
 
 

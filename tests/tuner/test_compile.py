@@ -27,6 +27,8 @@ from helpers import (
 from isotune import get_peft_model
 from isotune.methods import METHODS
 
+pytestmark = pytest.mark.covered(method=("psoft",), state=("merged",))  # compiling takes seconds
+
 
 @pytest.fixture(autouse=True)
 def nothing_twice() -> Iterator[None]:
@@ -199,6 +201,7 @@ def test_blocks_compiled_one_by_one_share_their_code() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", ["psoft", "oft"])
 def test_a_trace_with_checkpointing(method: str) -> None:
     model = on_llama(method)

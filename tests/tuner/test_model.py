@@ -1,4 +1,4 @@
-"""How isotune stands in PEFT: registration, targets, options of the model, and refusals that leave no trace."""
+"""How isotune stands in PEFT: targets, options of the model, and refusals that leave no trace."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import PeftModel, PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft import PeftModel
 from torch import nn
 
 import isotune
@@ -34,63 +33,7 @@ from helpers import (
     trainable,
 )
 from isotune import PsoftConfig, get_peft_model
-from isotune.errors import IsotuneWarning, UnsupportedVersionError
 from isotune.tuner.layer import Linear
-from isotune.tuner.model import IsotuneModel, check_versions, register
-
-# -- registration --------------------------------------------------------------------------------------------------
-
-
-def test_registering_again_changes_nothing() -> None:
-    before = list(PeftType.__members__), dict(PEFT_TYPE_TO_CONFIG_MAPPING), dict(PEFT_TYPE_TO_TUNER_MAPPING)
-    register()
-    register()
-    assert (list(PeftType.__members__), PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING) == before
-    assert list(PeftType.__members__).count("ISOTUNE_PSOFT") == 1
-    assert PEFT_TYPE_TO_TUNER_MAPPING["ISOTUNE_PSOFT"] is IsotuneModel
-
-
-def test_the_type_behaves_like_a_member() -> None:
-    kind = PeftType("ISOTUNE_PSOFT")
-    assert kind == "ISOTUNE_PSOFT"
-    assert kind.value == kind.name == "ISOTUNE_PSOFT"
-    assert kind in list(PeftType)
-    assert isinstance(kind, PeftType)
-    assert PeftType["ISOTUNE_PSOFT"] is kind
-    assert copy.deepcopy(kind) == kind
-    assert {kind: 1}["ISOTUNE_PSOFT"] == 1
-
-
-def test_methods_of_peft_stay_as_they_are() -> None:
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.PSOFT] is peft.PsoftConfig
-    assert peft.PsoftConfig is not PsoftConfig
-    model = peft.get_peft_model(Stack(), peft.LoraConfig(target_modules=["second"]))
-    assert "lora_A" in " ".join(model.state_dict())
-    assert layers_of(model) == []
-
-
-@pytest.mark.parametrize(("library", "version"), [("torch", "2.5.1"), ("peft", "0.21.1"), ("peft", "0.9")])
-def test_old_versions_are_refused(library: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr({"torch": torch, "peft": peft}[library], "__version__", version)
-    with pytest.raises(UnsupportedVersionError, match=rf"{library} .* or later, and {version} is installed"):
-        check_versions()
-    assert issubclass(UnsupportedVersionError, ImportError)
-    assert issubclass(UnsupportedVersionError, ValueError)
-
-
-@pytest.mark.parametrize("version", ["0.22.0", "0.22.1.dev0", "1.0"])
-def test_untested_versions_give_one_warning(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft, "__version__", version)
-    with pytest.warns(IsotuneWarning, match="tested with peft below") as given:
-        check_versions()
-    assert len(given) == 1
-
-
-def test_present_versions_are_silent() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_versions()
-
 
 # -- which modules -------------------------------------------------------------------------------------------------
 

@@ -336,7 +336,7 @@ def _rounds_cheaply(matrix: Tensor, block: int) -> bool:
     if matrix.dtype != torch.float32 or matrix.numel() * block < _COARSE_WORK:
         return False
     if matrix.device.type == "cpu":
-        can = torch.cpu.get_capabilities()
+        can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.6 has none
         return bool(can.get("amx_bf16", False) or can.get("avx512_bf16", False))
     return matrix.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 

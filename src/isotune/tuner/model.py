@@ -1,30 +1,23 @@
-"""Registration with PEFT, and the tuner model that puts isotune's layers into a model."""
+"""The tuner model that puts isotune's layers into a model."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import peft
 import torch
-from packaging.version import Version
 from peft import PeftModel
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    PeftType,
     get_quantization_kwargs,
-    register_peft_method,
 )
 from torch import Tensor, nn
 
-from isotune.errors import AdapterFileError, IsotuneWarning, UnsupportedVersionError
+from isotune.errors import AdapterFileError
 from isotune.hosts import keep_readable
-from isotune.methods import METHODS
 from isotune.methods.config import IsotuneConfig, SubspaceConfig
 from isotune.parallel.processes import loaded_by_one
 from isotune.parallel.sharding import is_sharded
@@ -40,8 +33,6 @@ from isotune.tuner.mixed_batch import batch_of, check_names, measured, saved_mod
 from isotune.tuner.placing import place_adapter, share_basis
 from isotune.tuner.state import check_file
 
-MINIMUM_VERSIONS = {"torch": "2.6", "peft": "0.21.2"}
-UNTESTED_VERSIONS = {"peft": "0.22"}
 _PREFIX = "isotune_"
 
 
@@ -308,55 +299,3 @@ def _make_replicas(model: nn.Module, layers: Sequence[Layer], adapter_name: str)
             "the model without a tensor parallel plan and spread it with FSDP2."
         )
     make_equal((p for layer in own for p in layer.adapter(adapter_name).parameters()), mesh)
-
-
-def check_versions() -> None:
-    """Refuse versions of torch and PEFT that isotune does not run on, and say so once for untested ones.
-
-    Raises:
-        UnsupportedVersionError: a version below the minimum; it is both a ValueError and an ImportError.
-    """
-    for name, found in (("torch", torch.__version__), ("peft", peft.__version__)):
-        if Version(found).release < Version(MINIMUM_VERSIONS[name]).release:
-            raise UnsupportedVersionError(
-                f"isotune needs {name} {MINIMUM_VERSIONS[name]} or later, and {found} is installed: "
-                f"pip install -U '{name}>={MINIMUM_VERSIONS[name]}'."
-            )
-        limit = UNTESTED_VERSIONS.get(name)
-        if limit is not None and Version(found).release >= Version(limit).release:
-            warnings.warn(
-                f"isotune was tested with {name} below {limit}, and {found} is installed; if something fails, "
-                f"pip install '{name}<{limit}'.",
-                IsotuneWarning,
-                stacklevel=2,
-            )
-
-
-def peft_type_of(method: str) -> PeftType:
-    """The PEFT type of a method, ISOTUNE_…, made on the first call.
-
-    PEFT's own registration takes names of its enumeration only, and get_model_status() lists types through it, so the
-    enumeration is given the member; how is the one place where isotune touches another library's internals.
-    """
-    name = f"{_PREFIX}{method}".upper()
-    if name not in PeftType.__members__:
-        member = str.__new__(PeftType, name)
-        member._name_, member._value_ = name, name
-        PeftType._member_map_[name] = member
-        PeftType._value2member_map_[name] = member
-        PeftType._member_names_.append(name)
-    return PeftType(name)
-
-
-def register() -> None:
-    """Make every method known to PEFT; more calls change nothing."""
-    check_versions()
-    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-
-    for method, config in METHODS.items():
-        kind = peft_type_of(method)
-        config.method_type = kind
-        if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-            register_peft_method(name=f"{_PREFIX}{method}", config_cls=config, model_cls=IsotuneModel, prefix=_PREFIX)
-        assert PEFT_TYPE_TO_TUNER_MAPPING[kind] is IsotuneModel
-        assert PEFT_TYPE_TO_PREFIX_MAPPING[kind] == _PREFIX

@@ -1,0 +1,58 @@
+"""A further member for an enumeration that is already complete: the one place that rests on how `enum` is made.
+
+PEFT's `register_peft_method` takes only names of its enumeration `PeftType`, which offers no way to add one, and what
+PEFT does with an adapter afterwards reads that member: its name, its value, its equality with the plain string.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TypeVar
+
+Member = TypeVar("Member", bound=enum.Enum)
+
+
+def add_member(enumeration: type[Member], name: str) -> Member:
+    """Add a member whose value is its own name to an enumeration of strings; one that is there is returned as it is.
+
+    Used are, beside the documented `_name_` and `_value_` of a member, the three tables that every Python from 3.10 to
+    3.14 keeps on the class: `_member_map_` for E[name] and `__members__`, `_member_names_` for iteration, and
+    `_value2member_map_` for E(name), thus for unpickling and copying. E.NAME is an ordinary attribute of the class: up
+    to Python 3.11 it was also found through `_member_map_`, from 3.12 on it no longer is.
+
+    Args:
+        enumeration: a class that derives from `str` and `enum.Enum`.
+        name: an upper-case identifier, the new member's name and value.
+
+    Returns:
+        The member, equal to the string `name` and with its hash.
+
+    Raises:
+        TypeError: the members of `enumeration` are no strings.
+        ValueError: `name` is no upper-case identifier, or the class has an attribute of this name that is no member.
+        RuntimeError: this version of Python finds the new member by name, value or attribute no longer.
+
+    >>> class Colour(str, enum.Enum):
+    ...     RED = "RED"
+    >>> add_member(Colour, "GREEN")
+    <Colour.GREEN: 'GREEN'>
+    >>> list(Colour) == ["RED", "GREEN"] and Colour("GREEN") is Colour["GREEN"] is Colour.GREEN
+    True
+    """
+    if name in enumeration.__members__:
+        return enumeration[name]
+    if not issubclass(enumeration, str):
+        raise TypeError(f"{enumeration.__name__} is no enumeration of strings; derive it from str and enum.Enum.")
+    if not (name.isidentifier() and name.isupper()) or hasattr(enumeration, name):
+        raise ValueError(
+            f"{name!r} cannot be a member of {enumeration.__name__}; give an unused upper-case identifier."
+        )
+    member = str.__new__(enumeration, name)
+    member._name_, member._value_ = name, name
+    setattr(enumeration, name, member)  # first: an attribute that is a member already cannot be set
+    enumeration._member_map_[name] = member
+    enumeration._value2member_map_[name] = member
+    enumeration._member_names_.append(name)
+    if not (enumeration[name] is enumeration(name) is getattr(enumeration, name) is list(enumeration)[-1] is member):
+        raise RuntimeError(f"This version of Python does not take {name} as a member of {enumeration.__name__}.")
+    return member

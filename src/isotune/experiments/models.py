@@ -211,6 +211,6 @@ def restore(model: Any, folder: Path, method: str) -> Any:
         if unexpected or (method == "full" and missing):
             raise ModelError(f"{folder} does not fit the model: {(unexpected or missing)[0]}")
         return model.eval()
-    from isotune import PeftModel
+    from peft import PeftModel
 
     return PeftModel.from_pretrained(model, str(folder)).eval()

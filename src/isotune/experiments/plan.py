@@ -13,13 +13,12 @@ import yaml
 from torch import Tensor, nn
 
 from isotune.adapter.subspace import SubspaceUpdate
-from isotune.experiments import methods
+from isotune.experiments import methods, paper
 from isotune.experiments.recipe import Method, MethodName
 from isotune.experiments.trace import Trace, attention, blocks_of, inputs_for, trace
 from isotune.files.base_model import quiet, resolve_base
 from isotune.hosts import ExpertsHost
 from isotune.methods.config import require_choice, require_positive_integer
-from isotune.report import paper
 from isotune.tuner.layer import Layer
 
 

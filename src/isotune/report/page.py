@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
 from typing import Any
 
-from isotune.experiments import suites
-from isotune.report import paper
+from isotune.experiments import paper, suites
 from isotune.report.figures import PALETTES, SYMBOLS, Looks, sections
 from isotune.report.results import Comparison, Variant, columns_of
 from isotune.report.table import heading, ordered

@@ -12,10 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from isotune.experiments import angles
+from isotune.experiments import angles, paper
 from isotune.experiments.files import read_json
 from isotune.experiments.recipe import LESS_IS_BETTER
-from isotune.report import paper
 
 NAMES = {
     "psoft": "PSOFT",

@@ -50,9 +50,9 @@ def train(
         from isotune.experiments.recipe import load
 
         loaded = load(recipe, overrides or ())
-        from isotune.experiments.run import run
+        from isotune.experiments import train as training
 
-        run(loaded)
+        training.train(loaded)
 
 
 @app.command()
@@ -87,6 +87,7 @@ def compare(
         from isotune.experiments import compare as comparing
         from isotune.experiments import engines, processes
         from isotune.experiments.recipe import load
+        from isotune.experiments.table import table
 
         processes.require_alone("isotune compare")
         loaded = load(recipe, overrides or ())
@@ -108,7 +109,7 @@ def compare(
         typer.echo(f"{plan.total()} runs, {len(plan.records)} of them done; results in {folder}")
         chosen = engines.make(engine, jobs, options.threads, address)
         result = comparing.compare(plan, chosen)
-        typer.echo(comparing.table(result))
+        typer.echo(table(result["metric"], result["rows"]))
         if any(row["failed"] for row in result["rows"]):
             raise typer.Exit(1)
 

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comparisons import METHODS, write_comparison
-from isotune.report.results import columns_of, duration, pareto, read, size
+from isotune.report.columns import columns_of, duration, pareto, size
+from isotune.report.results import read
 
 FEW = {label: METHODS[label] for label in ("psoft:r=46", "psoft_so:r=46", "lora:r=8", "head")}
 

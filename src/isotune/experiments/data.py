@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from isotune.experiments.recipe import Data, FileData, HubData, HubTable
+from isotune.experiments.text import from_json, shown
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 T = TypeVar("T")
@@ -210,7 +211,7 @@ def cell(row: Row, column: str) -> str:
     if isinstance(value, float) and math.isfinite(value):
         value = repr(value)
     if not isinstance(value, str | int) or value == "":
-        raise DataError(f"{row.where}: the column {column!r} holds {value!r}, neither text nor a whole number")
+        raise DataError(f"{row.where}: the column {column!r} holds {shown(value)}, neither text nor a whole number")
     return str(value)
 
 
@@ -224,7 +225,7 @@ def number(row: Row, column: str, allowed: tuple[float, float] | None) -> float:
     low, high = allowed or (-math.inf, math.inf)
     if not (math.isfinite(value) and low <= value <= high):
         between = f" from {low:g} to {high:g}" if allowed else ""
-        raise DataError(f"{row.where}: the column {column!r} holds {text!r}, which is not a number{between}")
+        raise DataError(f"{row.where}: the column {column!r} holds {shown(text)}, which is not a number{between}")
     return value
 
 
@@ -232,8 +233,8 @@ def label_of(row: Row, column: str, names: Sequence[str]) -> int:
     """The index of a row's label; raises DataError where it is none of the names."""
     name = cell(row, column)
     if name not in names:
-        shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-        raise DataError(f"{row.where}: the label {name!r} is none of the task's labels ({shown})")
+        known = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+        raise DataError(f"{row.where}: the label {shown(name)} is none of the task's labels ({known})")
     return names.index(name)
 
 
@@ -340,12 +341,12 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip():
                 try:
-                    parsed.append((f"{path}, line {number}", json.loads(line)))
+                    parsed.append((f"{path}, line {number}", from_json(line)))
                 except ValueError as error:
                     raise DataError(f"{path}, line {number}: not valid JSON: {error}") from error
     else:
         try:
-            table = json.loads(text)
+            table = from_json(text)
         except ValueError as error:
             raise DataError(f"{path}: not valid JSON: {error}") from error
         if not isinstance(table, list):

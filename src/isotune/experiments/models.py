@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from isotune.experiments.methods import HEADS
+from isotune.experiments.registry import HEADS
 from isotune.files.base_model import forget_quantisation, gguf_of, quiet, resolve_base
 
 

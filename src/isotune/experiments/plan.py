@@ -6,15 +6,15 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from isotune.adapter.subspace import SubspaceUpdate
-from isotune.experiments import methods, paper
-from isotune.experiments.recipe import Method, MethodName
+from isotune.experiments import methods, paper, registry
+from isotune.experiments.recipe import Method
+from isotune.experiments.text import YamlError, from_yaml, shown
 from isotune.experiments.trace import Trace, attention, blocks_of, inputs_for, trace
 from isotune.files.base_model import quiet, resolve_base
 from isotune.hosts import ExpertsHost
@@ -107,7 +107,7 @@ class Setting:
     utilization: float = 0.4
 
     def __post_init__(self) -> None:
-        require_choice("method", self.method, [name for name in get_args(MethodName) if name != "head"])
+        require_choice("method", self.method, [name for name in registry.entries() if name != "head"])
         for name in ("devices", "batch", "sequence"):
             require_positive_integer(name, getattr(self, name))
         if self.sharding is None:
@@ -256,9 +256,9 @@ def _build(setting: Setting) -> tuple[Any, str]:
 
 
 def _adapted(base: nn.Module, setting: Setting) -> nn.Module:
-    method = Method(name=setting.method, **setting.options)  # type: ignore[arg-type]
+    method = Method(name=setting.method, **setting.options)
     methods.check(method)
-    head = [name for name, _ in base.named_children() if name in methods.HEADS]
+    head = [name for name, _ in base.named_children() if name in registry.HEADS]
     kind = "SEQ_CLS" if "SequenceClassification" in type(base).__name__ else None
     model: nn.Module = methods.attach(method, base, head, kind)
     return model
@@ -455,9 +455,9 @@ def parse_options(given: Sequence[str]) -> dict[str, Any]:
         if not separator or not key:
             raise ValueError(f"an option of the method is KEY=VALUE, such as oft_block_size=32, not {text!r}")
         try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{key}: the value {value!r} is not valid YAML") from error
+            options[key] = from_yaml(value)
+        except YamlError as error:
+            raise ValueError(f"{key}: the value {shown(value)} is not valid YAML: {error}") from error
     return options
 
 

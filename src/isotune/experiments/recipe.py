@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,30 +22,23 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
-MethodName = Literal[
-    "psoft",
-    "psoft_so",
-    "oft",
-    "coft",
-    "boft",
-    "goft",
-    "qgoft",
-    "hra",
-    "lora_xs",
-    "lora",
-    "rslora",
-    "dora",
-    "pissa",
-    "vera",
-    "head",
-    "full",
-]
+from isotune.experiments import registry
+from isotune.experiments.text import YamlError, from_yaml, shown
+
 Metric = Literal["accuracy", "matthews_correlation", "pearson", "loss"]
 TaskName = Literal["text-classification", "text-regression", "image-classification", "multiple-choice", "math"]
 
 
 LESS_IS_BETTER = ("loss",)
+
+
+def merit(metric: str, scores: Mapping[str, float] | None) -> float:
+    """How good scores are by one metric, the more the better; minus infinity where they do not have it."""
+    if scores is None or metric not in scores:
+        return -math.inf
+    return -scores[metric] if metric in LESS_IS_BETTER else scores[metric]
 
 
 class RecipeError(ValueError):
@@ -59,7 +53,21 @@ def _as_method(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _known_method(name: str) -> str:
+    if name not in registry.entries():
+        raise PydanticCustomError("literal_error", "should be {expected}", {"expected": _either(registry.entries())})
+    return name
+
+
+def _either(names: Iterable[str]) -> str:
+    *first, last = (f"'{name}'" for name in names)
+    return f"{', '.join(first)} or {last}"
+
+
+MethodName = Annotated[str, AfterValidator(_known_method)]
 Rate = Annotated[FiniteFloat, Field(gt=0)]
+Count = Annotated[PositiveInt, Field(lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Names = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
 
 
@@ -135,10 +143,10 @@ class Data(_Section):
     classes: Annotated[int, Field(ge=2)] | None = None
     range: tuple[FiniteFloat, FiniteFloat] | None = None
     split_validation_half: bool = False
-    hold_out: PositiveInt | None = None
+    hold_out: Count | None = None
     split_seed: int = 0
-    max_train: PositiveInt | None = None
-    max_test: PositiveInt | None = None
+    max_train: Count | None = None
+    max_test: Count | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
@@ -176,22 +184,22 @@ class Train(_Section):
     """
 
     epochs: FiniteFloat = Field(default=3, gt=0)
-    max_steps: PositiveInt | None = None
-    batch_size: PositiveInt = 32
-    gradient_accumulation: PositiveInt = 1
+    max_steps: Count | None = None
+    batch_size: Count = 32
+    gradient_accumulation: Count = 1
     gradient_checkpointing: bool = False
-    eval_batch_size: PositiveInt = 64
+    eval_batch_size: Count = 64
     lr: Annotated[list[Rate], BeforeValidator(_as_list), Field(min_length=1)] = Field(default_factory=lambda: [1e-3])
     lr_head: Rate | None = None
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: FiniteFloat = Field(default=0.1, ge=0, lt=1)
-    warmup_steps: PositiveInt | None = None
+    warmup_steps: Count | None = None
     weight_decay: FiniteFloat = Field(default=0.0, ge=0)
     max_grad_norm: Rate = 1.0
-    max_length: PositiveInt = 128
-    seed: int = Field(default=0, ge=0)
+    max_length: Count = 128
+    seed: Seed = 0
     select_best: bool = True
-    eval_steps: PositiveInt | None = None
+    eval_steps: Count | None = None
     group_by_length: bool = False
     start_from_head: bool = False
 
@@ -220,7 +228,7 @@ class Recipe(_Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     prompt: str | None = None
     score: Literal["generation", "likelihood", "loss"] = "generation"
-    max_new_tokens: PositiveInt = 32
+    max_new_tokens: Count = 32
     data: Data
     method: MethodSpec
     baselines: list[MethodSpec] = Field(default_factory=list)
@@ -236,11 +244,13 @@ class Recipe(_Section):
         return Train.model_validate({**self.train.model_dump(), **method.train})
 
     def merit(self, scores: Mapping[str, float] | None) -> float:
-        """By what runs are chosen, the more the better: the metric `choose_by`, else `metric`, of validation scores."""
-        by = self.choose_by or self.metric
-        if scores is None or by not in scores:
-            return 0.0
-        return -scores[by] if by in LESS_IS_BETTER else scores[by]
+        """How good validation scores are, by the metric that runs are chosen by; the more the better."""
+        return merit(self.chosen_by, scores)
+
+    @property
+    def chosen_by(self) -> str:
+        """The metric by whose validation score runs are chosen."""
+        return self.choose_by or self.metric
 
     @property
     def methods(self) -> list[Method]:
@@ -253,19 +263,6 @@ class Recipe(_Section):
         if self.train.start_from_head and not heads:
             raise ValueError("train.start_from_head needs 'head' among the baselines, whose head is started from")
         return self
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and says nothing; in a recipe that hides a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key!r} is given twice", problem_mark=node.start_mark
-                )
-        return super().construct_mapping(node, deep)
 
 
 def packaged() -> dict[str, dict[str, Any]]:
@@ -331,11 +328,10 @@ def validate(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
-        raw = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        raw = from_yaml(text)
+    except YamlError as error:
+        line = "" if error.line is None else f", line {error.line}"
+        raise RecipeError(f"{where}{line}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{where}: a recipe is a mapping of keys to values, not {type(raw).__name__}")
     return raw
@@ -365,11 +361,11 @@ def _override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.split(".")
     if not separator or not all(parts):
-        raise RecipeError(f"an override is key=value, such as train.lr=1e-3, not {override!r}")
+        raise RecipeError(f"an override is key=value, such as train.lr=1e-3, not {shown(override)}")
     try:
-        value = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{key}: the value {text!r} is not valid YAML") from error
+        value = from_yaml(text)
+    except YamlError as error:
+        raise RecipeError(f"{key}: the value {shown(text)} is not valid YAML: {error}") from error
     node = raw
     for depth, part in enumerate(parts[:-1]):
         child = node.get(part)
@@ -427,4 +423,4 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     if first["type"] == "literal_error" and isinstance(first["input"], str):
         expected = first["ctx"]["expected"]
         near = _nearest(first["input"], [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")])
-    return f"{key}: {message}, not {first['input']!r}" + (f"; did you mean {near!r}?" if near else "")
+    return f"{key}: {message}, not {shown(first['input'])}" + (f"; did you mean {near!r}?" if near else "")

@@ -214,7 +214,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise AdapterFileError(f"{folder} has no {CONFIG_FILE}, so it is not an adapter that save_pretrained wrote.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is damaged: {error}. Copy or save the adapter again.") from error
     if not isinstance(content, dict):
         raise AdapterFileError(f"{path} is damaged: it holds no object. Copy or save the adapter again.")

@@ -31,6 +31,9 @@ class BOFTConfig(RotationConfig):
         ValueError: a value that is not allowed or a combination without effect; the message says what to change.
     """
 
+    title = "BOFT"
+    size_names = {"boft_block_size": "b", "boft_n_butterfly_factor": "m"}  # noqa: RUF012
+
     boft_block_size: int = field(default=0)
     boft_block_num: int = field(default=0)
     boft_n_butterfly_factor: int = field(default=1)

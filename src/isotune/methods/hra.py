@@ -28,6 +28,8 @@ class HRAConfig(RotationConfig):
         ValueError: a value that is not allowed or a combination without effect; the message says what to change.
     """
 
+    title, size_names, size_step = "HRA", {"r": "r"}, 2
+
     r: int = field(default=8)
     apply_GS: bool = field(default=False)
     regularizer_weight: float = field(default=0.0)

@@ -38,6 +38,8 @@ class OFTConfig(RotationConfig):
         ValueError: a value that is not allowed or a combination without effect; the message says what to change.
     """
 
+    title, size_names, presets = "OFT", {"oft_block_size": "b"}, {"coft": ("COFT", {"coft": True})}
+
     r: int | None = field(default=None)
     oft_block_size: int | None = field(default=None)
     adjust: Literal["refuse", "nearest"] = field(default="refuse")

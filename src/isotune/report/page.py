@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -9,8 +10,10 @@ from importlib import metadata, resources
 from typing import Any
 
 from isotune.experiments import paper, suites
+from isotune.experiments.outcome import MethodResult
+from isotune.report.columns import columns_of
 from isotune.report.figures import PALETTES, SYMBOLS, Looks, sections
-from isotune.report.results import Comparison, Variant, columns_of
+from isotune.report.results import Comparison
 from isotune.report.table import heading, ordered
 
 _OUTLINES = {
@@ -78,7 +81,8 @@ def _keys(comparisons: Sequence[Comparison]) -> list[str]:
     keys: list[str] = []
     for comparison in comparisons:
         plain = re.sub(r"[^a-z0-9]+", "-", comparison.recipe.lower()).strip("-") or "comparison"
-        keys.append(plain if plain not in keys else f"{plain}-{len(keys) + 1}")
+        names = itertools.chain([plain], (f"{plain}-{number}" for number in itertools.count(2)))
+        keys.append(next(name for name in names if name not in keys))
     return keys
 
 
@@ -210,7 +214,7 @@ def _cell(value: float | None, text: str) -> dict[str, Any]:
     return {"value": value, "text": text, "small": "", "mark": ""}
 
 
-def _score(comparison: Comparison, variant: Variant) -> dict[str, Any]:
+def _score(comparison: Comparison, variant: MethodResult) -> dict[str, Any]:
     if variant.mean is None:
         return _cell(None, "failed" if variant.failed else "not run")
     mark = "best" if variant is comparison.best else "near" if comparison.near_best(variant) else ""
@@ -231,17 +235,17 @@ def _geometry(comparison: Comparison) -> list[dict[str, str]]:
         geometry = variant.geometry
         if geometry is None:
             continue
-        layers = geometry["layers"]
-        turned = [row["rotation"]["largest"] for row in layers if row.get("rotation")]
+        layers = geometry.layers
+        turned = [row.rotation.largest for row in layers if row.rotation is not None]
         rows.append(
             {
                 "title": variant.title,
-                "kind": "strict" if geometry.get("strict") else "relaxed",
-                "weight": "principal" if geometry.get("subspaces") else "whole",
+                "kind": "strict" if geometry.strict else "relaxed",
+                "weight": "principal" if geometry.subspaces else "whole",
                 "turned": f"{max(turned):.1f}°" if turned else "–",
-                "error": f"{max(row['orthogonality_error'] for row in layers):.0e}",
-                "angles": f"{max(row['angles_moved']['largest'] for row in layers):.2g}°",
-                "norms": f"{max(row['norms_moved']['largest'] for row in layers):.2g}",
+                "error": f"{max(row.orthogonality_error for row in layers):.0e}",
+                "angles": f"{max(row.angles_moved.largest for row in layers):.2g}°",
+                "norms": f"{max(row.norms_moved.largest for row in layers):.2g}",
             }
         )
     return rows

@@ -17,8 +17,9 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from isotune.experiments import data, loop, models, processes
+from isotune.experiments.encoded import Encoded
 from isotune.experiments.recipe import Recipe
-from isotune.experiments.tasks.task import Job
+from isotune.experiments.run import Run
 from isotune.files.base_model import quiet
 
 IGNORED = -100
@@ -155,12 +156,12 @@ class LanguageTask(ABC):
         return tokenizer
 
     @cached_property
-    def encoded(self) -> loop.Encoded:
+    def encoded(self) -> Encoded:
         """The training set for TRL, the rest as questions that are examined one way or another."""
         from datasets import Dataset
 
         train, validation = self._training_rows("train"), self._training_rows("validation")
-        return loop.Encoded(
+        return Encoded(
             train=Dataset.from_list(train),
             validation=Dataset.from_list(validation) if validation else [],
             test=[],
@@ -174,8 +175,8 @@ class LanguageTask(ABC):
             options={"processing_class": self._tokenizer},
         )
 
-    def train(self, model: Any, job: Job) -> loop.Outcome:
-        return loop.train(model, self.encoded, job.settings, job.lr, job.head, job.folder, job.title)
+    def train(self, model: Any, run: Run, head: Sequence[str]) -> loop.Outcome:
+        return loop.train(model, self.encoded, run, head)
 
     def predict(self, model: Any) -> list[Any]:
         return self._answers(model, self.splits["test"], self.recipe.score)

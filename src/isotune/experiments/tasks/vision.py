@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from isotune.experiments import data, loop, models
+from isotune.experiments import data, models
+from isotune.experiments.encoded import Encoded
 from isotune.experiments.tasks.classification import Classifier
 
 
@@ -39,7 +40,7 @@ class ImageClassification(Classifier):
     def build(self) -> tuple[Any, list[str]]:
         return models.load_image_classifier(self.recipe.model, self.examples.labels)
 
-    def encode(self) -> loop.Encoded:
+    def encode(self) -> Encoded:
         processor = models.image_processor_for(self.recipe.model)
 
         def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -49,7 +50,7 @@ class ImageClassification(Classifier):
         def rows(split: Sequence[data.Example]) -> list[dict[str, Any]]:
             return [{"image": example.text, "labels": example.label} for example in split]
 
-        return loop.Encoded(
+        return Encoded(
             train=rows(self.examples.train),
             validation=rows(self.examples.validation),
             test=rows(self.examples.test),

@@ -1,0 +1,19 @@
+"""The plots of a comparison as plotly figures, in colours that the page fills in for light and dark."""
+
+from __future__ import annotations
+
+from isotune.report.figures import ablations, costs, curves, geometry, quality
+from isotune.report.figures.looks import PALETTES, SYMBOLS, Figure, Looks, Section, colours_of
+from isotune.report.results import Comparison
+
+__all__ = ["PALETTES", "SYMBOLS", "Figure", "Looks", "Section", "colours_of", "sections"]
+
+_MAKERS = (
+    *(quality.seeds, costs.costs, quality.forgetting, curves.curves, curves.rates),
+    *(ablations.sizes, ablations.vectors, geometry.geometry),
+)
+
+
+def sections(comparison: Comparison, looks: Looks) -> list[Section]:
+    """Every question that a comparison's records have an answer to, in the order of the page."""
+    return [section for maker in _MAKERS if (section := maker(comparison, looks)) is not None]

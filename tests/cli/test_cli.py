@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from isotune import cli
 from isotune.experiments import train as train_module
-from isotune.experiments.recipe import Recipe, packaged
+from isotune.experiments.loading import packaged
+from isotune.experiments.recipe import Recipe
 
 runner = CliRunner()
 RECIPE = "model: m\ndata: {files: {train: a.csv, test: a.csv}}\nmethod: lora\n"

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from isotune.experiments import methods
+from isotune.experiments.loading import load, packaged
 from isotune.experiments.recipe import Recipe as RecipeModel
-from isotune.experiments.recipe import RecipeError, keys_of, load, packaged
+from isotune.experiments.recipe import RecipeError, keys_of
 
 MINIMAL = """
 model: some/model

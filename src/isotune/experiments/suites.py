@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from statistics import fmean
 
 from isotune.experiments.architectures import adapter_parameters
-from isotune.experiments.recipe import Recipe, load, packaged
+from isotune.experiments.loading import load, packaged
+from isotune.experiments.recipe import Recipe
 
 _BESIDE = ("mnli", "qqp", "all")
 """What is no task of the paper's and in no mean of its: two GLUE tasks, and all tasks of a suite after one training."""

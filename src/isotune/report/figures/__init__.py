@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from isotune.report.figures import ablations, costs, curves, geometry, quality
+from isotune.report.figures.ablations import sizes, vectors
+from isotune.report.figures.costs import costs
+from isotune.report.figures.curves import curves, rates
+from isotune.report.figures.geometry import geometry
 from isotune.report.figures.looks import PALETTES, SYMBOLS, Figure, Looks, Section, colours_of
+from isotune.report.figures.quality import forgetting, seeds
 from isotune.report.results import Comparison
 
 __all__ = ["PALETTES", "SYMBOLS", "Figure", "Looks", "Section", "colours_of", "sections"]
 
-_MAKERS = (
-    *(quality.seeds, costs.costs, quality.forgetting, curves.curves, curves.rates),
-    *(ablations.sizes, ablations.vectors, geometry.geometry),
-)
+_MAKERS = (seeds, costs, forgetting, curves, rates, sizes, vectors, geometry)
 
 
 def sections(comparison: Comparison, looks: Looks) -> list[Section]:

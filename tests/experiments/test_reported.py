@@ -30,7 +30,7 @@ def test_a_comparison_is_reported_with_all_that_it_recorded(tiny: dict[str, Any]
     )
     while ready := list(found.ready()):
         for spec in ready:
-            found.settle(spec, execute(spec))
+            found.add_record(spec, execute(spec))
     write_json(folder / "comparison.json", found.result())
 
     comparison = read(folder)

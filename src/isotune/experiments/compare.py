@@ -188,8 +188,8 @@ def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Schedule:
             raise RecipeError(f"the method {variant.label} is given twice")
     trials = {len(variant.rates): variant.label for variant in variants}
     if len(trials) > 1:
-        told = " and ".join(f"{label} {count}" for count, label in sorted(trials.items()))
-        raise RecipeError(f"every method is given the same number of learning rates, but {told}")
+        counts = " and ".join(f"{label} {count}" for count, label in sorted(trials.items()))
+        raise RecipeError(f"every method is given the same number of learning rates, but {counts}")
     if options.match_params is not None and options.match_params < 1:
         raise RecipeError(f"--match-params is {options.match_params} and must be at least 1")
     task = tasks.make(recipe)

@@ -186,7 +186,7 @@ class Schedule:
         self.records[run.key] = record
         return True
 
-    def settle(self, run: Run, content: dict[str, Any]) -> None:
+    def add_record(self, run: Run, content: dict[str, Any]) -> None:
         """Note the record of a run that has ended, and remove what it needed only to go on."""
         self.records[run.key] = record = record_of(content, run.record)
         if not processes.is_main():
@@ -247,5 +247,5 @@ def carry_out(schedule: Schedule, engine: Engine) -> Iterator[tuple[Run, Record]
             return
         for run, content in engine.wait():
             running.discard(run.key)
-            schedule.settle(run, content)
+            schedule.add_record(run, content)
             yield run, schedule.records[run.key]

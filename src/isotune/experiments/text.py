@@ -51,7 +51,8 @@ def clean(value: Any) -> Any:
 
 def shown(value: Any) -> str:
     """A value in an error message: its `repr`, cut short where it is long or deep."""
-    return _BRIEF.repr(value)
+    found = _BRIEF.repr(value)
+    return found if len(found) <= 200 else f"{found[:199]}…"
 
 
 def from_json(text: str) -> Any:

@@ -21,7 +21,7 @@ class Column:
     value: Callable[[MethodResult], float | None]
     show: Callable[[float], str]
     detail: bool = False
-    """Whether it is told beside another figure rather than in a column of its own, where people read it."""
+    """Whether it stands beside another figure rather than in a column of its own, where people read it."""
 
 
 def count(value: float) -> str:

@@ -40,7 +40,7 @@ def test_what_is_as_deep_as_allowed_is_read_and_a_structure_in_itself_is_not() -
         from_yaml("&a [*a]")
     # Each list holds the one before nine times: small as it stands, and 9 ** 40 lists long when it is walked.
     laughs = "\n".join(["a0: &a0 [1]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 40))])
-    assert len(shown(from_yaml(laughs)["a39"])) < 1000
+    assert len(shown(from_yaml(laughs)["a39"])) <= 200
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ WRONG_RUN: list[tuple[dict[str, Any], str]] = [
     ({"curve": {}}, "curve should be a list"),
     ({"forgetting": {"change": []}}, "forgetting.change should be a number"),
     ({"geometry": {"format": 1, "layers": [1]}}, "geometry.layers.0 should be an object"),
-    ({"geometry": {"format": 1, "layers": [{}]}}, "geometry.layers.0.orthogonality_error should be there"),
+    ({"geometry": {"format": 1, "layers": [{}]}}, "geometry.layers.0.module should be there"),
     ({"versions": []}, "versions should be an object"),
 ]
 
@@ -219,25 +219,22 @@ def test_the_result_of_a_training_is_reported_too(tmp_path: Path, folder: Path) 
         (tmp_path / name / "result.json").write_text(json.dumps({**known, "runs": entries}))
         results.append(read(tmp_path / name))
     assert [len(result.variants) for result in results] == [4, 4]
-    assert [sorted(v.mean or 0 for v in result.variants) for result in results][0] == sorted(
-        v.mean or 0 for v in results[1].variants
-    )
+    first, second = (sorted(v.mean or 0 for v in result.variants) for result in results)
+    assert first == second
     assert not results[0].notes
 
 
-@pytest.mark.parametrize(
-    ("tried", "border"),
-    [
-        ((1e-3,), False),
-        ((1e-3, 2e-3), False),
-        ((5e-4, 1e-3, 2e-3), False),
-        ((1e-3, 2e-3, 4e-3), True),
-        ((1e-4, 5e-4, 1e-3), True),
-    ],
-)
-def test_command_and_report_agree_on_what_is_at_the_border(
-    tmp_path: Path, tried: tuple[float, ...], border: bool
-) -> None:
+BORDER = [
+    ((1e-3,), False),
+    ((1e-3, 2e-3), False),
+    ((5e-4, 1e-3, 2e-3), False),
+    ((1e-3, 2e-3, 4e-3), True),
+    ((1e-4, 5e-4, 1e-3), True),
+]
+
+
+@pytest.mark.parametrize(("tried", "border"), BORDER)
+def test_command_and_report_agree_on_the_border(tmp_path: Path, tried: tuple[float, ...], border: bool) -> None:
     assert at_border(1e-3, tried) is border
     methods = {"psoft:r=46": METHODS["psoft:r=46"]}
     place = write_comparison(tmp_path, methods=methods, rates=tried)

@@ -8,9 +8,10 @@ import os
 import signal
 import sys
 import threading
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for
-from typing import Any, Protocol
+from typing import Any
 
 from isotune.experiments.execute import attempt, execute, failure
 from isotune.experiments.files import read_object, write_json
@@ -21,34 +22,36 @@ from isotune.methods.config import require_choice
 Finished = tuple[Run, dict[str, Any]]
 
 
-class Engine(Protocol):
-    """Carries out runs, `free` of them more at present."""
+class Engine(ABC):
+    """Carries out runs, at most `jobs` at a time."""
+
+    jobs = 1
 
     @property
     def free(self) -> int:
         """How many runs can be started now."""
-        ...
+        return self.jobs - self.running
 
     @property
+    @abstractmethod
     def running(self) -> int:
         """How many runs have been started and not been handed back."""
-        ...
 
+    @abstractmethod
     def start(self, run: Run) -> None:
         """Begin a run."""
-        ...
 
+    @abstractmethod
     def wait(self) -> list[Finished]:
         """Wait for a run to end, and hand back those that have with their records; a failure is a record too."""
-        ...
 
+    @abstractmethod
     def stop(self) -> None:
         """Stop all runs, leaving behind what they can be continued from."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Give up what the engine holds."""
-        ...
 
 
 @dataclass
@@ -57,7 +60,7 @@ class _Child:
     process: Any
 
 
-class ThisProcess:
+class ThisProcess(Engine):
     """One run at a time in this process, or in all those of a launcher together; what a run raises is raised.
 
     Args:
@@ -69,32 +72,24 @@ class ThisProcess:
         self.waiting: list[Run] = []
 
     @property
-    def free(self) -> int:
-        """See `Engine`."""
-        return 1 - len(self.waiting)
-
-    @property
     def running(self) -> int:
-        """See `Engine`."""
         return len(self.waiting)
 
     def start(self, run: Run) -> None:
-        """See `Engine`."""
         self.waiting.append(run)
 
     def wait(self) -> list[Finished]:
-        """See `Engine`; raises what the run raises."""
         run = self.waiting.pop()
         return [(run, execute(run, self.task))]
 
     def stop(self) -> None:
-        """See `Engine`."""
+        """Nothing runs between two calls of `wait`."""
 
     def close(self) -> None:
-        """See `Engine`."""
+        """Nothing is held."""
 
 
-class LocalProcesses:
+class LocalProcesses(Engine):
     """A fresh process for every run, at most `jobs` at a time; one that dies takes no other with it.
 
     A process begins as a copy of one that has imported everything, except where a GPU is used, which no copy can use.
@@ -112,23 +107,15 @@ class LocalProcesses:
             self.context.set_forkserver_preload(["isotune.experiments.preload"])
 
     @property
-    def free(self) -> int:
-        """See `Engine`."""
-        return self.jobs - len(self.children)
-
-    @property
     def running(self) -> int:
-        """See `Engine`."""
         return len(self.children)
 
     def start(self, run: Run) -> None:
-        """See `Engine`."""
         process = self.context.Process(target=_child, args=(run,), name=run.title)
         process.start()
         self.children.append(_Child(run, process))
 
     def wait(self) -> list[Finished]:
-        """See `Engine`."""
         wait_for([child.process.sentinel for child in self.children])
         ended = [child for child in self.children if not child.process.is_alive()]
         self.children = [child for child in self.children if child not in ended]
@@ -146,7 +133,6 @@ class LocalProcesses:
             self.close()
 
     def close(self) -> None:
-        """See `Engine`."""
         for child in self.children:
             child.process.kill()
             child.process.join()
@@ -219,7 +205,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-class RayTasks:
+class RayTasks(Engine):
     """A Ray task for every run, each in a process of its own with `threads` processors.
 
     Args:
@@ -253,21 +239,13 @@ class RayTasks:
         self.remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0, max_calls=1)(attempt)
 
     @property
-    def free(self) -> int:
-        """See `Engine`."""
-        return self.jobs - len(self.pending)
-
-    @property
     def running(self) -> int:
-        """See `Engine`."""
         return len(self.pending)
 
     def start(self, run: Run) -> None:
-        """See `Engine`."""
         self.pending[self.remote.remote(run)] = run
 
     def wait(self) -> list[Finished]:
-        """See `Engine`."""
         ready, _ = self.ray.wait(list(self.pending), num_returns=1)
         ended = [(reference, self.pending.pop(reference)) for reference in ready]
         return [(run, self._outcome(reference, run)) for reference, run in ended]
@@ -289,6 +267,5 @@ class RayTasks:
         self.pending = {}
 
     def close(self) -> None:
-        """See `Engine`."""
         if self.owned:
             self.ray.shutdown()

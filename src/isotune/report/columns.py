@@ -83,3 +83,73 @@ def pareto(points: Iterable[tuple[float, float, Any]], *, higher_is_better: bool
         if not front or sign * point[1] > sign * front[-1][1]:
             front.append(point)
     return front
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure in a table."""
+
+    text: str
+    value: float | None = None
+    """The number that it stands for, by which a table is sorted."""
+    small: str = ""
+    """What stands beside it in small print."""
+    mark: str = ""
+    """"best", "near" for what is within one standard error of the best, or nothing."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of a column."""
+
+    title: str
+    kind: str = ""
+    """"score", "seeds", "paper", "rate", or nothing."""
+
+
+def table_of(comparison: Comparison) -> tuple[list[Head], list[tuple[MethodResult, list[Cell]]]]:
+    """The table that Markdown, LaTeX and the page show: heads, and a row of cells for each method, the best first."""
+    columns, paper = columns_of(comparison), comparison.paper
+    heads = [Head(f"Test {comparison.metric.replace('_', ' ')}", "score"), Head("Seeds", "seeds")]
+    heads += [Head(next(iter(paper.values())).model, "paper")] if paper else []
+    heads += [*(Head(column.title) for column in columns), Head("Learning rate", "rate")]
+    rows = []
+    for variant in ordered(comparison):
+        cells = [score_of(comparison, variant), Cell(str(len(variant.scores)), len(variant.scores))]
+        if paper:
+            beside = paper.get(variant.name)
+            shown = Cell(comparison.shown(beside.score), beside.score, beside.method) if beside else Cell("–")
+            cells.append(shown)
+        cells += [_cell(comparison, variant, column) for column in columns]
+        border = "at the border" if variant.rate_at_border else ""
+        cells.append(Cell("–" if variant.lr is None else f"{variant.lr:g}", variant.lr, border))
+        rows.append((variant, cells))
+    return heads, rows
+
+
+def score_of(comparison: Comparison, variant: MethodResult) -> Cell:
+    """The mean score of a method, its standard error beside it."""
+    if variant.mean is None:
+        return Cell("failed" if variant.failed else "not run")
+    mark = "best" if variant is comparison.best else "near" if comparison.near_best(variant) else ""
+    error = comparison.shown_error(variant.standard_error)
+    return Cell(comparison.shown(variant.mean), variant.mean, error, mark)
+
+
+def _cell(comparison: Comparison, variant: MethodResult, column: Column) -> Cell:
+    value = column.value(variant)
+    if value is None:
+        return Cell("–")
+    part = column.key.removeprefix("test_")
+    beside = comparison.paper_of_part(part).get(variant.name) if part in comparison.parts else None
+    small = "" if beside is None else f"paper {comparison.shown(beside.score)}"
+    adapter = variant.average("adapter_parameters")
+    if column.key == "trainable_parameters" and adapter is not None and adapter != value:
+        small = f"adapter {adapter:,.0f}"
+    return Cell(column.show(value), value, small)
+
+
+def ordered(comparison: Comparison) -> list[MethodResult]:
+    """The methods, best first, and after them those without a result."""
+    sign = -1 if comparison.higher_is_better else 1
+    return sorted(comparison.variants, key=lambda v: (v.mean is None, sign * (v.mean or 0.0)))

@@ -6,9 +6,8 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 
-from isotune.experiments.outcome import MethodResult
 from isotune.experiments.text import printable
-from isotune.report.columns import columns_of
+from isotune.report.columns import columns_of, table_of
 from isotune.report.results import Comparison
 
 
@@ -86,36 +85,18 @@ def heading(comparison: Comparison) -> str:
 
 
 def _cells(comparison: Comparison, best: str, near: str) -> list[list[str]]:
-    """The head and the rows, best first."""
-    columns = columns_of(comparison)
-    paper = comparison.paper
-    head = ["Method", f"Test {comparison.metric.replace('_', ' ')}", "Seeds"]
-    head += [f"Paper ({next(iter(paper.values())).model})"] if paper else []
-    head += [column.title for column in columns] + ["Learning rate"]
-    rows = [head]
-    for variant in ordered(comparison):
-        score = f"{comparison.shown(variant.mean)} {comparison.shown_error(variant.standard_error)}".strip()
-        if variant.mean is None:
-            score = "failed" if variant.failed else "not run"
-        elif variant is comparison.best:
-            score = best.format(score)
-        elif comparison.near_best(variant):
-            score = near.format(score)
-        row = [variant.title, score, str(len(variant.scores))]
-        if paper:
-            figure = paper.get(variant.name)
-            row.append(f"{comparison.shown(figure.score)} ({figure.method})" if figure else "–")
-        for column in columns:
-            value = column.value(variant)
-            row.append("–" if value is None else column.show(value))
-        rows.append([*row, "–" if variant.lr is None else f"{variant.lr:g}"])
-    return rows
-
-
-def ordered(comparison: Comparison) -> list[MethodResult]:
-    """The methods, best first, and after them those without a result."""
-    sign = -1 if comparison.higher_is_better else 1
-    return sorted(comparison.variants, key=lambda v: (v.mean is None, sign * (v.mean or 0.0)))
+    """The head and the rows as text, best first; of what stands in small print only errors and the paper's method."""
+    heads, rows = table_of(comparison)
+    marks = {"best": best, "near": near, "": "{}"}
+    lines = [["Method", *(f"Paper ({head.title})" if head.kind == "paper" else head.title for head in heads)]]
+    for variant, cells in rows:
+        line = [variant.title]
+        for head, cell in zip(heads, cells, strict=True):
+            text = f"{cell.text} {cell.small}".strip() if head.kind == "score" else cell.text
+            text = f"{cell.text} ({cell.small})" if head.kind == "paper" and cell.small else text
+            line.append(marks[cell.mark].format(text))
+        lines.append(line)
+    return lines
 
 
 def _remarks(comparison: Comparison) -> list[str]:

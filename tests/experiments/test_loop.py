@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from isotune.experiments import encoded, loop, models, progress, reload
-from isotune.experiments.files import read_json
+from isotune.experiments.files import read_json, write_json
 from isotune.experiments.recipe import RecipeError, validate
 from isotune.experiments.table import of_training
 from isotune.experiments.train import train as run
@@ -303,6 +303,24 @@ def test_a_finished_experiment_is_printed_and_not_run_again(
     assert run(validate(tiny)) == result
     assert table in capsys.readouterr().out
     assert (Path(tiny["output"]) / "result.json").read_bytes() == before
+
+
+def test_a_training_that_an_earlier_release_began_goes_on(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny["train"] |= {"max_steps": 2, "lr": [0.02, 0.03]}
+    result = run(validate(tiny))
+    folder = Path(tiny["output"])
+    (folder / "result.json").unlink()
+    for path in folder.glob("*/run.json"):  # which stored what differs from run to run, and no more
+        record = read_json(path)
+        for key in ("format", "recipe", "task", "label", "phase", "model", "seed", "settings", "metric", "versions"):
+            del record[key]
+        write_json(path, {**record, "folder": path.parent.name})
+    monkeypatch.setattr(loop, "train", None)
+    again = run(validate(tiny))
+    assert again["metrics"] == result["metrics"]
+    assert [entry["chosen"] for entry in again["runs"]] == [entry["chosen"] for entry in result["runs"]]
 
 
 def test_another_experiment_is_not_mixed_into_a_folder(tiny: dict[str, Any], tmp_path: Path) -> None:

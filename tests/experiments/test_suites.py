@@ -16,8 +16,8 @@ import torch
 from helpers import VOCABULARY, WORDS, make_tokenizer, tiny_llama
 from isotune.experiments import paper, reload, suites
 from isotune.experiments.architectures import adapter_parameters
-from isotune.experiments.data import DataError
 from isotune.experiments.loading import load, packaged
+from isotune.experiments.tables import DataError
 from isotune.experiments.train import train as run
 
 GLUE = ("cola", "stsb", "mrpc", "rte", "sst2", "qnli", "mnli", "qqp")

@@ -63,7 +63,11 @@ class Loop(Trainer):  # type: ignore[misc]
         return LengthGrouped(self.lengths, self.settings.batch_size, self.settings.seed, self.settings.group_by_length)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One step; raises TrainingDiverged at a loss that is not finite."""
+        """One step.
+
+        Raises:
+            TrainingDiverged: the loss is not finite.
+        """
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise diverged(f"the training loss is {loss.item()}", self.state.global_step + 1, self.args.output_dir)
@@ -80,7 +84,11 @@ class Loop(Trainer):  # type: ignore[misc]
             raise
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Scores of a split; raises TrainingDiverged, before a save, where the loss is not finite."""
+        """Scores of a split.
+
+        Raises:
+            TrainingDiverged: the loss is not finite; nothing is saved then.
+        """
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         loss = metrics.get("eval_loss", 0.0)
         if not math.isfinite(loss):

@@ -30,7 +30,11 @@ class ModelError(ValueError):
 
 
 def locate(name: str) -> str:
-    """The folder or Hub name a recipe's model stands for, as `resolve_base`; raises ModelError."""
+    """The folder or Hub name a recipe's model stands for, as `resolve_base`.
+
+    Raises:
+        ModelError: there is no such model.
+    """
     try:
         return resolve_base(name)
     except ValueError as error:
@@ -106,7 +110,11 @@ class FeatureHead(nn.Module):
 
 
 def tokenizer_for(name: str) -> Any:
-    """The tokeniser of a model; raises ModelError with one line."""
+    """The tokeniser of a model.
+
+    Raises:
+        ModelError: it cannot be loaded; the message is one line.
+    """
     with _named(name, "tokeniser of"):
         path = locate(name)
         return AutoTokenizer.from_pretrained(path, **gguf_of(path))
@@ -116,7 +124,8 @@ def load_classifier(name: str, pooling: str, labels: list[str]) -> tuple[Any, li
     """Load an encoder and put a new head on it: a class for each label, or one number where there are no labels.
 
     Returns the model and the names of its modules that are new, to be trained and saved beside any adapter.
-    Raises ModelError where the model is missing or its type has no classification head.
+    Raises:
+        ModelError: the model is missing, or its type has no classification head.
     """
     path = locate(name)
     with _named(name):
@@ -134,7 +143,11 @@ def load_image_classifier(name: str, labels: list[str]) -> tuple[Any, list[str]]
 
 
 def load_causal(name: str, dtype: str) -> Any:
-    """Load a causal language model in a dtype of torch's, as "float32"; raises ModelError."""
+    """Load a causal language model in a dtype of torch's, such as "float32".
+
+    Raises:
+        ModelError: the model is missing or cannot be loaded.
+    """
     with _named(name):
         path = locate(name)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **gguf_of(path))
@@ -142,7 +155,11 @@ def load_causal(name: str, dtype: str) -> Any:
 
 
 def image_processor_for(name: str) -> Any:
-    """The image processor of a model; raises ModelError with one line."""
+    """The image processor of a model.
+
+    Raises:
+        ModelError: it cannot be loaded; the message is one line.
+    """
     with _named(name, "image processor of"):
         return AutoImageProcessor.from_pretrained(locate(name))
 
@@ -202,7 +219,8 @@ def _first_line(error: Exception) -> str:
 def restore(model: Any, folder: Path, method: str) -> Any:
     """Put onto a base model what a run saved in `folder`, adapters by PEFT's own loading; for evaluation.
 
-    Raises ModelError where the weights do not fit.
+    Raises:
+        ModelError: the weights do not fit.
     """
     if method in ("head", "full"):
         from safetensors.torch import load_file

@@ -16,7 +16,8 @@ _BESIDE = ("mnli", "qqp", "all")
 def groups(suite: str) -> dict[str, list[str]]:
     """The recipes of a suite by group, as vtab's natural, specialised and structured; without groups all under "".
 
-    Raises ValueError for a name that is no suite of the paper.
+    Raises:
+        ValueError: the paper has no such suite.
     """
     counted = {
         name: str(raw.get("group", ""))

@@ -19,12 +19,13 @@ from isotune.experiments import data, loop, models, processes
 from isotune.experiments.encoded import Encoded, class_scores, likeliest, regression_scores
 from isotune.experiments.recipe import Recipe, Train
 from isotune.experiments.run import Run
+from isotune.experiments.tasks.task import Task
 
 Row = dict[str, Any]
 
 
-class Classifier(ABC):
-    """What texts and images share: a prediction for each example, from one row of outputs; see `Task`."""
+class Classifier(Task, ABC):
+    """What tasks of texts and of images share: a prediction for each example, from one row of outputs."""
 
     peft_type: str | None
     examples: data.Examples
@@ -37,14 +38,19 @@ class Classifier(ABC):
 
     @abstractmethod
     def load(self) -> data.Examples:
-        """Read and check the data; raises DataError."""
+        """Read and check the data.
+
+        Raises:
+            DataError: the data cannot be used.
+        """
 
     @abstractmethod
     def encode(self) -> Encoded:
-        """All splits as rows for the model; raises ModelError."""
+        """All splits as rows for the model.
 
-    @abstractmethod
-    def build(self) -> tuple[Any, list[str]]: ...
+        Raises:
+            ModelError: the tokeniser or image processor cannot be loaded.
+        """
 
     @cached_property
     def encoded(self) -> Encoded:

@@ -34,13 +34,20 @@ class Task(Protocol):
         ...
 
     def prepare(self) -> None:
-        """Load the tokeniser or image processor and encode, so that no run is timed with it; raises ModelError."""
+        """Load the tokeniser or image processor and encode, so that no run is timed with it.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
         ...
 
     def build(self) -> tuple[Any, list[str]]:
         """The base model, and the names of its modules that are new and trained beside any adapter.
 
-        Draws from the global generator for the new modules only. Raises ModelError.
+        Draws from the global generator for the new modules only.
+
+        Raises:
+            ModelError: the model cannot be loaded.
         """
         ...
 

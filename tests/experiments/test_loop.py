@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from isotune.experiments import encoded, loop, models, progress, reload
 from isotune.experiments.files import read_json, write_json
 from isotune.experiments.recipe import RecipeError, validate
+from isotune.experiments.records import read_training
 from isotune.experiments.table import of_training
 from isotune.experiments.train import train as run
 
@@ -296,7 +297,7 @@ def test_a_finished_experiment_is_printed_and_not_run_again(
 ) -> None:
     tiny["train"]["max_steps"] = 2
     result = run(validate(tiny))
-    table = of_training(result)
+    table = of_training(read_training(result, Path("result.json")))
     capsys.readouterr()
     monkeypatch.setattr(loop, "train", None)
     before = (Path(tiny["output"]) / "result.json").read_bytes()
@@ -321,6 +322,18 @@ def test_a_training_that_an_earlier_release_began_goes_on(
     again = run(validate(tiny))
     assert again["metrics"] == result["metrics"]
     assert [entry["chosen"] for entry in again["runs"]] == [entry["chosen"] for entry in result["runs"]]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"recipe": 1, "metric": "m", "data": {}, "runs": []}', "[" * 9999])
+def test_a_damaged_result_is_one_line_that_names_the_file(tiny: dict[str, Any], text: str) -> None:
+    tiny["train"]["max_steps"] = 1
+    run(validate(tiny))
+    path = Path(tiny["output"]) / "result.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="cannot read") as caught:
+        run(validate(tiny))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_another_experiment_is_not_mixed_into_a_folder(tiny: dict[str, Any], tmp_path: Path) -> None:

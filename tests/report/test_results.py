@@ -241,7 +241,7 @@ def test_command_and_report_agree_on_the_border(tmp_path: Path, tried: tuple[flo
     content = json.loads((place / "comparison.json").read_text())
     change(place / "comparison.json", rows=[{**content["rows"][0], "lr": 1e-3}])
     (found,) = read(place).variants
-    assert found.row("accuracy")["lr_at_border"] is found.rate_at_border is border
+    assert found.row()["lr_at_border"] is found.rate_at_border is border
 
 
 def test_titles_tell_variants_apart(tmp_path: Path) -> None:

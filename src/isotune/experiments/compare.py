@@ -261,7 +261,7 @@ def compare(found: Schedule, engine: Engine) -> dict[str, Any]:
     )
     try:
         for run, record in carry_out(found, engine):
-            tqdm.write(_line(run, record, found.recipe.chosen_by), file=sys.stderr)
+            tqdm.write(_line(run, record), file=sys.stderr)
             bar.update()
             write_json(path, found.result())
     except KeyboardInterrupt:
@@ -278,10 +278,10 @@ def compare(found: Schedule, engine: Engine) -> dict[str, Any]:
     return result
 
 
-def _line(run: Run, record: Record, chosen_by: str) -> str:
+def _line(run: Run, record: Record) -> str:
     if record.failed is not None:
         return f"{run.title}: failed, {record.failed}"
-    chosen = record.validation.get(chosen_by)
+    chosen = record.validation.get(record.metric)
     found = [] if chosen is None else [f"validation {chosen:.4f}"]
     found += [] if record.score is None else [f"test {record.score:.4f}"]
     return f"{run.title}: {', '.join(found)}, {record.train_seconds or 0:.0f} s"

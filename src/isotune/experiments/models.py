@@ -123,7 +123,14 @@ def tokenizer_for(name: str) -> Any:
 def load_classifier(name: str, pooling: str, labels: list[str]) -> tuple[Any, list[str]]:
     """Load an encoder and put a new head on it: a class for each label, or one number where there are no labels.
 
-    Returns the model and the names of its modules that are new, to be trained and saved beside any adapter.
+    Args:
+        name: folder, Hub name or package:NAME.
+        pooling: "auto", "native" or "mean".
+        labels: of the classes; empty for a regression.
+
+    Returns:
+        The model, and the names of its modules that are new, to be trained and saved beside any adapter.
+
     Raises:
         ModelError: the model is missing, or its type has no classification head.
     """
@@ -178,7 +185,7 @@ def _named(name: str, what: str = "model") -> Iterator[None]:
             yield
         except ModelError:
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ModelError(f"cannot load the {what} {name}: {_first_line(error)}") from error
 
 

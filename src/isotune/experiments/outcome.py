@@ -89,7 +89,7 @@ class MethodResult:
         """What the first run that has one measured."""
         return next((run.geometry for run in self.runs if run.geometry), None)
 
-    def row(self, chosen_by: str) -> dict[str, Any]:
+    def row(self) -> dict[str, Any]:
         """The method in `comparison.json`: scores by seed, and the means of the measures over its seeds."""
         return {
             "label": self.label,
@@ -102,7 +102,7 @@ class MethodResult:
             "seeds": len(self.scores),
             "scores": {str(run.seed): run.score for run in self.runs},
             "failed": self.failed,
-            "validation_score": self._mean(run.validation.get(chosen_by) for run in self.runs),
+            "validation_score": self._mean(run.validation.get(run.metric) for run in self.runs),
             **{name: _whole(name, self.average(name)) for name in MEASURES},
         }
 

@@ -181,6 +181,10 @@ class Record(Part):
     data: Object = Field(default_factory=dict)
     validation: Scores = Field(default_factory=dict)
     test: Scores = Field(default_factory=dict)
+    untrained: Scores = Field(default_factory=dict)
+    """The metrics before training, where they were measured."""
+    chosen: bool = True
+    """Whether a training found its rate the best of those tried."""
     interval_about: Annotated[Interval | None, Field(alias="interval")] = None
     curve: Points = Field(default_factory=list)
     trainable_parameters: Number = None
@@ -265,3 +269,39 @@ def read_record(path: Path) -> Record:
         ValueError: the file cannot be read, or holds a value of another kind than it should be; the message names it.
     """
     return record_of(read_object(path), path)
+
+
+class Training(Part):
+    """What `result.json` says of a training."""
+
+    recipe: Object
+    metric: Text
+    seed: Whole = 0
+    data: Object
+    versions: Object = Field(default_factory=dict)
+    hardware: Object = Field(default_factory=dict)
+    runs: list[Object]
+    saved: dict[str, Scores] = Field(default_factory=dict)
+    """The metrics of the saved adapter, "reloaded" and "merged"."""
+    records: list[Record] = Field(default_factory=list)
+
+
+def read_training(content: Mapping[str, Any], path: Path) -> Training:
+    """What a training stored, with the records of its runs.
+
+    Args:
+        content: of `result.json`.
+        path: of the file.
+
+    Raises:
+        ValueError: a value of another kind than it should be; the message names the file and the value.
+    """
+    found: Training = parse(Training, {**clean(dict(content)), "records": []}, path)
+    known = {"recipe": path.parent.name, "task": found.recipe.get("task"), "model": found.recipe.get("model")}
+    known |= {"metric": found.metric, "data": found.data, "seed": found.seed, "phase": "search"}
+    known |= {"versions": found.versions, "hardware": found.hardware}
+    # An earlier release stored with a run only what differs from run to run.
+    runs = [{**known, **run} for run in found.runs]
+    records = [record_of(run, path) for run in runs]
+    named = [r if r.label else r.model_copy(update={"label": str(r.method.get("name"))}) for r in records]
+    return found.model_copy(update={"records": named})

@@ -231,7 +231,7 @@ class Schedule:
             **self.details,
             "data": self.about,
             "complete": not any(True for _ in self.ready()),
-            "rows": [found.row(self.recipe.chosen_by) for found in self.results()],
+            "rows": [found.row() for found in self.results()],
         }
 
 

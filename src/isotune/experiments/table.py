@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from isotune.experiments.records import Training, number
 from isotune.experiments.registry import entry
 from isotune.experiments.text import printable
 
@@ -49,34 +50,36 @@ def table(metric: str, rows: Sequence[Row]) -> str:
 def shown_score(metric: str, row: Row) -> str:
     """The score of a row as people read it, with its standard error where there are several seeds."""
     if row["mean"] is None:
-        return "failed" if row["failed"] else "not done"
+        return "failed" if row.get("failed") else "not done"
     scale, digits, unit = (100, 1, " %") if metric == "accuracy" else (1, 3, "")
     error = row.get("standard_error")
     spread = "" if error is None else f" ± {scale * error:.{digits}f}"
     return f"{scale * row['mean']:.{digits}f}{spread}{unit}"
 
 
-def of_training(result: Mapping[str, Any]) -> str:
-    """The table of a training's `result.json`."""
-    return table(result["metric"], training_rows(result))
+def of_training(training: Training) -> str:
+    """The table of a training."""
+    return table(training.metric, training_rows(training))
 
 
-def training_rows(result: Mapping[str, Any]) -> list[Row]:
+def training_rows(training: Training) -> list[Row]:
     """The rows of a training: what needs no training, each method at its best rate, and the saved adapter."""
-    metric = result["metric"]
-    chosen = [run for run in result["runs"] if run["chosen"]]
+    metric = training.metric
+    majority = number(training.data.get("majority_accuracy"))
+    chosen = [run for run in training.records if run.chosen and run.score is not None]
     rows: list[Row] = []
-    if metric == "accuracy" and "majority_accuracy" in result["data"]:
-        rows.append({"label": "majority class", "mean": result["data"]["majority_accuracy"]})
-    rows += [{"label": "untrained head", "mean": run["untrained"][metric]} for run in chosen if "untrained" in run]
+    if metric == "accuracy" and majority is not None:
+        rows.append({"label": "majority class", "mean": majority})
+    rows += [{"label": "untrained head", "mean": run.untrained[metric]} for run in chosen if metric in run.untrained]
+    title = ""
     for run in chosen:
-        method = run["method"]
-        title = "head alone" if method["name"] == "head" else entry(method["name"]).title_of(method)
-        rows.append({**run, "label": title, "mean": run["test"][metric], "failed": None})
-    title = rows[-1]["label"]
+        name = str(run.method.get("name"))
+        title = "head alone" if name == "head" else entry(name).title_of(run.method)
+        measures = {key: getattr(run, key) for _, key, _, _ in _COLUMNS}
+        rows.append({"label": title, "mean": run.score, "lr": run.lr, **measures})
     for name, how in (("reloaded", "reloaded in a new process"), ("merged", "merged into the base")):
-        if name in result.get("saved", {}):
-            rows.append({"label": f"{title}, {how}", "mean": result["saved"][name][metric]})
+        if metric in training.saved.get(name, {}):
+            rows.append({"label": f"{title}, {how}", "mean": training.saved[name][metric]})
     return rows
 
 
@@ -93,13 +96,13 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:]])
 
 
-def chart(result: Mapping[str, Any], path: Path) -> None:
+def chart(training: Training, path: Path) -> None:
     """Draw the scores of a training as bars into a PNG of 1,280 × about 640 pixels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    metric = result["metric"]
-    rows = training_rows(result)
+    metric = training.metric
+    rows = training_rows(training)
     found = [row for row in rows if "trainable_parameters" in row or row["label"] == "majority class"]
     figure = Figure(figsize=(8, 1.2 + 0.7 * len(found)), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)  # no window, no global state: charts may be drawn in any process
@@ -109,7 +112,7 @@ def chart(result: Mapping[str, Any], path: Path) -> None:
     for bar, row in zip(bars, found, strict=True):
         trained = row.get("trainable_parameters")
         note = f"  {shown_score(metric, row)}"
-        note += "" if trained is None else f"   {trained:,} trainable parameters"
+        note += "" if trained is None else f"   {trained:,.0f} trainable parameters"
         # Inside a long bar, beside a short one, so the text never leaves the axes.
         long = row["mean"] > 0.5
         axes.text(

@@ -14,7 +14,7 @@ from isotune.experiments.engines import ThisProcess
 from isotune.experiments.execute import check_extras, hardware, versions
 from isotune.experiments.files import read_object, write_json
 from isotune.experiments.recipe import Recipe, RecipeError
-from isotune.experiments.records import FORMAT
+from isotune.experiments.records import FORMAT, read_training
 from isotune.experiments.schedule import Schedule, Variant, carry_out
 from isotune.experiments.text import printable
 
@@ -55,7 +55,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if finished.exists():
         result = read_object(finished)
         _say(f"already finished; remove {folder} to run it again")
-        _say(table.of_training(result))
+        _say(table.of_training(read_training(result, finished)))
         return result
 
     sizes = task.sizes
@@ -76,10 +76,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
     # The sum over the runs, and not the time since the start, which a resumed experiment does not know.
     result["seconds"] = sum(entry["seconds"] for entry in result["runs"])
     result["seconds_this_session"] = time.perf_counter() - started
+    stored = read_training(result, finished)
     if recipe.chart:
-        table.chart(result, folder / "chart.png")
+        table.chart(stored, folder / "chart.png")
     write_json(finished, result)
-    _say(table.of_training(result))
+    _say(table.of_training(stored))
     return result
 
 

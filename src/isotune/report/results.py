@@ -15,7 +15,18 @@ from isotune.experiments import paper
 from isotune.experiments.files import read_object
 from isotune.experiments.outcome import MethodResult, best_rate, method_result
 from isotune.experiments.recipe import LESS_IS_BETTER
-from isotune.experiments.records import Number, Object, Part, Rate, Record, Text, Whole, parse, record_of
+from isotune.experiments.records import (
+    Number,
+    Object,
+    Part,
+    Rate,
+    Record,
+    Text,
+    Whole,
+    parse,
+    read_record,
+    read_training,
+)
 from isotune.experiments.text import clean, printable
 
 
@@ -175,30 +186,9 @@ def read(folder: Path) -> Comparison:
 def _records(folder: Path) -> list[Record]:
     """The records of a comparison's runs, or those that the result of a training holds."""
     training = folder / "result.json"
-    if not training.exists():
-        return [record_of(read_object(path), path) for path in sorted((folder / "runs").rglob("*.json"))]
-    content = read_object(training)
-    result: _Training = parse(_Training, clean(content), training)
-    known = {"recipe": folder.name, "task": result.recipe.get("task"), "model": result.recipe.get("model")}
-    known |= {"metric": result.metric, "data": result.data, "seed": result.seed, "phase": "search"}
-    known |= {"versions": result.versions, "hardware": result.hardware}
-    return [
-        # An earlier release stored with a run only what differs from run to run.
-        record_of({**known, "label": run.get("method", {}).get("name"), **run}, training)
-        for run in result.runs
-    ]
-
-
-class _Training(Part):
-    """What `result.json` says of a training."""
-
-    recipe: Object
-    metric: Text
-    seed: Whole = 0
-    data: Object
-    versions: Object = Field(default_factory=dict)
-    hardware: Object = Field(default_factory=dict)
-    runs: list[Object]
+    if training.exists():
+        return read_training(read_object(training), training).records
+    return [read_record(path) for path in sorted((folder / "runs").rglob("*.json"))]
 
 
 def _variant(label: str, records: Sequence[Record], row: _Row | None, chosen_by: str) -> MethodResult:

@@ -128,7 +128,7 @@ def _build(setting: Setting) -> tuple[Any, str]:
     path = resolve_base(setting.model)
     try:
         config = transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"The configuration of {setting.model!r} cannot be read: {first}") from error
     stored = getattr(config, "dtype", None)

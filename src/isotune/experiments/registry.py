@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,11 +86,6 @@ def entries() -> dict[str, Entry]:
 def entry(name: str) -> Entry:
     """The method of a name; one that is not known, as in the record of another release, is its name in capitals."""
     return entries().get(name) or Entry(name, name.upper(), 1e-3, None, {}, {"r": "r"})
-
-
-def nearest(name: str) -> str | None:
-    """The name most like a misspelt one."""
-    return next(iter(difflib.get_close_matches(name, entries(), n=1)), None)
 
 
 def is_plain(name: str) -> bool:

@@ -57,7 +57,9 @@ def imported(node: ast.AST) -> list[str]:
         assert node.module is not None
         if node.module == "isotune":
             return [f"isotune.{alias.name}" for alias in node.names]
-        return [node.module]
+        # `from package import module` imports the module, too.
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+        return [node.module, *(name for name in names if name.removeprefix("isotune.") in FILES)]
     return []
 
 

@@ -12,8 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from isotune import cli
-from isotune.experiments import run as run_module
-from isotune.experiments.recipe import Recipe, packaged
+from isotune.experiments import train as train_module
+from isotune.experiments.loading import packaged
+from isotune.experiments.recipe import Recipe
 
 runner = CliRunner()
 RECIPE = "model: m\ndata: {files: {train: a.csv, test: a.csv}}\nmethod: lora\n"
@@ -22,7 +23,7 @@ RECIPE = "model: m\ndata: {files: {train: a.csv, test: a.csv}}\nmethod: lora\n"
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     seen: list[Recipe] = []
-    monkeypatch.setattr(run_module, "run", seen.append)
+    monkeypatch.setattr(train_module, "train", seen.append)
     return seen
 
 
@@ -80,7 +81,7 @@ def test_what_is_raised_sets_the_exit_code(
     def fail(recipe: Recipe) -> None:
         raise raised
 
-    monkeypatch.setattr(run_module, "run", fail)
+    monkeypatch.setattr(train_module, "train", fail)
     done = runner.invoke(cli.app, ["train", "demo"])
     assert (done.exit_code, done.stderr) == (code, said)
 
@@ -89,7 +90,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(recipe: Recipe) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(run_module, "run", fail)
+    monkeypatch.setattr(train_module, "train", fail)
     done = runner.invoke(cli.app, ["train", "demo"])
     assert isinstance(done.exception, KeyError)
     assert done.exit_code == 1

@@ -13,7 +13,7 @@ import safetensors.torch
 from peft import peft_model
 
 from isotune.experiments.recipe import validate
-from isotune.experiments.run import run
+from isotune.experiments.train import train as run
 
 recipe, step = Path(sys.argv[1]), sys.argv[2]
 original = safetensors.torch.save

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from isotune.experiments import budget, methods, models
+from isotune.experiments import budget, methods, models, registry
 from isotune.experiments.budget import match
 from isotune.experiments.loop import is_head
 from isotune.experiments.recipe import Method
@@ -41,11 +41,11 @@ def test_sizes_that_do_not_fit_are_passed_over() -> None:
     assert match(Method(name="oft"), 100, lambda m: count(Method(name="oft", oft_block_size=7))).options == {}
 
 
-@pytest.mark.parametrize("name", [*budget.SIZES])
+@pytest.mark.parametrize("name", [e.name for e in registry.entries().values() if e.size_option])
 def test_the_count_is_that_of_the_trained_model(tiny_model: Path, name: str) -> None:
     model, head = models.load_classifier(str(tiny_model), "auto", ["a", "b"])
     found = match(Method(name=name), 1500, budget.counter(model, head, "SEQ_CLS"))
-    assert set(found.options) == {budget.SIZES[name]}
+    assert set(found.options) == {registry.entry(name).size_option}
     counted = budget.counter(model, head, "SEQ_CLS")(found)
     model, head = models.load_classifier(str(tiny_model), "auto", ["a", "b"])
     trained = methods.attach(found, model, head, "SEQ_CLS")

@@ -18,15 +18,16 @@ import yaml
 from typer.testing import CliRunner
 
 from isotune.cli import app
-from isotune.experiments import single
-from isotune.experiments.compare import Options, Plan, compare, grid, parse, plan, rates, split_methods, table
+from isotune.experiments import execute, registry
+from isotune.experiments.compare import Options, compare, grid, parse, plan, rates, split_methods
 from isotune.experiments.compare import whole_number as read_number
 from isotune.experiments.engines import LocalProcesses, RayTasks
 from isotune.experiments.engines import make as make_engine
 from isotune.experiments.files import StorageError, read_json
-from isotune.experiments.methods import LEARNING_RATES
-from isotune.experiments.recipe import MethodName, Recipe, RecipeError, validate
-from isotune.experiments.single import Spec
+from isotune.experiments.recipe import Recipe, RecipeError, validate
+from isotune.experiments.run import Run
+from isotune.experiments.schedule import Schedule
+from isotune.experiments.table import table
 
 # What depends on the speed and the state of the machine.
 MEASURED = ("seconds", "train_seconds", "tokens_per_second", "peak_memory_bytes", "hardware", "phase")
@@ -35,10 +36,10 @@ MEASURED = ("seconds", "train_seconds", "tokens_per_second", "peak_memory_bytes"
 class Fake:
     """An engine that makes records up, one run at a time."""
 
-    def __init__(self, outcome: Callable[[Spec], dict[str, Any]]) -> None:
+    def __init__(self, outcome: Callable[[Run], dict[str, Any]]) -> None:
         self.outcome = outcome
-        self.started: list[Spec] = []
-        self.waiting: list[Spec] = []
+        self.started: list[Run] = []
+        self.waiting: list[Run] = []
         self.stopped = self.closed = False
 
     @property
@@ -49,11 +50,11 @@ class Fake:
     def running(self) -> int:
         return len(self.waiting)
 
-    def start(self, spec: Spec) -> None:
+    def start(self, spec: Run) -> None:
         self.started.append(spec)
         self.waiting.append(spec)
 
-    def wait(self) -> list[tuple[Spec, dict[str, Any]]]:
+    def wait(self) -> list[tuple[Run, dict[str, Any]]]:
         spec = self.waiting.pop()
         return [(spec, self.outcome(spec))]
 
@@ -64,8 +65,8 @@ class Fake:
         self.closed = True
 
 
-def scored(validation: Callable[[Spec], float], test: Callable[[Spec], float]) -> Callable[[Spec], dict[str, Any]]:
-    def outcome(spec: Spec) -> dict[str, Any]:
+def scored(validation: Callable[[Run], float], test: Callable[[Run], float]) -> Callable[[Run], dict[str, Any]]:
+    def outcome(spec: Run) -> dict[str, Any]:
         return {
             **spec.identity(),
             "validation": {"accuracy": validation(spec)},
@@ -83,7 +84,7 @@ def scored(validation: Callable[[Spec], float], test: Callable[[Spec], float]) -
     return outcome
 
 
-def planned(tiny: dict[str, Any], *methods: str, **options: Any) -> Plan:
+def planned(tiny: dict[str, Any], *methods: str, **options: Any) -> Schedule:
     folder = Path(tiny["output"]).parent / "comparison"
     return plan("tiny", validate(tiny), Options(methods=methods, **options), folder)
 
@@ -118,7 +119,7 @@ def test_a_method_is_a_name_with_options(tiny: dict[str, Any]) -> None:
 
 
 def test_every_method_has_a_usual_rate() -> None:
-    assert set(LEARNING_RATES) == set(MethodName.__args__)  # type: ignore[attr-defined]
+    assert all(entry.usual_learning_rate > 0 for entry in registry.entries().values())
 
 
 def test_the_grid_lies_around_its_middle() -> None:
@@ -220,7 +221,7 @@ def test_each_method_is_searched_on_validation_and_then_given_its_seeds(tiny: di
         assert row["lr_at_border"] is False
     assert result["complete"] is True
     assert read_json(found.folder / "comparison.json") == result
-    assert "60.0 ± 5.8 %" in table(result)
+    assert "60.0 ± 5.8 %" in table(result["metric"], result["rows"])
 
 
 def test_what_is_done_is_skipped_and_more_seeds_go_on(tiny: dict[str, Any]) -> None:
@@ -269,11 +270,11 @@ def test_settings_that_a_later_release_adds_do_not_end_a_comparison(tiny: dict[s
 def test_a_failed_run_is_recorded_and_the_others_go_on(tiny: dict[str, Any]) -> None:
     good = scored(lambda spec: spec.lr, lambda spec: 0.5)
 
-    def outcome(spec: Spec) -> dict[str, Any]:
+    def outcome(spec: Run) -> dict[str, Any]:
         if spec.label == "lora":
-            return single.failure(spec, "the training loss is nan at step 3", final=True)
+            return execute.failure(spec, "the training loss is nan at step 3", final=True)
         if spec.seed == 1:
-            return single.failure(spec, "the process was ended by SIGKILL")
+            return execute.failure(spec, "the process was ended by SIGKILL")
         return good(spec)
 
     result = compare(planned(tiny, "psoft", "lora", lr_search=2, seeds=3), Fake(outcome))
@@ -282,7 +283,7 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(tiny: dict[str, Any]) -> 
     assert psoft["failed"] == "1 of 3 seeds: the process was ended by SIGKILL"
     assert (lora["lr"], lora["mean"]) == (None, None)
     assert lora["failed"] == "at every learning rate; at the first: the training loss is nan at step 3"
-    assert "lora failed: at every learning rate" in table(result)
+    assert "lora failed: at every learning rate" in table(result["metric"], result["rows"])
     # What would fail alike is not tried again; what was killed is.
     engine = Fake(good)
     again = compare(planned(tiny, "psoft", "lora", lr_search=2, seeds=3), engine)
@@ -294,13 +295,13 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(tiny: dict[str, Any]) -> 
 def test_the_best_rate_at_the_border_is_marked(tiny: dict[str, Any]) -> None:
     result = compare(planned(tiny, "psoft", seeds=1), Fake(scored(lambda spec: spec.lr, lambda spec: 0.5)))
     assert result["rows"][0]["lr_at_border"] is True
-    assert "a better one may lie beyond" in table(result)
+    assert "a better one may lie beyond" in table(result["metric"], result["rows"])
 
 
 def test_less_is_better_for_a_loss(tiny: dict[str, Any]) -> None:
     tiny["metric"] = "loss"
 
-    def outcome(spec: Spec) -> dict[str, Any]:
+    def outcome(spec: Run) -> dict[str, Any]:
         record = scored(lambda s: 0.0, lambda s: 0.0)(spec)
         return {**record, "validation": {"loss": spec.lr}, "test": {"loss": 1.5}}
 
@@ -327,7 +328,7 @@ def test_heads_to_start_from_come_first_one_for_each_seed(tiny: dict[str, Any]) 
     # A head that fails takes with it only what starts from it.
     tiny["output"] = str(Path(tiny["output"]).parent / "other" / "run")
     good = scored(lambda spec: spec.lr, lambda spec: 0.5)
-    fails = Fake(lambda spec: single.failure(spec, "no memory") if spec.phase == "start" else good(spec))
+    fails = Fake(lambda spec: execute.failure(spec, "no memory") if spec.phase == "start" else good(spec))
     result = compare(planned(tiny, "head", "psoft", lr_search=1, seeds=2), fails)
     assert {spec.label for spec in fails.started if spec.phase != "start"} == {"head"}
     assert [row["failed"] for row in result["rows"]] == [None, "the head to start from: no memory"]
@@ -337,15 +338,15 @@ def test_a_run_starts_from_the_trained_head(tiny: dict[str, Any]) -> None:
     with_head(tiny)["train"] |= {"lr_head": 1e-9}
     found = planned(tiny, "psoft:lr=[1e-9]", lr_search=1, seeds=1)
     head, psoft = found.heads[0], found.search(found.variants[0])[0]
-    first = single.execute(head)
-    assert single.execute(psoft)["test"] == first["test"]
+    first = execute.execute(head)
+    assert execute.execute(psoft)["test"] == first["test"]
     assert first["test"] != first["untrained"]
 
 
 def test_ctrl_c_stops_the_engine_and_keeps_what_is_done(tiny: dict[str, Any]) -> None:
     good = scored(lambda spec: spec.lr, lambda spec: 0.5)
 
-    def outcome(spec: Spec) -> dict[str, Any]:
+    def outcome(spec: Run) -> dict[str, Any]:
         if len(engine.started) == 2:
             raise KeyboardInterrupt
         return good(spec)
@@ -471,7 +472,7 @@ def test_a_killed_run_goes_on_to_the_same_result(long: Recipe, tmp_path: Path) -
     compare(whole, LocalProcesses(1))
 
     class Killing(LocalProcesses):
-        def wait(self) -> list[tuple[Spec, dict[str, Any]]]:
+        def wait(self) -> list[tuple[Run, dict[str, Any]]]:
             until(lambda: has_checkpoint(tmp_path / "killed"))
             os.kill(self.children[0].process.pid, signal.SIGKILL)
             return super().wait()
@@ -491,7 +492,7 @@ def test_a_killed_run_goes_on_to_the_same_result(long: Recipe, tmp_path: Path) -
 
 def test_ctrl_c_leaves_a_checkpoint_and_no_process(long: Recipe, tmp_path: Path) -> None:
     class Interrupted(LocalProcesses):
-        def wait(self) -> list[tuple[Spec, dict[str, Any]]]:
+        def wait(self) -> list[tuple[Run, dict[str, Any]]]:
             until(lambda: has_checkpoint(tmp_path))
             self.seen = [child.process for child in self.children]
             raise KeyboardInterrupt

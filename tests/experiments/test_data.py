@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from isotune.experiments.data import DataError, Example, halves, load, texts_of
+from isotune.experiments.data import Example, halves, load, texts_of
 from isotune.experiments.recipe import Data
+from isotune.experiments.tables import DataError
 
 
 def recipe(folder: Path, **changes: Any) -> Data:

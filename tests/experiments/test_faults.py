@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from isotune.experiments import loop
-from isotune.experiments import run as run_module
+from isotune.experiments import execute as execute_module
+from isotune.experiments import loop, progress
 from isotune.experiments.files import StorageError, storing
 from isotune.experiments.recipe import validate
-from isotune.experiments.run import run
+from isotune.experiments.train import train as run
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(
     assert "\n" not in str(caught.value)
     folder = Path(tiny["output"]) / "psoft"
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-8"]
-    assert loop.last_checkpoint(folder) == folder / "checkpoint-8"
+    assert progress.last_checkpoint(folder) == folder / "checkpoint-8"
     resource.setrlimit(resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)[1:] * 2)
     assert run(validate(tiny))["metrics"] == pytest.approx(whole["metrics"], abs=1e-6)
 
@@ -78,7 +78,7 @@ def test_a_full_disk_while_the_adapter_or_the_record_is_written_is_one_line(
         run(validate(tiny))
     folder = Path(tiny["output"])
     assert not (folder / "result.json").exists()
-    assert loop.last_checkpoint(folder / "psoft") is not None  # the next attempt goes on from there
+    assert progress.last_checkpoint(folder / "psoft") is not None  # the next attempt goes on from there
 
 
 def test_what_is_no_failed_write_is_no_storage_error() -> None:
@@ -95,7 +95,7 @@ MOMENTS: list[tuple[Any, str, str]] = [
     (os, "replace", "seconds.json"),
     (shutil, "rmtree", ""),
     (loop.Loop, "predict", ""),
-    (run_module, "_save", ""),
+    (execute_module, "_save", ""),
     (os, "replace", "predictions.json"),
     (os, "replace", "run.json"),
     (os, "replace", "result.json"),

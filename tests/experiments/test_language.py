@@ -15,9 +15,9 @@ from packaging.version import Version
 
 from helpers import WORDS, make_tokenizer, tiny_gpt2, tiny_llama
 from isotune.experiments import models, tasks
-from isotune.experiments.data import DataError
 from isotune.experiments.measure import kept_by_batch
 from isotune.experiments.recipe import RecipeError, validate
+from isotune.experiments.tables import DataError
 from isotune.experiments.tasks.commonsense import first_choice
 from isotune.experiments.tasks.language import SftLoop
 from isotune.experiments.tasks.math import final_number, same_expression

@@ -16,10 +16,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from isotune.experiments import loop, models, reload, summary
-from isotune.experiments.files import read_json
+from isotune.experiments import encoded, loop, models, progress, reload
+from isotune.experiments.files import read_json, write_json
 from isotune.experiments.recipe import RecipeError, validate
-from isotune.experiments.run import run
+from isotune.experiments.records import read_training
+from isotune.experiments.table import of_training
+from isotune.experiments.train import train as run
 
 
 @pytest.fixture(autouse=True)
@@ -215,7 +217,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
         with pytest.raises(KeyboardInterrupt):
             run(validate(tiny))
     folder = Path(tiny["output"])
-    assert loop.last_checkpoint(folder / "psoft") == folder / "psoft" / f"checkpoint-{step}"
+    assert progress.last_checkpoint(folder / "psoft") == folder / "psoft" / f"checkpoint-{step}"
     assert not (folder / "result.json").exists()
     seen: list[int] = []
     at_step(monkeypatch, step + 1, lambda model: seen.append(step + 1))
@@ -235,9 +237,9 @@ def test_a_checkpoint_cut_off_while_written_is_passed_over(tmp_path: Path) -> No
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-6").mkdir()
-    assert loop.last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert progress.last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert not (tmp_path / "checkpoint-6").exists()
-    assert loop.last_checkpoint(tmp_path / "absent") is None
+    assert progress.last_checkpoint(tmp_path / "absent") is None
 
 
 def test_a_second_interrupt_stops_at_once(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +250,7 @@ def test_a_second_interrupt_stops_at_once(tiny: dict[str, Any], monkeypatch: pyt
     at_step(monkeypatch, 3, twice)
     with pytest.raises(KeyboardInterrupt):
         run(validate(tiny))
-    assert loop.last_checkpoint(Path(tiny["output"]) / "psoft") is None
+    assert progress.last_checkpoint(Path(tiny["output"]) / "psoft") is None
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -266,7 +268,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tiny: dict[str, Any], monk
             next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
 
     at_step(monkeypatch, 11, poison)
-    with pytest.raises(loop.TrainingDiverged, match=r"training loss is nan at step 11: lower train\.lr") as caught:
+    with pytest.raises(progress.TrainingDiverged, match=r"training loss is nan at step 11: lower train\.lr") as caught:
         run(validate(tiny))
     kept = Path(tiny["output"]) / "psoft" / "checkpoint-8"
     assert str(kept) in str(caught.value)
@@ -286,7 +288,7 @@ def test_nan_after_the_last_step_before_a_save_is_not_saved(
 
     original = loop.train
     monkeypatch.setattr(loop, "train", lambda *a, **k: original(*a, **k, callbacks=[Poison()]))
-    with pytest.raises(loop.TrainingDiverged, match=r"validation loss is nan at step 8.*no checkpoint yet"):
+    with pytest.raises(progress.TrainingDiverged, match=r"validation loss is nan at step 8.*no checkpoint yet"):
         run(validate(tiny))
 
 
@@ -295,13 +297,43 @@ def test_a_finished_experiment_is_printed_and_not_run_again(
 ) -> None:
     tiny["train"]["max_steps"] = 2
     result = run(validate(tiny))
-    table = summary.table(result)
+    table = of_training(read_training(result, Path("result.json")))
     capsys.readouterr()
     monkeypatch.setattr(loop, "train", None)
     before = (Path(tiny["output"]) / "result.json").read_bytes()
     assert run(validate(tiny)) == result
     assert table in capsys.readouterr().out
     assert (Path(tiny["output"]) / "result.json").read_bytes() == before
+
+
+def test_a_training_that_an_earlier_release_began_goes_on(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny["train"] |= {"max_steps": 2, "lr": [0.02, 0.03]}
+    result = run(validate(tiny))
+    folder = Path(tiny["output"])
+    (folder / "result.json").unlink()
+    for path in folder.glob("*/run.json"):  # which stored what differs from run to run, and no more
+        record = read_json(path)
+        for key in ("format", "recipe", "task", "label", "phase", "model", "seed", "settings", "metric", "versions"):
+            del record[key]
+        write_json(path, {**record, "folder": path.parent.name})
+    monkeypatch.setattr(loop, "train", None)
+    again = run(validate(tiny))
+    assert again["metrics"] == result["metrics"]
+    assert [entry["chosen"] for entry in again["runs"]] == [entry["chosen"] for entry in result["runs"]]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"recipe": 1, "metric": "m", "data": {}, "runs": []}', "[" * 9999])
+def test_a_damaged_result_is_one_line_that_names_the_file(tiny: dict[str, Any], text: str) -> None:
+    tiny["train"]["max_steps"] = 1
+    run(validate(tiny))
+    path = Path(tiny["output"]) / "result.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="cannot read") as caught:
+        run(validate(tiny))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_another_experiment_is_not_mixed_into_a_folder(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -372,7 +404,7 @@ def test_start_from_head_needs_a_head_trained_before(tiny: dict[str, Any]) -> No
 
 def test_length_groups_are_a_fixed_permutation_with_little_padding() -> None:
     lengths = np.random.default_rng(0).integers(1, 60, 1003).tolist()
-    sampler = loop.LengthGrouped(lengths, 8, seed=3, grouped=True)
+    sampler = encoded.LengthGrouped(lengths, 8, seed=3, grouped=True)
     order = list(sampler)
     assert sorted(order) == list(range(1003))
     assert order == list(sampler)
@@ -383,19 +415,19 @@ def test_length_groups_are_a_fixed_permutation_with_little_padding() -> None:
         return sum(8 * max(lengths[i] for i in indices[at : at + 8]) for at in range(0, 1003, 8))
 
     assert padded(order) < 1.1 * sum(lengths)
-    assert padded(list(loop.LengthGrouped(lengths, 8, 3, False))) > 1.5 * sum(lengths)
+    assert padded(list(encoded.LengthGrouped(lengths, 8, 3, False))) > 1.5 * sum(lengths)
 
 
 def test_scores_agree_with_their_definitions() -> None:
     logits = np.array([[2, 1], [0, 1], [0, 1], [3, 0]])
-    found = loop.class_scores(loop.likeliest(logits), np.array([0, 1, 0, 0]))
+    found = encoded.class_scores(encoded.likeliest(logits), np.array([0, 1, 0, 0]))
     assert found["accuracy"] == 0.75
     assert found["matthews_correlation"] == pytest.approx((1 * 2 - 1 * 0) / (2 * 1 * 3 * 2) ** 0.5)
     numbers, labels = np.array([0.1, 0.5, 0.2, 3.0]), np.array([0.0, 1.0, 2.0, 4.0])
-    found = loop.regression_scores(numbers, labels)
+    found = encoded.regression_scores(numbers, labels)
     assert found["pearson"] == pytest.approx(np.corrcoef(numbers, labels)[0, 1])
     assert found["spearman"] == pytest.approx(0.8)
-    assert loop.regression_scores([1.0, 1.0], [0.0, 5.0]) == {"pearson": 0.0, "spearman": 0.0}
+    assert encoded.regression_scores([1.0, 1.0], [0.0, 5.0]) == {"pearson": 0.0, "spearman": 0.0}
 
 
 def test_the_chart_is_a_picture_of_the_scores(tiny: dict[str, Any]) -> None:

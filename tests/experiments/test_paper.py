@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from isotune.experiments.loading import packaged
 from isotune.experiments.paper import MODELS, figures, results, source
-from isotune.experiments.recipe import packaged
 
 
 def test_a_figure_is_found_by_task_and_method() -> None:

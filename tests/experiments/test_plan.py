@@ -17,9 +17,12 @@ from helpers import FAMILIES, layers_of, some_tokens, tiny_llama
 from isotune import cli
 from isotune.experiments.measure import Kept
 from isotune.experiments.methods import attach
-from isotune.experiments.plan import ACCELERATORS, Setting, adapter_activations, parse_options, plan, to_text
+from isotune.experiments.planning.estimate import estimate as plan
+from isotune.experiments.planning.layers import adapter_activations
+from isotune.experiments.planning.setting import ACCELERATORS, Setting, parse_options
+from isotune.experiments.planning.show import to_text
+from isotune.experiments.planning.trace import trace
 from isotune.experiments.recipe import Method
-from isotune.experiments.trace import trace
 
 BATCH, LENGTH = 2, 24
 METHODS: list[tuple[str, dict[str, Any]]] = [  # the first three on every architecture, the others on Llama

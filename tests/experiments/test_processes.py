@@ -14,7 +14,7 @@ import pytest
 from isotune.experiments import processes
 from isotune.experiments.files import read_json
 from isotune.experiments.recipe import RecipeError, validate
-from isotune.experiments.run import run
+from isotune.experiments.train import train as run
 
 DIE = Path(__file__).parents[1] / "distributed" / "die.py"
 

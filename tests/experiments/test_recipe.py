@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from isotune.experiments import methods
+from isotune.experiments.loading import load, packaged
 from isotune.experiments.recipe import Recipe as RecipeModel
-from isotune.experiments.recipe import RecipeError, keys_of, load, packaged
+from isotune.experiments.recipe import RecipeError, keys_of, merit
 
 MINIMAL = """
 model: some/model
@@ -170,3 +172,18 @@ def test_configurations_have_scale_one_on_all_linear_layers() -> None:
     so, full = methods.adapter_config("psoft_so", r=4), methods.adapter_config("psoft", r=4)
     assert (so.psoft_mag_a, so.psoft_mag_b, full.psoft_mag_a, full.psoft_mag_b) == (False, False, True, True)
     assert full.psoft_alpha in (None, 4)
+
+
+def test_a_missing_metric_is_worse_than_any_score() -> None:
+    assert merit("accuracy", None) == merit("accuracy", {}) == merit("loss", {"accuracy": 1.0}) == -math.inf
+    assert merit("loss", {"loss": 3.0}) == -3.0 > merit("loss", {})
+    assert merit("pearson", {"pearson": -1.0}) > merit("pearson", {})
+
+
+@pytest.mark.parametrize(
+    "key", ["train.batch_size", "train.max_steps", "train.seed", "max_new_tokens", "data.max_train"]
+)
+def test_integers_of_hundreds_of_digits_are_one_line(path: str, key: str) -> None:
+    with pytest.raises(RecipeError, match=f"{key}: should be less than") as caught:
+        load(path, [f"{key}={10**400}"])
+    assert len(str(caught.value)) < 200

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from isotune.experiments import single
 from isotune.experiments.compare import Options, plan
+from isotune.experiments.execute import execute
 from isotune.experiments.files import write_json
 from isotune.experiments.recipe import validate
+from isotune.report.columns import COLUMNS, columns_of
 from isotune.report.figures import Looks, sections
 from isotune.report.page import render
-from isotune.report.results import COLUMNS, columns_of, read
+from isotune.report.results import read
 from isotune.report.table import markdown
 
 pytest.importorskip("plotly")
@@ -29,12 +30,12 @@ def test_a_comparison_is_reported_with_all_that_it_recorded(tiny: dict[str, Any]
     )
     while ready := list(found.ready()):
         for spec in ready:
-            found.settle(spec, single.execute(spec))
+            found.add_record(spec, execute(spec))
     write_json(folder / "comparison.json", found.result())
 
     comparison = read(folder)
     assert list(comparison.notes) == []
-    for variant, row in zip(comparison.variants, found.rows(), strict=True):
+    for variant, row in zip(comparison.variants, found.result()["rows"], strict=True):
         # The table of the terminal and the report come to the same figures, each from the records.
         assert (variant.mean, variant.lr) == (row["mean"], row["lr"])
         assert variant.standard_error == pytest.approx(row["standard_error"])
@@ -45,7 +46,7 @@ def test_a_comparison_is_reported_with_all_that_it_recorded(tiny: dict[str, Any]
     strict, relaxed, lora = (variant.geometry for variant in comparison.variants)
     assert strict is not None
     assert relaxed is not None
-    assert (strict["strict"], relaxed["strict"], lora) == (True, False, None)
+    assert (strict.strict, relaxed.strict, lora) == (True, False, None)
     shown = {section.key: section for section in sections(comparison, Looks([comparison]))}
     assert set(shown) == {"quality", "costs", "forgetting", "curves", "rates", "vectors", "geometry"}
     assert len([figure for figure in shown["geometry"].figures if figure.key.startswith("map")]) == 6

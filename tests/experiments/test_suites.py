@@ -14,12 +14,11 @@ import pytest
 import torch
 
 from helpers import VOCABULARY, WORDS, make_tokenizer, tiny_llama
-from isotune.experiments import reload, suites
+from isotune.experiments import paper, reload, suites
 from isotune.experiments.architectures import adapter_parameters
-from isotune.experiments.data import DataError
-from isotune.experiments.recipe import load, packaged
-from isotune.experiments.run import run
-from isotune.report import paper
+from isotune.experiments.loading import load, packaged
+from isotune.experiments.tables import DataError
+from isotune.experiments.train import train as run
 
 GLUE = ("cola", "stsb", "mrpc", "rte", "sst2", "qnli", "mnli", "qqp")
 VTAB = tuple(name.removeprefix("vtab/") for name in packaged() if name.startswith("vtab/"))

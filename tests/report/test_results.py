@@ -13,7 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comparisons import METHODS, write_comparison
-from isotune.report.results import columns_of, duration, pareto, read, size
+from isotune.experiments.outcome import at_border
+from isotune.report.columns import columns_of, duration, pareto, size
+from isotune.report.page import render
+from isotune.report.results import read
 
 FEW = {label: METHODS[label] for label in ("psoft:r=46", "psoft_so:r=46", "lora:r=8", "head")}
 
@@ -136,6 +139,109 @@ def test_damage_is_one_error_that_names_the_file(folder: Path, tmp_path: Path) -
         assert str(path) in str(caught.value)
     with pytest.raises(ValueError, match="isotune compare"):
         read(tmp_path)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"seeds": [{}]}, "seeds.0 should be a number"),
+    ({"seeds": [[]]}, "seeds.0 should be a number"),
+    ({"seeds": ["x"]}, "seeds.0 should be a number"),
+    ({"seeds": 1}, "seeds should be a list"),
+    ({"variants": [1]}, "variants.0 should be text"),
+    ({"rows": ["x"]}, "rows.0 should be an object"),
+    ({"rows": [{"label": "head", "lr": "", "failed": None}]}, "rows.0.lr should be a number"),
+    ({"rows": [{"label": "head", "lr": {"a": 1}}]}, "rows.0.lr should be a number"),
+    ({"rows": [{"label": "head", "lr": -1e-3}]}, "rows.0.lr should be a number above 0"),
+    ({"rows": [{"label": {}}]}, "rows.0.label should be text"),
+    ({"match_params": 10**400}, "match_params should be a number"),
+    ({"recipe": []}, "recipe should be text"),
+    ({"data": 1}, "data should be an object"),
+    ({"higher_is_better": {}}, "higher_is_better should be true or false"),
+]
+WRONG_RUN: list[tuple[dict[str, Any], str]] = [
+    ({"seed": 1.5}, "seed should be a number"),
+    ({"seed": 10**400}, "seed should be a number"),
+    ({"seed": True}, "seed should be a number"),
+    ({"lr": 0}, "lr should be a number above 0"),
+    ({"train_seconds": 10**400}, "train_seconds should be a number"),
+    ({"trainable_parameters": "many"}, "trainable_parameters should be a number"),
+    ({"tokens_per_second": []}, "tokens_per_second should be a number"),
+    ({"validation": 1}, "validation should be an object"),
+    ({"interval": {"low": "x"}}, "interval.low should be a number"),
+    ({"curve": {}}, "curve should be a list"),
+    ({"forgetting": {"change": []}}, "forgetting.change should be a number"),
+    ({"geometry": {"format": 1, "layers": [1]}}, "geometry.layers.0 should be an object"),
+    ({"geometry": {"format": 1, "layers": [{}]}}, "geometry.layers.0.module should be there"),
+    ({"versions": []}, "versions should be an object"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "said"),
+    [
+        *(("comparison.json", *case) for case in WRONG),
+        *(("runs/head/lr=0.001-seed=1.json", *case) for case in WRONG_RUN),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_one_line_that_names_the_file(
+    folder: Path, name: str, changed: dict[str, Any], said: str
+) -> None:
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    with pytest.raises(ValueError, match=f"cannot read .*{said}") as caught:
+        read(folder)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 600
+
+
+def test_odd_numbers_are_left_out_or_drawn(folder: Path) -> None:
+    pytest.importorskip("plotly")
+    head = folder / "runs" / "head" / "lr=0.001-seed=0.json"
+    change(head, train_seconds=1e90, trainable_parameters=10**90, method={"name": "psoft", "r": 10**400})
+    curve = [{"step": 10**400, "loss": 1.0}, {"step": 1, "loss": "x"}, {"step": 2, "loss": 10**400}]
+    change(head, curve=curve, test={"accuracy": 0.5, "loss": 10**400})
+    psoft = folder / "runs" / "psoft_so_r=46" / "lr=0.001-seed=0.json"
+    change(psoft, method={"name": "psoft", "r": 46, "psoft_mag_a": [], "psoft_mag_b": {}})
+    text = psoft.read_text().replace('"kept_bytes": ', '"kept_bytes": NaN, "was": ')
+    psoft.write_text(text)
+    page = render([read(folder)])
+    assert "NaN" not in page.rpartition("<script")[2]
+    assert read(folder).variants[3].average("train_seconds") > 1e80
+
+
+def test_the_result_of_a_training_is_reported_too(tmp_path: Path, folder: Path) -> None:
+    runs = [json.loads(path.read_text()) for path in sorted((folder / "runs").rglob("*seed=0.json"))]
+    old = [{k: v for k, v in run.items() if k not in ("label", "phase", "seed", "metric", "data")} for run in runs]
+    known = {"recipe": {"task": "text-classification", "model": "m"}, "metric": "accuracy", "seed": 0, "data": {}}
+    results = []
+    for name, entries in (("new", runs), ("old", old)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps({**known, "runs": entries}))
+        results.append(read(tmp_path / name))
+    assert [len(result.variants) for result in results] == [4, 4]
+    first, second = (sorted(v.mean or 0 for v in result.variants) for result in results)
+    assert first == second
+    assert not results[0].notes
+
+
+BORDER = [
+    ((1e-3,), False),
+    ((1e-3, 2e-3), False),
+    ((5e-4, 1e-3, 2e-3), False),
+    ((1e-3, 2e-3, 4e-3), True),
+    ((1e-4, 5e-4, 1e-3), True),
+]
+
+
+@pytest.mark.parametrize(("tried", "border"), BORDER)
+def test_command_and_report_agree_on_the_border(tmp_path: Path, tried: tuple[float, ...], border: bool) -> None:
+    assert at_border(1e-3, tried) is border
+    methods = {"psoft:r=46": METHODS["psoft:r=46"]}
+    place = write_comparison(tmp_path, methods=methods, rates=tried)
+    content = json.loads((place / "comparison.json").read_text())
+    change(place / "comparison.json", rows=[{**content["rows"][0], "lr": 1e-3}])
+    (found,) = read(place).variants
+    assert found.row()["lr_at_border"] is found.rate_at_border is border
 
 
 def test_titles_tell_variants_apart(tmp_path: Path) -> None:

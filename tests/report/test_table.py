@@ -69,6 +69,52 @@ def test_latex_escapes_what_it_must(folder: Path) -> None:
     assert text.startswith("% glue/cola")
 
 
+BREAKS = "\n\r\x0b\x0c\x1c\x85\u2028\u2029"
+
+
+def named(folder: Path, name: str) -> Path:
+    """Give everything in a comparison that is a name this one."""
+    for path in [folder / "comparison.json", *(folder / "runs").rglob("*.json")]:
+        content = json.loads(path.read_text())
+        method = {"name": name, "r": name, name: 1}
+        path.write_text(json.dumps({**content, "recipe": name, "model": name, "failed": name, "method": method}))
+    return folder
+
+
+@pytest.mark.parametrize("mark", BREAKS)
+def test_a_line_break_in_a_name_ends_no_comment_of_latex(folder: Path, mark: str) -> None:
+    text = latex([read(named(folder, f"x{mark}\\input{{/etc/passwd}}{mark}[1em]\x01*"))])
+    assert not [line for line in text.splitlines() if line.startswith("\\input")]
+    assert "\\input" not in "".join(line for line in text.splitlines() if not line.startswith("%"))
+    outside = "".join(line for line in text.splitlines() if not line.startswith("%"))
+    assert outside.count("{") == outside.count("}")
+    table = markdown([read(folder)])
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
+
+
+def test_a_row_of_latex_is_no_option_of_the_row_before(folder: Path) -> None:
+    content = json.loads((folder / "comparison.json").read_text())
+    rows = [{**row, "method": {"name": "[x]"}} for row in content["rows"]]
+    (folder / "comparison.json").write_text(json.dumps({**content, "rows": rows}))
+    for path in (folder / "runs").rglob("*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "method": {"name": "[x]"}}))
+    assert not [line for line in latex([read(folder)]).splitlines() if line.startswith(("[", "*"))]
+
+
+@pytest.mark.parametrize("begin", ["=", "+", "-", "@", "\t=", " =", "＝", "\r@"])
+def test_no_cell_of_csv_is_a_formula(folder: Path, begin: str) -> None:
+    rows = list(csv.reader(io.StringIO(comma_separated([read(named(folder, f"{begin}cmd|' /C calc'!A0"))]))))
+    names = [cell for row in rows for cell in row if "cmd" in cell]
+    assert names
+    assert not [cell for cell in names if cell.lstrip()[0] in "=+-@＝"]
+    assert all(len(row) == len(rows[0]) for row in rows)
+
+
+def test_html_in_a_name_is_text_in_markdown(folder: Path) -> None:
+    assert "<script" not in markdown([read(named(folder, "<script>alert(1)</script>"))])
+
+
 def test_the_command_writes_each_format(folder: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke
     for form, begins in (("md", "## glue/cola"), ("csv", "comparison,model"), ("latex", "% glue/cola")):

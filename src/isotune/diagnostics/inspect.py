@@ -69,7 +69,7 @@ class AdapterReport:
     base: str | None
     """None if no base model was looked at."""
     parameters: int
-    """Trained numbers in the adapted layers."""
+    """Trainable parameters in the adapted layers."""
     layers: list[LayerReport]
     subspaces: bool = True
     """Whether the method acts on principal subspaces, or else rotates all inputs."""

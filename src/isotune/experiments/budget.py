@@ -6,18 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from isotune.experiments.recipe import Method
+from isotune.experiments.registry import entry
 
-# What sets the size of a method's adapter. GOFT's is set by the model, and VeRA's by the outputs of its layers.
-_RANKS = ("psoft", "psoft_so", "lora_xs", "hra", "lora", "rslora", "dora", "pissa")
-SIZES: dict[str, str] = {
-    **dict.fromkeys(_RANKS, "r"),
-    **dict.fromkeys(("oft", "coft"), "oft_block_size"),
-    "boft": "boft_block_size",
-}
-"""Method -> the option by which its number of parameters is chosen."""
 _LARGEST = 1 << 16
-# HRA's vectors come in pairs, which cancel each other at the start.
-_STEPS = {"hra": 2}
 
 
 def match(method: Method, target: int, count: Callable[[Method], int]) -> Method:
@@ -28,7 +19,8 @@ def match(method: Method, target: int, count: Callable[[Method], int]) -> Method
         target: parameters of the adapter.
         count: the parameters of a method's adapter; a ValueError where a size does not fit the model.
     """
-    option = SIZES.get(method.name)
+    known = entry(method.name)
+    option = known.size_option
     if option is None or option in method.options:
         return method
     counted: dict[int, int | None] = {}
@@ -45,7 +37,7 @@ def match(method: Method, target: int, count: Callable[[Method], int]) -> Method
         return Method.model_validate({**method.model_dump(), option: size})
 
     if option == "r":
-        _bisect(parameters, target, _STEPS.get(method.name, 1))
+        _bisect(parameters, target, known.size_step)
     else:
         # Blocks must divide the inputs of every layer, so that few sizes fit, all of them quickly counted.
         for size in range(2, 257):

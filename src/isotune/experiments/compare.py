@@ -6,50 +6,26 @@ import math
 import re
 import shlex
 import shutil
-import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm.auto import tqdm
 
-from isotune.experiments import methods, summary
+from isotune.experiments import methods, registry
+from isotune.experiments.claim import claim, identity
 from isotune.experiments.engines import Engine
-from isotune.experiments.files import read_json, write_json
-from isotune.experiments.recipe import LESS_IS_BETTER, Method, Recipe, RecipeError, Train, validate
-from isotune.experiments.single import FORMAT, Spec
+from isotune.experiments.execute import check_extras
+from isotune.experiments.files import write_json
+from isotune.experiments.recipe import Recipe, RecipeError, validate
+from isotune.experiments.records import Record
+from isotune.experiments.run import Run
+from isotune.experiments.schedule import Schedule, Variant, carry_out
+from isotune.experiments.text import YamlError, from_yaml, shown
 
 DEFAULT_FACTOR = 2.5
-# What says which layers are adapted holds for every method of a comparison, whichever method a recipe names.
-_SHARED_OPTIONS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-# The mean over a method's seeds is what its row says of these; of `forgetting` the change.
-_AVERAGED = (
-    "validation_score",
-    "train_seconds",
-    "tokens_per_second",
-    "peak_memory_bytes",
-    "kept_bytes",
-    "adapter_bytes",
-    "forgetting",
-)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A method with its options, under a label of its own, and the learning rates that are tried for it."""
-
-    label: str
-    method: Method
-    rates: tuple[float, ...]
-
-    @property
-    def folder(self) -> str:
-        """The label as the name of a folder."""
-        return re.sub(r"[^A-Za-z0-9=.,\[\]-]+", "_", self.label)
 
 
 @dataclass(frozen=True)
@@ -80,7 +56,11 @@ class Options:
 
 
 def whole_number(text: str) -> int:
-    """A number of parameters such as 80000, 80k or 1.2M; raises RecipeError."""
+    """A number of parameters such as 80000, 80k or 1.2M.
+
+    Raises:
+        RecipeError: it is none of these.
+    """
     units = {"k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
     unit = units.get(text[-1:].lower(), 1)
     try:
@@ -95,7 +75,11 @@ def split_methods(text: str) -> list[str]:
 
 
 def rates(text: str) -> list[float]:
-    """The learning rates of a list separated by commas; raises RecipeError."""
+    """The learning rates of a list separated by commas.
+
+    Raises:
+        RecipeError: one is no number above 0.
+    """
     found = _numbers("--lr", text.split(","))
     assert isinstance(found, list)
     return found
@@ -106,14 +90,22 @@ def parse(text: str, recipe: Recipe, options: Options) -> Variant:
 
     Options are those of the method's configuration, values are YAML. `lr=X` moves the middle of its search to X,
     `lr=[X,Y]` says which rates to try, and `train.KEY=VALUE` gives it a training setting of its own. What the recipe
-    says of the same method, but for the learning rate, holds where nothing is given. Raises RecipeError.
+    says of the same method, but for the learning rate, holds where nothing is given.
+
+    Args:
+        text: the method.
+        recipe: of the comparison.
+        options: of the comparison.
+
+    Raises:
+        RecipeError: no such method or option, or a value that is not allowed.
     """
     name, _, rest = text.partition(":")
     own = next((m for m in (recipe.method, *recipe.baselines) if m.name == name), None)
     given: dict[str, Any] = {
         key: value
         for key, value in recipe.method.options.items()
-        if key in _SHARED_OPTIONS and name not in methods.PLAIN
+        if key in registry.SHARED_OPTIONS and not registry.is_plain(name)
     }
     train: dict[str, Any] = {"lr_head": None} if name == "head" else {}
     if own is not None:
@@ -126,9 +118,9 @@ def parse(text: str, recipe: Recipe, options: Options) -> Variant:
         if not separator or not key:
             raise RecipeError(f"method {text!r}: an option is KEY=VALUE, and several are joined by +, not {part!r}")
         try:
-            read = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"method {text!r}: the value of {key} is not valid YAML: {value!r}") from error
+            read = from_yaml(value)
+        except YamlError as error:
+            raise RecipeError(f"method {text!r}: the value of {key} is not valid YAML: {shown(value)}") from error
         if key == "lr":
             centre = _numbers(text, read)
         elif key.startswith("train."):
@@ -146,10 +138,10 @@ def _numbers(text: str, value: Any) -> list[float] | float:
     try:
         # YAML reads 1e-3 as text.
         numbers = [float(v) for v in values]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = []
     if not numbers or not all(0 < n < math.inf for n in numbers):
-        raise RecipeError(f"{text}: a learning rate is a number above 0, such as 1e-3, not {value!r}")
+        raise RecipeError(f"{text}: a learning rate is a number above 0, such as 1e-3, not {shown(value)}")
     return numbers if isinstance(value, list) else numbers[0]
 
 
@@ -158,7 +150,8 @@ def _rates(name: str, centre: list[float] | float | None, options: Options) -> t
         return tuple(sorted(set(centre)))
     if centre is None and options.rates:
         return tuple(sorted(set(options.rates)))
-    return grid(methods.LEARNING_RATES[name] if centre is None else centre, options.lr_search, options.factor)
+    usual = registry.entry(name).usual_learning_rate
+    return grid(usual if centre is None else centre, options.lr_search, options.factor)
 
 
 def grid(centre: float, count: int, factor: float) -> tuple[float, ...]:
@@ -166,233 +159,27 @@ def grid(centre: float, count: int, factor: float) -> tuple[float, ...]:
     return tuple(float(f"{centre * factor ** (i - (count - 1) / 2):.2g}") for i in range(count))
 
 
-@dataclass
-class Plan:
-    """What a comparison consists of, and what of it has been done.
-
-    Args:
-        name: the recipe's, for the records.
-        recipe: what is learnt, by which model.
-        variants: what is compared.
-        options: how.
-        folder: the comparison's.
-        about: what a record says of the data.
-        notes: what the user should know before it starts.
-    """
-
-    name: str
-    recipe: Recipe
-    variants: list[Variant]
-    options: Options
-    folder: Path
-    about: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
-    records: dict[tuple[str, float, int], dict[str, Any]] = field(default_factory=dict)
-
-    @cached_property
-    def seeds(self) -> list[int]:
-        """The seeds, the first of which is the search's."""
-        return [self.recipe.train.seed + i for i in range(self.options.seeds)]
-
-    @cached_property
-    def heads(self) -> dict[int, Spec]:
-        """The heads that runs start from where the recipe asks for that, by seed."""
-        if not self.recipe.train.start_from_head:
-            return {}
-        method = next(m for m in self.recipe.baselines if m.name == "head")
-        lr = self.recipe.training(method).lr[0]
-        return {seed: self._spec("start", Variant("start:head", method, (lr,)), lr, seed) for seed in self.seeds}
-
-    def search(self, variant: Variant) -> list[Spec]:
-        """The runs that find a method's learning rate."""
-        return [self._spec("search", variant, lr, self.seeds[0]) for lr in variant.rates]
-
-    def best(self, variant: Variant) -> float | None:
-        """The rate with the highest score on validation; None while runs are missing, or where all have failed."""
-        scores: dict[float, float] = {}
-        for spec in self.search(variant):
-            record = self.records.get(spec.key)
-            if record is None:
-                return None
-            if "failed" not in record:
-                scores[spec.lr] = self.recipe.merit(record["validation"])
-        return max(scores, key=lambda lr: scores[lr]) if scores else None
-
-    def total(self) -> int:
-        """How many runs the whole comparison has, failed searches not foreseen."""
-        return len(self.heads) + sum(len(v.rates) + self.options.seeds - 1 for v in self.variants)
-
-    def ready(self) -> Iterator[Spec]:
-        """The runs that can be started and have not been done: heads, searches, then seed after seed."""
-        for spec in self._possible():
-            if spec.key not in self.records:
-                head = self.heads.get(spec.seed) if spec.start_from else None
-                if head is None or "failed" not in self.records.get(head.key, {"failed": "not done"}):
-                    yield spec
-
-    def _possible(self) -> Iterator[Spec]:
-        yield from self.heads.values()
-        for variant in self.variants:
-            yield from self.search(variant)
-        best = {variant.label: self.best(variant) for variant in self.variants}
-        for seed in self.seeds[1:]:
-            for variant in self.variants:
-                lr = best[variant.label]
-                if lr is not None:
-                    yield self._spec("seed", variant, lr, seed)
-
-    def _spec(self, phase: str, variant: Variant, lr: float, seed: int) -> Spec:
-        method = variant.method.model_copy(update={"train": {**variant.method.train, "lr": [lr], "seed": seed}})
-        recipe = self.recipe.model_copy(update={"method": method})
-        run = f"lr={lr:g}-seed={seed}"
-        head = self.heads.get(seed) if phase != "start" and variant.method.name != "head" else None
-        records = self.folder / "heads" if phase == "start" else self.folder / "runs" / variant.folder
-        work = self.folder / ("heads" if phase == "start" else f"work/{variant.folder}")
-        return Spec(
-            name=self.name,
-            label=variant.label,
-            phase=phase,
-            lr=lr,
-            seed=seed,
-            recipe=recipe.model_dump(mode="json"),
-            fingerprint=self.about["fingerprint"],
-            folder=str((work / run).resolve()),
-            record=str((records / f"{run}.json").resolve()),
-            start_from=head.folder if head else None,
-            threads=self.options.threads,
-        )
-
-    def load(self) -> None:
-        """Read the records of what has been done; raises RecipeError where they are of other settings.
-
-        What failed for a reason that may have passed, such as a lack of memory, is not counted as done.
-        """
-        # A search may have to be read before the best rate is known, and with it which further runs there are.
-        while True:
-            found = [spec for spec in self._possible() if spec.key not in self.records and self._read(spec)]
-            if not found:
-                return
-
-    def _read(self, spec: Spec) -> bool:
-        path = Path(spec.record)
-        if not path.exists():
-            return False
-        record = read_json(path)
-        # A later release may know more settings; what an earlier one has stored then had their defaults.
-        record["settings"] = Train.model_validate(record["settings"]).model_dump(mode="json")
-        for key, value in spec.identity().items():
-            if key != "phase" and record.get(key) != value:
-                raise RecipeError(
-                    f"{path} is of a run with other settings ({key} is {record.get(key)!r} there and {value!r} here); "
-                    "give another folder with -o, or remove that one"
-                )
-        if "failed" in record and not record["final"]:
-            return False
-        self.records[spec.key] = record
-        return True
-
-    def settle(self, spec: Spec, record: dict[str, Any]) -> None:
-        """Note that a run has ended, and remove what it needed only to go on."""
-        self.records[spec.key] = record
-        path = Path(spec.record)
-        if not path.exists() or read_json(path) != record:
-            write_json(path, record)
-        if "failed" not in record and spec.phase != "start" and not self.options.keep_adapters:
-            shutil.rmtree(spec.folder, ignore_errors=True)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each method, in the order in which they were given."""
-        return [self._row(variant) for variant in self.variants]
-
-    def _row(self, variant: Variant) -> dict[str, Any]:
-        searched = [self.records[s.key] for s in self.search(variant) if s.key in self.records]
-        lr = self.best(variant)
-        row: dict[str, Any] = {
-            "label": variant.label,
-            "method": {"name": variant.method.name, **variant.method.options},
-            "lr": lr,
-            "lr_tried": list(variant.rates),
-            # The best rate lies at the border of what was tried, so that a better one may lie beyond.
-            "lr_at_border": lr is not None
-            and len(variant.rates) > 2
-            and lr in (min(variant.rates), max(variant.rates)),
-            "mean": None,
-            "standard_error": None,
-            "seeds": 0,
-            "scores": {},
-            "failed": None,
-        }
-        done: list[dict[str, Any]] = []
-        failed = [record["failed"] for record in searched if "failed" in record]
-        if lr is not None:
-            at_best = [self.records[k] for s in self.seeds if (k := (variant.label, lr, s)) in self.records]
-            done = [record for record in at_best if "failed" not in record]
-            failed = [record["failed"] for record in at_best if "failed" in record]
-        elif len(searched) == len(variant.rates) and failed:
-            row["failed"] = f"at every learning rate; at the first: {failed[0]}"
-        heads = [self.records[head.key] for head in self.heads.values() if head.key in self.records]
-        broken = [head["failed"] for head in heads if "failed" in head]
-        if broken and variant.method.name != "head":
-            row["failed"] = f"the head to start from: {broken[0]}"
-        if lr is not None and failed:
-            row["failed"] = f"{len(failed)} of {self.options.seeds} seeds: {failed[0]}"
-        if done:
-            scores = [_flat(record)["score"] for record in done]
-            row |= {
-                "mean": statistics.fmean(scores),
-                "standard_error": statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None,
-                "seeds": len(scores),
-                "scores": {str(record["seed"]): score for record, score in zip(done, scores, strict=True)},
-                **{key: done[0][key] for key in ("trainable_parameters", "adapter_parameters", "head_parameters")},
-            }
-            for key in _AVERAGED:
-                values = [value for record in done if (value := _flat(record).get(key)) is not None]
-                row[key] = statistics.fmean(values) if values else None
-        return row
-
-    def result(self) -> dict[str, Any]:
-        """The comparison as JSON, as far as it has come."""
-        return {
-            "format": FORMAT,
-            "recipe": self.name,
-            "task": self.recipe.task,
-            "model": self.recipe.model,
-            "metric": self.recipe.metric,
-            "higher_is_better": self.recipe.metric not in LESS_IS_BETTER,
-            "variants": [variant.label for variant in self.variants],
-            "lr_search": self.options.lr_search,
-            "seeds": self.seeds,
-            "match_params": self.options.match_params,
-            "command": self.options.command,
-            "data": self.about,
-            "complete": not any(True for _ in self.ready()),
-            "rows": self.rows(),
-        }
-
-
-def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    metric = record["metric"]
-    return {
-        **record,
-        "score": record["test"][metric],
-        "validation_score": (record["validation"] or {}).get(metric),
-        "forgetting": (record["forgetting"] or {}).get("change"),
-    }
-
-
-def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Plan:
+def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Schedule:
     """Check everything that can be checked before the first run, and read what has been done.
 
-    Raises RecipeError and DataError, ValueErrors with one line for the user.
+    Args:
+        name: of the recipe, for the records.
+        recipe: what is learnt, by which model.
+        options: how methods are compared.
+        folder: for the results.
+
+    Raises:
+        RecipeError: an option or a method is wrong, or the folder holds something else.
+        DataError: the data cannot be used.
     """
-    from isotune.experiments import run, tasks
+    from isotune.experiments import tasks
 
     for key, value in {"--seeds": options.seeds, "--lr-search": options.lr_search}.items():
         if value < 1:
             raise RecipeError(f"{key} is {value} and must be at least 1")
     if not 1 < options.factor < math.inf:
         raise RecipeError(f"--lr-factor is {options.factor:g} and must be above 1")
-    run.check_extras()
+    check_extras()
     given = list(options.methods) or [method.name for method in recipe.methods]
     variants = [parse(text, recipe, options) for text in given]
     folders = [variant.folder for variant in variants]
@@ -401,8 +188,8 @@ def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Plan:
             raise RecipeError(f"the method {variant.label} is given twice")
     trials = {len(variant.rates): variant.label for variant in variants}
     if len(trials) > 1:
-        told = " and ".join(f"{label} {count}" for count, label in sorted(trials.items()))
-        raise RecipeError(f"every method is given the same number of learning rates, but {told}")
+        counts = " and ".join(f"{label} {count}" for count, label in sorted(trials.items()))
+        raise RecipeError(f"every method is given the same number of learning rates, but {counts}")
     if options.match_params is not None and options.match_params < 1:
         raise RecipeError(f"--match-params is {options.match_params} and must be at least 1")
     task = tasks.make(recipe)
@@ -411,33 +198,24 @@ def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Plan:
             "learning rates are chosen on a validation set, and there is none: give one, or --lr-search 1"
         )
     about = {**task.sizes, **task.about(), "fingerprint": task.fingerprint()}
-    _claim(folder, {"recipe": _identity(recipe), "data": about["fingerprint"]})
+    claim(folder, identity(recipe, about["fingerprint"], methods=False), "-o FOLDER")
     notes: list[str] = []
     if options.match_params is not None:
         variants, notes = _matched(variants, task, options.match_params)
-    found = Plan(name, recipe, variants, options, folder, about, notes)
+    found = Schedule(
+        name=name,
+        recipe=recipe,
+        variants=variants,
+        seeds=[recipe.train.seed + i for i in range(options.seeds)],
+        folder=folder,
+        about=about,
+        threads=options.threads,
+        keep_adapters=options.keep_adapters,
+        notes=notes,
+        details={"lr_search": options.lr_search, "match_params": options.match_params, "command": options.command},
+    )
     found.load()
     return found
-
-
-def _identity(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe makes two comparisons two: all but its methods."""
-    from isotune.experiments.run import NOT_IDENTITY
-
-    return recipe.model_dump(mode="json", exclude={*NOT_IDENTITY, "method", "baselines"})
-
-
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    from isotune.experiments.run import claim
-
-    stored = folder / "experiment.json"
-    if stored.exists():
-        other = read_json(stored)
-        # As an earlier release may have stored it, which knew fewer settings.
-        recipe = Recipe.model_validate({**other["recipe"], "method": "head", "baselines": ["head"]})
-        if {**other, "recipe": _identity(recipe)} == identity:
-            return
-    claim(folder, identity, "-o FOLDER")
 
 
 def _matched(variants: Sequence[Variant], task: Any, target: int) -> tuple[list[Variant], list[str]]:
@@ -449,8 +227,8 @@ def _matched(variants: Sequence[Variant], task: Any, target: int) -> tuple[list[
     notes = []
     for variant, before in zip(found, variants, strict=True):
         name = variant.method.name
-        size = budget.SIZES.get(name)
-        if name in methods.PLAIN:
+        size = registry.entry(name).size_option
+        if registry.is_plain(name):
             notes.append(f"{variant.label}: no adapter to match")
             continue
         how = f"{size}={variant.method.options[size]}" if size in variant.method.options else "no size to choose"
@@ -459,14 +237,19 @@ def _matched(variants: Sequence[Variant], task: Any, target: int) -> tuple[list[
     return found, notes
 
 
-def compare(found: Plan, engine: Engine) -> dict[str, Any]:
+def compare(found: Schedule, engine: Engine) -> dict[str, Any]:
     """Carry out what is left of a comparison; `comparison.json` in its folder is renewed with every run that ends.
 
-    At Ctrl-C the running ones save a checkpoint and KeyboardInterrupt is raised. A run that fails is noted in its
-    record, and the others go on.
+    A run that fails is noted in its record, and the others go on.
+
+    Returns:
+        What `comparison.json` then holds.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, after the running ones have saved a checkpoint.
+        StorageError: there is no room.
     """
     path = found.folder / "comparison.json"
-    running: set[tuple[str, float, int]] = set()
     total = found.total()
     bar = tqdm(
         total=total,
@@ -477,19 +260,10 @@ def compare(found: Plan, engine: Engine) -> dict[str, Any]:
         mininterval=0.2 if sys.stderr.isatty() else 15,
     )
     try:
-        while True:
-            for spec in found.ready():
-                if engine.free and spec.key not in running:
-                    running.add(spec.key)
-                    engine.start(spec)
-            if not engine.running:
-                break
-            for spec, record in engine.wait():
-                running.discard(spec.key)
-                found.settle(spec, record)
-                tqdm.write(_line(spec, record), file=sys.stderr)
-                bar.update()
-                write_json(path, found.result())
+        for run, record in carry_out(found, engine):
+            tqdm.write(_line(run, record), file=sys.stderr)
+            bar.update()
+            write_json(path, found.result())
     except KeyboardInterrupt:
         tqdm.write("interrupted: the runs save a checkpoint (Ctrl-C again to stop at once)", file=sys.stderr)
         engine.stop()
@@ -499,61 +273,18 @@ def compare(found: Plan, engine: Engine) -> dict[str, Any]:
         bar.close()
     result = found.result()
     write_json(path, result)
-    if not found.options.keep_adapters and not any("failed" in record for record in found.records.values()):
+    if not found.keep_adapters and all(record.failed is None for record in found.records.values()):
         shutil.rmtree(found.folder / "work", ignore_errors=True)
     return result
 
 
-def _line(spec: Spec, record: Mapping[str, Any]) -> str:
-    if "failed" in record:
-        return f"{spec.title}: failed, {record['failed']}"
-    flat = _flat(record)
-    chosen = "" if flat["validation_score"] is None else f"validation {flat['validation_score']:.4f}, "
-    return f"{spec.title}: {chosen}test {flat['score']:.4f}, {record['train_seconds']:.0f} s"
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """The comparison as lines of text, one a method."""
-    percent = result["metric"] == "accuracy"
-    scale = 100 if percent else 1
-
-    def score(row: Mapping[str, Any]) -> str:
-        if row["mean"] is None:
-            return "failed" if row["failed"] else "not done"
-        error = (
-            f" ± {scale * row['standard_error']:.{1 if percent else 3}f}" if row["standard_error"] is not None else ""
-        )
-        return f"{scale * row['mean']:.{1 if percent else 3}f}{error}" + (" %" if percent else "")
-
-    def number(row: Mapping[str, Any], key: str, form: str, unit: float = 1) -> str:
-        value = row.get(key)
-        return "" if value is None else form.format(value / unit)
-
-    lines = [
-        ("", result["metric"].replace("_", " "), "seeds", "lr", "adapter", "trained", "file", "time", "peak", "kept"),
-        *(
-            (
-                row["label"],
-                score(row),
-                str(row["seeds"]),
-                number(row, "lr", "{:g}") + ("*" if row["lr_at_border"] else ""),
-                number(row, "adapter_parameters", "{:,.0f}"),
-                number(row, "trainable_parameters", "{:,.0f}"),
-                number(row, "adapter_bytes", "{:,.0f} KiB", 1024),
-                number(row, "train_seconds", "{:,.0f} s"),
-                number(row, "peak_memory_bytes", "{:,.0f} MiB", 2**20),
-                number(row, "kept_bytes", "{:,.1f} MiB", 2**20),
-            )
-            for row in result["rows"]
-        ),
-    ]
-    text = summary.aligned(lines)
-    if any(row["lr_at_border"] for row in result["rows"]):
-        text += "\n* the best of the rates tried is the lowest or the highest; a better one may lie beyond"
-    for row in result["rows"]:
-        if row["failed"]:
-            text += f"\n{row['label']} failed: {row['failed']}"
-    return text
+def _line(run: Run, record: Record) -> str:
+    if record.failed is not None:
+        return f"{run.title}: failed, {record.failed}"
+    chosen = record.validation.get(record.metric)
+    found = [] if chosen is None else [f"validation {chosen:.4f}"]
+    found += [] if record.score is None else [f"test {record.score:.4f}"]
+    return f"{run.title}: {', '.join(found)}, {record.train_seconds or 0:.0f} s"
 
 
 def command_line(arguments: Sequence[str]) -> str:

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from isotune.experiments.recipe import Data, FileData, HubData, HubTable
+from isotune.experiments.recipe import Data
+from isotune.experiments.tables import DataError, Row, builtin_rows, file_rows, hub_rows
+from isotune.experiments.text import shown
 
-SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 T = TypeVar("T")
-
-
-class DataError(ValueError):
-    """The data of a recipe cannot be used; the message says where and what to change."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row as it was read: its columns, where it stands, and which of several test sets it belongs to."""
-
-    values: dict[str, Any]
-    where: str
-    set: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +58,15 @@ def fingerprint(*parts: Any) -> str:
 
 
 def load(data: Data, regression: bool = False) -> Examples:
-    """Read, check and split the texts of a recipe; raises DataError naming the file, line and column."""
+    """Read, check and split the texts of a recipe.
+
+    Args:
+        data: the recipe's section.
+        regression: whether labels are numbers.
+
+    Raises:
+        DataError: the data cannot be used; the message names the file, line and column.
+    """
     rows, columns = read(data)
     for found in rows.values():
         for row in found:
@@ -109,19 +104,23 @@ class Columns:
 
 
 def read(data: Data) -> tuple[dict[str, list[Row]], Columns]:
-    """The rows of each split, none of them empty, and their columns; raises DataError."""
+    """The rows of each split, none of them empty, and their columns.
+
+    Raises:
+        DataError: a file or data set cannot be read, or a split is empty.
+    """
     columns = Columns(data.text, data.label, data.labels)
     if data.path is None and data.builtin is not None:
-        rows, columns = _builtin_rows(), Columns(["text"], "label", data.labels)
+        rows, columns = builtin_rows(), Columns(["text"], "label", data.labels)
     elif data.path is None and data.hub is not None:
-        rows = _hub_rows(data.hub)
+        rows = hub_rows(data.hub)
     else:
         files = data.files
         assert files is not None  # held by the recipe's validator
         folder = Path(data.path or ".")
         if data.folder is not None and (folder / data.folder).is_dir():
             folder = folder / data.folder
-        rows = _file_rows(files, folder)
+        rows = file_rows(files, folder)
         columns = Columns(files.text or data.text, files.label or data.label, files.labels or data.labels)
     for split, found in rows.items():
         if not found:
@@ -134,9 +133,15 @@ def read(data: Data) -> tuple[dict[str, list[Row]], Columns]:
 
 
 def arrange(data: Data, splits: dict[str, list[T]], key: Callable[[T], Hashable]) -> dict[str, list[T]]:
-    """Shorten, hold out and halve the splits as a recipe says; examples of one `key` are not torn apart by halving.
+    """Shorten, hold out and halve the splits as a recipe says.
 
-    Raises DataError where there is then nothing to report on.
+    Args:
+        data: the recipe's section.
+        splits: the examples by the name of their split.
+        key: what makes two examples equal; halving leaves these together.
+
+    Raises:
+        DataError: there is then nothing to train or to report on.
     """
     splits = dict(splits)
     shuffle = random.Random(data.split_seed)
@@ -201,7 +206,11 @@ def label_names(columns: Columns, train: Sequence[Row], classes: int | None = No
 
 
 def cell(row: Row, column: str) -> str:
-    """The text or whole number in a column; raises DataError where there is none."""
+    """The text or whole number in a column.
+
+    Raises:
+        DataError: there is no such column, or it holds something else.
+    """
     if column not in row.values:
         raise DataError(f"{row.where}: there is no column {column!r}; there are {', '.join(map(str, row.values))}")
     value = row.values[column]
@@ -210,12 +219,16 @@ def cell(row: Row, column: str) -> str:
     if isinstance(value, float) and math.isfinite(value):
         value = repr(value)
     if not isinstance(value, str | int) or value == "":
-        raise DataError(f"{row.where}: the column {column!r} holds {value!r}, neither text nor a whole number")
+        raise DataError(f"{row.where}: the column {column!r} holds {shown(value)}, neither text nor a whole number")
     return str(value)
 
 
 def number(row: Row, column: str, allowed: tuple[float, float] | None) -> float:
-    """The number in a column, within the range that is allowed; raises DataError."""
+    """The number in a column.
+
+    Raises:
+        DataError: there is none, or it lies outside of the range that is allowed.
+    """
     text = cell(row, column)
     try:
         value = float(text)
@@ -224,16 +237,20 @@ def number(row: Row, column: str, allowed: tuple[float, float] | None) -> float:
     low, high = allowed or (-math.inf, math.inf)
     if not (math.isfinite(value) and low <= value <= high):
         between = f" from {low:g} to {high:g}" if allowed else ""
-        raise DataError(f"{row.where}: the column {column!r} holds {text!r}, which is not a number{between}")
+        raise DataError(f"{row.where}: the column {column!r} holds {shown(text)}, which is not a number{between}")
     return value
 
 
 def label_of(row: Row, column: str, names: Sequence[str]) -> int:
-    """The index of a row's label; raises DataError where it is none of the names."""
+    """The index of a row's label.
+
+    Raises:
+        DataError: it is none of the names.
+    """
     name = cell(row, column)
     if name not in names:
-        shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-        raise DataError(f"{row.where}: the label {name!r} is none of the task's labels ({shown})")
+        known = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+        raise DataError(f"{row.where}: the label {shown(name)} is none of the task's labels ({known})")
     return names.index(name)
 
 
@@ -244,138 +261,3 @@ def _example(row: Row, columns: Columns, label: int | float) -> Example:
 
 def _is_integer(name: str) -> bool:
     return name.removeprefix("-").isdecimal()
-
-
-def _builtin_rows() -> dict[str, list[Row]]:
-    from isotune.experiments import stdlib_docstrings
-
-    splits, _ = stdlib_docstrings.build()
-    return {
-        split: [
-            Row({"text": text, "label": label}, f"{split} docstring {i + 1}") for i, (text, label) in enumerate(rows)
-        ]
-        for split, rows in splits.items()
-    }
-
-
-def _hub_rows(hub: HubData) -> dict[str, list[Row]]:
-    def of(name: str) -> HubTable:
-        return HubTable(name=hub.name, config=hub.config, revision=hub.revision, files=hub.files, split=name)
-
-    rows = {
-        split: _hub_table(of(name))
-        for split, name in {"train": hub.train, "validation": hub.validation, "test": hub.test}.items()
-        if name is not None
-    }
-    for name, table in hub.tests.items():
-        rows.setdefault("test", []).extend(replace(row, set=name) for row in _hub_table(table))
-    return rows
-
-
-def _hub_table(table: HubTable) -> list[Row]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise DataError("data from the Hub need the package datasets: pip install datasets") from error
-    try:
-        files = {"data_files": table.files} if table.files else {}
-        found = load_dataset(table.name, table.config, split=table.split, revision=table.revision, **files)
-    except Exception as error:  # the library raises a dozen kinds, most of them about the network
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"cannot load split {table.split!r} of {table.name} {table.config or ''} from the Hub ({reason}); "
-            "to use local files instead, give data.path and data.files"
-        ) from error
-    return [Row(dict(row), f"{table.name} {table.split}, row {i + 1}") for i, row in enumerate(found)]
-
-
-def _file_rows(files: FileData, folder: Path) -> dict[str, list[Row]]:
-    def rows(names: Sequence[str], name: str | None = None) -> list[Row]:
-        return [replace(row, set=name) for file in names for row in _table(folder / file, files.columns)]
-
-    found = {"train": rows(files.train)}
-    if files.validation is not None:
-        found["validation"] = rows(files.validation)
-    if isinstance(files.test, dict):
-        found["test"] = [row for name, names in files.test.items() for row in _some(rows(names, name), name)]
-    elif files.test is not None:
-        found["test"] = rows(files.test)
-    return found
-
-
-def _some(rows: list[Row], name: str) -> list[Row]:
-    if not rows:
-        raise DataError(f"the test set {name} is empty")
-    return rows
-
-
-def _table(path: Path, columns: list[str] | None) -> Iterator[Row]:
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"{path}: the kind of file is told by its name, which must end in {', '.join(SUFFIXES)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise DataError(f"there is no data file {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the data file {path}: {error}") from error
-    if path.suffix == ".txt":
-        yield from _listed_rows(path, text)
-    else:
-        yield from _json_rows(path, text) if "json" in path.suffix else _separated_rows(path, text, columns)
-
-
-def _listed_rows(path: Path, text: str) -> Iterator[Row]:
-    """A list of images as VTAB-1K is published: a path from the list's own folder, a space, the label."""
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            image, separator, label = line.strip().rpartition(" ")
-            if not separator:
-                raise DataError(f"{path}, line {number}: expected the path of an image, a space and its label")
-            yield Row({"image": str(path.parent / image), "label": label}, f"{path}, line {number}")
-
-
-def _json_rows(path: Path, text: str) -> Iterator[Row]:
-    if path.suffix == ".jsonl":
-        parsed = []
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    parsed.append((f"{path}, line {number}", json.loads(line)))
-                except ValueError as error:
-                    raise DataError(f"{path}, line {number}: not valid JSON: {error}") from error
-    else:
-        try:
-            table = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{path}: not valid JSON: {error}") from error
-        if not isinstance(table, list):
-            raise DataError(f"{path}: a .json file must hold a list of objects; one object a line is .jsonl")
-        parsed = [(f"{path}, entry {number}", row) for number, row in enumerate(table, 1)]
-    for where, row in parsed:
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: expected an object with named fields, not {type(row).__name__}")
-        yield Row(row, where)
-
-
-def _separated_rows(path: Path, text: str, columns: list[str] | None) -> Iterator[Row]:
-    # In tab-separated corpora a quotation mark is text; in csv it quotes.
-    reader = (
-        csv.reader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
-        if path.suffix == ".tsv"
-        else csv.reader(text.splitlines(keepends=True))
-    )
-    try:
-        for cells in reader:
-            if not cells:
-                continue
-            if columns is None:
-                columns = cells
-                continue
-            if len(cells) != len(columns):
-                raise DataError(
-                    f"{path}, line {reader.line_num}: {len(cells)} columns where {len(columns)} are expected "
-                    f"({', '.join(columns)})"
-                )
-            yield Row(dict(zip(columns, cells, strict=True)), f"{path}, line {reader.line_num}")
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}") from error

@@ -8,55 +8,88 @@ import os
 import signal
 import sys
 import threading
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from isotune.experiments.files import read_json, write_json
-from isotune.experiments.single import Spec, attempt, failure
+from isotune.experiments.execute import attempt, execute, failure
+from isotune.experiments.files import read_object, write_json
+from isotune.experiments.run import Run
+from isotune.experiments.tasks.task import Task
 from isotune.methods.config import require_choice
 
-Finished = tuple[Spec, dict[str, Any]]
+Finished = tuple[Run, dict[str, Any]]
 
 
-class Engine(Protocol):
-    """Carries out runs, `free` of them more at present."""
+class Engine(ABC):
+    """Carries out runs, at most `jobs` at a time."""
+
+    jobs = 1
 
     @property
     def free(self) -> int:
         """How many runs can be started now."""
-        ...
+        return self.jobs - self.running
 
     @property
+    @abstractmethod
     def running(self) -> int:
         """How many runs have been started and not been handed back."""
-        ...
 
-    def start(self, spec: Spec) -> None:
+    @abstractmethod
+    def start(self, run: Run) -> None:
         """Begin a run."""
-        ...
 
+    @abstractmethod
     def wait(self) -> list[Finished]:
         """Wait for a run to end, and hand back those that have with their records; a failure is a record too."""
-        ...
 
+    @abstractmethod
     def stop(self) -> None:
         """Stop all runs, leaving behind what they can be continued from."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Give up what the engine holds."""
-        ...
 
 
 @dataclass
 class _Child:
-    spec: Spec
+    run: Run
     process: Any
 
 
-class LocalProcesses:
+class ThisProcess(Engine):
+    """One run at a time in this process, or in all those of a launcher together; what a run raises is raised.
+
+    Args:
+        task: of all the runs, whose data are then encoded once.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.waiting: list[Run] = []
+
+    @property
+    def running(self) -> int:
+        return len(self.waiting)
+
+    def start(self, run: Run) -> None:
+        self.waiting.append(run)
+
+    def wait(self) -> list[Finished]:
+        run = self.waiting.pop()
+        return [(run, execute(run, self.task))]
+
+    def stop(self) -> None:
+        """Nothing runs between two calls of `wait`."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class LocalProcesses(Engine):
     """A fresh process for every run, at most `jobs` at a time; one that dies takes no other with it.
 
     A process begins as a copy of one that has imported everything, except where a GPU is used, which no copy can use.
@@ -74,27 +107,19 @@ class LocalProcesses:
             self.context.set_forkserver_preload(["isotune.experiments.preload"])
 
     @property
-    def free(self) -> int:
-        """See `Engine`."""
-        return self.jobs - len(self.children)
-
-    @property
     def running(self) -> int:
-        """See `Engine`."""
         return len(self.children)
 
-    def start(self, spec: Spec) -> None:
-        """See `Engine`."""
-        process = self.context.Process(target=_child, args=(spec,), name=spec.title)
+    def start(self, run: Run) -> None:
+        process = self.context.Process(target=_child, args=(run,), name=run.title)
         process.start()
-        self.children.append(_Child(spec, process))
+        self.children.append(_Child(run, process))
 
     def wait(self) -> list[Finished]:
-        """See `Engine`."""
         wait_for([child.process.sentinel for child in self.children])
         ended = [child for child in self.children if not child.process.is_alive()]
         self.children = [child for child in self.children if child not in ended]
-        return [(child.spec, _outcome(child)) for child in ended]
+        return [(child.run, _outcome(child)) for child in ended]
 
     def stop(self) -> None:
         """Ask every run for a checkpoint and wait for its end; a second Ctrl-C ends them at once."""
@@ -108,7 +133,6 @@ class LocalProcesses:
             self.close()
 
     def close(self) -> None:
-        """See `Engine`."""
         for child in self.children:
             child.process.kill()
             child.process.join()
@@ -116,7 +140,17 @@ class LocalProcesses:
 
 
 def make(name: str, jobs: int, threads: int, address: str | None = None) -> Engine:
-    """The engine of a name, `local` or `ray`; raises a ValueError about another one and where it cannot be had."""
+    """The engine of a name.
+
+    Args:
+        name: "local" or "ray".
+        jobs: how many runs at a time.
+        threads: of a run.
+        address: of a running Ray cluster.
+
+    Raises:
+        ValueError: another name, an address without Ray, or Ray cannot be had.
+    """
     require_choice("--engine", name, ("local", "ray"))
     if name == "ray":
         return RayTasks(jobs, threads, address)
@@ -137,29 +171,28 @@ def _has_gpu() -> bool:
 
 
 def _outcome(child: _Child) -> dict[str, Any]:
-    path = Path(child.spec.record)
     code = child.process.exitcode
-    if path.exists():
-        record: dict[str, Any] = read_json(path)
-        return record
+    if child.run.record.exists():
+        return read_object(child.run.record)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return failure(child.spec, f"the process {how}; what it said is in {child.spec.folder}/log.txt")
+    return failure(child.run, f"the process {how}; what it said is in {child.run.folder}/log.txt")
 
 
-def _child(spec: Spec) -> None:
+def _child(run: Run) -> None:
     """The whole life of a process: one run, its record written, and no traceback on the terminal."""
     # Ctrl-C in a terminal reaches a whole group; here the parent alone hears it and passes it on, once.
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    folder = Path(spec.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    log = os.open(run.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        write_json(Path(spec.record), attempt(spec))
+        record = attempt(run)
+        if "failed" in record:
+            write_json(run.record, record)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
@@ -172,7 +205,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-class RayTasks:
+class RayTasks(Engine):
     """A Ray task for every run, each in a process of its own with `threads` processors.
 
     Args:
@@ -192,7 +225,7 @@ class RayTasks:
             raise ValueError("--engine ray needs Ray: pip install 'isotune[ray]'") from error
         self.ray: Any = ray
         self.jobs = jobs
-        self.pending: dict[Any, Spec] = {}
+        self.pending: dict[Any, Run] = {}
         self.owned = not ray.is_initialized()
         if self.owned:
             local = {"num_cpus": jobs * threads, "include_dashboard": False} if address is None else {}
@@ -206,31 +239,23 @@ class RayTasks:
         self.remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0, max_calls=1)(attempt)
 
     @property
-    def free(self) -> int:
-        """See `Engine`."""
-        return self.jobs - len(self.pending)
-
-    @property
     def running(self) -> int:
-        """See `Engine`."""
         return len(self.pending)
 
-    def start(self, spec: Spec) -> None:
-        """See `Engine`."""
-        self.pending[self.remote.remote(spec)] = spec
+    def start(self, run: Run) -> None:
+        self.pending[self.remote.remote(run)] = run
 
     def wait(self) -> list[Finished]:
-        """See `Engine`."""
         ready, _ = self.ray.wait(list(self.pending), num_returns=1)
         ended = [(reference, self.pending.pop(reference)) for reference in ready]
-        return [(spec, self._outcome(reference, spec)) for reference, spec in ended]
+        return [(run, self._outcome(reference, run)) for reference, run in ended]
 
-    def _outcome(self, reference: Any, spec: Spec) -> dict[str, Any]:
+    def _outcome(self, reference: Any, run: Run) -> dict[str, Any]:
         try:
             record: dict[str, Any] = self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            return failure(spec, f"Ray: {lines[0] if lines else type(error).__name__}")
+            return failure(run, f"Ray: {lines[0] if lines else type(error).__name__}")
         return record
 
     def stop(self) -> None:
@@ -242,6 +267,5 @@ class RayTasks:
         self.pending = {}
 
     def close(self) -> None:
-        """See `Engine`."""
         if self.owned:
             self.ray.shutdown()

@@ -51,9 +51,8 @@ def evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+    from peft import PeftModel
     from transformers import AutoTokenizer
-
-    from isotune import PeftModel
 
     manager = TaskManager(include_path=include)
     unknown = [name for name in tasks if not manager.match_tasks([name])]

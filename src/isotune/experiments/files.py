@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from isotune.experiments.text import from_json, shown
+
 # What torch says, as a RuntimeError, where its own writer fails.
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter|iostream|inline_container|unexpected pos")
 
@@ -21,9 +23,11 @@ class StorageError(ValueError):
 
 @contextlib.contextmanager
 def storing(what: str) -> Iterator[None]:
-    """Make of a failed write, by whichever library, a StorageError of one line that names `what` was written.
+    """Turn a failed write, by whichever library, into a StorageError of one line that names `what` was written.
 
-    A lost connection to another process, which a common checkpoint needs too, passes as it is.
+    Raises:
+        StorageError: the block could not write. A lost connection to another process, which a common checkpoint needs
+            too, is raised as it is.
     """
     from safetensors import SafetensorError
 
@@ -44,8 +48,9 @@ def storing(what: str) -> Iterator[None]:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON atomically: `path` holds either what it held before or all of the new text.
 
-    NaN and infinities are refused with a ValueError: they are not JSON, and a result must not contain them. Raises
-    StorageError where there is no room.
+    Raises:
+        ValueError: NaN or an infinity, which are not JSON and which a result must not contain.
+        StorageError: there is no room.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with storing(str(path)):
@@ -70,8 +75,24 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; raises ValueError naming the file when it cannot be read or parsed."""
+    """Read a JSON file.
+
+    Raises:
+        ValueError: the file cannot be read, is not JSON, or is nested too deep; the message names it.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ValueError: as `read_json`, or the file holds something else; the message names it.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"cannot read {path}: it holds {shown(content)}, and should hold an object")
+    return content

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import Sampler
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from isotune.experiments import processes
-from isotune.experiments.files import StorageError, read_json, storing, write_json
-from isotune.experiments.recipe import LESS_IS_BETTER, Metric, Train
+from isotune.experiments.encoded import Encoded, LengthGrouped
+from isotune.experiments.files import StorageError, storing
+from isotune.experiments.progress import Progress, diverged, last_checkpoint
+from isotune.experiments.recipe import LESS_IS_BETTER
+from isotune.experiments.run import Run
 from isotune.files.base_model import quiet
 from isotune.tools.regularization import has_regularization, regularization_callback
-
-Row = dict[str, Any]
 
 _CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if name in TrainingArguments.__annotations__
@@ -36,125 +27,11 @@ _CHECKPOINTING = next(
 """What transformers calls activation checkpointing; where it knows the first name, the second is deprecated."""
 
 
-class TrainingDiverged(ValueError):
-    """The loss is no longer a number; the message names the step and the last good checkpoint."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during training, raised once a checkpoint has been written."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What a run trains on and is scored by: rows, how to batch them, and the metric to choose checkpoints by.
-
-    `decide` turns a model's outputs into predictions, `score` these and the labels into metrics. A task whose answers
-    are not read off one row of outputs gives `examine` instead, which makes of a model and "validation" or "test" the
-    predictions, the metrics and the right answers; checkpoints are then chosen by the loss. `trainer`, `arguments` and
-    `options` are for another of transformers' trainers than the plain one.
-    """
-
-    train: Sequence[Row]
-    validation: Sequence[Row]
-    test: Sequence[Row]
-    collate: Any
-    metric: Metric
-    lengths: Sequence[int]
-    score: Callable[[Any, Any], dict[str, float]] | None = None
-    decide: Callable[[Any], list[Any]] | None = None
-    examine: Callable[[Any, str], tuple[list[Any], dict[str, float], list[Any]]] | None = None
-    trainer: type[Loop] | None = None
-    arguments: Callable[..., TrainingArguments] = TrainingArguments
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def measured(self, output: Any) -> dict[str, float]:
-        """The metrics of a trainer's predictions."""
-        assert self.score is not None
-        assert self.decide is not None
-        return self.score(self.decide(output.predictions), output.label_ids)
-
-    def examined(self, trainer: Any, split: str) -> tuple[list[Any], dict[str, float], list[Any]]:
-        """Predictions, metrics and right answers of a trainer's model on a split."""
-        if self.examine is not None:
-            return self.examine(trainer.model, split)
-        output = trainer.predict(getattr(self, split))
-        assert self.decide is not None
-        return self.decide(output.predictions), self.measured(output), np.asarray(output.label_ids).tolist()
-
-
-def likeliest(logits: Any) -> list[int]:
-    """The class of the greatest logit, from (examples, classes)."""
-    classes: list[int] = np.asarray(logits).argmax(-1).tolist()
-    return classes
-
-
-def class_scores(predicted: Any, labels: Any) -> dict[str, float]:
-    """Accuracy and Matthews correlation of predicted classes (examples,) against labels (examples,)."""
-    from sklearn.metrics import accuracy_score, matthews_corrcoef
-
-    return {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "matthews_correlation": float(matthews_corrcoef(labels, predicted)),
-    }
-
-
-def regression_scores(predicted: Any, labels: Any) -> dict[str, float]:
-    """Pearson and Spearman correlation of predicted numbers (examples,) with the labels (examples,).
-
-    Equal predictions correlate with nothing: they score 0, where the formula has no value.
-    """
-    from scipy.stats import pearsonr, spearmanr
-
-    predicted, labels = np.asarray(predicted, dtype=float), np.asarray(labels, dtype=float)
-    if len(predicted) < 2 or np.ptp(predicted) == 0 or np.ptp(labels) == 0:
-        return {"pearson": 0.0, "spearman": 0.0}
-    return {
-        "pearson": float(pearsonr(predicted, labels).statistic),
-        "spearman": float(spearmanr(predicted, labels).statistic),
-    }
-
-
-class LengthGrouped(Sampler[int]):
-    """A shuffle in which a batch holds texts of like length, so little is padded.
-
-    The order depends on seed and epoch alone, never on the global generator: a run resumed in the middle of
-    an epoch sees the rest of the very same order.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, grouped: bool) -> None:
-        self.lengths, self.batch_size, self.seed, self.grouped = lengths, batch_size, seed, grouped
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader at the start of each epoch, counted from 0."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = np.random.default_rng((self.seed, self.epoch))
-        order = generator.permutation(len(self.lengths))
-        if not self.grouped:
-            return iter(order.tolist())
-        # Sorting within pools of 50 batches keeps the batches random from epoch to epoch.
-        pool = 50 * self.batch_size
-        batches: list[Any] = []
-        for start in range(0, len(order), pool):
-            chunk = order[start : start + pool]
-            chunk = chunk[np.argsort([self.lengths[i] for i in chunk], kind="stable")]
-            batches += [chunk[i : i + self.batch_size] for i in range(0, len(chunk), self.batch_size)]
-        # A short last batch stays last, or every batch after it would straddle two groups.
-        short = [batches.pop()] if len(batches[-1]) < self.batch_size else []
-        shuffled = [batches[i] for i in generator.permutation(len(batches))] + short
-        return iter(np.concatenate(shuffled).tolist())
-
-
 class Loop(Trainer):  # type: ignore[misc]
     """transformers' Trainer with a head learning rate, an order that survives resuming, and a stop at NaN."""
 
-    def __init__(self, settings: Train, lr: float, head: Sequence[str], lengths: Sequence[int], **kwargs: Any) -> None:
-        self.settings, self.lr, self.head, self.lengths = settings, lr, head, lengths
+    def __init__(self, run: Run, head: Sequence[str], lengths: Sequence[int], **kwargs: Any) -> None:
+        self.run, self.settings, self.head, self.lengths = run, run.settings, head, lengths
         super().__init__(**kwargs)
 
     optimizer: torch.optim.Optimizer | None
@@ -168,17 +45,17 @@ class Loop(Trainer):  # type: ignore[misc]
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     groups.setdefault((is_head(name, self.head), name in decayed), []).append(parameter)
-            lr_head = self.settings.lr_head or self.lr
+            lr_head = self.settings.lr_head or self.run.lr
             self.optimizer = torch.optim.AdamW(
                 [
                     {
                         "params": parameters,
-                        "lr": lr_head if in_head else self.lr,
+                        "lr": lr_head if in_head else self.run.lr,
                         "weight_decay": self.settings.weight_decay if decay else 0.0,
                     }
                     for (in_head, decay), parameters in groups.items()
                 ],
-                lr=self.lr,
+                lr=self.run.lr,
             )
         return self.optimizer
 
@@ -186,7 +63,11 @@ class Loop(Trainer):  # type: ignore[misc]
         return LengthGrouped(self.lengths, self.settings.batch_size, self.settings.seed, self.settings.group_by_length)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One step; raises TrainingDiverged at a loss that is not finite."""
+        """One step.
+
+        Raises:
+            TrainingDiverged: the loss is not finite.
+        """
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise diverged(f"the training loss is {loss.item()}", self.state.global_step + 1, self.args.output_dir)
@@ -203,7 +84,11 @@ class Loop(Trainer):  # type: ignore[misc]
             raise
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Scores of a split; raises TrainingDiverged, before a save, where the loss is not finite."""
+        """Scores of a split.
+
+        Raises:
+            TrainingDiverged: the loss is not finite; nothing is saved then.
+        """
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         loss = metrics.get("eval_loss", 0.0)
         if not math.isfinite(loss):
@@ -214,120 +99,6 @@ class Loop(Trainer):  # type: ignore[misc]
 def is_head(name: str, head: Sequence[str]) -> bool:
     """Whether the parameter `name` belongs to one of the modules in `head`."""
     return any(f".{part}." in f".{name}." for part in head)
-
-
-def diverged(what: str, step: int, folder: str) -> TrainingDiverged:
-    """The error for a loss that is not a number at `step`."""
-    last = last_checkpoint(Path(folder))
-    kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-    return TrainingDiverged(f"{what} at step {step}: lower train.lr, or raise train.warmup_ratio; {kept}")
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; one cut off while it was written is removed.
-
-    Trainer writes `trainer_state.json` last, so a checkpoint that has it has all.
-    """
-    newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if newest is None:
-        return None
-    try:
-        read_json(Path(newest) / "trainer_state.json")
-    except ValueError:
-        shutil.rmtree(newest)
-        return last_checkpoint(folder)
-    return Path(newest)
-
-
-class _Progress(TrainerCallback):  # type: ignore[misc]
-    """A progress bar, the seconds spent over all sessions of a run, and a checkpoint at Ctrl-C.
-
-    `seconds` are those of training with all that belongs to it, `stepping` those of its steps alone.
-    """
-
-    def __init__(self, title: str, folder: Path, metric: Metric) -> None:
-        self.title, self.folder, self.metric = title, folder, metric
-        self.interrupted = False
-        self.before, self.started = 0.0, time.perf_counter()
-        self.stepping, self.step_started = 0.0, 0.0
-        self.bar: Any = None
-
-    @property
-    def seconds(self) -> float:
-        return self.before + time.perf_counter() - self.started
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        spent = self.folder / "seconds.json"
-        if state.global_step and spent.exists():
-            self.before, self.stepping = read_json(spent).get(str(state.global_step), (0.0, 0.0))
-        self.bar = tqdm(
-            disable=not processes.is_main(),
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.title,
-            unit="step",
-            dynamic_ncols=True,
-            # Where the output is a file a bar every tenth of a second fills it.
-            mininterval=0.2 if sys.stderr.isatty() else 15,
-        )
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.step_started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.stepping += time.perf_counter() - self.step_started
-        self.bar.update(state.global_step - self.bar.n)
-        if state.global_step >= state.max_steps and args.eval_strategy == "steps":
-            control.should_evaluate = True  # the last step is scored wherever it falls
-        # At the end of an epoch the checkpoint is left to the epoch's own end, which scores before it saves.
-        if self.interrupted and not (args.eval_strategy == "epoch" and float(state.epoch).is_integer()):
-            control.should_save = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        if "loss" in logs:
-            self.bar.set_postfix({"loss": f"{logs['loss']:.3f}"}, refresh=False)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        self.bar.set_postfix({f"validation {self.metric}": f"{metrics[f'eval_{self.metric}']:.3f}"})
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if processes.is_main():
-            self._note(state)
-        # Left from here, not by `should_training_stop`: that would score and save once more in mid-epoch.
-        if self.interrupted and state.global_step < state.max_steps:
-            raise Interrupted(str(self.folder))
-
-    def _note(self, state: Any) -> None:
-        # Trainer pickles its own arguments beside each checkpoint; nothing here reads a pickle.
-        (self.folder / f"checkpoint-{state.global_step}" / "training_args.bin").unlink(missing_ok=True)
-        spent = self.folder / "seconds.json"
-        known = read_json(spent) if spent.exists() else {}
-        write_json(spent, {**known, str(state.global_step): (self.seconds, self.stepping)})
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    @contextlib.contextmanager
-    def catching_interrupts(self) -> Iterator[None]:
-        """The first Ctrl-C asks for a checkpoint after the running step; a second one stops at once."""
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.interrupted = True
-            tqdm.write("interrupted: saving a checkpoint (Ctrl-C again to stop at once)", file=sys.stderr)
-
-        # Handlers are set by the main thread alone, and a job put into the background ignores Ctrl-C for a reason.
-        previous = signal.getsignal(signal.SIGINT)
-        if threading.current_thread() is not threading.main_thread() or previous is signal.SIG_IGN:
-            yield
-            return
-        signal.signal(signal.SIGINT, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
 
 
 @dataclass(frozen=True)
@@ -349,21 +120,29 @@ class Outcome:
 def train(
     model: Any,
     task: Encoded,
-    settings: Train,
-    lr: float,
+    run: Run,
     head: Sequence[str],
-    folder: Path,
-    title: str,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Outcome:
-    """Train `model` on a task, continuing from the last checkpoint in `folder` where there is one.
+    """Train a model, continuing from the last checkpoint in the run's folder where there is one.
 
-    Raises TrainingDiverged at a loss that is not finite, Interrupted at Ctrl-C once a checkpoint is written.
+    Args:
+        model: with an adapter where the method is one.
+        task: the encoded data.
+        run: what to train.
+        head: names of the modules that are trained with the head's learning rate.
+        callbacks: transformers' callbacks to call besides.
+
+    Raises:
+        TrainingDiverged: a loss is not finite.
+        Interrupted: Ctrl-C, once a checkpoint is written.
+        StorageError: a checkpoint cannot be written.
     """
+    settings, folder = run.settings, run.folder
     folder.mkdir(parents=True, exist_ok=True)
     watched = bool(task.validation)
     every = "steps" if settings.eval_steps else "epoch"
-    progress = _Progress(title, folder, task.metric)
+    progress = Progress(run.title, folder, task.metric)
     per_epoch = math.ceil(len(task.train) / settings.batch_size)
     arguments = task.arguments(
         output_dir=str(folder),
@@ -373,7 +152,7 @@ def train(
         gradient_accumulation_steps=settings.gradient_accumulation,
         **{_CHECKPOINTING: settings.gradient_checkpointing},
         per_device_eval_batch_size=settings.eval_batch_size,
-        learning_rate=lr,
+        learning_rate=run.lr,
         lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         warmup_steps=settings.warmup_steps or settings.warmup_ratio,
         weight_decay=settings.weight_decay,
@@ -397,8 +176,7 @@ def train(
     )
     regularizers = [regularization_callback()] if has_regularization(model) else []
     trainer = (task.trainer or Loop)(
-        settings,
-        lr,
+        run,
         head,
         task.lengths,
         model=model,

@@ -6,56 +6,37 @@ import dataclasses
 import difflib
 import inspect
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from isotune.experiments.recipe import Method, RecipeError
+from isotune.experiments.registry import HEADS, entry, is_plain
+from isotune.experiments.text import shown
+from isotune.methods import METHODS
 
-# Not adapters: the encoder frozen and a head on it, and everything trained.
-PLAIN = ("head", "full")
-# What transformers calls the last layer of its sequence classifiers; PEFT trains and saves these by itself.
-HEADS = ("classifier", "score")
 # Set by the loop itself, from the task and the model.
 _RESERVED = ("task_type", "inference_mode", "modules_to_save", "peft_type", "auto_mapping", "peft_version")
 
 
-LEARNING_RATES = {
-    "psoft": 8e-4,
-    "psoft_so": 8e-4,
-    "lora_xs": 2e-3,
-    **dict.fromkeys(("oft", "coft", "boft", "goft", "qgoft", "hra"), 1e-3),
-    **dict.fromkeys(("lora", "rslora", "dora", "pissa"), 6e-4),
-    "vera": 1e-2,
-    "full": 5e-5,
-    "head": 1e-2,
-}
-"""The usual learning rate of each method, around which a comparison looks for the best."""
-
-# A name for what is another method's configuration with some fields fixed.
-_NAMED: dict[str, tuple[str, dict[str, Any]]] = {
-    "psoft_so": ("psoft", {"psoft_mag_a": False, "psoft_mag_b": False}),
-    "coft": ("oft", {"coft": True}),
-    "rslora": ("lora", {"use_rslora": True}),
-    "dora": ("lora", {"use_dora": True}),
-    "pissa": ("lora", {"init_lora_weights": "pissa"}),
-}
-
-
-def _config_class(name: str) -> tuple[type, dict[str, Any]]:
+def _config_class(name: str) -> tuple[type, Mapping[str, Any]]:
     """The configuration class of a method and the fields that its name fixes."""
     import peft
 
-    from isotune.methods import METHODS
-
-    name, fixed = _NAMED.get(name, (name, {}))
+    found = entry(name)
     baselines: dict[str, type] = {"lora": peft.LoraConfig, "vera": peft.VeraConfig}
-    return METHODS.get(name) or baselines[name], fixed
+    assert found.base is not None
+    return METHODS.get(found.base) or baselines[found.base], found.fixed
 
 
 def check(method: Method) -> None:
-    """Check a method's options against its configuration class; raises RecipeError about a bad one."""
-    if method.name in PLAIN:
+    """Check a method's options against its configuration class.
+
+    Raises:
+        RecipeError: an option that the class does not have or does not take.
+    """
+    if is_plain(method.name):
         if method.options:
             raise RecipeError(f"the method {method.name} has no options, given {', '.join(method.options)}")
         return
@@ -77,7 +58,7 @@ def check(method: Method) -> None:
             _adapter(hints[key]).validate_python(value)
         except ValidationError as error:
             message = error.errors()[0]["msg"].removeprefix("Input ")
-            raise RecipeError(f"method.{key}: {message}, not {value!r}") from error
+            raise RecipeError(f"method.{key}: {message}, not {shown(value)}") from error
     try:
         adapter_config(method.name, **method.options)
     except (TypeError, ValueError) as error:
@@ -96,6 +77,14 @@ def adapter_config(name: str, **options: Any) -> Any:
 
     Unless the options say otherwise all linear layers are adapted and the scale of the update is one:
     `lora_alpha` equals the rank, as isotune's `psoft_alpha` does of itself.
+
+    Args:
+        name: in a recipe.
+        options: of the method's configuration class.
+
+    Raises:
+        TypeError: an option that the class does not have.
+        ValueError: a value that it does not take.
     """
     cls, fixed = _config_class(name)
     hints = typing.get_type_hints(cls)
@@ -106,9 +95,16 @@ def adapter_config(name: str, **options: Any) -> Any:
 
 
 def attach(method: Method, model: Any, head: list[str], peft_type: str | None) -> Any:
-    """Make `model` trainable by `method`; modules named in `head` are trained and saved with an adapter.
+    """Make a model trainable by a method.
 
-    `peft_type` is what PEFT calls the kind of model; PEFT then trains and saves a classifier's HEADS by itself.
+    Args:
+        method: a checked method.
+        model: the base model, which is changed.
+        head: names of modules that are trained and saved with an adapter.
+        peft_type: what PEFT calls the kind of model; PEFT then trains and saves a classifier's HEADS by itself.
+
+    Returns:
+        The model, wrapped by PEFT where the method is an adapter.
     """
     if method.name == "full":
         return model
@@ -118,9 +114,7 @@ def attach(method: Method, model: Any, head: list[str], peft_type: str | None) -
         return model
     import peft
 
-    import isotune
-
     config = adapter_config(method.name, **method.options)
     config.task_type = peft_type and peft.TaskType(peft_type)
     config.modules_to_save = [name for name in head if peft_type != "SEQ_CLS" or name not in HEADS]
-    return isotune.get_peft_model(model, config)
+    return peft.get_peft_model(model, config)

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from isotune.experiments.methods import HEADS
+from isotune.experiments.registry import HEADS
 from isotune.files.base_model import forget_quantisation, gguf_of, quiet, resolve_base
 
 
@@ -30,7 +30,11 @@ class ModelError(ValueError):
 
 
 def locate(name: str) -> str:
-    """The folder or Hub name a recipe's model stands for, as `resolve_base`; raises ModelError."""
+    """The folder or Hub name a recipe's model stands for, as `resolve_base`.
+
+    Raises:
+        ModelError: there is no such model.
+    """
     try:
         return resolve_base(name)
     except ValueError as error:
@@ -106,7 +110,11 @@ class FeatureHead(nn.Module):
 
 
 def tokenizer_for(name: str) -> Any:
-    """The tokeniser of a model; raises ModelError with one line."""
+    """The tokeniser of a model.
+
+    Raises:
+        ModelError: it cannot be loaded; the message is one line.
+    """
     with _named(name, "tokeniser of"):
         path = locate(name)
         return AutoTokenizer.from_pretrained(path, **gguf_of(path))
@@ -115,8 +123,16 @@ def tokenizer_for(name: str) -> Any:
 def load_classifier(name: str, pooling: str, labels: list[str]) -> tuple[Any, list[str]]:
     """Load an encoder and put a new head on it: a class for each label, or one number where there are no labels.
 
-    Returns the model and the names of its modules that are new, to be trained and saved beside any adapter.
-    Raises ModelError where the model is missing or its type has no classification head.
+    Args:
+        name: folder, Hub name or package:NAME.
+        pooling: "auto", "native" or "mean".
+        labels: of the classes; empty for a regression.
+
+    Returns:
+        The model, and the names of its modules that are new, to be trained and saved beside any adapter.
+
+    Raises:
+        ModelError: the model is missing, or its type has no classification head.
     """
     path = locate(name)
     with _named(name):
@@ -134,7 +150,11 @@ def load_image_classifier(name: str, labels: list[str]) -> tuple[Any, list[str]]
 
 
 def load_causal(name: str, dtype: str) -> Any:
-    """Load a causal language model in a dtype of torch's, as "float32"; raises ModelError."""
+    """Load a causal language model in a dtype of torch's, such as "float32".
+
+    Raises:
+        ModelError: the model is missing or cannot be loaded.
+    """
     with _named(name):
         path = locate(name)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **gguf_of(path))
@@ -142,7 +162,11 @@ def load_causal(name: str, dtype: str) -> Any:
 
 
 def image_processor_for(name: str) -> Any:
-    """The image processor of a model; raises ModelError with one line."""
+    """The image processor of a model.
+
+    Raises:
+        ModelError: it cannot be loaded; the message is one line.
+    """
     with _named(name, "image processor of"):
         return AutoImageProcessor.from_pretrained(locate(name))
 
@@ -161,7 +185,7 @@ def _named(name: str, what: str = "model") -> Iterator[None]:
             yield
         except ModelError:
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ModelError(f"cannot load the {what} {name}: {_first_line(error)}") from error
 
 
@@ -202,7 +226,8 @@ def _first_line(error: Exception) -> str:
 def restore(model: Any, folder: Path, method: str) -> Any:
     """Put onto a base model what a run saved in `folder`, adapters by PEFT's own loading; for evaluation.
 
-    Raises ModelError where the weights do not fit.
+    Raises:
+        ModelError: the weights do not fit.
     """
     if method in ("head", "full"):
         from safetensors.torch import load_file
@@ -211,6 +236,6 @@ def restore(model: Any, folder: Path, method: str) -> Any:
         if unexpected or (method == "full" and missing):
             raise ModelError(f"{folder} does not fit the model: {(unexpected or missing)[0]}")
         return model.eval()
-    from isotune import PeftModel
+    from peft import PeftModel
 
     return PeftModel.from_pretrained(model, str(folder)).eval()

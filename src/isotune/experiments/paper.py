@@ -56,7 +56,7 @@ class PaperFigure:
     score: float
     """From 0 to 1: the paper's percentage, or its correlation times a hundred, divided by a hundred."""
     parameters: float
-    """Trained numbers, in millions."""
+    """Trainable parameters, in millions."""
     memory: float | None
     """Peak memory of training, GB."""
 

@@ -3,8 +3,8 @@
 import sklearn.metrics  # noqa: F401
 
 import isotune.experiments.angles
+import isotune.experiments.execute
 import isotune.experiments.loop
 import isotune.experiments.measure
 import isotune.experiments.models
-import isotune.experiments.run
 import isotune.experiments.tasks  # noqa: F401

@@ -19,7 +19,8 @@ def count() -> int:
 def join() -> None:
     """Meet the other processes, before anything is built: they share the search for subspaces too.
 
-    Raises RecipeError under a launcher that spreads the weights: every process holds the whole model here.
+    Raises:
+        RecipeError: the launcher spreads the weights; every process holds the whole model here.
     """
     if count() == 1:
         return
@@ -34,7 +35,11 @@ def join() -> None:
 
 
 def require_alone(command: str) -> None:
-    """Raise RecipeError where a launcher has started several processes of a command that starts its own."""
+    """Check that no launcher has started several processes of a command that starts its own.
+
+    Raises:
+        RecipeError: one has.
+    """
     if count() > 1:
         raise RecipeError(
             f"{command} starts the processes of its runs itself, and a launcher has started it {count()} times; run it "
@@ -63,7 +68,11 @@ def meet() -> None:
 
 
 def share_of(batch_size: int) -> int:
-    """The rows of a batch for each process; raises RecipeError where a batch cannot be divided."""
+    """The rows of a batch for each process.
+
+    Raises:
+        RecipeError: the processes cannot share the batch equally.
+    """
     rows, rest = divmod(batch_size, count())
     if rest:
         raise RecipeError(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
-import functools
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
-from pathlib import Path
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,30 +18,23 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
-MethodName = Literal[
-    "psoft",
-    "psoft_so",
-    "oft",
-    "coft",
-    "boft",
-    "goft",
-    "qgoft",
-    "hra",
-    "lora_xs",
-    "lora",
-    "rslora",
-    "dora",
-    "pissa",
-    "vera",
-    "head",
-    "full",
-]
+from isotune.experiments import registry
+from isotune.experiments.text import shown
+
 Metric = Literal["accuracy", "matthews_correlation", "pearson", "loss"]
 TaskName = Literal["text-classification", "text-regression", "image-classification", "multiple-choice", "math"]
 
 
 LESS_IS_BETTER = ("loss",)
+
+
+def merit(metric: str, scores: Mapping[str, float] | None) -> float:
+    """How good scores are by one metric, the more the better; minus infinity where they do not have it."""
+    if scores is None or metric not in scores:
+        return -math.inf
+    return -scores[metric] if metric in LESS_IS_BETTER else scores[metric]
 
 
 class RecipeError(ValueError):
@@ -59,7 +49,21 @@ def _as_method(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _known_method(name: str) -> str:
+    if name not in registry.entries():
+        raise PydanticCustomError("literal_error", "should be {expected}", {"expected": _either(registry.entries())})
+    return name
+
+
+def _either(names: Iterable[str]) -> str:
+    *first, last = (f"'{name}'" for name in names)
+    return f"{', '.join(first)} or {last}"
+
+
+MethodName = Annotated[str, AfterValidator(_known_method)]
 Rate = Annotated[FiniteFloat, Field(gt=0)]
+Count = Annotated[PositiveInt, Field(lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Names = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
 
 
@@ -135,10 +139,10 @@ class Data(_Section):
     classes: Annotated[int, Field(ge=2)] | None = None
     range: tuple[FiniteFloat, FiniteFloat] | None = None
     split_validation_half: bool = False
-    hold_out: PositiveInt | None = None
+    hold_out: Count | None = None
     split_seed: int = 0
-    max_train: PositiveInt | None = None
-    max_test: PositiveInt | None = None
+    max_train: Count | None = None
+    max_test: Count | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
@@ -176,22 +180,22 @@ class Train(_Section):
     """
 
     epochs: FiniteFloat = Field(default=3, gt=0)
-    max_steps: PositiveInt | None = None
-    batch_size: PositiveInt = 32
-    gradient_accumulation: PositiveInt = 1
+    max_steps: Count | None = None
+    batch_size: Count = 32
+    gradient_accumulation: Count = 1
     gradient_checkpointing: bool = False
-    eval_batch_size: PositiveInt = 64
+    eval_batch_size: Count = 64
     lr: Annotated[list[Rate], BeforeValidator(_as_list), Field(min_length=1)] = Field(default_factory=lambda: [1e-3])
     lr_head: Rate | None = None
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: FiniteFloat = Field(default=0.1, ge=0, lt=1)
-    warmup_steps: PositiveInt | None = None
+    warmup_steps: Count | None = None
     weight_decay: FiniteFloat = Field(default=0.0, ge=0)
     max_grad_norm: Rate = 1.0
-    max_length: PositiveInt = 128
-    seed: int = Field(default=0, ge=0)
+    max_length: Count = 128
+    seed: Seed = 0
     select_best: bool = True
-    eval_steps: PositiveInt | None = None
+    eval_steps: Count | None = None
     group_by_length: bool = False
     start_from_head: bool = False
 
@@ -220,7 +224,7 @@ class Recipe(_Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     prompt: str | None = None
     score: Literal["generation", "likelihood", "loss"] = "generation"
-    max_new_tokens: PositiveInt = 32
+    max_new_tokens: Count = 32
     data: Data
     method: MethodSpec
     baselines: list[MethodSpec] = Field(default_factory=list)
@@ -236,11 +240,13 @@ class Recipe(_Section):
         return Train.model_validate({**self.train.model_dump(), **method.train})
 
     def merit(self, scores: Mapping[str, float] | None) -> float:
-        """By what runs are chosen, the more the better: the metric `choose_by`, else `metric`, of validation scores."""
-        by = self.choose_by or self.metric
-        if scores is None or by not in scores:
-            return 0.0
-        return -scores[by] if by in LESS_IS_BETTER else scores[by]
+        """How good validation scores are, by the metric that runs are chosen by; the more the better."""
+        return merit(self.chosen_by, scores)
+
+    @property
+    def chosen_by(self) -> str:
+        """The metric by whose validation score runs are chosen."""
+        return self.choose_by or self.metric
 
     @property
     def methods(self) -> list[Method]:
@@ -255,68 +261,16 @@ class Recipe(_Section):
         return self
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and says nothing; in a recipe that hides a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key!r} is given twice", problem_mark=node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-def packaged() -> dict[str, dict[str, Any]]:
-    """The packaged recipes: {name as given to `isotune train`: its mapping, for the caller to change}, sorted by name.
-
-    A file with the key `tasks` is a suite: each of its tasks is put over the file's `defaults`.
-    """
-    return copy.deepcopy(_packaged())
-
-
-@functools.cache
-def _packaged() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for entry in (resources.files("isotune.experiments") / "recipes").iterdir():
-        if entry.name.endswith(".yaml"):
-            name = entry.name.removesuffix(".yaml")
-            raw = _parse(entry.read_text(encoding="utf-8"), f"packaged recipe {name}")
-            if "tasks" in raw:
-                defaults = raw.get("defaults", {})
-                found |= {f"{name}/{task}": _over(defaults, own) for task, own in raw["tasks"].items()}
-            else:
-                found[name] = raw
-    return dict(sorted(found.items()))
-
-
-def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` put over `below`, key by key; null takes a key away."""
-    merged = dict(below)
-    for key, value in above.items():
-        under = merged.get(key)
-        merged[key] = _over(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
-    return {key: value for key, value in merged.items() if value is not None}
-
-
-def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Load a packaged recipe by name, or a YAML file by path, and put `key=value` overrides over it.
-
-    Values are read as YAML. Raises RecipeError with one line that says which key, what is allowed and the
-    nearest valid name.
-    """
-    raw, where = _read(source)
-    for override in overrides:
-        _override(raw, override)
-    recipe = validate(raw, where)
-    if recipe.output is None:
-        recipe.output = str(Path("runs") / (source if source in packaged() else Path(source).stem))
-    return recipe
-
-
 def validate(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """Turn a parsed mapping into a Recipe; raises RecipeError about the first thing that is wrong."""
+    """Turn a parsed mapping into a Recipe.
+
+    Args:
+        raw: the mapping.
+        where: what the error calls it.
+
+    Raises:
+        RecipeError: about the first thing that is wrong.
+    """
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
@@ -327,60 +281,6 @@ def validate(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     except ValidationError as error:
         raise RecipeError(f"{where}: in 'train' of method {method.name}: {_explain(error, Train)}") from error
     return recipe
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        raw = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{where}: a recipe is a mapping of keys to values, not {type(raw).__name__}")
-    return raw
-
-
-def _read(source: str) -> tuple[dict[str, Any], str]:
-    known = packaged()
-    if source in known:
-        return known[source], f"packaged recipe {source}"
-    path = Path(source)
-    if not path.exists():
-        if path.suffix in {".yaml", ".yml"}:
-            raise RecipeError(f"there is no recipe file {source}")
-        near = _nearest(source, known)
-        raise RecipeError(
-            f"there is no recipe {source!r}: give a YAML file or one of {', '.join(known)}"
-            + (f"; did you mean {near!r}?" if near else "")
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {source}: {error}") from error
-    return _parse(text, source), source
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    parts = key.split(".")
-    if not separator or not all(parts):
-        raise RecipeError(f"an override is key=value, such as train.lr=1e-3, not {override!r}")
-    try:
-        value = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{key}: the value {text!r} is not valid YAML") from error
-    node = raw
-    for depth, part in enumerate(parts[:-1]):
-        child = node.get(part)
-        if child is None:
-            child = node[part] = {}
-        elif part == "method" and isinstance(child, str):
-            child = node[part] = {"name": child}
-        if not isinstance(child, dict):
-            raise RecipeError(f"unknown key {key!r}: {'.'.join(parts[: depth + 1])!r} has no keys below it")
-        node = child
-    node[parts[-1]] = value
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -397,7 +297,7 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
     return [section for argument in get_args(annotation) for section in _sections(argument)]
 
 
-def _nearest(name: str, valid: Any) -> str | None:
+def nearest(name: str, valid: Any) -> str | None:
     """The valid name most like `name`, also where only its last part is, as in `lr` for `train.lr`."""
     options = list(valid)
     same_leaf = [option for option in options if option.rpartition(".")[2] == name.rpartition(".")[2]]
@@ -414,7 +314,7 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
         section = root
         for part in path[:-1]:
             section = _sections(section.model_fields[part].annotation)[0]
-        near = _nearest(key, keys_of(root))
+        near = nearest(key, keys_of(root))
         return f"unknown key {key!r}: allowed here are {', '.join(section.model_fields)}" + (
             f"; did you mean {near!r}?" if near else ""
         )
@@ -426,5 +326,5 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     near = None
     if first["type"] == "literal_error" and isinstance(first["input"], str):
         expected = first["ctx"]["expected"]
-        near = _nearest(first["input"], [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")])
-    return f"{key}: {message}, not {first['input']!r}" + (f"; did you mean {near!r}?" if near else "")
+        near = nearest(first["input"], [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")])
+    return f"{key}: {message}, not {shown(first['input'])}" + (f"; did you mean {near!r}?" if near else "")

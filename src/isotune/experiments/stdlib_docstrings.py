@@ -66,7 +66,8 @@ def build(root: Path | None = None, classes: int = 20) -> tuple[dict[str, list[t
     `classes` modules with most docstrings. A text found in two modules has no right answer and is left out; a
     text found twice in one module is kept once; texts of fewer than three words are left out.
 
-    Raises ValueError where the sources are not installed.
+    Raises:
+        ValueError: the sources are not installed.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     owners: dict[str, set[str]] = defaultdict(set)

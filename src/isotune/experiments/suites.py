@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from statistics import fmean
 
 from isotune.experiments.architectures import adapter_parameters
-from isotune.experiments.recipe import Recipe, load, packaged
+from isotune.experiments.loading import load, packaged
+from isotune.experiments.recipe import Recipe
 
 _BESIDE = ("mnli", "qqp", "all")
 """What is no task of the paper's and in no mean of its: two GLUE tasks, and all tasks of a suite after one training."""
@@ -15,7 +16,8 @@ _BESIDE = ("mnli", "qqp", "all")
 def groups(suite: str) -> dict[str, list[str]]:
     """The recipes of a suite by group, as vtab's natural, specialised and structured; without groups all under "".
 
-    Raises ValueError for a name that is no suite of the paper.
+    Raises:
+        ValueError: the paper has no such suite.
     """
     counted = {
         name: str(raw.get("group", ""))

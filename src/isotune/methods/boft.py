@@ -34,6 +34,8 @@ class BOFTConfig(RotationConfig):
     """
 
     peft_bias = "boft_only"
+    title = "BOFT"
+    size_names = {"boft_block_size": "b", "boft_n_butterfly_factor": "m"}  # noqa: RUF012
 
     boft_block_size: int = field(default=0)
     boft_block_num: int = field(default=0)

@@ -50,6 +50,17 @@ class IsotuneConfig(PeftConfig):
         AdapterFileError: the file was written by a later version.
     """
 
+    title: ClassVar[str] = ""
+    """How the method is written in tables, such as PSOFT; empty: its name in capitals."""
+    usual_learning_rate: ClassVar[float] = 1e-3
+    """The learning rate around which a comparison looks for the best."""
+    size_names: ClassVar[Mapping[str, str]] = {}
+    """Option that sets how large the adapter is -> its letter in papers; a comparison at equal size sets the first."""
+    size_step: ClassVar[int] = 1
+    """What that first option must be a multiple of."""
+    presets: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {}
+    """Name in a recipe of a method that is this one with some options fixed -> its title and those options."""
+
     method_type: ClassVar[Any] = None
     runtime_fields: ClassVar[tuple[str, ...]] = ()
     """Known only while a model runs, so never written: the file must mean the same to whoever loads it."""
@@ -232,6 +243,7 @@ class SubspaceConfig(IsotuneConfig):
     """
 
     runtime_fields: ClassVar[tuple[str, ...]] = ("on_base_mismatch", "subspace_cache")
+    size_names = {"r": "r"}  # noqa: RUF012 (declared as a ClassVar above)
 
     r: int = field(default=32)
     rank_pattern: dict[str, int] = field(default_factory=dict)

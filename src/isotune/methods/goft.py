@@ -24,6 +24,8 @@ def _require_pair(module: str, in_features: int) -> None:
 class GOFTConfig(RotationConfig):
     """Configuration of GOFT: y = host(x M), M a tree of in_features − 1 Givens rotations, exactly orthogonal."""
 
+    title = "GOFT"
+
     def build_operator(self, module: str, in_features: int, out_features: int) -> GOFTOperator:
         """The tree on all inputs."""
         _require_pair(module, in_features)
@@ -45,6 +47,8 @@ class QGOFTConfig(RotationConfig):
     Raises:
         ValueError: a weight below 0.
     """
+
+    title = "qGOFT"
 
     regularizer_weight: float = field(default=1e-3)
 

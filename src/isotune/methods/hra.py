@@ -30,6 +30,7 @@ class HRAConfig(RotationConfig):
     """
 
     peft_bias = "hra_only"
+    title, size_names, size_step = "HRA", {"r": "r"}, 2
 
     r: int = field(default=8)
     apply_GS: bool = field(default=False)

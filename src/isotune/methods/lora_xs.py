@@ -34,6 +34,8 @@ class LoraXsConfig(SubspaceConfig):
         ValueError: a value that is not allowed; the message says what to change.
     """
 
+    title, usual_learning_rate = "LoRA-XS", 2e-3
+
     lora_alpha: float | None = field(default=None)
     init_std: float = field(default=1e-5)
 

@@ -40,6 +40,7 @@ class OFTConfig(RotationConfig):
     """
 
     peft_bias = "oft_only"
+    title, size_names, presets = "OFT", {"oft_block_size": "b"}, {"coft": ("COFT", {"coft": True})}
 
     r: int | None = field(default=None)
     oft_block_size: int | None = field(default=None)

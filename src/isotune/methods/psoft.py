@@ -45,6 +45,8 @@ class PsoftConfig(SubspaceConfig):
     """
 
     runtime_fields = (*SubspaceConfig.runtime_fields, "psoft_svd_lowrank_niter", "random_seed")
+    title, usual_learning_rate = "PSOFT", 8e-4
+    presets = {"psoft_so": ("PSOFT-SO", {"psoft_mag_a": False, "psoft_mag_b": False})}  # noqa: RUF012
 
     psoft_alpha: float | None = field(default=None)
     psoft_dropout: float = field(default=0.0)
@@ -68,8 +70,7 @@ class PsoftConfig(SubspaceConfig):
         if self.use_cayley_neumann and not self.psoft_orth:
             raise ValueError("use_cayley_neumann=True has no effect with psoft_orth=False; set one of them otherwise.")
         check_cayley_options(self.use_cayley_neumann, self.num_cayley_neumann_terms, self.cayley_neumann_eps)
-        names = ("", *self.alpha_pattern, *self.rank_pattern)
-        if self.psoft_orth and any(self.scale_of(name) != 1.0 for name in names):
+        if self.psoft_orth and any(self.scale_of(key) != 1.0 for key in ("", *self.alpha_pattern, *self.rank_pattern)):
             message = "psoft_alpha differs from r, so angles and norms of the principal weights are not strictly kept."
             warnings.warn(f"{message} Leave it at None for the strict method.", IsotuneWarning, stacklevel=3)
 
@@ -124,8 +125,7 @@ class PsoftOperator(SubspaceAdapter):
     ) -> None:
         super().__init__(size)
         self.orthogonal = orthogonal
-        self.neumann_terms = neumann_terms
-        self.generator_bound = generator_bound
+        self.neumann_terms, self.generator_bound = neumann_terms, generator_bound
         own = generator_means(generator_bound, "input_scale", "output_scale")
         self.averages = own if orthogonal else {"generator": linear_mean}
         entries = skew_size(size) if orthogonal else (size, size)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
 from typing import Any
 
-from isotune.experiments import suites
-from isotune.report import paper
+from isotune.experiments import paper, suites
+from isotune.experiments.outcome import MethodResult
+from isotune.report.columns import Cell, ordered, score_of, table_of
 from isotune.report.figures import PALETTES, SYMBOLS, Looks, sections
-from isotune.report.results import Comparison, Variant, columns_of
-from isotune.report.table import heading, ordered
+from isotune.report.results import Comparison
+from isotune.report.table import heading
 
 _OUTLINES = {
     "circle": "M6 1.5a4.5 4.5 0 1 1 0 9a4.5 4.5 0 1 1 0-9z",
@@ -79,7 +82,8 @@ def _keys(comparisons: Sequence[Comparison]) -> list[str]:
     keys: list[str] = []
     for comparison in comparisons:
         plain = re.sub(r"[^a-z0-9]+", "-", comparison.recipe.lower()).strip("-") or "comparison"
-        keys.append(plain if plain not in keys else f"{plain}-{len(keys) + 1}")
+        names = itertools.chain([plain], (f"{plain}-{number}" for number in itertools.count(2)))
+        keys.append(next(name for name in names if name not in keys))
     return keys
 
 
@@ -97,14 +101,7 @@ def _part(comparison: Comparison, key: str, name: str, looks: Looks) -> dict[str
         "facts": _facts(comparison),
         "order": "descending" if comparison.higher_is_better else "ascending",
         "table": _table(comparison, looks),
-        "legend": [
-            {
-                "title": v.title,
-                "colour": looks.colour(v).removeprefix("@"),
-                "outline": _OUTLINES[looks.symbol(v)],
-            }
-            for v in comparison.scored
-        ],
+        "legend": [_swatch(variant, looks) for variant in comparison.scored],
         "notes": comparison.notes,
         "command": comparison.command,
         "sections": [
@@ -161,68 +158,43 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _table(comparison: Comparison, looks: Looks) -> dict[str, Any]:
-    columns = columns_of(comparison)
-    figures = comparison.paper
-    heads: list[dict[str, Any]] = [
+    """The table of one comparison; the number of seeds stands beside the score, not in a column of its own."""
+    heads, rows = table_of(comparison)
+    shown = [
         {"title": "Method", "numeric": False, "paper": False},
-        {"title": f"Test {comparison.metric.replace('_', ' ')}", "numeric": True, "paper": False},
+        *(
+            {"title": f"The paper’s ({head.title})", "numeric": True, "paper": True}
+            if head.kind == "paper"
+            else {"title": head.title, "numeric": True, "paper": False}
+            for head in heads
+            if head.kind != "seeds"
+        ),
     ]
-    if figures:
-        model = next(iter(figures.values())).model
-        heads.append({"title": f"The paper’s ({model})", "numeric": True, "paper": True})
-    heads += [{"title": c.title, "numeric": True, "paper": False} for c in columns]
-    heads.append({"title": "Learning rate", "numeric": True, "paper": False})
-    rows = []
-    for variant in ordered(comparison):
-        cells = [_score(comparison, variant)]
-        if figures:
-            figure = figures.get(variant.name)
-            cells.append(
-                {"value": figure.score, "text": comparison.shown(figure.score), "small": figure.method, "mark": ""}
-                if figure
-                else _cell(None, "–")
-            )
-        for column in columns:
-            value = column.value(variant)
-            cells.append(_cell(value, "–" if value is None else column.show(value)))
-            part = column.key.removeprefix("test_")
-            beside = comparison.paper_of_part(part).get(variant.name) if part in comparison.parts else None
-            if beside is not None:
-                cells[-1]["small"] = f"paper {comparison.shown(beside.score)}"
-            adapter = variant.average("adapter_parameters")
-            if column.key == "trainable_parameters" and adapter is not None and adapter != value:
-                cells[-1]["small"] = f"adapter {adapter:,.0f}"
-        cells.append(_cell(variant.lr, "–" if variant.lr is None else f"{variant.lr:g}"))
-        cells[-1]["small"] = "at the border" if variant.rate_at_border else ""
-        rows.append(
-            {
-                "title": variant.title,
-                "colour": looks.colour(variant).removeprefix("@"),
-                "outline": _OUTLINES[looks.symbol(variant)],
-                "cells": cells,
-            }
-        )
-    border = any(variant.rate_at_border for variant in comparison.variants)
-    near = any(comparison.near_best(variant) for variant in comparison.variants)
-    return {"heads": heads, "rows": rows, "near": near, "paper": bool(figures), "border": border}
-
-
-def _cell(value: float | None, text: str) -> dict[str, Any]:
-    return {"value": value, "text": text, "small": "", "mark": ""}
-
-
-def _score(comparison: Comparison, variant: Variant) -> dict[str, Any]:
-    if variant.mean is None:
-        return _cell(None, "failed" if variant.failed else "not run")
-    mark = "best" if variant is comparison.best else "near" if comparison.near_best(variant) else ""
-    number = len(variant.scores)
-    error = comparison.shown_error(variant.standard_error)
+    lines = []
+    for variant, cells in rows:
+        kept = [cell for head, cell in zip(heads, cells, strict=True) if head.kind != "seeds"]
+        lines.append({**_swatch(variant, looks), "cells": [_with_seeds(variant, kept[0]), *kept[1:]]})
     return {
-        "value": variant.mean,
-        "text": comparison.shown(variant.mean),
-        "small": f"{error} · {number} seed{'s' if number > 1 else ''}".removeprefix(" · "),
-        "mark": mark,
+        "heads": shown,
+        "rows": lines,
+        "near": any(comparison.near_best(variant) for variant in comparison.variants),
+        "paper": bool(comparison.paper),
+        "border": any(variant.rate_at_border for variant in comparison.variants),
     }
+
+
+def _swatch(variant: MethodResult, looks: Looks) -> dict[str, Any]:
+    """The name of a method with its mark in the plots."""
+    colour, outline = looks.colour(variant).removeprefix("@"), _OUTLINES[looks.symbol(variant)]
+    return {"title": variant.title, "colour": colour, "outline": outline}
+
+
+def _with_seeds(variant: MethodResult, cell: Cell) -> Cell:
+    number = len(variant.scores)
+    if not number:
+        return cell
+    seeds = f"{number} seed{'s' if number > 1 else ''}"
+    return dataclasses.replace(cell, small=f"{cell.small} · {seeds}".removeprefix(" · "))
 
 
 def _geometry(comparison: Comparison) -> list[dict[str, str]]:
@@ -232,17 +204,17 @@ def _geometry(comparison: Comparison) -> list[dict[str, str]]:
         geometry = variant.geometry
         if geometry is None:
             continue
-        layers = geometry["layers"]
-        turned = [row["rotation"]["largest"] for row in layers if row.get("rotation")]
+        layers = geometry.layers
+        turned = [row.rotation.largest for row in layers if row.rotation is not None]
         rows.append(
             {
                 "title": variant.title,
-                "kind": "strict" if geometry.get("strict") else "relaxed",
-                "weight": "principal" if geometry.get("subspaces") else "whole",
+                "kind": "strict" if geometry.strict else "relaxed",
+                "weight": "principal" if geometry.subspaces else "whole",
                 "turned": f"{max(turned):.1f}°" if turned else "–",
-                "error": f"{max(row['orthogonality_error'] for row in layers):.0e}",
-                "angles": f"{max(row['angles_moved']['largest'] for row in layers):.2g}°",
-                "norms": f"{max(row['norms_moved']['largest'] for row in layers):.2g}",
+                "error": f"{max(row.orthogonality_error for row in layers):.0e}",
+                "angles": f"{max(row.angles_moved.largest for row in layers):.2g}°",
+                "norms": f"{max(row.norms_moved.largest for row in layers):.2g}",
             }
         )
     return rows
@@ -262,7 +234,7 @@ def _overview(comparisons: Sequence[Comparison], keys: Sequence[str], names: Seq
     rows: list[dict[str, Any]] = []
     for title in shared:
         cells = [
-            _score(comparison, variants[title]) if title in variants else _cell(None, "–")
+            _with_seeds(variants[title], score_of(comparison, variants[title])) if title in variants else Cell("–")
             for comparison, _, _, variants in shown
         ]
         scores = {
@@ -274,7 +246,9 @@ def _overview(comparisons: Sequence[Comparison], keys: Sequence[str], names: Seq
     means = list(dict.fromkeys(name for row in rows for name in row["means"]))
     for row in rows:
         found = row.pop("means")
-        row["cells"] += [_cell(found.get(name), f"{100 * found[name]:.1f}" if name in found else "–") for name in means]
+        row["cells"] += [
+            Cell(f"{100 * found[name]:.1f}", found[name]) if name in found else Cell("–") for name in means
+        ]
     heads = [{"title": name, "metric": c.metric.replace("_", " "), "key": key} for c, key, name, _ in shown]
     heads += [{"title": name, "metric": "mean × 100", "key": ""} for name in means]
     return {"heads": heads, "rows": rows}

@@ -6,18 +6,22 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 
-from isotune.report.results import Comparison, Variant, columns_of
+from isotune.experiments.text import printable
+from isotune.report.columns import columns_of, table_of
+from isotune.report.results import Comparison
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
     """A table a comparison: the best in bold, ≈ before those within one standard error of it."""
     parts = []
     for comparison in comparisons:
-        rows = [[_escaped(cell, "|") for cell in row] for row in _cells(comparison, _bold, "≈ {}")]
-        head, *body = rows
+        plain = _cells(comparison, "\x01{}\x01", "≈ {}")
+        head, *body = [[_markdown(cell).replace("\x01", "**") for cell in row] for row in plain]
         rule = ["---", *["---:"] * (len(head) - 1)]
         table = "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
-        parts.append("\n\n".join([f"## {heading(comparison)}", table, *_remarks(comparison)]))
+        parts.append(
+            "\n\n".join([f"## {_markdown(heading(comparison))}", table, *map(_markdown, _remarks(comparison))])
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -28,7 +32,7 @@ def latex(comparisons: Sequence[Comparison]) -> str:
         plain = _cells(comparison, "\x01{}\x03", "\x02{}\x03")
         head, *body = [[_tex(cell) for cell in row] for row in plain]
         lines = [
-            f"% {heading(comparison)}. Needs \\usepackage{{booktabs}}.",
+            f"% {printable(heading(comparison))}. Needs \\usepackage{{booktabs}}.",
             f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
             "\\toprule",
             " & ".join(head) + " \\\\",
@@ -36,7 +40,7 @@ def latex(comparisons: Sequence[Comparison]) -> str:
             *(" & ".join(row) + " \\\\" for row in body),
             "\\bottomrule",
             "\\end{tabular}",
-            *(f"% {remark}" for remark in _remarks(comparison)),
+            *(f"% {printable(remark)}" for remark in _remarks(comparison)),
         ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
@@ -54,7 +58,7 @@ def comma_separated(comparisons: Sequence[Comparison]) -> str:
     keys = list(dict.fromkeys(column.key for c in comparisons for column in columns_of(c, details=True)))
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([*_BEFORE, *keys, *_AFTER])
+    writer.writerow(map(_plain_cell, [*_BEFORE, *keys, *_AFTER]))
     for comparison in comparisons:
         columns = {column.key: column for column in columns_of(comparison, details=True)}
         for variant in comparison.variants:
@@ -64,7 +68,7 @@ def comma_separated(comparisons: Sequence[Comparison]) -> str:
             row += [variant.lr, len(variant.scores), variant.mean, variant.standard_error]
             row += [int(variant is comparison.best), int(comparison.near_best(variant)), *numbers]
             row += [paper.method, paper.model, paper.score] if paper else [None] * 3
-            writer.writerow(["" if value is None else value for value in (*row, variant.failed)])
+            writer.writerow(map(_plain_cell, (*row, variant.failed)))
     return stream.getvalue()
 
 
@@ -81,36 +85,18 @@ def heading(comparison: Comparison) -> str:
 
 
 def _cells(comparison: Comparison, best: str, near: str) -> list[list[str]]:
-    """The head and the rows, best first."""
-    columns = columns_of(comparison)
-    paper = comparison.paper
-    head = ["Method", f"Test {comparison.metric.replace('_', ' ')}", "Seeds"]
-    head += [f"Paper ({next(iter(paper.values())).model})"] if paper else []
-    head += [column.title for column in columns] + ["Learning rate"]
-    rows = [head]
-    for variant in ordered(comparison):
-        score = f"{comparison.shown(variant.mean)} {comparison.shown_error(variant.standard_error)}".strip()
-        if variant.mean is None:
-            score = "failed" if variant.failed else "not run"
-        elif variant is comparison.best:
-            score = best.format(score)
-        elif comparison.near_best(variant):
-            score = near.format(score)
-        row = [variant.title, score, str(len(variant.scores))]
-        if paper:
-            figure = paper.get(variant.name)
-            row.append(f"{comparison.shown(figure.score)} ({figure.method})" if figure else "–")
-        for column in columns:
-            value = column.value(variant)
-            row.append("–" if value is None else column.show(value))
-        rows.append([*row, "–" if variant.lr is None else f"{variant.lr:g}"])
-    return rows
-
-
-def ordered(comparison: Comparison) -> list[Variant]:
-    """The methods, best first, and after them those without a result."""
-    sign = -1 if comparison.higher_is_better else 1
-    return sorted(comparison.variants, key=lambda v: (v.mean is None, sign * (v.mean or 0.0)))
+    """The head and the rows as text, best first; of what stands in small print only errors and the paper's method."""
+    heads, rows = table_of(comparison)
+    marks = {"best": best, "near": near, "": "{}"}
+    lines = [["Method", *(f"Paper ({head.title})" if head.kind == "paper" else head.title for head in heads)]]
+    for variant, cells in rows:
+        line = [variant.title]
+        for head, cell in zip(heads, cells, strict=True):
+            text = f"{cell.text} {cell.small}".strip() if head.kind == "score" else cell.text
+            text = f"{cell.text} ({cell.small})" if head.kind == "paper" and cell.small else text
+            line.append(marks[cell.mark].format(text))
+        lines.append(line)
+    return lines
 
 
 def _remarks(comparison: Comparison) -> list[str]:
@@ -122,13 +108,9 @@ def _remarks(comparison: Comparison) -> list[str]:
     return remarks
 
 
-_bold = "**{}**"
-
-
-def _escaped(text: str, characters: str) -> str:
-    for character in characters:
-        text = text.replace(character, "\\" + character)
-    return text
+def _markdown(text: str) -> str:
+    """Text that is neither the end of a cell nor HTML."""
+    return printable(text, keep="\x01").replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 _TEX = {"\\": "\\textbackslash{}", "±": "$\\pm$", "–": "--", "α": "$\\alpha$", "β": "$\\beta$", "≈": "$\\approx$"}
@@ -136,5 +118,19 @@ _TEX |= {character: "\\" + character for character in "&%$#_{}"}
 _TEX |= {"~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "\x01": "\\textbf{", "\x02": "\\textit{", "\x03": "}"}
 
 
+_TEX |= {"[": "{[}", "*": "{*}"}  # which the end of a row before would take for its own
+
+
 def _tex(text: str) -> str:
-    return "".join(_TEX.get(character, character) for character in text)
+    return "".join(_TEX.get(character, character) for character in printable(text, keep="\x01\x02\x03"))
+
+
+_FORMULA = "=+-@\t\r\n＝＋－＠"
+"""A spreadsheet computes a cell that begins with one of these, also after spaces."""
+
+
+def _plain_cell(value: object) -> object:
+    """A cell that no spreadsheet takes for a formula: text that looks like one is put behind an apostrophe."""
+    if isinstance(value, str) and value.lstrip(" ")[:1] and value.lstrip(" ")[0] in _FORMULA:
+        return f"'{value}"
+    return "" if value is None else value

@@ -1,13 +1,13 @@
-"""Tasks: what is learnt from which data. `run.py` and `reload.py` treat every kind through `Task`."""
+"""Tasks: what is learnt from which data. `execute.py` and `reload.py` treat every kind through `Task`."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
 from isotune.experiments.recipe import Recipe, RecipeError
-from isotune.experiments.tasks.task import Job, Task
+from isotune.experiments.tasks.task import Task
 
-__all__ = ["Job", "Task", "make"]
+__all__ = ["Task", "make"]
 
 # Imported when asked for: each kind needs libraries that the others do not.
 _CLASSES = {
@@ -22,7 +22,9 @@ _CLASSES = {
 def make(recipe: Recipe) -> Task:
     """The task of a recipe, its data read and checked.
 
-    Raises DataError about the data, RecipeError where a library for this kind of task is missing.
+    Raises:
+        DataError: the data cannot be used.
+        RecipeError: a library for this kind of task is missing.
     """
     module, name = _CLASSES[recipe.task]
     try:

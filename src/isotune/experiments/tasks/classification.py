@@ -16,14 +16,16 @@ from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, default_data_collator
 
 from isotune.experiments import data, loop, models, processes
+from isotune.experiments.encoded import Encoded, class_scores, likeliest, regression_scores
 from isotune.experiments.recipe import Recipe, Train
-from isotune.experiments.tasks.task import Job
+from isotune.experiments.run import Run
+from isotune.experiments.tasks.task import Task
 
 Row = dict[str, Any]
 
 
-class Classifier(ABC):
-    """What texts and images share: a prediction for each example, from one row of outputs; see `Task`."""
+class Classifier(Task, ABC):
+    """What tasks of texts and of images share: a prediction for each example, from one row of outputs."""
 
     peft_type: str | None
     examples: data.Examples
@@ -36,17 +38,22 @@ class Classifier(ABC):
 
     @abstractmethod
     def load(self) -> data.Examples:
-        """Read and check the data; raises DataError."""
+        """Read and check the data.
+
+        Raises:
+            DataError: the data cannot be used.
+        """
 
     @abstractmethod
-    def encode(self) -> loop.Encoded:
-        """All splits as rows for the model; raises ModelError."""
+    def encode(self) -> Encoded:
+        """All splits as rows for the model.
 
-    @abstractmethod
-    def build(self) -> tuple[Any, list[str]]: ...
+        Raises:
+            ModelError: the tokeniser or image processor cannot be loaded.
+        """
 
     @cached_property
-    def encoded(self) -> loop.Encoded:
+    def encoded(self) -> Encoded:
         """All splits, encoded once."""
         return self.encode()
 
@@ -73,8 +80,8 @@ class Classifier(ABC):
         found: Tensor = model(**batch).loss
         return found
 
-    def train(self, model: Any, job: Job) -> loop.Outcome:
-        return loop.train(model, self.encoded, job.settings, job.lr, job.head, job.folder, job.title)
+    def train(self, model: Any, run: Run, head: Sequence[str]) -> loop.Outcome:
+        return loop.train(model, self.encoded, run, head)
 
     def predict(self, model: Any) -> list[Any]:
         encoded, size = self.encoded, self.recipe.train.eval_batch_size
@@ -92,11 +99,11 @@ class Classifier(ABC):
 
     def decide(self, logits: Any) -> list[Any]:
         """Predictions from logits (examples, classes)."""
-        return loop.likeliest(logits)
+        return likeliest(logits)
 
     def measure(self, predictions: Any, labels: Any) -> dict[str, float]:
         """Metrics of predictions (examples,) against labels (examples,)."""
-        return loop.class_scores(predictions, labels)
+        return class_scores(predictions, labels)
 
 
 class TextClassification(Classifier):
@@ -110,11 +117,11 @@ class TextClassification(Classifier):
     def build(self) -> tuple[Any, list[str]]:
         return models.load_classifier(self.recipe.model, self.recipe.pooling, self.examples.labels)
 
-    def encode(self) -> loop.Encoded:
+    def encode(self) -> Encoded:
         # Validation and test are sorted by length, which saves padding and changes no score.
         tokenizer = self.tokenizer()
         train = self._rows(tokenizer, self.examples.train)
-        return loop.Encoded(
+        return Encoded(
             train=train,
             validation=sorted(self._rows(tokenizer, self.examples.validation), key=_length),
             test=sorted(self._rows(tokenizer, self.examples.test), key=_length),
@@ -138,26 +145,26 @@ class TextClassification(Classifier):
     def tokenizer(self) -> Any:
         return models.tokenizer_for(self.recipe.model)
 
-    def train(self, model: Any, job: Job) -> loop.Outcome:
-        if job.method.name == "head" and isinstance(model, models.MeanPooledClassifier):
-            return self._train_head(model, job)
-        return loop.train(model, self.encoded, job.settings, job.lr, job.head, job.folder, job.title)
+    def train(self, model: Any, run: Run, head: Sequence[str]) -> loop.Outcome:
+        if run.method.name == "head" and isinstance(model, models.MeanPooledClassifier):
+            return self._train_head(model, run, head)
+        return loop.train(model, self.encoded, run, head)
 
-    def _train_head(self, model: models.MeanPooledClassifier, job: Job) -> loop.Outcome:
+    def _train_head(self, model: models.MeanPooledClassifier, run: Run, names: Sequence[str]) -> loop.Outcome:
         """The encoder does not change, so each text is embedded once and not once an epoch."""
         encoded = self.encoded
         began = time.perf_counter()
         features = replace(
             encoded,
             collate=default_data_collator,
-            train=_features(model, encoded.train, encoded.collate, job.settings),
-            validation=_features(model, encoded.validation, encoded.collate, job.settings),
-            test=_features(model, encoded.test, encoded.collate, job.settings),
+            train=_features(model, encoded.train, encoded.collate, run.settings),
+            validation=_features(model, encoded.validation, encoded.collate, run.settings),
+            test=_features(model, encoded.test, encoded.collate, run.settings),
         )
         head = models.FeatureHead(model.dropout, model.classifier)
         embedding = time.perf_counter() - began
         untrained = self._untrained(head, features.test)
-        outcome = loop.train(head, features, job.settings, job.lr, job.head, job.folder, job.title)
+        outcome = loop.train(head, features, run, names)
         # The loop has seen embeddings and no tokens.
         seconds = outcome.seconds + embedding
         return replace(outcome, model=model, untrained=untrained, seconds=seconds, tokens_per_second=None)
@@ -183,7 +190,7 @@ class TextRegression(TextClassification):
         return numbers
 
     def measure(self, predictions: Any, labels: Any) -> dict[str, float]:
-        return loop.regression_scores(predictions, labels)
+        return regression_scores(predictions, labels)
 
 
 def _length(row: Row) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from isotune.experiments import data
 from isotune.experiments.recipe import Recipe, RecipeError
+from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.language import LanguageTask, Question
 
 _FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)\s*$")
@@ -32,17 +33,17 @@ class MultipleChoice(LanguageTask):
             raise RecipeError("the prompt of multiple-choice questions must contain {instruction} or {question}")
         super().__init__(recipe)
 
-    def question(self, row: data.Row, columns: data.Columns, judged: bool) -> Question:
+    def question(self, row: Row, columns: data.Columns, judged: bool) -> Question:
         text = data.cell(row, columns.text[0])
         completion, answer = data.cell(row, "output"), data.cell(row, columns.label)
         listed = _FORMAT.search(text)
         choices = tuple(listed.group(1).split("/")) if listed else ()
         if (judged or self._in_words) and not choices:
-            raise data.DataError(f"{row.where}: the column {columns.text[0]!r} does not end in 'Answer format: …/…'")
+            raise DataError(f"{row.where}: the column {columns.text[0]!r} does not end in 'Answer format: …/…'")
         if choices and answer not in choices:
-            raise data.DataError(f"{row.where}: the answer {answer!r} is none of {', '.join(choices)}")
+            raise DataError(f"{row.where}: the answer {answer!r} is none of {', '.join(choices)}")
         if not completion.endswith(answer):
-            raise data.DataError(f"{row.where}: the output {completion!r} does not end in the answer {answer!r}")
+            raise DataError(f"{row.where}: the output {completion!r} does not end in the answer {answer!r}")
         further = row.values.get("input")
         if self._in_words and listed:
             question, words = in_words(text[: listed.start()], choices)

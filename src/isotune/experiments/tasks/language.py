@@ -17,8 +17,11 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from isotune.experiments import data, loop, models, processes
+from isotune.experiments.encoded import Encoded
 from isotune.experiments.recipe import Recipe
-from isotune.experiments.tasks.task import Job
+from isotune.experiments.run import Run
+from isotune.experiments.tables import DataError, Row
+from isotune.experiments.tasks.task import Task
 from isotune.files.base_model import quiet
 
 IGNORED = -100
@@ -80,7 +83,7 @@ def _answer_loss(model: Any, inputs: Mapping[str, Any], count: Any = None) -> Te
     return mean
 
 
-class LanguageTask(ABC):
+class LanguageTask(Task, ABC):
     """Questions answered in words; see `Task`. What a right answer is, a subclass says."""
 
     peft_type: str | None = "CAUSAL_LM"
@@ -96,15 +99,19 @@ class LanguageTask(ABC):
         if recipe.score != "loss" and recipe.choose_by != "loss":
             for question in self.splits.get("validation", ()):
                 if not question.answer:
-                    raise data.DataError(
+                    raise DataError(
                         f"a validation question has no answer to judge by ({question.prompt[-60:]!r}); "
                         "set choose_by=loss to choose by the loss"
                     )
         self.sizes = {split: len(self.splits.get(split, ())) for split in ("train", "validation", "test")}
 
     @abstractmethod
-    def question(self, row: data.Row, columns: data.Columns, judged: bool) -> Question:
-        """A checked question from a row; one that is `judged` needs an answer. Raises DataError."""
+    def question(self, row: Row, columns: data.Columns, judged: bool) -> Question:
+        """A question from a row; one that is `judged` needs an answer.
+
+        Raises:
+            DataError: the row lacks what a question needs.
+        """
 
     @abstractmethod
     def right(self, question: Question, prediction: Any) -> bool:
@@ -155,12 +162,12 @@ class LanguageTask(ABC):
         return tokenizer
 
     @cached_property
-    def encoded(self) -> loop.Encoded:
+    def encoded(self) -> Encoded:
         """The training set for TRL, the rest as questions that are examined one way or another."""
         from datasets import Dataset
 
         train, validation = self._training_rows("train"), self._training_rows("validation")
-        return loop.Encoded(
+        return Encoded(
             train=Dataset.from_list(train),
             validation=Dataset.from_list(validation) if validation else [],
             test=[],
@@ -174,8 +181,8 @@ class LanguageTask(ABC):
             options={"processing_class": self._tokenizer},
         )
 
-    def train(self, model: Any, job: Job) -> loop.Outcome:
-        return loop.train(model, self.encoded, job.settings, job.lr, job.head, job.folder, job.title)
+    def train(self, model: Any, run: Run, head: Sequence[str]) -> loop.Outcome:
+        return loop.train(model, self.encoded, run, head)
 
     def predict(self, model: Any) -> list[Any]:
         return self._answers(model, self.splits["test"], self.recipe.score)
@@ -200,9 +207,7 @@ class LanguageTask(ABC):
                 rows.append({"input_ids": tokens.ids[:length], "labels": labels[:length]})
         left_out = len(self.splits.get(split, ())) - len(rows)
         if left_out and not rows:
-            raise data.DataError(
-                f"no question of the {split} split fits into train.max_length={length} tokens; raise it"
-            )
+            raise DataError(f"no question of the {split} split fits into train.max_length={length} tokens; raise it")
         if left_out:
             print(
                 f"{left_out} of the {split} split are left out: longer than train.max_length={length} tokens",

@@ -10,6 +10,7 @@ from typing import Any
 
 from isotune.experiments import data
 from isotune.experiments.recipe import Recipe, RecipeError
+from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.language import LanguageTask, Question
 
 _NUMBER = re.compile(r"[-+]?\$?\s?(\d[\d,]*(?:\.\d+)?|\.\d+)")
@@ -30,21 +31,21 @@ class MathWords(LanguageTask):
             raise RecipeError("the prompt of the task math must contain {question}")
         super().__init__(recipe)
 
-    def question(self, row: data.Row, columns: data.Columns, judged: bool) -> Question:
+    def question(self, row: Row, columns: data.Columns, judged: bool) -> Question:
         asked, solution = data.cell(row, columns.text[0]), data.cell(row, columns.label)
         prompt = (self.recipe.prompt or "{question}\n").replace("{question}", asked)
         answer = self._final(row, solution)
         if judged and not answer and self.recipe.score != "loss":
-            raise data.DataError(
+            raise DataError(
                 f"{row.where}: the solution has no final answer: expected '#### number' or \\boxed{{expression}}"
             )
         return Question(prompt, solution, answer, (), row.set)
 
-    def _final(self, row: data.Row, solution: str) -> str:
+    def _final(self, row: Row, solution: str) -> str:
         """What a prediction is compared with: a number, or a solution with a boxed expression; else empty."""
         if "####" in solution:
             if final_number(solution) is None:
-                raise data.DataError(f"{row.where}: there is no number after ####")
+                raise DataError(f"{row.where}: there is no number after ####")
             return str(final_number(solution))
         if "\\boxed" in solution:
             if self.recipe.score != "loss":

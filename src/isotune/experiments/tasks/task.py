@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from isotune.experiments.recipe import Method, Train
+from isotune.experiments.run import Run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from isotune.experiments.loop import Outcome
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training: which method, with which settings and rate, where it keeps its files and how it is called."""
-
-    method: Method
-    settings: Train
-    lr: float
-    head: Sequence[str]
-    folder: Path
-    title: str
 
 
 class Task(Protocol):
@@ -48,13 +34,20 @@ class Task(Protocol):
         ...
 
     def prepare(self) -> None:
-        """Load the tokeniser or image processor and encode, so that no run is timed with it; raises ModelError."""
+        """Load the tokeniser or image processor and encode, so that no run is timed with it.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
         ...
 
     def build(self) -> tuple[Any, list[str]]:
         """The base model, and the names of its modules that are new and trained beside any adapter.
 
-        Draws from the global generator for the new modules only. Raises ModelError.
+        Draws from the global generator for the new modules only.
+
+        Raises:
+            ModelError: the model cannot be loaded.
         """
         ...
 
@@ -70,8 +63,14 @@ class Task(Protocol):
         """The loss of a batch as a training step computes it."""
         ...
 
-    def train(self, model: Any, job: Job) -> Outcome:
-        """Train, going on where an earlier call stopped, and score on validation and test."""
+    def train(self, model: Any, run: Run, head: Sequence[str]) -> Outcome:
+        """Train, going on where an earlier call stopped, and score on validation and test.
+
+        Args:
+            model: as `build` made it, with the adapter of the run's method.
+            run: what to train.
+            head: names of the modules that are trained beside the adapter.
+        """
         ...
 
     def predict(self, model: Any) -> list[Any]:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from isotune.experiments import data, loop, models
+from isotune.experiments import data, models
+from isotune.experiments.encoded import Encoded
+from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.classification import Classifier
 
 
@@ -24,7 +26,7 @@ class ImageClassification(Classifier):
     def load(self) -> data.Examples:
         recipe = self.recipe.data
         if recipe.hub is not None and recipe.path is None:
-            raise data.DataError("images are read from local files: give data.path and data.files")
+            raise DataError("images are read from local files: give data.path and data.files")
         rows, columns = data.read(recipe)
         column = columns.text[0]
         names = data.label_names(columns, rows["train"], recipe.classes)
@@ -39,7 +41,7 @@ class ImageClassification(Classifier):
     def build(self) -> tuple[Any, list[str]]:
         return models.load_image_classifier(self.recipe.model, self.examples.labels)
 
-    def encode(self) -> loop.Encoded:
+    def encode(self) -> Encoded:
         processor = models.image_processor_for(self.recipe.model)
 
         def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -49,7 +51,7 @@ class ImageClassification(Classifier):
         def rows(split: Sequence[data.Example]) -> list[dict[str, Any]]:
             return [{"image": example.text, "labels": example.label} for example in split]
 
-        return loop.Encoded(
+        return Encoded(
             train=rows(self.examples.train),
             validation=rows(self.examples.validation),
             test=rows(self.examples.test),
@@ -61,16 +63,16 @@ class ImageClassification(Classifier):
         )
 
 
-def _checked(row: data.Row, column: str) -> str:
+def _checked(row: Row, column: str) -> str:
     """The path of an image whose header can be read, so that a wrong file is met before training."""
     path = data.cell(row, column)
     if not Path(path).is_file():
-        raise data.DataError(f"{row.where}: there is no image {path}")
+        raise DataError(f"{row.where}: there is no image {path}")
     try:
         with Image.open(path):
             return path
     except OSError as error:
-        raise data.DataError(f"{row.where}: {path} is no image that can be read: {error}") from error
+        raise DataError(f"{row.where}: {path} is no image that can be read: {error}") from error
 
 
 def _read(path: str) -> Any:
@@ -78,4 +80,4 @@ def _read(path: str) -> Any:
         with Image.open(path) as image:
             return image.convert("RGB")
     except OSError as error:
-        raise data.DataError(f"cannot read the image {path}: {error}") from error
+        raise DataError(f"cannot read the image {path}: {error}") from error

@@ -1,0 +1,74 @@
+"""Exporting adapters."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from isotune.cli.shared import Base, Out, Trust, one_line_errors, say
+
+if TYPE_CHECKING:
+    from isotune.files.export_lora import LoraOptions
+
+
+def export_adapter(
+    directory: Annotated[str, typer.Argument(help="An adapter's folder; with --to lora also one that holds several.")],
+    to: Annotated[str, typer.Option(help="lora: an ordinary PEFT LoRA folder. merged: a plain model folder.")],
+    output: Out,
+    base: Base = None,
+    rank: Annotated[int | None, typer.Option(help="Largest LoRA rank; approximates what has a higher one.")] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="Share of each layer's update to keep, such as 0.999, which gives its LoRA rank."),
+    ] = None,
+    uniform_rank: Annotated[bool, typer.Option("--uniform-rank", help="Fill all layers up to one LoRA rank.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write an adapter, or all checkpoints in a folder, in a form that needs no isotune."""
+    with one_line_errors():
+        if to not in ("lora", "merged"):
+            raise ValueError(f"--to {to} is not one of lora, merged")
+        if to == "merged":
+            if rank is not None or energy is not None or uniform_rank:
+                raise ValueError("--rank, --energy and --uniform-rank are for --to lora; a merged model is exact.")
+            from isotune.files.export_merged import export_merged
+
+            export_merged(directory, output, base=base, trust_remote_code=trust_remote_code)
+            say(f"wrote {output}")
+            return
+        from isotune.files.export_lora import LoraOptions, has_adapter
+
+        options = LoraOptions(rank, energy, uniform_rank)
+        if has_adapter(directory):
+            _export_one(directory, output, base, options, trust_remote_code)
+        else:
+            _export_runs(directory, output, base, options, trust_remote_code)
+
+
+def _export_one(directory: str, output: str, base: str | None, options: LoraOptions, trust: bool) -> None:
+    from isotune.files.export_lora import export_lora
+    from isotune.files.lora_servers import describe_obstacles
+
+    report = export_lora(directory, output, base=base, **asdict(options), trust_remote_code=trust)
+    if report.error:
+        width = max(len(layer.name) for layer in report.layers)
+        for layer in report.layers:
+            say(f"{layer.name:{width}}  rank {layer.rank:4}  error {layer.error:.2e}")
+    say(f"wrote {output}: {report}")
+    say(describe_obstacles(output))
+
+
+def _export_runs(directory: str, output: str, base: str | None, options: LoraOptions, trust: bool) -> None:
+    from isotune.files.export_runs import export_lora_runs
+
+    result = export_lora_runs(directory, output, base, **asdict(options), trust_remote_code=trust)
+    for name, report in result.written.items():
+        say(f"wrote {output}/{name}: {report}")
+    for name in result.skipped:
+        say(f"{output}/{name} was there already")
+    for name, reason in result.failed.items():
+        say(f"failed {directory}/{name}: {reason}", err=True)
+    if result.failed:
+        raise typer.Exit(1)

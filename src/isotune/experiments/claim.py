@@ -1,0 +1,76 @@
+"""Taking a folder for one experiment, so that the results of two are never mixed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from isotune.experiments.files import read_object, write_json
+from isotune.experiments.recipe import Recipe, RecipeError
+from isotune.experiments.text import shown
+
+_FREE = ("output", "description", "group", "chart", "check_saved")
+"""What may differ between two calls of one experiment without making them two experiments."""
+_METHODS = ("method", "baselines")
+
+
+def identity(recipe: Recipe, fingerprint: str, *, methods: bool = True) -> dict[str, Any]:
+    """What makes two experiments two: the recipe, but for what changes no result, and the data.
+
+    Args:
+        recipe: of the experiment.
+        fingerprint: of its data.
+        methods: whether other methods make another experiment; in a comparison they do not.
+    """
+    left_out = {*_FREE} if methods else {*_FREE, *_METHODS}
+    return {"recipe": recipe.model_dump(mode="json", exclude=left_out), "data": fingerprint}
+
+
+def claim(folder: Path, own: dict[str, Any], how: str) -> None:
+    """Take the folder for an experiment.
+
+    Args:
+        folder: of the results.
+        own: the `identity` of the experiment.
+        how: what the error says to give for another folder.
+
+    Raises:
+        RecipeError: it holds another experiment's results, or something else.
+    """
+    stored = folder / "experiment.json"
+    if stored.exists():
+        other = _completed(read_object(stored), stored)
+        if other != own:
+            raise RecipeError(
+                f"{folder} holds the results of another experiment ({_difference(other, own)}); "
+                f"give another folder with {how}, or remove it"
+            )
+        return
+    # A process that was killed while it wrote the claim has left no more than that file under its first name.
+    if folder.exists() and (
+        not folder.is_dir() or any(not path.name.startswith(f".{stored.name}.") for path in folder.iterdir())
+    ):
+        raise RecipeError(f"{folder} exists and holds something else; give another folder with {how}")
+    write_json(stored, own)
+
+
+def _completed(stored: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What an earlier release stored, which knew fewer settings: what it did not know had the defaults of today."""
+    own = stored.get("recipe")
+    methods = isinstance(own, dict) and "method" in own
+    try:
+        recipe = Recipe.model_validate(own if methods else {**(own or {}), "method": "head", "baselines": ["head"]})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"cannot read {path}: it holds no recipe that this release knows; remove it") from error
+    return identity(recipe, str(stored.get("data")), methods=methods)
+
+
+def _difference(old: Any, new: Any, key: str = "") -> str:
+    """The first key in which two experiments differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            if old.get(name) != new.get(name):
+                return _difference(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    if key == "data":
+        return "the data have changed"
+    return f"{key.removeprefix('recipe.')} is {shown(old)} there and {shown(new)} here"

@@ -1,0 +1,198 @@
+"""Carrying out one training run, wherever an engine puts it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import time
+import traceback
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from isotune.experiments import processes
+from isotune.experiments.files import read_object, storing, write_json
+from isotune.experiments.recipe import Method, RecipeError
+from isotune.experiments.run import Run
+from isotune.experiments.tasks.task import Task
+
+
+def execute(run: Run, task: Task | None = None) -> dict[str, Any]:
+    """Carry out a run, from its last checkpoint where there is one, and write its record.
+
+    Under torchrun all processes take part, and the main one alone writes.
+
+    Args:
+        run: what to train.
+        task: the run's task where it has been made already.
+
+    Returns:
+        The record, which is that of an earlier call where that had come to its end.
+
+    Raises:
+        ValueError: the data are not those that the run was planned for, training diverged, or there is no room; the
+            checkpoints are then left where they are.
+        KeyboardInterrupt: Ctrl-C, once a checkpoint has been written.
+    """
+    import torch
+
+    from isotune.experiments import tasks
+
+    if run.record.exists() and "failed" not in (stored := read_object(run.record)):
+        return stored
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    if task is None:
+        task = tasks.make(run.recipe)
+        if task.fingerprint() != run.fingerprint:
+            raise ValueError(
+                "the data are not those that the comparison began with; its results would be about two different tasks"
+            )
+    entry = _train(run, task)
+    if processes.is_main():
+        about = {**task.sizes, **task.about(), "fingerprint": run.fingerprint}
+        machine = {"versions": versions(), "hardware": hardware()}
+        write_json(run.record, {**run.identity(), **machine, "data": about, **entry})
+        for checkpoint in run.folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)  # what they were kept for, resuming and choosing, is over
+    processes.meet()
+    return read_object(run.record)
+
+
+def _train(run: Run, task: Task) -> dict[str, Any]:
+    """Train, score, measure and save; returns what the record has of it, in the main process."""
+    from transformers import set_seed
+
+    from isotune.experiments import angles, loop, measure, methods
+    from isotune.files.base_model import quiet
+
+    began = time.perf_counter()
+    set_seed(run.seed)  # the new head and the adapter start alike in every run of this seed
+    model, head = task.build()
+    if run.settings.start_from_head and run.method.name != "head":
+        if run.start_from is None:
+            raise RecipeError(f"start_from_head needs the method head to be trained before {run.method.name}")
+        _start_from(model, run.start_from)
+    setup = time.perf_counter() - began
+    tokenizer = task.tokenizer()
+    forgetting = measure.Forgetting(model, tokenizer) if tokenizer is not None else None
+    measure.reset_peak_memory()
+    began = time.perf_counter()
+    with quiet():
+        model = methods.attach(run.method, model, head, task.peft_type)
+    setup += time.perf_counter() - began
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    in_head = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and loop.is_head(n, head))
+    outcome = task.train(model, run, head)
+    if not processes.is_main():
+        return {}
+    peak = measure.peak_memory()  # before what follows, which is no part of the run
+    with storing(f"the trained weights in {run.folder}"):
+        saved = _save(run.method, outcome.model, run.folder / "adapter")
+    write_json(run.folder / "predictions.json", outcome.predictions)
+    metric = run.recipe.metric
+    return {
+        "lr_head": run.settings.lr_head or run.lr,
+        "trainable_parameters": trainable,
+        "head_parameters": in_head,
+        "adapter_parameters": trainable - in_head,
+        **({"untrained": outcome.untrained} if outcome.untrained else {}),
+        "validation": outcome.validation,
+        "test": outcome.test,
+        "interval": measure.interval(metric, outcome.test[metric], outcome.predictions, outcome.references),
+        "best_step": outcome.best_step,
+        "curve": outcome.curve,
+        "seconds": setup + outcome.seconds,
+        "train_seconds": outcome.seconds,
+        "tokens_per_second": outcome.tokens_per_second,
+        "peak_memory_bytes": peak,
+        "kept_bytes": measure.kept_by_batch(outcome.model, task.training_batch(), task.loss),
+        "forgetting": forgetting.after(outcome.model) if forgetting is not None else None,
+        "geometry": angles.adapter_geometry(outcome.model),
+        "adapter_bytes": saved.stat().st_size,
+    }
+
+
+def _start_from(model: Any, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(folder / "adapter" / "model.safetensors"), strict=False)
+
+
+def _save(method: Method, model: Any, folder: Path) -> Path:
+    """Save what was trained, and return the file that holds it."""
+    from safetensors.torch import save_file, save_model
+
+    if method.name not in ("head", "full"):
+        # The embeddings are the base model's; asking whether they changed would ask the Hub.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+        return folder / "adapter_model.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "model.safetensors"
+    if method.name == "head":
+        weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        save_file(weights, file, metadata={"format": "pt"})
+    else:
+        save_model(model, str(file), metadata={"format": "pt"})
+    return file
+
+
+def attempt(run: Run) -> dict[str, Any]:
+    """Carry out a run as `execute` does, and make of an error a record too, `failed` being its reason in one line."""
+    from isotune.experiments.progress import TrainingDiverged
+
+    try:
+        return execute(run)
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        return failure(run, _one_line(error), final=isinstance(error, TrainingDiverged))
+
+
+def failure(run: Run, reason: str, *, final: bool = False) -> dict[str, Any]:
+    """The record of a run that came to nothing.
+
+    Args:
+        run: which one.
+        reason: in one line.
+        final: whether another attempt would fail alike, as when the loss is no longer a number.
+    """
+    return {**run.identity(), "failed": reason, "final": final}
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else ""
+    return text if text and isinstance(error, ValueError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a result depends on."""
+    names = ("isotune", "torch", "transformers", "peft", "accelerate", "scikit-learn", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def hardware() -> dict[str, Any]:
+    """The machine that a result was made on."""
+    import torch
+
+    return {
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "processes": processes.count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def check_extras() -> None:
+    """Check that the packages which training needs are installed.
+
+    Raises:
+        RecipeError: one is missing; the message says what to install.
+    """
+    missing = [name for name in ("accelerate", "sklearn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RecipeError(f"training needs {' and '.join(missing)}: pip install 'isotune[train]'")

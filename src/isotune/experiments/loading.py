@@ -1,0 +1,117 @@
+"""Finding a recipe, packaged by name or in a file by path, and putting overrides over it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from isotune.experiments.recipe import Recipe, RecipeError, nearest, validate
+from isotune.experiments.text import YamlError, from_yaml, shown
+
+
+def packaged() -> dict[str, dict[str, Any]]:
+    """The packaged recipes: {name as given to `isotune train`: its mapping, for the caller to change}, sorted by name.
+
+    A file with the key `tasks` is a suite: each of its tasks is put over the file's `defaults`.
+    """
+    return copy.deepcopy(_packaged())
+
+
+@functools.cache
+def _packaged() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for entry in (resources.files("isotune.experiments") / "recipes").iterdir():
+        if entry.name.endswith(".yaml"):
+            name = entry.name.removesuffix(".yaml")
+            raw = _parse(entry.read_text(encoding="utf-8"), f"packaged recipe {name}")
+            if "tasks" in raw:
+                defaults = raw.get("defaults", {})
+                found |= {f"{name}/{task}": _over(defaults, own) for task, own in raw["tasks"].items()}
+            else:
+                found[name] = raw
+    return dict(sorted(found.items()))
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` put over `below`, key by key; null takes a key away."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        merged[key] = _over(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a packaged recipe by name, or a YAML file by path, and put `key=value` overrides over it.
+
+    Args:
+        source: the name or the path.
+        overrides: their values are YAML.
+
+    Raises:
+        RecipeError: one line that says which key, what is allowed and the nearest valid name.
+    """
+    raw, where = _read(source)
+    for override in overrides:
+        _override(raw, override)
+    recipe = validate(raw, where)
+    if recipe.output is None:
+        recipe.output = str(Path("runs") / (source if source in packaged() else Path(source).stem))
+    return recipe
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        raw = from_yaml(text)
+    except YamlError as error:
+        line = "" if error.line is None else f", line {error.line}"
+        raise RecipeError(f"{where}{line}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of keys to values, not {type(raw).__name__}")
+    return raw
+
+
+def _read(source: str) -> tuple[dict[str, Any], str]:
+    known = packaged()
+    if source in known:
+        return known[source], f"packaged recipe {source}"
+    path = Path(source)
+    if not path.exists():
+        if path.suffix in {".yaml", ".yml"}:
+            raise RecipeError(f"there is no recipe file {source}")
+        near = nearest(source, known)
+        raise RecipeError(
+            f"there is no recipe {source!r}: give a YAML file or one of {', '.join(known)}"
+            + (f"; did you mean {near!r}?" if near else "")
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {source}: {error}") from error
+    return _parse(text, source), source
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.split(".")
+    if not separator or not all(parts):
+        raise RecipeError(f"an override is key=value, such as train.lr=1e-3, not {shown(override)}")
+    try:
+        value = from_yaml(text)
+    except YamlError as error:
+        raise RecipeError(f"{key}: the value {shown(text)} is not valid YAML: {error}") from error
+    node = raw
+    for depth, part in enumerate(parts[:-1]):
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        elif part == "method" and isinstance(child, str):
+            child = node[part] = {"name": child}
+        if not isinstance(child, dict):
+            raise RecipeError(f"unknown key {key!r}: {'.'.join(parts[: depth + 1])!r} has no keys below it")
+        node = child
+    node[parts[-1]] = value

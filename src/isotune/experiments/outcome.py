@@ -1,0 +1,154 @@
+"""What the runs of a method come to together: the chosen rate, the mean of its seeds, and its row of a table."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from isotune.experiments.recipe import merit
+from isotune.experiments.records import Geometry, Record
+from isotune.experiments.registry import entry
+
+
+def best_rate(records: Iterable[Record], metric: str) -> float | None:
+    """The learning rate of the run that is best on validation, the first of equal ones; None without runs."""
+    done = [record for record in records if record.failed is None]
+    return max(done, key=lambda record: merit(metric, record.validation)).lr if done else None
+
+
+def at_border(lr: float | None, tried: Iterable[float]) -> bool:
+    """Whether the best rate is the lowest or highest of those tried, so that a better one may lie beyond.
+
+    Of fewer than three rates none lies inside, and being at the border says nothing.
+    """
+    rates = sorted(set(tried))
+    return len(rates) > 2 and lr in (rates[0], rates[-1])
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """A method with its options: the runs of its search, and its seeds at the learning rate that was chosen."""
+
+    label: str
+    title: str
+    """For people, such as PSOFT r=46."""
+    method: Mapping[str, Any]
+    lr: float | None
+    tried: Sequence[float]
+    """The learning rates of its search."""
+    runs: Sequence[Record]
+    """At the chosen rate, one a seed, none that failed."""
+    search: Sequence[Record]
+    """At every rate tried, none that failed, by rate."""
+    failed: str | None
+
+    @property
+    def name(self) -> str:
+        """The method's name in a recipe."""
+        return str(self.method.get("name") or self.label.partition(":")[0])
+
+    @property
+    def rate_at_border(self) -> bool:
+        """Whether the chosen rate is the lowest or highest of several."""
+        return at_border(self.lr, self.tried)
+
+    @cached_property
+    def scores(self) -> list[float]:
+        """The score of every seed."""
+        return [run.score for run in self.runs if run.score is not None]
+
+    @property
+    def mean(self) -> float | None:
+        """The mean of the scores."""
+        return statistics.fmean(self.scores) if self.scores else None
+
+    @property
+    def standard_error(self) -> float | None:
+        """The standard error of the mean over the seeds; None for a single seed."""
+        return statistics.stdev(self.scores) / math.sqrt(len(self.scores)) if len(self.scores) > 1 else None
+
+    def average(self, name: str) -> float | None:
+        """The mean of a field over the seeds that have it."""
+        return self._mean(getattr(run, name) for run in self.runs)
+
+    def part(self, name: str) -> float | None:
+        """The mean score on one of several test sets."""
+        return self._mean(run.parts.get(name) for run in self.runs)
+
+    @staticmethod
+    def _mean(values: Iterable[float | None]) -> float | None:
+        found = [value for value in values if value is not None]
+        return statistics.fmean(found) if found else None
+
+    @property
+    def geometry(self) -> Geometry | None:
+        """What the first run that has one measured."""
+        return next((run.geometry for run in self.runs if run.geometry), None)
+
+    def row(self) -> dict[str, Any]:
+        """The method in `comparison.json`: scores by seed, and the means of the measures over its seeds."""
+        return {
+            "label": self.label,
+            "method": dict(self.method),
+            "lr": self.lr,
+            "lr_tried": list(self.tried),
+            "lr_at_border": self.rate_at_border,
+            "mean": self.mean,
+            "standard_error": self.standard_error,
+            "seeds": len(self.scores),
+            "scores": {str(run.seed): run.score for run in self.runs},
+            "failed": self.failed,
+            "validation_score": self._mean(run.validation.get(run.metric) for run in self.runs),
+            **{name: _whole(name, self.average(name)) for name in MEASURES},
+        }
+
+
+def _whole(name: str, value: float | None) -> float | None:
+    return int(value) if value is not None and name.endswith("_parameters") else value
+
+
+MEASURES = (
+    *("trainable_parameters", "adapter_parameters", "head_parameters", "adapter_bytes", "train_seconds"),
+    *("tokens_per_second", "peak_memory_bytes", "kept_bytes", "forgetting"),
+)
+"""What a record says of a run beside its scores; a method's row has the mean of each over its seeds."""
+
+
+def method_result(
+    label: str,
+    records: Sequence[Record],
+    *,
+    method: Mapping[str, Any],
+    lr: float | None,
+    tried: Iterable[float] | None = None,
+    failed: str | None,
+) -> MethodResult:
+    """What the runs of one method come to.
+
+    Args:
+        label: the method's in the comparison.
+        records: all its runs that have been done, failed ones included.
+        method: its name and options.
+        lr: the chosen rate; None while it is not known.
+        tried: the rates of its search; by default those that the records have.
+        failed: why the method came to nothing, or one of its seeds did; None where all is well.
+    """
+    done = [record for record in records if record.failed is None and record.score is not None]
+    search = sorted((record for record in done if record.phase == "search"), key=lambda record: record.lr or 0.0)
+    chosen = {record.seed: record for record in done if record.lr == lr}
+    if tried is None:
+        tried = {r.lr for r in records if r.phase == "search" and r.lr is not None}
+    return MethodResult(
+        label=label,
+        title=entry(str(method.get("name", label.partition(":")[0]))).title_of(method),
+        method=method,
+        lr=lr,
+        tried=sorted(tried),
+        runs=[chosen[seed] for seed in sorted(chosen)],
+        search=search,
+        failed=failed,
+    )

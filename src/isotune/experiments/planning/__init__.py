@@ -1,0 +1,1 @@
+"""What a fine-tuning needs: memory and time of a step, from the model's configuration alone."""

@@ -1,0 +1,251 @@
+"""Memory and time of a training step, estimated on the model without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isotune.experiments import methods, registry
+from isotune.experiments.planning.formula import paper_activations
+from isotune.experiments.planning.layers import adapter_activations, factor_bytes
+from isotune.experiments.planning.setting import ACCELERATORS, BITS, DTYPES, OPTIMIZER_BYTES, SHARDED, Setting
+from isotune.experiments.planning.trace import Trace, attention, blocks_of, inputs_for, trace
+from isotune.experiments.recipe import Method
+from isotune.files.base_model import quiet, resolve_base
+from isotune.methods.config import require_choice
+
+_ATTENTION = "isotune_trace"
+
+
+@dataclass
+class Estimate:
+    """What a setting needs; bytes and seconds are of one device."""
+
+    setting: Setting
+    architecture: str
+    dtype: str
+    base_parameters: int
+    trained_parameters: int
+    tokens: int
+    """Of one device in a step; what an encoder is given where there is one."""
+    adapter_file: int
+    memory: dict[str, int]
+    """Row -> bytes on one device."""
+    adapter_activations: int
+    """Of what is kept, the adapter's own part by formula."""
+    paper_activations: float | None
+    """What is kept by the formula of the paper's Table 9, scaled to the dtype; None for a method it does not have."""
+    operations: int
+    """Floating-point operations of a step of one device."""
+    seconds: float
+    sent: int
+    """Bytes that one device sends and receives in a step."""
+    assumptions: list[str]
+
+    @property
+    def total(self) -> int:
+        """Bytes on one device."""
+        return sum(self.memory.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """What --json prints."""
+        return {**asdict(self), "total": self.total, "tokens_per_second": self.tokens_per_second}
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all devices together."""
+        return self.setting.devices * self.tokens / self.seconds
+
+
+def estimate(setting: Setting) -> Estimate:
+    """Estimate what a setting needs.
+
+    Raises:
+        ValueError: no such model or method, options that do not fit, or a model that cannot be followed.
+    """
+    with torch.device("meta"), quiet():
+        base, dtype = _build(setting)
+        base_parameters = sum(p.numel() for p in base.parameters())
+        base_bytes, largest = _base_bytes(base, setting.quantization)
+        blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks_of(base)]
+        model = _adapted(base, setting).train()
+        try:
+            inputs = inputs_for(base, setting.batch, setting.sequence)
+            step = trace(model, inputs)
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"A step of {type(base).__name__} cannot be followed without its weights: {first}"
+            ) from error
+        memory = _memory(setting, model, step, base_bytes, largest, blocks)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        device = ACCELERATORS[setting.accelerator]
+        speed = setting.flops or (device.single if dtype == "float32" else device.half)
+        tokens = _tokens(base, inputs)
+        operations = step.operations_with(checkpointing=setting.checkpointing)
+        return Estimate(
+            setting=setting,
+            architecture=type(base).__name__,
+            dtype=dtype,
+            base_parameters=base_parameters,
+            trained_parameters=sum(p.numel() for p in trained),
+            tokens=tokens,
+            adapter_file=_file_bytes(model),
+            memory=memory,
+            adapter_activations=adapter_activations(model, tokens),
+            paper_activations=paper_activations(setting, base, tokens),
+            operations=operations,
+            seconds=operations / (speed * setting.utilization),
+            sent=_sent(setting, base_bytes, sum(p.numel() * p.element_size() for p in trained)),
+            assumptions=_assumptions(setting, speed, pairs=_pairs(base.config)),
+        )
+
+
+def _pairs(config: Any) -> bool:
+    """Whether the model reads one sequence and writes another."""
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def _tokens(base: nn.Module, inputs: dict[str, Tensor]) -> int:
+    """How many vectors the layers are given for these inputs."""
+    if "input_ids" in inputs:
+        return inputs["input_ids"].numel()
+    config: Any = base.config
+    batch, _, height, width = inputs["pixel_values"].shape
+    patch = getattr(config, "patch_size", height)
+    patches = (height // patch) * (width // patch) if isinstance(patch, int) else 1
+    return batch * (patches + 1)
+
+
+def _build(setting: Setting) -> tuple[Any, str]:
+    """The base model without weights, of the class that its configuration names, and its dtype."""
+    import transformers
+
+    path = resolve_base(setting.model)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, RecursionError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"The configuration of {setting.model!r} cannot be read: {first}") from error
+    stored = getattr(config, "dtype", None)
+    dtype = setting.dtype or (str(stored).removeprefix("torch.") if stored is not None else "float32")
+    require_choice("dtype", dtype, DTYPES)
+    own = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        model: Any = transformers.AutoModel.from_config(config) if own is None else own(config)
+    finally:
+        torch.set_default_dtype(before)
+    if getattr(model.config, "_attn_implementation", None) == "sdpa":
+        # No masks are made for it either: whether one is needed cannot be read off tensors without numbers.
+        transformers.AttentionInterface.register(_ATTENTION, attention)
+        model.set_attn_implementation(_ATTENTION)
+    return model, dtype
+
+
+def _adapted(base: nn.Module, setting: Setting) -> nn.Module:
+    method = Method(name=setting.method, **setting.options)
+    methods.check(method)
+    head = [name for name, _ in base.named_children() if name in registry.HEADS]
+    kind = "SEQ_CLS" if "SequenceClassification" in type(base).__name__ else None
+    model: nn.Module = methods.attach(method, base, head, kind)
+    return model
+
+
+def _base_bytes(base: Any, quantization: str) -> tuple[int, int]:
+    """Bytes of the weights, and of the largest quantised one when it is unpacked for use."""
+    bits = BITS[quantization]
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    packed = {
+        id(module.weight) for module in base.modules() if bits and isinstance(module, nn.Linear) and module is not head
+    }
+    total, largest = 0.0, 0
+    for parameter in base.parameters():
+        size = parameter.numel() * parameter.element_size()
+        if id(parameter) in packed:
+            assert bits is not None
+            total += parameter.numel() * bits / 8
+            largest = max(largest, size)
+        else:
+            total += size
+    return round(total), largest
+
+
+def _memory(
+    setting: Setting, model: nn.Module, step: Trace, base_bytes: int, largest: int, blocks: Sequence[int]
+) -> dict[str, int]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    own = 0 if setting.method == "full" else sum(p.numel() * p.element_size() for p in trained)
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    memory = {
+        "base weights": base_bytes,
+        "adapter weights": own,
+        "adapter's frozen factors": factor_bytes(model),
+        "gradients": gradients,
+        "optimiser states": OPTIMIZER_BYTES[setting.optimizer] * sum(p.numel() for p in trained),
+    }
+    for row in SHARDED[str(setting.sharding)]:
+        memory[row] = -(-memory[row] // setting.devices)
+    working = step.largest + largest
+    if setting.sharding == "ddp":
+        working += gradients  # the buckets in which they are exchanged
+    if setting.sharding in ("zero3", "fsdp"):
+        working += 2 * max(blocks, default=0)  # one block in use and the next on its way
+    memory["kept for backward"] = step.kept_with(checkpointing=setting.checkpointing)
+    memory["working space"] = working
+    return memory
+
+
+def _file_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors that a saved adapter holds, or of the whole model where all of it is trained."""
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def _sent(setting: Setting, base_bytes: int, trained_bytes: int) -> int:
+    """Bytes through one device in a step, by rings: a sum of all is sent twice, a gathering once."""
+    share = (setting.devices - 1) / setting.devices
+    if setting.sharding in ("zero3", "fsdp"):
+        return round(share * (2 * (base_bytes + trained_bytes) + trained_bytes))
+    return round(share * 2 * trained_bytes)
+
+
+def _assumptions(setting: Setting, speed: float, *, pairs: bool) -> list[str]:
+    own = (
+        f"--flops {setting.flops:.3g}"
+        if setting.flops
+        else f"{setting.accelerator}: {speed / 1e12:,.0f} TFLOP/s, dense"
+    )
+    found = [
+        f"speed: {own}, of which {setting.utilization:.0%} are reached; communication and the optimiser take no time",
+        "activations: what autograd keeps of a step, counted on the model without weights; attention keeps no scores",
+        "working space: one more tensor as large as the largest that is kept, and what the options below add",
+        "fragmentation and the libraries' own memory, often 1 to 2 GB, come on top",
+    ]
+    if pairs:
+        found.append(
+            f"encoder and decoder: {setting.sequence} tokens each; tokens a second counts pairs, one token of either"
+        )
+    if setting.quantization != "none":
+        found.append(
+            f"{setting.quantization}: {BITS[setting.quantization]:.3g} bits for each weight of a linear layer but the "
+            "head; the largest is unpacked once at a time"
+        )
+    if setting.checkpointing:
+        found.append("checkpointing: the inputs of all blocks are kept, and one block at a time in full")
+    if setting.sharding == "ddp":
+        found.append("ddp: gradients once more, in the buckets in which they are exchanged")
+    if setting.sharding in ("zero3", "fsdp"):
+        found.append(
+            f"{setting.sharding}: weights, gradients and optimiser states divided by {setting.devices}; two blocks "
+            "gathered at a time; the adapter's frozen factors on every device"
+        )
+    return found

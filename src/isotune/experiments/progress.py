@@ -1,0 +1,144 @@
+"""What goes on beside the steps of a run: its bar, its checkpoints, Ctrl-C, and the end of a loss that is no number."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from isotune.experiments import processes
+from isotune.experiments.files import read_json, read_object, write_json
+from isotune.experiments.recipe import Metric
+
+
+class TrainingDiverged(ValueError):
+    """The loss is no longer a number; the message names the step and the last good checkpoint."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during training, raised once a checkpoint has been written."""
+
+
+def diverged(what: str, step: int, folder: str) -> TrainingDiverged:
+    """The error for a loss that is not a number at `step`."""
+    last = last_checkpoint(Path(folder))
+    kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+    return TrainingDiverged(f"{what} at step {step}: lower train.lr, or raise train.warmup_ratio; {kept}")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; one cut off while it was written is removed.
+
+    Trainer writes `trainer_state.json` last, so a checkpoint that has it has all.
+    """
+    newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if newest is None:
+        return None
+    try:
+        read_json(Path(newest) / "trainer_state.json")
+    except ValueError:
+        shutil.rmtree(newest)
+        return last_checkpoint(folder)
+    return Path(newest)
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """A progress bar, the seconds spent over all sessions of a run, and a checkpoint at Ctrl-C.
+
+    `seconds` are those of training with all that belongs to it, `stepping` those of its steps alone.
+    """
+
+    def __init__(self, title: str, folder: Path, metric: Metric) -> None:
+        self.title, self.folder, self.metric = title, folder, metric
+        self.interrupted = False
+        self.before, self.started = 0.0, time.perf_counter()
+        self.stepping, self.step_started = 0.0, 0.0
+        self.bar: Any = None
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.started
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        spent = self.folder / "seconds.json"
+        if state.global_step and spent.exists():
+            self.before, self.stepping = read_object(spent).get(str(state.global_step), (0.0, 0.0))
+        self.bar = tqdm(
+            disable=not processes.is_main(),
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.title,
+            unit="step",
+            dynamic_ncols=True,
+            # Where the output is a file a bar every tenth of a second fills it.
+            mininterval=0.2 if sys.stderr.isatty() else 15,
+        )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.step_started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.stepping += time.perf_counter() - self.step_started
+        self.bar.update(state.global_step - self.bar.n)
+        if state.global_step >= state.max_steps and args.eval_strategy == "steps":
+            control.should_evaluate = True  # the last step is scored wherever it falls
+        # At the end of an epoch the checkpoint is left to the epoch's own end, which scores before it saves.
+        if self.interrupted and not (args.eval_strategy == "epoch" and float(state.epoch).is_integer()):
+            control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "loss" in logs:
+            self.bar.set_postfix({"loss": f"{logs['loss']:.3f}"}, refresh=False)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        self.bar.set_postfix({f"validation {self.metric}": f"{metrics[f'eval_{self.metric}']:.3f}"})
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if processes.is_main():
+            self._note(state)
+        # Left from here, not by `should_training_stop`: that would score and save once more in mid-epoch.
+        if self.interrupted and state.global_step < state.max_steps:
+            raise Interrupted(str(self.folder))
+
+    def _note(self, state: Any) -> None:
+        # Trainer pickles its own arguments beside each checkpoint; nothing here reads a pickle.
+        (self.folder / f"checkpoint-{state.global_step}" / "training_args.bin").unlink(missing_ok=True)
+        spent = self.folder / "seconds.json"
+        known = read_object(spent) if spent.exists() else {}
+        write_json(spent, {**known, str(state.global_step): (self.seconds, self.stepping)})
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    @contextlib.contextmanager
+    def catching_interrupts(self) -> Iterator[None]:
+        """The first Ctrl-C asks for a checkpoint after the running step; a second one stops at once."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            tqdm.write("interrupted: saving a checkpoint (Ctrl-C again to stop at once)", file=sys.stderr)
+
+        # Handlers are set by the main thread alone, and a job put into the background ignores Ctrl-C for a reason.
+        previous = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or previous is signal.SIG_IGN:
+            yield
+            return
+        signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)

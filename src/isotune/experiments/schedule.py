@@ -1,0 +1,251 @@
+"""The runs of an experiment: which there are, which have been done, and what they come to."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from isotune.experiments import processes
+from isotune.experiments.engines import Engine
+from isotune.experiments.files import read_object, write_json
+from isotune.experiments.outcome import MethodResult, best_rate, method_result
+from isotune.experiments.recipe import LESS_IS_BETTER, Method, Recipe, RecipeError, Train
+from isotune.experiments.records import FORMAT, Record, record_of
+from isotune.experiments.run import Run
+from isotune.experiments.text import shown
+
+Key = tuple[str, float | None, int]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with its options, under a label of its own, and the learning rates that are tried for it."""
+
+    label: str
+    method: Method
+    rates: tuple[float, ...]
+
+    @property
+    def folder(self) -> str:
+        """The label as the name of a folder."""
+        return re.sub(r"[^A-Za-z0-9=.,\[\]-]+", "_", self.label)
+
+
+@dataclass
+class Schedule:
+    """What an experiment consists of, and what of it has been done.
+
+    Each variant is trained at all its rates with the first seed, then at the best of them with the other seeds.
+
+    Args:
+        name: the recipe's, for the records.
+        recipe: what is learnt, by which model.
+        variants: the methods.
+        seeds: the seeds; the first is the search's.
+        folder: the experiment's.
+        about: what a record says of the data, with their fingerprint.
+        threads: of a run; None leaves them as they are.
+        keep_adapters: whether the trained weights stay.
+        separate: whether records lie apart from what the runs write, which can then be removed: `runs/`, `work/` and
+            `heads/`. Otherwise a run has one folder, which holds its record as `run.json`.
+        notes: what the user should know before it starts.
+        details: what `result` says besides of how the comparison was made.
+    """
+
+    name: str
+    recipe: Recipe
+    variants: list[Variant]
+    seeds: list[int]
+    folder: Path
+    about: dict[str, Any]
+    threads: int | None = None
+    keep_adapters: bool = False
+    separate: bool = True
+    notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    records: dict[Key, Record] = field(default_factory=dict)
+
+    @cached_property
+    def heads(self) -> dict[int, Run]:
+        """The heads that runs start from where the recipe asks for that, by seed.
+
+        Where records lie with their runs, as in a training, these are the runs of the method head itself.
+        """
+        if not self.recipe.train.start_from_head or not self.separate:
+            return {}
+        method = next(m for m in self.recipe.baselines if m.name == "head")
+        lr = self.recipe.training(method).lr[0]
+        return {seed: self._run("start", Variant("start:head", method, (lr,)), lr, seed) for seed in self.seeds}
+
+    def search(self, variant: Variant) -> list[Run]:
+        """The runs that find a method's learning rate."""
+        return [self._run("search", variant, lr, self.seeds[0]) for lr in variant.rates]
+
+    def best(self, variant: Variant) -> float | None:
+        """The rate with the highest score on validation; None while runs are missing, or where all have failed."""
+        searched = [self.records.get((variant.label, lr, self.seeds[0])) for lr in variant.rates]
+        found = [record for record in searched if record is not None]
+        return best_rate(found, self.recipe.chosen_by) if len(found) == len(searched) else None
+
+    def total(self) -> int:
+        """How many runs the whole experiment has, failed searches not foreseen."""
+        return len(self.heads) + sum(len(v.rates) + len(self.seeds) - 1 for v in self.variants)
+
+    def ready(self) -> Iterator[Run]:
+        """The runs that can be started and have not been done: heads, searches, then seed after seed."""
+        for run in self._possible():
+            if run.key not in self.records:
+                head = self.heads.get(run.seed) if run.start_from else None
+                if head is None or (head.key in self.records and self.records[head.key].failed is None):
+                    yield run
+
+    def _possible(self) -> Iterator[Run]:
+        yield from self.heads.values()
+        for variant in self.variants:
+            yield from self.search(variant)
+        best = {variant.label: self.best(variant) for variant in self.variants}
+        for seed in self.seeds[1:]:
+            for variant in self.variants:
+                lr = best[variant.label]
+                if lr is not None:
+                    yield self._run("seed", variant, lr, seed)
+
+    def _run(self, phase: str, variant: Variant, lr: float, seed: int) -> Run:
+        method = variant.method.model_copy(update={"train": {**variant.method.train, "lr": [lr], "seed": seed}})
+        where, name = self.folder.resolve(), f"lr={lr:g}-seed={seed}"
+        if not self.separate:
+            folder = where / (variant.folder if len(variant.rates) == 1 else f"{variant.folder}-lr={lr:g}")
+            record, start_from = folder / "run.json", self._trained_head(method)
+        else:
+            heads = phase == "start"
+            folder = where / ("heads" if heads else f"work/{variant.folder}") / name
+            record = where / ("heads" if heads else f"runs/{variant.folder}") / f"{name}.json"
+            head = self.heads.get(seed) if not heads and method.name != "head" else None
+            start_from = head.folder if head else None
+        return Run(
+            name=self.name,
+            label=variant.label,
+            phase=phase,
+            recipe=self.recipe.model_copy(update={"method": method}),
+            lr=lr,
+            seed=seed,
+            fingerprint=self.about["fingerprint"],
+            folder=folder,
+            record=record,
+            start_from=start_from,
+            threads=self.threads,
+        )
+
+    def _trained_head(self, method: Method) -> Path | None:
+        """The folder of this experiment's own method head, where it has been trained and `method` is another one."""
+        head = next((variant for variant in self.variants if variant.method.name == "head"), None)
+        lr = self.best(head) if head is not None and method.name != "head" else None
+        return None if head is None or lr is None else self._run("search", head, lr, self.seeds[0]).folder
+
+    def load(self) -> None:
+        """Read the records of what has been done.
+
+        What failed for a reason that may have passed, such as a lack of memory, is not counted as done.
+
+        Raises:
+            RecipeError: a record is of other settings.
+            ValueError: a record cannot be read; the message names it.
+        """
+        # A search may have to be read before the best rate is known, and with it which further runs there are.
+        while True:
+            found = [run for run in self._possible() if run.key not in self.records and self._read(run)]
+            if not found:
+                return
+
+    def _read(self, run: Run) -> bool:
+        path = run.record
+        if not path.exists():
+            return False
+        content = read_object(path)
+        if "settings" in content:
+            try:
+                # A later release may know more settings; what an earlier one has stored then had their defaults.
+                content["settings"] = Train.model_validate(content["settings"]).model_dump(mode="json")
+            except ValueError as error:
+                raise RecipeError(f"cannot read {path}: its settings are none that this release knows") from error
+        for key, value in run.identity().items():
+            # A training of an earlier release has stored less, and its folder was claimed for this very recipe.
+            if key != "phase" and key in content and content[key] != value:
+                raise RecipeError(
+                    f"{path} is of a run with other settings ({key} is {shown(content[key])} there and {shown(value)} "
+                    "here); give another folder with -o, or remove that one"
+                )
+        record = record_of({**run.identity(), **content}, path)
+        if record.failed is not None and not record.final:
+            return False
+        self.records[run.key] = record
+        return True
+
+    def add_record(self, run: Run, content: dict[str, Any]) -> None:
+        """Note the record of a run that has ended, and remove what it needed only to go on."""
+        self.records[run.key] = record = record_of(content, run.record)
+        if not processes.is_main():
+            return
+        if not run.record.exists() or read_object(run.record) != content:
+            write_json(run.record, content)
+        if record.failed is None and run.phase != "start" and not self.keep_adapters:
+            shutil.rmtree(run.folder, ignore_errors=True)
+
+    def results(self) -> list[MethodResult]:
+        """What the runs of each method come to so far, in the order in which the methods were given."""
+        return [self._result(variant) for variant in self.variants]
+
+    def _result(self, variant: Variant) -> MethodResult:
+        records = [record for (label, _, _), record in self.records.items() if label == variant.label]
+        searched = [self.records[run.key] for run in self.search(variant) if run.key in self.records]
+        lr = self.best(variant)
+        failed: str | None = None
+        if lr is None and len(searched) == len(variant.rates):
+            failed = f"at every learning rate; at the first: {searched[0].failed}"
+        broken = [self.records[head.key].failed for head in self.heads.values() if head.key in self.records]
+        if any(broken) and variant.method.name != "head":
+            failed = f"the head to start from: {next(filter(None, broken))}"
+        reasons = [record.failed for record in records if record.failed is not None and record.lr == lr]
+        if lr is not None and reasons:
+            failed = f"{len(reasons)} of {len(self.seeds)} seeds: {reasons[0]}"
+        method = {"name": variant.method.name, **variant.method.options}
+        return method_result(variant.label, records, method=method, lr=lr, tried=variant.rates, failed=failed)
+
+    def result(self) -> dict[str, Any]:
+        """The experiment as JSON, as far as it has come."""
+        return {
+            "format": FORMAT,
+            "recipe": self.name,
+            "task": self.recipe.task,
+            "model": self.recipe.model,
+            "metric": self.recipe.metric,
+            "chosen_by": self.recipe.chosen_by,
+            "higher_is_better": self.recipe.metric not in LESS_IS_BETTER,
+            "variants": [variant.label for variant in self.variants],
+            "seeds": self.seeds,
+            **self.details,
+            "data": self.about,
+            "complete": not any(True for _ in self.ready()),
+            "rows": [found.row() for found in self.results()],
+        }
+
+
+def carry_out(schedule: Schedule, engine: Engine) -> Iterator[tuple[Run, Record]]:
+    """Carry out what is left of an experiment, and hand out each run with its record once it has ended."""
+    running: set[Key] = set()
+    while True:
+        for run in schedule.ready():
+            if engine.free and run.key not in running:
+                running.add(run.key)
+                engine.start(run)
+        if not engine.running:
+            return
+        for run, content in engine.wait():
+            running.discard(run.key)
+            schedule.add_record(run, content)
+            yield run, schedule.records[run.key]

@@ -1,0 +1,175 @@
+"""Rows of local files, of the Hub or of the standard library, as they are read."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from isotune.experiments.recipe import FileData, HubData, HubTable
+from isotune.experiments.text import from_json
+
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
+
+
+class DataError(ValueError):
+    """The data of a recipe cannot be used; the message says where and what to change."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it was read: its columns, where it stands, and which of several test sets it belongs to."""
+
+    values: dict[str, Any]
+    where: str
+    set: str | None = None
+
+
+def builtin_rows() -> dict[str, list[Row]]:
+    """The splits of the standard library's docstrings."""
+    from isotune.experiments import stdlib_docstrings
+
+    splits, _ = stdlib_docstrings.build()
+    return {
+        split: [
+            Row({"text": text, "label": label}, f"{split} docstring {i + 1}") for i, (text, label) in enumerate(rows)
+        ]
+        for split, rows in splits.items()
+    }
+
+
+def hub_rows(hub: HubData) -> dict[str, list[Row]]:
+    """The splits of a data set on the Hub.
+
+    Raises:
+        DataError: the package datasets is missing, or a split cannot be loaded.
+    """
+
+    def of(name: str) -> HubTable:
+        return HubTable(name=hub.name, config=hub.config, revision=hub.revision, files=hub.files, split=name)
+
+    rows = {
+        split: _hub_table(of(name))
+        for split, name in {"train": hub.train, "validation": hub.validation, "test": hub.test}.items()
+        if name is not None
+    }
+    for name, table in hub.tests.items():
+        rows.setdefault("test", []).extend(replace(row, set=name) for row in _hub_table(table))
+    return rows
+
+
+def _hub_table(table: HubTable) -> list[Row]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError("data from the Hub need the package datasets: pip install datasets") from error
+    try:
+        files = {"data_files": table.files} if table.files else {}
+        found = load_dataset(table.name, table.config, split=table.split, revision=table.revision, **files)
+    except Exception as error:  # the library raises a dozen kinds, most of them about the network
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"cannot load split {table.split!r} of {table.name} {table.config or ''} from the Hub ({reason}); "
+            "to use local files instead, give data.path and data.files"
+        ) from error
+    return [Row(dict(row), f"{table.name} {table.split}, row {i + 1}") for i, row in enumerate(found)]
+
+
+def file_rows(files: FileData, folder: Path) -> dict[str, list[Row]]:
+    """The splits of local files in a folder.
+
+    Raises:
+        DataError: a file is not there, cannot be read, or is empty; the message names it and the line.
+    """
+
+    def rows(names: Sequence[str], name: str | None = None) -> list[Row]:
+        return [replace(row, set=name) for file in names for row in _table(folder / file, files.columns)]
+
+    found = {"train": rows(files.train)}
+    if files.validation is not None:
+        found["validation"] = rows(files.validation)
+    if isinstance(files.test, dict):
+        found["test"] = [row for name, names in files.test.items() for row in _some(rows(names, name), name)]
+    elif files.test is not None:
+        found["test"] = rows(files.test)
+    return found
+
+
+def _some(rows: list[Row], name: str) -> list[Row]:
+    if not rows:
+        raise DataError(f"the test set {name} is empty")
+    return rows
+
+
+def _table(path: Path, columns: list[str] | None) -> Iterator[Row]:
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path}: the kind of file is told by its name, which must end in {', '.join(SUFFIXES)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError(f"there is no data file {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the data file {path}: {error}") from error
+    if path.suffix == ".txt":
+        yield from _listed_rows(path, text)
+    else:
+        yield from _json_rows(path, text) if "json" in path.suffix else _separated_rows(path, text, columns)
+
+
+def _listed_rows(path: Path, text: str) -> Iterator[Row]:
+    """A list of images as VTAB-1K is published: a path from the list's own folder, a space, the label."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            image, separator, label = line.strip().rpartition(" ")
+            if not separator:
+                raise DataError(f"{path}, line {number}: expected the path of an image, a space and its label")
+            yield Row({"image": str(path.parent / image), "label": label}, f"{path}, line {number}")
+
+
+def _json_rows(path: Path, text: str) -> Iterator[Row]:
+    if path.suffix == ".jsonl":
+        parsed = []
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                try:
+                    parsed.append((f"{path}, line {number}", from_json(line)))
+                except ValueError as error:
+                    raise DataError(f"{path}, line {number}: not valid JSON: {error}") from error
+    else:
+        try:
+            table = from_json(text)
+        except ValueError as error:
+            raise DataError(f"{path}: not valid JSON: {error}") from error
+        if not isinstance(table, list):
+            raise DataError(f"{path}: a .json file must hold a list of objects; one object a line is .jsonl")
+        parsed = [(f"{path}, entry {number}", row) for number, row in enumerate(table, 1)]
+    for where, row in parsed:
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected an object with named fields, not {type(row).__name__}")
+        yield Row(row, where)
+
+
+def _separated_rows(path: Path, text: str, columns: list[str] | None) -> Iterator[Row]:
+    # In tab-separated corpora a quotation mark is text; in csv it quotes.
+    reader = (
+        csv.reader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+        if path.suffix == ".tsv"
+        else csv.reader(text.splitlines(keepends=True))
+    )
+    try:
+        for cells in reader:
+            if not cells:
+                continue
+            if columns is None:
+                columns = cells
+                continue
+            if len(cells) != len(columns):
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {len(cells)} columns where {len(columns)} are expected "
+                    f"({', '.join(columns)})"
+                )
+            yield Row(dict(zip(columns, cells, strict=True)), f"{path}, line {reader.line_num}")
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}") from error

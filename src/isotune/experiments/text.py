@@ -1,0 +1,123 @@
+"""Text from outside: parsed without overflowing the stack, and shown without commanding a terminal."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from typing import Any
+
+import yaml
+
+DEEPEST = 100
+"""How deep lists and mappings may lie in each other: far more than any file here has, far less than Python's stack."""
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong, _BRIEF.maxlevel = 120, 120, 40, 3
+
+
+class YamlError(ValueError):
+    """A text is not valid YAML; `line` is where, counted from 1, or None where the parser does not say."""
+
+    def __init__(self, problem: str, line: int | None = None) -> None:
+        super().__init__(problem)
+        self.line = line
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with every character that is not printable written as its escape, such as `\\x1b`.
+
+    Line breaks, terminal escape sequences, marks that change the direction of writing and lone surrogates are not
+    printable, so that the result is one line which means nothing to a terminal and can be encoded.
+
+    Args:
+        text: from a file, a folder's name or an exception.
+        keep: characters that stay as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def clean(value: Any) -> Any:
+    """JSON with every text and key in it made `printable`."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, list):
+        return [clean(one) for one in value]
+    if isinstance(value, dict):
+        return {printable(str(key)): clean(one) for key, one in value.items()}
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: its `repr`, cut short where it is long or deep."""
+    found = _BRIEF.repr(value)
+    return found if len(found) <= 200 else f"{found[:199]}…"
+
+
+def from_json(text: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: the reason alone: no valid JSON, or nested deeper than DEEPEST.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(_too_deep()) from error
+    _check_depth(value)
+    return value
+
+
+def from_yaml(text: str) -> Any:
+    """Parse YAML; a mapping may not have a key twice.
+
+    Raises:
+        YamlError: the reason alone: no valid YAML, or nested deeper than DEEPEST.
+    """
+    try:
+        value = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise YamlError(str(getattr(error, "problem", None) or error), mark.line + 1 if mark else None) from error
+    except RecursionError as error:
+        raise YamlError(_too_deep()) from error
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        # A scalar that PyYAML's own constructor cannot convert, such as the date 2020-13-45 or an empty `!!int`.
+        raise YamlError(f"a value that cannot be read ({error})") from error
+    try:
+        _check_depth(value)
+    except ValueError as error:
+        raise YamlError(str(error)) from error
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    """Raise ValueError where lists and mappings lie in each other more than DEEPEST deep, or in themselves."""
+    seen: dict[int, int] = {}
+    waiting = [(value, 1)]
+    while waiting:
+        node, depth = waiting.pop()
+        if not isinstance(node, (dict, list)) or seen.get(id(node), 0) >= depth:
+            continue
+        if depth > DEEPEST:
+            raise ValueError(_too_deep())
+        seen[id(node)] = depth
+        waiting += [(one, depth + 1) for one in (node.values() if isinstance(node, dict) else node)]
+
+
+def _too_deep() -> str:
+    return f"lists and mappings are nested more than {DEEPEST} deep"
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys and says nothing; in a recipe that hides a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key!r} is given twice", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,155 @@
+"""The figures that the table and the page both show of a method, and how they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from isotune.experiments.outcome import MethodResult
+from isotune.report.results import Comparison
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of each method."""
+
+    key: str
+    """Its name where a program reads it."""
+    title: str
+    value: Callable[[MethodResult], float | None]
+    show: Callable[[float], str]
+    detail: bool = False
+    """Whether it stands beside another figure rather than in a column of its own, where people read it."""
+
+
+def count(value: float) -> str:
+    """A number of things, with separators."""
+    return f"{value:,.0f}"
+
+
+def size(value: float) -> str:
+    """Bytes, in the unit that leaves up to four digits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024 or unit == "GiB":
+            return f"{value:,.0f} {unit}" if unit == "B" or abs(value) >= 100 else f"{value:.3g} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def duration(value: float) -> str:
+    """Seconds, or minutes and hours where that is shorter."""
+    if value < 100:
+        return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"
+    for unit, length in (("min", 60.0), ("h", 3600.0)):
+        if value < 100 * length or unit == "h":
+            return f"{value / length:.{1 if value < 10 * length else 0}f} {unit}"
+    raise AssertionError("unreachable")
+
+
+def _average(key: str, title: str, show: Callable[[float], str], detail: bool = False) -> Column:
+    return Column(key, title, lambda variant: variant.average(key), show, detail)
+
+
+COLUMNS = (
+    _average("trainable_parameters", "Trainable parameters", count),
+    _average("adapter_parameters", "Parameters of the adapter", count, detail=True),
+    _average("adapter_bytes", "File", size),
+    _average("train_seconds", "Training time", duration),
+    _average("tokens_per_second", "Tokens a second", count),
+    _average("peak_memory_bytes", "Peak memory", size),
+    _average("kept_bytes", "Kept for backward", size),
+    _average("forgetting", "Forgetting", lambda value: f"{round(value, 3) + 0.0:+.3f}"),
+)
+"""After the score; a comparison shows those of which any method has a value."""
+
+
+def columns_of(comparison: Comparison, *, details: bool = False) -> list[Column]:
+    """The columns of which any method of a comparison has a value."""
+    parts = [
+        Column(f"test_{name}", name.replace("_", " "), partial(MethodResult.part, name=name), comparison.shown)
+        for name in comparison.parts
+    ]
+    found = [c for c in (*parts, *COLUMNS) if any(c.value(variant) is not None for variant in comparison.variants)]
+    return [column for column in found if details or not column.detail]
+
+
+def pareto(points: Iterable[tuple[float, float, Any]], *, higher_is_better: bool) -> list[tuple[float, float, Any]]:
+    """The points (cost, score, …) that no other beats in both, by cost; of equal ones the first."""
+    sign = 1.0 if higher_is_better else -1.0
+    front: list[tuple[float, float, Any]] = []
+    for point in sorted(points, key=lambda p: (p[0], -sign * p[1])):
+        if not front or sign * point[1] > sign * front[-1][1]:
+            front.append(point)
+    return front
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure in a table."""
+
+    text: str
+    value: float | None = None
+    """The number that it stands for, by which a table is sorted."""
+    small: str = ""
+    """What stands beside it in small print."""
+    mark: str = ""
+    """"best", "near" for what is within one standard error of the best, or nothing."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of a column."""
+
+    title: str
+    kind: str = ""
+    """"score", "seeds", "paper", "rate", or nothing."""
+
+
+def table_of(comparison: Comparison) -> tuple[list[Head], list[tuple[MethodResult, list[Cell]]]]:
+    """The table that Markdown, LaTeX and the page show: heads, and a row of cells for each method, the best first."""
+    columns, paper = columns_of(comparison), comparison.paper
+    heads = [Head(f"Test {comparison.metric.replace('_', ' ')}", "score"), Head("Seeds", "seeds")]
+    heads += [Head(next(iter(paper.values())).model, "paper")] if paper else []
+    heads += [*(Head(column.title) for column in columns), Head("Learning rate", "rate")]
+    rows = []
+    for variant in ordered(comparison):
+        cells = [score_of(comparison, variant), Cell(str(len(variant.scores)), len(variant.scores))]
+        if paper:
+            beside = paper.get(variant.name)
+            shown = Cell(comparison.shown(beside.score), beside.score, beside.method) if beside else Cell("–")
+            cells.append(shown)
+        cells += [_cell(comparison, variant, column) for column in columns]
+        border = "at the border" if variant.rate_at_border else ""
+        cells.append(Cell("–" if variant.lr is None else f"{variant.lr:g}", variant.lr, border))
+        rows.append((variant, cells))
+    return heads, rows
+
+
+def score_of(comparison: Comparison, variant: MethodResult) -> Cell:
+    """The mean score of a method, its standard error beside it."""
+    if variant.mean is None:
+        return Cell("failed" if variant.failed else "not run")
+    mark = "best" if variant is comparison.best else "near" if comparison.near_best(variant) else ""
+    error = comparison.shown_error(variant.standard_error)
+    return Cell(comparison.shown(variant.mean), variant.mean, error, mark)
+
+
+def _cell(comparison: Comparison, variant: MethodResult, column: Column) -> Cell:
+    value = column.value(variant)
+    if value is None:
+        return Cell("–")
+    part = column.key.removeprefix("test_")
+    beside = comparison.paper_of_part(part).get(variant.name) if part in comparison.parts else None
+    small = "" if beside is None else f"paper {comparison.shown(beside.score)}"
+    adapter = variant.average("adapter_parameters")
+    if column.key == "trainable_parameters" and adapter is not None and adapter != value:
+        small = f"adapter {adapter:,.0f}"
+    return Cell(column.show(value), value, small)
+
+
+def ordered(comparison: Comparison) -> list[MethodResult]:
+    """The methods, best first, and after them those without a result."""
+    sign = -1 if comparison.higher_is_better else 1
+    return sorted(comparison.variants, key=lambda v: (v.mean is None, sign * (v.mean or 0.0)))

@@ -1,0 +1,117 @@
+"""What quality costs: scores against parameters, memory and time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from isotune.experiments.outcome import MethodResult
+from isotune.report.columns import count, duration, pareto, size
+from isotune.report.figures.looks import Figure, Looks, Section, Spec
+from isotune.report.figures.marks import axis, error, hover, marked, marks, metric_of, safe, scores
+from isotune.report.results import Comparison
+
+Show = Callable[[float], str]
+Point = tuple[float, float, MethodResult]
+
+_COSTS: tuple[tuple[str, str, Show, str], ...] = (
+    ("trainable_parameters", "trainable parameters", count, "parameters"),
+    ("peak_memory_bytes", "peak memory of training", size, "memory"),
+    ("kept_bytes", "kept for backward", size, "kept"),
+    ("train_seconds", "training time", duration, "time"),
+)
+
+
+def costs(comparison: Comparison, looks: Looks) -> Section | None:
+    """The score against each cost, with the Pareto front."""
+    figures, missing = [], []
+    for field, name, show, key in _COSTS:
+        found = [(variant.average(field), variant.mean, variant) for variant in comparison.scored]
+        points = [(cost, score, v) for cost, score, v in found if cost is not None and score is not None]
+        if points:
+            figures.append(_against(comparison, looks, points, name, show, key))
+        else:
+            missing.append(name)
+    if not figures:
+        return None
+    text = (
+        "Filled methods are on the Pareto front, the dotted line: none that costs less is as good. Bars are one "
+        "standard error."
+    )
+    note = f"No run recorded its {' or its '.join(missing)}." if missing else ""
+    return Section("costs", "What quality costs", text, figures, note)
+
+
+def _against(comparison: Comparison, looks: Looks, points: list[Point], name: str, show: Show, key: str) -> Figure:
+    front = pareto(points, higher_is_better=comparison.higher_is_better)
+    members = [variant for _, _, variant in front]
+    values = [cost for cost, _, _ in points]
+    data: list[Spec] = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": [cost for cost, _, _ in front],
+            "y": [score for _, score, _ in front],
+            "line": {"color": "@muted", "width": 1.5, "shape": "hv", "dash": "dot"},
+            "hoverinfo": "skip",
+            "name": "Pareto front",
+        }
+    ]
+    for cost, score, variant in points:
+        on, colour = variant in members, looks.colour(variant)
+        symbol = looks.symbol(variant) + ("" if on else "-open")
+        marker = {"size": 12 if on else 10, "color": colour, "symbol": symbol, "line": {"width": 0 if on else 2}}
+        bars = error([variant.standard_error or 0], 1.2, 3, colour)
+        shown = f"{comparison.shown(score)} {comparison.shown_error(variant.standard_error)}"
+        text = hover(safe(variant.title), show(cost), shown)
+        data.append(marks(variant, [cost], [score], text, marker=marker, error_y=bars))
+    logarithmic = min(values) > 0 and max(values) / min(values) > 8
+    layout = {
+        "xaxis": axis(name, **_ticks(values, show, logarithmic=logarithmic)),
+        "yaxis": scores(comparison, f"test {metric_of(comparison)}", [score for _, score, _ in points]),
+    }
+    listed = ", ".join(f"{v.title} ({show(cost)}, {comparison.shown(score)})" for cost, score, v in front)
+    alt = f"{metric_of(comparison)} against {name} of {len(points)} methods. On the Pareto front: {listed}."
+    return Figure(key, f"Against {name}", "", alt, data, layout, 340, width="half")
+
+
+_MINUTE, _HOUR = 60.0, 3600.0
+_MARKS: dict[Show, list[float]] = {
+    count: [n * 10.0**e for e in range(14) for n in (1, 2, 5)],
+    size: [2.0**e for e in range(50)],
+    duration: [u * n for u in (1.0, _MINUTE) for n in (1, 2, 5, 10, 20, 30)]
+    + [_HOUR * n * 10**e for e in range(4) for n in (1, 2, 5)],
+}
+"""By the function that writes a number, the numbers that look round when it has written them."""
+
+
+def _ticks(values: Sequence[float], show: Show, *, logarithmic: bool) -> Spec:
+    """An axis whose ticks are written as the table writes them."""
+    low, high = min(values), max(values)
+    if low == high:
+        return {"tickvals": [low], "ticktext": [show(low)]}
+    if not logarithmic:
+        low = min(low, 0.0) if low < 0.5 * high else low
+        beyond = 10.0 ** math.ceil(math.log10((high - low) / 4))
+        step = next((mark for mark in _MARKS[show] if (high - low) / mark <= 4), beyond)
+        places = [step * i for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+        pad = 0.06 * (high - low or step)
+        places = [place for place in places if low - 0.9 * pad <= place <= high + 0.9 * pad]
+        return marked(places, [_tick(place, show) for place in places], [low - pad, high + pad])
+    inside = [mark for mark in _MARKS[show] if low / 1.2 <= mark <= high * 1.2] or [low, high]
+    decades = [mark for mark in inside if math.log10(mark).is_integer()]
+    if show is count and len(decades) > 2:
+        inside = decades
+    places = inside[:: -(-len(inside) // 5)]
+    ends = math.log10(low), math.log10(high)
+    pad = 0.05 * (ends[1] - ends[0]) + 0.05
+    return marked(places, [_tick(place, show) for place in places], [ends[0] - pad, ends[1] + pad], type="log")
+
+
+def _tick(value: float, show: Show) -> str:
+    if show is not count:
+        return show(value).replace(".0 ", " ")
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:g} {letter}"
+    return f"{value:g}"

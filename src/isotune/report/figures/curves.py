@@ -1,0 +1,100 @@
+"""The course of training, and the search for the learning rate."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from isotune.experiments.outcome import MethodResult
+from isotune.report.figures.looks import Figure, Looks, Section, Spec
+from isotune.report.figures.marks import axis, hover, line, marked, metric_of, safe, scores
+from isotune.report.results import Comparison
+
+
+def curves(comparison: Comparison, looks: Looks) -> Section | None:
+    """Validation score and losses over the steps."""
+    figures: list[Figure] = []
+    for key, field, title, vertical in (
+        (
+            "curve-score",
+            f"validation_{comparison.metric}",
+            f"Validation {metric_of(comparison)}",
+            scores(comparison, ""),
+        ),
+        ("curve-validation", "validation_loss", "Validation loss", {}),
+        ("curve-loss", "loss", "Training loss", {}),
+    ):
+        if any(figure.title == title for figure in figures):
+            continue
+        data, ends = [], []
+        for variant in comparison.variants:
+            points = _mean_curve(variant, field)
+            if points:
+                ends.append(f"{variant.title} {points[-1][1]:.3f}")
+                mode = "lines+markers" if len(points) <= 12 else "lines"
+                text = hover(safe(variant.title), "step %{x}: %{y:.4f}")
+                data.append(line(looks, variant, points, text, width=1.8, size=6, mode=mode))
+        if data:
+            layout = {"xaxis": axis("step", rangemode="tozero"), "yaxis": vertical}
+            alt = f"{title} of {len(data)} methods over the steps; at the end: {', '.join(ends)}."
+            caption = "Mean over the seeds, at each method's chosen learning rate."
+            figures.append(Figure(key, title, caption, alt, data, layout, 360, width="half"))
+    return Section("curves", "Learning curves", "", figures) if figures else None
+
+
+def _mean_curve(variant: MethodResult, field: str) -> list[tuple[float, float]]:
+    by_step: dict[float, list[float]] = {}
+    for run in variant.runs:
+        for point in run.curve:
+            if "step" in point and field in point:
+                by_step.setdefault(point["step"], []).append(point[field])
+    # Seeds that stopped early must not pull the end of the mean towards themselves.
+    most = max((len(values) for values in by_step.values()), default=0)
+    return [(step, statistics.fmean(v)) for step, v in sorted(by_step.items()) if len(v) == most]
+
+
+def rates(comparison: Comparison, looks: Looks) -> Section | None:
+    """The validation score over the learning rates that were tried."""
+    by = comparison.chosen_by
+    searched: list[tuple[MethodResult, list[tuple[float, float]]]] = []
+    for variant in comparison.variants:
+        points = [(r.lr, r.validation[by]) for r in variant.search if r.lr is not None and by in r.validation]
+        if len(points) > 1:
+            searched.append((variant, points))
+    if not searched:
+        return None
+    data: list[Spec] = []
+    for variant, points in searched:
+        trace = line(looks, variant, points, hover(safe(variant.title), "rate %{x:.2g}: %{y:.4f}"), width=1.5, size=7)
+        chosen = [lr == variant.lr for lr, _ in points]
+        trace["marker"] = {
+            "size": [11 if one else 7 for one in chosen],
+            "symbol": [looks.symbol(variant) + ("" if one else "-open") for one in chosen],
+            "color": looks.colour(variant),
+            "opacity": 1,
+        }
+        data.append(trace)
+    border = [variant.title for variant, _ in searched if variant.rate_at_border]
+    text = "Filled: the rate that was chosen, on validation alone."
+    if border:
+        text += f" Chosen at the border of what was tried, so that a better one may lie beyond: {', '.join(border)}."
+    every = [point for _, points in searched for point in points]
+    layout = {
+        "xaxis": axis("learning rate", type="log", **_decades([lr for lr, _ in every])),
+        "yaxis": scores(comparison, f"validation {by.replace('_', ' ')}", [score for _, score in every]),
+    }
+    alt = "Chosen rates: " + ", ".join(f"{v.title} {v.lr:g}" for v, _ in searched if v.lr) + "."
+    figure = Figure("rates", "Learning rates tried", "", alt, data, layout, 360)
+    return Section("rates", "Learning rates", text, [figure])
+
+
+def _decades(values: Sequence[float]) -> Spec:
+    pad = 0.08
+    ends = [math.log10(min(values)) - pad, math.log10(max(values)) + pad]
+    places = sorted(set(values))
+    if len(places) > 5:
+        low, high = math.floor(ends[0]), math.ceil(ends[1])
+        few = high - low <= 2
+        places = [n * 10.0**e for e in range(low, high + 1) for n in ((1, 2, 5) if few else (1,))]
+    return marked(places, [f"{place:g}" for place in places], ends)

@@ -34,12 +34,16 @@ class Adapter(nn.Module, ABC):
     """Names of those that act as they are, and may differ in shape between layers; given after what is evaluated."""
     averages: Means = {}  # noqa: RUF012
     """Parameter name -> how it is averaged over several adapters; a method with a name missing has no mean."""
+    orthogonal = True
+    """Whether M, without vectors that scale it, is orthogonal at every value of the parameters."""
     additive: ClassVar[bool]
     """Whether the form adds an output of its own, or else changes the input of the layer."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
+        self.dropout = 0.0
+        """Probability of a random mask in training, where the method or the form has one."""
         self.shared: SharedEvaluation | None = None
         """The evaluation that this adapter shares with those of other layers, set by the model-level object."""
         self.slot = -1
@@ -57,11 +61,6 @@ class Adapter(nn.Module, ABC):
     def complete(self, tensors: tuple[Tensor, ...], drop: bool = False) -> tuple[Tensor, ...]:
         """Make what acts on a layer of what `evaluate` gave; with `drop` parts of M are the identity at random."""
         return tensors
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether training this adapter uses random masks."""
-        return False
 
     def penalty(self) -> Tensor | None:
         """What training adds to the loss, a scalar that is already weighted; None where there is no regulariser."""

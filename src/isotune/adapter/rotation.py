@@ -23,8 +23,6 @@ class RotationAdapter(Adapter):
     """
 
     additive = False
-    orthogonal = True
-    """Whether M is orthogonal at every value of the parameters, so that M⁻¹ = Mᵀ."""
 
     def __init__(self, size: int, chain: Chain) -> None:
         super().__init__(size)

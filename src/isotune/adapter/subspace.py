@@ -76,8 +76,6 @@ class SubspaceAdapter(Adapter):
         super().__init__(size)
         self.configured_scale = self.scale = 1.0
         """s, by which M − I is multiplied, as configured and as in use."""
-        self.dropout = 0.0
-        """Probability with which inputs of the update are dropped in training."""
         self.power = 0.0
         """How the singular values are split between the two factors."""
         self.placement: Placement | None = None
@@ -99,11 +97,6 @@ class SubspaceAdapter(Adapter):
     def operate(self, x: Tensor) -> Tensor:
         """x M for x of shape (..., r)."""
         return x + x @ self.difference(x.dtype)
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether inputs of the update are dropped in training."""
-        return self.dropout > 0.0
 
     def _scaled(self, difference: Tensor, dtype: torch.dtype) -> Tensor:
         """s (M − I)."""

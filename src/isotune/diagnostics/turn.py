@@ -36,13 +36,12 @@ def turn(operator: Adapter, *, max_dense: int = MAX_DENSE) -> Turn:
     """
     if isinstance(operator, RotationAdapter):
         return _turn_of_chain(operator, max_dense)
-    scaled: Any = operator
-    rotation = operator.matrix()
-    if hasattr(operator, "rotation_difference"):
-        difference = scaled.rotation_difference()
+    rotation, generator = operator.matrix(), getattr(operator, "generator", None)
+    if generator is not None:
+        (difference,) = operator.evaluate({"generator": generator})
         rotation = difference + torch.eye(operator.size, dtype=difference.dtype, device=difference.device)
-    free = not getattr(operator, "orthogonal", True)
-    return Turn(geometry.orthogonality_error(rotation), None if free else geometry.rotation_angles(rotation))
+    angles = geometry.rotation_angles(rotation) if operator.orthogonal else None
+    return Turn(geometry.orthogonality_error(rotation), angles)
 
 
 def _turn_of_chain(operator: RotationAdapter, max_dense: int) -> Turn:

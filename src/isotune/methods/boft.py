@@ -111,16 +111,11 @@ class BOFTOperator(RotationAdapter):
     beside = ("output_gain",)
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        block_size: int,
-        stages: int,
-        dropout: tuple[float, float] = (0.0, 1.0),
+        self, in_features: int, out_features: int, block_size: int, stages: int, dropout: tuple[float, float] = (0, 1)
     ) -> None:
         super().__init__(in_features, butterfly_chain(in_features, block_size, stages))
         self.block_size = block_size
-        self.dropout = dropout
+        self.dropout, self.dropped_stages = dropout
         self.averages = generator_means(None, "output_gain")
         shape = (stages, in_features // block_size, skew_size(block_size))
         self.generator = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
@@ -133,25 +128,20 @@ class BOFTOperator(RotationAdapter):
 
     def batch_key(self) -> Hashable:
         """What `evaluate` depends on besides the parameters."""
-        return self.block_size, self.has_dropout
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether blocks are dropped in training."""
-        return self.dropout[0] > 0.0
+        return self.block_size, bool(self.dropout)
 
     def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The folded blocks of `butterfly_chain`; those of all stages where some are to be dropped before."""
         difference = orthogonal_difference(parameters["generator"], self.block_size)
-        return (difference,) if self.has_dropout else butterfly_blocks(difference, self.block_size)
+        return (difference,) if self.dropout else butterfly_blocks(difference, self.block_size)
 
     def complete(self, tensors: tuple[Tensor, ...], drop: bool = False) -> tuple[Tensor, ...]:
         """The folded blocks, with `drop` some of those of the stages zero, so that R = I there."""
-        if not self.has_dropout:
+        if not self.dropout:
             return tensors
-        (difference,), (probability, share) = tensors, self.dropout
+        (difference,) = tensors
         if drop:
             stages, blocks = difference.shape[:2]
-            kept = keep_mask(probability, difference, stages, blocks, 1, 1)
-            difference = difference * torch.maximum(kept, keep_mask(share, difference, stages, 1, 1, 1))
+            kept = keep_mask(self.dropout, difference, stages, blocks, 1, 1)
+            difference = difference * torch.maximum(kept, keep_mask(self.dropped_stages, difference, stages, 1, 1, 1))
         return butterfly_blocks(difference, self.block_size)

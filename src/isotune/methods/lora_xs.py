@@ -70,6 +70,7 @@ class LoraXsOperator(SubspaceAdapter):
     """
 
     evaluated = ("coefficients",)
+    orthogonal = False
     averages = {"coefficients": linear_mean}  # noqa: RUF012
 
     def __init__(self, size: int, std: float = 1e-5) -> None:

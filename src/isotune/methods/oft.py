@@ -56,8 +56,7 @@ class OFTConfig(RotationConfig):
         super().__post_init__()
         check_probability("module_dropout", self.module_dropout)
         check_cayley_options(self.use_cayley_neumann, self.num_cayley_neumann_terms, None)
-        for name in ("r", "oft_block_size"):
-            value = getattr(self, name)
+        for name, value in (("r", self.r), ("oft_block_size", self.oft_block_size)):
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value!r} is not allowed; give an integer of at least 1, or 0 to derive it.")
         if not 0 < self.eps < math.inf:
@@ -87,10 +86,9 @@ class OFTConfig(RotationConfig):
     def build_operator(self, module: str, in_features: int, out_features: int) -> OFTOperator:
         """M = blockdiag(R₁, R₂, …) on all inputs."""
         size = self.block_size_for(module, in_features)
-        blocks = in_features // size
         return OFTOperator(
             size,
-            blocks,
+            blocks := in_features // size,
             shared=self.block_share,
             neumann_terms=self.num_cayley_neumann_terms if self.use_cayley_neumann else None,
             generator_bound=self.eps / math.sqrt(blocks) if self.coft else None,
@@ -128,15 +126,11 @@ class OFTOperator(RotationAdapter):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(block_size * blocks, (BlockDiagonal(block_size),))
-        self.block_size = block_size
-        self.blocks = blocks
-        self.neumann_terms = neumann_terms
-        self.generator_bound = generator_bound
-        self.averages = generator_means(generator_bound)
-        self.dropout = dropout
-        self.orthogonal = neumann_terms is None
-        entries = torch.zeros(1 if shared else blocks, skew_size(block_size), dtype=torch.float32)
-        self.generator = nn.Parameter(entries)
+        self.block_size, self.blocks, self.dropout = block_size, blocks, dropout
+        self.neumann_terms, self.generator_bound = neumann_terms, generator_bound
+        self.averages, self.orthogonal = generator_means(generator_bound), neumann_terms is None
+        shape = (1 if shared else blocks, skew_size(block_size))
+        self.generator = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
 
     def batch_key(self) -> Hashable:
         """What `evaluate` depends on besides the parameters."""
@@ -147,11 +141,6 @@ class OFTOperator(RotationAdapter):
         generator = parameters["generator"]
         difference = orthogonal_difference(generator, self.block_size, self.neumann_terms, self.generator_bound)
         return (difference.expand(*difference.shape[:-3], self.blocks, -1, -1),)
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether blocks are dropped in training."""
-        return self.dropout > 0.0
 
     def complete(self, tensors: tuple[Tensor, ...], drop: bool = False) -> tuple[Tensor, ...]:
         """With `drop` some of the blocks zero, so that R = I there."""

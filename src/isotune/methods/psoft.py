@@ -147,7 +147,3 @@ class PsoftOperator(SubspaceAdapter):
         ones = difference.new_ones(difference.shape[:-1])
         scales = (parameters.get(name, ones) for name in ("input_scale", "output_scale"))
         return (scaled_difference(difference, *scales),)
-
-    def rotation_difference(self) -> Tensor:
-        """R − I, (r, r), without the vectors."""
-        return self.evaluate({"generator": self.generator})[0]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from isotune.tuner.layer import Layer
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
 
 
 def _penalties(model: nn.Module) -> list[Tensor]:
@@ -48,7 +45,7 @@ def regularization_loss(model: nn.Module) -> Tensor:
     return torch.stack([penalty.to(penalties[0].device) for penalty in penalties]).sum()
 
 
-def regularization_callback() -> TrainerCallback:
+def regularization_callback() -> Any:
     """A callback for transformers' Trainer (and TRL's) that trains with `regularization_loss`.
 
     It adds the regularisers' gradient right before each optimiser step, after the Trainer has averaged over gradient

@@ -55,7 +55,7 @@ class ExpertsLayer(Layer):
         first = adapters[0]
         if first.beside:
             raise ValueError(f"The gains of this method cannot be trained on experts, such as {self.key!r}; use OFT.")
-        if first.has_dropout:
+        if first.dropout:
             raise ValueError(f"Dropout of an adapter cannot be used on experts, such as {self.key!r}; set it to 0.")
         for name in first.names_read():
             stacked = torch.stack([adapter.get_parameter(name).detach() for adapter in adapters])

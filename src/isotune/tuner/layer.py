@@ -87,7 +87,7 @@ class Layer(MergingLayer):
         adapter = _moved(self._new_adapter(config), device, torch.promote_types(weight.dtype, torch.float32))
         if not config.init_weights:
             adapter.randomize_parameters()
-        if adapter.has_dropout and self.host.folds and adapter.additive:
+        if adapter.dropout and self.host.folds and adapter.additive:
             raise ValueError(
                 f"Dropout of the input has no meaning on {self.key!r}, a {type(self.get_base_layer()).__name__}, whose "
                 "update is computed in its weight; set psoft_dropout to 0, or exclude the module with exclude_modules."
@@ -266,7 +266,7 @@ class Layer(MergingLayer):
         base: Tensor = self.host.weight
         if not names and self.mixed_batch is None:
             return base
-        if self.mixed_batch is not None or (self.training and any(self.adapter(n).has_dropout for n in names)):
+        if self.mixed_batch is not None or (self.training and any(self.adapter(n).dropout for n in names)):
             raise ValueError(
                 f"The weight of {self.key!r} is read by code that does not call the layer, and "
                 + ("its samples have different adapters" if self.mixed_batch is not None else "its adapter has dropout")

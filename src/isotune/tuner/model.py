@@ -292,7 +292,7 @@ def _make_replicas(model: nn.Module, layers: Sequence[Layer], adapter_name: str)
     if mesh is None:
         return
     own = [layer for layer in layers if adapter_name in layer.isotune_operator]
-    if any(layer.adapter(adapter_name).has_dropout and not layer.configs[adapter_name].inference_mode for layer in own):
+    if any(layer.adapter(adapter_name).dropout and not layer.configs[adapter_name].inference_mode for layer in own):
         raise ValueError(
             f"The adapter {adapter_name!r} is to be trained with dropout, which under tensor parallelism every process "
             "would draw for itself, so that their copies of the adapter drift apart. Set its dropout to 0, or load "

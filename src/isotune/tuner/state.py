@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What the tensors of an adapter may be stored as."""
 
 THE_FILE = "the adapter file"
+
+_NAMED_FORMS = re.compile(r"\.isotune_form\.[^.]+\.forms\.")
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Layer]]:
@@ -47,6 +50,19 @@ def named_tensors(layer: Layer, adapter_name: str) -> dict[str, Tensor]:
     groups = {"isotune_operator": layer.isotune_operator, "isotune_form": layer.isotune_form}
     parts = {group: modules[adapter_name] for group, modules in groups.items() if adapter_name in modules}
     return {f"{group}.{name}": t for group, part in parts.items() for name, t in part.state_dict().items()}
+
+
+def current_key(name: str) -> str:
+    """A tensor's name in a file as it is written now.
+
+    Args:
+        name: as it stands in a file; the first release left the adapter's name in those of experts' bases.
+
+    Example:
+        >>> current_key("mlp.experts.isotune_form.default.forms.0.pin")
+        'mlp.experts.isotune_form.forms.0.pin'
+    """
+    return _NAMED_FORMS.sub(".isotune_form.forms.", name)
 
 
 def check_tensors(

@@ -230,7 +230,7 @@ class IsotuneModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """The key in the file for a key of the model: without the adapter's name, wherever else that may stand."""
-        for group in ("isotune_operator", "isotune_form"):
+        for group in ("isotune_operator", "isotune_form", "modules_to_save"):
             head, found, rest = key.rpartition(f".{group}.{adapter_name}.")
             if found:
                 return f"{head}.{group}.{rest}"

@@ -10,7 +10,7 @@ import pytest
 
 import isotune
 
-PACKAGES = ("algebra", "subspace", "methods", "files")
+PACKAGES = ("algebra", "subspace", "methods", "files", "tuner")
 MODULES = [
     module.name
     for package in PACKAGES

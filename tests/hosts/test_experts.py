@@ -11,6 +11,7 @@ import pytest
 import torch
 from packaging.version import Version
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -352,6 +353,19 @@ def test_save_and_load(family: str, method: str, basis: str | None, tmp_path: Pa
         with pytest.raises(BaseMismatchError, match=r"layers\.1\.mlp\.experts\.down_proj"):
             PeftModel.from_pretrained(other, tmp_path)
         assert_unchanged(other, before)
+
+
+def test_a_file_whose_bases_have_the_adapter_s_name_is_read(family: str, tmp_path: Path) -> None:
+    """As the first release wrote them."""
+    model = adapted(family, "psoft")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    old = {name.replace("isotune_form.", "isotune_form.default."): t for name, t in load_file(file).items()}
+    assert any("isotune_form.default.forms.0.pin" in name for name in old)
+    save_file(old, file)
+    for name in ("default", "other"):
+        loaded = PeftModel.from_pretrained(model_of(family), tmp_path, adapter_name=name).eval()
+        torch.testing.assert_close(logits(loaded), logits(model.eval()), rtol=1e-3, atol=1e-4)
 
 
 def test_several_adapters(family: str) -> None:

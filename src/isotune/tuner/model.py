@@ -31,7 +31,7 @@ from isotune.tuner.mean import check_request, combine
 from isotune.tuner.merging import warn_of_requantising
 from isotune.tuner.mixed_batch import batch_of, check_names, measured, saved_modules_routed
 from isotune.tuner.placing import place_adapter, share_basis
-from isotune.tuner.state import check_file
+from isotune.tuner.state import check_file, current_key
 
 _PREFIX = "isotune_"
 
@@ -230,7 +230,7 @@ class IsotuneModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """The key in the file for a key of the model: without the adapter's name, wherever else that may stand."""
-        for group in ("isotune_operator", "isotune_form"):
+        for group in ("isotune_operator", "isotune_form", "modules_to_save"):
             head, found, rest = key.rpartition(f".{group}.{adapter_name}.")
             if found:
                 return f"{head}.{group}.{rest}"
@@ -240,6 +240,7 @@ class IsotuneModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: IsotuneConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        state_dict = {current_key(name): tensor for name, tensor in state_dict.items()}
         try:
             check_file(model, config, adapter_name, state_dict)
         except AdapterFileError:

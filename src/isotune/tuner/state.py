@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What the tensors of an adapter may be stored as."""
 
 THE_FILE = "the adapter file"
+
+_SAVED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
+_NAMED_FORMS = re.compile(r"\.isotune_form\.[^.]+\.forms\.")
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Layer]]:
@@ -47,6 +51,19 @@ def named_tensors(layer: Layer, adapter_name: str) -> dict[str, Tensor]:
     groups = {"isotune_operator": layer.isotune_operator, "isotune_form": layer.isotune_form}
     parts = {group: modules[adapter_name] for group, modules in groups.items() if adapter_name in modules}
     return {f"{group}.{name}": t for group, part in parts.items() for name, t in part.state_dict().items()}
+
+
+def current_key(name: str) -> str:
+    """A tensor's name in a file as it is written now.
+
+    Args:
+        name: as it stands in a file; the first release left the adapter's name in those of experts' bases.
+
+    Example:
+        >>> current_key("mlp.experts.isotune_form.default.forms.0.pin")
+        'mlp.experts.isotune_form.forms.0.pin'
+    """
+    return _NAMED_FORMS.sub(".isotune_form.forms.", name)
 
 
 def check_tensors(
@@ -84,7 +101,7 @@ def check_tensors(
                 f"{name!r} has shape {tuple(given[name].shape)} in {file}, and {tuple(tensor.shape)} is needed {where}."
             )
         check_values(name, given[name], file=file, like=tensor)
-    for name in given.keys() - needed.keys() - set(also):
+    for name in sorted(given.keys() - needed.keys() - set(also)):
         if name in base:
             raise AdapterFileError(
                 f"{name!r} in {file} is a tensor of the base model, which it would overwrite. By adapter_config.json "
@@ -158,26 +175,29 @@ def check_file(model: nn.Module, config: IsotuneConfig, adapter_name: str, state
         for name, layer in adapted_layers(model, adapter_name)
         for key, tensor in named_tensors(layer, adapter_name).items()
     }
-    held = [name.removeprefix(KEY_PREFIX) for name in model.state_dict(keep_vars=True)]
+    held = {name.removeprefix(KEY_PREFIX) for name in model.state_dict(keep_vars=True)}
+    given = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in state.items()}
     origin = config.origin
     check_tensors(
         needed,
-        {name.removeprefix(KEY_PREFIX): tensor for name, tensor in state.items()},
+        given,
         "on this base model by its adapter_config.json; check that both belong together",
-        also=_saved_besides(model, config, adapter_name, held),
+        also=_saved_besides(model, config, adapter_name, held, given),
         base={name for name in held if ".isotune_" not in name},
         file=f"{THE_FILE} of {origin}" if origin else THE_FILE,
     )
 
 
 def _saved_besides(
-    model: nn.Module, config: IsotuneConfig, adapter_name: str, held: Collection[str]
+    model: nn.Module, config: IsotuneConfig, adapter_name: str, held: Collection[str], given: Collection[str]
 ) -> Collection[str]:
-    """What `save_pretrained` writes of a model besides the adapter's own tensors, by name."""
+    """What of a file `save_pretrained` writes of such a model besides the adapter's own tensors, by name."""
     names: set[str] = set()
     if config.bias == "all":
+        # PEFT writes those of saved modules twice, the second time under a name that may hold the adapter's.
         biases = {name for name in held if name.endswith(".bias")}
-        names |= biases | {name.removesuffix(f".{adapter_name}.bias") + ".bias" for name in biases}
+        biases |= {_SAVED_MODULE.sub(".modules_to_save.", name) for name in biases}
+        names |= {name for name in given if {name, _SAVED_MODULE.sub(".modules_to_save.", name)} & biases}
     elif config.bias != "none":
         names |= {f"{name}.base_layer.bias" for name, _ in adapted_layers(model, adapter_name)}
     for name, module in model.named_modules():

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from isotune.internals.torch_state import backward_pass, is_symbolic, is_traced, version_of
+from isotune.algebra.recording import is_exported
+from isotune.internals.torch_state import backward_pass, is_symbolic, version_of
 from isotune.parallel.sharding import is_sharded, shape_of
 
 
@@ -116,7 +117,7 @@ def evaluate_alone(
 
 def is_recorded() -> bool:
     """Whether torch.compile or torch.jit.trace records, which cannot follow a node that holds a graph."""
-    return torch.compiler.is_compiling() or is_traced()
+    return torch.compiler.is_compiling() or is_exported()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from isotune.algebra.factors import Chain, chain_backward, chain_forward, refuse_double_backward
+from isotune.algebra.recording import is_exported
 from isotune.parallel.tensor_parallel import Share
 
 
@@ -106,6 +107,9 @@ def subspace_update(
     Returns:
         residual + ((x downᵀ) D) upᵀ, differentiable once.
     """
+    if is_exported():
+        down, up = factors[0][: len(difference)], factors[1][:, : len(difference)]
+        return residual + x @ down.t() @ difference @ up.t()
     result: Tensor = _SubspaceUpdate.apply(x, difference, residual, factors, of_x, of_residual)  # type: ignore[no-untyped-call]
     return result
 

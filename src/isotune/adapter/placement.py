@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.internals.torch_state import is_symbolic, version_of
+from isotune.subspace.precision import exact_product
 
 _ALIGNMENT = 16
 """Products with tokens × r results run up to twice as fast on a CPU, and on GPUs too, if r is a multiple of this."""
@@ -102,7 +103,7 @@ def place(
         Balazy et al., LoRA-XS (2024), for all of them on the side of the input.
     """
     basis = basis.to(device=matrix.device, dtype=torch.promote_types(matrix.dtype, torch.float32))
-    up, down = matrix.to(basis.dtype) @ basis.mT, basis
+    up, down = exact_product(matrix.to(basis.dtype), basis.mT), basis
     if power:
         values = torch.linalg.vector_norm(up, dim=-2).clamp_min(torch.finfo(basis.dtype).tiny).pow(power)
         down, up = basis * values[..., :, None], up / values[..., None, :]

@@ -6,13 +6,12 @@ difference keeps its own relative precision, while R itself would lose it to the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from isotune.algebra.recording import is_exported
 from isotune.algebra.skew import check_entries, skew_from_vector, skew_positions
 
 
@@ -43,101 +42,18 @@ def _polish(difference: Tensor) -> Tensor:
     return torch.baddbmm(difference, rotation, defect, alpha=-0.5)
 
 
-_SMALL = range(2, 12)
-"""Block sizes for which LAPACK's solves of many blocks take 1.5 to 3 times as long on a CPU as `_eliminate`."""
+def _by_products(generator: Tensor) -> Tensor:
+    """R − I by matrix products alone, for exports to formats that have no factorisation.
 
-
-_TOGETHER = 2**18
-"""How many float64 numbers a CPU works on at a time: they stay in its cache, and in memory that it has already."""
-_AT_LEAST = 64
-"""Of so few matrices the operations cost more than what that gains."""
-
-
-def _in_parts(entries: Tensor, n: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `compute` makes of all matrices, (matrices, n(n − 1)/2) -> (matrices, n, n), of some at a time."""
-    flat = entries.reshape(-1, entries.shape[-1])
-    parts = torch.split(flat, max(_AT_LEAST, _TOGETHER // n**2))
-    if len(parts) == 1:
-        return compute(flat).view(*entries.shape[:-1], n, n)
-    result = entries.new_empty(len(flat), n, n)
-    for part, own in zip(torch.split(result, len(parts[0])), parts, strict=True):
-        part.copy_(compute(own))
-    return result.view(*entries.shape[:-1], n, n)
-
-
-def _eliminate(entries: Tensor, n: int) -> Tensor:
-    """R − I by Gauss–Jordan elimination of many matrices at once, in float64.
-
-    No pivots are searched: the symmetric part of I − Q is I, and so every pivot is at least 1. That bounds the growth
-    of rounding errors by about ‖Q‖², which float64 has to spare. The matrices lie along the last dimension, so that
-    each operation runs over many of them.
-
-    Args:
-        entries: (matrices, n(n − 1)/2).
-        n: size of R.
+    Newton's iteration for (I − Q)⁻¹ from (I − Q)ᵀ / ‖I − Q‖²: the singular values of I − Q are 1 at least, so it
+    converges for every skew Q, within 40 steps for ‖Q‖ up to about 1,000.
     """
-    columns = entries.double().t().contiguous()
-    upper, lower = skew_positions(n, entries.device)
-    work = columns.new_zeros(n * n, columns.shape[1])
-    work.index_copy_(0, lower, columns).index_copy_(0, upper, -columns)
-    work = work.view(n, n, -1)
-    work.diagonal(dim1=0, dim2=1).fill_(1)
-    eye = torch.eye(n, dtype=work.dtype, device=work.device)[..., None]
-    for k in range(n):
-        # The unit column in place of column k turns into that of the inverse by the same operations as all others.
-        column = work[:, k].clone()
-        work[:, k] = eye[k]
-        row = work[k] / column[k]
-        column[k] = 0
-        work.addcmul_(column[:, None], row[None], value=-1)
-        work[k] = row
-    work.diagonal(dim1=0, dim2=1).sub_(1)  # in float64: in the dtype of the result a small rotation would be lost
-    return work.view(n * n, -1).to(entries.dtype).mul_(2).t().contiguous().view(-1, n, n)
-
-
-_LEAF = 16
-"""Size up to which LAPACK inverts a matrix; larger ones are divided, into multiples of half of this."""
-
-
-def _inverse_difference(matrix: Tensor) -> Tensor:
-    """(I − K)⁻¹ − I for K of shape (batch, n, n) with a symmetric part of at most zero, by dividing K into four blocks.
-
-    LAPACK solves one matrix after the other on one core; here all but the smallest blocks are batched products, which
-    take a half to a third of the time. The Schur complement of I − K has a symmetric part of at least I again, so it
-    never needs a pivot from elsewhere. That costs up to ‖K‖² of the precision at each division, so K is float64
-    and what is left of the error at extreme K is for `_polish`.
-    """
-    n = matrix.shape[-1]
-    if n <= _LEAF:
-        minus = -matrix
-        minus.diagonal(dim1=-2, dim2=-1).add_(1)
-        return _solve(minus, matrix.contiguous())
-    half = -(-n // _LEAF) * _LEAF // 2
-    before, after = slice(half), slice(half, n)
-    upper, lower = matrix[:, before, after], matrix[:, after, before]
-    first = _inverse_difference(matrix[:, before, before])
-    right = torch.baddbmm(upper, first, upper)
-    left = torch.baddbmm(lower, lower, first)
-    result = torch.empty_like(matrix)
-    second = result[:, after, after]
-    second.copy_(_inverse_difference(torch.baddbmm(matrix[:, after, after], lower, right)))
-    corner = result[:, before, after]
-    # Copied from products of their own: a batched product into a part of a tensor takes longer.
-    corner.copy_(torch.baddbmm(right, right, second))
-    result[:, after, before] = torch.baddbmm(left, second, left)
-    result[:, before, before] = torch.baddbmm(first, corner, left)
-    return result
-
-
-def _divides(entries: Tensor, n: int) -> bool:
-    """Whether `_inverse_difference` is quicker than LAPACK alone: for large matrices, and for many."""
-    return n > 3 * _LEAF or (n > _LEAF and entries.numel() // entries.shape[-1] >= 32)
-
-
-def _by_division(entries: Tensor, n: int) -> Tensor:
-    """R − I from (matrices, n(n − 1)/2)."""
-    generator = skew_from_vector(entries.double(), n)
-    return _polish(_inverse_difference(generator).mul_(2).to(entries.dtype))
+    eye = torch.eye(generator.shape[-1], dtype=generator.dtype, device=generator.device)
+    minus = eye - generator
+    inverse = minus.mT / minus.square().sum((-2, -1), keepdim=True)
+    for _ in range(40):
+        inverse = inverse @ (2 * eye - minus @ inverse)
+    return 2 * generator @ inverse
 
 
 def _generator_gradient(difference: Tensor, gradient: Tensor) -> Tensor:
@@ -175,10 +91,6 @@ class _CayleyOfEntries(torch.autograd.Function):
 
     @staticmethod
     def forward(entries: Tensor, n: int) -> Tensor:
-        if n in _SMALL and entries.device.type == "cpu":
-            return _in_parts(entries, n, partial(_eliminate, n=n))
-        if entries.device.type == "cpu" and _divides(entries, n):
-            return _in_parts(entries, n, partial(_by_division, n=n))
         generator = skew_from_vector(entries, n)
         minus = -generator
         minus.diagonal(dim1=-2, dim2=-1).fill_(1)
@@ -285,6 +197,11 @@ def orthogonal_difference(
     Returns:
         (..., n, n).
     """
+    if is_exported():
+        check_entries(entries, n)
+        generator = skew_from_vector(entries, n)
+        generator = generator if generator_bound is None else bound_generator(generator, generator_bound)
+        return _by_products(generator) if neumann_terms is None else neumann_difference(generator, neumann_terms)
     if neumann_terms is None and generator_bound is None:
         check_entries(entries, n)
         result: Tensor = _CayleyOfEntries.apply(entries, n)  # type: ignore[no-untyped-call]

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from isotune.algebra.recording import is_exported
+
 
 def refuse_double_backward() -> None:
     """Raise a RuntimeError where a backward pass is itself being recorded.
@@ -143,7 +145,7 @@ def chain_forward(x: Tensor, chain: Chain, tensors: Sequence[Tensor], in_place: 
     """x (I + D₁) (I + D₂) … for x (tokens, n), without a graph; with `in_place` x, contiguous, may be overwritten."""
     for factor, own in zip(chain, split_tensors(chain, tensors), strict=True):
         x = factor.apply(x, own, in_place)
-        in_place = True  # what a factor has made is nobody else's
+        in_place = not is_exported()  # what a factor has made is nobody else's
     return x
 
 
@@ -201,6 +203,8 @@ def apply_chain(x: Tensor, chain: Chain, tensors: Sequence[Tensor]) -> Tensor:
     Returns:
         The shape of x; differentiable once. For backward x itself is kept, so layers that read the same x share it.
     """
+    if is_exported():
+        return chain_forward(x.reshape(-1, x.shape[-1]), chain, tensors).reshape(x.shape)
     result: Tensor = _Chain.apply(x, chain, *tensors)  # type: ignore[no-untyped-call]
     return result
 

@@ -17,12 +17,6 @@ def backward_pass() -> int | None:
     return None if number == -1 else number
 
 
-def is_traced() -> bool:
-    """Say whether torch.jit.trace, or an export by it, records the operations; torch documents no such question."""
-    traced: bool = torch._C._get_tracing_state() is not None
-    return traced
-
-
 def version_of(tensor: Tensor) -> int:
     """Count how often a tensor was written to in place; tensors of inference mode do not count and give 0."""
     return 0 if tensor.is_inference() else tensor._version

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.evaluation import working_dtype
+from isotune.adapter.evaluation import is_recorded, working_dtype
 from isotune.adapter.operator import Adapter, FrozenLinear
 from isotune.adapter.placement import place
 from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
+from isotune.algebra.recording import is_exported
 from isotune.hosts import Backend, host_for, widen
 from isotune.internals.offloading import is_managed
 from isotune.internals.peft_state import active_of, is_disabled
@@ -21,6 +22,7 @@ from isotune.internals.torch_state import is_bare
 from isotune.methods.config import IsotuneConfig
 from isotune.parallel.sharding import is_partitioned
 from isotune.parallel.tensor_parallel import Division, mesh_of
+from isotune.tuner.adapted_weight import AdaptedWeight
 from isotune.tuner.merging import MergingLayer
 from isotune.tuner.mixed_batch import BASE, MixedBatch
 
@@ -232,7 +234,7 @@ class Layer(MergingLayer):
     def _bare_linear(self) -> FrozenLinear | None:
         """W (out, in) and b of a host that is x Wᵀ + b with both frozen and has nothing else to do; else None."""
         host, module = self.host, self.base_layer
-        if not host.multiplies or module is not host.module or not is_bare(module):
+        if not host.multiplies or module is not host.module or not is_bare(module) or is_exported():
             return None
         weight: Tensor = module.weight  # type: ignore[assignment]
         bias: Tensor | None = module.bias  # type: ignore[assignment]
@@ -259,19 +261,24 @@ class Layer(MergingLayer):
     def weight(self) -> Tensor:
         """The layer's weight with the active adapters in it, for code that reads it and does not call the layer.
 
-        Raises:
-            ValueError: no weight does what the layer does: in a batch of several adapters, or in training with dropout.
+        It says its shape, dtype and device at once, and is computed when its numbers are used. That raises a ValueError
+        where no weight does what the layer does: in a batch of several adapters, and in training with dropout. What a
+        library has packed is given as it is.
         """
-        names = self._active()
         base: Tensor = self.host.weight
-        if not names and self.mixed_batch is None:
+        if self.host.quantised or not (self._active() or self.mixed_batch is not None):
             return base
-        if self.mixed_batch is not None or (self.training and any(self.adapter(n).dropout for n in names)):
+        return self._adapted_weight() if is_recorded() else AdaptedWeight.of(base, self._adapted_weight)
+
+    def _adapted_weight(self) -> Tensor:
+        names, base = self._active(), self.host.weight
+        several = self.mixed_batch is not None
+        if several or (self.training and any(self.adapter(name).dropout for name in names)):
             raise ValueError(
-                f"The weight of {self.key!r} is read by code that does not call the layer, and "
-                + ("its samples have different adapters" if self.mixed_batch is not None else "its adapter has dropout")
+                f"The weight of {self.key!r} is used by code that does not call the layer, and "
+                + ("the samples have different adapters" if several else "an adapter has dropout")
                 + ", which no weight can do. "
-                + ("Call the model once for each adapter." if self.mixed_batch is not None else "Set dropout to 0.")
+                + ("Call the model once for each adapter." if several else "Set its dropout to 0.")
             )
         matrix = self.host.seen(base) if base.requires_grad else self.host.matrix()
         return self.host.stored(self.fold(names, widen(matrix)).to(matrix.dtype))

@@ -1,0 +1,46 @@
+"""A layer's weight as other code reads it: what it says of itself at once, its numbers with the adapters in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+_ATTRIBUTES = ("dtype", "device", "shape", "ndim", "is_meta", "layout", "is_cpu", "is_cuda")
+_ABOUT = {
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.stride, Tensor.element_size),
+}
+"""What is answered without the numbers; much code reads no more than a weight's dtype."""
+
+
+class AdaptedWeight(Tensor):
+    """Stands for a layer's weight: any use of its numbers computes them, with the active adapters folded in."""
+
+    make: Callable[[], Tensor]
+
+    @staticmethod
+    def of(base: Tensor, make: Callable[[], Tensor]) -> AdaptedWeight:
+        """The stand-in for a base weight of the same shape, dtype and device.
+
+        Args:
+            base: the layer's own weight.
+            make: computes the weight with the adapters in it, differentiably; called at each use.
+        """
+        weight = base.detach().as_subclass(AdaptedWeight)
+        weight.make = make
+        return weight
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Answer what the base's weight can answer, and give the adapted one to everything else."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _ABOUT:
+                return func(*args, **(kwargs or {}))
+            args, kwargs = tree_map(lambda one: one.make() if isinstance(one, AdaptedWeight) else one, (args, kwargs))
+        return func(*args, **(kwargs or {}))

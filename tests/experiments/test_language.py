@@ -17,6 +17,7 @@ from helpers import WORDS, make_tokenizer, tiny_gpt2, tiny_llama
 from isotune.experiments import models, tasks
 from isotune.experiments.measure import kept_by_batch
 from isotune.experiments.recipe import RecipeError, validate
+from isotune.experiments.run import Run
 from isotune.experiments.tables import DataError
 from isotune.experiments.tasks.commonsense import first_choice
 from isotune.experiments.tasks.language import SftLoop
@@ -166,9 +167,9 @@ def test_the_loss_without_the_logits_of_the_questions_is_that_of_trl(
     task = tasks.make(recipe(folder, model))
     loaded, _ = task.build()
     encoded = task.encoded
+    run = Run("x", "psoft", "search", task.recipe, 1e-3, 0, "", tmp_path / "out", tmp_path / "run.json")
     loop = SftLoop(
-        task.recipe.train,
-        1e-3,
+        run,
         [],
         encoded.lengths,
         model=loaded,

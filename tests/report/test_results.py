@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import random
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ from hypothesis import strategies as st
 from comparisons import METHODS, write_comparison
 from isotune.experiments.outcome import at_border
 from isotune.report.columns import columns_of, duration, pareto, size
+from isotune.report.figures import Looks, sections
 from isotune.report.page import render
 from isotune.report.results import read
+from isotune.report.table import comma_separated, latex, markdown
 
 FEW = {label: METHODS[label] for label in ("psoft:r=46", "psoft_so:r=46", "lora:r=8", "head")}
 
@@ -192,6 +197,43 @@ def test_a_value_of_the_wrong_kind_is_one_line_that_names_the_file(
     assert str(path) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 600
+
+
+def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The keys and indices that lead to every value in some JSON, of a list to the first two."""
+    items = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for key, one in items:
+        yield (*above, key)
+        yield from places(one, (*above, key))
+
+
+ODD = (None, True, -1, 0, 1e308, 10**400, math.nan, "x", "", [], {}, [[]], {"a": 1}, "\x1b[2J\n", [1], [None])
+
+
+@pytest.mark.parametrize("name", ["comparison.json", "runs/psoft_r=46/lr=0.001-seed=0.json"])
+def test_any_value_in_the_place_of_another_is_refused_or_shown(folder: Path, name: str) -> None:
+    path = folder / name
+    content = json.loads(path.read_text())
+    cases = [(place, value) for place in places(content) for value in ODD]
+    for place, value in random.Random(0).sample(cases, 20):
+        changed = copy.deepcopy(content)
+        inner = changed
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = value
+        path.write_text(json.dumps(changed))
+        said = ""
+        try:
+            found = read(folder)
+        except ValueError as error:
+            said = str(error)
+        if said:
+            assert str(path) in said, (place, value)
+            assert len(said.splitlines()) == 1
+            continue
+        for written in (markdown([found]), latex([found]), comma_separated([found])):
+            assert all(line.isprintable() for line in written.split("\n"))
+        json.dumps([[f.data, f.layout] for s in sections(found, Looks([found])) for f in s.figures], allow_nan=False)
 
 
 def test_odd_numbers_are_left_out_or_drawn(folder: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isotune.algebra.recording import is_exported
+
 
 class _ScaledDifference(torch.autograd.Function):
     """diag(α) (N + I) diag(β) − I with few passes over memory."""
@@ -46,5 +48,8 @@ def scaled_difference(difference: Tensor, alpha: Tensor, beta: Tensor) -> Tensor
     Returns:
         (..., n, n), differentiable twice.
     """
+    if is_exported():
+        diagonal = (alpha - 1) + alpha * (beta - 1)
+        return difference * alpha[..., :, None] * beta[..., None, :] + diagonal.diag_embed()
     result: Tensor = _ScaledDifference.apply(difference, alpha, beta)  # type: ignore[no-untyped-call]
     return result

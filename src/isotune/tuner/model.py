@@ -31,7 +31,7 @@ from isotune.tuner.mean import check_request, combine
 from isotune.tuner.merging import warn_of_requantising
 from isotune.tuner.mixed_batch import batch_of, check_names, measured, saved_modules_routed
 from isotune.tuner.placing import place_adapter, share_basis
-from isotune.tuner.state import check_file, current_key
+from isotune.tuner.state import check_file, current_key, keys_in_model
 
 _PREFIX = "isotune_"
 
@@ -226,6 +226,40 @@ class IsotuneModel(BaseTuner):
         finally:
             for layer in layers:
                 layer.mixed_batch = None
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: IsotuneConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The tensors of one adapter, whatever the adapters are called.
+
+        PEFT has left out of `state_dict` what holds another adapter's name anywhere in its own: a layer's number, a
+        block's name.
+
+        Raises:
+            ValueError: what it has left out is spread over processes, so that it cannot be read here.
+        """
+        selected: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        own = {f"{name}.{key}" for name, key in keys_in_model(model, adapter_name)}
+        others = {f"{name}.{key}" for other in unwanted_adapter_names for name, key in keys_in_model(model, other)}
+        selected = {key: tensor for key, tensor in selected.items() if key not in others}
+        missing = own - selected.keys()
+        if missing:
+            whole = model.state_dict()
+            if any(is_sharded(whole[key]) for key in missing):
+                raise ValueError(
+                    f"An adapter is called like a part of the model ({', '.join(unwanted_adapter_names)}), so PEFT "
+                    f"leaves tensors of {adapter_name!r} out of the file. Save the model in one process, or rename it."
+                )
+            selected.update((key, whole[key]) for key in missing)
+        return selected
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -41,6 +41,22 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, L
             yield name.removeprefix(KEY_PREFIX), module
 
 
+def keys_in_model(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str]]:
+    """The names of an adapter's tensors in a model: that of each layer, and that within it.
+
+    Args:
+        model: a PeftModel, possibly wrapped by FSDP, or a model with injected adapters.
+        adapter_name: the adapter.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Layer):
+            for group in ("isotune_operator", "isotune_form"):
+                modules = getattr(module, group)
+                if adapter_name in modules:
+                    for key in modules[adapter_name].state_dict(keep_vars=True):
+                        yield name.removeprefix("_fsdp_wrapped_module."), f"{group}.{adapter_name}.{key}"
+
+
 def named_tensors(layer: Layer, adapter_name: str) -> dict[str, Tensor]:
     """What a layer holds of an adapter and a file stores, by its name in the file: "isotune_operator.generator", …
 

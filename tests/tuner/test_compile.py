@@ -118,6 +118,7 @@ def test_the_code_that_inductor_makes() -> None:
 @pytest.mark.parametrize(
     "method", ["psoft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("oft", "goft", "hra"))]
 )
+@pytest.mark.matrix
 def test_generation_with_a_static_cache(method: str) -> None:
     """As transformers compiles it: the prompt by one graph, every token after it by another."""
     from transformers import CompileConfig
@@ -194,6 +195,7 @@ def test_eager_and_compiled_passes_alternate() -> None:
             parameter.data.add_(0.1 * (step + 1))
 
 
+@pytest.mark.matrix
 def test_blocks_compiled_one_by_one_share_their_code() -> None:
     """Regional compilation: the second of equal blocks costs nothing."""
     blocks = [nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24)) for _ in range(4)]

@@ -51,7 +51,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.covered(method=("boft",))  # a process takes seconds
+@pytest.mark.slow
 def test_train_save_and_load_in_another_process(method: str, tmp_path: Path) -> None:
     model = trained(method, tiny_llama())
     with torch.no_grad():

@@ -96,6 +96,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == 1
 
 
+@pytest.mark.slow
 def test_help_names_the_commands_and_the_module_itself_imports_little() -> None:
     done = runner.invoke(cli.app, ["--help"])
     assert done.exit_code == 0

@@ -406,6 +406,7 @@ def finished(small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
+@pytest.mark.slow
 def test_a_record_holds_all_that_a_report_needs(finished: Path) -> None:
     record = read_json(finished / "runs" / "psoft_lr=[1e-2,2e-2]" / "lr=0.01-seed=0.json")
     assert {
@@ -437,6 +438,7 @@ def test_a_loss_that_is_no_number_is_that_runs_failure(finished: Path) -> None:
     assert result["command"] == "isotune …"
 
 
+@pytest.mark.slow
 def test_the_same_by_one_process_and_by_two(finished: Path, small: dict[str, Any], tmp_path: Path) -> None:
     options = Options(methods=METHODS[:1], seeds=1, keep_adapters=True)
     found = plan("small", validate(small), options, tmp_path / "comparison")
@@ -466,6 +468,7 @@ def until(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_result(long: Recipe, tmp_path: Path) -> None:
     options = Options(methods=["psoft:lr=[2e-2]"], seeds=1)
     whole = plan("long", long, options, tmp_path / "whole")

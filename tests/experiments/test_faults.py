@@ -46,6 +46,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None])
 
 
 @pytest.mark.parametrize("size", [0, 3000])
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, room: Callable[[int], None], tmp_path: Path, size: int
 ) -> None:

@@ -87,6 +87,7 @@ def test_the_best_checkpoint_is_what_is_reported_and_saved(tiny: dict[str, Any])
     assert entry["validation"]["accuracy"] == max(by_step.values()) == result["metrics"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_the_reloaded_and_the_merged_model_predict_the_same(tiny: dict[str, Any]) -> None:
     tiny["train"]["epochs"] = 4
     tiny["check_saved"] = True  # in a new process
@@ -153,6 +154,7 @@ def test_the_native_head_of_a_model_is_saved_whole(tiny: dict[str, Any]) -> None
     assert result["runs"][0]["head_parameters"] == 66 + 32 * 32 + 32
 
 
+@pytest.mark.slow
 def test_several_learning_rates_choose_on_validation_only(tiny: dict[str, Any]) -> None:
     tiny["train"]["lr"] = [1e-7, 0.05]
     tiny["train"]["lr_head"] = None
@@ -207,6 +209,7 @@ def test_head_and_adapter_have_their_own_learning_rates(tiny: dict[str, Any], mo
 
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("step", [4, 8, 11])
+@pytest.mark.covered(step=(8,), grouped=(True,))
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, grouped: bool
 ) -> None:
@@ -441,6 +444,7 @@ def test_the_chart_is_a_picture_of_the_scores(tiny: dict[str, Any]) -> None:
     assert picture[..., :3].std() > 0.05  # not a blank page
 
 
+@pytest.mark.slow
 def test_training_says_nothing_that_is_not_ours(tiny: dict[str, Any], tmp_path: Path) -> None:
     import yaml
 

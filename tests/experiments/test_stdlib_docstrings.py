@@ -36,6 +36,7 @@ def functions(prefix: str, count: int) -> str:
     return "\n".join(f'def f{n}():\n    """{prefix} words number {chr(97 + n)}."""' for n in range(count))
 
 
+@pytest.mark.slow
 def test_splits_share_no_text_and_are_about_75_10_15(
     task: tuple[dict[str, list[tuple[str, str]]], list[str]],
 ) -> None:

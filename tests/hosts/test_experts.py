@@ -217,6 +217,7 @@ def test_only_the_experts_that_are_reached_are_computed(
             assert not parameter.grad[[0, 2, 4]].any()
 
 
+@pytest.mark.skipif(GROUPED != "grouped_mm", reason="the grouped product of experts asks for torch 2.9")
 def test_no_tokens_and_tokens_of_another_device() -> None:
     """Numbers beyond the experts stand for those of another device, which transformers skips."""
     model = adapted("mixtral", "oft")

@@ -125,6 +125,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.covered(method=("psoft",))
 @pytest.mark.parametrize("name", parameters(*BY_TRANSFORMERS))
 @pytest.mark.parametrize("method", ["psoft", "oft"])
 def test_trained_saved_and_loaded_as_transformers_users_do(

@@ -109,6 +109,7 @@ def group_of_one() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("group_of_one")
+@pytest.mark.slow
 def test_one_process_shards_like_several(alone: dict[str, list[float]]) -> None:
     model = worker.sharded(worker.adapted("psoft"))
     assert worker.train(model, trainable(model).values()) == pytest.approx(alone["psoft"], abs=1e-4)

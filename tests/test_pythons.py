@@ -123,9 +123,9 @@ def test_the_promise_is_that_of_the_project() -> None:
     ],
 )
 def test_the_checks_see_faults(text: str, fault: str | None, tmp_path: Path) -> None:
-    package = tmp_path / "isotune" / "tuner"
+    package = tmp_path / "isotune" / "internals"
     package.mkdir(parents=True)
-    shutil.copy(SOURCE / "tuner" / "enumeration.py", package)
+    shutil.copy(SOURCE / "internals" / "enumeration.py", package)
     (tmp_path / "isotune" / "one.py").write_text(text + "\n")
     run = check(sys.executable, tmp_path)
     assert run.returncode == (fault is not None), run.stdout
@@ -135,9 +135,9 @@ def test_the_checks_see_faults(text: str, fault: str | None, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("line", ["setattr(enumeration, name, member)", "enumeration._member_names_.append(name)"])
 def test_the_checks_see_an_enumeration_that_lacks_something(line: str, tmp_path: Path) -> None:
-    package = tmp_path / "isotune" / "tuner"
+    package = tmp_path / "isotune" / "internals"
     package.mkdir(parents=True)
-    text = (SOURCE / "tuner" / "enumeration.py").read_text()
+    text = (SOURCE / "internals" / "enumeration.py").read_text()
     assert line in text
     (package / "enumeration.py").write_text(text.replace(line, "pass"))
     if "setattr" in line and sys.version_info < (3, 12):

@@ -179,7 +179,7 @@ def annotations(tree: ast.Module) -> Iterator[ast.expr]:
 
 def main(folders: list[Path]) -> int:
     """Check everything and return how many faults there were."""
-    count, faults = 0, list(faults_of_the_enumeration(load(folders[0] / "isotune/tuner/enumeration.py")))
+    count, faults = 0, list(faults_of_the_enumeration(load(folders[0] / "isotune/internals/enumeration.py")))
     paths = sorted(path for folder in folders for path in folder.rglob("*.py"))
     for path in paths:
         text = path.read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import isotune.adapter.evaluation
+from isotune.internals.torch_state import storage_of
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -27,7 +28,7 @@ class Kept:
 
     def __init__(self, model: nn.Module) -> None:
         # By identity, as storages without numbers have no address.
-        self._owned = {identity(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._owned = {storage_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._seen: dict[int, Tensor] = {}
         self.nbytes = 0
         self.largest = 0
@@ -42,7 +43,7 @@ class Kept:
         self._hooks.__exit__(*error)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        key = identity(tensor)
+        key = storage_of(tensor)
         if key not in self._owned and key not in self._seen:
             # Alive, or a storage that is freed would give its identity to another, which were then not counted.
             self._seen[key] = tensor
@@ -50,11 +51,6 @@ class Kept:
             self.nbytes += size
             self.largest = max(self.largest, size)
         return tensor
-
-
-def identity(tensor: Tensor) -> int:
-    """What tells its storage from all others that are alive."""
-    return int(tensor.untyped_storage()._cdata)
 
 
 def kept_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:

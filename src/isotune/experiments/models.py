@@ -22,7 +22,8 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from isotune.experiments.registry import HEADS
-from isotune.files.base_model import forget_quantisation, gguf_of, quiet, resolve_base
+from isotune.files.base_model import gguf_of, quiet, resolve_base
+from isotune.internals.transformers_state import forget_quantisation
 
 
 class ModelError(ValueError):

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from isotune.errors import IsotuneWarning
+from isotune.internals.transformers_state import forget_quantisation
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -94,24 +95,6 @@ def gguf_of(path: str) -> dict[str, str]:
         return {}
     files = sorted(file.name for file in folder.glob("*.gguf"))
     return {"gguf_file": files[0]} if len(files) == 1 else {}
-
-
-def forget_quantisation(model: Any) -> Any:
-    """Let a model loaded from a GGUF file be what it is: its weights are full ones, yet it is marked as quantised.
-
-    Trainer would refuse to train it.
-
-    Args:
-        model: loaded from a GGUF file; changed in place and returned.
-    """
-    for name in ("hf_quantizer", "quantization_method"):
-        if name in vars(model):
-            delattr(model, name)
-    if getattr(model, "is_quantized", False):
-        model.is_quantized = False
-    if "quantization_config" in vars(model.config):
-        del model.config.quantization_config
-    return model
 
 
 def _assembled(package: str) -> Path | None:

@@ -9,7 +9,8 @@ from isotune.hosts.embedding import EmbeddingHost
 from isotune.hosts.experts import ExpertsHost
 from isotune.hosts.host import Host, Kept, widen
 from isotune.hosts.linear import LinearHost
-from isotune.hosts.quantised import Backend, QuantisedHost, functions_for, keep_readable, read_by_forward
+from isotune.hosts.quantised import Backend, QuantisedHost, functions_for, read_by_forward
+from isotune.internals.quantised_state import keep_readable
 from isotune.parallel.tensor_parallel import refuse_other_divisions
 
 __all__ = [

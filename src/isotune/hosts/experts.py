@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from isotune.hosts.host import Fold, WeightHost, widen
+from isotune.internals.torch_state import is_symbolic
 from isotune.parallel.sharding import shape_of
 
 
@@ -44,7 +44,7 @@ class ExpertsHost(WeightHost):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """None as a whole: a parameter of it is named."""
+        """Always False: experts are chosen by parameter name (`target_parameters`), not by module."""
         return False
 
     @property
@@ -77,7 +77,7 @@ class ExpertsHost(WeightHost):
         """Which experts the router sends tokens to; None for all, where that cannot be known."""
         integers = (torch.int64, torch.int32)
         found = [value for value in arguments if isinstance(value, Tensor) and value.dtype in integers]
-        if len(found) != 1 or found[0].is_meta or isinstance(found[0], FakeTensor) or torch.compiler.is_compiling():
+        if len(found) != 1 or is_symbolic(found[0]) or torch.compiler.is_compiling():
             return None
         reached: Tensor = torch.unique(found[0]).long()
         return reached[(reached >= 0) & (reached < self.experts)]  # others stand for experts of another device

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from isotune.internals.torch_state import is_hooked, own_parameters
 from isotune.parallel.sharding import gathered, is_partitioned, is_whole, shape_of
 from isotune.parallel.tensor_parallel import divide_like, mesh_of
 
@@ -119,7 +120,7 @@ class WeightHost(Host):
 
     def __init__(self, module: nn.Module, name: str = "") -> None:
         super().__init__(module, name)
-        if self.parameter not in module._parameters:
+        if self.parameter not in own_parameters(module):
             raise ValueError(
                 f"The weight of {name or type(module).__name__!r}, a {type(module).__module__}."
                 f"{type(module).__qualname__}, is no parameter: it is computed from others, as weight_norm and "
@@ -150,8 +151,8 @@ class WeightHost(Host):
 
     def refuse_watched(self) -> None:
         """Raise a ValueError if DeepSpeed ZeRO-3 gathers the weight at the calls of the host, as `call_with` breaks."""
-        weight = self.module._parameters.get(self.parameter)
-        if weight is not None and is_partitioned(weight) and self.module._forward_pre_hooks:
+        weight = own_parameters(self.module).get(self.parameter)
+        if weight is not None and is_partitioned(weight) and is_hooked(self.module):
             raise ValueError(
                 f"Adapters on {self.name!r} put another weight into it at each call, and DeepSpeed ZeRO-3 gathers the "
                 "original alone. Leave it out of target_modules or target_parameters, or use ZeRO-2 or FSDP2."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.hosts.host import Host, Kept
+from isotune.internals.quantised_state import copy_of, copy_to_write, exchange_weight, keep_readable, packed
 
 
 class Backend(Protocol):
@@ -129,7 +129,7 @@ class QuantisedHost(Host):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Never by the module alone: `host_for` is given a back end."""
+        """Always False: `host_for` chooses this host when a back end is given."""
         return False
 
     @property
@@ -185,20 +185,16 @@ class QuantisedHost(Host):
 
     def set_matrix(self, matrix: Tensor) -> None:
         """Quantise `matrix` as the layer was, in new tensors."""
-        twin, bias = _copy(self.module), getattr(self.module, "bias", None)
-        weight = twin._parameters.get("weight")
-        if weight is not None and "bnb_quantized" in vars(weight):
-            twin.weight = copy.copy(weight)  # PEFT marks the weight that it replaces as not quantised
-            _adopt(twin, self.module)
-        holder = _Holder(twin)
+        bias = getattr(self.module, "bias", None)
+        holder = _Holder(copy_to_write(self.module))
         self.backend.set_base_weight(holder, matrix)
-        _take(self.module, holder.base_layer)
+        exchange_weight(self.module, holder.base_layer)
         if bias is not None:
             self.module.bias = bias  # HQQ's comes back without
 
     def keep(self) -> Kept:
         """The weight and all that belongs to it."""
-        return Kept(self.weight, _copy(self.module))
+        return Kept(self.weight, copy_of(self.module))
 
     def restore(self, kept: Kept) -> None:
         """The very same tensors, on the device where the layer is now."""
@@ -206,7 +202,7 @@ class QuantisedHost(Host):
         device = self.weight.device
         if packed(kept.module).device != device:
             kept.module.to(device)
-        _take(self.module, kept.module)
+        exchange_weight(self.module, kept.module)
 
 
 class _Holder:
@@ -217,51 +213,3 @@ class _Holder:
 
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
-
-
-_OF_THE_WEIGHT = ("_parameters", "_buffers", "state", "quant_state", "meta")
-"""The attributes in which a layer keeps its packed weight and what dequantises it: `state` and `quant_state` are
-bitsandbytes', `meta` is HQQ's."""
-_CHANGED_IN_PLACE = ("_parameters", "_buffers", "state")
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    """A module of the same kind with the same tensors, which can be given others without changing this one."""
-    twin = copy.copy(module)
-    vars(twin).update({name: copy.copy(vars(module)[name]) for name in _CHANGED_IN_PLACE if name in vars(module)})
-    return twin
-
-
-def _take(module: nn.Module, other: nn.Module) -> None:
-    """Give a module the packed weight of another."""
-    vars(module).update({name: vars(other)[name] for name in _OF_THE_WEIGHT if name in vars(other)})
-    _adopt(module, other)
-
-
-def _adopt(module: nn.Module, former: nn.Module) -> None:
-    # bitsandbytes' parameter knows its layer, and writes to it when it is quantised.
-    for parameter in module._parameters.values():
-        if getattr(parameter, "module", None) is former:
-            parameter.module = module  # type: ignore[union-attr]
-
-
-def packed(module: nn.Module) -> Tensor:
-    """The tensor of a quantised layer that holds the numbers of its weight."""
-    for name in ("weight", "W_q", "qweight"):
-        found = getattr(module, name, None)
-        if isinstance(found, Tensor):
-            return found
-    raise ValueError(f"{type(module).__module__}.{type(module).__qualname__} has no packed weight")
-
-
-def keep_readable(module: nn.Module) -> None:
-    """Have bitsandbytes keep a 4-bit layer in the layout that it is dequantised and differentiated from.
-
-    On a CPU with AVX512-BF16 an evaluation forward packs the weight into another layout, in place: dequantised from it
-    W is garbage, and a training step through it has no gradient.
-    """
-    if getattr(module, "support_avx512bf16_for_cpu", None) is None:
-        return
-    module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-        module.state_dict()  # saving brings the ordinary layout back

@@ -25,3 +25,8 @@ def is_disabled(layer: Any) -> bool:
     """Whether the adapters of a tuner layer are switched off; the public property costs a call for each layer."""
     disabled: bool = layer._disable_adapters
     return disabled
+
+
+def psoft_basis(layer: Any, adapter_name: str) -> tuple[Any, Any]:
+    """A' (r, in) and B' (out, r) of PEFT's own PSOFT, which it computes from the base's weight and never saves."""
+    return layer._psoft_A_cache[adapter_name], layer._psoft_B_cache[adapter_name]

@@ -35,6 +35,16 @@ def is_bare(module: torch.nn.Module) -> bool:
     return not any(hooks) and "forward" not in module.__dict__
 
 
+def own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters of a module itself by name, those that are None left out."""
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+def is_hooked(module: torch.nn.Module) -> bool:
+    """Say whether something runs before the forward of a module; no public method lists hooks."""
+    return bool(module._forward_pre_hooks)
+
+
 def remove_hooks(module: torch.nn.Module, *hooks: Any) -> None:
     """Take functions off the hooks of a module: before and after its forward, and after a load of its state.
 
@@ -44,3 +54,23 @@ def remove_hooks(module: torch.nn.Module, *hooks: Any) -> None:
         for key in [key for key, hook in table.items() if hook in hooks]:
             del table[key]
             module._forward_hooks_always_called.pop(key, None)
+
+
+def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    """The module that torch.compile has wrapped, or the module itself; the wrapper has no public attribute for it."""
+    inner: torch.nn.Module = getattr(model, "_orig_mod", model)
+    return inner
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Tell the storage of a tensor from all others that are alive, also where it has no numbers and so no address."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def common_store() -> Any:
+    """The key-value store by which the processes of the default group found each other; public ones are made anew."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+GROUPED_PRODUCT = torch.ops.aten._grouped_mm
+"""The operation that the experts of a mixture are computed with; `torch.nn.functional.grouped_mm` calls it."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from isotune.internals.torch_state import common_store
 from isotune.parallel.sharding import in_group, is_sharded
 
 WAIT = timedelta(seconds=60)
@@ -51,7 +52,7 @@ def one_for_all(name: str, make: Callable[[], list[Tensor]]) -> list[Tensor]:
     """
     if not several():
         return make()
-    store = dist.distributed_c10d._get_default_store()
+    store = common_store()
     rank, others = dist.get_rank(), range(1, dist.get_world_size())
     kind = f"isotune/{hashlib.sha256(name.encode()).hexdigest()[:32]}"
     _MET[name] += 1

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+
+from isotune.internals.deepspeed_state import full_shape, gather_with, gathering, is_gathered, is_partitioned
+
+__all__ = ["gather_with", "is_partitioned"]  # for those who import them from here
 
 
 def in_group() -> bool:
@@ -31,28 +33,20 @@ def is_wrapped_by_fsdp(model: nn.Module) -> bool:
     return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
 
 
-def is_partitioned(tensor: Tensor) -> bool:
-    """Whether the tensor is a parameter of DeepSpeed ZeRO-3: empty but for the times when it is gathered."""
-    return hasattr(tensor, "ds_id")
-
-
 def is_whole(tensor: Tensor) -> bool:
     """Whether all elements of the tensor are here now."""
-    if is_partitioned(tensor):
-        return bool(tensor.ds_status.name == "AVAILABLE")  # type: ignore[attr-defined]
-    return not is_sharded(tensor)
+    return is_gathered(tensor) if is_partitioned(tensor) else not is_sharded(tensor)
 
 
 def shape_of(tensor: Tensor) -> torch.Size:
     """The shape of the tensor with all its elements."""
-    shape: torch.Size = tensor.ds_shape if is_partitioned(tensor) else tensor.shape  # type: ignore[attr-defined]
-    return shape
+    return full_shape(tensor) if is_partitioned(tensor) else tensor.shape
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """The tensor with all its elements; where it is spread, every process that has a part must ask.
 
-    What ZeRO-3 has divided comes without a graph.
+    What ZeRO-3 has partitioned comes without a graph.
     """
     if is_whole(tensor):
         return tensor
@@ -65,28 +59,10 @@ def gathered(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def whole(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """A block in which those parameters that ZeRO-3 has divided are here; every process must enter it."""
+    """A block in which those parameters that ZeRO-3 has partitioned are here; every process must enter it."""
     absent = [parameter for parameter in parameters if is_partitioned(parameter) and not is_whole(parameter)]
-    with _zero().GatheredParameters(absent) if absent else nullcontext():
+    with gathering(absent) if absent else nullcontext():
         yield
-
-
-def gather_with(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Have ZeRO-3 gather parameters of other modules too when it gathers those of `module`, forward and backward.
-
-    Args:
-        module: whose forward reads them.
-        parameters: those that ZeRO-3 has not divided are left out.
-    """
-    known = module.__dict__.get("_external_params", {})
-    for parameter in parameters:
-        if is_partitioned(parameter) and id(parameter) not in known:
-            _zero().register_external_parameter(module, parameter)
-
-
-def _zero() -> Any:
-    # A parameter that ZeRO-3 has divided can exist only if somebody else has imported DeepSpeed.
-    return sys.modules["deepspeed"].zero
 
 
 def _distributed_tensor() -> type[Tensor]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from isotune.internals.torch_state import own_parameters
+from isotune.internals.transformers_state import is_tensor_parallel
 from isotune.parallel.sharding import gathered, is_sharded
 
 if TYPE_CHECKING:
@@ -94,15 +96,10 @@ class Division:
 
 def mesh_of(module: nn.Module) -> DeviceMesh | None:
     """The processes between which transformers has divided the module's own parameters; None if it is whole."""
-    if not _is_divided(module):
+    if not is_tensor_parallel(module):
         return None
-    sharded = (p for p in module._parameters.values() if p is not None and is_sharded(p))
+    sharded = (p for p in module.parameters(recurse=False) if is_sharded(p))
     return next((parameter.device_mesh for parameter in sharded), None)  # type: ignore[attr-defined]
-
-
-def _is_divided(module: nn.Module) -> bool:
-    """Whether transformers has put its tensor parallelism around the forward of a module."""
-    return bool(module.__dict__.get("_is_hooked"))
 
 
 def refuse_other_divisions(module: nn.Module, name: str, *, packed: bool = False) -> None:
@@ -116,11 +113,11 @@ def refuse_other_divisions(module: nn.Module, name: str, *, packed: bool = False
     Raises:
         ValueError: it is divided, and not simply by rows or by columns.
     """
-    if not _is_divided(module):
+    if not is_tensor_parallel(module):
         return
     from torch.distributed.tensor import Shard
 
-    mesh, weight = mesh_of(module), module._parameters.get("weight")
+    mesh, weight = mesh_of(module), own_parameters(module).get("weight")
     found = "its weight is whole, and what it gives or takes is not"
     if packed or not isinstance(module, (nn.Linear, nn.Embedding)):
         found = f"it is {'quantised or holds experts' if packed else 'no nn.Linear or nn.Embedding'}"

@@ -25,6 +25,7 @@ from isotune.files.adapter import (
     describe,
     named_tensors,
 )
+from isotune.internals.torch_state import uncompiled
 from isotune.methods.config import IsotuneConfig, SubspaceConfig, config_fields
 from isotune.tuner.layer import Layer
 from isotune.tuner.placing import place_adapter
@@ -75,7 +76,7 @@ def hotswap_adapter(
         AdapterFileError: the file is damaged or incomplete.
         BaseMismatchError: it was trained on another base.
     """
-    inner: nn.Module = getattr(model, "_orig_mod", model)
+    inner = uncompiled(model)
     configs: dict[str, Any] = getattr(inner, "peft_config", {})
     config = configs.get(adapter_name)
     if not isinstance(config, IsotuneConfig):

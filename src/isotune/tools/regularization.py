@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isotune.internals.deepspeed_state import takes_gradients
 from isotune.tuner.layer import Layer
 
 
@@ -66,7 +67,7 @@ def add_regularization_gradient(model: nn.Module) -> None:
     Raises:
         ValueError: DeepSpeed ZeRO trains the model, which has taken the gradients away by then.
     """
-    if has_regularization(model) and any(hasattr(parameter, "_hp_mapping") for parameter in model.parameters()):
+    if has_regularization(model) and takes_gradients(model):
         raise ValueError(
             "DeepSpeed has taken the gradients of the parameters away before this callback could add to them. Add "
             "isotune.regularization_loss(model) to the loss instead, or set regularizer_weight to 0."

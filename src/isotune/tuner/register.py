@@ -15,8 +15,8 @@ from peft.mapping import (
 from peft.utils import PeftType, register_peft_method
 
 from isotune.errors import IsotuneWarning, UnsupportedVersionError
+from isotune.internals.enumeration import add_member
 from isotune.methods import METHODS
-from isotune.tuner.enumeration import add_member
 from isotune.tuner.model import IsotuneModel
 
 MINIMUM_VERSIONS = {"torch": "2.6", "peft": "0.21.2"}

@@ -16,6 +16,7 @@ from isotune.experiments.planning.setting import ACCELERATORS, BITS, DTYPES, OPT
 from isotune.experiments.planning.trace import Trace, attention, blocks_of, inputs_for, trace
 from isotune.experiments.recipe import Method
 from isotune.files.base_model import quiet, resolve_base
+from isotune.internals.transformers_state import attention_of
 from isotune.methods.config import require_choice
 
 _ATTENTION = "isotune_trace"
@@ -141,7 +142,7 @@ def _build(setting: Setting) -> tuple[Any, str]:
         model: Any = transformers.AutoModel.from_config(config) if own is None else own(config)
     finally:
         torch.set_default_dtype(before)
-    if getattr(model.config, "_attn_implementation", None) == "sdpa":
+    if attention_of(model.config) == "sdpa":
         # No masks are made for it either: whether one is needed cannot be read off tensors without numbers.
         transformers.AttentionInterface.register(_ATTENTION, attention)
         model.set_attn_implementation(_ATTENTION)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from isotune.adapter import evaluation
-from isotune.experiments.measure import Kept, identity
+from isotune.experiments.measure import Kept
+from isotune.internals.torch_state import GROUPED_PRODUCT, storage_of
+from isotune.internals.transformers_state import attention_of
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def _blocks_watched(model: nn.Module, counter: Kept, flops: FlopCounterMode) -> 
     given: dict[int, Tensor] = {}  # what a decoder is given of the encoder is the same for all of its blocks
 
     def enter(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        inputs = {identity(t): t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
+        inputs = {storage_of(t): t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
         watched.inputs.append(sum(t.untyped_storage().nbytes() for key, t in inputs.items() if key not in given))
         given.update(inputs)
         before[0] = counter.nbytes, flops.get_total_flops()
@@ -130,7 +132,7 @@ def _grouped_product(left: Any, right: Any, *_: Any, **__: Any) -> int:
     return int(2 * left[0] * left[1] * right[-1])  # the groups are parts of the rows, or of what is summed
 
 
-_FORMULAS = {torch.ops.aten.addmm_: _added_product, torch.ops.aten._grouped_mm: _grouped_product}
+_FORMULAS = {torch.ops.aten.addmm_: _added_product, GROUPED_PRODUCT: _grouped_product}
 """Products that torch's own counter leaves out, by the shapes of their arguments."""
 
 
@@ -214,7 +216,7 @@ def inputs_for(model: Any, batch: int, sequence: int) -> dict[str, Tensor]:
         inputs["labels"] = inputs["input_ids"].clone()
     elif getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = inputs["input_ids"].clone()
-    if main == "input_ids" and "attention_mask" in accepted and config._attn_implementation == "eager":
+    if main == "input_ids" and "attention_mask" in accepted and attention_of(config) == "eager":
         # Without one, transformers would look for padding among the tokens; fused attention gets none and makes none.
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if "use_cache" in accepted:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from isotune.errors import AdapterFileError
 from isotune.files.adapter import ADAPTER, adapted_layers, rank_pattern
 from isotune.files.peft_import.source import EXACT, Source, series_terms, shared_fields
+from isotune.internals.peft_state import psoft_basis
 from isotune.methods import PsoftConfig
 from isotune.subspace.pinning import candidate_rank, pin, recover
 from isotune.subspace.solvers import principal_subspace
@@ -27,11 +28,11 @@ _RECOVERABLE = 1e-3
 
 @dataclass
 class _Subspace:
-    """One layer of a PEFT adapter, ΔW = writer (M − I)ᵀ reader, and what of isotune's own layer gives the same."""
+    """One layer of a PEFT adapter, ΔW = up (M − I)ᵀ down, and what of isotune's own layer gives the same."""
 
-    reader: Tensor
+    down: Tensor
     """A, (r, in): its rows are orthogonal."""
-    writer: Tensor
+    up: Tensor
     """psoft_alpha / r · B, (out, r)."""
     difference: Tensor
     """M − I, (r, r), float64; in PEFT's terms Rᵀ − I with both vectors."""
@@ -40,14 +41,14 @@ class _Subspace:
 
     def basis(self) -> Tensor:
         """V, (r, in): A without the singular values of a symmetric split."""
-        return nn.functional.normalize(self.reader, dim=1)
+        return nn.functional.normalize(self.down, dim=1)
 
     def defect(self, matrix: Tensor, *, symmetric: bool) -> float:
         """Relative difference between this update and the one isotune's form makes with the same basis and M."""
         projection = matrix.float() @ self.basis().float().T
         values = torch.linalg.vector_norm(projection, dim=0).sqrt() if symmetric else projection.new_ones(1)
         ours = (projection / values.clamp_min(torch.finfo(values.dtype).tiny)).double() @ self.difference.T * values
-        theirs = self.writer.double() @ self.difference.T * torch.linalg.vector_norm(self.reader, dim=1)
+        theirs = self.up.double() @ self.difference.T * torch.linalg.vector_norm(self.down, dim=1)
         norm = float(theirs.norm())
         return float((ours - theirs).norm()) / norm if norm > 0 else 0.0
 
@@ -56,24 +57,22 @@ class _Subspace:
         return replace(self, parameters={"generator": self.difference})
 
     def on_principal_form(self, matrix: Tensor) -> _Subspace:
-        """The same update by a free matrix on orthonormal directions V with W Vᵀ as its writer.
+        """The same update by a free matrix on orthonormal directions V with W Vᵀ as up.
 
         PEFT's "lowrank" stops before it has converged, and then its B is not W Aᵀ. But B lies in the column space of W,
         so B = W Xᵀ, and with V an orthonormal basis of the rows of A and X together, A = C V and X = D V,
         ΔW = W Vᵀ (Dᵀ (M − I)ᵀ C) V. V has up to 2 r rows, and r where W Aᵀ is B after all.
         """
-        values = torch.linalg.vector_norm(self.reader, dim=1).double()
-        same = _Subspace(
-            self.basis(), self.writer * values.to(self.writer), self.difference * values[:, None] / values, {}
-        )
+        values = torch.linalg.vector_norm(self.down, dim=1).double()
+        same = _Subspace(self.basis(), self.up * values.to(self.up), self.difference * values[:, None] / values, {})
         if same.defect(matrix, symmetric=False) <= EXACT:
             return same.as_free_matrix()
         wide = matrix.double()
-        source = torch.linalg.lstsq(wide.cpu(), self.writer.double().cpu(), driver="gelsd").solution.T.to(wide)
+        source = torch.linalg.lstsq(wide.cpu(), self.up.double().cpu(), driver="gelsd").solution.T.to(wide)
         both = torch.cat([nn.functional.normalize(source, dim=1), self.basis().double()])
         _, spread, right = torch.linalg.svd(both, full_matrices=False)
         basis = right[spread > 1e-9 * spread[0]]
-        mixed = (source @ basis.T).T @ self.difference.T @ (self.reader.double() @ basis.T)
+        mixed = (source @ basis.T).T @ self.difference.T @ (self.down.double() @ basis.T)
         return _Subspace(basis, wide @ basis.T, mixed.T.contiguous(), {}).as_free_matrix()
 
 
@@ -100,7 +99,7 @@ def import_psoft(source: Source) -> PeftModel:
         symmetric = config.ab_svd_init == "pissa_init"
         if any(layer.defect(weights[name], symmetric=symmetric) > EXACT for name, layer in layers.items()):
             layers = {name: layer.on_principal_form(weights[name]) for name, layer in layers.items()}
-            config = _with_free_matrices(config, {name: len(layer.reader) for name, layer in layers.items()})
+            config = _with_free_matrices(config, {name: len(layer.down) for name, layer in layers.items()})
     model = get_peft_model(source.base, replace(config))
     if config.basis == "pinned" and not all(
         _is_recoverable(m, layers[n]) for n, m in adapted_layers(model, ADAPTER) if n in layers
@@ -124,8 +123,8 @@ def _compute_as_peft(config: peft.PsoftConfig, module: nn.Module, state: dict[st
     except (RuntimeError, TypeError, ValueError) as error:
         detail = str(error).splitlines()[-1].strip()
         raise AdapterFileError(f"{what}: PEFT's layer cannot be made of this file and base: {detail}") from error
-    reader, writer = layer._psoft_A_cache[ADAPTER], layer._psoft_B_cache[ADAPTER] * layer.scaling[ADAPTER]
-    if not bool(reader.any(dim=1).all()):
+    down, up = psoft_basis(layer, ADAPTER)
+    if not bool(down.any(dim=1).all()):
         raise AdapterFileError(f"{what}: the weight's rank is below r, so ab_svd_init='pissa_init' leaves no basis.")
     matrix = trained.double().get_matrix().T
     eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
@@ -134,7 +133,7 @@ def _compute_as_peft(config: peft.PsoftConfig, module: nn.Module, state: dict[st
         parameters["input_scale"] = trained.vector_a
     if config.psoft_mag_b:
         parameters["output_scale"] = trained.vector_b
-    return _Subspace(reader, writer, matrix - eye, parameters)
+    return _Subspace(down, up * layer.scaling[ADAPTER], matrix - eye, parameters)
 
 
 def _translate_psoft(theirs: peft.PsoftConfig) -> PsoftConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -46,8 +47,7 @@ class AdaptedModel:
         self.built = False
         # Weakly: what holds a parameter would keep it whole beside the shards that take its place.
         self.trainable: MutableMapping[nn.Parameter, bool] = WeakTensorKeyDictionary()
-        self.call: object | None = None
-        """The call of PeftModel's forward or generate that runs."""
+        self._running = _Running()
 
     def __reduce__(self) -> tuple[type[AdaptedModel], tuple[()]]:
         return AdaptedModel, ()
@@ -130,7 +130,7 @@ class AdaptedModel:
             if any(is_partitioned(shared.members[0].parameters_read()[0]) for shared in self.evaluations):
                 self._gather_with_layers()
         for shared in self.evaluations:
-            shared.begin(self.call)
+            shared.begin(self._running.call)
 
     def end(self) -> None:
         """It has returned or raised."""
@@ -140,11 +140,11 @@ class AdaptedModel:
     @contextmanager
     def calling(self) -> Iterator[None]:
         """A call of PeftModel's forward or generate, within which parameters do not change."""
-        before, self.call = self.call, object()
+        before, self._running.call = self._running.call, object()
         try:
             yield
         finally:
-            self.call = before
+            self._running.call = before
 
     def _gather_with_layers(self) -> None:
         """Have ZeRO-3 gather with each layer the bias that the layer reads itself of the module inside it."""
@@ -221,6 +221,12 @@ class AdaptedModel:
         """Whether FSDP, accelerate or diffusers moves weights in and out, so that their marks say nothing."""
         model = self.model
         return model is not None and (is_wrapped_by_fsdp(model) or any(map(is_managed, model.modules())))
+
+
+class _Running(threading.local):
+    """The call of PeftModel's forward or generate that runs in a thread."""
+
+    call: object | None = None
 
 
 @torch.no_grad()

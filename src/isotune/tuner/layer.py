@@ -91,8 +91,9 @@ class Layer(MergingLayer):
             adapter.randomize_parameters()
         if adapter.dropout and self.host.folds and adapter.additive:
             raise ValueError(
-                f"Dropout of the input has no meaning on {self.key!r}, a {type(self.get_base_layer()).__name__}, whose "
-                "update is computed in its weight; set psoft_dropout to 0, or exclude the module with exclude_modules."
+                f"psoft_dropout={adapter.dropout} has no meaning on {self.key!r}, a "
+                f"{type(self.host.module).__name__}, whose update is computed in its weight; set it to 0, or exclude "
+                "the module with exclude_modules."
             )
         self.configs[adapter_name] = config
         self.isotune_operator[adapter_name] = adapter

@@ -164,11 +164,9 @@ def test_the_small_diagonal_of_a_small_rotation_is_kept(n: int) -> None:
     torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("leading", [(7,), (2, 4), (3,)])
-def test_blocks_eliminated_in_several_parts_are_those_of_one(
-    leading: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    entries = torch.randn(*leading, 28)
-    whole = cayley_of_entries(entries, 8)
-    monkeypatch.setattr(cayley, "_TOGETHER", 3)
-    assert torch.equal(cayley_of_entries(entries, 8), whole)
+@pytest.mark.parametrize("size", [1e-4, 1.0, 30.0])
+def test_an_export_has_the_same_transform_by_products_alone(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = size * torch.randn(3, 28, dtype=torch.float64)
+    expected = cayley.orthogonal_difference(entries, 8)
+    monkeypatch.setattr(cayley, "is_exported", lambda: True)
+    torch.testing.assert_close(cayley.orthogonal_difference(entries, 8), expected, rtol=1e-9, atol=1e-12)

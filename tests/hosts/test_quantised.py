@@ -406,7 +406,7 @@ def test_a_library_whose_weights_peft_cannot_read_is_named(method: str, monkeypa
     from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 
     monkeypatch.setattr(
-        "isotune.tuner.layer.resolve_quantization_backend", lambda *_, **__: ForwardOnlyQuantizationBackend("aqlm")
+        "isotune.tuner.backends.resolve_quantization_backend", lambda *_, **__: ForwardOnlyQuantizationBackend("aqlm")
     )
     base = OneLayer(Packed())
     with pytest.raises(ValueError, match=r"'layer'.*aqlm.*Supported"):
@@ -460,5 +460,5 @@ def test_a_layer_that_was_repacked_before_is_brought_back() -> None:
 
 
 def test_plain_models_import_no_quantisation_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isotune.tuner.layer.resolve_quantization_backend", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr("isotune.tuner.backends.resolve_quantization_backend", lambda *_, **__: pytest.fail("asked"))
     adapt(Stack(), psoft(target_modules=["first"]))

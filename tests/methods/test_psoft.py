@@ -44,7 +44,7 @@ def test_operator_is_the_definition(size: int, input_scale: bool, output_scale: 
     torch.testing.assert_close(operator.matrix(), expected + torch.eye(size))
     torch.testing.assert_close(operator.inverse() @ operator.matrix(), torch.eye(size, dtype=torch.float64))
     x = torch.randn(5, size, dtype=torch.float64)
-    torch.testing.assert_close(operator(x), x @ operator.matrix())
+    torch.testing.assert_close(operator.operate(x), x @ operator.matrix())
 
 
 @pytest.mark.parametrize("orthogonal", [True, False])

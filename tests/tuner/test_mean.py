@@ -73,8 +73,8 @@ def test_what_is_between_is_as_orthogonal(case: str) -> None:
     model.add_weighted_adapter(["a", "b"], [0.4, 0.6], "mean")
     for layer in layers_of(model):
         operator = layer.adapter("mean")
-        if hasattr(operator, "rotation_difference"):
-            difference = operator.rotation_difference(operator.generator)
+        if method == "psoft":
+            (difference,) = operator.evaluate({"generator": operator.generator})
             matrix = difference + torch.eye(len(difference), dtype=difference.dtype)
         else:
             matrix = operator.matrix()

@@ -233,6 +233,11 @@ class Adapter(nn.Module, ABC):
         """The scale in use over the configured one; 1.0 for rotations."""
         return 1.0
 
+    @property
+    def form_key(self) -> Hashable:
+        """What the form depends on besides M: adapters of equal keys, of the operator and the form, compute alike."""
+        return ()
+
     @abstractmethod
     def describe(self) -> str:
         """A few words for `repr`."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from isotune.adapter.evaluation import without_autocast
 from isotune.internals.torch_state import is_symbolic, version_of
 from isotune.subspace.precision import exact_product
 
@@ -26,6 +27,11 @@ class Mark:
     address: int
     sample: tuple[float, ...]
     """Some of its numbers, of one on a CPU, where a look costs nothing: `tensor.data` leaves no other trace."""
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether nobody has replaced the tensor or written to it since."""
+        same = self.tensor == id(tensor) and self.version == version_of(tensor)
+        return same and self == Mark.of(tensor, sampled=bool(self.sample))
 
     @classmethod
     def of(cls, tensor: Tensor, *, sampled: bool = True) -> Mark:
@@ -103,7 +109,8 @@ def place(
         Balazy et al., LoRA-XS (2024), for all of them on the side of the input.
     """
     basis = basis.to(device=matrix.device, dtype=torch.promote_types(matrix.dtype, torch.float32))
-    up, down = exact_product(matrix.to(basis.dtype), basis.mT), basis
+    with without_autocast(matrix):
+        up, down = exact_product(matrix.to(basis.dtype), basis.mT), basis
     if power:
         values = torch.linalg.vector_norm(up, dim=-2).clamp_min(torch.finfo(basis.dtype).tiny).pow(power)
         down, up = basis * values[..., :, None], up / values[..., None, :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -197,6 +197,11 @@ class SubspaceAdapter(Adapter):
     def relative_scale(self) -> float:
         """The scale in use over the configured one."""
         return self.scale / self.configured_scale
+
+    @property
+    def form_key(self) -> Hashable:
+        """The configured scale, and how the singular values are split."""
+        return self.configured_scale, self.power
 
     def describe(self) -> str:
         """The rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ def version_of(tensor: Tensor) -> int:
 
 def is_symbolic(tensor: Tensor) -> bool:
     """Say whether a tensor has no values to compute with, as on the meta device or under FakeTensorMode."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(tensor, FakeTensor) or tensor.is_meta
+    # It stays unimported: such a tensor can exist only if somebody else has imported it.
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return tensor.is_meta or (module is not None and isinstance(tensor, module.FakeTensor))
 
 
 def is_bare(module: torch.nn.Module) -> bool:

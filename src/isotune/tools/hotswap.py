@@ -26,7 +26,7 @@ from isotune.files.adapter import (
     named_tensors,
 )
 from isotune.internals.torch_state import uncompiled
-from isotune.methods.config import IsotuneConfig, SubspaceConfig, config_fields
+from isotune.methods.config import IsotuneConfig, config_fields
 from isotune.tuner.layer import Layer
 from isotune.tuner.placing import place_adapter
 
@@ -123,11 +123,8 @@ def _check_options(file: AdapterFile, config: IsotuneConfig, layers: Mapping[str
         f"for the adapter {adapter_name!r} of this model; only one of the same shapes can be swapped in",
     )
     for name, layer in layers.items():
-        same = file.operator(name).batch_key() == layer.adapter(adapter_name).batch_key()
-        if isinstance(config, SubspaceConfig) and isinstance(file.config, SubspaceConfig):
-            new, old = file.config, config
-            same = same and (new.scale_of(name), new.reader_power) == (old.scale_of(name), old.reader_power)
-        if not same:
+        new, old = file.operator(name), layer.adapter(adapter_name)
+        if (new.batch_key(), new.form_key) != (old.batch_key(), old.form_key):
             different = [
                 f"{field}={getattr(file.config, field)!r} and not {getattr(config, field)!r}"
                 for field in config_fields(type(config))
@@ -150,17 +147,15 @@ def _prepare(model: nn.Module, file: AdapterFile, layers: Mapping[str, Layer], a
             beside[name] = file.build(name, layer.without_adapters())
     place_adapter(ADAPTER, beside.values())
     users = Counter(
-        id(module.placement.down)
+        id(placement.down)
         for module in model.modules()
-        if isinstance(module, SubspaceAdapter) and module.placement is not None
+        if (placement := getattr(module, "placement", None)) is not None
     )
     copies: list[tuple[Tensor, Tensor]] = []
     placements = []
     for name, other in beside.items():
-        adapter, new = layers[name].adapter(adapter_name), other.adapter(ADAPTER)
-        assert isinstance(adapter, SubspaceAdapter)
-        assert isinstance(new, SubspaceAdapter)
-        old, placement = adapter.placement, new.placement
+        adapter = layers[name].subspace(adapter_name)
+        old, placement = adapter.placement, other.subspace(ADAPTER).placement
         assert placement is not None
         bases = [basis.stored for basis in layers[name].bases(adapter_name)]
         copies += zip(bases, placement.stored, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -46,8 +47,9 @@ class AdaptedModel:
         self.built = False
         # Weakly: what holds a parameter would keep it whole beside the shards that take its place.
         self.trainable: MutableMapping[nn.Parameter, bool] = WeakTensorKeyDictionary()
-        self.call: object | None = None
-        """The call of PeftModel's forward or generate that runs."""
+        self.surroundings: list[nn.Module] = []
+        """The modules in which accelerate or diffusers would leave a hook to move the layers' weights."""
+        self._running = _Running()
 
     def __reduce__(self) -> tuple[type[AdaptedModel], tuple[()]]:
         return AdaptedModel, ()
@@ -103,6 +105,10 @@ class AdaptedModel:
                 for slot, member in enumerate(members):
                     assert isinstance(member, Adapter)
                     member.shared, member.slot = shared, slot
+        names = {name for name, module in model.named_modules() if isinstance(module, Layer)}
+        parents = {".".join(name.split(".")[:depth]) for name in names for depth in range(name.count(".") + 1)}
+        self.surroundings = [model.get_submodule(name) for name in parents]
+        self.surroundings += [m for layer in self.layers for m in (layer.host.module, *layer.isotune_operator.values())]
         self.built = True
 
     def forget(self) -> None:
@@ -123,14 +129,23 @@ class AdaptedModel:
         if not is_recorded():
             if not self.built:
                 self.build(self.model or module)
-            self._place_before_forward()
-            apart = self._is_moved_by_others()
-            for shared in self.evaluations:
-                shared.apart = apart or is_partitioned(shared.members[0].parameters_read()[0])
-            if any(is_partitioned(shared.members[0].parameters_read()[0]) for shared in self.evaluations):
-                self._gather_with_layers()
+            if self._running.call is None or self._running.call is not self._running.looked:
+                self._look()
+                self._running.looked = self._running.call
         for shared in self.evaluations:
-            shared.begin(self.call)
+            shared.begin(self._running.call)
+
+    def _look(self) -> None:
+        """See where weights and parameters are before a pass; within a call of `generate` once."""
+        # Who loads without calling load_state_dict (transformers' own loader), exchanges a base's weights, or adapts a
+        # model before its weights are there, leaves no other moment at which the subspaces could be found.
+        self.place()
+        apart = self._is_moved_by_others()
+        partitioned = [is_partitioned(shared.members[0].parameters_read()[0]) for shared in self.evaluations]
+        for shared, is_zero3 in zip(self.evaluations, partitioned, strict=True):
+            shared.apart = apart or is_zero3
+        if any(partitioned):
+            self._gather_with_layers()
 
     def end(self) -> None:
         """It has returned or raised."""
@@ -140,11 +155,11 @@ class AdaptedModel:
     @contextmanager
     def calling(self) -> Iterator[None]:
         """A call of PeftModel's forward or generate, within which parameters do not change."""
-        before, self.call = self.call, object()
+        before, self._running.call = self._running.call, object()
         try:
             yield
         finally:
-            self.call = before
+            self._running.call = before
 
     def _gather_with_layers(self) -> None:
         """Have ZeRO-3 gather with each layer the bias that the layer reads itself of the module inside it."""
@@ -168,11 +183,6 @@ class AdaptedModel:
         for name in stale:
             place_adapter(name, self.layers)
 
-    def _place_before_forward(self) -> None:
-        # Who loads without calling load_state_dict (transformers' own loader), exchanges a base's weights, or adapts a
-        # model before its weights are there, leaves no other moment at which the subspaces could be found.
-        self.place()
-
     def place_after_load(self) -> None:
         """Place what a load has brought, and take an adapter out that does not fit this base.
 
@@ -190,8 +200,7 @@ class AdaptedModel:
 
     def _is_placed(self, layer: Layer, adapter_name: str) -> bool:
         """Whether an adapter has a placement that is true; one that is not is taken away."""
-        adapter = layer.adapter(adapter_name)
-        assert isinstance(adapter, SubspaceAdapter)
+        adapter = layer.subspace(adapter_name)
         placement, weight = adapter.placement, layer.base_weight
         if placement is None:
             return False
@@ -200,27 +209,36 @@ class AdaptedModel:
         if is_symbolic(weight):
             return True
         stored = [basis.stored for basis in layer.bases(adapter_name)]
-        pins = tuple(Mark.of(buffer, sampled=False) for buffer in stored)
-        if pins != placement.pins and not all(
+        pins_hold = all(mark.is_of(buffer) for mark, buffer in zip(placement.pins, stored, strict=True))
+        if not pins_hold and not all(
             torch.equal(buffer.to(known), known) for buffer, known in zip(stored, placement.stored, strict=True)
         ):
             adapter.placement = None
             return False
-        mark = placement.weight if is_sharded(weight) or not isinstance(weight, nn.Parameter) else Mark.of(weight)
-        if mark != placement.weight and not self._is_moved_by_others() and not _acts_as_placed(layer, adapter):
+        seen = isinstance(weight, nn.Parameter) and not is_sharded(weight)
+        weight_holds = not seen or placement.weight.is_of(weight)
+        if not weight_holds and not self._is_moved_by_others() and not _acts_as_placed(layer, adapter):
             if adapter.is_untrained():
                 for basis in layer.bases(adapter_name):
                     basis.record(torch.zeros_like(basis.stored))
             adapter.placement = None
             return False
-        if pins != placement.pins or mark != placement.weight:
-            adapter.placement = placement.marked(pins, mark)
+        if not (pins_hold and weight_holds):
+            pins = tuple(Mark.of(buffer, sampled=False) for buffer in stored)
+            adapter.placement = placement.marked(pins, Mark.of(weight) if seen else placement.weight)
         return True
 
     def _is_moved_by_others(self) -> bool:
         """Whether FSDP, accelerate or diffusers moves weights in and out, so that their marks say nothing."""
         model = self.model
-        return model is not None and (is_wrapped_by_fsdp(model) or any(map(is_managed, model.modules())))
+        return model is not None and (is_wrapped_by_fsdp(model) or any(map(is_managed, self.surroundings)))
+
+
+class _Running(threading.local):
+    """The call of PeftModel's forward or generate that runs in a thread."""
+
+    call: object | None = None
+    looked: object | None = None
 
 
 @torch.no_grad()

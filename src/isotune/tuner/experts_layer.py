@@ -55,8 +55,8 @@ class ExpertsLayer(Layer):
         first = adapters[0]
         if first.beside:
             raise ValueError(f"The gains of this method cannot be trained on experts, such as {self.key!r}; use OFT.")
-        if first.dropout:
-            raise ValueError(f"Dropout of an adapter cannot be used on experts, such as {self.key!r}; set it to 0.")
+        if first.dropout and not first.additive:
+            raise ValueError(f"Dropout of an operator cannot be used on experts, such as {self.key!r}; set it to 0.")
         for name in first.names_read():
             stacked = torch.stack([adapter.get_parameter(name).detach() for adapter in adapters])
             setattr(first, name, nn.Parameter(stacked))

@@ -91,8 +91,9 @@ class Layer(MergingLayer):
             adapter.randomize_parameters()
         if adapter.dropout and self.host.folds and adapter.additive:
             raise ValueError(
-                f"Dropout of the input has no meaning on {self.key!r}, a {type(self.get_base_layer()).__name__}, whose "
-                "update is computed in its weight; set psoft_dropout to 0, or exclude the module with exclude_modules."
+                f"psoft_dropout={adapter.dropout} has no meaning on {self.key!r}, a "
+                f"{type(self.host.module).__name__}, whose update is computed in its weight; set it to 0, or exclude "
+                "the module with exclude_modules."
             )
         self.configs[adapter_name] = config
         self.isotune_operator[adapter_name] = adapter
@@ -112,6 +113,12 @@ class Layer(MergingLayer):
         adapter: Adapter = self.isotune_operator[adapter_name]  # type: ignore[assignment]
         return adapter
 
+    def subspace(self, adapter_name: str) -> SubspaceAdapter:
+        """The adapter of a name, which acts on a subspace."""
+        adapter = self.adapter(adapter_name)
+        assert isinstance(adapter, SubspaceAdapter)
+        return adapter
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer and from the evaluations that it shares."""
         super().delete_adapter(adapter_name)
@@ -129,8 +136,7 @@ class Layer(MergingLayer):
         self, adapter_name: str, bases: Sequence[Tensor], *, residual: float = 0.0, principal: bool
     ) -> None:
         """Place a subspace adapter on its bases V, (r, in) each, on the base's weight as it is now."""
-        adapter, matrix = self.adapter(adapter_name), self.unmerged_matrix()
-        assert isinstance(adapter, SubspaceAdapter)
+        adapter, matrix = self.subspace(adapter_name), self.unmerged_matrix()
         stored = [basis.stored for basis in self.bases(adapter_name)]
         adapter.placement = place(
             torch.stack(list(bases)) if matrix.ndim == 3 else bases[0],

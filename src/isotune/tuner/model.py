@@ -16,6 +16,7 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
+from isotune.adapter.evaluation import is_recorded
 from isotune.errors import AdapterFileError
 from isotune.hosts import keep_readable
 from isotune.methods.config import IsotuneConfig, SubspaceConfig
@@ -200,7 +201,7 @@ class IsotuneModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Around each forward and generate of a PeftModel: one evaluation, and `adapter_names` of a mixed batch."""
         own = AdaptedModel.of(self.model)
-        with nullcontext() if own is None else own.calling():
+        with nullcontext() if own is None or is_recorded() else own.calling():
             names = kwargs.get("adapter_names")
             if names is None:
                 yield

@@ -63,8 +63,7 @@ def place_adapter(adapter_name: str, layers: Iterable[Layer]) -> None:
     for layer in layers:
         if adapter_name not in layer.isotune_form:
             continue
-        adapter = layer.adapter(adapter_name)
-        assert isinstance(adapter, SubspaceAdapter)
+        adapter = layer.subspace(adapter_name)
         placement = adapter.placement
         if is_symbolic(layer.base_weight) and not is_managed(layer.host.module):
             if placement is None:
@@ -110,13 +109,11 @@ def _config(layer: Layer, adapter_name: str) -> SubspaceConfig:
 
 
 def _take(layer: Layer, adapter_name: str, other: str) -> None:
-    own, adapter = layer.adapter(adapter_name), layer.adapter(other)
-    assert isinstance(own, SubspaceAdapter)
-    assert isinstance(adapter, SubspaceAdapter)
-    assert adapter.placement is not None
+    own, placement = layer.subspace(adapter_name), layer.subspace(other).placement
+    assert placement is not None
     for mine, theirs in zip(layer.bases(adapter_name), layer.bases(other), strict=True):
         mine.record(theirs.stored)
-    own.placement = _on_pins_of(layer, adapter_name, adapter.placement)
+    own.placement = _on_pins_of(layer, adapter_name, placement)
 
 
 def _on_pins_of(layer: Layer, adapter_name: str, placement: Placement) -> Placement:
@@ -127,16 +124,16 @@ def _on_pins_of(layer: Layer, adapter_name: str, placement: Placement) -> Placem
 
 def _twin(layer: Layer, adapter_name: str) -> str | None:
     """Another adapter on the same layer whose basis is one for an adapter of this configuration."""
-    own, mine = layer.configs[adapter_name], layer.adapter(adapter_name)
-    for name, config in layer.configs.items():
-        adapter = layer.adapter(name)
-        if name == adapter_name or not isinstance(adapter, SubspaceAdapter) or adapter.placement is None:
+
+    def key(name: str) -> tuple[object, ...]:
+        config, adapter = _config(layer, name), layer.subspace(name)
+        return config.basis, config.basis_seed, adapter.size, adapter.power
+
+    for name in layer.isotune_form:
+        placement = layer.subspace(name).placement
+        if name == adapter_name or placement is None or is_symbolic(placement.down) or not placement.is_principal:
             continue
-        if is_symbolic(adapter.placement.down) or not isinstance(config, SubspaceConfig):
-            continue
-        equal = all(getattr(config, field) == getattr(own, field, None) for field in ("basis", "basis_seed"))
-        same = equal and (adapter.size, adapter.power) == (mine.size, getattr(mine, "power", None))
-        if same and adapter.placement.is_principal:
+        if key(name) == key(adapter_name):
             return name
     return None
 
@@ -159,8 +156,7 @@ def _solve(adapter_name: str, layers: Sequence[Layer]) -> None:
         for (one, _), basis in zip(own, bases, strict=True):
             seed = _config(layer, adapter_name).basis_seed
             one.basis.record(basis if one.basis.embedded else pin(basis, seed=seed))
-        adapter = layer.adapter(adapter_name)
-        assert isinstance(adapter, SubspaceAdapter)
+        adapter = layer.subspace(adapter_name)
         # Layers of one weight were given one and the same subspace, and keep one and the same placement.
         key = id(own[0][1]), layer.base_weight.data_ptr()
         if len(own) == 1 and key in taken:

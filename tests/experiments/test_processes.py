@@ -64,7 +64,7 @@ def test_a_batch_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> No
     assert processes.share_of(7) == 7
     assert processes.is_main()
     processes.join()
-    processes.meet()
+    processes.wait_for_all()
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert processes.share_of(8) == 2
     with pytest.raises(RecipeError, match=r"batch of 6 .* 4 of them"):

@@ -83,7 +83,7 @@ def turned_weights(layer: Layer, adapter_name: str) -> tuple[Tensor, Tensor]:
 
 
 def basis_of(down: Tensor) -> Tensor:
-    """V (r, in) with orthonormal rows, float32, from the reader of an update, which may carry singular values."""
+    """V (r, in) with orthonormal rows, float32, from the down factor of an update, which may carry singular values."""
     basis: Any = nn.functional.normalize(down.float(), dim=1)
     assert isinstance(basis, Tensor)
     return basis

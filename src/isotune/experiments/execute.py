@@ -58,7 +58,7 @@ def execute(run: Run, task: Task | None = None) -> dict[str, Any]:
         write_json(run.record, {**run.identity(), **machine, "data": about, **entry})
         for checkpoint in run.folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)  # what they were kept for, resuming and choosing, is over
-    processes.meet()
+    processes.wait_for_all()
     return read_object(run.record)
 
 

@@ -1,4 +1,4 @@
-"""Writing result files so that a reader never meets half of one."""
+"""Writing result files so that no half of one is ever read."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     if processes.is_main():
         last_checkpoint(folder)  # removes what was cut off
-    processes.meet()
+    processes.wait_for_all()
     resume = last_checkpoint(folder)
     try:
         with progress.catching_interrupts(), quiet():

@@ -17,7 +17,7 @@ def count() -> int:
 
 
 def join() -> None:
-    """Meet the other processes, before anything is built: they share the search for subspaces too.
+    """Join the other processes, before anything is built: they share the search for subspaces too.
 
     Raises:
         RecipeError: the launcher spreads the weights; every process holds the whole model here.
@@ -59,7 +59,7 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def meet() -> None:
+def wait_for_all() -> None:
     """Wait until every process is here."""
     if count() > 1:
         from accelerate import PartialState

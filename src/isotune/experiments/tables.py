@@ -105,7 +105,7 @@ def _some(rows: list[Row], name: str) -> list[Row]:
 
 def _table(path: Path, columns: list[str] | None) -> Iterator[Row]:
     if path.suffix not in SUFFIXES:
-        raise DataError(f"{path}: the kind of file is told by its name, which must end in {', '.join(SUFFIXES)}")
+        raise DataError(f"{path}: the kind of file is known by its name, which must end in {', '.join(SUFFIXES)}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:

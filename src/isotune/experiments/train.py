@@ -50,7 +50,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     folder = schedule.folder
     if processes.is_main():
         claim(folder, identity(recipe, schedule.about["fingerprint"]), "output=FOLDER")
-    processes.meet()
+    processes.wait_for_all()
     finished = folder / "result.json"
     if finished.exists():
         result = read_object(finished)

@@ -11,7 +11,7 @@ from isotune.hosts.host import Host, Kept, widen
 from isotune.hosts.linear import LinearHost
 from isotune.hosts.quantised import Backend, QuantisedHost, functions_for, read_by_forward
 from isotune.internals.quantised_state import keep_readable
-from isotune.parallel.tensor_parallel import refuse_other_divisions
+from isotune.parallel.tensor_parallel import refuse_other_splits
 
 __all__ = [
     "Backend",
@@ -46,9 +46,9 @@ def host_for(module: nn.Module, name: str = "", backend: Backend | None = None, 
 
     Raises:
         ValueError: no host takes such a layer, its weight is not a floating-point matrix, or tensor parallelism has
-            divided it in a way that no adapter follows.
+            split it in a way that no adapter follows.
     """
-    refuse_other_divisions(module, name, packed=parameter is not None or backend is not None)
+    refuse_other_splits(module, name, packed=parameter is not None or backend is not None)
     if parameter is not None:
         return ExpertsHost(module, name, parameter)
     if backend is not None:

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from isotune.internals.torch_state import is_hooked, own_parameters
 from isotune.parallel.sharding import gathered, is_partitioned, is_whole, shape_of
-from isotune.parallel.tensor_parallel import divide_like, mesh_of
+from isotune.parallel.tensor_parallel import mesh_of, split_like
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -208,10 +208,10 @@ class WeightHost(Host):
         return matrix.reshape(shape_of(self.weight))
 
     def set_matrix(self, matrix: Tensor) -> None:
-        """Replace the weight parameter by a new one, divided as it was."""
+        """Replace the weight parameter by a new one, split over processes as it was."""
         before = self.weight
         weight = self.stored(matrix).contiguous().to(before.device, before.dtype)
-        weight = weight if mesh_of(self.module) is None else divide_like(weight, before)
+        weight = weight if mesh_of(self.module) is None else split_like(weight, before)
         setattr(self.module, self.parameter, nn.Parameter(weight, requires_grad=before.requires_grad))
 
     def keep(self) -> Kept:
@@ -224,7 +224,7 @@ class WeightHost(Host):
         assert isinstance(original, nn.Parameter)
         if original.device != current.device or original.dtype != current.dtype:  # moved or cast meanwhile
             moved = original.data.to(current.device, current.dtype)
-            if mesh_of(self.module) is not None:  # to its data alone a divided tensor would pay no heed
+            if mesh_of(self.module) is not None:  # a DTensor takes no other data
                 original = nn.Parameter(moved, requires_grad=original.requires_grad)
             else:
                 original.data = moved

@@ -268,8 +268,8 @@ class SubspaceConfig(IsotuneConfig):
         return "auto"
 
     @property
-    def reader_power(self) -> float:
-        """The power of the singular values that the reader has, of 1; the writer has the rest."""
+    def power(self) -> float:
+        """The power of the singular values that the down factor has, of 1; up has the rest."""
         return 0.0
 
     @property
@@ -333,7 +333,7 @@ class SubspaceConfig(IsotuneConfig):
     def _scaled_operator(self, module: str) -> SubspaceAdapter:
         adapter = self.subspace_operator(self.rank_of(module))
         adapter.configured_scale = adapter.scale = self.scale_of(module)
-        adapter.dropout, adapter.power = self.update_dropout, self.reader_power
+        adapter.dropout, adapter.power = self.update_dropout, self.power
         return adapter
 
     @abstractmethod

@@ -45,7 +45,7 @@ class LoraXsConfig(SubspaceConfig):
         check_weight("init_std", self.init_std)
 
     @property
-    def reader_power(self) -> float:
+    def power(self) -> float:
         """1: all of them."""
         return 1.0
 

@@ -79,7 +79,7 @@ class PsoftConfig(SubspaceConfig):
         return self.psoft_svd
 
     @property
-    def reader_power(self) -> float:
+    def power(self) -> float:
         return 0.5 if self.ab_svd_init == "pissa_init" else 0.0
 
     @property

@@ -30,7 +30,7 @@ def several() -> bool:
 
 
 def loaded_by_one() -> bool:
-    """Whether transformers was told to load weights in one process of a machine alone, for accelerate to send later."""
+    """Whether transformers loads weights in one process of a machine alone, for accelerate to send later."""
     switches = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
     return in_group() and all(
         os.environ.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on") for name in switches
@@ -117,7 +117,7 @@ def sample_of(weight: Tensor, count: int = 64) -> list[float]:
 
 
 def average_gradients(parameters: nn.Module | Iterable[Tensor]) -> None:
-    """Replace gradients by their mean over all processes, for adapters that `fully_shard` was told to ignore.
+    """Replace gradients by their mean over all processes, for adapters among the `ignored_params` of `fully_shard`.
 
     Call it after the last backward pass before a step. Every process must have the same parameters; a missing gradient
     counts as zero, unless all processes lack it.

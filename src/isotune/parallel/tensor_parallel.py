@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Share:
-    """What one process has of the inputs or outputs of a layer, when their last dimension is divided over a mesh.
+    """What one process has of the inputs or outputs of a layer, when their last dimension is split over a mesh.
 
     Whatever all processes hold whole, they hold alike: `of` and `joined` give gradients that are whole too.
 
@@ -67,7 +67,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Division:
-    """How tensor parallelism has divided the inputs and outputs of a layer.
+    """How tensor parallelism has split the inputs and outputs of a layer.
 
     Args:
         mesh: of the processes.
@@ -95,15 +95,15 @@ class Division:
 
 
 def mesh_of(module: nn.Module) -> DeviceMesh | None:
-    """The processes between which transformers has divided the module's own parameters; None if it is whole."""
+    """The processes between which transformers has split the module's own parameters; None if it is whole."""
     if not is_tensor_parallel(module):
         return None
     sharded = (p for p in module.parameters(recurse=False) if is_sharded(p))
     return next((parameter.device_mesh for parameter in sharded), None)  # type: ignore[attr-defined]
 
 
-def refuse_other_divisions(module: nn.Module, name: str, *, packed: bool = False) -> None:
-    """Refuse a layer that tensor parallelism has divided in a way that no adapter follows.
+def refuse_other_splits(module: nn.Module, name: str, *, packed: bool = False) -> None:
+    """Refuse a layer that tensor parallelism has split in a way that no adapter follows.
 
     Args:
         module: the frozen layer.
@@ -111,7 +111,7 @@ def refuse_other_divisions(module: nn.Module, name: str, *, packed: bool = False
         packed: whether it is more than one plain matrix: quantised, or experts.
 
     Raises:
-        ValueError: it is divided, and not simply by rows or by columns.
+        ValueError: it is split, and not simply by rows or by columns.
     """
     if not is_tensor_parallel(module):
         return
@@ -135,17 +135,17 @@ def refuse_other_divisions(module: nn.Module, name: str, *, packed: bool = False
 
 
 @torch.no_grad()
-def divide_like(whole: Tensor, divided: Tensor) -> Tensor:
-    """This process's part of a tensor, as the parameter `divided` of the same shape is divided."""
+def split_like(whole: Tensor, other: Tensor) -> Tensor:
+    """This process's part of a tensor, as the tensor-parallel parameter `other` of the same shape is split."""
     from torch.distributed.tensor import DTensor
 
-    mesh, (placement,) = divided.device_mesh, divided.placements  # type: ignore[attr-defined]
+    mesh, (placement,) = other.device_mesh, other.placements  # type: ignore[attr-defined]
     span = Share(mesh, whole.shape[placement.dim]).span
     part = whole.narrow(placement.dim, span.start, span.stop - span.start).clone(
         memory_format=torch.contiguous_format  # a view would keep the whole tensor alive
     )
     found: Tensor = DTensor.from_local(
-        part, mesh, [placement], run_check=False, shape=divided.shape, stride=divided.stride()
+        part, mesh, [placement], run_check=False, shape=other.shape, stride=other.stride()
     )
     return found
 

@@ -143,7 +143,7 @@ class SubspaceCache:
                 if not stat.S_ISREG(status.st_mode):
                     continue
                 if _TEMPORARY_NAME.fullmatch(path.name) and time.time() - status.st_mtime > _ABANDONED_SECONDS:
-                    path.unlink()  # its writer was killed
+                    path.unlink()  # the process that wrote it was killed
                 elif _ENTRY_NAME.fullmatch(path.name):
                     entries.append((status.st_mtime, status.st_size, path))
             except FileNotFoundError:

@@ -14,7 +14,7 @@ __all__ = ["Linear", "OFTConfig", "Rotations"]
 
 
 class Rotation(NamedTuple):
-    """The trained numbers of one adapter's rotation."""
+    """The trainable parameters of one adapter's rotation."""
 
     weight: nn.Parameter
     """(blocks, b(b − 1)/2), or (1, b(b − 1)/2) with block_share."""
@@ -86,5 +86,5 @@ class Linear(layer.Linear):
 
     @property
     def oft_R(self) -> Rotations:
-        """Adapter name -> its trained numbers, as `.weight`."""
+        """Adapter name -> its trainable parameters, as `.weight`."""
         return Rotations(self)

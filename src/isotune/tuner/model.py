@@ -306,7 +306,7 @@ def _refuse_loading_by_one(model: nn.Module) -> None:
         "fsdp_cpu_ram_efficient_loading is on: one process of a machine loads the weights, which accelerate sends to "
         "the others when it shards the model, and it cannot send the basis that this adapter keeps beside its "
         "parameters. Turn it off, by fsdp_cpu_ram_efficient_loading: false in accelerate's configuration file "
-        "(accelerate launch has it on unless told otherwise); or use a method that rotates all inputs, such as OFT."
+        "(accelerate launch has it on by default); or use a method that rotates all inputs, such as OFT."
     )
 
 

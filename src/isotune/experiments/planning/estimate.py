@@ -246,7 +246,7 @@ def _assumptions(setting: Setting, speed: float, *, pairs: bool) -> list[str]:
         found.append("ddp: gradients once more, in the buckets in which they are exchanged")
     if setting.sharding in ("zero3", "fsdp"):
         found.append(
-            f"{setting.sharding}: weights, gradients and optimiser states divided by {setting.devices}; two blocks "
+            f"{setting.sharding}: weights, gradients and optimiser states split between {setting.devices}; two blocks "
             "gathered at a time; the adapter's frozen factors on every device"
         )
     return found

@@ -10,7 +10,7 @@ from isotune.tuner.layer import Layer
 
 
 def factor_bytes(model: nn.Module) -> int:
-    """Reader, writer and pin of every subspace; tensors that adapters share count once."""
+    """Down, up and pin of every subspace; tensors that adapters share count once."""
     tensors = {id(b): b for layer in _layers(model) for form in layer.isotune_form.values() for b in form.buffers()}
     placements = (module.placement for module in model.modules() if isinstance(module, SubspaceAdapter))
     factors = {id(t): t for placement in placements if placement is not None for t in placement.factors}

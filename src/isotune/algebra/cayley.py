@@ -136,6 +136,11 @@ def cayley_of_entries(entries: Tensor, n: int) -> Tensor:
 
     Raises:
         ValueError: the last dimension of `entries` is not n(n − 1)/2.
+
+    Example:
+        >>> rotation = torch.eye(3) + cayley_of_entries(torch.tensor([0.5, -1.0, 2.0]), 3)
+        >>> torch.allclose(rotation @ rotation.T, torch.eye(3), atol=1e-6)
+        True
     """
     check_entries(entries, n)
     result: Tensor = _CayleyOfEntries.apply(entries, n)  # type: ignore[no-untyped-call]
@@ -196,6 +201,9 @@ def orthogonal_difference(
 
     Returns:
         (..., n, n).
+
+    Raises:
+        ValueError: as `cayley_of_entries`, or k < 1.
     """
     if is_exported():
         check_entries(entries, n)

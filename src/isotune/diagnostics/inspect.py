@@ -295,7 +295,11 @@ _PANELS = (
 
 
 def save_png(report: AdapterReport, path: str | os.PathLike[str]) -> None:
-    """Draw the report over the layers as one PNG: a panel a quantity, a colour a kind of module.
+    """Draw the report over the layers as one PNG: one panel for each quantity, one colour for each kind of module.
+
+    Args:
+        report: of `inspect`.
+        path: ends in .png.
 
     Raises:
         ValueError: the name does not end in .png.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,10 @@ def _turn_of_chain(operator: RotationAdapter, max_dense: int) -> Turn:
 def turned_weights(layer: Layer, adapter_name: str) -> tuple[Tensor, Tensor]:
     """The weight whose rows a method turns, before and after, float32 at least.
 
+    Args:
+        layer: of a model.
+        adapter_name: one of its adapters.
+
     Returns:
         The principal weight P = W Vᵀ in the coordinates of its subspace, (out, r) each, or W under a rotation of all
         inputs, (out, in) each. Angles between rows and norms of rows are those of P V and of W.
@@ -84,6 +88,4 @@ def turned_weights(layer: Layer, adapter_name: str) -> tuple[Tensor, Tensor]:
 
 def basis_of(down: Tensor) -> Tensor:
     """V (r, in) with orthonormal rows, float32, from the down factor of an update, which may carry singular values."""
-    basis: Any = nn.functional.normalize(down.float(), dim=1)
-    assert isinstance(basis, Tensor)
-    return basis
+    return nn.functional.normalize(down.float(), dim=1)

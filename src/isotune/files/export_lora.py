@@ -137,6 +137,14 @@ def export_lora(
     Raises:
         ValueError: `out` is not empty, there is no such adapter or base, the adapter does not fit the base, or its
             update has full rank and neither rank nor energy is given.
+
+    Example:
+        >>> import tempfile
+        >>> from isotune import PsoftConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), PsoftConfig(r=2, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     print(export_lora(model, os.path.join(folder, "lora")))
+        1 layers, rank 2, exact
     """
     options = LoraOptions(rank, energy, uniform_rank)
     origin = None if isinstance(model_or_dir, nn.Module) else origin_of(model_or_dir, options)

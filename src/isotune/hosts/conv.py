@@ -33,6 +33,6 @@ class ConvHost(WeightHost):
 
     def call_folded(self, base_layer: nn.Module, fold: Fold, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The convolution with the folded kernel, rounded once to the dtype of its own."""
-        self.refuse_watched()
+        self.refuse_gathered_at_calls()
         kernel = self.stored(fold(widen(self.weight.flatten(1)))).to(self.weight.dtype)
         return self.call_with(base_layer, kernel, x, *args, **kwargs)

@@ -62,7 +62,7 @@ class ExpertsHost(WeightHost):
 
     def call_folded(self, base_layer: nn.Module, fold: Fold, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The experts with the parameter folded for those that are reached, rounded once to its own dtype."""
-        self.refuse_watched()
+        self.refuse_gathered_at_calls()
         weight, reached = self.weight, self._reached((*args, *kwargs.values()))
         if reached is not None and len(reached) == 0:
             return base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]

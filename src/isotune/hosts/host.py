@@ -87,7 +87,7 @@ class Host(ABC):
 
         Args:
             base_layer: what stands in the model for the host: the module itself, or another tuner's layer around it.
-            fold: as described there.
+            fold: of type `Fold`.
             x, args, kwargs: of the layer's forward.
         """
         raise NotImplementedError(f"{type(self).__name__} multiplies its input by W, so nothing has to be folded.")
@@ -149,8 +149,12 @@ class WeightHost(Host):
         weight: nn.Parameter = getattr(self.module, self.parameter)
         return weight
 
-    def refuse_watched(self) -> None:
-        """Raise a ValueError if DeepSpeed ZeRO-3 gathers the weight at the calls of the host, as `call_with` breaks."""
+    def refuse_gathered_at_calls(self) -> None:
+        """Refuse `call_with` where DeepSpeed ZeRO-3 gathers the weight of the host at its calls.
+
+        Raises:
+            ValueError: it does.
+        """
         weight = own_parameters(self.module).get(self.parameter)
         if weight is not None and is_partitioned(weight) and is_hooked(self.module):
             raise ValueError(
@@ -159,7 +163,13 @@ class WeightHost(Host):
             )
 
     def call_with(self, base_layer: nn.Module, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of what stands in the model for the host, with another weight in the place of its own."""
+        """The output of what stands in the model for the host, with another weight in the place of its own.
+
+        Args:
+            base_layer: the host's module, or another tuner's layer around it.
+            weight: in the layout of the module; its gradient flows back.
+            args, kwargs: of the layer's forward.
+        """
         held = vars(self.module)
         if self.parameter in held:  # where FSDP1 puts what it has gathered, and what a forward finds first
             before = held[self.parameter]
@@ -174,7 +184,11 @@ class WeightHost(Host):
         return result
 
     def check_merge(self) -> None:
-        """Refuse a weight of which this process holds a part only, but for the parts of tensor parallelism."""
+        """Refuse a weight of which this process holds a part only, but for the parts of tensor parallelism.
+
+        Raises:
+            ValueError: it does.
+        """
         if not is_whole(self.weight) and mesh_of(self.module) is None:
             raise ValueError(
                 f"The weight of {self.name!r} is spread over several processes, and nothing can be merged into a part "
@@ -237,5 +251,5 @@ def _is_packed(weight: Tensor) -> bool:
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
+    """The tensor in float32 at least, itself if it is that wide."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -58,6 +58,10 @@ class Functions:
 def functions_for(module: nn.Module, name: str = "") -> Functions | None:
     """The back end of a layer quantised by optimum-quanto, which PEFT has none for; None for any other module.
 
+    Args:
+        module: any.
+        name: its name in the model, for messages.
+
     Raises:
         ValueError: such a layer is not frozen, or rounds its activations too.
     """
@@ -87,6 +91,9 @@ def read_by_forward(backend_name: str) -> Functions:
     """The back end of a library whose kernels only multiply: W is what they make of the rows of an identity matrix.
 
     That is exact whatever the kernel and its layout: each number is a weight plus zeros. It cannot be written back.
+
+    Args:
+        backend_name: of the library, for messages.
     """
     return Functions(backend_name, _product_with_identity)
 
@@ -174,7 +181,11 @@ class QuantisedHost(Host):
         return matrix
 
     def check_merge(self) -> None:
-        """Refuse a library that cannot write back."""
+        """Refuse a library that cannot write back.
+
+        Raises:
+            ValueError: it cannot.
+        """
         if not self.backend.supports_merge:
             raise ValueError(
                 f"{self.name!r} is quantised by {self.backend.backend_name}, into which a changed weight cannot be "

@@ -25,7 +25,7 @@ _COUNTED_IN = 1 << 16
 
 
 def several() -> bool:
-    """Whether this is one of several processes that work together."""
+    """Whether this is one of several processes that work together in the default group."""
     return in_group() and dist.get_world_size() > 1
 
 
@@ -106,7 +106,12 @@ def _sent(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def sample_of(weight: Tensor, count: int = 64) -> list[float]:
-    """A few entries, by which processes see that they hold the same weight; none of one that they hold together."""
+    """A few entries, by which processes see that they hold the same weight; none of one that they hold together.
+
+    Args:
+        weight: of any shape; of a quantised one the packed numbers are taken.
+        count: about how many.
+    """
     if is_sharded(weight):
         return []
     while hasattr(weight, "__tensor_flatten__"):  # quantised: the tensor inside that holds the numbers

@@ -44,9 +44,13 @@ def shape_of(tensor: Tensor) -> torch.Size:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The tensor with all its elements; where it is spread, every process that has a part must ask.
+    """The tensor with all its elements, gathered where it is sharded or partitioned.
 
-    What ZeRO-3 has partitioned comes without a graph.
+    Args:
+        tensor: of which every process that has a part must ask at the same time.
+
+    Returns:
+        All elements; of a tensor that ZeRO-3 has partitioned, without a graph.
     """
     if is_whole(tensor):
         return tensor

@@ -75,6 +75,20 @@ def hotswap_adapter(
         ValueError: there is no such adapter, it is merged, or the file's cannot be swapped in; says why.
         AdapterFileError: the file is damaged or incomplete.
         BaseMismatchError: it was trained on another base.
+
+    Example:
+        >>> import tempfile
+        >>> from isotune import OFTConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), OFTConfig(r=2, target_modules=["0"]))
+        >>> x = torch.ones(1, 8)
+        >>> with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        ...     model.save_pretrained(folder)
+        ...     before = model(x)
+        ...     _ = [p.add_(0.1) for p in model.parameters() if p.requires_grad]
+        ...     changed = not torch.equal(model(x), before)
+        ...     hotswap_adapter(model, folder)
+        >>> changed, torch.equal(model(x), before)
+        (True, True)
     """
     inner = uncompiled(model)
     configs: dict[str, Any] = getattr(inner, "peft_config", {})

@@ -49,6 +49,11 @@ class Linear(layer.Linear):
 
     Raises:
         ValueError: as `OFTConfig`, or the blocks do not fit the layer.
+
+    Example:
+        >>> layer = Linear(nn.Linear(8, 4), oft_block_size=4)
+        >>> layer.oft_R["default"].weight.shape
+        torch.Size([2, 6])
     """
 
     def __init__(

@@ -38,6 +38,15 @@ def regularization_loss(model: nn.Module) -> Tensor:
     Returns:
         A scalar on the device of the adapters, differentiable; 0 where no active adapter has a regulariser.
 
+    Raises:
+        ValueError: DeepSpeed ZeRO-3 has partitioned the parameters of an adapter with a regulariser.
+
+    Example:
+        >>> from isotune import HRAConfig, get_peft_model
+        >>> config = HRAConfig(r=2, regularizer_weight=0.1, target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+        >>> loss = model(torch.ones(1, 8)).sum() + regularization_loss(model)
+
     Source: Ma et al., GOFT (ICML 2024), for qGOFT; Yuan et al., HRA (NeurIPS 2024), equation 7.
     """
     penalties = _penalties(model)
@@ -63,6 +72,9 @@ def regularization_callback() -> Any:
 
 def add_regularization_gradient(model: nn.Module) -> None:
     """Add the gradient of `regularization_loss` to `.grad` of the adapters' parameters.
+
+    Args:
+        model: with isotune adapters, after the last backward pass before a step.
 
     Raises:
         ValueError: DeepSpeed ZeRO trains the model, which has taken the gradients away by then.

@@ -26,6 +26,14 @@ def add_adapter(model: PeftModel, adapter_name: str, config: IsotuneConfig) -> N
 
     Raises:
         ValueError: the model has no isotune adapter, the name is taken, or the adapter does not fit.
+
+    Example:
+        >>> import torch
+        >>> from isotune import HRAConfig, OFTConfig, get_peft_model
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), OFTConfig(r=2, target_modules=["0"]))
+        >>> add_adapter(model, "reflections", HRAConfig(r=2, target_modules=["0"]))
+        >>> sorted(model.peft_config)
+        ['default', 'reflections']
     """
     with _open_to(model, config):
         model.add_adapter(adapter_name, config)
@@ -42,6 +50,18 @@ def load_adapter(model: PeftModel, directory: str | os.PathLike[str], adapter_na
 
     Raises:
         ValueError: as `add_adapter`, or the file is damaged or was trained on another base.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from isotune import HRAConfig, OFTConfig, get_peft_model
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> saved = get_peft_model(base, HRAConfig(r=2, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved.save_pretrained(folder)
+        ...     model = get_peft_model(saved.unload(), OFTConfig(r=2, target_modules=["0"]))
+        ...     load_adapter(model, folder, "reflections")
+        >>> sorted(model.peft_config)
+        ['default', 'reflections']
     """
     with _open_to(model, describe(directory).config):
         model.load_adapter(os.fspath(directory), adapter_name, **options)

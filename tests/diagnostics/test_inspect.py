@@ -24,9 +24,10 @@ from isotune import (
     cli,
     get_peft_model,
 )
-from isotune.diagnostics.inspect import inspect, save_png, to_text
+from isotune.diagnostics.inspect import inspect
 from isotune.errors import AdapterFileError, BaseMismatchError
 from isotune.methods.config import RotationConfig
+from isotune.report.adapter import save_png, to_text
 
 CONFIG = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=40)
 

@@ -20,7 +20,8 @@ def inspect_adapter(
     with one_line_errors():
         import json
 
-        from isotune.diagnostics.inspect import inspect, save_png, to_text
+        from isotune.diagnostics.inspect import inspect
+        from isotune.report.adapter import save_png, to_text
 
         report = inspect(directory, base, trust_remote_code=trust_remote_code)
         if png is not None:

@@ -50,7 +50,7 @@ class Kept:
             size = tensor.untyped_storage().nbytes()
             self.nbytes += size
             self.largest = max(self.largest, size)
-        return tensor
+        return tensor.detach()  # itself, it would be a cycle that no garbage collector sees
 
 
 def kept_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:

@@ -154,7 +154,7 @@ class SharedEvaluation:
     parameters have the same values, elsewhere within one call of `generate`.
 
     Args:
-        members: at least one, all of them alike; each is told its place by the caller.
+        members: at least one, all of them alike; the caller gives each its slot.
     """
 
     def __init__(self, members: Sequence[Evaluable]) -> None:

@@ -124,8 +124,8 @@ class Adapter(nn.Module, ABC):
         parameters = self.parameters_read()
         if not torch.compiler.is_compiling() and any(is_partitioned(p) and not is_whole(p) for p in parameters):
             raise RuntimeError(
-                "The parameters of an adapter are divided by DeepSpeed ZeRO-3 and gathered in forward passes of the "
-                "whole model only. Call the engine that deepspeed.initialize returned, or gather them with "
+                "The parameters of an adapter are partitioned by DeepSpeed ZeRO-3 and gathered in forward passes of "
+                "the whole model only. Call the engine that deepspeed.initialize returned, or gather them with "
                 "deepspeed.zero.GatheredParameters."
             )
         if at is not None:
@@ -176,7 +176,7 @@ class Adapter(nn.Module, ABC):
             tensors: what `tensors` gives.
             host: the layer below: the frozen one, or one that already has other adapters.
             bias: of the frozen layer; None where it has none.
-            division: how tensor parallelism has divided the layer's inputs and outputs; None where it has not.
+            division: how tensor parallelism has split the layer's inputs and outputs; None where it has not.
         """
 
     @abstractmethod

@@ -198,7 +198,7 @@ def _child(run: Run) -> None:
 
 
 def _end_with_parent() -> None:
-    """A run that nobody waits for must not go on, nor meet its own continuation."""
+    """A run that nobody waits for must not go on beside its own continuation."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait_for([parent.sentinel])

@@ -93,7 +93,7 @@ def evaluate(
 
 
 def table(scores: dict[str, dict[str, Any]]) -> str:
-    """The scores as lines of text, a metric each, with its standard error."""
+    """The scores as lines of text, one for each metric, with its standard error."""
     lines = []
     for task, row in scores.items():
         for key, value in row.items():

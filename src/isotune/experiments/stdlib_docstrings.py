@@ -34,7 +34,7 @@ def docstrings(root: Path) -> Iterator[tuple[str, str]]:
             continue
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in old sources are not the reader's concern
+                warnings.simplefilter("ignore")  # invalid escapes in old sources do not matter here
                 tree = ast.parse(path.read_bytes())
         except (OSError, SyntaxError, ValueError):
             continue
@@ -46,7 +46,7 @@ def docstrings(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def normalised(text: str) -> str:
-    """The text without case, punctuation, digits and spacing: equal for what a reader calls a duplicate."""
+    """The text without case, punctuation, digits and spacing: equal for duplicates."""
     return " ".join(re.findall(r"[^\W\d_]+", text.lower()))
 
 

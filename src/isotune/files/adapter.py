@@ -34,7 +34,7 @@ from isotune.tuner.state import named_tensors as named_tensors
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER = "default"
-"""What an adapter is called that is loaded or imported."""
+"""Name given to an adapter that is loaded or imported without one, as PEFT does."""
 
 
 @dataclass(frozen=True)

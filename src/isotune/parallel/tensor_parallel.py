@@ -127,9 +127,9 @@ def refuse_other_splits(module: nn.Module, name: str, *, packed: bool = False) -
             return
         found = f"its weight of shape {tuple(weight.shape)} lies as {weight.placements} on {mesh.size()} processes"  # type: ignore[attr-defined]
     raise ValueError(
-        f"The target module {name!r}, a {type(module).__module__}.{type(module).__qualname__}, is divided by tensor "
+        f"The target module {name!r}, a {type(module).__module__}.{type(module).__qualname__}, is split by tensor "
         f"parallelism in a way that adapters do not follow: {found}. They follow nn.Linear and nn.Embedding, not "
-        "quantised, divided evenly or unevenly by rows or by columns, without FSDP in addition. Exclude the module "
+        "quantised, split evenly or unevenly by rows or by columns, without FSDP in addition. Exclude the module "
         "with exclude_modules, or load the model without a tensor parallel plan and spread it with FSDP2."
     )
 

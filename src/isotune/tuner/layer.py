@@ -82,8 +82,8 @@ class Layer(MergingLayer):
         weight = self.host.weight
         if self.host.quantised and is_partitioned(weight):
             raise ValueError(
-                f"{self.key!r} is quantised and divided by DeepSpeed ZeRO-3, so that its weight cannot be read. Use "
-                "ZeRO-2, or load the base unquantised."
+                f"{self.key!r} is quantised and partitioned by DeepSpeed ZeRO-3, so that its weight cannot be read. "
+                "Use ZeRO-2, or load the base unquantised."
             )
         device = torch.device("cpu") if weight.is_meta else weight.device
         adapter = _moved(self._new_adapter(config), device, torch.promote_types(weight.dtype, torch.float32))

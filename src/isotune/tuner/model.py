@@ -292,7 +292,7 @@ def _refuse_divided(model: nn.Module) -> None:
     size = getattr(model, "_tp_size", None) or 1
     if size > 1 and not any(map(is_sharded, model.parameters())):
         raise ValueError(
-            f"The weights of this model are divided by rows or columns between {size} devices (tensor parallelism), "
+            f"The weights of this model are split by rows or columns between {size} devices (tensor parallelism), "
             "and this version of transformers does not say how. Upgrade to transformers 5.17 or later, or load the "
             "model without a tensor parallel plan and spread it with FSDP2."
         )

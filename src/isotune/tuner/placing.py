@@ -122,7 +122,7 @@ def _on_pins_of(layer: Layer, adapter_name: str, placement: Placement) -> Placem
     return replace(placement, pins=pins)
 
 
-def _twin(layer: Layer, adapter_name: str) -> str | None:
+def _with_equal_basis(layer: Layer, adapter_name: str) -> str | None:
     """Another adapter on the same layer whose basis is one for an adapter of this configuration."""
 
     def key(name: str) -> tuple[object, ...]:
@@ -142,11 +142,11 @@ def _solve(adapter_name: str, layers: Sequence[Layer]) -> None:
     """Place on the principal subspaces of the weights as they are, or on the bases of adapters that are there."""
     fresh = []
     for layer in layers:
-        twin = _twin(layer, adapter_name)
-        if twin is None:
+        other = _with_equal_basis(layer, adapter_name)
+        if other is None:
             fresh.append(layer)
         else:
-            _take(layer, adapter_name, twin)
+            _take(layer, adapter_name, other)
     places = [one for layer in fresh for one in _places(layer, adapter_name)]
     subspaces = _subspaces(adapter_name, places)
     taken: dict[tuple[int, int], Placement] = {}

@@ -50,7 +50,7 @@ SHARDED = {
     "zero3": ("base weights", "adapter weights", "optimiser states", "gradients"),
     "fsdp": ("base weights", "adapter weights", "optimiser states", "gradients"),
 }
-"""What each kind of sharding divides among the devices."""
+"""What each kind of sharding spreads over the devices."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 

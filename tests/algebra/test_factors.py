@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from isotune.adapter.kernels import rotated_linear
 from isotune.algebra.factors import (
     BlockDiagonal,
     Chain,
@@ -20,7 +21,6 @@ from isotune.algebra.factors import (
     chain_backward,
     chain_forward,
     refuse_double_backward,
-    rotated_linear,
     split_tensors,
     transpose_chain,
 )

@@ -171,7 +171,7 @@ for threads in (1, 2):
     torch.set_num_threads(threads)
     torch.save(updates(PeftModel.from_pretrained(base(), sys.argv[1])), f"found-{threads}.pt")
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))}
     command = [sys.executable, "-c", script, str(tmp_path / "adapter")]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

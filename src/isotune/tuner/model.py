@@ -251,15 +251,15 @@ class IsotuneModel(BaseTuner):
         own = {f"{name}.{key}" for name, key in keys_in_model(model, adapter_name)}
         others = {f"{name}.{key}" for other in unwanted_adapter_names for name, key in keys_in_model(model, other)}
         selected = {key: tensor for key, tensor in selected.items() if key not in others}
-        missing = own - selected.keys()
-        if missing:
+        left_out = {key for key in own - selected.keys() if any(f".{name}." in key for name in unwanted_adapter_names)}
+        if state_dict and left_out:  # in FSDP, processes beside the first have nothing to save
             whole = model.state_dict()
-            if any(is_sharded(whole[key]) for key in missing):
+            if any(is_sharded(whole[key]) for key in left_out):
                 raise ValueError(
                     f"An adapter is called like a part of the model ({', '.join(unwanted_adapter_names)}), so PEFT "
                     f"leaves tensors of {adapter_name!r} out of the file. Save the model in one process, or rename it."
                 )
-            selected.update((key, whole[key]) for key in missing)
+            selected.update((key, whole[key]) for key in left_out)
         return selected
 
     @classmethod

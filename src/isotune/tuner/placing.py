@@ -204,11 +204,15 @@ def _recovered(adapter_name: str, places: Sequence[_Place]) -> list[tuple[Tensor
     solved = _subspaces(adapter_name, [one for one in places if not one.basis.embedded])
     found: list[tuple[Tensor, float]] = []
     for one in places:
-        stored = one.basis.stored
+        stored, seed = one.basis.stored, _config(one.layer, adapter_name).basis_seed
         if one.basis.embedded:
             found.append((stored, 0.0))
-        else:
-            found.append(recover(stored, solved.pop(0), seed=_config(one.layer, adapter_name).basis_seed))
+            continue
+        candidates = solved.pop(0)
+        basis = candidates[: len(stored)].clone()
+        # Solved alike as when it was pinned, it is the pinned basis to the bit, and nothing is to be recovered.
+        same = torch.equal(pin(basis, seed=seed).to(stored), stored)
+        found.append((basis, 0.0) if same else recover(stored, candidates, seed=seed))
     _refuse_other_base(adapter_name, places, [residual for _, residual in found])
     return found
 

@@ -14,7 +14,7 @@ from isotune.algebra.butterfly import butterfly_blocks, butterfly_chain
 from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.means import generator_means
 from isotune.algebra.skew import skew_order, skew_size
-from isotune.methods.checks import check_probability, divisor_for, require_positive_integer
+from isotune.methods.checks import check_number, divisor_for, require_positive_integer
 from isotune.methods.config import RotationConfig
 
 
@@ -46,7 +46,7 @@ class BOFTConfig(RotationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive_integer("boft_n_butterfly_factor", self.boft_n_butterfly_factor)
-        check_probability("boft_dropout", self.boft_dropout)
+        check_number("boft_dropout", self.boft_dropout, below=1)
         if not 0.0 < self.boft_dropout_factors <= 1.0:
             raise ValueError(
                 f"boft_dropout_factors={self.boft_dropout_factors!r} is not allowed; it must be in (0, 1]."

@@ -179,20 +179,6 @@ def check_seed(name: str, value: int) -> None:
         raise ValueError(f"{name}={shown(value)} is not allowed; it must be an integer from 0 to {_SEED_LIMIT - 1}.")
 
 
-def check_probability(name: str, value: float) -> None:
-    """Refuse a number outside of [0, 1), and NaN.
-
-    Args:
-        name: of the option.
-        value: what was given.
-
-    Raises:
-        ValueError: names the option and the value.
-    """
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name}={value!r} is not allowed; it must be in [0, 1).")
-
-
 def check_alphas(name: str, alpha: float | None, pattern: Mapping[str, float]) -> None:
     """Refuse an alpha that is not a finite number above 0, or the method's own None.
 
@@ -211,18 +197,20 @@ def check_alphas(name: str, alpha: float | None, pattern: Mapping[str, float]) -
         )
 
 
-def check_weight(name: str, value: float) -> None:
-    """Refuse a number that is negative, infinite or NaN.
+def check_number(name: str, value: float, below: float = math.inf) -> None:
+    """Refuse a number that is negative, too large, infinite or NaN.
 
     Args:
         name: of the option.
         value: what was given.
+        below: the first number that is too large, such as 1 for a probability.
 
     Raises:
         ValueError: names the option and the value.
     """
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"{name}={value!r} is not allowed; it must be a number of at least 0.")
+    if not 0.0 <= value < below:
+        allowed = "a number of at least 0" if below == math.inf else f"in [0, {below:g})"
+        raise ValueError(f"{name}={value!r} is not allowed; it must be {allowed}.")
 
 
 def check_expression(name: str, value: str) -> None:

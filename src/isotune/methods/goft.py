@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from isotune.adapter.rotation import RotationAdapter
 from isotune.algebra.givens import givens_blocks, givens_chain, pair_penalty, rotation_pairs
 from isotune.algebra.means import linear_mean
-from isotune.methods.checks import check_weight
+from isotune.methods.checks import check_number
 from isotune.methods.config import RotationConfig
 
 
@@ -54,7 +54,7 @@ class QGOFTConfig(RotationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weight("regularizer_weight", self.regularizer_weight)
+        check_number("regularizer_weight", self.regularizer_weight)
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> QGOFTOperator:
         """The tree on all inputs."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from isotune.adapter.subspace import SubspaceAdapter
 from isotune.algebra.means import linear_mean
-from isotune.methods.checks import check_alphas, check_weight
+from isotune.methods.checks import check_alphas, check_number
 from isotune.methods.config import SubspaceConfig
 
 _START = 8.0
@@ -42,7 +42,7 @@ class LoraXsConfig(SubspaceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_alphas("lora_alpha", self.lora_alpha, self.alpha_pattern)
-        check_weight("init_std", self.init_std)
+        check_number("init_std", self.init_std)
 
     @property
     def power(self) -> float:

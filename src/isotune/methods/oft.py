@@ -16,7 +16,7 @@ from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.factors import BlockDiagonal
 from isotune.algebra.means import generator_means
 from isotune.algebra.skew import skew_order, skew_size
-from isotune.methods.checks import check_cayley_options, check_probability, divisor_for
+from isotune.methods.checks import check_cayley_options, check_number, divisor_for
 from isotune.methods.config import RotationConfig
 
 
@@ -54,7 +54,7 @@ class OFTConfig(RotationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_probability("module_dropout", self.module_dropout)
+        check_number("module_dropout", self.module_dropout, below=1)
         check_cayley_options(self.use_cayley_neumann, self.num_cayley_neumann_terms, None)
         for name, value in (("r", self.r), ("oft_block_size", self.oft_block_size)):
             if value is not None and value < 0:

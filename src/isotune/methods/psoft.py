@@ -16,7 +16,7 @@ from isotune.algebra.diagonal import scaled_difference
 from isotune.algebra.means import generator_means, linear_mean
 from isotune.algebra.skew import skew_size
 from isotune.errors import IsotuneWarning
-from isotune.methods.checks import check_alphas, check_cayley_options, check_probability, check_weight
+from isotune.methods.checks import check_alphas, check_cayley_options, check_number
 from isotune.methods.config import SubspaceConfig
 
 
@@ -64,9 +64,9 @@ class PsoftConfig(SubspaceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_alphas("psoft_alpha", self.psoft_alpha, self.alpha_pattern)
-        check_probability("psoft_dropout", self.psoft_dropout)
+        check_number("psoft_dropout", self.psoft_dropout, below=1)
         for name in ("psoft_svd_lowrank_niter", "random_seed"):
-            check_weight(name, getattr(self, name) or 0)
+            check_number(name, getattr(self, name) or 0)
         if self.use_cayley_neumann and not self.psoft_orth:
             raise ValueError("use_cayley_neumann=True has no effect with psoft_orth=False; set one of them otherwise.")
         check_cayley_options(self.use_cayley_neumann, self.num_cayley_neumann_terms, self.cayley_neumann_eps)

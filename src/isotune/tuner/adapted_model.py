@@ -113,7 +113,7 @@ class AdaptedModel:
 
     def forget(self) -> None:
         """Find the layers anew before the next forward pass."""
-        self.evaluations = []
+        self.evaluations, self.surroundings = [], []
         self.built = False
 
     def tuners_around(self, layer: nn.Module) -> list[str]:

@@ -144,6 +144,7 @@ class AdaptedModel:
         try:
             yield
         finally:
+            self.end()  # torch runs no hook after a forward that Ctrl-C has left
             self.call = before
 
     def _gather_with_layers(self) -> None:

@@ -1,4 +1,4 @@
-"""Passes that Ctrl-C leaves, and parameters that change in the middle of one: the parameters of now are computed with."""
+"""Passes that Ctrl-C leaves, and parameters that change within one: the parameters of now are computed with."""
 
 from __future__ import annotations
 

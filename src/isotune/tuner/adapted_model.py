@@ -169,6 +169,17 @@ class AdaptedModel:
         for name in stale:
             place_adapter(name, self.layers)
 
+    def place_on(self, layer: nn.Module) -> None:
+        """Place the adapters of one layer, as `place`.
+
+        Raises:
+            BaseMismatchError: as `place_adapter`.
+        """
+        assert isinstance(layer, Layer)
+        for name in layer.isotune_form:
+            if not self._is_placed(layer, name):
+                place_adapter(name, [layer])
+
     def _place_before_forward(self) -> None:
         # Who loads without calling load_state_dict (transformers' own loader), exchanges a base's weights, or adapts a
         # model before its weights are there, leaves no other moment at which the subspaces could be found.

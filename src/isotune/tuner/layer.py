@@ -280,6 +280,7 @@ class Layer(MergingLayer):
                 + ", which no weight can do. "
                 + ("Call the model once for each adapter." if several else "Set its dropout to 0.")
             )
+        self._see_the_base()
         matrix = self.host.seen(base) if base.requires_grad else self.host.matrix()
         return self.host.stored(self.fold(names, widen(matrix)).to(matrix.dtype))
 

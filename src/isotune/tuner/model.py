@@ -127,6 +127,9 @@ class IsotuneModel(BaseTuner):
         warn_of_requantising(layers)
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> list[Layer]:
+        own = AdaptedModel.of(self.model)
+        if own is not None and not own.built:
+            own.build(self.model)  # a copy that nobody has called yet
         layers = [module for module in self.model.modules() if isinstance(module, Layer)]
         for layer in layers:
             layer.check_merge(adapter_names, safe_merge)

@@ -155,7 +155,7 @@ def test_a_changed_base_is_seen_by_a_layer_alone(
 ) -> None:
     if method in SUBSPACES:
         request.applymarker(
-            pytest.mark.xfail(strict=True, reason="only passes of the model look at the base's weights")
+            pytest.mark.xfail(strict=True, reason="only passes of the whole model look")
         )
     options = {"basis": "embedded"} if method in SUBSPACES else {}
     plain, x = Chain(), torch.randn(5, 24)

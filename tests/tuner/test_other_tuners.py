@@ -26,11 +26,12 @@ from helpers import (
     snapshot,
 )
 from isotune import get_peft_model
+from isotune.errors import BaseMismatchError
 
 pytestmark = [
     pytest.mark.parametrize("method", EVERY_METHOD),
-    pytest.mark.parametrize("host", ["linear", "transposed", "conv2d", "embedding"]),
-    pytest.mark.covered(host=("linear", "conv2d", "embedding")),
+    pytest.mark.parametrize("host", ["linear", "transposed", "conv1d", "embedding"]),
+    pytest.mark.covered(host=("linear", "conv1d", "embedding")),
 ]
 
 
@@ -45,6 +46,8 @@ def injected(method: str, host: str, base: nn.Module, name: str) -> nn.Module:
 
 def both(method: str, host: str, inner: str) -> nn.Module:
     """A host with both tuners, the inner one injected first."""
+    if inner == "isotune" and host.startswith("conv"):
+        pytest.skip("PEFT's LoRA asks a convolution below it for its groups, which no tuner's layer has")
     model: nn.Module = seeded_host(host)
     for one, name in ((LORA, "style"), (method, "mine"))[:: 1 if inner == "lora" else -1]:
         model = injected(one, host, model, name)
@@ -70,7 +73,11 @@ def assert_right_or_refused(model: nn.Module, x: Tensor, base: Tensor, change: C
         assert_unchanged(model, before)
         assert torch.equal(outputs(model, x), expected)
         return False
-    assert error_of_update(outputs(found or model, x), expected, base) < 1e-4
+    try:
+        after = outputs(found or model, x)
+    except BaseMismatchError:
+        return False  # while a LoRA inside is merged, the base is another than the subspace's, and that is said
+    assert error_of_update(after, expected, base) < 1e-4
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -70,6 +71,21 @@ class Layer(MergingLayer):
     def __getstate__(self) -> dict[str, Any]:
         # A copy of one layer must not bring the whole model along; the copy of a model finds its layers anew.
         return {**self.__dict__, "owner": None}
+
+    def _replicate_for_data_parallel(self) -> Layer:
+        """Make a replica for nn.DataParallel, whose host is the replica of this one's."""
+        replica: Layer = super()._replicate_for_data_parallel()  # type: ignore[assignment, no-untyped-call]
+        found, run, host = weakref.ref(replica), type(self).forward, self.host
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            own = found()
+            assert own is not None
+            own.host = copy.copy(host)
+            own.host.module = own.get_base_layer()  # torch puts it there after it has made the replica
+            return run(own, *args, **kwargs)
+
+        replica.forward = forward  # type: ignore[method-assign]
+        return replica
 
     # -- adapters ------------------------------------------------------------------------------------------------
 

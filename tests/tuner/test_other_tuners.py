@@ -15,6 +15,7 @@ from helpers import (
     EVERY_METHOD,
     HOSTS_OF_12,
     LORA,
+    SUBSPACES,
     OneLayer,
     assert_unchanged,
     configured,
@@ -83,8 +84,13 @@ def assert_right_or_refused(model: nn.Module, x: Tensor, base: Tensor, change: C
 
 @pytest.mark.parametrize("inner", ["lora", "isotune"])
 @pytest.mark.parametrize("order", [1, -1])
-def test_fused_as_diffusers_does(method: str, host: str, inner: str, order: int) -> None:
+def test_fused_as_diffusers_does(
+    method: str, host: str, inner: str, order: int, request: pytest.FixtureRequest
+) -> None:
     """Every tuner layer is merged, then every one unmerged, in the order of the model or against it."""
+    if method not in SUBSPACES and (inner == "isotune" or host.startswith("conv")):
+        reason = "PEFT's LoRA merges below a rotation that it was added to, and no forward looks whether it has"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     model, x = both(method, host, inner), HOSTS_OF_12[host][1]()
     base, expected = outputs(seeded_host(host), x), outputs(model, x)
     for layer in tuned(model)[::order]:

@@ -529,7 +529,9 @@ def move(model: nn.Module, seed: int = 1, size: float = 0.2, only: str = "") -> 
 def as_trained(method: str, base: nn.Module | None = None, *targets: str, seed: int = 1, **options: Any) -> Any:
     """A model, by default a Chain, with an adapter off the identity, in evaluation mode."""
     config = configured(method, list(targets), **options) if targets else configured(method, **options)
-    return move(get_peft_model(Chain() if base is None else base, config), seed).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # some methods start at random
+        return move(get_peft_model(Chain() if base is None else base, config), seed).eval()
 
 
 def afresh(model: Any, base: nn.Module | None = None) -> Any:

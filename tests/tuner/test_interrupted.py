@@ -79,6 +79,22 @@ def test_ctrl_c_leaves_nothing_of_the_pass(method: str, where: str, write: Any, 
     assert_of_now(model)
 
 
+@pytest.mark.xfail(strict=True, reason="torch runs no hook after Ctrl-C, and this model is called by no PeftModel")
+def test_a_layer_alone_after_ctrl_c_in_a_bare_model(method: str) -> None:
+    """What was written through `data` since, and no pass of the whole model has seen yet."""
+    if method == LORA:
+        pytest.xfail("the control is right")
+    model, x = as_trained(method, WithHead()), torch.randn(4, 24)
+    base = model.get_base_model()
+    base.head.register_forward_pre_hook(interrupt)
+    with torch.no_grad():
+        with pytest.raises(KeyboardInterrupt):
+            base(torch.randn(3, 12))
+        without_a_trace(model)
+        right = afresh(model, WithHead()).get_base_model()
+        assert relative_error(base.backbone.layers[1](x), right.backbone.layers[1](x)) < 1e-5
+
+
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("write", WRITES)
 def test_ctrl_c_at_any_line(method: str, write: Any, grad: bool) -> None:

@@ -213,7 +213,9 @@ class AdaptedModel:
             return True
         stored = [basis.stored for basis in layer.bases(adapter_name)]
         pins = tuple(Mark.of(buffer, sampled=False) for buffer in stored)
-        if pins != placement.pins and not all(
+        # What diffusers has written to disk holds anything until its module is called.
+        kept_elsewhere = any(map(is_managed, layer.modules()))
+        if (pins != placement.pins and not kept_elsewhere) and not all(
             torch.equal(buffer.to(known), known) for buffer, known in zip(stored, placement.stored, strict=True)
         ):
             adapter.placement = None

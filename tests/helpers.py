@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import itertools
 import os
 import subprocess
@@ -13,10 +14,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from isotune import PsoftConfig, get_peft_model
+from isotune.methods import METHODS
 from isotune.tuner.layer import Layer
 
 QUICK = os.environ.get("ISOTUNE_TESTS", "all") == "quick"
@@ -449,3 +453,146 @@ class AtenOps(TorchDispatchMode):
         if name not in _VIEWS:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
+
+
+# -- every method at run time --------------------------------------------------------------------------------------
+
+LORA = "lora"
+"""PEFT's LoRA, by which a test tests itself: what LoRA passes is no fault of the test's own."""
+
+EVERY_METHOD = (*METHODS, "coft")
+"""All methods, and OFT with its constraint, which takes a path of its own."""
+
+WITH_LORA = (*EVERY_METHOD, LORA)
+
+SUBSPACES = ("psoft", "lora_xs")
+"""Methods whose adapters have a subspace of their base's weight."""
+
+DROPOUT: dict[str, dict[str, Any]] = {
+    "psoft": {"psoft_dropout": 0.5},
+    "oft": {"module_dropout": 0.5},
+    "coft": {"module_dropout": 0.5},
+    "boft": {"boft_dropout": 0.5},
+    LORA: {"lora_dropout": 0.5},
+}
+"""Options with which the methods that can drop at random do."""
+
+CHECKPOINTING = (None, "re-entrant", "not re-entrant")
+
+
+def configured(method: str, targets: Any = r"(.*\.)?layers\.\d+", **options: Any) -> PeftConfig:
+    """A configuration that fits layers whose W has a multiple of 12 columns, by default those of a Chain."""
+    if method == LORA:
+        return LoraConfig(**{"r": 4, "target_modules": targets, **options})
+    name, own = ("oft", {"coft": True, "eps": 0.5}) if method == "coft" else (method, {})
+    return METHODS[name](**{"target_modules": targets, **OPTIONS_FOR_12[name], **own, **options})
+
+
+def checkpointed(mode: str | None, function: Callable[..., Any], *args: Any) -> Any:
+    """A call whose intermediate results are computed again in backward, in one of the two ways of torch."""
+    return function(*args) if mode is None else checkpoint(function, *args, use_reentrant=mode == "re-entrant")
+
+
+class Chain(nn.Module):
+    """Linear layers of a few shapes with tanh between; equal seeds give equal weights.
+
+    Args:
+        sizes: of the input and the outputs.
+        seed: of the weights.
+        checkpointing: how each layer is a checkpointed part of its own, if it is.
+    """
+
+    def __init__(self, *sizes: int, seed: int = 0, checkpointing: str | None = None) -> None:
+        super().__init__()
+        sizes = sizes or (12, 24, 24, 12)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        self.checkpointing = checkpointing
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpointed(self.checkpointing, lambda x, layer=layer: torch.tanh(layer(x)), x)
+        return x
+
+
+def move(model: nn.Module, seed: int = 1, size: float = 0.2, only: str = "") -> Any:
+    """Add noise to all trainable parameters whose names hold `only`, as training does; returns the model."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and only in name:
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter))
+    return model
+
+
+def as_trained(method: str, base: nn.Module | None = None, *targets: str, seed: int = 1, **options: Any) -> Any:
+    """A model, by default a Chain, with an adapter off the identity, in evaluation mode."""
+    config = configured(method, list(targets), **options) if targets else configured(method, **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # some methods start at random
+        return move(get_peft_model(Chain() if base is None else base, config), seed).eval()
+
+
+def afresh(model: Any, base: nn.Module | None = None) -> Any:
+    """The same adapted model built anew: what it must compute, whatever was done to it before."""
+    twin = get_peft_model(Chain() if base is None else base, model.peft_config["default"])
+    twin.load_state_dict(model.state_dict())
+    return twin.train(model.training)
+
+
+def error_of_update(found: Tensor, expected: Tensor, base: Tensor) -> float:
+    """The difference in units of the adapter's own change of the output."""
+    found, expected, base = (one.detach().double() for one in (found, expected, base))
+    return float((found - expected).norm() / (expected - base).norm())
+
+
+HOSTS_OF_12: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "linear": (lambda: nn.Linear(12, 20), lambda: torch.randn(5, 12)),
+    "transposed": (lambda: _transposed(20, 12), lambda: torch.randn(5, 12)),
+    "conv1d": (lambda: nn.Conv1d(3, 20, 4, padding=1), lambda: torch.randn(2, 3, 7)),
+    "conv2d": (lambda: nn.Conv2d(4, 20, (3, 2), groups=2), lambda: torch.randn(2, 4, 5, 4)),
+    "conv3d": (lambda: nn.Conv3d(3, 20, (2, 1, 2)), lambda: torch.randn(2, 3, 3, 2, 3)),
+    "embedding": (lambda: nn.Embedding(19, 12), lambda: torch.arange(12).view(3, 4)),
+}
+"""Hosts whose W has 12 columns: how to build one, and what goes through it."""
+
+
+def _transposed(out_features: int, in_features: int) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    layer = Conv1D(out_features, in_features)
+    nn.init.normal_(layer.weight, std=0.3)
+    return layer
+
+
+def seeded_host(host: str, seed: int = 0) -> OneLayer:
+    """A model of one such host; equal seeds give equal weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return OneLayer(HOSTS_OF_12[host][0]())
+
+
+def tensors_left_by(action: Callable[[], Any], times: int = 4) -> int:
+    """How many more live tensors more calls of the action leave than the first ones did."""
+
+    def count(times: int) -> int:
+        for _ in range(times):
+            action()
+        gc.collect()
+        return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+
+    before = count(2)
+    return count(times) - before
+
+
+def bytes_left_by(action: Callable[[], Any], times: int = 20) -> float:
+    """How many bytes each call leaves, tensors that only C++ holds included.
+
+    A few are counted by mistake: what takes the place of memory that was there before the counting began.
+    """
+    action()
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        for _ in range(times):
+            action()
+    return sum(event.nbytes() for event in profile.kineto_results.events() if event.name() == "[memory]") / times

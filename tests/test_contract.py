@@ -16,12 +16,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from helpers import (
+    CHECKPOINTING,
+    DROPOUT,
     EXACT_START,
     AtenOps,
     OneLayer,
     adapt,
     assert_gradients_are_right,
     assert_unchanged,
+    checkpointed,
     down_of,
     layers_of,
     merged_matrix,
@@ -39,6 +42,7 @@ from isotune.adapter.kernels import subspace_update
 from isotune.adapter.operator import Adapter
 from isotune.adapter.rotation import RotationAdapter
 from isotune.algebra.factors import LowRank, apply_chain
+from isotune.diagnostics.turn import turned_weights
 from isotune.errors import IsotuneWarning
 from isotune.experiments.measure import Kept
 from isotune.methods import METHODS
@@ -799,6 +803,133 @@ def test_a_training_step_under_fake_tensors(method: str, host: Case) -> None:
             y.square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
+
+
+# -- at run time -------------------------------------------------------------------------------------------------
+
+
+def dropping(method: str, host: Case) -> dict[str, Any]:
+    """Options with which a method drops at random on a host, if it can."""
+    folds = host.sample is not None  # there the update's input is not seen, so that nothing of it can be dropped
+    return {} if method == "psoft" and folds else DROPOUT.get(method, {})
+
+
+def test_who_reads_an_adapter_in_train_mode_drops_nothing(method: str, host: Case) -> None:
+    """A trainer leaves a model in train mode."""
+    model = build(method, host, **dropping(method, host))
+    layer, x = only(model), inputs(host, 5)
+    adapter, expected = layer.adapter("default"), model(x).detach()
+
+    def read() -> dict[str, Tensor]:
+        found = {"delta": layer.get_delta_weight("default"), "M": adapter.matrix().detach()}
+        found["M⁻¹"] = adapter.inverse().detach()
+        found["x M"] = adapter.operate(torch.ones(2, adapter.size)).detach()
+        if layer.supports_lora_conversion("default"):
+            found["low rank"] = torch.cat([factor.flatten() for factor in layer.low_rank("default")])
+        before, after = turned_weights(layer, "default")
+        return {**found, "before": before, "after": after}
+
+    right = read()
+    model.train()
+    for _ in range(4):
+        for name, found in read().items():
+            assert torch.equal(found, right[name]), name
+    if method not in ("hra", "qgoft"):  # which have no mean
+        model.add_adapter("other", config(method, host, **dropping(method, host)))
+        model.base_model.add_weighted_adapter(["default", "other"], [1.0, 0.0], "mean")
+        torch.testing.assert_close(layer.get_delta_weight("mean"), right["delta"], rtol=1e-4, atol=1e-5)
+        model.set_adapter("default")
+    model.train().merge_adapter()
+    assert relative_error(model(x).detach(), expected) < 1e-5
+    model.unmerge_adapter()
+    assert relative_error(model.train().merge_and_unload().eval()(x).detach(), expected) < 1e-5
+
+
+def nothing(model: Any, x: Tensor) -> None:
+    """Between a forward pass and its backward."""
+
+
+def another_pass(model: Any, x: Tensor) -> None:
+    model(x)
+
+
+def a_pass_without_gradients(model: Any, x: Tensor) -> None:
+    with torch.no_grad():
+        model(x)
+
+
+def an_evaluation(model: Any, x: Tensor) -> None:
+    with torch.inference_mode():
+        model.eval()(x)
+    model.train()
+
+
+def the_base_as_reference(model: Any, x: Tensor) -> None:
+    with torch.no_grad(), model.disable_adapter():
+        model.eval()(x)
+    model.train()
+
+
+def another_adapter(model: Any, x: Tensor) -> None:
+    model.set_adapter("other")
+    model(x).sin().sum().backward()
+    model.set_adapter("default")
+
+
+def averaged_parameters(model: Any, x: Tensor) -> None:
+    """An evaluation of an exponential moving average, swapped in and out through `data`."""
+    own = {name: p.data.clone() for name, p in trainable(model).items()}
+    for parameter in trainable(model).values():
+        parameter.data.mul_(0.5)
+    a_pass_without_gradients(model, x)
+    for name, parameter in trainable(model).items():
+        parameter.data.copy_(own[name])
+
+
+BETWEEN = [nothing, another_pass, a_pass_without_gradients, an_evaluation, the_base_as_reference]
+BETWEEN += [another_adapter, averaged_parameters]
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTING[1:])
+@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize("passes", [1, 2])
+def test_checkpointing_with_dropout_changes_no_gradient(
+    method: str, host: Case, mode: str, between: Callable[[Any, Tensor], None], passes: int
+) -> None:
+    """Whatever runs before backward, and with accumulated passes."""
+    plain = build(method, host, **dropping(method, host))
+    plain.add_adapter("other", config(method, host))
+    x, found = inputs(host, 5), []
+    anchor = torch.zeros(1, requires_grad=True)  # re-entrant checkpointing asks for an input with a gradient
+    for each, how in ((copy.deepcopy(plain).train(), mode), (plain.train(), None)):
+        torch.manual_seed(3)
+        for _ in range(passes):
+            y = checkpointed(how, lambda x, anchor, each=each: each.get_base_model()(x) + anchor, x, anchor)
+            between(each, x)
+            y.sin().sum().backward()
+        found.append(dict(each.named_parameters()))
+    for name, parameter in found[1].items():
+        if ".default." in name:
+            torch.testing.assert_close(found[0][name].grad, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_first_under_inference_mode_then_differentiated(method: str, host: Case, frozen: bool) -> None:
+    model, x = build(method, host), inputs(host, 4)
+    twin = copy.deepcopy(model)
+    model.requires_grad_(not frozen)
+    with torch.inference_mode():
+        model(x)
+    if x.is_floating_point():
+        x.requires_grad_()
+        model(x).sin().sum().backward()
+        found = x.grad.clone()
+        x.grad = None
+        twin(x).sin().sum().backward()
+        assert relative_error(found, x.grad) < 1e-5
+    model.set_adapter("default")
+    model(x).sin().sum().backward()
+    assert all(p.grad is not None for p in trainable(model).values())
 
 
 # -- quantised hosts ---------------------------------------------------------------------------------------------

@@ -130,7 +130,8 @@ class Adapter(nn.Module, ABC):
             )
         if at is not None:
             parameters = tuple(parameter.index_select(0, at) for parameter in parameters)
-        beside = (getattr(self, name) for name in self.beside)
+        # Copies: whoever has brought the parameters for this call may take their numbers away after it.
+        beside = (getattr(self, name).clone() for name in self.beside)
         return (*evaluate_alone(self, parameters, dtype), *beside)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -171,13 +171,18 @@ class WeightHost(Host):
             args, kwargs: of the layer's forward.
         """
         held = vars(self.module)
-        if self.parameter in held:  # where FSDP1 puts what it has gathered, and what a forward finds first
-            before = held[self.parameter]
+        # Where FSDP1 and replicas of DataParallel keep it, and what a forward finds first; torch.jit.trace allows no
+        # functional_call.
+        if self.parameter in held or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            before = held.get(self.parameter)
             held[self.parameter] = weight
             try:
                 return base_layer(*args, **kwargs)  # type: ignore[no-any-return]
             finally:
-                held[self.parameter] = before
+                if before is None:
+                    del held[self.parameter]
+                else:
+                    held[self.parameter] = before
         name = next(name for name, module in base_layer.named_modules() if module is self.module)
         own = f"{name}.{self.parameter}" if name else self.parameter
         result: Tensor = functional_call(base_layer, {own: weight}, args, kwargs)

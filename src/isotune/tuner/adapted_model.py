@@ -159,6 +159,7 @@ class AdaptedModel:
         try:
             yield
         finally:
+            self.end()  # torch runs no hook after a forward that Ctrl-C has left
             self._running.call = before
 
     def _gather_with_layers(self) -> None:
@@ -182,6 +183,17 @@ class AdaptedModel:
                     stale[name] = None
         for name in stale:
             place_adapter(name, self.layers)
+
+    def place_on(self, layer: nn.Module) -> None:
+        """Place the adapters of one layer, as `place`.
+
+        Raises:
+            BaseMismatchError: as `place_adapter`.
+        """
+        assert isinstance(layer, Layer)
+        for name in layer.isotune_form:
+            if not self._is_placed(layer, name):
+                place_adapter(name, [layer])
 
     def place_after_load(self) -> None:
         """Place what a load has brought, and take an adapter out that does not fit this base.
@@ -210,7 +222,9 @@ class AdaptedModel:
             return True
         stored = [basis.stored for basis in layer.bases(adapter_name)]
         pins_hold = all(mark.is_of(buffer) for mark, buffer in zip(placement.pins, stored, strict=True))
-        if not pins_hold and not all(
+        # What diffusers has written to disk holds anything until its module is called.
+        kept_elsewhere = not pins_hold and any(map(is_managed, layer.modules()))
+        if not (pins_hold or kept_elsewhere) and not all(
             torch.equal(buffer.to(known), known) for buffer, known in zip(stored, placement.stored, strict=True)
         ):
             adapter.placement = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -70,6 +71,21 @@ class Layer(MergingLayer):
     def __getstate__(self) -> dict[str, Any]:
         # A copy of one layer must not bring the whole model along; the copy of a model finds its layers anew.
         return {**self.__dict__, "owner": None}
+
+    def _replicate_for_data_parallel(self) -> Layer:
+        """Make a replica for nn.DataParallel, whose host is the replica of this one's."""
+        replica: Layer = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        found, run, host = weakref.ref(replica), type(self).forward, self.host
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            own = found()
+            assert own is not None
+            own.host = copy.copy(host)
+            own.host.module = own.get_base_layer()  # torch puts it there after it has made the replica
+            return run(own, *args, **kwargs)
+
+        replica.forward = forward  # type: ignore[method-assign]
+        return replica
 
     # -- adapters ------------------------------------------------------------------------------------------------
 
@@ -286,6 +302,7 @@ class Layer(MergingLayer):
                 + ", which no weight can do. "
                 + ("Call the model once for each adapter." if several else "Set its dropout to 0.")
             )
+        self._see_the_base()
         matrix = self.host.seen(base) if base.requires_grad else self.host.matrix()
         return self.host.stored(self.fold(names, widen(matrix)).to(matrix.dtype))
 

@@ -64,6 +64,9 @@ class Owner(Protocol):
     def forget(self) -> None:
         """Find the layers anew before the next forward pass."""
 
+    def place_on(self, layer: nn.Module) -> None:
+        """Place the layer's adapters anew if its base has changed since."""
+
 
 class MergingLayer(nn.Module, BaseTunerLayer):
     """The part of the tuner layer that merges: W is replaced by a new parameter, and comes back bit for bit."""
@@ -84,6 +87,11 @@ class MergingLayer(nn.Module, BaseTunerLayer):
     def adapter(self, adapter_name: str) -> Adapter:
         """The adapter of a name."""
         raise NotImplementedError
+
+    def _see_the_base(self) -> None:
+        """Notice a change of the base's weight, as the next forward pass would."""
+        if self.owner is not None:
+            self.owner.place_on(self)
 
     def fold(
         self,
@@ -114,7 +122,12 @@ class MergingLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """The change of the host's weight by an adapter alone, in the layout of the weight and float32 at least."""
+        """The change of the host's weight by an adapter alone, in the layout of the weight and float32 at least.
+
+        Raises:
+            BaseMismatchError: the weight has become another than the adapter's.
+        """
+        self._see_the_base()
         matrix = widen(self.unmerged_matrix())
         # An update is folded into zero, which keeps its own precision.
         start = torch.zeros_like(matrix) if self.adapter(adapter_name).additive else matrix
@@ -128,6 +141,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: the change has no low rank.
         """
+        self._see_the_base()
         matrix, adapter = self.unmerged_matrix(), self.adapter(adapter_name)
         with without_autocast(matrix), whole(adapter.parameters()):
             return adapter.low_rank(matrix)
@@ -148,6 +162,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         self._refuse_to_merge()
+        self._see_the_base()
         merged = self._merged_matrix(names, safe_merge)
         if self._kept is None:
             self._kept = self.host.keep()
@@ -163,6 +178,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         names = [n for n in names if n in self.isotune_operator and n not in self.merged_adapters]
         if names:
             self._refuse_to_merge()
+            self._see_the_base()
         if names and safe_merge:
             self._merged_matrix(names, safe_merge=True)
 

@@ -128,6 +128,9 @@ class IsotuneModel(BaseTuner):
         warn_of_requantising(layers)
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> list[Layer]:
+        own = AdaptedModel.of(self.model)
+        if own is not None and not own.built:
+            own.build(self.model)  # a copy that nobody has called yet
         layers = [module for module in self.model.modules() if isinstance(module, Layer)]
         for layer in layers:
             layer.check_merge(adapter_names, safe_merge)
@@ -141,6 +144,8 @@ class IsotuneModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         layers = self._check_merge(safe_merge, adapter_names) if merge else []
+        if not merge:
+            self._refuse_to_unload_within_others()
         model: Any = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
@@ -149,6 +154,15 @@ class IsotuneModel(BaseTuner):
             own.detach()
         warn_of_requantising(layers)
         return model
+
+    def _refuse_to_unload_within_others(self) -> None:
+        own = AdaptedModel.of(self.model)
+        for layer in self.model.modules():
+            if own is not None and isinstance(layer, Layer) and (others := own.tuners_around(layer)):
+                raise ValueError(
+                    f"Another tuner's adapter is around {layer.key!r} ({', '.join(others)}), which unloading this one "
+                    "would take away too; nothing was unloaded. Unload the other one first."
+                )
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and peft_config.target_parameters:
@@ -161,10 +175,10 @@ class IsotuneModel(BaseTuner):
         return inject_experts(model, peft_config, adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, ExpertsLayer):
-            setattr(parent, child_name, new_module)  # PEFT would look for a weight of its own
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        while isinstance(child, Layer):
+            # What stands below isotune's layers, and not the innermost module: another tuner's adapter stays.
+            new_module = child = child.base_layer
+        setattr(parent, child_name, new_module)
 
     def _create_and_replace(
         self,

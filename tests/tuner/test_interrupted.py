@@ -86,7 +86,7 @@ def test_a_layer_alone_after_ctrl_c_in_a_bare_model(method: str) -> None:
         pytest.xfail("the control is right")
     model, x = as_trained(method, WithHead()), torch.randn(4, 24)
     base = model.get_base_model()
-    base.head.register_forward_pre_hook(interrupt)
+    base.backbone.layers[2].register_forward_pre_hook(interrupt)
     with torch.no_grad():
         with pytest.raises(KeyboardInterrupt):
             base(torch.randn(3, 12))

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 import isotune
 from helpers import CHECKPOINTING, LORA, QUICK, WITH_LORA, Chain, afresh, as_trained, move, relative_error, trainable
 
-pytestmark = [pytest.mark.parametrize("method", WITH_LORA), pytest.mark.covered()]
+pytestmark = [
+    pytest.mark.parametrize("method", WITH_LORA),
+    pytest.mark.covered(),
+]
 
 HERE = str(Path(isotune.__file__).parent)
 

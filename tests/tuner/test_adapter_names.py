@@ -23,7 +23,10 @@ from helpers import (
 )
 from isotune import get_peft_model
 
-pytestmark = [pytest.mark.parametrize("method", EVERY_METHOD), pytest.mark.covered()]
+pytestmark = [
+    pytest.mark.parametrize("method", EVERY_METHOD),
+    pytest.mark.covered(name=("0", "layers", "model", "base_layer", "pin", "default.x")),
+]
 
 NAMES = ["second", "0", "1", "12", "layers", "model", "base_model", "base_layer", "isotune_operator", "pin", "weight"]
 NAMES += ["lay", "default2", "DEFAULT", "a b", "ä", "isotune_form", "forms", "adapter_model"]

@@ -32,7 +32,13 @@ from helpers import (
 from isotune import get_peft_model
 from isotune.errors import BaseMismatchError
 
-pytestmark = [pytest.mark.parametrize("method", EVERY_METHOD), pytest.mark.covered()]
+pytestmark = [
+    pytest.mark.parametrize("method", EVERY_METHOD),
+    pytest.mark.covered(
+        host=("linear", "conv2d", "embedding"),
+        moved=("half", "bfloat16 twice", "deepcopy", "pickle", "its own state, assigned", "merged, cast and back"),
+    ),
+]
 
 
 @torch.no_grad()

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 import isotune
 from helpers import CHECKPOINTING, LORA, QUICK, WITH_LORA, Chain, afresh, as_trained, move, relative_error, trainable
 
-pytestmark = [pytest.mark.parametrize("method", WITH_LORA), pytest.mark.covered()]
+pytestmark = [
+    pytest.mark.parametrize("method", WITH_LORA),
+    pytest.mark.covered(),
+]
 
 HERE = str(Path(isotune.__file__).parent)
 
@@ -86,7 +89,7 @@ def test_a_layer_alone_after_ctrl_c_in_a_bare_model(method: str) -> None:
         pytest.xfail("the control is right")
     model, x = as_trained(method, WithHead()), torch.randn(4, 24)
     base = model.get_base_model()
-    base.head.register_forward_pre_hook(interrupt)
+    base.backbone.layers[2].register_forward_pre_hook(interrupt)
     with torch.no_grad():
         with pytest.raises(KeyboardInterrupt):
             base(torch.randn(3, 12))

@@ -31,7 +31,10 @@ from helpers import (
 from isotune import get_peft_model
 from isotune.adapter import evaluation
 
-pytestmark = [pytest.mark.parametrize("method", WITH_LORA), pytest.mark.covered()]
+pytestmark = [
+    pytest.mark.parametrize("method", WITH_LORA),
+    pytest.mark.covered(host=("linear", "conv2d", "embedding")),
+]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -21,7 +21,10 @@ from helpers import (
     trainable,
 )
 
-pytestmark = [pytest.mark.parametrize("method", EVERY_METHOD), pytest.mark.covered()]
+pytestmark = [
+    pytest.mark.parametrize("method", EVERY_METHOD),
+    pytest.mark.covered(),
+]
 
 
 class Attention(nn.Module):

@@ -25,7 +25,10 @@ from helpers import (
     trainable,
 )
 
-pytestmark = [pytest.mark.parametrize("method", EVERY_METHOD), pytest.mark.covered()]
+pytestmark = [
+    pytest.mark.parametrize("method", EVERY_METHOD),
+    pytest.mark.covered(host=("linear", "conv2d", "embedding")),
+]
 
 
 @pytest.fixture

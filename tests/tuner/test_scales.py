@@ -10,7 +10,10 @@ from torch import nn
 
 from helpers import EVERY_METHOD, HOSTS_OF_12, SUBSPACES, OneLayer, as_trained, only, relative_error, seeded_host
 
-pytestmark = [pytest.mark.parametrize("method", EVERY_METHOD), pytest.mark.covered()]
+pytestmark = [
+    pytest.mark.parametrize("method", EVERY_METHOD),
+    pytest.mark.covered(host=("linear", "conv2d", "embedding")),
+]
 
 
 @pytest.mark.parametrize("host", HOSTS_OF_12)

@@ -15,7 +15,10 @@ from torch import Tensor
 import isotune
 from helpers import EVERY_METHOD, QUICK, Chain, as_trained, move, relative_error, trainable
 
-pytestmark = [pytest.mark.parametrize("method", EVERY_METHOD), pytest.mark.covered()]
+pytestmark = [
+    pytest.mark.parametrize("method", EVERY_METHOD),
+    pytest.mark.covered(),
+]
 
 HERE = str(Path(isotune.__file__).parent)
 

@@ -36,11 +36,18 @@ class Evaluable(Protocol):
     def names_read(self) -> tuple[str, ...]:
         """Their names."""
 
+    @property
+    def recompute(self) -> bool:
+        """Whether backward evaluates again, and the steps in between are not kept."""
 
-def wide(operator: Evaluable, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    def without_parameters(self) -> Evaluable:
+        """A copy that evaluates what it is given, and holds nothing."""
+
+
+def wide(names: Sequence[str], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
     """Parameters by name, in float32 at least: in half there is no factorisation, and a small rotation is lost."""
     found = (parameter.to(torch.promote_types(parameter.dtype, torch.float32)) for parameter in parameters)
-    return dict(zip(operator.names_read(), found, strict=True))
+    return dict(zip(names, found, strict=True))
 
 
 def cast(tensors: tuple[Tensor, ...], dtype: torch.dtype | None) -> tuple[Tensor, ...]:
@@ -63,11 +70,13 @@ class _Evaluated(torch.autograd.Function):
         ctx: Any, operator: Evaluable, dtype: torch.dtype | None, count: int, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.count = count
-        with torch.enable_grad(), hidden_from_hooks(), without_autocast(parameters[0]):
-            ctx.leaves = [stacked.requires_grad_() for stacked in _stack([p.detach() for p in parameters], count)]
-            ctx.results = cast(operator.evaluate(wide(operator, ctx.leaves)), dtype)
-        return tuple(one for result in ctx.results for one in result.detach().unbind(0))
+        ctx.count, ctx.dtype, ctx.names = count, dtype, operator.names_read()
+        ctx.leaves = [stacked.requires_grad_() for stacked in _stack([p.detach() for p in parameters], count)]
+        ctx.operator = operator.without_parameters()  # so that a graph keeps no model alive
+        with torch.set_grad_enabled(not operator.recompute), hidden_from_hooks(), without_autocast(ctx.leaves[0]):
+            results = cast(operator.evaluate(wide(ctx.names, ctx.leaves)), dtype)
+        ctx.results = None if operator.recompute else results
+        return tuple(one for result in results for one in result.detach().unbind(0))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -77,11 +86,15 @@ class _Evaluated(torch.autograd.Function):
         # An operator that had no part in the loss has no gradient: a zero would let an optimiser's momentum and weight
         # decay move it.
         used = [any(g is not None for g in own) for own in zip(*kinds, strict=True)]
+        results = ctx.results
+        if results is None:
+            with torch.enable_grad(), hidden_from_hooks(), without_autocast(ctx.leaves[0]):
+                results = cast(ctx.operator.evaluate(wide(ctx.names, ctx.leaves)), ctx.dtype)
         stacked = []
-        for result, kind in zip(ctx.results, kinds, strict=True):
+        for result, kind in zip(results, kinds, strict=True):
             zero = torch.zeros_like(result[0]) if any(g is None for g in kind) else None
             stacked.append(torch.stack([zero if g is None else g for g in kind]))  # type: ignore[misc]
-        found = torch.autograd.grad(ctx.results, ctx.leaves, stacked, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(results, ctx.leaves, stacked, retain_graph=True, allow_unused=True)
         flat: list[Tensor | None] = []
         for gradient in found:
             rows = [None] * count if gradient is None else gradient.unbind(0)
@@ -110,7 +123,7 @@ def evaluate_alone(
     tracked = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
     if not tracked or is_recorded():
         with without_autocast(parameters[0]):
-            return cast(operator.evaluate(wide(operator, parameters)), dtype)
+            return cast(operator.evaluate(wide(operator.names_read(), parameters)), dtype)
     result: tuple[Tensor, ...] = _Evaluated.apply(operator, dtype, 1, *parameters)  # type: ignore[no-untyped-call]
     return result
 
@@ -254,7 +267,7 @@ class SharedEvaluation:
         """All tensors from stacked parameters, by the operations themselves."""
         operator = self.members[0]
         with without_autocast(values[0]):
-            results = cast(operator.evaluate(wide(operator, values)), dtype)
+            results = cast(operator.evaluate(wide(operator.names_read(), values)), dtype)
         # Not by unbind, whose list of results a trace can neither keep nor make again for a checkpointed part.
         return tuple(result[slot] for result in results for slot in range(len(self.members)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar
@@ -32,6 +33,8 @@ class Adapter(nn.Module, ABC):
     """Names of the parameters that `evaluate` reads; an attribute of such a name may also be None."""
     beside: ClassVar[tuple[str, ...]] = ()
     """Names of those that act as they are, and may differ in shape between layers; given after what is evaluated."""
+    recompute = False
+    """Whether `evaluate` takes many small steps, which backward runs again in the place of keeping what they give."""
     averages: Means = {}  # noqa: RUF012
     """Parameter name -> how it is averaged over several adapters; a method with a name missing has no mean."""
     orthogonal = True
@@ -98,6 +101,12 @@ class Adapter(nn.Module, ABC):
     def names_read(self) -> tuple[str, ...]:
         """The names that go with `parameters_read`."""
         return tuple(name for name in self.evaluated if getattr(self, name) is not None)
+
+    def without_parameters(self) -> Adapter:
+        """A copy that can evaluate given parameters and holds none."""
+        other = copy.copy(self)
+        other._parameters = {}
+        return other
 
     def tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """What `evaluate` gives, and the parameters beside it, from the evaluation shared with the other layers.

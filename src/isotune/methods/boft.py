@@ -109,6 +109,7 @@ class BOFTOperator(RotationAdapter):
 
     evaluated = ("generator",)
     beside = ("output_gain",)
+    recompute = True
 
     def __init__(
         self, in_features: int, out_features: int, block_size: int, stages: int, dropout: tuple[float, float] = (0, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from isotune.adapter.evaluation import SharedEvaluation, evaluate_alone
 from isotune.algebra.means import Means
+from isotune.internals.torch_state import without_parameters
 from isotune.parallel.sharding import gathered, is_partitioned, is_whole
 from isotune.parallel.tensor_parallel import Division
 
@@ -104,9 +104,7 @@ class Adapter(nn.Module, ABC):
 
     def without_parameters(self) -> Adapter:
         """A copy that can evaluate given parameters and holds none."""
-        other = copy.copy(self)
-        other._parameters = {}
-        return other
+        return without_parameters(self)
 
     def tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """What `evaluate` gives, and the parameters beside it, from the evaluation shared with the other layers.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+_M = TypeVar("_M", bound=torch.nn.Module)
 
 
 def backward_pass() -> int | None:
@@ -75,3 +78,10 @@ def common_store() -> Any:
 
 GROUPED_PRODUCT = torch.ops.aten._grouped_mm
 """The operation that the experts of a mixture are computed with; `torch.nn.functional.grouped_mm` calls it."""
+
+
+def without_parameters(module: _M) -> _M:
+    """Copy a module without the parameters that it registers itself; torch has no copy that leaves them out."""
+    other = copy.copy(module)
+    other._parameters = {}
+    return other

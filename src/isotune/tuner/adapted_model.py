@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -24,6 +25,7 @@ from isotune.internals.ddp import ignore_buffers
 from isotune.internals.offloading import is_managed
 from isotune.internals.torch_state import is_symbolic, remove_hooks
 from isotune.parallel.sharding import gather_with, is_partitioned, is_sharded, is_wrapped_by_fsdp
+from isotune.subspace.pinning import MAX_RESIDUAL
 from isotune.tuner.experts_layer import ExpertsLayer
 from isotune.tuner.layer import Layer
 from isotune.tuner.placing import place_adapter
@@ -231,15 +233,16 @@ class AdaptedModel:
             return False
         seen = isinstance(weight, nn.Parameter) and not is_sharded(weight)
         weight_holds = not seen or placement.weight.is_of(weight)
-        if not weight_holds and not self._is_moved_by_others() and not _acts_as_placed(layer, adapter):
+        if not weight_holds and not self._is_moved_by_others() and not _keeps_its_basis(layer, adapter):
             if adapter.is_untrained():
                 for basis in layer.bases(adapter_name):
                     basis.record(torch.zeros_like(basis.stored))
             adapter.placement = None
             return False
         if not (pins_hold and weight_holds):
+            assert adapter.placement is not None
             pins = tuple(Mark.of(buffer, sampled=False) for buffer in stored)
-            adapter.placement = placement.marked(pins, Mark.of(weight) if seen else placement.weight)
+            adapter.placement = adapter.placement.marked(pins, Mark.of(weight) if seen else placement.weight)
         return True
 
     def _is_moved_by_others(self) -> bool:
@@ -256,19 +259,26 @@ class _Running(threading.local):
 
 
 @torch.no_grad()
-def _acts_as_placed(layer: Layer, adapter: SubspaceAdapter) -> bool:
-    """Whether the base's weight, moved or cast, still is the one that an adapter was placed on."""
+def _keeps_its_basis(layer: Layer, adapter: SubspaceAdapter) -> bool:
+    """Whether the base's weight is the one that an adapter was placed on, moved, cast or rounded since.
+
+    On a weight that was rounded the factors are made anew with the same basis.
+    """
     placement, matrix = adapter.placement, layer.unmerged_matrix()
     assert placement is not None
     wide = torch.promote_types(matrix.dtype, torch.float32)
     basis = nn.functional.normalize(placement.down[..., : adapter.size, :].to(matrix.device, wide), dim=-1)
     now = place(basis, matrix, (), layer.base_weight, power=adapter.power)
-    tolerance = max(_SAME_WEIGHT.get(dtype, 2e-2) for dtype in (matrix.dtype, placement.up.dtype))
     norm = torch.linalg.vector_norm
-    pairs = [
-        (one.to(wide), other.to(one.device, wide)) for one, other in zip(now.factors, placement.factors, strict=True)
-    ]
-    return all(bool(norm(one - other) <= tolerance * norm(other)) for one, other in pairs)
+    change = max(
+        float(norm(one.to(wide) - other.to(one.device, wide)) / norm(other.to(wide)).clamp_min(torch.finfo(wide).tiny))
+        for one, other in zip(now.factors, placement.factors, strict=True)
+    )
+    if change > max(_SAME_WEIGHT.get(dtype, 2e-2) for dtype in (matrix.dtype, placement.up.dtype)):
+        if change > MAX_RESIDUAL:
+            return False
+        adapter.placement = replace(placement, down=now.down, up=now.up)
+    return True
 
 
 def _begin(module: nn.Module, args: Any) -> None:

@@ -265,7 +265,9 @@ class IsotuneModel(BaseTuner):
         own = {f"{name}.{key}" for name, key in keys_in_model(model, adapter_name)}
         others = {f"{name}.{key}" for other in unwanted_adapter_names for name, key in keys_in_model(model, other)}
         selected = {key: tensor for key, tensor in selected.items() if key not in others}
-        left_out = {key for key in own - selected.keys() if any(f".{name}." in key for name in unwanted_adapter_names)}
+        left_out = {
+            key for key in own - selected.keys() if any(f".{name}." in f"{key}." for name in unwanted_adapter_names)
+        }
         if state_dict and left_out:  # in FSDP, processes beside the first have nothing to save
             whole = model.state_dict()
             if any(is_sharded(whole[key]) for key in left_out):

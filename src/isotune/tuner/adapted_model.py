@@ -108,8 +108,8 @@ class AdaptedModel:
                     assert isinstance(member, Adapter)
                     member.shared, member.slot = shared, slot
         names = {name for name, module in model.named_modules() if isinstance(module, Layer)}
-        parents = {".".join(name.split(".")[:depth]) for name in names for depth in range(name.count(".") + 1)}
-        self.surroundings = [model.get_submodule(name) for name in parents]
+        around = {".".join(name.split(".")[:depth]) for name in names for depth in range(name.count(".") + 2)}
+        self.surroundings = [model.get_submodule(name) for name in around]
         self.surroundings += [m for layer in self.layers for m in (layer.host.module, *layer.isotune_operator.values())]
         self.built = True
 

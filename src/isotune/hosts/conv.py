@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from isotune.hosts.host import Fold, WeightHost, widen
+from isotune.hosts.host import Fold, WeightHost, attributes_of, widen
 from isotune.internals.offloading import brought, is_managed
 
 _DIMENSIONS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
@@ -39,12 +39,7 @@ class ConvHost(WeightHost):
         if self.weight.is_meta and base_layer is module and is_managed(module):
             with brought(module):  # accelerate's own forward would put the base's kernel in the place of this one
                 kernel = self.stored(fold(widen(self.weight.flatten(1)))).to(self.weight.dtype)
-                held = {"weight": kernel, "bias": module.bias}
-                vars(module).update(held)
-                try:
+                with attributes_of(module, {"weight": kernel, "bias": module.bias}):
                     return type(module).forward(module, x, *args, **kwargs)  # type: ignore[no-any-return]
-                finally:
-                    for name in held:
-                        del vars(module)[name]
         kernel = self.stored(fold(widen(self.weight.flatten(1)))).to(self.weight.dtype)
         return self.call_with(base_layer, kernel, x, *args, **kwargs)

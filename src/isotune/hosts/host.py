@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -170,19 +171,11 @@ class WeightHost(Host):
             weight: in the layout of the module; its gradient flows back.
             args, kwargs: of the layer's forward.
         """
-        held = vars(self.module)
         # Where FSDP1 and replicas of DataParallel keep it, and what a forward finds first; torch.jit.trace allows no
         # functional_call.
-        if self.parameter in held or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            before = held.get(self.parameter)
-            held[self.parameter] = weight
-            try:
+        if self.parameter in vars(self.module) or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            with attributes_of(self.module, {self.parameter: weight}):
                 return base_layer(*args, **kwargs)  # type: ignore[no-any-return]
-            finally:
-                if before is None:
-                    del held[self.parameter]
-                else:
-                    held[self.parameter] = before
         name = next(name for name, module in base_layer.named_modules() if module is self.module)
         own = f"{name}.{self.parameter}" if name else self.parameter
         result: Tensor = functional_call(base_layer, {own: weight}, args, kwargs)
@@ -248,6 +241,20 @@ class WeightHost(Host):
             else:
                 original.data = moved
         setattr(self.module, self.parameter, original)
+
+
+@contextmanager
+def attributes_of(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
+    """A block in which a module's own attributes have other values; its forward finds them before its parameters."""
+    held = vars(module)
+    before = {name: held[name] for name in values if name in held}
+    held.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del held[name]
+        held.update(before)
 
 
 def _is_packed(weight: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
@@ -23,7 +23,7 @@ from isotune.adapter.subspace import SubspaceAdapter
 from isotune.errors import BaseMismatchError
 from isotune.internals.ddp import ignore_buffers
 from isotune.internals.offloading import is_managed
-from isotune.internals.torch_state import is_symbolic, remove_hooks
+from isotune.internals.torch_state import backward_pass, is_symbolic, remove_hooks
 from isotune.parallel.sharding import gather_with, is_partitioned, is_sharded, is_wrapped_by_fsdp
 from isotune.subspace.pinning import MAX_RESIDUAL
 from isotune.tuner.experts_layer import ExpertsLayer
@@ -51,6 +51,10 @@ class AdaptedModel:
         self.trainable: MutableMapping[nn.Parameter, bool] = WeakTensorKeyDictionary()
         self.surroundings: list[nn.Module] = []
         """The modules in which accelerate or diffusers would leave a hook to move the layers' weights."""
+        self.homes: list[tuple[nn.Module, str, nn.Module]] = []
+        """Where each layer is: what holds it, under which name; another tuner that wraps it takes its place there."""
+        self.others: list[BaseTunerLayer] = []
+        """The layers of other tuners in the model."""
         self._running = _Running()
 
     def __reduce__(self) -> tuple[type[AdaptedModel], tuple[()]]:
@@ -111,18 +115,27 @@ class AdaptedModel:
         around = {".".join(name.split(".")[:depth]) for name in names for depth in range(name.count(".") + 2)}
         self.surroundings = [model.get_submodule(name) for name in around]
         self.surroundings += [m for layer in self.layers for m in (layer.host.module, *layer.isotune_operator.values())]
+        self._find_others(model)
         self.built = True
+
+    def _find_others(self, model: nn.Module) -> None:
+        holds = ((module, name, child) for module in model.modules() for name, child in module.named_children())
+        self.homes = [home for home in holds if isinstance(home[2], Layer)]
+        self.others = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, Layer)]
 
     def forget(self) -> None:
         """Find the layers anew before the next forward pass."""
-        self.evaluations, self.surroundings = [], []
+        self.evaluations, self.surroundings, self.homes, self.others = [], [], [], []
         self.built = False
 
-    def tuners_around(self, layer: nn.Module) -> list[str]:
-        """Name the classes of other tuners' layers that have the layer inside."""
-        others = [] if self.model is None else self.model.modules()
-        found = (m for m in others if isinstance(m, BaseTunerLayer) and not isinstance(m, Layer))
-        return [type(module).__name__ for module in found if any(inner is layer for inner in module.modules())]
+    def tuners_around(self, layer: nn.Module) -> list[BaseTunerLayer]:
+        """The other tuners' layers that have a layer inside."""
+        return [one for one in self._other_tuners() if any(inner is layer for inner in one.modules())]
+
+    def _other_tuners(self) -> list[BaseTunerLayer]:
+        if self.model is not None and any(getattr(home, name, None) is not own for home, name, own in self.homes):
+            self._find_others(self.model)
+        return self.others
 
     # -- a forward pass ------------------------------------------------------------------------------------------
 
@@ -134,13 +147,24 @@ class AdaptedModel:
             if self._running.call is None or self._running.call is not self._running.looked:
                 self._look()
                 self._running.looked = self._running.call
+            self._running.passing = True
         for shared in self.evaluations:
             shared.begin(self._running.call)
+
+    def see(self, layer: nn.Module) -> None:
+        """A layer is called; where no pass runs that has looked at its base, `place_on` does.
+
+        Raises:
+            BaseMismatchError, ValueError: as `place_on`.
+        """
+        if not self._running.passing and backward_pass() is None:
+            self.place_on(layer)
 
     def _look(self) -> None:
         """See where weights and parameters are before a pass; within a call of `generate` once."""
         # Who loads without calling load_state_dict (transformers' own loader), exchanges a base's weights, or adapts a
         # model before its weights are there, leaves no other moment at which the subspaces could be found.
+        self._refuse_others_merged(self.layers)
         self.place()
         apart = self._is_moved_by_others()
         partitioned = [is_partitioned(shared.members[0].parameters_read()[0]) for shared in self.evaluations]
@@ -151,6 +175,7 @@ class AdaptedModel:
 
     def end(self) -> None:
         """It has returned or raised."""
+        self._running.passing = False
         for shared in self.evaluations:
             shared.end()
 
@@ -187,12 +212,14 @@ class AdaptedModel:
             place_adapter(name, self.layers)
 
     def place_on(self, layer: nn.Module) -> None:
-        """Place the adapters of one layer, as `place`.
+        """See one layer's base as a pass of the model would when it begins.
 
         Raises:
             BaseMismatchError: as `place_adapter`.
+            ValueError: another tuner has merged into it what would not be the same there.
         """
         assert isinstance(layer, Layer)
+        self._refuse_others_merged([layer])
         for name in layer.isotune_form:
             if not self._is_placed(layer, name):
                 place_adapter(name, [layer])
@@ -232,7 +259,8 @@ class AdaptedModel:
             adapter.placement = None
             return False
         seen = isinstance(weight, nn.Parameter) and not is_sharded(weight)
-        weight_holds = not seen or placement.weight.is_of(weight)
+        # The update is that of the base's own weight, which is still there as long as another tuner has merged into it.
+        weight_holds = not seen or placement.weight.is_of(weight) or any(o.merged for o in self._others_on(layer))
         if not weight_holds and not self._is_moved_by_others() and not _keeps_its_basis(layer, adapter):
             if adapter.is_untrained():
                 for basis in layer.bases(adapter_name):
@@ -245,6 +273,26 @@ class AdaptedModel:
             adapter.placement = adapter.placement.marked(pins, Mark.of(weight) if seen else placement.weight)
         return True
 
+    def _others_on(self, layer: Layer) -> list[BaseTunerLayer]:
+        return [*self.tuners_around(layer), *layer.tuners_inside()]
+
+    def _refuse_others_merged(self, layers: Iterable[Layer]) -> None:
+        """Refuse to run an adapter on a weight that holds what another tuner adds beside it, and not within it."""
+        if not any(other.merged for other in self._other_tuners()):
+            return
+        for layer in layers:
+            names = layer.active_here()
+            others = self.tuners_around(layer) if names else []
+            if layer.host.folds and not all(layer.adapter(name).additive for name in names):
+                others += layer.tuners_inside()  # a rotation folded into the weight turns that alone
+            merged = [type(other).__name__ for other in others if other.merged]
+            if merged:
+                raise ValueError(
+                    f"Another tuner's adapter ({', '.join(merged)}) is merged into the weight of {layer.key!r}, of which "
+                    f"{names[0]!r} would make something else than it does unmerged. Unmerge the other adapter, or "
+                    "disable this one."
+                )
+
     def _is_moved_by_others(self) -> bool:
         """Whether FSDP, accelerate or diffusers moves weights in and out, so that their marks say nothing."""
         model = self.model
@@ -256,6 +304,7 @@ class _Running(threading.local):
 
     call: object | None = None
     looked: object | None = None
+    passing = False
 
 
 @torch.no_grad()

@@ -189,12 +189,12 @@ class Layer(MergingLayer):
         Raises:
             ValueError: as `set_scale`.
         """
-        for name in self._active():
+        for name in self.active_here():
             self.set_scale(name, self.adapter(name).relative_scale * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the updates of the active adapters by `scale`; None or 0 set the configured scale."""
-        for name in self._active():
+        for name in self.active_here():
             self.set_scale(name, self.adapter(name).relative_scale / scale if scale else 1.0)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -212,9 +212,11 @@ class Layer(MergingLayer):
         """The host's output with the active adapters."""
         if is_disabled(self) and self.merged_adapters:
             self.unmerge()
+        if self.owner is not None and not is_recorded():
+            self.owner.see(self)
         if self.mixed_batch is not None and not is_disabled(self):
             return self._mixed(x, self.mixed_batch, *args, **kwargs)
-        names = self._active()
+        names = self.active_here()
         if len(names) == 1 and not args and not kwargs and (linear := self._bare_linear()) is not None:
             adapter = self.adapter(names[0])
             tensors = adapter.tensors(working_dtype(x))
@@ -222,7 +224,7 @@ class Layer(MergingLayer):
             return adapter.output(x, tensors, self.base_layer, linear[1], None) if result is None else result
         return self._adapted(x, names, *args, **kwargs)
 
-    def _active(self) -> list[str]:
+    def active_here(self) -> list[str]:
         """The adapters that act now, in their order."""
         if is_disabled(self) or self.merged_adapters:
             return []
@@ -288,12 +290,12 @@ class Layer(MergingLayer):
         library has packed is given as it is.
         """
         base: Tensor = self.host.weight
-        if self.host.quantised or not (self._active() or self.mixed_batch is not None):
+        if self.host.quantised or not (self.active_here() or self.mixed_batch is not None):
             return base
         return self._adapted_weight() if is_recorded() else AdaptedWeight.of(base, self._adapted_weight)
 
     def _adapted_weight(self) -> Tensor:
-        names, base = self._active(), self.host.weight
+        names, base = self.active_here(), self.host.weight
         several = self.mixed_batch is not None
         if several or (self.training and any(self.adapter(name).dropout for name in names)):
             raise ValueError(

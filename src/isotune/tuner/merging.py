@@ -58,8 +58,11 @@ def warn_of_requantising(layers: Iterable[MergingLayer]) -> None:
 class Owner(Protocol):
     """What a layer asks about the model around it."""
 
-    def tuners_around(self, layer: nn.Module) -> list[str]:
-        """Name the classes of other tuners' layers that have the layer inside."""
+    def tuners_around(self, layer: nn.Module) -> list[BaseTunerLayer]:
+        """The other tuners' layers that have the layer inside."""
+
+    def see(self, layer: nn.Module) -> None:
+        """The layer is called."""
 
     def forget(self) -> None:
         """Find the layers anew before the next forward pass."""
@@ -87,6 +90,10 @@ class MergingLayer(nn.Module, BaseTunerLayer):
     def adapter(self, adapter_name: str) -> Adapter:
         """The adapter of a name."""
         raise NotImplementedError
+
+    def tuners_inside(self) -> list[BaseTunerLayer]:
+        """The other tuners' layers inside this one."""
+        return [m for m in self.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, MergingLayer)]
 
     def _see_the_base(self) -> None:
         """Notice a change of the base's weight, as the next forward pass would."""
@@ -184,15 +191,11 @@ class MergingLayer(nn.Module, BaseTunerLayer):
 
     def _refuse_to_merge(self) -> None:
         self.host.check_merge()
-        inner: Any = self.base_layer
-        others = [] if self.owner is None else self.owner.tuners_around(self)
-        while isinstance(inner, BaseTunerLayer):
-            if not isinstance(inner, MergingLayer):
-                others.append(type(inner).__name__)
-            inner = inner.base_layer  # type: ignore[attr-defined]
+        others = [*([] if self.owner is None else self.owner.tuners_around(self)), *self.tuners_inside()]
         if others:
+            names = ", ".join(type(other).__name__ for other in others)
             raise ValueError(
-                f"Another tuner's adapter is on {self.key!r} too ({', '.join(others)}), and both merge into the one "
+                f"Another tuner's adapter is on {self.key!r} too ({names}), and both merge into the one "
                 "weight, of which each would take the other's change for the base's; nothing was merged. Merge and "
                 "unload the other adapter first and put this one on the result, or leave both unmerged."
             )

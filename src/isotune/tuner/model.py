@@ -159,8 +159,9 @@ class IsotuneModel(BaseTuner):
         own = AdaptedModel.of(self.model)
         for layer in self.model.modules():
             if own is not None and isinstance(layer, Layer) and (others := own.tuners_around(layer)):
+                names = ", ".join(type(other).__name__ for other in others)
                 raise ValueError(
-                    f"Another tuner's adapter is around {layer.key!r} ({', '.join(others)}), which unloading this one "
+                    f"Another tuner's adapter is around {layer.key!r} ({names}), which unloading this one "
                     "would take away too; nothing was unloaded. Unload the other one first."
                 )
 

@@ -2,6 +2,7 @@
 # make test   lint, types and every test, the slow ones on real models included
 # make quick  the tests to run while you work: no slow ones, a covering part of the contract; `make quick PART=adapter`
 #             runs those of one package, a folder or a file of tests/ (adapter, hosts, contract, user_paths, …)
+# make product  every case of every test, where `make test` takes a covering part of products of over 200
 # make docs   build the documentation into site/
 # make constraints   resolve constraints.txt anew for every Python from 3.10 on, keeping the versions that still fit;
 #                    `make constraints UPGRADE=--upgrade` takes the newest, `UPGRADE='-P torch -P peft'` those of some
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test quick lint docs constraints clean
+.PHONY: demo test quick product lint docs constraints clean
 
 demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/isotune train demo
@@ -26,6 +27,9 @@ test: lint
 quick: $(VENV)/.test
 	ISOTUNE_TESTS=quick $(PYTEST) -m "not slow and not matrix" \
 		$(if $(PART),$(or $(wildcard tests/$(PART) tests/test_$(PART).py),tests/$(PART)),tests)
+
+product: $(VENV)/.test
+	ISOTUNE_TESTS=product $(PYTEST)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

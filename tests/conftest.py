@@ -24,6 +24,9 @@ import pytest
 if TYPE_CHECKING:
     from torch import nn
 
+PRODUCT = 200
+"""Cases of one test of which all run; of more a part in which every two values of different parameters meet."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Where tests run: the profiles of hypothesis, one thread, and isotune's own warnings as errors."""
@@ -90,15 +93,18 @@ def saved_base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as `matrix` what a covering part leaves out of the products of parameters.
+    """Mark as `matrix` what a covering part leaves out of the products of parameters, and leave out what is too much.
 
     In a module marked `covered(name=(values, …), …)` the parameters named there keep these values alone, and of the
-    product of the rest a part remains in which every two values of different parameters meet.
+    product of the rest a part remains in which every two values of different parameters meet. The whole product, with
+    all values, runs beside it up to PRODUCT cases; of a larger one such a part of all values, unless
+    ISOTUNE_TESTS=product asks for everything.
     """
     tests: dict[str, list[pytest.Function]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and item.get_closest_marker("covered") and hasattr(item, "callspec"):
             tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out = set[pytest.Item]()
     for cases in tests.values():
         marker = cases[0].get_closest_marker("covered")
         assert marker is not None
@@ -107,8 +113,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for item in cases
             if all(item.callspec.params.get(name, values[0]) in values for name, values in marker.kwargs.items())
         ]
-        for item in set(cases) - set(covering(kept)):
+        quick = set(covering(kept))
+        for item in set(cases) - quick:
             item.add_marker(pytest.mark.matrix)
+        if len(cases) > PRODUCT and os.environ.get("ISOTUNE_TESTS") != "product":
+            left_out |= set(cases) - quick - set(covering(cases))
+    items[:] = [item for item in items if item not in left_out]
 
 
 def covering(items: Sequence[pytest.Function]) -> list[pytest.Function]:

@@ -18,9 +18,7 @@ from tqdm.auto import tqdm
 
 from isotune.files.adapter import (
     CONFIG_FILE,
-    KEY_PREFIX,
     WEIGHTS_FILE,
-    adapted_layers,
     config_of,
     describe,
     named_base,
@@ -31,6 +29,7 @@ from isotune.files.adapter import (
 from isotune.methods.config import IsotuneConfig
 from isotune.subspace.lowrank import Factored, check_truncation, pad_rank, truncate, truncate_product
 from isotune.tuner.layer import Layer
+from isotune.tuner.state import KEY_PREFIX, adapted_layers
 
 LORA_REPORT = "isotune_export.json"
 """The file in a LoRA folder that says each layer's rank and error."""

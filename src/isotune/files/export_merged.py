@@ -14,10 +14,11 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from isotune.files.adapter import adapted_layers, config_of, describe, named_base, new_directory
+from isotune.files.adapter import config_of, describe, named_base, new_directory
 from isotune.files.base_model import resolve_base
 from isotune.tuner.layer import Layer
 from isotune.tuner.merging import warn_of_requantising
+from isotune.tuner.state import adapted_layers
 
 _TOKENIZER_FILES = (
     "tokenizer.json",

@@ -11,7 +11,8 @@ from typing import Any
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
-from isotune.files.adapter import KEY_PREFIX, WEIGHTS_FILE, read_config
+from isotune.files.adapter import WEIGHTS_FILE, read_config
+from isotune.tuner.state import KEY_PREFIX
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be (vllm.config.lora.MaxLoRARanks, 0.22 to 0.33)."""

@@ -18,17 +18,14 @@ from isotune.adapter.subspace import SubspaceAdapter
 from isotune.errors import AdapterFileError
 from isotune.files.adapter import (
     ADAPTER,
-    KEY_PREFIX,
     AdapterFile,
-    adapted_layers,
-    check_tensors,
     describe,
-    named_tensors,
 )
 from isotune.internals.torch_state import uncompiled
 from isotune.methods.config import IsotuneConfig, config_fields
 from isotune.tuner.layer import Layer
 from isotune.tuner.placing import place_adapter
+from isotune.tuner.state import KEY_PREFIX, adapted_layers, check_tensors, named_tensors
 
 _WHERE_AND_HOW = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",

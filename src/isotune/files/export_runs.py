@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
 
 from isotune.files.adapter import CONFIG_FILE, named_base, read_config
-from isotune.files.export_lora import LORA_REPORT, LoraExport, LoraOptions, export_lora, origin_of
+from isotune.files.export_lora import LORA_REPORT, LoraExport, export_lora, origin_of
+from isotune.subspace.lowrank import check_truncation
 
 
 @dataclass
@@ -72,8 +75,9 @@ def export_lora_runs(
     Raises:
         ValueError: there is no adapter at all, or the options are not allowed.
     """
+    check_truncation(rank, energy)
     root, target, result = Path(directory), Path(out), RunsExport()
-    options = LoraOptions(rank, energy, uniform_rank)
+    options: dict[str, Any] = {"rank": rank, "energy": energy, "uniform_rank": uniform_rank}
     pending: dict[str, list[Path]] = {}
     for folder in adapter_folders(root):
         try:
@@ -89,9 +93,8 @@ def export_lora_runs(
             for folder in folders:
                 try:
                     model = model or named_base(root / folder, base, trust_remote_code=trust_remote_code)
-                    result.written[folder.as_posix()] = export_lora(
-                        root / folder, target / folder, base=model, rank=rank, energy=energy, uniform_rank=uniform_rank
-                    )
+                    done = export_lora(root / folder, target / folder, base=model, **options)
+                    result.written[folder.as_posix()] = done
                 except ValueError as error:
                     result.failed[folder.as_posix()] = str(error)
                 bar.update()
@@ -109,7 +112,7 @@ def _base_of(folder: Path) -> str:
     return json.dumps([raw.get(k) for k in ("base_model_name_or_path", "revision", "task_type", "auto_mapping")])
 
 
-def _is_done(folder: Path, exported: Path, options: LoraOptions) -> bool:
+def _is_done(folder: Path, exported: Path, options: Mapping[str, Any]) -> bool:
     if not exported.exists():
         return False
     try:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from isotune.adapter.operator import Adapter
 from isotune.errors import AdapterFileError
-from isotune.files.base_model import load_base
 from isotune.methods import METHODS
 from isotune.methods.config import IsotuneConfig
 from isotune.tuner.backends import adapt
@@ -249,25 +248,6 @@ def config_of(model: nn.Module, adapter_name: str) -> IsotuneConfig:
         have = {name: str(getattr(c, "peft_type", c)) for name, c in configs.items()}
         raise ValueError(f"There is no isotune adapter {adapter_name!r} on this model; it has {have or 'none'}.")
     return config
-
-
-def named_base(
-    directory: str | os.PathLike[str], base: nn.Module | str | None = None, *, trust_remote_code: bool = False
-) -> nn.Module:
-    """The base model of an adapter folder: `base` itself, or loaded by that name or the one in the adapter's config.
-
-    Raises:
-        ValueError: neither names one, or it cannot be loaded.
-    """
-    if isinstance(base, nn.Module):
-        return base
-    raw = read_config(directory)
-    name = base or raw.get("base_model_name_or_path")
-    if not name:
-        raise ValueError(
-            f"{directory} does not name its base model; give it: base=... in Python, --base on the command line."
-        )
-    return load_base(str(name), raw, trust_remote_code=trust_remote_code)
 
 
 def rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:

@@ -35,8 +35,6 @@ from isotune.tuner.state import KEY_PREFIX, adapted_layers
 LORA_REPORT = "isotune_export.json"
 """The file in a LoRA folder that says each layer's rank and error."""
 
-_BIAS = {"none": "none", "all": "all", "isotune_only": "lora_only"}
-
 
 @dataclass(frozen=True)
 class ExportedLayer:
@@ -199,7 +197,6 @@ def _factored(module: str, layer: Layer, adapter_name: str, rank: int | None, en
 def _lora_config(config: IsotuneConfig, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> LoraConfig:
     rank = max(ranks.values())  # servers compare r with the rank they have room for, and some read no pattern
     other = rank_pattern(ranks, rank)
-    saved = config.modules_to_save
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -207,8 +204,8 @@ def _lora_config(config: IsotuneConfig, layers: Mapping[str, Layer], ranks: Mapp
         alpha_pattern=dict(other),
         target_modules=sorted(layers),
         fan_in_fan_out=any(getattr(layer.host, "transposed", False) for layer in layers.values()),
-        bias=_BIAS[config.bias],  # type: ignore[arg-type]
-        modules_to_save=None if saved is None else list(dict.fromkeys(saved)),
+        bias=config.bias.replace("isotune", "lora"),  # type: ignore[arg-type]
+        modules_to_save=config.modules_to_save and list(dict.fromkeys(config.modules_to_save)),
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,

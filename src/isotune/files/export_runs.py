@@ -31,10 +31,7 @@ class RunsExport:
 
 
 def adapter_folders(directory: str | os.PathLike[str]) -> list[Path]:
-    """The paths, below a directory, of the folders that hold an adapter, checkpoint-2 before checkpoint-10.
-
-    Args:
-        directory: searched at any depth.
+    """The paths, anywhere below a directory, of the folders that hold an adapter, checkpoint-2 before checkpoint-10.
 
     Raises:
         ValueError: there is no such directory, or no adapter in it.
@@ -43,10 +40,10 @@ def adapter_folders(directory: str | os.PathLike[str]) -> list[Path]:
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder; give an adapter's folder, or one that holds several.")
     inside = [file.parent.relative_to(root) for file in root.rglob(CONFIG_FILE)]
-    hidden = {path for path in inside if any(part.startswith(".") for part in path.parts)}  # half-written ones
-    if not set(inside) - hidden:
+    found = [path for path in inside if not any(part.startswith(".") for part in path.parts)]  # no half-written ones
+    if not found:
         raise ValueError(f"Neither {root} nor a folder in it has an {CONFIG_FILE}, so there is no adapter to export.")
-    return sorted(set(inside) - hidden, key=_natural)
+    return sorted(found, key=_natural)
 
 
 def export_lora_runs(
@@ -68,10 +65,7 @@ def export_lora_runs(
         directory: holds adapter folders at any depth, such as the checkpoints of a training.
         out: where to write; made if it is not there.
         base: the base model, or its name; by default what each adapter's config names.
-        rank: as for `export_lora`.
-        energy: as there.
-        uniform_rank: as there.
-        trust_remote_code: run code that the base model's repository carries.
+        rank, energy, uniform_rank, trust_remote_code: as for `export_lora`.
 
     Raises:
         ValueError: there is no adapter at all, or the options are not allowed.
@@ -94,17 +88,17 @@ def export_lora_runs(
             for folder in folders:
                 try:
                     model = model or named_base(root / folder, base, trust_remote_code=trust_remote_code)
-                    done = export_lora(root / folder, target / folder, base=model, **options)
-                    result.written[folder.as_posix()] = done
+                    report = export_lora(root / folder, target / folder, base=model, **options)
+                    result.written[folder.as_posix()] = report
                 except ValueError as error:
                     result.failed[folder.as_posix()] = str(error)
                 bar.update()
     return result
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Numbers in a name count as numbers."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.as_posix())]
+def _natural(path: Path) -> list[int | str]:
+    """Numbers in a name count as numbers: text and digits alternate, so like is compared with like."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.as_posix())]
 
 
 def _base_of(folder: Path) -> str:

@@ -32,9 +32,6 @@ def regularization_loss(model: nn.Module) -> Tensor:
 
     To be added to the loss, once for each optimiser step: `loss = loss + isotune.regularization_loss(model)`.
 
-    Args:
-        model: with isotune adapters.
-
     Returns:
         A scalar on the device of the adapters, differentiable; 0 where no active adapter has a regulariser.
 
@@ -71,10 +68,7 @@ def regularization_callback() -> Any:
 
 
 def add_regularization_gradient(model: nn.Module) -> None:
-    """Add the gradient of `regularization_loss` to `.grad` of the adapters' parameters.
-
-    Args:
-        model: with isotune adapters, after the last backward pass before a step.
+    """Add the gradient of `regularization_loss` to `.grad`, after the last backward pass before a step.
 
     Raises:
         ValueError: DeepSpeed ZeRO trains the model, which has taken the gradients away by then.

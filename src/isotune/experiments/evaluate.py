@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from isotune.experiments.files import write_json
-from isotune.files.adapter import read_config
-from isotune.files.base_model import gguf_of, named_base, quiet, resolve_base
+from isotune.files.adapter import named_base, read_config
+from isotune.files.base_model import gguf_of, quiet, resolve_base
 
 
 def evaluate(

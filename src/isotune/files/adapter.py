@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from isotune.adapter.operator import Adapter
 from isotune.errors import AdapterFileError
+from isotune.files.base_model import gguf_of, quiet, resolve_base
+from isotune.internals.transformers_state import forget_quantisation
 from isotune.methods import METHODS
 from isotune.methods.config import IsotuneConfig
 from isotune.tuner.backends import adapt
@@ -29,6 +31,14 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER = "default"
 """Name given to an adapter that is loaded or imported without one, as PEFT does."""
+
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
 
 
 @dataclass(frozen=True)
@@ -248,6 +258,54 @@ def config_of(model: nn.Module, adapter_name: str) -> IsotuneConfig:
         have = {name: str(getattr(c, "peft_type", c)) for name, c in configs.items()}
         raise ValueError(f"There is no isotune adapter {adapter_name!r} on this model; it has {have or 'none'}.")
     return config
+
+
+def named_base(
+    directory: str | os.PathLike[str], base: nn.Module | str | None = None, *, trust_remote_code: bool = False
+) -> nn.Module:
+    """The base model of an adapter folder: `base` itself, or loaded with the class that the adapter was trained on.
+
+    Args:
+        directory: the adapter's folder; of its config `task_type`, `auto_mapping` and, for the model that it names
+            itself, `revision` are looked at. AutoModel loads what has no task type and no class of transformers' own.
+        base: the base model, or its name as in `resolve_base`; None for the one that the adapter's config names.
+        trust_remote_code: run code that the base model's repository carries.
+
+    Returns:
+        The model; one that is loaded in evaluation mode, on the CPU, in the dtype of its file.
+
+    Raises:
+        ValueError: no model is named, there is no such model, or it cannot be loaded; says why.
+    """
+    if isinstance(base, nn.Module):
+        return base
+    import transformers
+
+    config = read_config(directory)
+    name = str(base or config.get("base_model_name_or_path") or "")
+    if not name:
+        raise ValueError(
+            f"{directory} does not name its base model; give it: base=... in Python, --base on the command line."
+        )
+    path = resolve_base(name)
+    mapping = config.get("auto_mapping") or {}
+    own_class = None
+    # The file says which module to import; only transformers' own, as a file must not choose what code runs.
+    if str(mapping.get("parent_library", "")).split(".")[0] == "transformers":
+        own_class = getattr(transformers, str(mapping.get("base_model_class")), None)
+    loader = own_class or getattr(transformers, _AUTO_CLASSES.get(str(config.get("task_type")), "AutoModel"))
+    revision = config.get("revision") if name == config.get("base_model_name_or_path") else None
+    try:
+        with quiet():
+            model: nn.Module = loader.from_pretrained(
+                path, revision=revision or "main", trust_remote_code=trust_remote_code, **gguf_of(path)
+            )
+        if gguf_of(path):
+            forget_quantisation(model)
+    except (OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"The base model {name!r} cannot be loaded by {loader.__name__}: {lines[0]}") from error
+    return model.eval()
 
 
 def rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:

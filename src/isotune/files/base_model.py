@@ -1,29 +1,16 @@
-"""Finding and loading the base model that an adapter names."""
+"""Finding base models: a folder, a Hub name, or the model inside a package."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import importlib.util
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch import nn
-
 from isotune.errors import IsotuneWarning
-from isotune.files.adapter import read_config
-from isotune.internals.transformers_state import forget_quantisation
-
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
 
 
 @contextlib.contextmanager
@@ -96,51 +83,3 @@ def _model_of(package: str) -> Path:
         with tempfile.TemporaryDirectory(dir=kept) as place:
             Path(assemble(Path(place) / "model.gguf")).replace(kept / "model.gguf")
     return kept
-
-
-def named_base(
-    directory: str | os.PathLike[str], base: nn.Module | str | None = None, *, trust_remote_code: bool = False
-) -> nn.Module:
-    """The base model of an adapter folder: `base` itself, or loaded with the class that the adapter was trained on.
-
-    Args:
-        directory: the adapter's folder; of its config `task_type`, `auto_mapping` and, for the model that it names
-            itself, `revision` are looked at. AutoModel loads what has no task type and no class of transformers' own.
-        base: the base model, or its name as in `resolve_base`; None for the one that the adapter's config names.
-        trust_remote_code: run code that the base model's repository carries.
-
-    Returns:
-        The model; one that is loaded in evaluation mode, on the CPU, in the dtype of its file.
-
-    Raises:
-        ValueError: no model is named, there is no such model, or it cannot be loaded; says why.
-    """
-    if isinstance(base, nn.Module):
-        return base
-    import transformers
-
-    config = read_config(directory)
-    name = str(base or config.get("base_model_name_or_path") or "")
-    if not name:
-        raise ValueError(
-            f"{directory} does not name its base model; give it: base=... in Python, --base on the command line."
-        )
-    path = resolve_base(name)
-    mapping = config.get("auto_mapping") or {}
-    own_class = None
-    # The file says which module to import; only transformers' own, as a file must not choose what code runs.
-    if str(mapping.get("parent_library", "")).split(".")[0] == "transformers":
-        own_class = getattr(transformers, str(mapping.get("base_model_class")), None)
-    loader = own_class or getattr(transformers, _AUTO_CLASSES.get(str(config.get("task_type")), "AutoModel"))
-    revision = config.get("revision") if name == config.get("base_model_name_or_path") else None
-    try:
-        with quiet():
-            model: nn.Module = loader.from_pretrained(
-                path, revision=revision or "main", trust_remote_code=trust_remote_code, **gguf_of(path)
-            )
-        if gguf_of(path):
-            forget_quantisation(model)
-    except (OSError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"The base model {name!r} cannot be loaded by {loader.__name__}: {lines[0]}") from error
-    return model.eval()

@@ -22,11 +22,11 @@ from isotune.files.adapter import (
     WEIGHTS_FILE,
     config_of,
     describe,
+    named_base,
     new_directory,
     rank_pattern,
     read_config,
 )
-from isotune.files.base_model import named_base
 from isotune.methods.config import IsotuneConfig
 from isotune.subspace.lowrank import Factored, check_truncation, pad_rank, truncate, truncate_product
 from isotune.tuner.layer import Layer

@@ -14,8 +14,8 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from isotune.files.adapter import ADAPTER, config_of, describe, new_directory
-from isotune.files.base_model import named_base, resolve_base
+from isotune.files.adapter import ADAPTER, config_of, describe, named_base, new_directory
+from isotune.files.base_model import resolve_base
 from isotune.tuner.layer import Layer
 from isotune.tuner.merging import warn_of_requantising
 from isotune.tuner.state import adapted_layers

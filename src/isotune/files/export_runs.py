@@ -13,8 +13,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from isotune.files.adapter import CONFIG_FILE, read_config
-from isotune.files.base_model import named_base
+from isotune.files.adapter import CONFIG_FILE, named_base, read_config
 from isotune.files.export_lora import LORA_REPORT, LoraExport, export_lora, origin_of
 from isotune.subspace.lowrank import check_truncation
 

@@ -14,12 +14,12 @@ from isotune.files.adapter import (
     ADAPTER,
     CONFIG_FILE,
     WEIGHTS_FILE,
+    named_base,
     new_directory,
     read_config,
     read_layers,
     refused,
 )
-from isotune.files.base_model import named_base
 from isotune.files.peft_import.psoft import import_psoft
 from isotune.files.peft_import.rotations import import_boft, import_hra, import_oft
 from isotune.files.peft_import.source import Source

@@ -59,8 +59,8 @@ class AdapterFile:
             AdapterFileError: the tensors do not fit the config, or the module holds the experts of a mixture.
         """
         self._refuse_experts()
-        tensors = self._tensors(module, "isotune_operator.")
         with self._misfit(module):
+            tensors = self._tensors(module, "isotune_operator.")
             with torch.device("meta"):  # nothing is allocated of a size that the configuration alone declares
                 trial = self.config.operator_of(module, tensors)
             trial.load_state_dict(tensors, assign=True)
@@ -144,14 +144,13 @@ def refused(before: str, after: str = "") -> Iterator[None]:
     except AdapterFileError:
         raise
     except (IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise AdapterFileError(before + str(error).splitlines()[-1].strip() + after) from error
+        lines = str(error).splitlines()
+        reason = lines[-1].strip() if lines[0].endswith(":") else lines[0]  # torch lists what does not fit
+        raise AdapterFileError(before + reason + after) from error
 
 
 def describe(directory: str | os.PathLike[str]) -> AdapterFile:
     """Read an isotune adapter folder without its base model.
-
-    Args:
-        directory: with adapter_config.json and adapter_model.safetensors.
 
     Raises:
         AdapterFileError: no such folder, a file missing or damaged, weights in a pickle, or another method's adapter.
@@ -191,7 +190,7 @@ def read_layers(folder: Path, groups: tuple[str, ...]) -> tuple[dict[str, dict[s
     """The tensors of an adapter folder: those of its adapted layers, by module, and the rest.
 
     Args:
-        folder: with adapter_model.safetensors.
+        folder: the adapter's.
         groups: what follows a module's name where the tensor is the adapter's.
 
     Returns:

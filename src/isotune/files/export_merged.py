@@ -47,10 +47,7 @@ def export_merged(
 
     Args:
         model_or_dir: a model with isotune adapters, which is left as it was, or the folder of a saved one.
-        out: the folder to write; it appears only when it is complete.
-        adapter_name: which adapter of a model.
-        base: for a folder: the base model, or its name; by default what the adapter's config names.
-        trust_remote_code: run code that the base model's repository carries.
+        out, adapter_name, base, trust_remote_code: as for `export_lora`.
 
     Raises:
         ValueError: `out` is not empty, there is no such adapter or base, the adapter does not fit the base, the model

@@ -93,9 +93,7 @@ def convert_peft(
 
     Args:
         directory: as for `import_peft`.
-        out: the folder to write; it appears only when it is complete.
-        base: the base model's name as in `resolve_base`; by default what the adapter's config names.
-        trust_remote_code: run code that the base model's repository carries.
+        out, base, trust_remote_code: as for `export_lora`.
 
     Raises:
         ValueError: `out` is not empty, or the base cannot be loaded.

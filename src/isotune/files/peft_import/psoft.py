@@ -99,7 +99,7 @@ def import_psoft(source: Source) -> PeftModel:
     if any(layer.defect(weights[name], symmetric=symmetric) > EXACT for name, layer in layers.items()):
         layers = {name: layer.on_principal_form(weights[name]) for name, layer in layers.items()}
         ranks = {name: len(layer.down) for name, layer in layers.items()}
-        (usual, _), *_ = Counter(ranks.values()).most_common(1)
+        usual = Counter(ranks.values()).most_common(1)[0][0]
         config = replace(
             config,
             r=usual,

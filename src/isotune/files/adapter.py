@@ -288,11 +288,10 @@ def named_base(
         )
     path = resolve_base(name)
     mapping = config.get("auto_mapping") or {}
-    own_class = None
+    loader = getattr(transformers, _AUTO_CLASSES.get(str(config.get("task_type")), "AutoModel"))
     # The file says which module to import; only transformers' own, as a file must not choose what code runs.
     if str(mapping.get("parent_library", "")).split(".")[0] == "transformers":
-        own_class = getattr(transformers, str(mapping.get("base_model_class")), None)
-    loader = own_class or getattr(transformers, _AUTO_CLASSES.get(str(config.get("task_type")), "AutoModel"))
+        loader = getattr(transformers, str(mapping.get("base_model_class")), loader)
     revision = config.get("revision") if name == config.get("base_model_name_or_path") else None
     try:
         with quiet():

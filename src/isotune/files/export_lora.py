@@ -145,16 +145,15 @@ def export_lora(
     tensors = {KEY_PREFIX + k.removeprefix(KEY_PREFIX): tensor for k, tensor in extras.items()}
     bar = tqdm(layers.items(), desc="factors", unit="layer", delay=3.0, leave=False)
     found = {module: _factored(module, layer, adapter_name, rank, energy) for module, layer in bar}
-    largest = max(len(factored.down) for factored in found.values())
+    report = LoraExport(tuple(ExportedLayer(name, len(f.down), f.missing, f.norm) for name, f in found.items()))
     ranks: dict[str, int] = {}
     for module, factored in found.items():
-        up, down = pad_rank(factored.up, factored.down, largest) if uniform_rank else factored[:2]
+        up, down = pad_rank(factored.up, factored.down, report.rank) if uniform_rank else factored[:2]
         ranks[module] = len(down)
         tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = down
         tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = up
     # Cloned: safetensors refuses tensors that share memory, as tied embeddings do.
     tensors = {k: tensor.detach().cpu().clone().contiguous() for k, tensor in tensors.items()}
-    report = LoraExport(tuple(ExportedLayer(name, len(f.down), f.missing, f.norm) for name, f in found.items()))
     with new_directory(out) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         _lora_config(config, layers, ranks).save_pretrained(str(folder))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isotune.errors import AdapterFileError
 from isotune.files.adapter import ADAPTER, rank_pattern, refused
-from isotune.files.peft_import.source import EXACT, Source, series_fields, shared_fields
+from isotune.files.peft_import.source import EXACT, Source, series_fields
 from isotune.internals.peft_state import psoft_basis
 from isotune.methods import PsoftConfig
 from isotune.subspace.pinning import candidate_rank, pin, recover
@@ -87,14 +87,15 @@ def import_psoft(source: Source) -> PeftModel:
     weights = {name: source.weight(name) for name in source.layers}
     layers = {name: _computed_by_peft(source, name) for name in source.layers}
     terms = int(theirs.num_cayley_neumann_terms)
-    fields = shared_fields(theirs, "r", "psoft_dropout", "ab_svd_init", "psoft_orth", "psoft_mag_a", "psoft_mag_b")
+    fields: dict[str, Any] = {}
     if theirs.psoft_orth and theirs.use_cayley_neumann:
         if terms > 2:
-            fields |= {**series_fields(terms), "cayley_neumann_eps": theirs.cayley_neumann_eps}
+            fields = {**series_fields(terms), "cayley_neumann_eps": theirs.cayley_neumann_eps}
         else:  # I and I + 2Q are no product (I + Q)(I + … + Qᵏ)
-            fields |= _FREE_MATRIX
+            fields = _FREE_MATRIX
             layers = {name: replace(layer, parameters=None) for name, layer in layers.items()}
-    config = PsoftConfig(**fields)
+    names = ("r", "psoft_dropout", "ab_svd_init", "psoft_orth", "psoft_mag_a", "psoft_mag_b")
+    config = source.configured(PsoftConfig, *names, **fields)
     symmetric = config.ab_svd_init == "pissa_init"
     if any(layer.defect(weights[name], symmetric=symmetric) > EXACT for name, layer in layers.items()):
         layers = {name: layer.on_principal_form(weights[name]) for name, layer in layers.items()}

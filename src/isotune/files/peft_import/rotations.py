@@ -13,7 +13,7 @@ from isotune.algebra.cayley import bound_generator
 from isotune.algebra.skew import skew_from_vector, vector_from_skew
 from isotune.errors import AdapterFileError
 from isotune.files.adapter import CONFIG_FILE, WEIGHTS_FILE, refused
-from isotune.files.peft_import.source import EXACT, Source, series_fields, shared_fields
+from isotune.files.peft_import.source import EXACT, Source, series_fields
 from isotune.methods import BOFTConfig, HRAConfig, OFTConfig
 
 
@@ -27,14 +27,9 @@ def import_oft(source: Source) -> PeftModel:
             f"{source.folder}: with num_cayley_neumann_terms=2 PEFT computes I + 2Q, which is neither a rotation nor a "
             "series of isotune's. Series of 3 terms or more and the exact transform can be imported."
         )
-    series = theirs.use_cayley_neumann and terms > 2
-    bounded = ("coft", "eps") if theirs.coft else ()
-    with refused(f"{source.folder / CONFIG_FILE}: "):
-        config = OFTConfig(
-            adjust="nearest",  # as PEFT does
-            **shared_fields(theirs, "r", "oft_block_size", "block_share", *bounded),
-            **(series_fields(terms) if series else {}),
-        )
+    series = series_fields(terms) if theirs.use_cayley_neumann and terms > 2 else {}
+    names = ("r", "oft_block_size", "block_share", *(("coft", "eps") if theirs.coft else ()))
+    config = source.configured(OFTConfig, *names, adjust="nearest", **series)  # PEFT takes the nearest block size
     parameters, ratios = {}, set()
     for name in source.layers:
         generator = source.tensor(name, "oft_R.weight", 2)
@@ -60,15 +55,11 @@ def import_oft(source: Source) -> PeftModel:
 @torch.no_grad()
 def import_boft(source: Source) -> PeftModel:
     """The base with isotune's BOFT."""
-    theirs = source.config
     stages = {name: source.tensor(name, "boft_R", 4) for name in source.layers}
     # The file decides on m: without its CUDA extension PEFT has one factor whatever the configuration says.
     count = len(next(iter(stages.values())))
-    with refused(f"{source.folder / CONFIG_FILE}: "):
-        config = BOFTConfig(
-            boft_n_butterfly_factor=count,
-            **shared_fields(theirs, "boft_block_size", "boft_block_num", "boft_dropout"),
-        )
+    names = ("boft_block_size", "boft_block_num", "boft_dropout")
+    config = source.configured(BOFTConfig, *names, boft_n_butterfly_factor=count)
     parameters = {}
     for name, own in stages.items():
         width = source.weight(name).shape[1]
@@ -90,8 +81,7 @@ def import_hra(source: Source) -> PeftModel:
     """The base with isotune's HRA."""
     theirs = source.config
     odd = theirs.r % 2 == 1 and not theirs.apply_GS
-    with refused(f"{source.folder / CONFIG_FILE}: "):
-        config = HRAConfig(r=theirs.r + odd, init_weights=not theirs.apply_GS, **shared_fields(theirs, "apply_GS"))
+    config = source.configured(HRAConfig, "apply_GS", r=theirs.r + odd, init_weights=not theirs.apply_GS)
     parameters = {}
     for name in source.layers:
         vectors = source.tensor(name, "hra_u", 2).T

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from isotune.hosts import widen
 from isotune.methods.config import IsotuneConfig
 from isotune.tuner.state import adapted_layers
 
+_Config = TypeVar("_Config", bound=IsotuneConfig)
 EXACT = 1e-5
 """Relative difference of an update up to which an imported layer counts as the same function."""
 
@@ -63,6 +64,14 @@ class Source:
             )
         return widen(tensor)
 
+    def configured(self, kind: type[_Config], *names: str, **fields: Any) -> _Config:
+        """A configuration of isotune's: what every method has and `names` as in PEFT's, and `fields`."""
+        names += ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
+                  "bias", "task_type", "auto_mapping", "revision")  # fmt: skip
+        same = {name: getattr(self.config, name) for name in names if hasattr(self.config, name)}  # PSOFT has no bias
+        with refused(f"{self.folder / CONFIG_FILE}: "):
+            return kind(**{**same, **fields})
+
     def adapted(self, config: IsotuneConfig, parameters: Mapping[str, Mapping[str, Tensor]]) -> PeftModel:
         """The base with isotune's adapter; `parameters` maps a module to those of its operator, by name."""
         with refused(f"{self.folder}: "):
@@ -80,13 +89,6 @@ class Source:
             ):
                 layer.adapter(ADAPTER).load_state_dict(parameters[name])
         return model
-
-
-def shared_fields(theirs: Any, *more: str) -> dict[str, Any]:
-    """The fields that every method has, and `more`, from PEFT's configuration."""
-    names = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "bias",
-             "task_type", "auto_mapping", "revision", *more)  # fmt: skip
-    return {name: getattr(theirs, name) for name in names if hasattr(theirs, name)}  # PSOFT has no bias
 
 
 def series_fields(terms: int) -> dict[str, Any]:

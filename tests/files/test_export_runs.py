@@ -47,7 +47,7 @@ def test_all_are_exported_and_one_bad_one_is_reported(runs: Path, monkeypatch: p
     assert [p.as_posix() for p in adapter_folders(runs)] == [
         "checkpoint-2", "checkpoint-10", "checkpoint-30", "checkpoint-40", "other/final",
     ]  # fmt: skip
-    with counted(monkeypatch, "isotune.files.adapter.load_base") as loads:
+    with counted(monkeypatch, "isotune.files.export_runs.named_base") as loads:
         result = export_lora_runs(runs, out, rank=3)
     assert len(loads) == 1
     good = ["checkpoint-2", "checkpoint-30", "checkpoint-40", "other/final"]
@@ -74,7 +74,7 @@ def test_it_goes_on_where_it_was(runs: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not second.failed
     assert second.written["checkpoint-30"] == first.written["checkpoint-30"]
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items() if "checkpoint-30" not in str(p))
-    with counted(monkeypatch, "isotune.files.adapter.load_base") as loads:
+    with counted(monkeypatch, "isotune.files.export_runs.named_base") as loads:
         assert len(export_lora_runs(runs, out, rank=3).skipped) == 5
     assert not loads
     # Other options are another export, and nothing is overwritten.

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from isotune.cli.shared import Base, Out, Trust, one_line_errors, say
-
-if TYPE_CHECKING:
-    from isotune.files.export_lora import LoraOptions
 
 
 def export_adapter(
@@ -38,20 +35,20 @@ def export_adapter(
             export_merged(directory, output, base=base, trust_remote_code=trust_remote_code)
             say(f"wrote {output}")
             return
-        from isotune.files.export_lora import LoraOptions, has_adapter
+        from isotune.files.adapter import CONFIG_FILE
 
-        options = LoraOptions(rank, energy, uniform_rank)
-        if has_adapter(directory):
+        options = {"rank": rank, "energy": energy, "uniform_rank": uniform_rank}
+        if (Path(directory) / CONFIG_FILE).is_file():
             _export_one(directory, output, base, options, trust_remote_code)
         else:
             _export_runs(directory, output, base, options, trust_remote_code)
 
 
-def _export_one(directory: str, output: str, base: str | None, options: LoraOptions, trust: bool) -> None:
+def _export_one(directory: str, output: str, base: str | None, options: dict[str, Any], trust: bool) -> None:
     from isotune.files.export_lora import export_lora
     from isotune.files.lora_servers import describe_obstacles
 
-    report = export_lora(directory, output, base=base, **asdict(options), trust_remote_code=trust)
+    report = export_lora(directory, output, base=base, **options, trust_remote_code=trust)
     if report.error:
         width = max(len(layer.name) for layer in report.layers)
         for layer in report.layers:
@@ -60,10 +57,10 @@ def _export_one(directory: str, output: str, base: str | None, options: LoraOpti
     say(describe_obstacles(output))
 
 
-def _export_runs(directory: str, output: str, base: str | None, options: LoraOptions, trust: bool) -> None:
+def _export_runs(directory: str, output: str, base: str | None, options: dict[str, Any], trust: bool) -> None:
     from isotune.files.export_runs import export_lora_runs
 
-    result = export_lora_runs(directory, output, base, **asdict(options), trust_remote_code=trust)
+    result = export_lora_runs(directory, output, base, **options, trust_remote_code=trust)
     for name, report in result.written.items():
         say(f"wrote {output}/{name}: {report}")
     for name in result.skipped:

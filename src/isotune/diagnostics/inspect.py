@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from isotune.adapter.rotation import RotationAdapter
 from isotune.diagnostics import geometry
 from isotune.diagnostics.turn import MAX_DENSE, basis_of, turn, turned_weights
-from isotune.files.adapter import ADAPTER, AdapterFile, describe, read_config
-from isotune.files.base_model import load_base
+from isotune.files.adapter import ADAPTER, AdapterFile, describe, named_base, read_config
 from isotune.methods.config import SubspaceConfig
 from isotune.tuner.layer import Layer
 
@@ -120,7 +119,7 @@ def inspect(
     model = base if isinstance(base, nn.Module) else None
     if model is None and name:
         try:
-            model = load_base(str(name), raw, trust_remote_code=trust_remote_code)
+            model = named_base(directory, base, trust_remote_code=trust_remote_code)
         except ValueError:
             if base is not None:
                 raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,22 +18,27 @@ from torch import Tensor, nn
 
 from isotune.adapter.operator import Adapter
 from isotune.errors import AdapterFileError
-from isotune.files.base_model import load_base
+from isotune.files.base_model import gguf_of, quiet, resolve_base
+from isotune.internals.transformers_state import forget_quantisation
 from isotune.methods import METHODS
 from isotune.methods.config import IsotuneConfig
 from isotune.tuner.backends import adapt
 from isotune.tuner.layer import Layer
 from isotune.tuner.placing import place_adapter
-from isotune.tuner.state import KEY_PREFIX as KEY_PREFIX
-from isotune.tuner.state import adapted_layers as adapted_layers
-from isotune.tuner.state import check_tensors as check_tensors
-from isotune.tuner.state import check_values
-from isotune.tuner.state import named_tensors as named_tensors
+from isotune.tuner.state import KEY_PREFIX, check_values
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER = "default"
 """Name given to an adapter that is loaded or imported without one, as PEFT does."""
+
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
 
 
 @dataclass(frozen=True)
@@ -49,50 +53,20 @@ class AdapterFile:
     """All other tensors by their name in the file: saved modules, trained biases, embeddings."""
 
     def operator(self, module: str) -> Adapter:
-        """The trained operator of a module.
-
-        Args:
-            module: its name in the file.
+        """The trained operator of a module, by its name in the file.
 
         Raises:
-            AdapterFileError: the tensors do not fit the config.
+            AdapterFileError: the tensors do not fit the config, or the module holds the experts of a mixture.
         """
         self._refuse_experts()
-        self._check_operator(module)
-        operator = self.config.operator_of(module, self._tensors(module, "isotune_operator."))
-        self._load(operator, module, "isotune_operator.")
+        with self._misfit(module):
+            tensors = self._tensors(module, "isotune_operator.")
+            with torch.device("meta"):  # nothing is allocated of a size that the configuration alone declares
+                trial = self.config.operator_of(module, tensors)
+            trial.load_state_dict(tensors, assign=True)
+            operator = self.config.operator_of(module, tensors)
+            operator.load_state_dict(tensors)
         return operator
-
-    def _check_operator(self, module: str) -> None:
-        """Compare the file with the configuration before anything of the size that this declares is made."""
-        try:
-            with torch.device("meta"):
-                operator = self.config.operator_of(module, self._tensors(module, "isotune_operator."))
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise self._misfit(module, str(error).splitlines()[0]) from error
-        self._load(operator, module, "isotune_operator.", assign=True)
-
-    def _refuse_experts(self) -> None:
-        if self.config.target_parameters:
-            raise AdapterFileError(
-                f"{self.directory} adapts the experts of a mixture (target_parameters), which cannot be inspected, "
-                "swapped or exported to LoRA; load it with PeftModel.from_pretrained, or export the merged model."
-            )
-
-    def _tensors(self, module: str, prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): t for name, t in self.layers[module].items() if name.startswith(prefix)}
-
-    def _load(self, target: nn.Module, module: str, prefix: str, *, assign: bool = False) -> None:
-        try:
-            target.load_state_dict(self._tensors(module, prefix), assign=assign)
-        except RuntimeError as error:
-            raise self._misfit(module, str(error).splitlines()[-1].strip()) from error
-
-    def _misfit(self, module: str, detail: str) -> AdapterFileError:
-        return AdapterFileError(
-            f"{self.directory}: the tensors of {module!r} are not what {CONFIG_FILE} says ({detail}). "
-            "Check that the two files belong together, or save the adapter again."
-        )
 
     def place(self, base: nn.Module) -> dict[str, Layer]:
         """Build the adapted layers on the weights of a base model, which itself stays as it is.
@@ -117,62 +91,80 @@ class AdapterFile:
         return layers
 
     def build(self, module: str, layer: Layer) -> Layer:
-        """Add the adapter to a layer as "default", its form not placed yet; returns the layer.
-
-        Args:
-            module: its name in the file.
-            layer: without that adapter.
+        """Add the adapter of a module in the file to a layer as "default", its form not placed yet; returns the layer.
 
         Raises:
             AdapterFileError: the tensors do not fit the layer.
         """
-        self._check_operator(module)
+        self.operator(module)
         layer.update_layer(ADAPTER, self.config)
-        self._load(layer.adapter(ADAPTER), module, "isotune_operator.")
-        if ADAPTER in layer.isotune_form:
-            self._load(layer.isotune_form[ADAPTER], module, "isotune_form.")
+        with self._misfit(module):
+            layer.adapter(ADAPTER).load_state_dict(self._tensors(module, "isotune_operator."))
+            if ADAPTER in layer.isotune_form:
+                layer.isotune_form[ADAPTER].load_state_dict(self._tensors(module, "isotune_form."))
         return layer
 
+    def _refuse_experts(self) -> None:
+        if self.config.target_parameters:
+            raise AdapterFileError(
+                f"{self.directory} adapts the experts of a mixture (target_parameters), which cannot be inspected, "
+                "swapped or exported to LoRA; load it with PeftModel.from_pretrained, or export the merged model."
+            )
+
+    def _tensors(self, module: str, prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): t for name, t in self.layers[module].items() if name.startswith(prefix)}
+
+    def _misfit(self, module: str) -> contextlib.AbstractContextManager[None]:
+        return refused(
+            f"{self.directory}: the tensors of {module!r} are not what {CONFIG_FILE} says (",
+            "). Check that the two files belong together, or save the adapter again.",
+        )
+
     def _find(self, name: str, modules: Mapping[str, nn.Module]) -> str:
-        parts = name.split(".")
-        for drop in range(len(parts)):
-            tail = ".".join(parts[drop:])
+        """The name in the base of a module of the file, or of the only one that ends alike."""
+        found: list[str] = []
+        for number in range(name.count(".") + 1):
+            tail = name.split(".", number)[-1]
             found = [tail] if tail in modules else [other for other in modules if other.endswith("." + tail)]
-            if len(found) == 1:
-                return found[0]
             if found:
                 break
-        raise AdapterFileError(
-            f"{self.directory}: the adapter is on a module {name!r}, which this base model does not have. Give the "
-            "base model that it was trained on."
-        )
+        if len(found) != 1:
+            raise AdapterFileError(
+                f"{self.directory}: the adapter is on a module {name!r}, which this base model does not have. Give the "
+                "base model that it was trained on."
+            )
+        return found[0]
+
+
+@contextlib.contextmanager
+def refused(before: str, after: str = "") -> Iterator[None]:
+    """Say what it is about when a library or a configuration refuses something: `before`, the reason, `after`."""
+    try:
+        yield
+    except AdapterFileError:
+        raise
+    except (IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        lines = str(error).splitlines()
+        reason = lines[-1].strip() if lines[0].endswith(":") else lines[0]  # torch lists what does not fit
+        raise AdapterFileError(before + reason + after) from error
 
 
 def describe(directory: str | os.PathLike[str]) -> AdapterFile:
     """Read an isotune adapter folder without its base model.
 
-    Args:
-        directory: with adapter_config.json and adapter_model.safetensors.
-
     Raises:
         AdapterFileError: no such folder, a file missing or damaged, weights in a pickle, or another method's adapter.
     """
     folder = Path(directory)
-    raw = read_config(folder)
     kinds = {f"ISOTUNE_{name.upper()}": config for name, config in METHODS.items()}
-    kind = raw.get("peft_type")
+    kind = read_config(folder).get("peft_type")
     if kind not in kinds:
         hint = " `isotune import` converts it." if f"ISOTUNE_{kind}" in kinds else ""
         raise AdapterFileError(
             f"{folder} holds an adapter of type {kind!r}; isotune's own are {', '.join(kinds)}.{hint}"
         )
-    try:
-        config = kinds[kind].from_pretrained(str(folder))
-    except TypeError as error:
-        raise AdapterFileError(f"{folder / CONFIG_FILE} is not a configuration of {kind}: {error}") from error
-    layers, extras = by_module(read_tensors(folder), ("isotune_operator", "isotune_form"))
-    if not layers:
-        raise AdapterFileError(f"{folder / WEIGHTS_FILE} holds no adapted layer; save the adapter again.")
+    config = kinds[kind].from_pretrained(str(folder))
+    layers, extras = read_layers(folder, ("isotune_operator", "isotune_form"))
     for module, tensors in layers.items():
         for name, tensor in tensors.items():
             check_values(f"{module}.{name}", tensor, file=str(folder / WEIGHTS_FILE))
@@ -181,9 +173,6 @@ def describe(directory: str | os.PathLike[str]) -> AdapterFile:
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of an adapter folder's adapter_config.json, whatever the method.
-
-    Args:
-        directory: the folder.
 
     Raises:
         AdapterFileError: no such folder, or no such file, or not JSON.
@@ -194,23 +183,51 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise AdapterFileError(f"{folder} has no {CONFIG_FILE}, so it is not an adapter that save_pretrained wrote.")
+    return IsotuneConfig.from_json_file(str(path))
+
+
+def read_layers(folder: Path, groups: tuple[str, ...]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The tensors of an adapter folder: those of its adapted layers, by module, and the rest.
+
+    Args:
+        folder: the adapter's.
+        groups: what follows a module's name where the tensor is the adapter's.
+
+    Returns:
+        Module name -> name behind it -> tensor; and name in the file -> tensor.
+
+    Raises:
+        AdapterFileError: no such file, or damaged, or a pickle, or without an adapted layer.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        if (folder / "adapter_model.bin").exists():
+            raise AdapterFileError(
+                f"{folder} holds its weights as adapter_model.bin, a pickle, which isotune never opens. If you trust "
+                "it, convert it with PEFT: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)."
+            )
+        raise AdapterFileError(f"{folder} has no {WEIGHTS_FILE}; copy or save the adapter again.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise AdapterFileError(f"{path} is damaged: it is nested too deeply. Copy or save the adapter again.") from None
-    except ValueError as error:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
         raise AdapterFileError(f"{path} is damaged: {error}. Copy or save the adapter again.") from error
-    if not isinstance(content, dict):
-        raise AdapterFileError(f"{path} is damaged: it holds no object. Copy or save the adapter again.")
-    return content
+    layers: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        parts = name.removeprefix(KEY_PREFIX).split(".")
+        at = next((i for i, part in enumerate(parts) if part in groups), None)
+        if at is None:
+            rest[name] = tensor
+        else:
+            layers.setdefault(".".join(parts[:at]), {})[".".join(parts[at:])] = tensor
+    if not layers:
+        raise AdapterFileError(f"{path} holds no adapted layer; save the adapter again.")
+    return layers, rest
 
 
 @contextlib.contextmanager
 def new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write into that becomes `out` when the block ends well, and vanishes otherwise.
-
-    Args:
-        out: the folder that is wanted; its parents are made.
 
     Raises:
         ValueError: `out` exists and is not an empty folder.
@@ -228,66 +245,8 @@ def new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter folder by their name in the file, whatever the method.
-
-    Args:
-        folder: with adapter_model.safetensors.
-
-    Raises:
-        AdapterFileError: no such file, or damaged, or a pickle.
-    """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        if (folder / "adapter_model.bin").exists():
-            raise AdapterFileError(
-                f"{folder} holds its weights as adapter_model.bin, a pickle, which isotune never opens. If you trust "
-                "it, convert it with PEFT: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)."
-            )
-        raise AdapterFileError(f"{folder} has no {WEIGHTS_FILE}; copy or save the adapter again.")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{path} is damaged: {error}. Copy or save the adapter again.") from error
-    return tensors
-
-
-def by_module(
-    tensors: Mapping[str, Tensor], groups: tuple[str, ...]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Split a file into the tensors of its adapted layers, by module, and the rest.
-
-    Args:
-        tensors: by their name in the file.
-        groups: what follows a module's name where the tensor is the adapter's.
-
-    Returns:
-        Module name -> name behind it -> tensor; and name in the file -> tensor.
-
-    Example:
-        >>> names = ["base_model.model.q.isotune_operator.angles", "base_model.model.head.weight"]
-        >>> layers, rest = by_module(dict.fromkeys(names, torch.zeros(1)), ("isotune_operator",))
-        >>> {module: list(tensors) for module, tensors in layers.items()}, list(rest)
-        ({'q': ['isotune_operator.angles']}, ['base_model.model.head.weight'])
-    """
-    layers: dict[str, dict[str, Tensor]] = {}
-    rest: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        parts = name.removeprefix(KEY_PREFIX).split(".")
-        at = next((i for i, part in enumerate(parts) if part in groups), None)
-        if at is None:
-            rest[name] = tensor
-        else:
-            layers.setdefault(".".join(parts[:at]), {})[".".join(parts[at:])] = tensor
-    return layers, rest
-
-
 def config_of(model: nn.Module, adapter_name: str) -> IsotuneConfig:
-    """The configuration of an isotune adapter on a model.
-
-    Args:
-        model: a PeftModel, or a model with injected adapters.
-        adapter_name: the adapter.
+    """The configuration of an isotune adapter on a PeftModel, or on a model with injected adapters.
 
     Raises:
         ValueError: there is no such adapter, or it is not isotune's; names those there are.
@@ -303,33 +262,52 @@ def config_of(model: nn.Module, adapter_name: str) -> IsotuneConfig:
 def named_base(
     directory: str | os.PathLike[str], base: nn.Module | str | None = None, *, trust_remote_code: bool = False
 ) -> nn.Module:
-    """The base model of an adapter folder: `base` itself, or loaded by that name or the one in the adapter's config.
+    """The base model of an adapter folder: `base` itself, or loaded with the class that the adapter was trained on.
 
     Args:
-        directory: the adapter's folder.
-        base: the base model, or its name; None for the one that the adapter's config names.
+        directory: the adapter's folder; of its config `task_type`, `auto_mapping` and, for the model that it names
+            itself, `revision` are looked at. AutoModel loads what has no task type and no class of transformers' own.
+        base: the base model, or its name as in `resolve_base`; None for the one that the adapter's config names.
         trust_remote_code: run code that the base model's repository carries.
 
+    Returns:
+        The model; one that is loaded in evaluation mode, on the CPU, in the dtype of its file.
+
     Raises:
-        ValueError: neither names one, or it cannot be loaded.
+        ValueError: no model is named, there is no such model, or it cannot be loaded; says why.
     """
     if isinstance(base, nn.Module):
         return base
-    raw = read_config(directory)
-    name = base or raw.get("base_model_name_or_path")
+    import transformers
+
+    config = read_config(directory)
+    name = str(base or config.get("base_model_name_or_path") or "")
     if not name:
         raise ValueError(
             f"{directory} does not name its base model; give it: base=... in Python, --base on the command line."
         )
-    return load_base(str(name), raw, trust_remote_code=trust_remote_code)
+    path = resolve_base(name)
+    mapping = config.get("auto_mapping") or {}
+    loader = getattr(transformers, _AUTO_CLASSES.get(str(config.get("task_type")), "AutoModel"))
+    # The file says which module to import; only transformers' own, as a file must not choose what code runs.
+    if str(mapping.get("parent_library", "")).split(".")[0] == "transformers":
+        loader = getattr(transformers, str(mapping.get("base_model_class")), loader)
+    revision = config.get("revision") if name == config.get("base_model_name_or_path") else None
+    try:
+        with quiet():
+            model: nn.Module = loader.from_pretrained(
+                path, revision=revision or "main", trust_remote_code=trust_remote_code, **gguf_of(path)
+            )
+        if gguf_of(path):
+            forget_quantisation(model)
+    except (OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"The base model {name!r} cannot be loaded by {loader.__name__}: {lines[0]}") from error
+    return model.eval()
 
 
 def rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:
     """The pattern for those modules whose rank is not the default; anchored, as one name may end in another.
-
-    Args:
-        ranks: module name -> rank.
-        default: the rank that needs no pattern.
 
     Example:
         >>> rank_pattern({"layers.0.q": 4, "layers.0.k": 8}, 8)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from isotune.files.adapter import (
+    ADAPTER,
     CONFIG_FILE,
-    KEY_PREFIX,
     WEIGHTS_FILE,
-    adapted_layers,
     config_of,
     describe,
     named_base,
@@ -31,27 +30,10 @@ from isotune.files.adapter import (
 from isotune.methods.config import IsotuneConfig
 from isotune.subspace.lowrank import Factored, check_truncation, pad_rank, truncate, truncate_product
 from isotune.tuner.layer import Layer
+from isotune.tuner.state import KEY_PREFIX, adapted_layers
 
 LORA_REPORT = "isotune_export.json"
 """The file in a LoRA folder that says each layer's rank and error."""
-
-_BIAS = {"none": "none", "all": "all", "isotune_only": "lora_only"}
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """How an adapter is written as LoRA, as for `export_lora`.
-
-    Raises:
-        ValueError: a rank or energy that is not allowed, or both.
-    """
-
-    rank: int | None = None
-    energy: float | None = None
-    uniform_rank: bool = False
-
-    def __post_init__(self) -> None:
-        check_truncation(self.rank, self.energy)
 
 
 @dataclass(frozen=True)
@@ -77,8 +59,11 @@ class LoraExport:
     """What `export_lora` wrote."""
 
     layers: tuple[ExportedLayer, ...]
-    rank: int
-    """The largest rank, which a server must have room for."""
+
+    @property
+    def rank(self) -> int:
+        """The largest rank, which a server must have room for."""
+        return max(layer.rank for layer in self.layers)
 
     @property
     def error(self) -> float:
@@ -146,32 +131,29 @@ def export_lora(
         ...     print(export_lora(model, os.path.join(folder, "lora")))
         1 layers, rank 2, exact
     """
-    options = LoraOptions(rank, energy, uniform_rank)
-    origin = None if isinstance(model_or_dir, nn.Module) else origin_of(model_or_dir, options)
+    check_truncation(rank, energy)
     if isinstance(model_or_dir, nn.Module):
-        config = config_of(model_or_dir, adapter_name)
-        layers, name = dict(adapted_layers(model_or_dir, adapter_name)), adapter_name
+        config, origin = config_of(model_or_dir, adapter_name), None
+        layers = dict(adapted_layers(model_or_dir, adapter_name))
         state = get_peft_model_state_dict(model_or_dir, adapter_name=adapter_name)
         extras = {k: tensor for k, tensor in state.items() if ".isotune_" not in k}
     else:
+        origin = origin_of(model_or_dir, {"rank": rank, "energy": energy, "uniform_rank": uniform_rank})
         file = describe(model_or_dir)
-        config, extras, name = file.config, file.extras, "default"
+        config, extras, adapter_name = file.config, file.extras, ADAPTER
         layers = file.place(named_base(model_or_dir, base, trust_remote_code=trust_remote_code))
     tensors = {KEY_PREFIX + k.removeprefix(KEY_PREFIX): tensor for k, tensor in extras.items()}
     bar = tqdm(layers.items(), desc="factors", unit="layer", delay=3.0, leave=False)
-    found = {module: _factored(module, layer, name, options) for module, layer in bar}
-    largest = max(len(factored.down) for factored in found.values())
+    found = {module: _factored(module, layer, adapter_name, rank, energy) for module, layer in bar}
+    report = LoraExport(tuple(ExportedLayer(name, len(f.down), f.missing, f.norm) for name, f in found.items()))
     ranks: dict[str, int] = {}
     for module, factored in found.items():
-        up, down = pad_rank(factored.up, factored.down, largest) if uniform_rank else factored[:2]
+        up, down = pad_rank(factored.up, factored.down, report.rank) if uniform_rank else factored[:2]
         ranks[module] = len(down)
         tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = down
         tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = up
     # Cloned: safetensors refuses tensors that share memory, as tied embeddings do.
     tensors = {k: tensor.detach().cpu().clone().contiguous() for k, tensor in tensors.items()}
-    report = LoraExport(
-        tuple(ExportedLayer(module, len(f.down), f.missing, f.norm) for module, f in found.items()), largest
-    )
     with new_directory(out) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         _lora_config(config, layers, ranks).save_pretrained(str(folder))
@@ -180,24 +162,8 @@ def export_lora(
     return report
 
 
-def has_adapter(directory: str | os.PathLike[str]) -> bool:
-    """Whether a folder is an adapter's, and not one that holds several.
-
-    Args:
-        directory: any path.
-    """
-    return (Path(directory) / CONFIG_FILE).is_file()
-
-
-def origin_of(directory: str | os.PathLike[str], options: LoraOptions) -> dict[str, Any]:
-    """What tells whether an adapter folder would be exported to the same LoRA folder again.
-
-    Args:
-        directory: the adapter's folder.
-        options: how it is exported.
-
-    Returns:
-        The files' hashes and the options, for JSON.
+def origin_of(directory: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells whether an adapter folder would be exported to the same LoRA folder again, for JSON.
 
     Raises:
         AdapterFileError: there is no adapter.
@@ -205,10 +171,10 @@ def origin_of(directory: str | os.PathLike[str], options: LoraOptions) -> dict[s
     read_config(directory)
     files = [Path(directory) / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
     hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
-    return {"sha256": hashes, "options": asdict(options)}
+    return {"sha256": hashes, "options": options}
 
 
-def _factored(module: str, layer: Layer, adapter_name: str, options: LoraOptions) -> Factored:
+def _factored(module: str, layer: Layer, adapter_name: str, rank: int | None, energy: float | None) -> Factored:
     """The change of a layer's W as two factors, exact where that needs no more than the rank asked for."""
     if layer.host.folds:
         kind = type(layer.get_base_layer()).__name__
@@ -216,7 +182,6 @@ def _factored(module: str, layer: Layer, adapter_name: str, options: LoraOptions
             f"The adapted module {module!r} is a {kind}, and only linear layers can be exported as LoRA; export the "
             "merged model instead (--to merged)."
         )
-    rank, energy = options.rank, options.energy
     if layer.supports_lora_conversion(adapter_name):
         return truncate_product(*layer.low_rank(adapter_name), rank=rank, energy=energy)
     if rank is None and energy is None:
@@ -231,7 +196,6 @@ def _factored(module: str, layer: Layer, adapter_name: str, options: LoraOptions
 def _lora_config(config: IsotuneConfig, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> LoraConfig:
     rank = max(ranks.values())  # servers compare r with the rank they have room for, and some read no pattern
     other = rank_pattern(ranks, rank)
-    saved = config.modules_to_save
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -239,8 +203,8 @@ def _lora_config(config: IsotuneConfig, layers: Mapping[str, Layer], ranks: Mapp
         alpha_pattern=dict(other),
         target_modules=sorted(layers),
         fan_in_fan_out=any(getattr(layer.host, "transposed", False) for layer in layers.values()),
-        bias=_BIAS[config.bias],  # type: ignore[arg-type]
-        modules_to_save=None if saved is None else list(dict.fromkeys(saved)),
+        bias=config.bias.replace("isotune", "lora"),  # type: ignore[arg-type]
+        modules_to_save=config.modules_to_save and list(dict.fromkeys(config.modules_to_save)),
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,

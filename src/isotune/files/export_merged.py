@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from isotune.files.adapter import adapted_layers, config_of, describe, named_base, new_directory
+from isotune.files.adapter import ADAPTER, config_of, describe, named_base, new_directory
 from isotune.files.base_model import resolve_base
 from isotune.tuner.layer import Layer
 from isotune.tuner.merging import warn_of_requantising
+from isotune.tuner.state import adapted_layers
 
-_TOKENIZER_FILES = (
+_TOKENIZER_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -31,7 +32,7 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
-)
+]
 
 
 def export_merged(
@@ -46,10 +47,7 @@ def export_merged(
 
     Args:
         model_or_dir: a model with isotune adapters, which is left as it was, or the folder of a saved one.
-        out: the folder to write; it appears only when it is complete.
-        adapter_name: which adapter of a model.
-        base: for a folder: the base model, or its name; by default what the adapter's config names.
-        trust_remote_code: run code that the base model's repository carries.
+        out, adapter_name, base, trust_remote_code: as for `export_lora`.
 
     Raises:
         ValueError: `out` is not empty, there is no such adapter or base, the adapter does not fit the base, the model
@@ -61,8 +59,8 @@ def export_merged(
     else:
         describe(model_or_dir)  # its messages are clearer than what PEFT finds while loading
         plain = named_base(model_or_dir, base, trust_remote_code=trust_remote_code)
-        model, adapter_name = PeftModel.from_pretrained(plain, os.fspath(model_or_dir)), "default"
-        sources = [os.fspath(model_or_dir)]
+        model, adapter_name = PeftModel.from_pretrained(plain, os.fspath(model_or_dir)), ADAPTER
+        sources.append(os.fspath(model_or_dir))
     config = config_of(model, adapter_name)
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not hasattr(inner, "save_pretrained"):
@@ -71,7 +69,10 @@ def export_merged(
     with new_directory(out) as folder:
         with _merged_and_bare(inner, adapter_name):
             inner.save_pretrained(str(folder))
-        _copy_tokenizer([*sources, *([str(named)] if named else [])], folder)
+        if named:
+            with suppress(OSError, ValueError):
+                sources.append(resolve_base(str(named)))
+        _copy_tokenizer(sources, folder)
 
 
 @contextmanager
@@ -80,13 +81,11 @@ def _merged_and_bare(model: nn.Module, adapter_name: str) -> Iterator[None]:
     for name, module in model.named_modules():
         if isinstance(module, Layer) and module.merged and module.merged_adapters != [adapter_name]:
             raise ValueError(f"{name!r} has {module.merged_adapters} merged; call unmerge_adapter() first.")
-    swapped: list[tuple[nn.Module, str, nn.Module]] = []
-    merged_here: list[Layer] = []
-    try:
-        for _, layer in adapted_layers(model, adapter_name):
-            if not layer.merged:
-                layer.merge(adapter_names=[adapter_name])
-                merged_here.append(layer)
+    with ExitStack() as undo:
+        merged_here = [layer for _, layer in adapted_layers(model, adapter_name) if not layer.merged]
+        for layer in merged_here:
+            layer.merge(adapter_names=[adapter_name])
+            undo.callback(layer.unmerge)
         warn_of_requantising(merged_here)
         for name, module in list(model.named_modules()):
             if isinstance(module, Layer):
@@ -98,32 +97,22 @@ def _merged_and_bare(model: nn.Module, adapter_name: str) -> Iterator[None]:
                 continue
             parent, _, attribute = name.rpartition(".")
             owner = model.get_submodule(parent)
-            swapped.append((owner, attribute, module))
+            undo.callback(setattr, owner, attribute, module)
             setattr(owner, attribute, plain)
         with torch.no_grad():
             yield
-    finally:
-        for owner, attribute, module in swapped:
-            setattr(owner, attribute, module)
-        for layer in merged_here:
-            layer.unmerge()
 
 
 def _copy_tokenizer(sources: list[str], folder: Path) -> None:
     """Copy the files of the first source that has any; one that cannot be reached has none."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_files
 
     for source in sources:
-        found = []
-        for file in _TOKENIZER_FILES:
-            try:
-                place = source if source in sources[:-1] else resolve_base(source)
-                path = cached_file(place, file, _raise_exceptions_for_missing_entries=False)
-            except (OSError, ValueError):
-                path = None
-            if path is not None:
-                found.append(path)
-        for path in found:
+        try:
+            found = cached_files(source, _TOKENIZER_FILES, _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError):
+            continue
+        for path in found or ():
             shutil.copyfile(path, folder / Path(path).name)
         if found:
             return

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
 
 from isotune.files.adapter import CONFIG_FILE, named_base, read_config
-from isotune.files.export_lora import LORA_REPORT, LoraExport, LoraOptions, export_lora, origin_of
+from isotune.files.export_lora import LORA_REPORT, LoraExport, export_lora, origin_of
+from isotune.subspace.lowrank import check_truncation
 
 
 @dataclass
@@ -27,10 +30,7 @@ class RunsExport:
 
 
 def adapter_folders(directory: str | os.PathLike[str]) -> list[Path]:
-    """The paths, below a directory, of the folders that hold an adapter, checkpoint-2 before checkpoint-10.
-
-    Args:
-        directory: searched at any depth.
+    """The paths, anywhere below a directory, of the folders that hold an adapter, checkpoint-2 before checkpoint-10.
 
     Raises:
         ValueError: there is no such directory, or no adapter in it.
@@ -39,10 +39,10 @@ def adapter_folders(directory: str | os.PathLike[str]) -> list[Path]:
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder; give an adapter's folder, or one that holds several.")
     inside = [file.parent.relative_to(root) for file in root.rglob(CONFIG_FILE)]
-    hidden = {path for path in inside if any(part.startswith(".") for part in path.parts)}  # half-written ones
-    if not set(inside) - hidden:
+    found = [path for path in inside if not any(part.startswith(".") for part in path.parts)]  # no half-written ones
+    if not found:
         raise ValueError(f"Neither {root} nor a folder in it has an {CONFIG_FILE}, so there is no adapter to export.")
-    return sorted(set(inside) - hidden, key=_natural)
+    return sorted(found, key=_natural)
 
 
 def export_lora_runs(
@@ -64,16 +64,14 @@ def export_lora_runs(
         directory: holds adapter folders at any depth, such as the checkpoints of a training.
         out: where to write; made if it is not there.
         base: the base model, or its name; by default what each adapter's config names.
-        rank: as for `export_lora`.
-        energy: as there.
-        uniform_rank: as there.
-        trust_remote_code: run code that the base model's repository carries.
+        rank, energy, uniform_rank, trust_remote_code: as for `export_lora`.
 
     Raises:
         ValueError: there is no adapter at all, or the options are not allowed.
     """
+    check_truncation(rank, energy)
     root, target, result = Path(directory), Path(out), RunsExport()
-    options = LoraOptions(rank, energy, uniform_rank)
+    options: dict[str, Any] = {"rank": rank, "energy": energy, "uniform_rank": uniform_rank}
     pending: dict[str, list[Path]] = {}
     for folder in adapter_folders(root):
         try:
@@ -89,18 +87,17 @@ def export_lora_runs(
             for folder in folders:
                 try:
                     model = model or named_base(root / folder, base, trust_remote_code=trust_remote_code)
-                    result.written[folder.as_posix()] = export_lora(
-                        root / folder, target / folder, base=model, rank=rank, energy=energy, uniform_rank=uniform_rank
-                    )
+                    report = export_lora(root / folder, target / folder, base=model, **options)
+                    result.written[folder.as_posix()] = report
                 except ValueError as error:
                     result.failed[folder.as_posix()] = str(error)
                 bar.update()
     return result
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Numbers in a name count as numbers."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.as_posix())]
+def _natural(path: Path) -> list[int | str]:
+    """Numbers in a name count as numbers: text and digits alternate, so like is compared with like."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.as_posix())]
 
 
 def _base_of(folder: Path) -> str:
@@ -109,7 +106,7 @@ def _base_of(folder: Path) -> str:
     return json.dumps([raw.get(k) for k in ("base_model_name_or_path", "revision", "task_type", "auto_mapping")])
 
 
-def _is_done(folder: Path, exported: Path, options: LoraOptions) -> bool:
+def _is_done(folder: Path, exported: Path, options: Mapping[str, Any]) -> bool:
     if not exported.exists():
         return False
     try:

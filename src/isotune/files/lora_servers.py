@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
-from isotune.files.adapter import KEY_PREFIX, WEIGHTS_FILE, read_config
+from isotune.files.adapter import WEIGHTS_FILE, read_config
+from isotune.methods.config import by_pattern
+from isotune.tuner.state import KEY_PREFIX
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be (vllm.config.lora.MaxLoRARanks, 0.22 to 0.33)."""
 
-_FACTOR = re.compile(rf"{re.escape(KEY_PREFIX)}(.+)\.lora_[AB]\.weight")
+_BOTH = ("vLLM", "llama.cpp")
+_VLLM, _LLAMA_CPP = _BOTH[:1], _BOTH[1:]
+_FACTOR = re.compile(rf"{re.escape(KEY_PREFIX)}(.+)\.lora_([AB])\.weight")
 
 
 def vllm_max_rank(rank: int) -> int | None:
-    """The smallest --max-lora-rank that has room for a rank; None above the largest.
-
-    Args:
-        rank: of a LoRA adapter.
+    """The smallest --max-lora-rank that has room for a LoRA adapter's rank; None above the largest.
 
     Example:
         >>> vllm_max_rank(46), vllm_max_rank(1000)
@@ -50,80 +50,60 @@ def obstacles(directory: str | os.PathLike[str]) -> dict[str, list[str]]:
     folder = Path(directory)
     config = read_config(folder)
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    common = list(_refused_by_both(config, shapes))
-    return {
-        "vLLM": [*common, *_refused_by_vllm(config, shapes)],
-        "llama.cpp": [*common, *_refused_by_llama_cpp(config, shapes)],
-    }
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    found = list(_refusals(config, shapes))
+    return {server: [reason for servers, reason in found if server in servers] for server in _BOTH}
 
 
-def _refused_by_both(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+def _refusals(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Servers and a reason why these refuse a folder."""
     if config.get("peft_type") != "LORA":
-        yield f"its type is {config.get('peft_type')!r}, and only LORA is read; export it with --to lora"
+        yield _BOTH, f"its type is {config.get('peft_type')!r}, and only LORA is read; export it with --to lora"
     if config.get("use_dora"):
-        yield "DoRA is not read"
-    others = sorted(name.removeprefix(KEY_PREFIX) for name in shapes if not _FACTOR.fullmatch(name))
+        yield _BOTH, "DoRA is not read"
+    factors = {name: match for name in shapes if (match := _FACTOR.fullmatch(name))}
+    others = sorted(name.removeprefix(KEY_PREFIX) for name in shapes.keys() - factors.keys())
     if others:
         shown = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
         yield (
+            _BOTH,
             f"it holds more than LoRA factors ({shown}: saved modules, biases or embeddings); train without them, or "
-            "export the merged model"
+            "export the merged model",
         )
-
-
-def _refused_by_vllm(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    rank = int(config.get("r", 0))
     if config.get("modules_to_save"):
-        yield "modules_to_save must be null; train without it, or export the merged model"
+        yield _VLLM, "modules_to_save must be null; train without it, or export the merged model"
     if config.get("bias", "none") != "none":
-        yield "bias must be 'none'; train without it, or export the merged model"
-    if vllm_max_rank(max(_ranks(shapes).values(), default=0)) is None:
-        yield f"its rank is above {VLLM_RANKS[-1]}; export it with --rank {VLLM_RANKS[-1]} or less"
-    if any(own > rank for own in _ranks(shapes).values()):
-        yield f"a layer's rank is above r={rank}, the only one that every version reads; export it with --uniform-rank"
-    scale = _scale(config, config.get("lora_alpha", rank), rank)
-    if any(_scale_of(config, module, own) != scale for module, own in _ranks(shapes).items()):
-        yield "layers are scaled differently, and not every version reads alpha_pattern; export it with --uniform-rank"
-
-
-def _refused_by_llama_cpp(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    alpha = float(config.get("lora_alpha", 0))
-    if any(_scale_of(config, module, own) != alpha / own for module, own in _ranks(shapes).items()):
+        yield _VLLM, "bias must be 'none'; train without it, or export the merged model"
+    ranks = {match[1]: shapes[name][0] for name, match in factors.items() if match[2] == "A"}
+    if vllm_max_rank(max(ranks.values(), default=0)) is None:
+        yield _VLLM, f"its rank is above {VLLM_RANKS[-1]}; export it with --rank {VLLM_RANKS[-1]} or less"
+    rank = int(config.get("r") or 0)
+    if any(own > rank for own in ranks.values()):
         yield (
-            "one alpha is kept for all layers and divided by each layer's own rank, which would scale some wrongly; "
-            "export it with --uniform-rank"
+            _VLLM,
+            f"a layer's rank is above r={rank}, the only one that every version reads; export it with --uniform-rank",
         )
-
-
-def _ranks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Module -> rows of its A."""
-    suffix = ".lora_A.weight"
-    return {n.removeprefix(KEY_PREFIX).removesuffix(suffix): s[0] for n, s in shapes.items() if n.endswith(suffix)}
-
-
-def _scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """The factor that PEFT gives the update of a module."""
-    patterns: Mapping[str, Any] = config.get("alpha_pattern") or {}
-    return _scale(config, patterns.get(get_pattern_key(list(patterns), module), config.get("lora_alpha", rank)), rank)
-
-
-def _scale(config: Mapping[str, Any], alpha: float, rank: int) -> float:
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank) if rank else 0.0
+    alpha, power = config.get("lora_alpha", rank), 0.5 if config.get("use_rslora") else 1
+    patterns = config.get("alpha_pattern") or {}
+    scales = {module: by_pattern(patterns, module, alpha) / own**power for module, own in ranks.items()}
+    if any(scale != alpha / max(rank, 1) ** power for scale in scales.values()):
+        yield (
+            _VLLM,
+            "layers are scaled differently, and not every version reads alpha_pattern; export it with --uniform-rank",
+        )
+    if any(scale != alpha / ranks[module] for module, scale in scales.items()):
+        yield (
+            _LLAMA_CPP,
+            "one alpha is kept for all layers and divided by each layer's own rank, which would scale some wrongly; "
+            "export it with --uniform-rank",
+        )
 
 
 def describe_obstacles(directory: str | os.PathLike[str]) -> str:
-    """One line a server: with what it serves the folder, or why not.
-
-    Args:
-        directory: as `export_lora` or PEFT wrote it.
-
-    Raises:
-        AdapterFileError: as `obstacles`.
-    """
-    room = vllm_max_rank(int(read_config(directory).get("r", 1)))
+    """One line a server, with what it serves the folder, or why not; raises as `obstacles`."""
+    room = vllm_max_rank(int(read_config(directory).get("r") or 1))
     served_by = {"vLLM": f"--enable-lora --max-lora-rank {room}", "llama.cpp": "convert_lora_to_gguf.py"}
-    lines = []
-    for server, reasons in obstacles(directory).items():
-        lines.append(f"{server}: {'no: ' + '; '.join(reasons) if reasons else served_by[server]}")
-    return "\n".join(lines)
+    return "\n".join(
+        f"{server}: {'no: ' + '; '.join(reasons) if reasons else served_by[server]}"
+        for server, reasons in obstacles(directory).items()
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -171,13 +172,12 @@ class IsotuneConfig(PeftConfig):
             AdapterFileError: it is no JSON object, or one that is nested too deeply.
         """
         try:
-            content: Any = super().from_json_file(path_json_file, **kwargs)
-        except RecursionError:
-            raise AdapterFileError(f"{path_json_file} is damaged: it is nested too deeply. Copy it again.") from None
-        except ValueError as error:
-            raise AdapterFileError(f"{path_json_file} is damaged: {error}. Copy or save it again.") from error
-        if not isinstance(content, dict):
-            raise AdapterFileError(f"{path_json_file} is damaged: it holds no object. Copy or save it again.")
+            content = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError("it holds no object")
+        except (RecursionError, ValueError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            raise AdapterFileError(f"{path_json_file} is damaged: {reason}. Copy or save the adapter again.") from error
         return content
 
     def to_dict(self) -> dict[str, Any]:

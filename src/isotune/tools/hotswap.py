@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -16,39 +16,17 @@ from torch import Tensor, nn
 from isotune.adapter.placement import Placement
 from isotune.adapter.subspace import SubspaceAdapter
 from isotune.errors import AdapterFileError
-from isotune.files.adapter import (
-    ADAPTER,
-    KEY_PREFIX,
-    AdapterFile,
-    adapted_layers,
-    check_tensors,
-    describe,
-    named_tensors,
-)
+from isotune.files.adapter import ADAPTER, AdapterFile, config_of, describe
 from isotune.internals.torch_state import uncompiled
 from isotune.methods.config import IsotuneConfig, config_fields
 from isotune.tuner.layer import Layer
 from isotune.tuner.placing import place_adapter
+from isotune.tuner.state import KEY_PREFIX, adapted_layers, check_tensors
 
-_WHERE_AND_HOW = {
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
-    "base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "peft_version",
-    "init_weights", "basis_seed",
-}  # fmt: skip
+_WHERE = {*(field.name for field in fields(IsotuneConfig)), "rank_pattern", "alpha_pattern", "basis_seed"}
 """Fields that two adapters of the same function may differ in."""
 
-
 _FORM = "isotune_form."
-
-
-@dataclass
-class _Incoming:
-    """All that a swap writes, computed before the first tensor is touched."""
-
-    copies: list[tuple[Tensor, Tensor]]
-    """(what the model holds, what comes)."""
-    placements: list[tuple[SubspaceAdapter, Placement]]
-    """(adapter, its new placement), only where the basis is another; in the old tensors if nobody shares them."""
 
 
 def hotswap_adapter(
@@ -90,12 +68,8 @@ def hotswap_adapter(
         >>> changed, torch.equal(model(x), before)
         (True, True)
     """
-    inner = uncompiled(model)
-    configs: dict[str, Any] = getattr(inner, "peft_config", {})
-    config = configs.get(adapter_name)
-    if not isinstance(config, IsotuneConfig):
-        have = ", ".join(map(repr, configs)) or "none"
-        raise ValueError(f"There is no isotune adapter {adapter_name!r} to be replaced; this model has {have}.")
+    inner: Any = uncompiled(model)
+    config = config_of(inner, adapter_name)
     layers = dict(adapted_layers(inner, adapter_name))
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
@@ -103,22 +77,34 @@ def hotswap_adapter(
     file = describe(directory)
     for name in config.runtime_fields:
         setattr(file.config, name, getattr(config, name))
-    _check_options(file, config, layers, adapter_name)
-    incoming = _prepare(inner, file, layers, adapter_name)
+    state = get_peft_model_state_dict(inner, adapter_name=adapter_name)
+    held = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in state.items()}
+    given = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in file.extras.items()}
+    given |= {f"{name}.{key}": tensor for name, own in file.layers.items() for key, tensor in own.items()}
+    _check(file, config, layers, held, given, adapter_name)
+    copies = [(held[key], tensor) for key, tensor in given.items() if f".{_FORM}" not in key]
+    placements = _place_beside(inner, file, layers, adapter_name, copies)
     file.config.inference_mode = config.inference_mode
-    in_inference = any(held.is_inference() for held, _ in incoming.copies)
+    in_inference = any(old.is_inference() for old, _ in copies)
     with lock or nullcontext(), torch.inference_mode() if in_inference else torch.no_grad():
-        for held, new in incoming.copies:
-            held.copy_(new)
-        for adapter, placement in incoming.placements:
+        for old, new in copies:
+            old.copy_(new)
+        for adapter, placement in placements:
             adapter.placement = placement
         for layer in layers.values():
             layer.configs[adapter_name] = file.config
-        configs[adapter_name] = file.config
+        inner.peft_config[adapter_name] = file.config
 
 
-def _check_options(file: AdapterFile, config: IsotuneConfig, layers: Mapping[str, Layer], adapter_name: str) -> None:
-    """Refuse a file whose adapter is not computed by the very same operations."""
+def _check(
+    file: AdapterFile,
+    config: IsotuneConfig,
+    layers: Mapping[str, Layer],
+    held: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    adapter_name: str,
+) -> None:
+    """Refuse a file whose adapter has other tensors, or is not computed by the very same operations."""
     if type(file.config) is not type(config):
         raise ValueError(
             f"{file.directory} holds an adapter of type {file.config.peft_type}, and {adapter_name!r} is of type "
@@ -131,18 +117,18 @@ def _check_options(file: AdapterFile, config: IsotuneConfig, layers: Mapping[str
             f"{more[:3] or 'none'} besides. Only an adapter of the same modules can be swapped in; load it beside with "
             "isotune.load_adapter and switch with set_adapter."
         )
-    check_tensors(
-        {f"{n}.{k}": t for n, layer in layers.items() for k, t in named_tensors(layer, adapter_name).items()},
-        {f"{n}.{k}": t for n, own in file.layers.items() for k, t in own.items()},
-        f"for the adapter {adapter_name!r} of this model; only one of the same shapes can be swapped in",
-    )
+    others = sorted(key for key in given.keys() - held.keys() if ".isotune_" not in key)
+    if others:
+        raise AdapterFileError(f"{file.directory} holds {others[0]!r}, which {adapter_name!r} has not; load it beside.")
+    where = f"for the adapter {adapter_name!r} of this model; only one of the same shapes can be swapped in"
+    check_tensors(held, given, where)
     for name, layer in layers.items():
         new, old = file.operator(name), layer.adapter(adapter_name)
         if (new.batch_key(), new.form_key) != (old.batch_key(), old.form_key):
             different = [
-                f"{field}={getattr(file.config, field)!r} and not {getattr(config, field)!r}"
-                for field in config_fields(type(config))
-                if field not in _WHERE_AND_HOW and getattr(file.config, field) != getattr(config, field)
+                f"{option}={getattr(file.config, option)!r} and not {getattr(config, option)!r}"
+                for option in config_fields(type(config))
+                if option not in _WHERE and getattr(file.config, option) != getattr(config, option)
             ]
             raise ValueError(
                 f"{file.directory} was trained with other options than {adapter_name!r} ("
@@ -151,13 +137,19 @@ def _check_options(file: AdapterFile, config: IsotuneConfig, layers: Mapping[str
             )
 
 
-def _prepare(model: nn.Module, file: AdapterFile, layers: Mapping[str, Layer], adapter_name: str) -> _Incoming:
-    """Find the bases that are new on this model's weights, and all tensors with what comes into them."""
+def _place_beside(
+    model: nn.Module,
+    file: AdapterFile,
+    layers: Mapping[str, Layer],
+    adapter_name: str,
+    copies: list[tuple[Tensor, Tensor]],
+) -> list[tuple[SubspaceAdapter, Placement]]:
+    """Place on this model's weights the bases that are new; what goes into the old tensors is added to `copies`."""
     beside: dict[str, Layer] = {}
     for name, layer in layers.items():
-        held = named_tensors(layer, adapter_name)
-        stored = {key: t for key, t in file.layers[name].items() if key.startswith(_FORM)}
-        if not all(torch.equal(t, held[key].cpu()) for key, t in stored.items()):
+        stored = [tensor for key, tensor in file.layers[name].items() if key.startswith(_FORM)]
+        bases = [basis.stored.cpu() for basis in layer.bases(adapter_name)]
+        if not all(map(torch.equal, stored, bases)):
             beside[name] = file.build(name, layer.without_adapters())
     place_adapter(ADAPTER, beside.values())
     users = Counter(
@@ -165,26 +157,14 @@ def _prepare(model: nn.Module, file: AdapterFile, layers: Mapping[str, Layer], a
         for module in model.modules()
         if (placement := getattr(module, "placement", None)) is not None
     )
-    copies: list[tuple[Tensor, Tensor]] = []
     placements = []
     for name, other in beside.items():
         adapter = layers[name].subspace(adapter_name)
         old, placement = adapter.placement, other.subspace(ADAPTER).placement
         assert placement is not None
-        bases = [basis.stored for basis in layers[name].bases(adapter_name)]
-        copies += zip(bases, placement.stored, strict=True)
+        copies += zip([basis.stored for basis in layers[name].bases(adapter_name)], placement.stored, strict=True)
         if old is not None and users[id(old.down)] == 1:
             copies += [(old.down, placement.down), (old.up, placement.up)]
             placement = replace(placement, down=old.down, up=old.up)
         placements.append((adapter, placement))
-    for name, layer in layers.items():
-        held = named_tensors(layer, adapter_name)
-        copies += [(held[key], t) for key, t in file.layers[name].items() if not key.startswith(_FORM)]
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    extras = {key.removeprefix(KEY_PREFIX): t for key, t in state.items() if ".isotune_" not in key}
-    given = {key.removeprefix(KEY_PREFIX): t for key, t in file.extras.items()}
-    more = sorted(given.keys() - extras.keys())
-    if more:
-        raise AdapterFileError(f"{file.directory} holds {more[0]!r}, which {adapter_name!r} has not; load it beside.")
-    check_tensors(extras, given, f"for the adapter {adapter_name!r} of this model")
-    return _Incoming([*copies, *((extras[key], tensor) for key, tensor in given.items())], placements)
+    return placements

@@ -32,9 +32,6 @@ def regularization_loss(model: nn.Module) -> Tensor:
 
     To be added to the loss, once for each optimiser step: `loss = loss + isotune.regularization_loss(model)`.
 
-    Args:
-        model: with isotune adapters.
-
     Returns:
         A scalar on the device of the adapters, differentiable; 0 where no active adapter has a regulariser.
 
@@ -71,25 +68,22 @@ def regularization_callback() -> Any:
 
 
 def add_regularization_gradient(model: nn.Module) -> None:
-    """Add the gradient of `regularization_loss` to `.grad` of the adapters' parameters.
-
-    Args:
-        model: with isotune adapters, after the last backward pass before a step.
+    """Add the gradient of `regularization_loss` to `.grad`, after the last backward pass before a step.
 
     Raises:
         ValueError: DeepSpeed ZeRO trains the model, which has taken the gradients away by then.
     """
-    if has_regularization(model) and takes_gradients(model):
+    with torch.enable_grad():
+        loss = regularization_loss(model)
+    if not loss.requires_grad:
+        return
+    if takes_gradients(model):
         raise ValueError(
             "DeepSpeed has taken the gradients of the parameters away before this callback could add to them. Add "
             "isotune.regularization_loss(model) to the loss instead, or set regularizer_weight to 0."
         )
-    with torch.enable_grad():
-        loss = regularization_loss(model)
-        parameters = [p for name, p in model.named_parameters() if p.requires_grad and ".isotune_operator." in name]
-        if not loss.requires_grad:
-            return
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    parameters = [p for name, p in model.named_parameters() if p.requires_grad and ".isotune_operator." in name]
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

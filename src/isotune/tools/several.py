@@ -19,11 +19,6 @@ def add_adapter(model: PeftModel, adapter_name: str, config: IsotuneConfig) -> N
 
     Everything else is PEFT's own: `set_adapter`, `adapter_names`, `save_pretrained`, `delete_adapter`, …
 
-    Args:
-        model: one with an isotune adapter.
-        adapter_name: a new name.
-        config: of any isotune method.
-
     Raises:
         ValueError: the model has no isotune adapter, the name is taken, or the adapter does not fit.
 
@@ -45,7 +40,7 @@ def load_adapter(model: PeftModel, directory: str | os.PathLike[str], adapter_na
     Args:
         model: one with an isotune adapter.
         directory: the folder that save_pretrained wrote for that adapter.
-        adapter_name: what it is to be called.
+        adapter_name: a new name.
         options: of `PeftModel.load_adapter`, such as is_trainable=True.
 
     Raises:

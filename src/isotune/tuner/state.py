@@ -57,18 +57,6 @@ def keys_in_model(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, st
                         yield name.removeprefix("_fsdp_wrapped_module."), f"{group}.{adapter_name}.{key}"
 
 
-def named_tensors(layer: Layer, adapter_name: str) -> dict[str, Tensor]:
-    """What a layer holds of an adapter and a file stores, by its name in the file: "isotune_operator.generator", …
-
-    Args:
-        layer: one that holds the adapter.
-        adapter_name: the adapter.
-    """
-    groups = {"isotune_operator": layer.isotune_operator, "isotune_form": layer.isotune_form}
-    parts = {group: modules[adapter_name] for group, modules in groups.items() if adapter_name in modules}
-    return {f"{group}.{name}": t for group, part in parts.items() for name, t in part.state_dict().items()}
-
-
 def current_key(name: str) -> str:
     """A tensor's name in a file as it is written now.
 
@@ -187,9 +175,11 @@ def check_file(model: nn.Module, config: IsotuneConfig, adapter_name: str, state
         AdapterFileError: as `check_tensors`.
     """
     needed = {
-        f"{name}.{key}": tensor
+        f"{name}.{group}.{key}": tensor
         for name, layer in adapted_layers(model, adapter_name)
-        for key, tensor in named_tensors(layer, adapter_name).items()
+        for group, parts in (("isotune_operator", layer.isotune_operator), ("isotune_form", layer.isotune_form))
+        if adapter_name in parts
+        for key, tensor in parts[adapter_name].state_dict().items()
     }
     held = {name.removeprefix(KEY_PREFIX) for name in model.state_dict(keep_vars=True)}
     given = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in state.items()}

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from isotune.errors import AdapterFileError
@@ -17,19 +14,25 @@ from isotune.files.adapter import (
     ADAPTER,
     CONFIG_FILE,
     WEIGHTS_FILE,
-    by_module,
     named_base,
     new_directory,
     read_config,
-    read_tensors,
+    read_layers,
+    refused,
 )
-from isotune.files.peft_import.boft import import_boft
-from isotune.files.peft_import.hra import import_hra
-from isotune.files.peft_import.oft import import_oft
 from isotune.files.peft_import.psoft import import_psoft
-from isotune.files.peft_import.source import Source, refused
+from isotune.files.peft_import.rotations import import_boft, import_hra, import_oft
+from isotune.files.peft_import.source import Source
 
 __all__ = ["convert_peft", "import_peft"]
+
+_METHODS = {
+    "PSOFT": (("psoft_R",), import_psoft),
+    "OFT": (("oft_R", "oft_embedding_R"), import_oft),
+    "BOFT": (("boft_R", "boft_s"), import_boft),
+    "HRA": (("hra_u",), import_hra),
+}
+"""PEFT's type -> what follows the names of adapted modules in its files, and how it becomes isotune's."""
 
 
 def import_peft(directory: str | os.PathLike[str], base_model: nn.Module) -> PeftModel:
@@ -40,16 +43,7 @@ def import_peft(directory: str | os.PathLike[str], base_model: nn.Module) -> Pef
     means the same everywhere. PEFT's own layer computes the vectors here. The other methods' files mean the same on
     every machine, except that PEFT itself can load a butterfly of several factors only with its CUDA extension.
 
-    What has no counterpart is converted exactly, and a larger file is the price:
-
-    - PSOFT: a Neumann series of 1 or 2 terms becomes a free matrix (psoft_orth=False); an unconverged
-      psoft_svd="lowrank" one of up to twice the rank; and a basis that is not the principal subspace is stored whole
-      (basis="embedded"). psoft_alpha cancels in PEFT and becomes None.
-    - BOFT: where PEFT found no CUDA extension, its file has one factor, whatever its configuration says.
-    - HRA: an odd number of reflections gets one more with a direction of zeros, which is the identity and stays it.
-
-    What does nothing in PEFT (OFT's module_dropout) is left out. COFT's bound is kept unless blocks are shared on
-    layers of different widths, whose bounds differ in isotune.
+    What has no counterpart is converted exactly, and a larger file is the price; docs/guides/from-peft.md lists it.
 
     Args:
         directory: the adapter's folder; only safetensors are read.
@@ -72,13 +66,11 @@ def import_peft(directory: str | os.PathLike[str], base_model: nn.Module) -> Pef
         raise AdapterFileError(
             f"{folder} holds an adapter of type {kind!r}; only {', '.join(_METHODS)} of PEFT are imported."
         )
-    method = _METHODS[kind]
-    with refused(str(folder / CONFIG_FILE)):
-        theirs = method.config.from_pretrained(str(folder))
-    layers, extras = by_module(read_tensors(folder), method.tensors)
-    if not layers:
-        raise AdapterFileError(f"{folder / WEIGHTS_FILE} holds no adapted layer; save the adapter again.")
-    model = method.build(Source(folder, theirs, layers, base_model))
+    groups, build = _METHODS[kind]
+    with refused(f"{folder / CONFIG_FILE}: "):
+        theirs = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(str(folder))
+    layers, extras = read_layers(folder, groups)
+    model = build(Source(folder, theirs, layers, base_model))
     if extras:
         done: Any = set_peft_model_state_dict(model, {**get_peft_model_state_dict(model), **extras})
         if done.unexpected_keys:
@@ -100,35 +92,15 @@ def convert_peft(
     """Import an adapter folder of PEFT's own PSOFT, OFT, BOFT or HRA and write it as isotune's.
 
     Args:
-        directory: the adapter's folder.
-        out: the folder to write; it appears only when it is complete.
-        base: the base model's name as in `resolve_base`; by default what the adapter's config names.
-        trust_remote_code: run code that the base model's repository carries.
+        directory: as for `import_peft`.
+        out, base, trust_remote_code: as for `export_lora`.
 
     Raises:
         ValueError: `out` is not empty, or the base cannot be loaded.
         AdapterFileError: as `import_peft`.
     """
     with new_directory(out) as folder:
-        raw = read_config(directory)
         model = import_peft(directory, named_base(directory, base, trust_remote_code=trust_remote_code))
-        model.peft_config[ADAPTER].base_model_name_or_path = raw.get("base_model_name_or_path") or base
+        config = model.peft_config[ADAPTER]
+        config.base_model_name_or_path = config.base_model_name_or_path or base
         model.save_pretrained(str(folder))
-
-
-@dataclass(frozen=True)
-class _Method:
-    """How the adapters of one PEFT type are read."""
-
-    config: type[Any]
-    tensors: tuple[str, ...]
-    """What follows the names of adapted modules in the file."""
-    build: Callable[[Source], PeftModel]
-
-
-_METHODS = {
-    "PSOFT": _Method(peft.PsoftConfig, ("psoft_R",), import_psoft),
-    "OFT": _Method(peft.OFTConfig, ("oft_R", "oft_embedding_R"), import_oft),
-    "BOFT": _Method(peft.BOFTConfig, ("boft_R", "boft_s"), import_boft),
-    "HRA": _Method(peft.HRAConfig, ("hra_u",), import_hra),
-}

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import peft
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.psoft.layer import Linear as PeftPsoftLinear
 from torch import Tensor, nn
 
 from isotune.errors import AdapterFileError
-from isotune.files.adapter import ADAPTER, adapted_layers, rank_pattern
-from isotune.files.peft_import.source import EXACT, Source, series_terms, shared_fields
+from isotune.files.adapter import ADAPTER, rank_pattern, refused
+from isotune.files.peft_import.source import EXACT, Source, series_fields
 from isotune.internals.peft_state import psoft_basis
 from isotune.methods import PsoftConfig
 from isotune.subspace.pinning import candidate_rank, pin, recover
 from isotune.subspace.solvers import principal_subspace
 from isotune.tuner.layer import Layer
+from isotune.tuner.state import adapted_layers
 
+_FREE_MATRIX: dict[str, Any] = {
+    "psoft_orth": False,
+    "psoft_mag_a": False,
+    "psoft_mag_b": False,
+    "use_cayley_neumann": False,
+    "cayley_neumann_eps": None,
+}
+"""What a PSOFT adapter that trains M itself has."""
 _RECOVERABLE = 1e-3
 """How far a basis found again from its pin may be (root mean square over rows) for the pin to be kept."""
 
@@ -36,8 +43,8 @@ class _Subspace:
     """psoft_alpha / r · B, (out, r)."""
     difference: Tensor
     """M − I, (r, r), float64; in PEFT's terms Rᵀ − I with both vectors."""
-    parameters: dict[str, Tensor]
-    """Of isotune's operator."""
+    parameters: dict[str, Tensor] | None = None
+    """Of isotune's operator; None for a free matrix, which is M − I itself."""
 
     def basis(self) -> Tensor:
         """V, (r, in): A without the singular values of a symmetric split."""
@@ -52,10 +59,6 @@ class _Subspace:
         norm = float(theirs.norm())
         return float((ours - theirs).norm()) / norm if norm > 0 else 0.0
 
-    def as_free_matrix(self) -> _Subspace:
-        """M itself as the trained matrix, whatever it was made of."""
-        return replace(self, parameters={"generator": self.difference})
-
     def on_principal_form(self, matrix: Tensor) -> _Subspace:
         """The same update by a free matrix on orthonormal directions V with W Vᵀ as up.
 
@@ -64,49 +67,53 @@ class _Subspace:
         ΔW = W Vᵀ (Dᵀ (M − I)ᵀ C) V. V has up to 2 r rows, and r where W Aᵀ is B after all.
         """
         values = torch.linalg.vector_norm(self.down, dim=1).double()
-        same = _Subspace(self.basis(), self.up * values.to(self.up), self.difference * values[:, None] / values, {})
+        same = _Subspace(self.basis(), self.up * values.to(self.up), self.difference * values[:, None] / values)
         if same.defect(matrix, symmetric=False) <= EXACT:
-            return same.as_free_matrix()
+            return same
         wide = matrix.double()
         source = torch.linalg.lstsq(wide.cpu(), self.up.double().cpu(), driver="gelsd").solution.T.to(wide)
         both = torch.cat([nn.functional.normalize(source, dim=1), self.basis().double()])
         _, spread, right = torch.linalg.svd(both, full_matrices=False)
         basis = right[spread > 1e-9 * spread[0]]
         mixed = (source @ basis.T).T @ self.difference.T @ (self.down.double() @ basis.T)
-        return _Subspace(basis, wide @ basis.T, mixed.T.contiguous(), {}).as_free_matrix()
+        return _Subspace(basis, wide @ basis.T, mixed.T.contiguous())
 
 
+@torch.no_grad()
 def import_psoft(source: Source) -> PeftModel:
-    """The base with isotune's PSOFT, which computes what PEFT's PSOFT does.
-
-    Args:
-        source: the folder and its base, which is adapted in place.
-
-    Raises:
-        AdapterFileError: the folder does not fit the base, or computes what no adapter of isotune does.
-    """
+    """The base with isotune's PSOFT."""
     theirs = source.config
     theirs.fan_in_fan_out = False  # as PEFT sets it: its PSOFT takes nn.Linear only
     weights = {name: source.weight(name) for name in source.layers}
-    with torch.no_grad():
-        layers = {
-            name: _compute_as_peft(theirs, source.base.get_submodule(name), state, f"{source.folder}: {name!r}")
-            for name, state in source.layers.items()
-        }
-        config = _translate_psoft(theirs)
-        if not config.psoft_orth and theirs.psoft_orth:
-            layers = {name: layer.as_free_matrix() for name, layer in layers.items()}
-        symmetric = config.ab_svd_init == "pissa_init"
-        if any(layer.defect(weights[name], symmetric=symmetric) > EXACT for name, layer in layers.items()):
-            layers = {name: layer.on_principal_form(weights[name]) for name, layer in layers.items()}
-            config = _with_free_matrices(config, {name: len(layer.down) for name, layer in layers.items()})
-    model = get_peft_model(source.base, replace(config))
-    if config.basis == "pinned" and not all(
-        _is_recoverable(m, layers[n]) for n, m in adapted_layers(model, ADAPTER) if n in layers
-    ):
-        config.basis = "embedded"
-        model = get_peft_model(model.unload(), replace(config))
-    for name, layer in source.fill(model, {name: layer.parameters for name, layer in layers.items()}).items():
+    layers = {name: _computed_by_peft(source, name) for name in source.layers}
+    terms = int(theirs.num_cayley_neumann_terms)
+    fields: dict[str, Any] = {}
+    if theirs.psoft_orth and theirs.use_cayley_neumann:
+        if terms > 2:
+            fields = {**series_fields(terms), "cayley_neumann_eps": theirs.cayley_neumann_eps}
+        else:  # I and I + 2Q are no product (I + Q)(I + … + Qᵏ)
+            fields = _FREE_MATRIX
+            layers = {name: replace(layer, parameters=None) for name, layer in layers.items()}
+    names = ("r", "psoft_dropout", "ab_svd_init", "psoft_orth", "psoft_mag_a", "psoft_mag_b")
+    config = source.configured(PsoftConfig, *names, **fields)
+    symmetric = config.ab_svd_init == "pissa_init"
+    if any(layer.defect(weights[name], symmetric=symmetric) > EXACT for name, layer in layers.items()):
+        layers = {name: layer.on_principal_form(weights[name]) for name, layer in layers.items()}
+        ranks = {name: len(layer.down) for name, layer in layers.items()}
+        usual = Counter(ranks.values()).most_common(1)[0][0]
+        config = replace(
+            config,
+            r=usual,
+            rank_pattern=rank_pattern(ranks, usual),
+            ab_svd_init="psoft_init",
+            basis="embedded",
+            **_FREE_MATRIX,
+        )
+    parameters = {name: layer.parameters or {"generator": layer.difference} for name, layer in layers.items()}
+    model = source.adapted(config, parameters)
+    if config.basis == "pinned" and not all(_is_recoverable(m, layers[n]) for n, m in adapted_layers(model, ADAPTER)):
+        model = replace(source, base=model.unload()).adapted(replace(config, basis="embedded"), parameters)
+    for name, layer in adapted_layers(model, ADAPTER):
         (form,), basis = layer.bases(ADAPTER), layers[name].basis()
         form.record(basis if form.embedded else pin(basis, seed=config.basis_seed))
         # It need not be the principal one, so no other adapter may take it for that.
@@ -114,15 +121,13 @@ def import_psoft(source: Source) -> PeftModel:
     return model
 
 
-def _compute_as_peft(config: peft.PsoftConfig, module: nn.Module, state: dict[str, Tensor], what: str) -> _Subspace:
+def _computed_by_peft(source: Source, name: str) -> _Subspace:
     """PEFT's own layer on this weight, with its own singular vectors, and the trained tensors in it."""
-    try:
-        layer = PeftPsoftLinear(module, ADAPTER, config)
+    config, what = source.config, f"{source.folder}: {name!r}"
+    with refused(f"{what}: PEFT's layer cannot be made of this file and base: "):
+        layer = PeftPsoftLinear(source.base.get_submodule(name), ADAPTER, config)
         trained: Any = layer.psoft_R[ADAPTER].float()
-        trained.load_state_dict({name.removeprefix("psoft_R."): tensor for name, tensor in state.items()})
-    except (RuntimeError, TypeError, ValueError) as error:
-        detail = str(error).splitlines()[-1].strip()
-        raise AdapterFileError(f"{what}: PEFT's layer cannot be made of this file and base: {detail}") from error
+        trained.load_state_dict({key.removeprefix("psoft_R."): t for key, t in source.layers[name].items()})
     down, up = psoft_basis(layer, ADAPTER)
     if not bool(down.any(dim=1).all()):
         raise AdapterFileError(f"{what}: the weight's rank is below r, so ab_svd_init='pissa_init' leaves no basis.")
@@ -134,42 +139,6 @@ def _compute_as_peft(config: peft.PsoftConfig, module: nn.Module, state: dict[st
     if config.psoft_mag_b:
         parameters["output_scale"] = trained.vector_b
     return _Subspace(down, up * layer.scaling[ADAPTER], matrix - eye, parameters)
-
-
-def _translate_psoft(theirs: peft.PsoftConfig) -> PsoftConfig:
-    neumann = theirs.psoft_orth and theirs.use_cayley_neumann
-    terms = int(theirs.num_cayley_neumann_terms)
-    # I and I + 2Q are no product (I + Q)(I + … + Qᵏ).
-    free = neumann and terms < 3
-    series = neumann and not free
-    return PsoftConfig(
-        r=theirs.r,
-        psoft_dropout=theirs.psoft_dropout,
-        ab_svd_init=theirs.ab_svd_init,
-        psoft_orth=theirs.psoft_orth and not free,
-        psoft_mag_a=theirs.psoft_mag_a and not free,
-        psoft_mag_b=theirs.psoft_mag_b and not free,
-        use_cayley_neumann=series,
-        num_cayley_neumann_terms=series_terms(terms) if series else 5,
-        cayley_neumann_eps=theirs.cayley_neumann_eps if series else None,
-        **shared_fields(theirs),
-    )
-
-
-def _with_free_matrices(config: PsoftConfig, ranks: Mapping[str, int]) -> PsoftConfig:
-    default = Counter(ranks.values()).most_common(1)[0][0]
-    return replace(
-        config,
-        r=default,
-        rank_pattern=rank_pattern(ranks, default),
-        ab_svd_init="psoft_init",
-        basis="embedded",
-        psoft_orth=False,
-        psoft_mag_a=False,
-        psoft_mag_b=False,
-        use_cayley_neumann=False,
-        cayley_neumann_eps=None,
-    )
 
 
 def _is_recoverable(layer: Layer, imported: _Subspace) -> bool:

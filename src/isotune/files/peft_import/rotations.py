@@ -1,0 +1,112 @@
+"""PEFT's own OFT (COFT included), BOFT and HRA: isotune's rotations with the parameters that compute the same."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from isotune.algebra.cayley import bound_generator
+from isotune.algebra.skew import skew_from_vector, vector_from_skew
+from isotune.errors import AdapterFileError
+from isotune.files.adapter import CONFIG_FILE, WEIGHTS_FILE, refused
+from isotune.files.peft_import.source import EXACT, Source, series_fields
+from isotune.methods import BOFTConfig, HRAConfig, OFTConfig
+
+
+@torch.no_grad()
+def import_oft(source: Source) -> PeftModel:
+    """The base with isotune's OFT."""
+    theirs = source.config
+    terms = int(theirs.num_cayley_neumann_terms)
+    if theirs.use_cayley_neumann and terms == 2:
+        raise AdapterFileError(
+            f"{source.folder}: with num_cayley_neumann_terms=2 PEFT computes I + 2Q, which is neither a rotation nor a "
+            "series of isotune's. Series of 3 terms or more and the exact transform can be imported."
+        )
+    series = series_fields(terms) if theirs.use_cayley_neumann and terms > 2 else {}
+    names = ("r", "oft_block_size", "block_share", *(("coft", "eps") if theirs.coft else ()))
+    config = source.configured(OFTConfig, *names, adjust="nearest", **series)  # PEFT takes the nearest block size
+    parameters, ratios = {}, set()
+    for name in source.layers:
+        generator = source.tensor(name, "oft_R.weight", 2)
+        width = source.weight(name).shape[1]
+        with refused(f"{source.folder}: {name!r}: "):
+            size = config.block_size_for(name, width)
+            # Isotune divides COFT's bound among all blocks, PEFT among those that have a generator of their own.
+            ratio = width // size if theirs.block_share else 1
+            if theirs.coft:
+                bound = theirs.eps * math.sqrt(ratio * size / width)
+                generator = vector_from_skew(bound_generator(skew_from_vector(generator, size), bound))
+        ratios.add(ratio)
+        if not series:
+            # A series of one term is I in PEFT, whatever the generator.
+            generator = torch.zeros_like(generator) if theirs.use_cayley_neumann else -generator
+        parameters[name] = {"generator": generator}
+    if theirs.coft:
+        same = len(ratios) == 1
+        config = replace(config, coft=same, eps=theirs.eps * math.sqrt(ratios.pop()) if same else OFTConfig.eps)
+    return source.adapted(config, parameters)
+
+
+@torch.no_grad()
+def import_boft(source: Source) -> PeftModel:
+    """The base with isotune's BOFT."""
+    stages = {name: source.tensor(name, "boft_R", 4) for name in source.layers}
+    # The file decides on m: without its CUDA extension PEFT has one factor whatever the configuration says.
+    count = len(next(iter(stages.values())))
+    names = ("boft_block_size", "boft_block_num", "boft_dropout")
+    config = source.configured(BOFTConfig, *names, boft_n_butterfly_factor=count)
+    parameters = {}
+    for name, own in stages.items():
+        width = source.weight(name).shape[1]
+        with refused(f"{source.folder}: {name!r}: "):
+            size = config.block_size_for(name, width)
+            shape = (count, width // size, size, size)
+            if own.shape != shape:
+                raise ValueError(
+                    f"size mismatch for boft_R: by {CONFIG_FILE} and the base model it has shape {shape}, by "
+                    f"{WEIGHTS_FILE} {tuple(own.shape)}."
+                )
+        generator = -vector_from_skew((own - own.mT) / 2)
+        parameters[name] = {"generator": generator, "output_gain": source.tensor(name, "boft_s", 2).squeeze(1)}
+    return source.adapted(config, parameters)
+
+
+@torch.no_grad()
+def import_hra(source: Source) -> PeftModel:
+    """The base with isotune's HRA."""
+    theirs = source.config
+    odd = theirs.r % 2 == 1 and not theirs.apply_GS
+    config = source.configured(HRAConfig, "apply_GS", r=theirs.r + odd, init_weights=not theirs.apply_GS)
+    parameters = {}
+    for name in source.layers:
+        vectors = source.tensor(name, "hra_u", 2).T
+        if theirs.apply_GS:
+            vectors = _gram_schmidt(vectors)
+        norms = vectors.norm(dim=1)
+        if not bool((norms > 0).all() and norms.isfinite().all()):
+            raise AdapterFileError(
+                f"{source.folder}: {name!r} has a direction that PEFT cannot normalise (zero, not finite, or with "
+                "apply_GS a combination of the others), so PEFT computes NaN or rounding noise. Train the adapter anew."
+            )
+        if odd:
+            vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])
+        parameters[name] = {"vectors": vectors}
+    return source.adapted(config, parameters)
+
+
+def _gram_schmidt(vectors: Tensor) -> Tensor:
+    """What PEFT makes of the rows in its own order, or NaN where that is not orthonormal."""
+    units: list[Tensor] = []
+    for vector in vectors:
+        for unit in units:
+            vector = vector - (unit @ vector) * unit
+        units.append(vector / vector.norm())
+    found = torch.stack(units)
+    defect = (found @ found.T - torch.eye(len(found), dtype=found.dtype, device=found.device)).norm()
+    # With orthonormal rows isotune's own process gives the same span, which is all that I − 2 U Uᵀ depends on.
+    return found if defect <= EXACT * len(found) ** 0.5 else found * math.nan

@@ -123,14 +123,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def covering(items: Sequence[pytest.Function]) -> list[pytest.Function]:
     """Few of these cases of one test in which each two values that meet in any of them meet."""
-    pairs: dict[pytest.Function, set[Hashable]] = {}
+    numbers: dict[Hashable, int] = {}
+    pairs: dict[pytest.Function, int] = {}  # sets as bits, since there are thousands of cases
     for item in items:
         values = [(name, repr(value)) for name, value in sorted(item.callspec.params.items())]
-        pairs[item] = set(itertools.combinations(values, 2)) or set(values)
-    missing = set().union(*pairs.values())
-    chosen = []
+        met = list(itertools.combinations(values, 2)) or values
+        pairs[item] = sum(1 << numbers.setdefault(pair, len(numbers)) for pair in met)
+    missing, chosen = (1 << len(numbers)) - 1, []
     while missing:
-        best = max(pairs, key=lambda item: len(pairs[item] & missing))  # of equal ones the first
-        missing -= pairs.pop(best)
+        best = max(pairs, key=lambda item: (pairs[item] & missing).bit_count())  # of equal ones the first
+        missing &= ~pairs.pop(best)
         chosen.append(best)
     return chosen

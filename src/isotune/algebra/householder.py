@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from isotune.algebra.recording import is_exported
+from isotune.algebra.recording import inverse_by_products, is_exported
 
 
 def unit_rows(vectors: Tensor) -> Tensor:
@@ -37,21 +37,13 @@ def reflections(vectors: Tensor) -> tuple[Tensor, Tensor]:
     units = unit_rows(vectors)
     gram = units @ units.mT
     half = torch.full_like(gram[..., 0], 0.5).diag_embed()
+    upper = gram.triu(1) + half
     if is_exported():
-        return _by_pairs(-_by_products(gram.triu(1)) @ units, units)
-    inner = torch.linalg.solve_triangular(gram.triu(1) + half, units, upper=True)  # T Uᵀ
+        # I − upper · 2I is strictly triangular, so its powers vanish and the iteration ends at the inverse itself.
+        inner = inverse_by_products(upper, 4 * half, steps=(int(upper.shape[-1]) - 1).bit_length()) @ units
+    else:
+        inner = torch.linalg.solve_triangular(upper, units, upper=True)  # T Uᵀ
     return _by_pairs(-inner, units)
-
-
-def _by_products(strict: Tensor) -> Tensor:
-    """T = (½ I + N)⁻¹ for a strict upper triangle N, by products alone: 2 (I − 2N)(I + (2N)²)(I + (2N)⁴) ⋯, exactly."""
-    power = -2 * strict
-    eye = torch.eye(strict.shape[-1], dtype=strict.dtype, device=strict.device)
-    total = eye + power
-    for _ in range((int(strict.shape[-1]) - 1).bit_length() - 1):
-        power = power @ power
-        total = total + total @ power
-    return 2 * total
 
 
 def _by_pairs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from isotune.algebra.cayley import bound_generator
 from isotune.algebra.skew import skew_from_vector, skew_order, vector_from_skew
 
 Mean = Callable[[Tensor, Tensor], Tensor]
@@ -20,28 +21,13 @@ _LARGEST_TANGENT = 1e6
 
 
 def linear_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Σ wᵢ vᵢ: for free matrices and angles, with 0 where the operator is the identity.
-
-    Args:
-        values: (k, …).
-        weights: (k,), of any sum.
-
-    Returns:
-        (…), float64.
-    """
+    """Σ wᵢ vᵢ: for free matrices and angles, with 0 where the operator is the identity."""
     mean: Tensor = torch.tensordot(weights.double(), values.double(), 1)
     return mean
 
 
 def geometric_mean(values: Tensor, weights: Tensor) -> Tensor:
     """Π vᵢ^wᵢ: for factors, with 1 where the operator is the identity.
-
-    Args:
-        values: (k, …), above 0.
-        weights: (k,), of any sum.
-
-    Returns:
-        (…), float64.
 
     Raises:
         ValueError: a factor is not above 0, so that it has no power.
@@ -77,8 +63,7 @@ class RotationMean:
         """
         entries = values.double()
         if self.bound is not None:
-            norms = 2**0.5 * torch.linalg.vector_norm(entries, dim=-1, keepdim=True)
-            entries = entries * (self.bound / norms.clamp_min(self.bound))
+            entries = bound_generator(entries, self.bound)
         logarithms = _of_eigenvalues(entries, lambda tangents: 2 * torch.arctan(tangents))
         tangents = _of_eigenvalues(linear_mean(logarithms, weights), lambda angles: torch.tan(angles / 2))
         if not bool((tangents.abs() < _LARGEST_TANGENT).all()):
@@ -98,10 +83,6 @@ def generator_means(bound: float | None = None, *factors: str) -> Means:
 
 def _of_eigenvalues(entries: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """f applied to the λ of the eigenvalues iλ of skew-symmetric matrices, by their free entries; f is odd."""
-    n = skew_order(entries.shape[-1]) if entries.shape[-1] else 1
-    if n == 1:
-        return entries
-    hermitian = torch.complex(torch.zeros_like(matrix := skew_from_vector(entries, n)), -matrix)
-    values, vectors = torch.linalg.eigh(hermitian)
+    values, vectors = torch.linalg.eigh(-1j * skew_from_vector(entries, skew_order(entries.shape[-1])))
     changed = (vectors * (1j * function(values))[..., None, :]) @ vectors.mH
     return vector_from_skew(changed.real)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from isotune.algebra import cayley
-from isotune.algebra.cayley import bound_generator, neumann_difference, orthogonal_difference
+from isotune.algebra.cayley import bound_entries, neumann_difference, orthogonal_difference
 from isotune.algebra.skew import skew_from_vector, skew_size, vector_from_skew
 
 SIZES = [1, 2, 3, 5, 8]
@@ -134,7 +134,7 @@ def test_a_series_needs_a_term(terms: int) -> None:
 def test_the_bound_is_never_exceeded_and_smaller_ones_are_left_alone(norm: float) -> None:
     generator = random_skew(6, 1.0, (4,), torch.float32)
     entries = vector_from_skew(generator * (norm / torch.linalg.matrix_norm(generator, keepdim=True)))
-    bounded = bound_generator(entries, 0.5)
+    bounded = bound_entries(entries, 0.5)
     norms = torch.linalg.matrix_norm(skew_from_vector(bounded.double(), 6))
     assert bool((norms <= 0.5 * (1 + 1e-6)).all())
     if norm < 0.5:
@@ -145,21 +145,21 @@ def test_the_bound_is_never_exceeded_and_smaller_ones_are_left_alone(norm: float
 
 def test_the_bound_is_of_each_matrix_by_itself() -> None:
     entries = vector_from_skew(torch.stack([random_skew(4, 5.0), random_skew(4, 0.01)]))
-    assert torch.equal(bound_generator(entries, 0.5)[1], entries[1])
+    assert torch.equal(bound_entries(entries, 0.5)[1], entries[1])
 
 
 @pytest.mark.parametrize("norm", [0.1, 2.0])
 def test_the_bound_has_a_gradient(norm: float) -> None:
     entries = random_entries(4, norm, (2,))
-    assert torch.autograd.gradcheck(lambda e: bound_generator(e, 0.5), entries)
-    (gradient,) = torch.autograd.grad(bound_generator(entries, 0.5).square().sum(dim=-1)[0], entries)
+    assert torch.autograd.gradcheck(lambda e: bound_entries(e, 0.5), entries)
+    (gradient,) = torch.autograd.grad(bound_entries(entries, 0.5).square().sum(dim=-1)[0], entries)
     # Above the bound the norm is constant, so its gradient vanishes; below it is that of the norm itself.
     assert (float(gradient[0].norm()) < 1e-12) == (norm > 0.5)
 
 
 def test_the_bound_of_a_zero_generator_is_finite() -> None:
     entries = torch.zeros(3, requires_grad=True)
-    bounded = bound_generator(entries, 0.5)
+    bounded = bound_entries(entries, 0.5)
     (bounded * torch.arange(3.0)).sum().backward()
     assert not bounded.any()
     assert entries.grad is not None

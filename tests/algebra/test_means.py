@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isotune.algebra.cayley import bound_generator, orthogonal_difference
+from isotune.algebra.cayley import bound_entries, orthogonal_difference
 from isotune.algebra.means import RotationMean, geometric_mean, linear_mean
 from isotune.algebra.skew import skew_from_vector, skew_size
 
@@ -66,7 +66,7 @@ def test_the_order_and_common_coordinates_do_not_matter() -> None:
 def test_bounded_generators_are_averaged_as_they_act() -> None:
     entries = torch.randn(2, skew_size(4), dtype=torch.float64)
     found = RotationMean(0.1)(entries, torch.tensor([1.0, 0.0]))
-    torch.testing.assert_close(found, bound_generator(entries[0], 0.1))
+    torch.testing.assert_close(found, bound_entries(entries[0], 0.1))
 
 
 def test_the_other_means() -> None:

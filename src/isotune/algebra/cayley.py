@@ -117,7 +117,7 @@ def neumann_difference(generator: Tensor, terms: int) -> Tensor:
     return total
 
 
-def bound_generator(entries: Tensor, bound: float) -> Tensor:
+def bound_entries(entries: Tensor, bound: float) -> Tensor:
     """Scale Q down to Frobenius norm `bound` where it exceeds it, with the gradient of doing so.
 
     Args:
@@ -157,7 +157,7 @@ def orthogonal_difference(
     Source: Cayley (1846).
     """
     if generator_bound is not None:
-        entries = bound_generator(entries, generator_bound)
+        entries = bound_entries(entries, generator_bound)
     if neumann_terms is not None:
         return neumann_difference(skew_from_vector(entries, n), neumann_terms)
     if is_exported():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isotune.algebra.cayley import bound_generator
+from isotune.algebra.cayley import bound_entries
 from isotune.algebra.skew import skew_from_vector, skew_order, vector_from_skew
 
 Mean = Callable[[Tensor, Tensor], Tensor]
@@ -47,7 +47,7 @@ class RotationMean:
     log R = 2 arctan Q by the eigenvalues, as R = (I + Q)(I − Q)⁻¹.
 
     Args:
-        bound: Frobenius norm to which the operator scales generators down, as in `bound_generator`.
+        bound: Frobenius norm to which the operator scales generators down, as in `bound_entries`.
 
     Source: Moakher, Means and averaging in the group of rotations (2002), section 3; Arsigny, Fillard, Pennec and
     Ayache, Log-Euclidean metrics (2006), for means of logarithms at the identity.
@@ -63,7 +63,7 @@ class RotationMean:
         """
         entries = values.double()
         if self.bound is not None:
-            entries = bound_generator(entries, self.bound)
+            entries = bound_entries(entries, self.bound)
         logarithms = _of_eigenvalues(entries, lambda tangents: 2 * torch.arctan(tangents))
         tangents = _of_eigenvalues(linear_mean(logarithms, weights), lambda angles: torch.tan(angles / 2))
         if not bool((tangents.abs() < _LARGEST_TANGENT).all()):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from peft import PeftModel
 
-from isotune.algebra.cayley import bound_generator
+from isotune.algebra.cayley import bound_entries
 from isotune.errors import AdapterFileError
 from isotune.files.adapter import CONFIG_FILE
 from isotune.files.peft_import.source import Source, refused, series_terms, shared_fields
@@ -55,7 +55,7 @@ def import_oft(source: Source) -> PeftModel:
             ratio = width // size if theirs.block_share else 1
             if theirs.coft:
                 bound = theirs.eps * math.sqrt(ratio * size / width)
-                generator = bound_generator(generator, bound)
+                generator = bound_entries(generator, bound)
         ratios.add(ratio)
         if not series:
             # A series of one term is I in PEFT, whatever the generator.

@@ -9,7 +9,6 @@ import re
 import stat
 import time
 import uuid
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,21 +59,15 @@ class SubspaceCache:
         self.max_bytes = _max_bytes_from_environment() if max_bytes is None else max_bytes
 
     def get(
-        self,
-        key: str,
-        shape: tuple[int, int],
-        device: torch.device | str = "cpu",
-        *,
-        weight: Tensor | None = None,
-        tolerance: float = 0.0,
+        self, key: str, shape: tuple[int, int], *, weight: Tensor | None = None, tolerance: float = 0.0
     ) -> Subspace | None:
         """The subspace stored under a key.
 
         Args:
             key: as `subspace_key` makes it.
             shape: (r, in) of the basis.
-            device: where the result is put.
-            weight: W, (out, in). With it, an entry that `spans` finds to be of another weight counts as absent.
+            weight: W, (out, in), on whose device the result is put. With it, an entry that `spans` finds to be of
+                another weight counts as absent.
             tolerance: as for `spans`.
 
         Returns:
@@ -86,8 +79,7 @@ class SubspaceCache:
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 return None
-            found = _read(path, shape)
-            found = replace(found, basis=found.basis.to(device), singular_values=found.singular_values.to(device))
+            found = _read(path, shape, "cpu" if weight is None else weight.device)
             if weight is not None and not spans(found, weight, tolerance):
                 raise ValueError(f"{path} is not of this weight")  # caught below, as are all that `_read` finds
         except (FileNotFoundError, PermissionError, RuntimeError):
@@ -101,18 +93,10 @@ class SubspaceCache:
         return found
 
     def put(self, key: str, subspace: Subspace) -> None:
-        """Store a subspace, then drop the least recently used entries beyond the size bound.
-
-        Args:
-            key: as `subspace_key` makes it.
-            subspace: any; one that is larger than the bound is not stored.
-        """
+        """Store a subspace that is no larger than the bound, then drop the least recently used entries beyond it."""
         if self.directory is None:
             return
-        tensors = {
-            "basis": subspace.basis.detach().cpu().contiguous(),
-            "singular_values": subspace.singular_values.detach().cpu().contiguous(),
-        }
+        tensors = {name: getattr(subspace, name).detach().cpu().contiguous() for name in _TENSORS}
         if sum(tensor.nbytes for tensor in tensors.values()) > self.max_bytes:
             return
         metadata = {
@@ -149,7 +133,7 @@ class SubspaceCache:
             except FileNotFoundError:
                 continue  # another process evicted it
         size = sum(entry[1] for entry in entries)
-        for _, length, path in sorted(entries, key=lambda entry: entry[0]):
+        for _, length, path in sorted(entries):
             if size <= self.max_bytes:
                 break
             if _is_entry(path):
@@ -185,7 +169,7 @@ def _is_entry(path: Path) -> bool:
         return False
 
 
-def _read(path: Path, shape: tuple[int, int]) -> Subspace:
+def _read(path: Path, shape: tuple[int, int], device: torch.device | str) -> Subspace:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in _TENSORS}
@@ -193,13 +177,8 @@ def _read(path: Path, shape: tuple[int, int]) -> Subspace:
         raise ValueError(f"{path} holds a basis of another shape")
     if metadata["checksum"] != _checksum(tensors):
         raise ValueError(f"{path} is damaged")
-    return Subspace(
-        tensors["basis"],
-        tensors["singular_values"],
-        float(metadata["energy"]),
-        metadata["solver"],
-        int(metadata["iterations"]),
-    )
+    basis, values = (tensors[name].to(device) for name in _TENSORS)
+    return Subspace(basis, values, float(metadata["energy"]), metadata["solver"], int(metadata["iterations"]))
 
 
 @torch.no_grad()

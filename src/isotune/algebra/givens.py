@@ -48,10 +48,7 @@ def givens_chain(n: int) -> Chain:
 
 
 def rotation_pairs(angles: Tensor) -> Tensor:
-    """G − I of the rotations x_i ↦ c x_i + s x_j, x_j ↦ −s x_i + c x_j, on row vectors.
-
-    Args:
-        angles: (...), radians.
+    """G − I of the rotations x_i ↦ c x_i + s x_j, x_j ↦ −s x_i + c x_j, on row vectors, by angles (...) in radians.
 
     Returns:
         (..., 2, 2), [[c − 1, −s], [s, c − 1]]; c − 1 is computed without cancellation.
@@ -114,10 +111,7 @@ def _double(blocks: Tensor, turn: Tensor) -> Tensor:
 
 
 def pair_penalty(pairs: Tensor) -> Tensor:
-    """Σ (a₁b₁ + a₂b₂)² over 2 × 2 matrices [[a₁, b₁], [a₂, b₂]]: how far their columns are from orthogonal.
-
-    Args:
-        pairs: (..., 2, 2), the matrices themselves.
+    """Σ (a₁b₁ + a₂b₂)² over matrices [[a₁, b₁], [a₂, b₂]], (..., 2, 2): how far their columns are from orthogonal.
 
     Source: Ma et al., GOFT (ICML 2024), the regulariser of qGOFT.
     """

@@ -72,12 +72,7 @@ class RotationMean:
 
 
 def generator_means(bound: float | None = None, *factors: str) -> Means:
-    """The means of a rotation with the parameter `generator`, and of parameters that scale what goes in or comes out.
-
-    Args:
-        bound: of the generator, as `RotationMean` has it.
-        factors: names of the parameters that scale.
-    """
+    """The means of a rotation by `generator`, within a bound, and of parameters that scale inputs or outputs."""
     return {"generator": RotationMean(bound), **dict.fromkeys(factors, geometric_mean)}
 
 

@@ -83,7 +83,6 @@ class BOFTConfig(RotationConfig):
         return size
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> BOFTOperator:
-        """The butterfly on all inputs, and a gain for each output."""
         size = self.block_size_for(module, in_features)
         dropout = (self.boft_dropout, self.boft_dropout_factors)
         return BOFTOperator(in_features, out_features, size, self.boft_n_butterfly_factor, dropout)

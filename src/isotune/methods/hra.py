@@ -56,7 +56,6 @@ class HRAConfig(RotationConfig):
             )
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> HRAOperator:
-        """The reflections of all inputs."""
         if self.apply_GS and self.r > in_features:
             raise ValueError(
                 f"r={self.r} is too large for {module!r} with apply_GS=True: of its {in_features} inputs there are at "

@@ -44,7 +44,6 @@ class LoraXsConfig(SubspaceConfig):
         require_number("init_std", self.init_std)
 
     def subspace_operator(self, rank: int) -> LoraXsOperator:
-        """M = I + Rᵀ on r coordinates."""
         operator = LoraXsOperator(rank, self.init_std)
         operator.power = 1.0
         return operator

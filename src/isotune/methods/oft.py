@@ -82,7 +82,6 @@ class OFTConfig(RotationConfig):
         return size
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> OFTOperator:
-        """M = blockdiag(R₁, R₂, …) on all inputs."""
         size = self.block_size_for(module, in_features)
         return OFTOperator(
             size,

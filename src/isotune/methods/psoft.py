@@ -87,7 +87,6 @@ class PsoftConfig(SubspaceConfig):
         return self.psoft_svd
 
     def subspace_operator(self, rank: int) -> PsoftOperator:
-        """M = diag(α) R diag(β) on r coordinates."""
         operator = PsoftOperator(
             rank,
             orthogonal=self.psoft_orth,

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from isotune.subspace.precision import exact_product, without_autocast
+from isotune.subspace.precision import doubled, exact_product, without_autocast
 from isotune.subspace.result import Subspace
 
 DEFAULT_MAX_BYTES = 4 * 2**30
@@ -51,12 +51,15 @@ class SubspaceCache:
 
     def __init__(self, directory: str | os.PathLike[str] | None = None, max_bytes: int | None = None) -> None:
         chosen = os.environ.get("ISOTUNE_CACHE", "") if directory is None else directory
-        self.directory: Path | None
-        if directory is None and str(chosen).strip().lower() in ("off", "0"):
-            self.directory = None
-        else:
-            self.directory = Path(chosen or "~/.cache/isotune/subspaces").expanduser()
-        self.max_bytes = _max_bytes_from_environment() if max_bytes is None else max_bytes
+        off = directory is None and str(chosen).strip().lower() in ("off", "0")
+        self.directory = None if off else Path(chosen or "~/.cache/isotune/subspaces").expanduser()
+        given = os.environ.get("ISOTUNE_CACHE_BYTES", "").strip() or str(DEFAULT_MAX_BYTES)
+        if max_bytes is None and not given.isdecimal():
+            raise ValueError(
+                f"ISOTUNE_CACHE_BYTES is {given!r}; give a whole number of bytes, such as {DEFAULT_MAX_BYTES}, or "
+                "unset it"
+            )
+        self.max_bytes = int(given) if max_bytes is None else max_bytes
 
     def get(
         self, key: str, shape: tuple[int, int], *, weight: Tensor | None = None, tolerance: float = 0.0
@@ -142,17 +145,6 @@ class SubspaceCache:
             size -= length
 
 
-def _max_bytes_from_environment() -> int:
-    given = os.environ.get("ISOTUNE_CACHE_BYTES", "").strip()
-    if not given:
-        return DEFAULT_MAX_BYTES
-    if not given.isdecimal():
-        raise ValueError(
-            f"ISOTUNE_CACHE_BYTES is {given!r}; give a whole number of bytes, such as {DEFAULT_MAX_BYTES}, or unset it"
-        )
-    return int(given)
-
-
 def _checksum(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
@@ -211,5 +203,5 @@ def spans(subspace: Subspace, weight: Tensor, tolerance: float = 0.0) -> bool:
 
 
 def _gram(columns: Tensor) -> Tensor:
-    wide = columns.double() if columns.device.type != "mps" else columns.cpu().double()
+    wide = doubled(columns)
     return (wide.T @ wide).cpu()

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isotune.subspace.precision import doubled
+
 CANDIDATE_TOLERANCE = 1e-4
 """How closely the subspaces of pinned adapters are solved: what remains is the error of an update after loading."""
 
@@ -110,7 +112,7 @@ def recover(pin: Tensor, candidates: Tensor, *, seed: int = 0) -> tuple[Tensor, 
             f"a pin of shape {tuple(pin.shape)} does not fit candidates of shape {tuple(candidates.shape)}: it needs "
             f"at least {rank} candidates, of length {columns} or more; was it pinned on a layer of another size?"
         )
-    span = candidates.detach().double() if candidates.device.type != "mps" else candidates.detach().cpu().double()
+    span = doubled(candidates.detach())
     sketch = span.cpu() @ gaussian(width, columns, seed)
     stored = pin.detach().cpu().double()
     mixing = torch.linalg.lstsq(sketch.T, stored.T, driver="gelsd").solution.T

@@ -30,6 +30,11 @@ def reduces_float32(device: torch.device | str = "cpu") -> bool:
     return any(precision not in _FULL for precision in precisions)
 
 
+def doubled(matrix: Tensor) -> Tensor:
+    """A matrix in float64, on the CPU where its device has none."""
+    return (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
+
+
 def full_precision(matrix: Tensor) -> Tensor:
     """A matrix whose products are at least as accurate as float32's: itself, or in float64 where `reduces_float32`.
 

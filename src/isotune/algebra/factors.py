@@ -129,12 +129,12 @@ def split_tensors(chain: Chain, tensors: Sequence[Tensor]) -> list[Sequence[Tens
     return parts
 
 
-def chain_forward(x: Tensor, chain: Chain, tensors: Sequence[Tensor], in_place: bool = False) -> Tensor:
-    """x (I + D₁) (I + D₂) … for x (tokens, n), without a graph; with `in_place` x, contiguous, may be overwritten."""
-    later = not is_exported()
+def chain_forward(x: Tensor, chain: Chain, tensors: Sequence[Tensor]) -> Tensor:
+    """x (I + D₁) (I + D₂) … for x (tokens, n), without a graph."""
+    in_place = False
     for factor, own in zip(chain, split_tensors(chain, tensors), strict=True):
         x = factor.apply(x, own, in_place)
-        in_place = later  # what a factor has made is nobody else's
+        in_place = not is_exported()  # what a factor has made is nobody else's
     return x
 
 

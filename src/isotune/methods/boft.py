@@ -54,7 +54,7 @@ class BOFTConfig(RotationConfig):
                 "boft_dropout_factors has no effect with boft_dropout=0; set boft_dropout, or leave it at 1."
             )
         for name in ("boft_block_size", "boft_block_num"):
-            require_positive_integer(name, getattr(self, name) or 1)
+            require_positive_integer(name, getattr(self, name) or 1)  # 0 follows from the other
         if self.boft_block_size and self.boft_block_num:
             raise ValueError(
                 f"boft_block_size={self.boft_block_size} and boft_block_num={self.boft_block_num} are both given; set "

@@ -135,6 +135,8 @@ def principal_subspaces(
     Raises:
         ValueError: as `principal_subspace`, beginning with the request's name.
     """
+    # tqdm reads its own switch only where nothing is passed, and then only once, at its import.
+    off = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
     solved: dict[tuple[str, torch.device], Subspace] = {}
     results: list[Subspace] = []
     with tqdm(
@@ -142,7 +144,7 @@ def principal_subspaces(
         desc="principal subspaces",
         unit="weight",
         delay=0.0 if progress else _PROGRESS_DELAY_SECONDS,
-        disable=progress is False or (progress is None and _bars_are_off()),
+        disable=progress is False or (progress is None and off),
     ) as bar:
         for request in requests:
             weight = request.weight if isinstance(request.weight, Tensor) else request.weight()
@@ -163,11 +165,6 @@ def principal_subspaces(
             del weight
             bar.update()
     return results
-
-
-def _bars_are_off() -> bool:
-    # tqdm reads its own switch only where nothing is passed, and then only once, at its import.
-    return os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
 
 
 def subspace_key(weight: Tensor, rank: int, solver: str, tolerance: float, seed: int) -> str:

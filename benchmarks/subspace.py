@@ -77,7 +77,7 @@ def main() -> None:
                 rows.append((solver, seconds(solve, options.repeats, options.device), found.basis, note))
             for solver, taken, basis, note in rows:
                 captured = float(torch.linalg.vector_norm(weight.double() @ basis.double().T)) ** 2
-                chosen = "*" if solver == cheaper_solver(size, size, rank, options.device) else " "
+                chosen = "*" if solver == cheaper_solver(size, size, rank) else " "
                 print(
                     f"{size:5d} {rank:4d} {chosen}{solver:>7} {taken:8.3f} {base / taken:7.1f} "
                     f"{sine(basis, vectors[:rank]):8.1e} {1 - captured / best:8.1e} {note}",

@@ -11,8 +11,9 @@ from torch import Tensor
 from helpers import assert_equal_with_gradients
 from isotune.algebra import butterfly
 from isotune.algebra.butterfly import MAX_BLOCK, butterfly_blocks, butterfly_chain
-from isotune.algebra.cayley import cayley_difference
+from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.factors import apply_chain, transpose_chain
+from isotune.algebra.skew import skew_size
 
 
 def width(size: int, stages: int, outer: int) -> int:
@@ -135,8 +136,8 @@ def test_rotations_give_an_orthogonal_map_in_single_precision(
 ) -> None:
     torch.manual_seed(seed)
     n = width(size, stages, 1)
-    free = torch.randn(stages, n // size, size, size) * (magnitude / size)
-    matrix = ours(torch.eye(n), cayley_difference(free - free.mT)).double()
+    entries = torch.randn(stages, n // size, skew_size(size)) * (2**0.5 * magnitude / size)
+    matrix = ours(torch.eye(n), orthogonal_difference(entries, size)).double()
     assert (matrix.T @ matrix - torch.eye(n, dtype=torch.float64)).abs().max() <= 1e-5
 
 

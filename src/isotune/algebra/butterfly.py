@@ -29,7 +29,7 @@ def butterfly_chain(n: int, size: int, stages: int) -> Chain:
     """The factors of the butterfly on n coordinates, the one that acts first in front.
 
     Args:
-        n: a multiple of size · 2^(stages − 1).
+        n: a multiple of b · 2^(m − 1).
         size: b, even for more than one stage.
         stages: m.
     """
@@ -71,31 +71,23 @@ def _fold(stages: list[Tensor], size: int, before: int) -> Tensor:
     leading, count = stages[0].shape[:-3], stages[0].shape[-3]
     inner = 2**before
     outer = count * 2 // (2 ** len(stages) * inner)
-    total: Tensor | None = None
+    total = stages[0]
     for j, stage in enumerate(stages):
         # A stage's blocks in the order of their first coordinate: (outer, high, between, inner), where between counts
         # the chunks below the joined bit within the group, and high those above it.
         high, between = 2 ** (len(stages) - 1 - j), 2**j
         own = stage.reshape(*leading, outer, high, between, inner, size, size)
         own = own.movedim(-3, -5).reshape(*leading, outer * inner * high, between, size, size)
-        total = own.squeeze(-3) if total is None else _double(total, own)
-    assert total is not None
+        total = _double(total, own) if j else own.squeeze(-3)
     return total
 
 
 def _double(blocks: Tensor, stage: Tensor) -> Tensor:
-    """Join neighbouring blocks C by a stage that acts before them, chunk by chunk.
+    """Join neighbouring blocks C, (..., 2k, S, S), by a stage E that acts before them: C + E + E C, (..., k, 2S, 2S).
 
-    Both are written out as dense blocks of the doubled size: one batched product of these takes less time than many
-    products of chunks, and no chunk has to be moved.
-
-    Args:
-        blocks: (..., 2k, S, S), C = M − I.
-        stage: (..., k, S / h, 2h, 2h), E = R − I: each joins a chunk of h coordinates of one block with the same chunk
-            of the next.
-
-    Returns:
-        (..., k, 2S, 2S), (I + E)(I + C) − I = C + E + E C.
+    Each (2h, 2h) of E, (..., k, S / h, 2h, 2h), joins a chunk of h coordinates of one block with the same chunk of the
+    next. Both are written out as dense blocks of the doubled size: one batched product of these takes less time than
+    many products of chunks, and no chunk has to be moved.
     """
     *leading, count, chunks, size, _ = stage.shape
     width, half = blocks.shape[-1], size // 2

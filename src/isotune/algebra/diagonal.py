@@ -11,7 +11,7 @@ from isotune.algebra.recording import is_exported
 
 
 class _ScaledDifference(torch.autograd.Function):
-    """diag(α) (N + I) diag(β) − I with few passes over memory."""
+    """The same with few passes over memory, of which only the arguments are kept."""
 
     @staticmethod
     def forward(difference: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -42,8 +42,7 @@ def scaled_difference(difference: Tensor, alpha: Tensor, beta: Tensor) -> Tensor
 
     Args:
         difference: N, (..., n, n).
-        alpha: (..., n), the factors of the rows.
-        beta: (..., n), the factors of the columns.
+        alpha, beta: (..., n), the factors of the rows and of the columns.
 
     Returns:
         (..., n, n), differentiable twice.

@@ -48,9 +48,7 @@ class Factor(ABC):
 
 
 class BlockDiagonal(Factor):
-    """D is block-diagonal on all or some of the columns, in their order or permuted.
-
-    Its one tensor is (blocks, b, b).
+    """D is block-diagonal on all or some of the columns, in their order or permuted; its tensor is (blocks, b, b).
 
     Args:
         size: b.
@@ -81,9 +79,8 @@ class BlockDiagonal(Factor):
             x = x[:, self.columns]
         return x.reshape(x.shape[0], x.shape[1] // self.size, self.size).transpose(0, 1)
 
-    def _add(self, x: Tensor, update: Tensor, in_place: bool) -> Tensor:
-        """x plus what (blocks, tokens, b) holds for its columns."""
-        update = update.transpose(0, 1)
+    def apply(self, x: Tensor, tensors: Sequence[Tensor], in_place: bool = False) -> Tensor:
+        update = torch.bmm(self._blocks(x), tensors[0]).transpose(0, 1)
         if self.permuted:
             update = update.flatten(1).index_select(1, self._order(x.device)[1])
             return x.add_(update) if in_place else x + update
@@ -94,16 +91,10 @@ class BlockDiagonal(Factor):
         result[:, self.columns] += update.flatten(1)
         return result
 
-    def apply(self, x: Tensor, tensors: Sequence[Tensor], in_place: bool = False) -> Tensor:
-        """x + x D."""
-        return self._add(x, torch.bmm(self._blocks(x), tensors[0]), in_place)
-
     def gradients(self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """∂D = xᵀ g block by block."""
         return (torch.bmm(self._blocks(x).mT, self._blocks(gradient)),)
 
     def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Each block transposed."""
         return (tensors[0].mT,)
 
 
@@ -113,18 +104,15 @@ class LowRank(Factor):
     count = 2
 
     def apply(self, x: Tensor, tensors: Sequence[Tensor], in_place: bool = False) -> Tensor:
-        """x + (x left) right."""
         left, right = tensors
         inner = torch.mm(x, left)
         return x.addmm_(inner, right) if in_place else torch.addmm(x, inner, right)
 
     def gradients(self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """∂left = xᵀ (g rightᵀ), ∂right = (x left)ᵀ g."""
         left, right = tensors
         return torch.mm(x.t(), torch.mm(gradient, right.t())), torch.mm(torch.mm(x, left).t(), gradient)
 
     def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Dᵀ = rightᵀ leftᵀ."""
         left, right = tensors
         return right.mT, left.mT
 
@@ -141,12 +129,12 @@ def split_tensors(chain: Chain, tensors: Sequence[Tensor]) -> list[Sequence[Tens
     return parts
 
 
-def chain_forward(x: Tensor, chain: Chain, tensors: Sequence[Tensor], in_place: bool = False) -> Tensor:
-    """x (I + D₁) (I + D₂) … for x (tokens, n), without a graph; with `in_place` x, contiguous, may be overwritten."""
-    later = not is_exported()
+def chain_forward(x: Tensor, chain: Chain, tensors: Sequence[Tensor]) -> Tensor:
+    """x (I + D₁) (I + D₂) … for x (tokens, n), without a graph."""
+    in_place = False
     for factor, own in zip(chain, split_tensors(chain, tensors), strict=True):
         x = factor.apply(x, own, in_place)
-        in_place = later  # what a factor has made is nobody else's
+        in_place = not is_exported()  # what a factor has made is nobody else's
     return x
 
 

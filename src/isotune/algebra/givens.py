@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from isotune.algebra.factors import BlockDiagonal, Chain
 
@@ -26,19 +27,10 @@ def _widths(n: int) -> list[int]:
     return widths
 
 
-def _pairs(width: int, level: int) -> int:
-    """How many pairs level 1, 2, … of a grid has."""
-    stride: int = 2 ** (level - 1)
-    return max(0, -(-(width - stride) // (2 * stride)))
-
-
 def givens_chain(n: int) -> Chain:
     """The factors of the tree on n coordinates, the one that acts first in front.
 
     Each grid has one factor for its whole blocks, if any, and one for the incomplete block at its end, if any.
-
-    Args:
-        n: the number of coordinates.
     """
     chain: list[BlockDiagonal] = []
     step = 1
@@ -56,10 +48,7 @@ def givens_chain(n: int) -> Chain:
 
 
 def rotation_pairs(angles: Tensor) -> Tensor:
-    """G − I of the rotations x_i ↦ c x_i + s x_j, x_j ↦ −s x_i + c x_j, on row vectors.
-
-    Args:
-        angles: (...), radians.
+    """G − I of the rotations x_i ↦ c x_i + s x_j, x_j ↦ −s x_i + c x_j, on row vectors, by angles (...) in radians.
 
     Returns:
         (..., 2, 2), [[c − 1, −s], [s, c − 1]]; c − 1 is computed without cancellation.
@@ -86,11 +75,11 @@ def givens_blocks(pairs: Tensor, n: int) -> tuple[Tensor, ...]:
         count = -(-width // _LEAF)
         blocks = pairs.new_zeros(*pairs.shape[:-3], count * _LEAF, 1, 1)
         for level in range(1, LEVELS + 1):
-            slots, real = count * _LEAF // 2**level, _pairs(width, level)
+            slots, real = count * _LEAF // 2**level, len(range(2 ** (level - 1), width, 2**level))
             turn = pairs[..., start : start + real, :, :]
             start += real
             if slots > real:
-                turn = torch.cat([turn, turn.new_zeros(*turn.shape[:-3], slots - real, 2, 2)], -3)
+                turn = pad(turn, (0, 0, 0, 0, 0, slots - real))
             blocks = _double(blocks, turn)
         whole, rest = divmod(width, _LEAF)
         own = []
@@ -117,16 +106,12 @@ def _double(blocks: Tensor, turn: Tensor) -> Tensor:
     # M − I of row 0: (1 + g₀₀)(first + e) − e on the left, g₀₁ (second + e) on the right; row b likewise.
     top = torch.cat([first + turn[..., 0, 0, None] * whole_first, turn[..., 0, 1, None] * whole_second], -1)
     bottom = torch.cat([turn[..., 1, 0, None] * whole_first, second + turn[..., 1, 1, None] * whole_second], -1)
-    pad = torch.nn.functional.pad
     upper, lower = pad(left[..., 1:, :], (0, size)), pad(right[..., 1:, :], (size, 0))
     return torch.cat([top[..., None, :], upper, bottom[..., None, :], lower], -2)
 
 
 def pair_penalty(pairs: Tensor) -> Tensor:
-    """Σ (a₁b₁ + a₂b₂)² over 2 × 2 matrices [[a₁, b₁], [a₂, b₂]]: how far their columns are from orthogonal.
-
-    Args:
-        pairs: (..., 2, 2), the matrices themselves.
+    """Σ (a₁b₁ + a₂b₂)² over matrices [[a₁, b₁], [a₂, b₂]], (..., 2, 2): how far their columns are from orthogonal.
 
     Source: Ma et al., GOFT (ICML 2024), the regulariser of qGOFT.
     """

@@ -1,19 +1,18 @@
-"""Products of Householder reflections in compact form: two thin matrices, never an n × n one."""
+"""Products of Householder reflections in compact form: two thin matrices, never an n × n one.
+
+Directions are `vectors`, (..., r, n), of any length; M = I + left · right with left (..., n, r) and right (..., r, n).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from isotune.algebra.recording import is_exported
+from isotune.algebra.recording import inverse_by_products, is_exported
 
 
 def unit_rows(vectors: Tensor) -> Tensor:
-    """Each row divided by its norm; a zero row stays zero, which makes its reflection the identity.
-
-    Args:
-        vectors: (..., r, n).
-    """
+    """Each row divided by its norm; a zero row stays zero, which makes its reflection the identity."""
     largest = vectors.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
     scaled: Tensor = vectors / largest  # so that no square overflows or vanishes
     norms = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
@@ -21,37 +20,23 @@ def unit_rows(vectors: Tensor) -> Tensor:
 
 
 def reflections(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """The product of reflections M = H_r ⋯ H₂ H₁, H_i = I − 2 u_i u_iᵀ, as I + left · right.
+    """Left and right of the product of reflections M = H_r ⋯ H₂ H₁, H_i = I − 2 u_i u_iᵀ.
 
     On row vectors, x M; a weight W becomes W Mᵀ = W H₁ H₂ ⋯ H_r. With the units U (n, r), H₁ ⋯ H_r = I − U T Uᵀ, where
     T is upper triangular and T⁻¹ = ½ I + the strict upper triangle of UᵀU.
-
-    Args:
-        vectors: (..., r, n), the directions u_i before normalisation.
-
-    Returns:
-        left (..., n, r) and right (..., r, n).
 
     Source: Yuan et al., HRA (NeurIPS 2024), equation 5; the compact form is that of Puglisi (1992).
     """
     units = unit_rows(vectors)
     gram = units @ units.mT
     half = torch.full_like(gram[..., 0], 0.5).diag_embed()
+    upper = gram.triu(1) + half
     if is_exported():
-        return _by_pairs(-_by_products(gram.triu(1)) @ units, units)
-    inner = torch.linalg.solve_triangular(gram.triu(1) + half, units, upper=True)  # T Uᵀ
+        # I − upper · 2I is strictly triangular, so its powers vanish and the iteration ends at the inverse itself.
+        inner = inverse_by_products(upper, 4 * half, steps=(int(upper.shape[-1]) - 1).bit_length()) @ units
+    else:
+        inner = torch.linalg.solve_triangular(upper, units, upper=True)  # T Uᵀ
     return _by_pairs(-inner, units)
-
-
-def _by_products(strict: Tensor) -> Tensor:
-    """T = (½ I + N)⁻¹ for a strict upper triangle N, by products alone: 2 (I − 2N)(I + (2N)²)(I + (2N)⁴) ⋯, exactly."""
-    power = -2 * strict
-    eye = torch.eye(strict.shape[-1], dtype=strict.dtype, device=strict.device)
-    total = eye + power
-    for _ in range((int(strict.shape[-1]) - 1).bit_length() - 1):
-        power = power @ power
-        total = total + total @ power
-    return 2 * total
 
 
 def _by_pairs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,13 +54,9 @@ def _by_pairs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orthonormal_reflection(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """M = I − 2 U Uᵀ with U from the Gram-Schmidt process, as I + left · right: r commuting reflections.
+    """Left and right of M = I − 2 U Uᵀ, r commuting reflections, with U from the Gram-Schmidt process.
 
-    Args:
-        vectors: (..., r, n), r ≤ n, linearly independent.
-
-    Returns:
-        left (..., n, r) and right (..., r, n).
+    The directions must be linearly independent, so r ≤ n.
 
     Source: Yuan et al., HRA (NeurIPS 2024), the case λ = ∞.
     """
@@ -85,9 +66,6 @@ def orthonormal_reflection(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 def reflection_penalty(vectors: Tensor) -> Tensor:
     """‖I − UᵀU‖²_F of the normalised directions, summed over leading dimensions.
-
-    Args:
-        vectors: (..., r, n).
 
     Source: Yuan et al., HRA (NeurIPS 2024), equation 7.
     """

@@ -3,45 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from isotune.algebra.cayley import bound_entries
 from isotune.algebra.skew import skew_from_vector, skew_order, vector_from_skew
 
-Mean = Callable[[Tensor, Tensor], Tensor]
-"""mean(values, weights) -> their mean in float64, for values (k, …) and weights (k,) that need not sum to one."""
-
-Means = Mapping[str, Mean]
-"""Parameter name -> its mean."""
+Means = Mapping[str, Callable[[Tensor, Tensor], Tensor]]
+"""Parameter name -> mean(values, weights), in float64, of values (k, …) by weights (k,) that need not sum to one."""
 
 _LARGEST_TANGENT = 1e6
 
 
 def linear_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Σ wᵢ vᵢ: for free matrices and angles, with 0 where the operator is the identity.
-
-    Args:
-        values: (k, …).
-        weights: (k,), of any sum.
-
-    Returns:
-        (…), float64.
-    """
+    """Σ wᵢ vᵢ: for free matrices and angles, with 0 where the operator is the identity."""
     mean: Tensor = torch.tensordot(weights.double(), values.double(), 1)
     return mean
 
 
 def geometric_mean(values: Tensor, weights: Tensor) -> Tensor:
     """Π vᵢ^wᵢ: for factors, with 1 where the operator is the identity.
-
-    Args:
-        values: (k, …), above 0.
-        weights: (k,), of any sum.
-
-    Returns:
-        (…), float64.
 
     Raises:
         ValueError: a factor is not above 0, so that it has no power.
@@ -51,8 +34,7 @@ def geometric_mean(values: Tensor, weights: Tensor) -> Tensor:
     return linear_mean(values.double().log(), weights).exp()
 
 
-@dataclass(frozen=True)
-class RotationMean:
+def rotation_mean(values: Tensor, weights: Tensor, bound: float | None = None) -> Tensor:
     """exp(Σ wᵢ log Rᵢ) of rotations given by the free entries of their Cayley generators, and back to such entries.
 
     The mean of the logarithms is the mean on the group in normal coordinates at the identity, which is the base model:
@@ -61,47 +43,31 @@ class RotationMean:
     log R = 2 arctan Q by the eigenvalues, as R = (I + Q)(I − Q)⁻¹.
 
     Args:
-        bound: Frobenius norm to which the operator scales generators down, as in `bound_generator`.
+        values: (k, …, n(n − 1)/2).
+        weights: (k,).
+        bound: Frobenius norm to which the operator scales generators down, as in `bound_entries`.
+
+    Raises:
+        ValueError: a plane of the mean is turned by half a turn, which no Cayley transform does.
 
     Source: Moakher, Means and averaging in the group of rotations (2002), section 3; Arsigny, Fillard, Pennec and
     Ayache, Log-Euclidean metrics (2006), for means of logarithms at the identity.
     """
-
-    bound: float | None = None
-
-    def __call__(self, values: Tensor, weights: Tensor) -> Tensor:
-        """(…, n(n − 1)/2) from (k, …, n(n − 1)/2).
-
-        Raises:
-            ValueError: a plane of the mean is turned by half a turn, which no Cayley transform does.
-        """
-        entries = values.double()
-        if self.bound is not None:
-            norms = 2**0.5 * torch.linalg.vector_norm(entries, dim=-1, keepdim=True)
-            entries = entries * (self.bound / norms.clamp_min(self.bound))
-        logarithms = _of_eigenvalues(entries, lambda tangents: 2 * torch.arctan(tangents))
-        tangents = _of_eigenvalues(linear_mean(logarithms, weights), lambda angles: torch.tan(angles / 2))
-        if not bool((tangents.abs() < _LARGEST_TANGENT).all()):
-            raise ValueError("a plane would be turned by half a turn, which no Cayley transform is; change the weights")
-        return tangents
+    entries = values.double() if bound is None else bound_entries(values.double(), bound)
+    logarithms = _of_eigenvalues(entries, lambda tangents: 2 * torch.arctan(tangents))
+    tangents = _of_eigenvalues(linear_mean(logarithms, weights), lambda angles: torch.tan(angles / 2))
+    if not bool((tangents.abs() < _LARGEST_TANGENT).all()):
+        raise ValueError("a plane would be turned by half a turn, which no Cayley transform is; change the weights")
+    return tangents
 
 
 def generator_means(bound: float | None = None, *factors: str) -> Means:
-    """The means of a rotation with the parameter `generator`, and of parameters that scale what goes in or comes out.
-
-    Args:
-        bound: of the generator, as `RotationMean` has it.
-        factors: names of the parameters that scale.
-    """
-    return {"generator": RotationMean(bound), **dict.fromkeys(factors, geometric_mean)}
+    """The means of a rotation by `generator`, within a bound, and of parameters that scale inputs or outputs."""
+    return {"generator": partial(rotation_mean, bound=bound), **dict.fromkeys(factors, geometric_mean)}
 
 
 def _of_eigenvalues(entries: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """f applied to the λ of the eigenvalues iλ of skew-symmetric matrices, by their free entries; f is odd."""
-    n = skew_order(entries.shape[-1]) if entries.shape[-1] else 1
-    if n == 1:
-        return entries
-    hermitian = torch.complex(torch.zeros_like(matrix := skew_from_vector(entries, n)), -matrix)
-    values, vectors = torch.linalg.eigh(hermitian)
+    values, vectors = torch.linalg.eigh(-1j * skew_from_vector(entries, skew_order(entries.shape[-1])))
     changed = (vectors * (1j * function(values))[..., None, :]) @ vectors.mH
     return vector_from_skew(changed.real)

@@ -9,10 +9,7 @@ from torch import Tensor
 
 
 def skew_size(n: int) -> int:
-    """Number of free entries of an n × n skew-symmetric matrix, n(n − 1)/2.
-
-    Args:
-        n: rows of the matrix.
+    """Number of free entries of an n × n skew-symmetric matrix.
 
     Example:
         >>> skew_size(4)
@@ -22,10 +19,7 @@ def skew_size(n: int) -> int:
 
 
 def skew_order(entries: int) -> int:
-    """Size n of the skew-symmetric matrix with so many free entries, the inverse of `skew_size` for n ≥ 2.
-
-    Args:
-        entries: n(n − 1)/2.
+    """Size n of the skew-symmetric matrix with so many free entries, the inverse of `skew_size` for n ≥ 1.
 
     Example:
         >>> skew_order(6)
@@ -35,33 +29,9 @@ def skew_order(entries: int) -> int:
 
 
 def skew_positions(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the strict upper triangle, row by row, and its mirror image lie in a flattened n × n matrix.
-
-    Args:
-        n: rows of the matrix.
-        device: of the result.
-
-    Returns:
-        Two index tensors, (n(n − 1)/2,).
-    """
+    """Where the strict upper triangle, row by row, and its mirror image lie in a flattened n × n matrix."""
     rows, columns = torch.triu_indices(n, n, offset=1, device=device).unbind(0)
     return rows * n + columns, columns * n + rows
-
-
-def check_entries(entries: Tensor, n: int) -> None:
-    """Refuse entries that are not those of an n × n skew-symmetric matrix.
-
-    Args:
-        entries: (..., n(n − 1)/2).
-        n: rows of the matrix.
-
-    Raises:
-        ValueError: the last dimension of `entries` is another.
-    """
-    if entries.shape[-1] != skew_size(n):
-        raise ValueError(
-            f"A skew-symmetric {n} × {n} matrix has {skew_size(n)} free entries, but {entries.shape[-1]} were given."
-        )
 
 
 def skew_from_vector(entries: Tensor, n: int) -> Tensor:
@@ -83,20 +53,15 @@ def skew_from_vector(entries: Tensor, n: int) -> Tensor:
                 [-1.,  0.,  3.],
                 [-2., -3.,  0.]])
     """
-    check_entries(entries, n)
+    if entries.shape[-1] != skew_size(n):
+        raise ValueError(
+            f"A skew-symmetric {n} × {n} matrix has {skew_size(n)} free entries, but {entries.shape[-1]} were given."
+        )
     upper, lower = skew_positions(n, entries.device)
     flat = entries.new_zeros(*entries.shape[:-1], n * n)
     return flat.index_copy_(-1, upper, entries).index_copy_(-1, lower, -entries).view(*entries.shape[:-1], n, n)
 
 
 def vector_from_skew(matrix: Tensor) -> Tensor:
-    """Read the strict upper triangle of a skew-symmetric matrix, the inverse of `skew_from_vector`.
-
-    Args:
-        matrix: (..., n, n).
-
-    Returns:
-        (..., n(n − 1)/2), row by row.
-    """
-    n = matrix.shape[-1]
-    return matrix.flatten(-2).index_select(-1, skew_positions(n, matrix.device)[0])
+    """Read the strict upper triangle of (..., n, n), row by row, the inverse of `skew_from_vector`."""
+    return matrix.flatten(-2).index_select(-1, skew_positions(matrix.shape[-1], matrix.device)[0])

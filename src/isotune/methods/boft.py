@@ -14,7 +14,7 @@ from isotune.algebra.butterfly import butterfly_blocks, butterfly_chain
 from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.means import generator_means
 from isotune.algebra.skew import skew_order, skew_size
-from isotune.methods.checks import check_number, divisor_for, require_positive_integer
+from isotune.methods.checks import divisor_for, require, require_number, require_positive_integer
 from isotune.methods.config import RotationConfig
 
 
@@ -46,18 +46,15 @@ class BOFTConfig(RotationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive_integer("boft_n_butterfly_factor", self.boft_n_butterfly_factor)
-        check_number("boft_dropout", self.boft_dropout, below=1)
-        if not 0.0 < self.boft_dropout_factors <= 1.0:
-            raise ValueError(
-                f"boft_dropout_factors={self.boft_dropout_factors!r} is not allowed; it must be in (0, 1]."
-            )
-        if self.boft_dropout_factors < 1.0 and not self.boft_dropout:
+        require_number("boft_dropout", self.boft_dropout, below=1)
+        share = self.boft_dropout_factors
+        require(0.0 < share <= 1.0, "boft_dropout_factors", share, "it must be in (0, 1]")
+        if share < 1.0 and not self.boft_dropout:
             raise ValueError(
                 "boft_dropout_factors has no effect with boft_dropout=0; set boft_dropout, or leave it at 1."
             )
         for name in ("boft_block_size", "boft_block_num"):
-            if getattr(self, name):
-                require_positive_integer(name, getattr(self, name))
+            require_positive_integer(name, getattr(self, name) or 1)  # 0 follows from the other
         if self.boft_block_size and self.boft_block_num:
             raise ValueError(
                 f"boft_block_size={self.boft_block_size} and boft_block_num={self.boft_block_num} are both given; set "
@@ -86,7 +83,6 @@ class BOFTConfig(RotationConfig):
         return size
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> BOFTOperator:
-        """The butterfly on all inputs, and a gain for each output."""
         size = self.block_size_for(module, in_features)
         dropout = (self.boft_dropout, self.boft_dropout_factors)
         return BOFTOperator(in_features, out_features, size, self.boft_n_butterfly_factor, dropout)
@@ -124,11 +120,9 @@ class BOFTOperator(RotationAdapter):
 
     @property
     def gain(self) -> nn.Parameter:
-        """(out,)."""
         return self.output_gain
 
     def batch_key(self) -> Hashable:
-        """What `evaluate` depends on besides the parameters."""
         return self.block_size, bool(self.dropout)
 
     def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -16,8 +17,16 @@ from isotune.errors import IsotuneWarning
 
 _SHOWN = 120
 """Characters of a value in a message."""
-_SEED_LIMIT = 2**32
-"""What numpy's frozen random stream takes as a seed lies below this."""
+_KINDS: dict[Any, tuple[tuple[type, ...], str, str]] = {
+    bool: ((bool,), "True or False", "truth values"),
+    int: ((int,), "an integer", "integers"),
+    float: ((float, int), "a number", "numbers"),
+    str: ((str,), "a string", "strings"),
+    type(None): ((type(None),), "None", "nothing"),
+}
+"""Annotation -> the types of its values, and what one of them is called, and several."""
+
+_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
 
 
 def check_types(config: Any) -> None:
@@ -33,72 +42,43 @@ def check_types(config: Any) -> None:
     Raises:
         ValueError: names the option, what was given and what is allowed.
     """
-    kind: Any = type(config)
-    hints = _hints(kind)
+    hints = _hints(type(config))
     for option in fields(config):
         value, hint = getattr(config, option.name), hints[option.name]
         if _fits(value, hint):
             continue
         if get_origin(hint) is Literal:
             require_choice(option.name, value, get_args(hint))
-        raise ValueError(f"{option.name}={shown(value)} is not allowed; it must be {_described(hint)}.")
-
-
-@cache
-def _hints(config: Any) -> dict[str, Any]:
-    return get_type_hints(config)
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        float(value)
-    except OverflowError:
-        return False
-    return True
-
-
-_TESTS: dict[Any, Callable[[Any], bool]] = {
-    bool: lambda value: isinstance(value, bool),
-    int: lambda value: isinstance(value, int) and not isinstance(value, bool),
-    float: _is_number,
-    str: lambda value: isinstance(value, str),
-    type(None): lambda value: value is None,
-}
-_NAMES: dict[Any, tuple[str, str]] = {
-    bool: ("True or False", "truth values"),
-    int: ("an integer", "integers"),
-    float: ("a number", "numbers"),
-    str: ("a string", "strings"),
-    type(None): ("None", "nothing"),
-}
-"""Annotation -> what one of them is called, and several."""
+        require(False, option.name, value, f"it must be {_described(hint)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    origin, inner = get_origin(hint), get_args(hint)
-    if hint in _TESTS:
-        return _TESTS[hint](value)
+    origin, inner = get_origin(hint) or hint, get_args(hint)
+    if hint in _KINDS:
+        if isinstance(value, bool) and hint is not bool:
+            return False
+        if hint is float and isinstance(value, int) and abs(value) > sys.float_info.max:
+            return False
+        return isinstance(value, _KINDS[hint][0])
     if origin in (Union, types.UnionType):
         return any(_fits(value, part) for part in inner)
     if origin is Literal:
         return any(value is choice or (type(value) is type(choice) and value == choice) for choice in inner)
-    if hint is list or origin is list:
+    if origin is list:
         several = isinstance(value, (list, tuple, set, frozenset, range))
-        return several and all(_fits(item, part) for part in inner[:1] for item in value)
-    if hint is dict or origin is dict:
-        items = value.items() if isinstance(value, Mapping) else ()
+        return several and all(_fits(item, part) for part in inner for item in value)
+    if origin is dict:
         return isinstance(value, Mapping) and (
-            not inner or all(_fits(key, inner[0]) and _fits(item, inner[1]) for key, item in items)
+            not inner or all(_fits(key, inner[0]) and _fits(item, inner[1]) for key, item in value.items())
         )
     return isinstance(value, hint) if isinstance(hint, type) else True
 
 
 def _described(hint: Any, *, several: bool = False) -> str:
     origin, inner = get_origin(hint), get_args(hint)
-    if hint in _NAMES:
-        return _NAMES[hint][several]
+    if hint in _KINDS:
+        _, one, many = _KINDS[hint]
+        return many if several else one
     if origin in (Union, types.UnionType):
         parts = [part for part in inner if not (isinstance(part, type) and issubclass(part, str) and part is not str)]
         return " or ".join(_described(part, several=several) for part in parts)
@@ -114,9 +94,6 @@ def _described(hint: Any, *, several: bool = False) -> str:
 def shown(value: Any) -> str:
     """A value as a message shows it, however large it is.
 
-    Args:
-        value: anything.
-
     Example:
         >>> shown("x" * 1000)[-3:]
         'xx…'
@@ -126,6 +103,39 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits, or a list in a list in a list …
         text = f"<{type(value).__name__}>"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def require(fits: bool, name: str, value: Any, allowed: str) -> None:
+    """Refuse the value of an option unless it fits.
+
+    Args:
+        fits: whether it does.
+        name: of the option.
+        value: what was given.
+        allowed: the end of the message.
+
+    Raises:
+        ValueError: it does not.
+
+    Example:
+        >>> require(False, "eps", -1.0, "it must be above 0")
+        Traceback (most recent call last):
+        ValueError: eps=-1.0 is not allowed; it must be above 0.
+    """
+    if not fits:
+        raise ValueError(f"{name}={shown(value)} is not allowed; {allowed}.")
+
+
+def require_positive_integer(name: str, value: Any) -> None:
+    """`require` an integer above zero."""
+    fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    require(fits, name, value, "it must be an integer of at least 1")
+
+
+def require_number(name: str, value: float, below: float = math.inf) -> None:
+    """`require` a number of at least 0, and below another, such as 1 for a probability; so neither infinite nor NaN."""
+    allowed = "a number of at least 0" if below == math.inf else f"in [0, {below:g})"
+    require(0.0 <= value < below, name, value, f"it must be {allowed}")
 
 
 def require_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
@@ -151,128 +161,22 @@ def require_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
         raise ValueError(f"{name}={shown(value)} is not one of {', '.join(map(repr, choices))}.{hint}")
 
 
-def require_positive_integer(name: str, value: Any) -> None:
-    """Refuse what is not an integer above zero.
-
-    Args:
-        name: of the option.
-        value: what was given.
+def require_expressions(name: str, given: str | Mapping[str, Any]) -> None:
+    """Refuse an option that is no regular expression, or a dictionary by module with such a key.
 
     Raises:
-        ValueError: names the option and the value.
+        ValueError: names the option, the expression and what is wrong with it.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"{name}={shown(value)} is not allowed; it must be an integer of at least 1.")
-
-
-def check_seed(name: str, value: int) -> None:
-    """Refuse an integer that is no seed.
-
-    Args:
-        name: of the option.
-        value: what was given.
-
-    Raises:
-        ValueError: it is below 0 or above 2³² − 1.
-    """
-    if not 0 <= value < _SEED_LIMIT:
-        raise ValueError(f"{name}={shown(value)} is not allowed; it must be an integer from 0 to {_SEED_LIMIT - 1}.")
-
-
-def check_alphas(name: str, alpha: float | None, pattern: Mapping[str, float]) -> None:
-    """Refuse an alpha that is not a finite number above 0, or the method's own None.
-
-    Args:
-        name: of the method's own option.
-        alpha: its value.
-        pattern: module name or regular expression -> alpha.
-
-    Raises:
-        ValueError: names the option and both values.
-    """
-    if not all(a is None or 0 < a < math.inf for a in (alpha, *pattern.values())):
-        raise ValueError(
-            f"{name}={alpha!r} with alpha_pattern={shown(pattern)} is not allowed; each must be above 0, or {name} "
-            "None for r."
-        )
-
-
-def check_number(name: str, value: float, below: float = math.inf) -> None:
-    """Refuse a number that is negative, too large, infinite or NaN.
-
-    Args:
-        name: of the option.
-        value: what was given.
-        below: the first number that is too large, such as 1 for a probability.
-
-    Raises:
-        ValueError: names the option and the value.
-    """
-    if not 0.0 <= value < below:
-        allowed = "a number of at least 0" if below == math.inf else f"in [0, {below:g})"
-        raise ValueError(f"{name}={value!r} is not allowed; it must be {allowed}.")
-
-
-def check_expression(name: str, value: str) -> None:
-    """Refuse a string that is no regular expression.
-
-    Args:
-        name: of the option.
-        value: what was given.
-
-    Raises:
-        ValueError: names the option and what is wrong with the expression.
-    """
-    try:
-        re.compile(value)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(
-            f"{name}={shown(value)} is not a regular expression ({error}); give a list for plain names."
-        ) from None
-
-
-def check_pattern(name: str, pattern: Mapping[str, Any]) -> None:
-    """Refuse a dictionary by module whose keys are no regular expressions.
-
-    Args:
-        name: of the option.
-        pattern: module name or regular expression -> anything.
-
-    Raises:
-        ValueError: names the option and the key.
-    """
-    for key in pattern:
+    for expression in [given] if isinstance(given, str) else given:
         try:
-            re.compile(key)
+            re.compile(expression)
         except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(
-                f"{name} has the key {shown(key)}, which is neither a module's name nor a regular expression ({error})."
+                f"{name}={shown(expression)} is not a regular expression ({error}); give a list for plain names."
+                if isinstance(given, str)
+                else f"{name} has the key {shown(expression)}, which is neither a module's name nor a regular "
+                f"expression ({error})."
             ) from None
-
-
-def check_cayley_options(use_neumann: bool, terms: int, bound: float | None) -> None:
-    """Refuse options of the Cayley transform that are not allowed or have no effect.
-
-    Args:
-        use_neumann: use_cayley_neumann.
-        terms: num_cayley_neumann_terms.
-        bound: cayley_neumann_eps.
-
-    Raises:
-        ValueError: terms below 1; a bound outside of (0, 1), or one without the series.
-    """
-    require_positive_integer("num_cayley_neumann_terms", terms)
-    if bound is None:
-        return
-    if not use_neumann:
-        raise ValueError(
-            "cayley_neumann_eps bounds the generator of the Neumann series and has no effect with "
-            "use_cayley_neumann=False; leave it None or set use_cayley_neumann=True."
-        )
-    if not 0.0 < bound < 1.0:
-        raise ValueError(
-            f"cayley_neumann_eps={bound!r} is not allowed; it must be between 0 and 1, where the series converges."
-        )
 
 
 def divisor_for(name: str, value: int, module: str, width: int, adjust: str = "refuse") -> int:
@@ -299,11 +203,11 @@ def divisor_for(name: str, value: int, module: str, width: int, adjust: str = "r
     if adjust == "nearest":
         _say_once(f"{name}={value} does not divide the {width} inputs of some modules; {nearest} is used there.")
         return nearest
-    around = [max((d for d in divisors if d < value), default=0), min((d for d in divisors if d > value), default=0)]
-    names = " or ".join(str(d) for d in around if d)
+    around = [*[d for d in divisors if d < value][-1:], *[d for d in divisors if d > value][:1]]
     raise ValueError(
-        f"{name}={value} does not divide the {width} inputs of {module!r}; the nearest that do are {names}. Choose one "
-        "that divides the width of every adapted module, or exclude this one with exclude_modules."
+        f"{name}={value} does not divide the {width} inputs of {module!r}; the nearest that do are "
+        f"{' or '.join(map(str, around))}. Choose one that divides the width of every adapted module, or exclude this "
+        "one with exclude_modules."
     )
 
 

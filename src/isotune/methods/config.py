@@ -19,13 +19,15 @@ from torch import Tensor
 from isotune.adapter.operator import Adapter
 from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
 from isotune.errors import AdapterFileError
-from isotune.methods.checks import check_expression, check_pattern, check_seed, check_types
+from isotune.methods.checks import check_types, require, require_expressions, shown
 from isotune.methods.checks import require_choice as require_choice
 from isotune.methods.checks import require_positive_integer as require_positive_integer
 from isotune.subspace.pinning import pin_width
 
 FORMAT_VERSION = 1
 """Version of the adapter file that this release writes; docs/adapter-format.md describes each."""
+_SEED_LIMIT = 2**32
+"""What numpy's frozen random stream takes as a seed lies below this."""
 
 
 @dataclass
@@ -104,25 +106,22 @@ class IsotuneConfig(PeftConfig):
             require_choice("task_type", self.task_type, [kind.value for kind in TaskType])
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = self.method_type
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         self.layers_pattern = self.layers_pattern or None
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError(
                 "layers_pattern is set but layers_to_transform is not; it says which of those layers to adapt."
             )
-        if isinstance(self.target_modules, str):
-            if self.layers_to_transform is not None:
-                raise ValueError(
-                    "layers_to_transform cannot be used when target_modules is a string (a regular expression or "
-                    "'all-linear'); give target_modules as a list, or put the layer numbers into the expression."
-                )
-            if self.target_modules.lower() != "all-linear":
-                check_expression("target_modules", self.target_modules)
-        if isinstance(self.exclude_modules, str):
-            check_expression("exclude_modules", self.exclude_modules)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform cannot be used when target_modules is a string (a regular expression or "
+                "'all-linear'); give target_modules as a list, or put the layer numbers into the expression."
+            )
+        for name in ("target_modules", "exclude_modules"):
+            modules = getattr(self, name)
+            if isinstance(modules, list):
+                setattr(self, name, set(modules))
+            elif isinstance(modules, str) and modules.lower() != "all-linear":
+                require_expressions(name, modules)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -150,11 +149,9 @@ class IsotuneConfig(PeftConfig):
                 ) from error
         try:
             config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except AdapterFileError:
-            raise
         except (ValueError, TypeError) as error:
             own = any(str(error).startswith(f"{name}=") for name in kwargs)
-            if own or not (folder / "adapter_config.json").is_file():
+            if own or isinstance(error, AdapterFileError) or not (folder / "adapter_config.json").is_file():
                 raise
             raise AdapterFileError(f"{folder / 'adapter_config.json'}: {error}") from error
         config.origin = str(pretrained_model_name_or_path)
@@ -192,12 +189,7 @@ class IsotuneConfig(PeftConfig):
 
     @abstractmethod
     def build_operator(self, module: str, in_features: int, out_features: int) -> Adapter:
-        """A new operator for a module whose W is (out_features, in_features), the identity if `init_weights`.
-
-        Args:
-            module: its name in the base model.
-            in_features: columns of W.
-            out_features: rows of W.
+        """A new operator for a module of this name whose W is (out_features, in_features), the identity at the start.
 
         Raises:
             ValueError: the configuration does not fit a matrix of this shape.
@@ -216,13 +208,7 @@ class IsotuneConfig(PeftConfig):
         """
 
     def build_basis(self, module: str, in_features: int, device: torch.device) -> SubspaceBasis | None:
-        """What the file holds of a module's subspace, empty yet; None for a method that has none.
-
-        Args:
-            module: its name in the base model.
-            in_features: columns of W.
-            device: where its tensor is.
-        """
+        """What the file holds of a module's subspace, empty yet; None for a method that has none."""
         return None
 
 
@@ -244,6 +230,8 @@ class SubspaceConfig(IsotuneConfig):
 
     runtime_fields: ClassVar[tuple[str, ...]] = ("on_base_mismatch", "subspace_cache")
     size_names = {"r": "r"}  # noqa: RUF012 (declared as a ClassVar above)
+    alpha_option: ClassVar[str] = ""
+    """The method's own alpha, by which over r an update is scaled, and which means r where it is None."""
 
     r: int = field(default=32)
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -256,37 +244,30 @@ class SubspaceConfig(IsotuneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive_integer("r", self.r)
-        check_seed("basis_seed", self.basis_seed)
-        check_pattern("rank_pattern", self.rank_pattern)
-        check_pattern("alpha_pattern", self.alpha_pattern)
+        allowed = f"it must be an integer from 0 to {_SEED_LIMIT - 1}"
+        require(0 <= self.basis_seed < _SEED_LIMIT, "basis_seed", self.basis_seed, allowed)
+        require_expressions("rank_pattern", self.rank_pattern)
+        require_expressions("alpha_pattern", self.alpha_pattern)
         for name, rank in self.rank_pattern.items():
             require_positive_integer(f"rank_pattern[{name!r}]", rank)
+        name, alphas = self.alpha_option, (self._alpha, *self.alpha_pattern.values())
+        if name and not all(alpha is None or 0 < alpha < float("inf") for alpha in alphas):
+            raise ValueError(
+                f"{name}={self._alpha!r} with alpha_pattern={shown(self.alpha_pattern)} is not allowed; each must be "
+                f"above 0, or {name} None for r."
+            )
+
+    @property
+    def _alpha(self) -> float | None:
+        return getattr(self, self.alpha_option) if self.alpha_option else None
 
     @property
     def solver(self) -> str:
         """Which solver finds the subspaces."""
         return "auto"
 
-    @property
-    def power(self) -> float:
-        """The power of the singular values that the down factor has, of 1; up has the rest."""
-        return 0.0
-
-    @property
-    def alpha(self) -> float | None:
-        """The method's own alpha, by which over r an update is scaled; None for r."""
-        return None
-
-    @property
-    def update_dropout(self) -> float:
-        """Dropout on the input of the update."""
-        return 0.0
-
     def rank_of(self, module: str) -> int:
         """The rank for a module by `rank_pattern`, else r.
-
-        Args:
-            module: its name in the base model.
 
         Example:
             >>> from isotune import PsoftConfig
@@ -296,20 +277,15 @@ class SubspaceConfig(IsotuneConfig):
         return int(by_pattern(self.rank_pattern, module, self.r))
 
     def scale_of(self, module: str) -> float:
-        """The factor s of the update of a module: alpha / r, both by pattern.
-
-        Args:
-            module: its name in the base model.
-        """
-        alpha = by_pattern(self.alpha_pattern, module, self.alpha)
+        """The factor s of the update of a module: alpha / r, both by pattern."""
+        alpha = by_pattern(self.alpha_pattern, module, self._alpha)
         return 1.0 if alpha is None else float(alpha) / self.rank_of(module)
 
     def build_basis(self, module: str, in_features: int, device: torch.device) -> SubspaceBasis:
         """The pin or the basis of a module's subspace, empty yet."""
         rank = self.rank_of(module)
-        return SubspaceBasis(
-            rank, in_features, pin_width(rank, in_features) if self.basis == "pinned" else None, device
-        )
+        width = pin_width(rank, in_features) if self.basis == "pinned" else None
+        return SubspaceBasis(rank, in_features, width, device)
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> SubspaceAdapter:
         """A new operator on the coordinates of the subspace, not placed yet.
@@ -324,25 +300,17 @@ class SubspaceConfig(IsotuneConfig):
                 f"rank may be at most {limit}. Choose a smaller r, give this module its own with "
                 f"rank_pattern={{{module!r}: {limit}}}, or exclude it with exclude_modules."
             )
-        return self._scaled_operator(module)
+        return self.operator_of(module, {})
 
     def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> SubspaceAdapter:
         """The operator of the rank that the configuration says."""
-        return self._scaled_operator(module)
-
-    def _scaled_operator(self, module: str) -> SubspaceAdapter:
         adapter = self.subspace_operator(self.rank_of(module))
         adapter.configured_scale = adapter.scale = self.scale_of(module)
-        adapter.dropout, adapter.power = self.update_dropout, self.power
         return adapter
 
     @abstractmethod
     def subspace_operator(self, rank: int) -> SubspaceAdapter:
-        """A new operator on rank coordinates, the identity if `init_weights`.
-
-        Args:
-            rank: r.
-        """
+        """A new operator on r coordinates, the identity at the start, with its dropout and power."""
 
 
 @dataclass
@@ -355,28 +323,14 @@ class RotationConfig(IsotuneConfig):
 
     @abstractmethod
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-        """in_features and out_features that go with the tensors of an operator; any where they do not matter.
-
-        Args:
-            tensors: of the operator, by the names of its parameters.
-        """
+        """in_features and out_features that go with the tensors of an operator; any where they do not matter."""
 
 
 def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """What a pattern says for a module, by PEFT's rule: a key is its name, the end of it, or a regular expression.
-
-    Args:
-        patterns: key -> value.
-        module: its full name.
-        default: where no key fits.
-    """
+    """What a pattern says for a module, by PEFT's rule: a key is its name, the end of it, or a regular expression."""
     return patterns.get(get_pattern_key(list(patterns), module), default)
 
 
 def config_fields(config: type[IsotuneConfig]) -> tuple[str, ...]:
-    """The names of all fields of a configuration class.
-
-    Args:
-        config: the class.
-    """
+    """The names of all fields of a configuration class."""
     return tuple(f.name for f in fields(config))

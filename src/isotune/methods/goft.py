@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from isotune.adapter.rotation import RotationAdapter
 from isotune.algebra.givens import givens_blocks, givens_chain, pair_penalty, rotation_pairs
 from isotune.algebra.means import linear_mean
-from isotune.methods.checks import check_number
+from isotune.methods.checks import require_number
 from isotune.methods.config import RotationConfig
 
 
@@ -27,7 +27,6 @@ class GOFTConfig(RotationConfig):
     title = "GOFT"
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> GOFTOperator:
-        """The tree on all inputs."""
         _require_pair(module, in_features)
         return GOFTOperator(in_features)
 
@@ -54,10 +53,9 @@ class QGOFTConfig(RotationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("regularizer_weight", self.regularizer_weight)
+        require_number("regularizer_weight", self.regularizer_weight)
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> QGOFTOperator:
-        """The tree on all inputs."""
         _require_pair(module, in_features)
         return QGOFTOperator(in_features, self.regularizer_weight)
 
@@ -77,7 +75,6 @@ class GOFTOperator(RotationAdapter):
         self.angles = nn.Parameter(torch.zeros(size - 1, dtype=torch.float32))
 
     def batch_key(self) -> Hashable:
-        """What `evaluate` depends on besides the parameters."""
         return self.size
 
     def randomize_parameters(self) -> None:
@@ -85,17 +82,11 @@ class GOFTOperator(RotationAdapter):
         nn.init.normal_(self.angles, std=0.5)
 
     def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """The folded blocks of `givens_chain`."""
         return givens_blocks(rotation_pairs(parameters["angles"]), self.size)
 
 
 class QGOFTOperator(RotationAdapter):
-    """The tree of free 2 × 2 matrices I + `pairs`, (n − 1, 2, 2), in the order of `GOFTOperator`.
-
-    Args:
-        size: n.
-        regularizer_weight: λ.
-    """
+    """The tree of free 2 × 2 matrices I + `pairs`, (n − 1, 2, 2), in the order of `GOFTOperator`."""
 
     orthogonal = False
     evaluated = ("pairs",)
@@ -106,7 +97,6 @@ class QGOFTOperator(RotationAdapter):
         self.pairs = nn.Parameter(torch.zeros(size - 1, 2, 2, dtype=torch.float32))
 
     def batch_key(self) -> Hashable:
-        """What `evaluate` depends on besides the parameters."""
         return self.size
 
     def penalty(self) -> Tensor | None:
@@ -117,5 +107,4 @@ class QGOFTOperator(RotationAdapter):
         return self.regularizer_weight * pair_penalty(pairs + torch.eye(2, device=pairs.device))
 
     def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """The folded blocks of `givens_chain`."""
         return givens_blocks(parameters["pairs"], self.size)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from isotune.adapter.rotation import RotationAdapter
 from isotune.algebra.factors import LowRank
 from isotune.algebra.householder import orthonormal_reflection, reflection_penalty, reflections
-from isotune.methods.checks import check_number, require_positive_integer
+from isotune.methods.checks import require_number, require_positive_integer
 from isotune.methods.config import RotationConfig
 
 
@@ -39,7 +39,7 @@ class HRAConfig(RotationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive_integer("r", self.r)
-        check_number("regularizer_weight", self.regularizer_weight)
+        require_number("regularizer_weight", self.regularizer_weight)
         if self.apply_GS and self.init_weights:
             raise ValueError(
                 "apply_GS=True cannot start at the identity: with orthonormal directions I − 2 U Uᵀ turns each of them "
@@ -56,7 +56,6 @@ class HRAConfig(RotationConfig):
             )
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> HRAOperator:
-        """The reflections of all inputs."""
         if self.apply_GS and self.r > in_features:
             raise ValueError(
                 f"r={self.r} is too large for {module!r} with apply_GS=True: of its {in_features} inputs there are at "
@@ -90,7 +89,6 @@ class HRAOperator(RotationAdapter):
         self.vectors = nn.Parameter(directions if strict else directions.repeat_interleave(2, dim=0))
 
     def batch_key(self) -> Hashable:
-        """What `evaluate` depends on besides the parameters."""
         return self.strict
 
     def is_identity(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from isotune.adapter.subspace import SubspaceAdapter
 from isotune.algebra.means import linear_mean
-from isotune.methods.checks import check_alphas, check_number
+from isotune.methods.checks import require_number
 from isotune.methods.config import SubspaceConfig
 
 _START = 8.0
@@ -34,29 +34,19 @@ class LoraXsConfig(SubspaceConfig):
         ValueError: a value that is not allowed; the message says what to change.
     """
 
-    title, usual_learning_rate = "LoRA-XS", 2e-3
+    title, usual_learning_rate, alpha_option = "LoRA-XS", 2e-3, "lora_alpha"
 
     lora_alpha: float | None = field(default=None)
     init_std: float = field(default=1e-5)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_alphas("lora_alpha", self.lora_alpha, self.alpha_pattern)
-        check_number("init_std", self.init_std)
-
-    @property
-    def power(self) -> float:
-        """1: all of them."""
-        return 1.0
-
-    @property
-    def alpha(self) -> float | None:
-        """lora_alpha."""
-        return self.lora_alpha
+        require_number("init_std", self.init_std)
 
     def subspace_operator(self, rank: int) -> LoraXsOperator:
-        """M = I + Rᵀ on r coordinates."""
-        return LoraXsOperator(rank, self.init_std)
+        operator = LoraXsOperator(rank, self.init_std)
+        operator.power = 1.0
+        return operator
 
 
 class LoraXsOperator(SubspaceAdapter):
@@ -79,7 +69,6 @@ class LoraXsOperator(SubspaceAdapter):
         self.coefficients = nn.Parameter(std * torch.randn(size, size, dtype=torch.float32))
 
     def batch_key(self) -> Hashable:
-        """What `evaluate` depends on besides the parameters."""
         return self.size
 
     def is_untrained(self) -> bool:

@@ -16,7 +16,7 @@ from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.factors import BlockDiagonal
 from isotune.algebra.means import generator_means
 from isotune.algebra.skew import skew_order, skew_size
-from isotune.methods.checks import check_cayley_options, check_number, divisor_for
+from isotune.methods.checks import divisor_for, require, require_number, require_positive_integer
 from isotune.methods.config import RotationConfig
 
 
@@ -54,13 +54,11 @@ class OFTConfig(RotationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("module_dropout", self.module_dropout, below=1)
-        check_cayley_options(self.use_cayley_neumann, self.num_cayley_neumann_terms, None)
+        require_number("module_dropout", self.module_dropout, below=1)
+        require_positive_integer("num_cayley_neumann_terms", self.num_cayley_neumann_terms)
         for name, value in (("r", self.r), ("oft_block_size", self.oft_block_size)):
-            if value is not None and value < 0:
-                raise ValueError(f"{name}={value!r} is not allowed; give an integer of at least 1, or 0 to derive it.")
-        if not 0 < self.eps < math.inf:
-            raise ValueError(f"eps={self.eps!r} is not allowed; it bounds a norm, so it must be above 0.")
+            require(not value or value > 0, name, value, "give an integer of at least 1, or 0 to derive it")
+        require(0 < self.eps < math.inf, "eps", self.eps, "it bounds a norm, so it must be above 0")
         if self.module_dropout and self.block_share:
             raise ValueError(
                 "module_dropout has no effect with block_share=True, where there is one block to drop; set it to 0, or "
@@ -84,7 +82,6 @@ class OFTConfig(RotationConfig):
         return size
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> OFTOperator:
-        """M = blockdiag(R₁, R₂, …) on all inputs."""
         size = self.block_size_for(module, in_features)
         return OFTOperator(
             size,
@@ -133,7 +130,6 @@ class OFTOperator(RotationAdapter):
         self.generator = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
 
     def batch_key(self) -> Hashable:
-        """What `evaluate` depends on besides the parameters."""
         return self.block_size, self.blocks, self.neumann_terms, self.generator_bound
 
     def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

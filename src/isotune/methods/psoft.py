@@ -16,7 +16,7 @@ from isotune.algebra.diagonal import scaled_difference
 from isotune.algebra.means import generator_means, linear_mean
 from isotune.algebra.skew import skew_size
 from isotune.errors import IsotuneWarning
-from isotune.methods.checks import check_alphas, check_cayley_options, check_number
+from isotune.methods.checks import require, require_number, require_positive_integer
 from isotune.methods.config import SubspaceConfig
 
 
@@ -45,7 +45,7 @@ class PsoftConfig(SubspaceConfig):
     """
 
     runtime_fields = (*SubspaceConfig.runtime_fields, "psoft_svd_lowrank_niter", "random_seed")
-    title, usual_learning_rate = "PSOFT", 8e-4
+    title, usual_learning_rate, alpha_option = "PSOFT", 8e-4, "psoft_alpha"
     presets = {"psoft_so": ("PSOFT-SO", {"psoft_mag_a": False, "psoft_mag_b": False})}  # noqa: RUF012
 
     psoft_alpha: float | None = field(default=None)
@@ -63,13 +63,21 @@ class PsoftConfig(SubspaceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_alphas("psoft_alpha", self.psoft_alpha, self.alpha_pattern)
-        check_number("psoft_dropout", self.psoft_dropout, below=1)
-        for name in ("psoft_svd_lowrank_niter", "random_seed"):
-            check_number(name, getattr(self, name) or 0)
+        require_number("psoft_dropout", self.psoft_dropout, below=1)
+        require_number("psoft_svd_lowrank_niter", self.psoft_svd_lowrank_niter or 0)
+        require_number("random_seed", self.random_seed)
         if self.use_cayley_neumann and not self.psoft_orth:
             raise ValueError("use_cayley_neumann=True has no effect with psoft_orth=False; set one of them otherwise.")
-        check_cayley_options(self.use_cayley_neumann, self.num_cayley_neumann_terms, self.cayley_neumann_eps)
+        require_positive_integer("num_cayley_neumann_terms", self.num_cayley_neumann_terms)
+        bound = self.cayley_neumann_eps
+        if bound is not None:
+            if not self.use_cayley_neumann:
+                raise ValueError(
+                    "cayley_neumann_eps bounds the generator of the Neumann series and has no effect with "
+                    "use_cayley_neumann=False; leave it None or set use_cayley_neumann=True."
+                )
+            allowed = "it must be between 0 and 1, where the series converges"
+            require(0.0 < bound < 1.0, "cayley_neumann_eps", bound, allowed)
         if self.psoft_orth and any(self.scale_of(key) != 1.0 for key in ("", *self.alpha_pattern, *self.rank_pattern)):
             message = "psoft_alpha differs from r, so angles and norms of the principal weights are not strictly kept."
             warnings.warn(f"{message} Leave it at None for the strict method.", IsotuneWarning, stacklevel=3)
@@ -78,21 +86,8 @@ class PsoftConfig(SubspaceConfig):
     def solver(self) -> str:
         return self.psoft_svd
 
-    @property
-    def power(self) -> float:
-        return 0.5 if self.ab_svd_init == "pissa_init" else 0.0
-
-    @property
-    def alpha(self) -> float | None:
-        return self.psoft_alpha
-
-    @property
-    def update_dropout(self) -> float:
-        return self.psoft_dropout
-
     def subspace_operator(self, rank: int) -> PsoftOperator:
-        """M = diag(α) R diag(β) on r coordinates."""
-        return PsoftOperator(
+        operator = PsoftOperator(
             rank,
             orthogonal=self.psoft_orth,
             input_scale=self.psoft_mag_a,
@@ -100,6 +95,8 @@ class PsoftConfig(SubspaceConfig):
             neumann_terms=self.num_cayley_neumann_terms if self.use_cayley_neumann else None,
             generator_bound=self.cayley_neumann_eps,
         )
+        operator.dropout, operator.power = self.psoft_dropout, 0.5 if self.ab_svd_init == "pissa_init" else 0.0
+        return operator
 
 
 class PsoftOperator(SubspaceAdapter):
@@ -134,7 +131,6 @@ class PsoftOperator(SubspaceAdapter):
         self.output_scale = nn.Parameter(torch.ones(size, dtype=torch.float32)) if output_scale else None
 
     def batch_key(self) -> Hashable:
-        """What `evaluate` depends on besides the parameters."""
         return self.size, self.orthogonal, self.neumann_terms, self.generator_bound
 
     def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor]:

@@ -1,4 +1,8 @@
-"""How far Ritz vectors may still be from the true ones, and how hard a filter may amplify them."""
+"""How far Ritz vectors may still be from the true ones, and how hard a filter may amplify them.
+
+Everywhere `ritz` are the Ritz values θ of WᵀW in a block, descending, `residuals` the norms ‖WᵀW v − θ v‖ that go with
+them, both (block,), and the first `rank` of them are wanted.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,7 @@ def angle_bound(ritz: Tensor, residuals: Tensor, rank: int) -> float:
     second order in the residuals, which knows that Rayleigh-Ritz has already separated the vectors within the block:
     what is missing lies beyond the block, a long way below, or comes back from there into the block.
 
-    Args:
-        ritz: Ritz values θ of WᵀW, descending, (block,).
-        residuals: ‖WᵀW v − θ v‖ of each, (block,).
-        rank: how many are wanted.
-
-    Returns:
-        The bound; at least 1 says nothing.
+    A bound of 1 says nothing.
 
     Source: Davis and Kahan (1970), The rotation of eigenvectors by a perturbation III; Stewart (1973), Error and
     perturbation bounds for subspaces.
@@ -44,27 +42,16 @@ def angle_bound(ritz: Tensor, residuals: Tensor, rank: int) -> float:
 
 
 def relative_residual(ritz: Tensor, residuals: Tensor, rank: int) -> float:
-    """‖WᵀW v − θ v‖ / θ over the first `rank` Ritz vectors together, in the Euclidean norm.
-
-    Args:
-        ritz: θ, descending, (block,).
-        residuals: ‖WᵀW v − θ v‖ of each, (block,).
-        rank: how many are wanted.
-    """
+    """‖WᵀW v − θ v‖ / θ over the wanted Ritz vectors together, in the Euclidean norm."""
     # Relative to each value, as rounding alone leaves more on the strong directions than on the weak ones.
     floor = torch.finfo(torch.float32).eps * ritz[0]
     return float(torch.linalg.vector_norm(residuals[:rank] / (ritz[:rank] + floor)))
 
 
 def missing_energy(ritz: Tensor, residuals: Tensor, rank: int) -> float:
-    """Bound the share of the best subspace's energy that the first `rank` Ritz vectors miss.
+    """Bound the share of the best subspace's energy that the wanted Ritz vectors miss.
 
     Weyl's bound on each eigenvalue, or the quadratic one where the end of the block is far enough below.
-
-    Args:
-        ritz: Ritz values of WᵀW, descending, (block,).
-        residuals: of each, (block,).
-        rank: how many are wanted.
     """
     wanted, errors = ritz[:rank], residuals[:rank]
     far = (wanted - ritz[-1]).clamp_min(torch.finfo(torch.float64).tiny)

@@ -9,7 +9,6 @@ import re
 import stat
 import time
 import uuid
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from isotune.subspace.precision import exact_product, without_autocast
+from isotune.subspace.precision import doubled, exact_product, without_autocast
 from isotune.subspace.result import Subspace
 
 DEFAULT_MAX_BYTES = 4 * 2**30
@@ -52,29 +51,26 @@ class SubspaceCache:
 
     def __init__(self, directory: str | os.PathLike[str] | None = None, max_bytes: int | None = None) -> None:
         chosen = os.environ.get("ISOTUNE_CACHE", "") if directory is None else directory
-        self.directory: Path | None
-        if directory is None and str(chosen).strip().lower() in ("off", "0"):
-            self.directory = None
-        else:
-            self.directory = Path(chosen or "~/.cache/isotune/subspaces").expanduser()
-        self.max_bytes = _max_bytes_from_environment() if max_bytes is None else max_bytes
+        off = directory is None and str(chosen).strip().lower() in ("off", "0")
+        self.directory = None if off else Path(chosen or "~/.cache/isotune/subspaces").expanduser()
+        given = os.environ.get("ISOTUNE_CACHE_BYTES", "").strip() or str(DEFAULT_MAX_BYTES)
+        if max_bytes is None and not given.isdecimal():
+            raise ValueError(
+                f"ISOTUNE_CACHE_BYTES is {given!r}; give a whole number of bytes, such as {DEFAULT_MAX_BYTES}, or "
+                "unset it"
+            )
+        self.max_bytes = int(given) if max_bytes is None else max_bytes
 
     def get(
-        self,
-        key: str,
-        shape: tuple[int, int],
-        device: torch.device | str = "cpu",
-        *,
-        weight: Tensor | None = None,
-        tolerance: float = 0.0,
+        self, key: str, shape: tuple[int, int], *, weight: Tensor | None = None, tolerance: float = 0.0
     ) -> Subspace | None:
         """The subspace stored under a key.
 
         Args:
             key: as `subspace_key` makes it.
             shape: (r, in) of the basis.
-            device: where the result is put.
-            weight: W, (out, in). With it, an entry that `spans` finds to be of another weight counts as absent.
+            weight: W, (out, in), on whose device the result is put. With it, an entry that `spans` finds to be of
+                another weight counts as absent.
             tolerance: as for `spans`.
 
         Returns:
@@ -86,8 +82,7 @@ class SubspaceCache:
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 return None
-            found = _read(path, shape)
-            found = replace(found, basis=found.basis.to(device), singular_values=found.singular_values.to(device))
+            found = _read(path, shape, "cpu" if weight is None else weight.device)
             if weight is not None and not spans(found, weight, tolerance):
                 raise ValueError(f"{path} is not of this weight")  # caught below, as are all that `_read` finds
         except (FileNotFoundError, PermissionError, RuntimeError):
@@ -101,18 +96,10 @@ class SubspaceCache:
         return found
 
     def put(self, key: str, subspace: Subspace) -> None:
-        """Store a subspace, then drop the least recently used entries beyond the size bound.
-
-        Args:
-            key: as `subspace_key` makes it.
-            subspace: any; one that is larger than the bound is not stored.
-        """
+        """Store a subspace that is no larger than the bound, then drop the least recently used entries beyond it."""
         if self.directory is None:
             return
-        tensors = {
-            "basis": subspace.basis.detach().cpu().contiguous(),
-            "singular_values": subspace.singular_values.detach().cpu().contiguous(),
-        }
+        tensors = {name: getattr(subspace, name).detach().cpu().contiguous() for name in _TENSORS}
         if sum(tensor.nbytes for tensor in tensors.values()) > self.max_bytes:
             return
         metadata = {
@@ -149,24 +136,13 @@ class SubspaceCache:
             except FileNotFoundError:
                 continue  # another process evicted it
         size = sum(entry[1] for entry in entries)
-        for _, length, path in sorted(entries, key=lambda entry: entry[0]):
+        for _, length, path in sorted(entries):
             if size <= self.max_bytes:
                 break
             if _is_entry(path):
                 with contextlib.suppress(FileNotFoundError):
                     path.unlink()
             size -= length
-
-
-def _max_bytes_from_environment() -> int:
-    given = os.environ.get("ISOTUNE_CACHE_BYTES", "").strip()
-    if not given:
-        return DEFAULT_MAX_BYTES
-    if not given.isdecimal():
-        raise ValueError(
-            f"ISOTUNE_CACHE_BYTES is {given!r}; give a whole number of bytes, such as {DEFAULT_MAX_BYTES}, or unset it"
-        )
-    return int(given)
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
@@ -185,7 +161,7 @@ def _is_entry(path: Path) -> bool:
         return False
 
 
-def _read(path: Path, shape: tuple[int, int]) -> Subspace:
+def _read(path: Path, shape: tuple[int, int], device: torch.device | str) -> Subspace:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in _TENSORS}
@@ -193,13 +169,8 @@ def _read(path: Path, shape: tuple[int, int]) -> Subspace:
         raise ValueError(f"{path} holds a basis of another shape")
     if metadata["checksum"] != _checksum(tensors):
         raise ValueError(f"{path} is damaged")
-    return Subspace(
-        tensors["basis"],
-        tensors["singular_values"],
-        float(metadata["energy"]),
-        metadata["solver"],
-        int(metadata["iterations"]),
-    )
+    basis, values = (tensors[name].to(device) for name in _TENSORS)
+    return Subspace(basis, values, float(metadata["energy"]), metadata["solver"], int(metadata["iterations"]))
 
 
 @torch.no_grad()
@@ -232,5 +203,5 @@ def spans(subspace: Subspace, weight: Tensor, tolerance: float = 0.0) -> bool:
 
 
 def _gram(columns: Tensor) -> Tensor:
-    wide = columns.double() if columns.device.type != "mps" else columns.cpu().double()
+    wide = doubled(columns)
     return (wide.T @ wide).cpu()

@@ -17,24 +17,16 @@ _TOLERANCE = 1e-3
 
 
 class Factored(NamedTuple):
-    """up · down, what it leaves out, and the Frobenius norm of the whole."""
+    """up (out, k) and down (k, in), what their product leaves out, ‖Δ − up · down‖_F, and the whole, ‖Δ‖_F."""
 
     up: Tensor
-    """(out, k)."""
     down: Tensor
-    """(k, in)."""
     missing: float
-    """‖Δ − up · down‖_F."""
     norm: float
-    """‖Δ‖_F."""
 
 
 def check_truncation(rank: int | None, energy: float | None) -> None:
-    """Refuse a rank or a share of the energy that is not allowed, or both at once.
-
-    Args:
-        rank: at least 1, or None.
-        energy: in (0, 1), or None.
+    """Refuse a rank below 1, a share of the energy that is not between 0 and 1, or both at once.
 
     Raises:
         ValueError: names the value and what is allowed.
@@ -96,13 +88,7 @@ def truncate(matrix: Tensor, *, rank: int | None = None, energy: float | None = 
 
 
 def truncate_product(up: Tensor, down: Tensor, *, rank: int | None = None, energy: float | None = None) -> Factored:
-    """The same for Δ = up · down of rank r, from its factors alone; with neither rank nor energy, Δ itself.
-
-    Args:
-        up: (out, r).
-        down: (r, in).
-        rank: as for `truncate`.
-        energy: as there.
+    """`truncate` of Δ = up · down, from its factors (out, r) and (r, in) alone; without rank and energy, Δ itself.
 
     Raises:
         ValueError: values that are not allowed.
@@ -129,16 +115,7 @@ def truncate_product(up: Tensor, down: Tensor, *, rank: int | None = None, energ
 
 
 def pad_rank(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The same product with zeros up to a rank.
-
-    Args:
-        up: (out, k).
-        down: (k, in).
-        rank: at least k.
-
-    Returns:
-        (out, rank) and (rank, in).
-    """
+    """Factors of the same product, (out, rank) and (rank, in), filled up with zeros."""
     filling = rank - len(down)
     return torch.nn.functional.pad(up, (0, filling)), torch.nn.functional.pad(down, (0, 0, 0, filling))
 

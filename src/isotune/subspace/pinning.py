@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isotune.subspace.precision import doubled
+
 CANDIDATE_TOLERANCE = 1e-4
 """How closely the subspaces of pinned adapters are solved: what remains is the error of an update after loading."""
 
@@ -31,10 +33,6 @@ def pin_width(rank: int, in_features: int) -> int:
     """Say how many columns p the pin of a basis (rank, in_features) has.
 
     Part of the file format: r + max(8, r // 4), and never more than in_features, where the pin is as good as V itself.
-
-    Args:
-        rank: r.
-        in_features: columns of V.
     """
     return min(in_features, rank + max(8, rank // 4))
 
@@ -44,11 +42,6 @@ def candidate_rank(rank: int, in_features: int, out_features: int) -> int:
 
     More than r, so that a group of near-equal singular values that straddles the cut at r lies inside; fewer than p, so
     that what is left of p can measure the residual.
-
-    Args:
-        rank: r.
-        in_features: columns of W.
-        out_features: rows of W.
     """
     return min(in_features, out_features, rank + max(4, rank // 8))
 
@@ -84,7 +77,7 @@ def pin(basis: Tensor, *, seed: int = 0, oversampling: int | None = None) -> Ten
     if oversampling is not None and oversampling < 0:
         raise ValueError(f"oversampling is {oversampling}; give 0 or more columns beyond the rank, or None")
     columns = pin_width(rank, width) if oversampling is None else min(width, rank + oversampling)
-    return (basis.detach().cpu().double() @ _omega(width, columns, seed)).float()
+    return (basis.detach().cpu().double() @ gaussian(width, columns, seed)).float()
 
 
 def recover(pin: Tensor, candidates: Tensor, *, seed: int = 0) -> tuple[Tensor, float]:
@@ -119,8 +112,8 @@ def recover(pin: Tensor, candidates: Tensor, *, seed: int = 0) -> tuple[Tensor, 
             f"a pin of shape {tuple(pin.shape)} does not fit candidates of shape {tuple(candidates.shape)}: it needs "
             f"at least {rank} candidates, of length {columns} or more; was it pinned on a layer of another size?"
         )
-    span = candidates.detach().double() if candidates.device.type != "mps" else candidates.detach().cpu().double()
-    sketch = span.cpu() @ _omega(width, columns, seed)
+    span = doubled(candidates.detach())
+    sketch = span.cpu() @ gaussian(width, columns, seed)
     stored = pin.detach().cpu().double()
     mixing = torch.linalg.lstsq(sketch.T, stored.T, driver="gelsd").solution.T
     left, _, right = torch.linalg.svd(mixing, full_matrices=False)
@@ -150,5 +143,6 @@ def _check_matrix(matrix: Tensor, what: str, shape: str) -> None:
 
 
 @lru_cache(maxsize=8)
-def _omega(width: int, columns: int, seed: int) -> Tensor:
-    return torch.from_numpy(np.random.RandomState(seed).standard_normal((width, columns)))
+def gaussian(rows: int, columns: int, seed: int) -> Tensor:
+    """Standard normal numbers, float64, the same on every version and device: numpy's policy freezes this stream."""
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal((rows, columns)))

@@ -18,9 +18,6 @@ def reduces_float32(device: torch.device | str = "cpu") -> bool:
 
     Torch has two interfaces for this, `torch.set_float32_matmul_precision` and, from 2.9, `fp32_precision` attributes
     of `torch.backends`; it raises where the first is asked after the second was used. Both are only read here.
-
-    Args:
-        device: where the product runs.
     """
     try:
         precisions = [torch.get_float32_matmul_precision()]
@@ -33,33 +30,23 @@ def reduces_float32(device: torch.device | str = "cpu") -> bool:
     return any(precision not in _FULL for precision in precisions)
 
 
+def doubled(matrix: Tensor) -> Tensor:
+    """A matrix in float64, on the CPU where its device has none."""
+    return (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
+
+
 def full_precision(matrix: Tensor) -> Tensor:
-    """A matrix whose products are at least as accurate as float32's, whatever the process has set.
+    """A matrix whose products are at least as accurate as float32's: itself, or in float64 where `reduces_float32`.
 
     A setting of the process is never changed for it, since other threads multiply under the same one.
-
-    Args:
-        matrix: of any floating dtype.
-
-    Returns:
-        The matrix itself, or in float64 where it is float32 and `reduces_float32`.
     """
     return matrix.double() if matrix.dtype == torch.float32 and reduces_float32(matrix.device) else matrix
 
 
 def exact_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, rounded no more than by float32 whatever the process has set.
-
-    Args:
-        left: (m, n).
-        right: (n, k), of the same dtype and device.
-
-    Returns:
-        (m, k), of that dtype.
-    """
-    if left.dtype != torch.float32 or not reduces_float32(left.device):
-        return left @ right
-    if left.device.type == "mps":  # it has neither float64 nor a faster float32
+    """left @ right of two matrices of one dtype and device, rounded no more than by float32."""
+    exact = left.dtype != torch.float32 or not reduces_float32(left.device)
+    if exact or left.device.type == "mps":  # which has neither float64 nor a faster float32
         return left @ right
     wide = right.double()
     rows = max(1, _CHUNK // max(1, left.shape[1]))
@@ -68,11 +55,7 @@ def exact_product(left: Tensor, right: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def without_autocast(device: torch.device) -> Iterator[None]:
-    """Compute in the dtypes that are given, on the CPU and on a device, inside of an autocast region too.
-
-    Args:
-        device: of the weights.
-    """
+    """Compute in the dtypes that are given, on the CPU and on a device, inside of an autocast region too."""
     with contextlib.ExitStack() as stack:
         for kind in {"cpu", device.type}:
             stack.enter_context(torch.autocast(kind, enabled=False))

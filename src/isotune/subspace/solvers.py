@@ -7,15 +7,14 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from isotune.subspace.bounds import angle_bound, filter_degree, missing_energy, relative_residual
 from isotune.subspace.cache import SubspaceCache
+from isotune.subspace.pinning import gaussian
 from isotune.subspace.precision import full_precision, without_autocast
 from isotune.subspace.result import Subspace
 from isotune.subspace.result import SubspaceRequest as SubspaceRequest
@@ -124,61 +123,48 @@ def principal_subspaces(
 
     Args:
         requests: the weights and their ranks.
-        solver: as for `principal_subspace`.
-        tolerance: as there.
-        seed: as there.
+        solver, tolerance, seed: as for `principal_subspace`.
         cache: keeps results on disk between processes; None for none.
         progress: None shows one bar over all weights if the work takes more than a few seconds, True at once, False
             never.
 
     Returns:
-        One for each request, in their order. Requests whose weights are equal (the same storage, or the same content
-        on the same device) and whose ranks are equal get the very same object.
+        One for each request, in their order. Requests whose weights are equal, on the same device, and whose ranks are
+        equal get the very same object.
 
     Raises:
         ValueError: as `principal_subspace`, beginning with the request's name.
     """
-    solved: dict[tuple[str, str], Subspace] = {}
-    # Only tensors that `requests` itself keeps alive: a callable's result may be freed and its address reused.
-    keys: dict[tuple[object, ...], tuple[str, str]] = {}
+    # tqdm reads its own switch only where nothing is passed, and then only once, at its import.
+    off = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+    solved: dict[tuple[str, torch.device], Subspace] = {}
     results: list[Subspace] = []
     with tqdm(
         total=len(requests),
         desc="principal subspaces",
         unit="weight",
         delay=0.0 if progress else _PROGRESS_DELAY_SECONDS,
-        disable=progress is False or (progress is None and _bars_are_off()),
+        disable=progress is False or (progress is None and off),
     ) as bar:
         for request in requests:
             weight = request.weight if isinstance(request.weight, Tensor) else request.weight()
             _check_request(weight, request.rank, solver, tolerance, request.name)
-            view = (*_view_of(weight), request.rank) if isinstance(request.weight, Tensor) else None
-            key = keys.get(view) if view is not None else None
-            if key is None:
-                key = (subspace_key(weight, request.rank, solver, tolerance, seed), str(weight.device))
-                if view is not None:
-                    keys[view] = key
-            if key not in solved:
-                found = None
+            key = subspace_key(weight, request.rank, solver, tolerance, seed)
+            found = solved.get((key, weight.device))
+            if found is None and cache is not None:
+                shape = (request.rank, weight.shape[1])
+                found = cache.get(key, shape, weight=weight, tolerance=tolerance)
+            if found is None:
+                found = principal_subspace(
+                    weight, request.rank, solver=solver, tolerance=tolerance, seed=seed, name=request.name
+                )
                 if cache is not None:
-                    shape = (request.rank, weight.shape[1])
-                    found = cache.get(key[0], shape, weight.device, weight=weight, tolerance=tolerance)
-                if found is None:
-                    found = principal_subspace(
-                        weight, request.rank, solver=solver, tolerance=tolerance, seed=seed, name=request.name
-                    )
-                    if cache is not None:
-                        cache.put(key[0], found)
-                solved[key] = found
-            results.append(solved[key])
+                    cache.put(key, found)
+            solved[key, weight.device] = found
+            results.append(found)
             del weight
             bar.update()
     return results
-
-
-def _bars_are_off() -> bool:
-    # tqdm reads its own switch only where nothing is passed, and then only once, at its import.
-    return os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
 
 
 def subspace_key(weight: Tensor, rank: int, solver: str, tolerance: float, seed: int) -> str:
@@ -186,10 +172,7 @@ def subspace_key(weight: Tensor, rank: int, solver: str, tolerance: float, seed:
 
     Args:
         weight: W; its shape, dtype and bytes in row-major order count.
-        rank: as for `principal_subspace`, as are the others.
-        solver: as there.
-        tolerance: as there.
-        seed: as there.
+        rank, solver, tolerance, seed: as for `principal_subspace`.
 
     Returns:
         64 hexadecimal digits (blake2b).
@@ -199,10 +182,6 @@ def subspace_key(weight: Tensor, rank: int, solver: str, tolerance: float, seed:
     digest.update(repr(settings).encode())
     digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _view_of(weight: Tensor) -> tuple[object, ...]:
-    return (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device)
 
 
 def _check_request(weight: Tensor, rank: int, solver: str, tolerance: float, name: str) -> None:
@@ -237,7 +216,7 @@ def _solve(matrix: Tensor, rank: int, solver: str, tolerance: float, seed: int) 
     # By rows: as accurate as float64 over everything, without converting a large weight.
     total = float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
     if solver == "auto":
-        solver = cheaper_solver(matrix.shape[0], matrix.shape[1], rank, matrix.device)
+        solver = cheaper_solver(matrix.shape[0], matrix.shape[1], rank)
     iterations = 0
     found = None
     if total > 0.0 and solver == "lowrank":
@@ -289,7 +268,7 @@ def _lowrank(matrix: Tensor, rank: int, tolerance: float, seed: int) -> tuple[tu
     energy_tolerance = min(ENERGY_TOLERANCE, 10.0 * tolerance**2)
     exact = None if _rounds_cheaply(tall, block) else full_precision(tall)
     working = tall.to(torch.bfloat16) if exact is None else exact
-    start = torch.from_numpy(_gaussian(short, block, seed)).to(tall)
+    start = gaussian(short, block, seed).to(tall)
     vectors = torch.linalg.qr(_product(working.T, _product(working, start))).Q
     applications = 1
     relative = math.inf
@@ -356,7 +335,7 @@ def _complete(basis: Tensor, values: Tensor, negligible: float) -> Tensor:
     kept = int((values > negligible * values[0]).sum())
     if kept == rank:
         return basis
-    fill = torch.from_numpy(_gaussian(rank, width, 0)[: rank - kept]).to(basis)
+    fill = gaussian(rank, width, 0)[: rank - kept].to(basis)
     orthogonal, triangular = torch.linalg.qr(torch.cat([basis[:kept], fill]).T)
     signs = torch.where(torch.diagonal(triangular) < 0, -1.0, 1.0).to(basis)
     return torch.cat([basis[:kept], (orthogonal * signs).T[kept:]])
@@ -366,22 +345,12 @@ def block_size(rank: int) -> int:
     """How many vectors "lowrank" iterates on: about twice the rank, so that the cut never sets the speed.
 
     A multiple of 16, for which the matrix products at 4096 x 4096 took 7 % less time on two cores.
-
-    Args:
-        rank: r.
     """
     return -(-(2 * rank + 8) // 16) * 16
 
 
-def cheaper_solver(out_features: int, in_features: int, rank: int, device: torch.device | str = "cpu") -> str:
-    """Say which solver "auto" takes, "full" or "lowrank", by a cost model fitted to two CPU cores.
-
-    Args:
-        out_features: rows of the weight.
-        in_features: its columns.
-        rank: r.
-        device: where the weight is; the model is the same everywhere.
-    """
+def cheaper_solver(out_features: int, in_features: int, rank: int) -> str:
+    """Say which solver "auto" takes, "full" or "lowrank", by a cost model fitted to two CPU cores."""
     short, long = sorted((out_features, in_features))
     block = block_size(rank)
     if 2 * block > short:
@@ -389,9 +358,3 @@ def cheaper_solver(out_features: int, in_features: int, rank: int, device: torch
     full = 2.0 * long * short**2 + 12.0 * short**3
     lowrank = 20 * 4.0 * long * short * block
     return "lowrank" if lowrank < full else "full"
-
-
-@lru_cache(maxsize=4)
-def _gaussian(rows: int, columns: int, seed: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    # RandomState's stream is frozen by numpy's compatibility policy: the same numbers on every version and device.
-    return np.random.RandomState(seed).standard_normal((rows, columns))

@@ -49,7 +49,7 @@ def combine(
 ) -> dict[str, dict[str, Tensor]]:
     """The parameters of the weighted mean of adapters: module -> parameter -> value, float64.
 
-    Rotations are averaged on the rotation group (`RotationMean`), magnitudes and gains geometrically, free matrices and
+    Rotations are averaged on their group (`rotation_mean`), magnitudes and gains geometrically, free matrices and
     angles linearly. The weights need not sum to one; what they lack is the base model's.
 
     Args:

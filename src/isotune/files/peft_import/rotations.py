@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from isotune.algebra.cayley import bound_generator
-from isotune.algebra.skew import skew_from_vector, vector_from_skew
+from isotune.algebra.cayley import bound_entries
+from isotune.algebra.skew import vector_from_skew
 from isotune.errors import AdapterFileError
 from isotune.files.adapter import CONFIG_FILE, WEIGHTS_FILE, refused
 from isotune.files.peft_import.source import EXACT, Source, series_fields
@@ -40,7 +40,7 @@ def import_oft(source: Source) -> PeftModel:
             ratio = width // size if theirs.block_share else 1
             if theirs.coft:
                 bound = theirs.eps * math.sqrt(ratio * size / width)
-                generator = vector_from_skew(bound_generator(skew_from_vector(generator, size), bound))
+                generator = bound_entries(generator, bound)
         ratios.add(ratio)
         if not series:
             # A series of one term is I in PEFT, whatever the generator.

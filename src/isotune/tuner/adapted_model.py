@@ -130,7 +130,8 @@ class AdaptedModel:
 
     def tuners_around(self, layer: nn.Module) -> list[BaseTunerLayer]:
         """The other tuners' layers that have a layer inside."""
-        return [one for one in self._other_tuners() if any(inner is layer for inner in one.modules())]
+        found = [one for one in self._other_tuners() if isinstance(one, nn.Module)]
+        return [one for one in found if any(inner is layer for inner in one.modules())]
 
     def _other_tuners(self) -> list[BaseTunerLayer]:
         if self.model is not None and any(getattr(home, name, None) is not own for home, name, own in self.homes):
@@ -288,9 +289,9 @@ class AdaptedModel:
             merged = [type(other).__name__ for other in others if other.merged]
             if merged:
                 raise ValueError(
-                    f"Another tuner's adapter ({', '.join(merged)}) is merged into the weight of {layer.key!r}, of which "
-                    f"{names[0]!r} would make something else than it does unmerged. Unmerge the other adapter, or "
-                    "disable this one."
+                    f"Another tuner's adapter ({', '.join(merged)}) is merged into the weight of {layer.key!r}, of "
+                    f"which {names[0]!r} would make something else than it does unmerged. Unmerge the other adapter, "
+                    "or disable this one."
                 )
 
     def _is_moved_by_others(self) -> bool:

@@ -172,6 +172,7 @@ def trainer_for(family: str, folder: Path, steps: int) -> Any:
     return Trainer(model=model, args=args, train_dataset=[{"input_ids": t, "labels": t} for t in tokens])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_run(family: str, tmp_path: Path) -> None:
     whole = trainer_for(family, tmp_path / "whole", 9)
     whole.train()

@@ -121,6 +121,7 @@ def test_the_classifier_reloads_through_peft_alone(tiny: dict[str, Any], tiny_mo
     assert torch.equal(merged.classifier.weight, saved[key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["head", "full"])
 def test_what_is_no_adapter_is_saved_and_reloaded_too(tiny: dict[str, Any], method: str) -> None:
     tiny["method"] = method
@@ -135,6 +136,7 @@ def test_what_is_no_adapter_is_saved_and_reloaded_too(tiny: dict[str, Any], meth
     }
 
 
+@pytest.mark.slow
 def test_the_native_head_of_a_model_is_saved_whole(tiny: dict[str, Any]) -> None:
     tiny["pooling"] = "native"
     # The tiny BERT has a trained pooler, so only the classifier is new; without its pooler both are.
@@ -207,6 +209,7 @@ def test_head_and_adapter_have_their_own_learning_rates(tiny: dict[str, Any], mo
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("step", [4, 8, 11])
 @pytest.mark.covered(step=(8,), grouped=(True,))
@@ -280,6 +283,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tiny: dict[str, Any], monk
     assert not (Path(tiny["output"]) / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_nan_after_the_last_step_before_a_save_is_not_saved(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +313,7 @@ def test_a_finished_experiment_is_printed_and_not_run_again(
     assert (Path(tiny["output"]) / "result.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_training_that_an_earlier_release_began_goes_on(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,6 +386,7 @@ def test_mean_pooling_leaves_padding_out(tiny_model: Path) -> None:
     assert alone.shape == (1, 3)
 
 
+@pytest.mark.slow
 def test_the_head_on_stored_embeddings_is_the_head_on_the_model(tiny: dict[str, Any]) -> None:
     tiny["method"] = "head"
     tiny["train"]["max_steps"] = 2
@@ -389,6 +395,7 @@ def test_the_head_on_stored_embeddings_is_the_head_on_the_model(tiny: dict[str, 
     assert 0 <= result["runs"][0]["untrained"]["accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_start_from_head_starts_where_the_head_ended(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny["baselines"] = [{"name": "head", "train": {"lr": 0.05, "epochs": 25}}]
     tiny["train"] |= {"start_from_head": True, "lr": 1e-9, "lr_head": 1e-9, "max_steps": 1}

@@ -75,6 +75,7 @@ def real(base: nn.Module, method: str, options: dict[str, Any]) -> Any:
     return attach(Method(name=method, **options), copy.deepcopy(base), head, "SEQ_CLS" if classifier else None)
 
 
+@pytest.mark.covered(method=METHODS[0][:1], family=tuple(ALL))
 @pytest.mark.parametrize(("family", "method", "options"), CASES, ids=lambda v: v if isinstance(v, str) else "")
 def test_counts_file_and_kept_bytes_are_those_of_the_real_model(
     family: str, method: str, options: dict[str, Any], tmp_path: Path

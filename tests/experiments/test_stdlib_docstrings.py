@@ -55,6 +55,7 @@ def test_splits_share_no_text_and_are_about_75_10_15(
     assert 0.12 < len(splits["test"]) / total < 0.18
 
 
+@pytest.mark.slow
 def test_no_text_names_a_class(task: tuple[dict[str, list[tuple[str, str]]], list[str]]) -> None:
     splits, names = task
     words = {word for rows in splits.values() for text, _ in rows for word in normalised(text).split()}

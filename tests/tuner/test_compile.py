@@ -181,6 +181,7 @@ def test_a_trace_holds_one_evaluation_for_all_layers(grad: bool, monkeypatch: py
     assert len(solves) == 1
 
 
+@pytest.mark.slow
 def test_eager_and_compiled_passes_alternate() -> None:
     """Neither finds what the other has left; parameters written without a trace are seen."""
     model = adapted_stack()
@@ -224,6 +225,7 @@ def test_a_trace_with_checkpointing(method: str) -> None:
     assert_same_gradients(model, eager, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["psoft", "oft"])
 def test_a_trace_under_autocast(method: str) -> None:
     model = on_every_host(method)
@@ -238,6 +240,7 @@ def test_a_trace_under_autocast(method: str) -> None:
     assert_same_gradients(model, eager, 2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["disabled", "merged", "two adapters"])
 def test_other_states_of_a_model(state: str) -> None:
     model = on_every_host("psoft").eval()
@@ -256,6 +259,7 @@ def test_other_states_of_a_model(state: str) -> None:
         torch.testing.assert_close(compiled(model)(tokens), model(tokens), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(Version(torch.__version__).release < (2, 10), reason="torch 2.9 breaks the graph here")
 def test_dropout_of_operators_in_a_trace() -> None:
     """What is dropped is drawn at each call, not at the compilation."""

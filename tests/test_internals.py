@@ -352,8 +352,8 @@ def test_the_store_of_the_default_group(tmp_path: Path) -> None:
 
 
 def test_experts_are_computed_by_the_operation_that_is_counted() -> None:
-    assert isinstance(torch_state.GROUPED_PRODUCT, torch._ops.OpOverloadPacket)
     if hasattr(nn.functional, "grouped_mm"):
+        assert isinstance(torch_state.GROUPED_PRODUCT, torch._ops.OpOverloadPacket)
         assert "torch._grouped_mm" in inspect.getsource(nn.functional.grouped_mm)
 
 

@@ -76,8 +76,8 @@ def common_store() -> Any:
     return torch.distributed.distributed_c10d._get_default_store()
 
 
-GROUPED_PRODUCT = torch.ops.aten._grouped_mm
-"""The operation that the experts of a mixture are computed with; `torch.nn.functional.grouped_mm` calls it."""
+GROUPED_PRODUCT: Any = getattr(torch.ops.aten, "_grouped_mm", None)
+"""The operation that the experts of a mixture are computed with; None in torch 2.6, which does not have it."""
 
 
 def without_parameters(module: _M) -> _M:

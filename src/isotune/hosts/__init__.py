@@ -10,7 +10,6 @@ from isotune.hosts.experts import ExpertsHost
 from isotune.hosts.host import Host, Kept, widen
 from isotune.hosts.linear import LinearHost
 from isotune.hosts.quantised import Backend, QuantisedHost, functions_for, read_by_forward
-from isotune.internals.quantised_state import keep_readable
 from isotune.parallel.tensor_parallel import refuse_other_splits
 
 __all__ = [
@@ -24,7 +23,6 @@ __all__ = [
     "QuantisedHost",
     "functions_for",
     "host_for",
-    "keep_readable",
     "read_by_forward",
     "widen",
 ]

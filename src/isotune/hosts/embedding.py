@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from isotune.hosts.host import Fold, WeightHost, widen
+from isotune.hosts.host import Fold, Host, widen
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -38,7 +38,7 @@ class _Rows(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class EmbeddingHost(WeightHost):
+class EmbeddingHost(Host):
     """y = the rows of W that x names; W is (num_embeddings, embedding_dim), so adapters change the vectors.
 
     The adapters see only the rows that are looked up. padding_idx and scale_grad_by_freq mean for their gradients what

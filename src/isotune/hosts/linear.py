@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from isotune.hosts.host import WeightHost
+from isotune.hosts.host import Host
 
 
 def _conv1d() -> Any:
@@ -16,12 +16,8 @@ def _conv1d() -> Any:
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
 
 
-class LinearHost(WeightHost):
-    """y = x Wᵀ + b; the weight is stored as W (nn.Linear) or as Wᵀ (Conv1D).
-
-    Raises:
-        ValueError: the weight is not a floating-point matrix.
-    """
+class LinearHost(Host):
+    """y = x Wᵀ + b; the weight is stored as W (nn.Linear) or as Wᵀ (Conv1D)."""
 
     kinds = ("torch.nn.Linear", "transformers.pytorch_utils.Conv1D")
 
@@ -40,11 +36,3 @@ class LinearHost(WeightHost):
     def accepts(cls, module: nn.Module) -> bool:
         """nn.Linear, its subclasses that keep a plain weight, and Conv1D."""
         return isinstance(module, (nn.Linear, _conv1d()))
-
-    def seen(self, weight: Tensor) -> Tensor:
-        """The weight as (out, in)."""
-        return weight.T if self.transposed else weight
-
-    def stored(self, matrix: Tensor) -> Tensor:
-        """W, or Wᵀ for Conv1D."""
-        return matrix.T if self.transposed else matrix

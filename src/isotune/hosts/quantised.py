@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -134,10 +135,8 @@ class QuantisedHost(Host):
         self.backend = backend
         keep_readable(module)
 
-    @classmethod
-    def accepts(cls, module: nn.Module) -> bool:
-        """Always False: `host_for` chooses this host when a back end is given."""
-        return False
+    def check(self) -> None:
+        """Nothing: `matrix` refuses what cannot be read."""
 
     @property
     def weight(self) -> Tensor:
@@ -176,16 +175,8 @@ class QuantisedHost(Host):
             )
         return matrix
 
-    def stored(self, matrix: Tensor) -> Tensor:
-        """W as it is: a change of it has no packed layout."""
-        return matrix
-
     def check_merge(self) -> None:
-        """Refuse a library that cannot write back.
-
-        Raises:
-            ValueError: it cannot.
-        """
+        """Refuse a library that cannot write back."""
         if not self.backend.supports_merge:
             raise ValueError(
                 f"{self.name!r} is quantised by {self.backend.backend_name}, into which a changed weight cannot be "
@@ -197,7 +188,8 @@ class QuantisedHost(Host):
     def set_matrix(self, matrix: Tensor) -> None:
         """Quantise `matrix` as the layer was, in new tensors."""
         bias = getattr(self.module, "bias", None)
-        holder = _Holder(copy_to_write(self.module))
+        copied = copy_to_write(self.module)
+        holder = SimpleNamespace(base_layer=copied, get_base_layer=lambda: copied)  # as of PEFT's layers
         self.backend.set_base_weight(holder, matrix)
         exchange_weight(self.module, holder.base_layer)
         if bias is not None:
@@ -214,13 +206,3 @@ class QuantisedHost(Host):
         if packed(kept.module).device != device:
             kept.module.to(device)
         exchange_weight(self.module, kept.module)
-
-
-class _Holder:
-    """What a back end takes for the tuner layer around a base layer."""
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        self.base_layer = base_layer
-
-    def get_base_layer(self) -> nn.Module:
-        return self.base_layer

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from isotune.internals.torch_state import own_parameters
 from isotune.internals.transformers_state import is_tensor_parallel
 from isotune.parallel.sharding import gathered, is_sharded
 
@@ -117,15 +116,15 @@ def refuse_other_splits(module: nn.Module, name: str, *, packed: bool = False) -
         return
     from torch.distributed.tensor import Shard
 
-    mesh, weight = mesh_of(module), own_parameters(module).get("weight")
+    mesh, weight = mesh_of(module), getattr(module, "weight", None)
     found = "its weight is whole, and what it gives or takes is not"
     if packed or not isinstance(module, (nn.Linear, nn.Embedding)):
         found = f"it is {'quantised or holds experts' if packed else 'no nn.Linear or nn.Embedding'}"
     elif mesh is not None and weight is not None and is_sharded(weight):
-        (placement, *others) = weight.placements  # type: ignore[attr-defined]
+        (placement, *others) = weight.placements
         if not others and type(placement) is Shard and weight.shape[placement.dim] >= mesh.size():
             return
-        found = f"its weight of shape {tuple(weight.shape)} lies as {weight.placements} on {mesh.size()} processes"  # type: ignore[attr-defined]
+        found = f"its weight of shape {tuple(weight.shape)} lies as {weight.placements} on {mesh.size()} processes"
     raise ValueError(
         f"The target module {name!r}, a {type(module).__module__}.{type(module).__qualname__}, is split by tensor "
         f"parallelism in a way that adapters do not follow: {found}. They follow nn.Linear and nn.Embedding, not "

@@ -22,14 +22,12 @@ class Share:
     """What one process has of the inputs or outputs of a layer, when their last dimension is split over a mesh.
 
     Whatever all processes hold whole, they hold alike: `of` and `joined` give gradients that are whole too.
-
-    Args:
-        mesh: of the processes, with one dimension.
-        size: of the whole dimension.
     """
 
     mesh: DeviceMesh
+    """Of the processes, with one dimension."""
     size: int
+    """Of the whole dimension."""
 
     @property
     def span(self) -> slice:
@@ -66,12 +64,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Division:
-    """How tensor parallelism has split the inputs and outputs of a layer.
-
-    Args:
-        mesh: of the processes.
-        in_features, out_features: of the whole layer.
-    """
+    """How tensor parallelism has split a layer of so many inputs and outputs in all."""
 
     mesh: DeviceMesh
     in_features: int
@@ -108,9 +101,6 @@ def refuse_other_splits(module: nn.Module, name: str, *, packed: bool = False) -
         module: the frozen layer.
         name: its name in the model, for the message.
         packed: whether it is more than one plain matrix: quantised, or experts.
-
-    Raises:
-        ValueError: it is split, and not simply by rows or by columns.
     """
     if not is_tensor_parallel(module):
         return
@@ -136,17 +126,10 @@ def refuse_other_splits(module: nn.Module, name: str, *, packed: bool = False) -
 @torch.no_grad()
 def split_like(whole: Tensor, other: Tensor) -> Tensor:
     """This process's part of a tensor, as the tensor-parallel parameter `other` of the same shape is split."""
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Replicate
 
-    mesh, (placement,) = other.device_mesh, other.placements  # type: ignore[attr-defined]
-    span = Share(mesh, whole.shape[placement.dim]).span
-    part = whole.narrow(placement.dim, span.start, span.stop - span.start).clone(
-        memory_format=torch.contiguous_format  # a view would keep the whole tensor alive
-    )
-    found: Tensor = DTensor.from_local(
-        part, mesh, [placement], run_check=False, shape=other.shape, stride=other.stride()
-    )
-    return found
+    tensor = DTensor.from_local(whole, other.device_mesh, [Replicate()], run_check=False)  # type: ignore[attr-defined]
+    return tensor.redistribute(placements=other.placements)  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

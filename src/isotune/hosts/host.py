@@ -166,8 +166,10 @@ class Host:
         """Refuse what `set_matrix` cannot do.
 
         Raises:
-            ValueError: this process holds a part of the weight only, not counting the parts of tensor parallelism.
+            ValueError: this process holds a part of the weight only, not counting the parts of tensor parallelism; or
+                the weight has been parametrised since.
         """
+        self.check()
         if not is_whole(self.weight) and mesh_of(self.module) is None:
             raise ValueError(
                 f"The weight of {self.name!r} is spread over several processes, and nothing can be merged into a part "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -58,7 +59,14 @@ class Host:
     def __init__(self, module: nn.Module, name: str = "") -> None:
         self.module = module
         self.name = name
+        self._in_use = threading.RLock()
         self.check()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_in_use": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _in_use=threading.RLock())
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -152,7 +160,8 @@ class Host:
         if self.weight.is_meta and base_layer is module and is_managed(module):
             # What accelerate has put around it would bring the base's weight a second time.
             forward = partial(type(module).forward, module)
-        with brought(module):
+        # Another thread would find the weight of this one in the module.
+        with nullcontext() if torch.compiler.is_compiling() else self._in_use, brought(module):
             weight = self.folded(fold, (*args, *kwargs.values()))
             with _attribute_of(module, self.parameter, weight):
                 result: Tensor = forward(x, *args, **kwargs)

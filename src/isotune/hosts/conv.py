@@ -18,12 +18,8 @@ class ConvHost(Host):
     """
 
     kinds = tuple(f"torch.nn.{kind.__name__}" for kind in _DIMENSIONS)
+    modules = tuple(_DIMENSIONS)
     folds = True
-
-    @classmethod
-    def accepts(cls, module: nn.Module) -> bool:
-        """nn.Conv1d, nn.Conv2d, nn.Conv3d and their subclasses."""
-        return isinstance(module, tuple(_DIMENSIONS))
 
     @property
     def dimensions(self) -> int:

@@ -22,9 +22,6 @@ class ExpertsHost(Host):
         module: of transformers' kind: its attribute `is_transposed` says how the weights are laid out.
         name: of the parameter in the model, for messages.
         parameter: its name in the module.
-
-    Raises:
-        ValueError: the parameter has not three dimensions, is not floating-point, or its layout is not known.
     """
 
     folds = True
@@ -32,14 +29,18 @@ class ExpertsHost(Host):
 
     def __init__(self, module: nn.Module, name: str, parameter: str) -> None:
         self.parameter = parameter
+        self.transposed = bool(getattr(module, "is_transposed", False))
         super().__init__(module, name)
-        if not hasattr(module, "is_transposed"):
+
+    def check(self) -> None:
+        """Refuse a module that does not say how its weights are laid out, too."""
+        super().check()
+        if not hasattr(self.module, "is_transposed"):
             raise ValueError(
-                f"The layout of {name!r} is not known: its module, a {type(module).__module__}."
-                f"{type(module).__qualname__}, does not say by is_transposed whether the weight of an expert is "
+                f"The layout of {self.name!r} is not known: its module, a {type(self.module).__module__}."
+                f"{type(self.module).__qualname__}, does not say by is_transposed whether the weight of an expert is "
                 "(out, in) or (in, out). Take it out of target_parameters."
             )
-        self.transposed = bool(module.is_transposed)
 
     @property
     def experts(self) -> int:

@@ -44,6 +44,8 @@ class Host:
     """
 
     kinds: ClassVar[tuple[str, ...]]
+    modules: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """Classes whose instances this is the host of without being asked for by a parameter's name or a back end."""
     quantised: ClassVar[bool] = False
     """Whether W is packed: `matrix` makes it anew at each call, and `set_matrix` rounds it."""
     folds: ClassVar[bool] = False
@@ -61,6 +63,7 @@ class Host:
         self.name = name
         self._in_use = threading.RLock()
         self.check()
+        self.out_features, self.in_features = self.shape()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_in_use": None}
@@ -70,8 +73,8 @@ class Host:
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Whether this class is the host of such a module, of which neither a parameter nor a back end is given."""
-        return False
+        """Whether it is an instance of `modules`."""
+        return isinstance(module, cls.modules)
 
     @property
     def dimensions(self) -> int:
@@ -110,19 +113,10 @@ class Host:
         weight: Tensor = getattr(self.module, self.parameter)
         return weight
 
-    @property
-    def in_features(self) -> int:
-        """Columns of W."""
-        return self._matrix_shape()[-1]
-
-    @property
-    def out_features(self) -> int:
-        """Rows of W."""
-        return self._matrix_shape()[-2]
-
-    def _matrix_shape(self) -> torch.Size:
-        # Also of a weight that is not here as a whole.
-        return self.seen(torch.empty(shape_of(self.weight), device="meta")).shape
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of W, which need not be here as a whole."""
+        *_, rows, columns = self.seen(torch.empty(shape_of(self.weight), device="meta")).shape
+        return rows, columns
 
     def matrix(self) -> Tensor:
         """W in its own dtype, without a graph: a view of the parameter unless it is gathered or `quantised`.

@@ -20,19 +20,24 @@ class LinearHost(Host):
     """y = x Wᵀ + b; the weight is stored as W (nn.Linear) or as Wᵀ (Conv1D)."""
 
     kinds = ("torch.nn.Linear", "transformers.pytorch_utils.Conv1D")
+    modules = (nn.Linear,)
 
     def __init__(self, module: nn.Module, name: str = "") -> None:
-        super().__init__(module, name)
-        if isinstance(module, NonDynamicallyQuantizableLinear):
-            raise ValueError(
-                f"The target module {name!r} is the output projection of torch's nn.MultiheadAttention, which reads "
-                "its weight and never calls it, so an adapter would do nothing. Exclude it with exclude_modules."
-            )
         self.transposed = not isinstance(module, nn.Linear)
         inherited: Any = _conv1d() if self.transposed else nn.Linear
         self.multiplies = type(module).forward is inherited.forward  # a subclass may compute something else
+        super().__init__(module, name)
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """nn.Linear, its subclasses that keep a plain weight, and Conv1D."""
-        return isinstance(module, (nn.Linear, _conv1d()))
+        """Also Conv1D."""
+        return isinstance(module, (*cls.modules, _conv1d()))
+
+    def check(self) -> None:
+        """Refuse a layer that is never called, too."""
+        super().check()
+        if isinstance(self.module, NonDynamicallyQuantizableLinear):
+            raise ValueError(
+                f"The target module {self.name!r} is the output projection of torch's nn.MultiheadAttention, which "
+                "reads its weight and never calls it, so an adapter would do nothing. Exclude it with exclude_modules."
+            )

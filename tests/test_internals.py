@@ -393,6 +393,7 @@ def test_accelerate_brings_an_offloaded_weight() -> None:
     assert not offloading.is_managed(module)
     accelerate.cpu_offload(module, execution_device=torch.device("cpu"))
     assert offloading.is_managed(module)
+    assert offloading.is_offloaded(module)
     assert module.weight.is_meta
     with offloading.brought(module):
         assert torch.equal(module.weight, expected)
@@ -411,6 +412,7 @@ def test_diffusers_hook_is_seen() -> None:
     module = nn.Linear(2, 2)
     hooks.HookRegistry.check_if_exists_or_initialize(module)
     assert offloading.is_managed(module)
+    assert not offloading.is_offloaded(module)
 
 
 def test_accelerate_sets_the_switches_of_loading_by_one_process() -> None:

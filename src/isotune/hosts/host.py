@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.internals.deepspeed_state import is_partitioned
-from isotune.internals.offloading import brought, is_managed
+from isotune.internals.offloading import brought, is_offloaded
 from isotune.internals.torch_state import is_hooked
 from isotune.parallel.sharding import gathered, is_whole, shape_of
 from isotune.parallel.tensor_parallel import mesh_of, split_like
@@ -151,7 +151,7 @@ class Host:
                 f"Adapters on {self.name!r} put another weight into it at each call, and DeepSpeed ZeRO-3 gathers the "
                 "original alone. Leave it out of target_modules or target_parameters, or use ZeRO-2 or FSDP2."
             )
-        if self.weight.is_meta and base_layer is module and is_managed(module):
+        if base_layer is module and is_offloaded(module):
             # What accelerate has put around it would bring the base's weight a second time.
             forward = partial(type(module).forward, module)
         # Another thread would find the weight of this one in the module.

@@ -47,8 +47,7 @@ class Share:
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
         tensor = DTensor.from_local(whole, self.mesh, [Replicate()], run_check=False)
-        part: Tensor = tensor.redistribute(placements=[Shard(whole.ndim - 1)]).to_local()
-        return part
+        return tensor.redistribute(placements=[Shard(whole.ndim - 1)]).to_local()
 
     def joined(self, part: Tensor) -> Tensor:
         """The whole, from the parts of all processes; in backward each takes the gradient of its own."""
@@ -58,8 +57,7 @@ class Share:
         stride = torch.empty(shape, device="meta").stride()
         placement = [Shard(part.ndim - 1)]
         tensor = DTensor.from_local(part, self.mesh, placement, run_check=False, shape=shape, stride=stride)
-        whole: Tensor = tensor.redistribute(placements=[Replicate()]).to_local()
-        return whole
+        return tensor.redistribute(placements=[Replicate()]).to_local()
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,10 @@ class Backend(Protocol):
         """Quantise W (out, in) as the layer was, into `peft_layer.base_layer`, which may be replaced."""
 
 
+def _cannot_write(peft_layer: Any, matrix: Tensor) -> None:
+    """Stands where `supports_merge` is False."""
+
+
 @dataclass(frozen=True)
 class Functions:
     """A back end for a library that PEFT has none for or cannot read."""
@@ -40,7 +44,7 @@ class Functions:
     backend_name: str
     get_base_weight: Callable[[Any], Tensor]
     supports_merge: bool = False
-    set_base_weight: Callable[[Any, Tensor], None] = lambda *_: None
+    set_base_weight: Callable[[Any, Tensor], None] = _cannot_write
 
 
 def functions_for(module: nn.Module, name: str = "") -> Functions | None:

@@ -299,7 +299,6 @@ def test_hooks_are_seen_and_removed(kind: str) -> None:
     assert torch_state.is_bare(module)
     getattr(module, f"register_{kind}")(nothing)
     assert not torch_state.is_bare(module)
-    assert torch_state.is_hooked(module) == (kind == "forward_pre_hook")
     if "backward" not in kind:
         torch_state.remove_hooks(module, nothing)
         assert torch_state.is_bare(module)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isotune.internals.deepspeed_state import is_partitioned
 from isotune.internals.offloading import brought, is_offloaded
-from isotune.internals.torch_state import is_hooked
+from isotune.internals.torch_state import is_bare
 from isotune.parallel.sharding import gathered, is_whole, shape_of
 from isotune.parallel.tensor_parallel import mesh_of, split_like
 
@@ -146,7 +146,7 @@ class Host:
         """
         module = self.module
         forward: Callable[..., Any] = base_layer
-        if is_partitioned(self.weight) and is_hooked(module):
+        if is_partitioned(self.weight) and not is_bare(module):
             raise ValueError(
                 f"Adapters on {self.name!r} put another weight into it at each call, and DeepSpeed ZeRO-3 gathers the "
                 "original alone. Leave it out of target_modules or target_parameters, or use ZeRO-2 or FSDP2."

@@ -34,11 +34,6 @@ def is_bare(module: torch.nn.Module) -> bool:
     return not any(hooks) and "forward" not in module.__dict__
 
 
-def is_hooked(module: torch.nn.Module) -> bool:
-    """Say whether something runs before the forward of a module; no public method lists hooks."""
-    return bool(module._forward_pre_hooks)
-
-
 def remove_hooks(module: torch.nn.Module, *hooks: Any) -> None:
     """Take functions off the hooks of a module: a copy of it has the functions, and other handles than the original."""
     for table in (module._forward_pre_hooks, module._forward_hooks, module._load_state_dict_post_hooks):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from isotune.hosts import keep_readable
+from isotune.internals.quantised_state import keep_readable
 
 
 @dataclass(frozen=True)

@@ -212,13 +212,13 @@ def test_active_and_disabled_adapters() -> None:
     layer = next(module for module in model.modules() if isinstance(module, Layer))
     wrapper = next(module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
     for own in (layer, wrapper):
-        active = peft_state.active_of(own)
-        assert ([active] if isinstance(active, str) else active) == list(own.active_adapters)
+        active = own.active_adapter
+        assert ([active] if isinstance(active, str) else active) == list(own.active_adapters) == ["default"]
     peft_state.set_active_of(wrapper, [])
     assert list(wrapper.active_adapters) == []
-    assert peft_state.is_disabled(layer) is layer.disable_adapters is False
+    assert layer.disable_adapters is False
     with model.disable_adapter():
-        assert peft_state.is_disabled(layer) is layer.disable_adapters is True
+        assert layer.disable_adapters is True
 
 
 def test_the_enumeration_has_the_methods() -> None:
@@ -299,7 +299,6 @@ def test_hooks_are_seen_and_removed(kind: str) -> None:
     assert torch_state.is_bare(module)
     getattr(module, f"register_{kind}")(nothing)
     assert not torch_state.is_bare(module)
-    assert torch_state.is_hooked(module) == (kind == "forward_pre_hook")
     if "backward" not in kind:
         torch_state.remove_hooks(module, nothing)
         assert torch_state.is_bare(module)
@@ -321,12 +320,6 @@ def test_a_replaced_forward_is_seen() -> None:
     assert not torch_state.is_bare(module)
 
 
-def test_own_parameters() -> None:
-    module = nn.Sequential(nn.Linear(2, 2, bias=False))
-    assert torch_state.own_parameters(module) == {}
-    assert list(torch_state.own_parameters(module[0])) == ["weight"]
-
-
 def test_a_compiled_module_holds_the_one_inside() -> None:
     module = nn.Linear(2, 2)
     assert torch_state.uncompiled(torch.compile(module)) is module  # type: ignore[arg-type]
@@ -335,8 +328,8 @@ def test_a_compiled_module_holds_the_one_inside() -> None:
 
 def test_storages_are_told_from_each_other() -> None:
     one, other = torch.zeros(2, device="meta"), torch.zeros(2, device="meta")
-    assert torch_state.storage_of(one) == torch_state.storage_of(one.view(2, 1))
-    assert torch_state.storage_of(one) != torch_state.storage_of(other)
+    assert one.untyped_storage() is one.view(2, 1).untyped_storage()
+    assert one.untyped_storage() is not other.untyped_storage()
 
 
 def test_the_store_of_the_default_group(tmp_path: Path) -> None:
@@ -352,8 +345,8 @@ def test_the_store_of_the_default_group(tmp_path: Path) -> None:
 
 
 def test_experts_are_computed_by_the_operation_that_is_counted() -> None:
-    assert isinstance(torch_state.GROUPED_PRODUCT, torch._ops.OpOverloadPacket)
     if hasattr(nn.functional, "grouped_mm"):
+        assert isinstance(torch_state.GROUPED_PRODUCT, torch._ops.OpOverloadPacket)
         assert "torch._grouped_mm" in inspect.getsource(nn.functional.grouped_mm)
 
 
@@ -399,6 +392,7 @@ def test_accelerate_brings_an_offloaded_weight() -> None:
     assert not offloading.is_managed(module)
     accelerate.cpu_offload(module, execution_device=torch.device("cpu"))
     assert offloading.is_managed(module)
+    assert offloading.is_offloaded(module)
     assert module.weight.is_meta
     with offloading.brought(module):
         assert torch.equal(module.weight, expected)
@@ -417,6 +411,7 @@ def test_diffusers_hook_is_seen() -> None:
     module = nn.Linear(2, 2)
     hooks.HookRegistry.check_if_exists_or_initialize(module)
     assert offloading.is_managed(module)
+    assert not offloading.is_offloaded(module)
 
 
 def test_accelerate_sets_the_switches_of_loading_by_one_process() -> None:
@@ -444,8 +439,8 @@ def test_transformers_says_how_attention_is_computed() -> None:
 
 
 def test_transformers_marks_a_quantised_model_by_these_names() -> None:
-    text = source_of("transformers.quantizers.base") + source_of("transformers.modeling_utils")
-    assert [name for name in ("hf_quantizer", "quantization_method", "is_quantized") if name not in text] == []
+    assert "hf_quantizer" in source_of("transformers.modeling_utils")
+    assert "def remove_quantization_config(self, model)" in source_of("transformers.quantizers.base")
 
 
 @pytest.mark.parametrize("name", ["_save_checkpoint", "_get_train_sampler"])
@@ -459,7 +454,7 @@ def test_the_trainer_has_the_method_that_is_overridden(name: str) -> None:
 def test_deepspeed_writes_these_names() -> None:
     text = source_of("deepspeed.runtime.zero.partition_parameters")
     text += source_of("deepspeed.runtime.zero.parameter_offload") + source_of("deepspeed.utils.mixed_precision_linkage")
-    names = ("ds_id", "ds_shape", "ds_status", "AVAILABLE", "_external_params", "_hp_mapping")
+    names = ("ds_id", "ds_shape", "ds_status", "AVAILABLE", "register_external_parameter", "_hp_mapping")
     assert [name for name in names if name not in text] == []
 
 

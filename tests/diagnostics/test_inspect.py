@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
-from helpers import layers_of, randomize
+from helpers import DROPOUT, LORA, Chain, as_trained, layers_of, randomize
 from isotune import (
     BOFTConfig,
     GOFTConfig,
@@ -142,6 +142,18 @@ def test_command_prints_json_and_draws(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "adapter")])
     assert done.exit_code == 0
     assert "energy" in done.stdout
+
+
+@pytest.mark.parametrize("method", [name for name in DROPOUT if name != LORA])
+def test_dropout_of_an_operator_changes_no_number(method: str, tmp_path: Path) -> None:
+    """Whatever mode the base is in, and the layers that the file is read into are new ones."""
+    as_trained(method, **DROPOUT[method]).save_pretrained(tmp_path)
+    dropping = [inspect(tmp_path, base).layers for base in (None, None, Chain().train(), Chain().train())]
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **dict.fromkeys(DROPOUT[method], 0.0)}))
+    assert dropping[0] == dropping[1] == inspect(tmp_path).layers
+    assert dropping[2] == dropping[3] == inspect(tmp_path, Chain().eval()).layers
+    assert all(layer.update_norm for layer in dropping[2])
 
 
 def test_refusals(tmp_path: Path) -> None:

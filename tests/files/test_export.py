@@ -29,7 +29,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from helpers import layers_of, randomize, relative_error
+from helpers import DROPOUT, LORA, as_trained, layers_of, randomize, relative_error, tiny_llama
 from isotune import BOFTConfig, GOFTConfig, OFTConfig, PeftModel, PsoftConfig, QGOFTConfig, cli, get_peft_model
 from isotune.errors import IsotuneWarning
 from isotune.files.export_lora import export_lora
@@ -297,6 +297,27 @@ def test_all_ranks_of_a_rotation_compute_the_same(method: str, tmp_path: Path) -
     export_lora(model, tmp_path / "lora", rank=1000)
     plain = peft.PeftModel.from_pretrained(rotated(method).unload(), tmp_path / "lora")
     assert relative_error(output(plain), output(model)) < 1e-5
+
+
+@pytest.mark.parametrize("method", [name for name in DROPOUT if name != LORA])
+def test_an_adapter_in_train_mode_is_exported_without_dropout(method: str, tmp_path: Path) -> None:
+    """A trainer leaves a model so, and the layers that a folder is read into are new ones."""
+    base = tiny_llama(layers=1, hidden_size=48, intermediate_size=96)
+    model = as_trained(method, copy.deepcopy(base), "q_proj", "down_proj", **DROPOUT[method])
+    expected = changes(model)
+    model.save_pretrained(tmp_path / "adapter")
+    model.train()
+    assert not torch.equal(model(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    for kind, source in (("model", model), ("folder", tmp_path / "adapter")):
+        export_lora(source, tmp_path / f"lora of {kind}", base=copy.deepcopy(base), rank=1000)
+        export_merged(source, tmp_path / f"merged {kind}", base=copy.deepcopy(base))
+        found = of_folder(tmp_path / f"lora of {kind}")
+        merged = load_file(tmp_path / f"merged {kind}" / "model.safetensors")
+        assert set(found) == set(expected)
+        for name, change in expected.items():
+            assert relative_error(found[name], change) < 1e-5
+            assert relative_error(merged[f"{name}.weight"] - base.get_submodule(name).weight, change) < 1e-5
+    assert model.training
 
 
 def test_a_rotation_of_conv1d(tmp_path: Path) -> None:

@@ -17,9 +17,12 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from torch import Tensor, nn
 
 from helpers import (
+    EVERY_METHOD,
     ONE_OF_EACH_FORM,
     OPTIONS_FOR_12,
     OneLayer,
+    as_trained,
+    assert_equal_with_gradients,
     assert_gradients_are_right,
     assert_unchanged,
     layers_of,
@@ -63,6 +66,8 @@ CASES = {
     "2d depthwise": Case(lambda: nn.Conv2d(6, 12, (3, 4), groups=6, bias=False), (6, 5, 6)),
     "3d": Case(lambda: nn.Conv3d(2, 5, (3, 2, 2), padding=(0, 1, 1)), (2, 4, 3, 3)),
     "3d 1x1x1": Case(lambda: nn.Conv3d(12, 5, 1, stride=(1, 2, 1)), (12, 2, 3, 2)),
+    "3d reflect": Case(lambda: nn.Conv3d(2, 5, (3, 1, 2), padding=(1, 0, 1), padding_mode="reflect"), (2, 3, 2, 3)),
+    "3d stride": Case(lambda: nn.Conv3d(3, 6, (2, 1, 2), stride=(2, 1, 3), dilation=(1, 2, 1)), (3, 5, 2, 6)),
     "3d groups circular": Case(
         lambda: nn.Conv3d(4, 6, (3, 2, 1), groups=2, padding=(1, 1, 0), padding_mode="circular", bias=False),
         (4, 4, 3, 2),
@@ -305,6 +310,17 @@ def test_gradcheck(method: str, build_layer: Callable[[], nn.Module]) -> None:
 
     values = [p.detach().clone().requires_grad_() for p in parameters.values()]
     assert_gradients_are_right(function, x, *values)
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("case", ["1d stride reflect", "2d reflect", "2d replicate", "3d reflect", "3d stride"])
+def test_gradients_equal_those_of_the_convolution_with_the_merged_kernel(method: str, case: str) -> None:
+    """What is padded by its own values has them in several places, and a stride leaves some values out."""
+    model = as_trained(method, OneLayer(CASES[case].build().double()), "layer").double()
+    layer, x = only(model), batch_for(case, torch.float64).requires_grad_()
+    expected = convolved(layer, x, merged_matrix(layer))
+    assert relative_error(layer.get_base_layer()(x), expected) > 1e-2
+    assert_equal_with_gradients(model(x), expected, [x, *trainable(model).values()])
 
 
 def test_a_trained_bias_gets_its_gradient(method: str) -> None:

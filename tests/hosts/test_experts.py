@@ -173,6 +173,19 @@ def test_output_and_gradients_are_those_of_folded_weights(family: str, method: s
             torch.testing.assert_close(parameter.grad, leaves[key][name].grad, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_experts_that_accelerate_offloads(method: str, grad: bool) -> None:
+    """Two layers on the parameters of one module, which are not here between its calls."""
+    model = adapted("mixtral", method)
+    expected, flags = logits(model).detach(), [p.requires_grad for p in model.parameters()]
+    pytest.importorskip("accelerate").cpu_offload(model.get_base_model(), torch.device("cpu"))
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            torch.testing.assert_close(logits(model).detach(), expected)
+            assert [p.requires_grad for p in model.parameters()] == flags
+            assert all(layer.host.weight.is_meta for layer in layers_of(model))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 def test_every_implementation_of_the_experts_is_the_same_function(family: str, implementation: str) -> None:
     results = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import warnings
 import weakref
 from typing import Any
@@ -13,16 +14,20 @@ import torch
 from torch import nn
 
 from helpers import (
+    HOSTS_OF_12,
     Stack,
     adapt,
     adapted_stack,
+    as_trained,
     counted,
     layers_of,
     one_by_one,
+    only,
     psoft,
     randomize,
     reference_update,
     relative_error,
+    seeded_host,
     trainable,
 )
 from isotune import get_peft_model
@@ -223,3 +228,36 @@ def test_several_threads_at_once(x: torch.Tensor) -> None:
     with ThreadPoolExecutor(4) as pool:
         for found, right in zip(pool.map(answer, inputs), expected, strict=True):
             torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize("host", HOSTS_OF_12)
+def test_two_threads_in_one_layer(host: str) -> None:
+    """The second comes while the first is in the base layer, and would go on there when the first has left."""
+    model, x = as_trained("oft", seeded_host(host), "layer"), HOSTS_OF_12[host][1]()
+    with torch.no_grad():
+        expected, results = model(x), []
+    entered, joined, left = threading.Event(), threading.Event(), threading.Event()
+
+    def meet(*_: Any) -> None:
+        if threading.current_thread() is first:
+            entered.set()
+            joined.wait(0.1)  # in vain, where no two can be inside
+        else:
+            joined.set()
+            left.wait(10)
+
+    def call() -> None:
+        with torch.no_grad():
+            results.append(model(x))
+        left.set()
+
+    only(model).get_base_layer().register_forward_pre_hook(meet)
+    first, second = threading.Thread(target=call), threading.Thread(target=call)
+    first.start()
+    entered.wait(10)
+    second.start()
+    first.join()
+    second.join()
+    assert len(results) == 2
+    for found in results:
+        torch.testing.assert_close(found, expected)

@@ -13,17 +13,24 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 import isotune
 from helpers import (
+    EVERY_METHOD,
     FAMILIES,
+    HOSTS_OF_12,
     Stack,
     adapt,
+    as_trained,
     assert_unchanged,
+    configured,
     layers_of,
+    only,
     psoft,
     randomize,
     relative_error,
+    seeded_host,
     snapshot,
     some_tokens,
     tiny_bert,
@@ -304,6 +311,106 @@ def test_a_refused_second_adapter_leaves_the_first_alone(
     assert list(model.peft_config) == ["default"]
     assert torch.equal(model.get_base_model().second(x), expected)
     model.add_adapter("other", psoft(target_modules=["second"]))  # the name is still free
+
+
+class TwoPlaces(nn.Module):
+    """One module in two places, beside another."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.first = layer
+        self.block = nn.ModuleDict({"second": layer, "other": nn.Linear(12, 12)})
+
+
+SAME_OBJECT = r"'(first|block\.second)' is the same object as '(first|block\.second)'.*exclude_modules"
+
+
+@pytest.mark.parametrize("host", HOSTS_OF_12)
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_one_module_in_two_places_is_refused(method: str, host: str) -> None:
+    """PEFT would adapt it in one place, and merging would change both."""
+    model = TwoPlaces(HOSTS_OF_12[host][0]())
+    before = snapshot(model)
+    for targets in (["first"], ["first", "second"], r".*(first|second)"):
+        with pytest.raises(ValueError, match=SAME_OBJECT):
+            get_peft_model(model, configured(method, targets))
+        assert_unchanged(model, before)
+        assert model.first is model.block["second"]
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_a_second_adapter_on_a_module_in_two_places_is_refused(method: str) -> None:
+    model = as_trained(method, TwoPlaces(nn.Linear(12, 20)), "other")
+    before, places = snapshot(model), model.get_base_model()
+    with pytest.raises(ValueError, match=SAME_OBJECT):
+        model.add_adapter("second", configured(method, ["first", "other"]))
+    assert_unchanged(model, before)
+    assert places.first is places.block["second"]
+    assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_a_block_in_two_places_is_adapted_in_both(method: str) -> None:
+    """Its parent has one place for the adapted module, as in models that repeat a block."""
+    block = nn.Sequential(nn.Linear(12, 12))
+    model, x = as_trained(method, nn.Sequential(block, nn.Tanh(), block), "0.0"), torch.randn(3, 12)
+    layer, expected = only(model), model(x)
+    torch.testing.assert_close(expected, layer(torch.tanh(layer(x))))
+    assert not torch.equal(layer(x), layer.get_base_layer()(x))
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-5, atol=1e-5)
+
+
+COMPUTED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight_norm of hooks": torch.nn.utils.weight_norm,
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.covered
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("norm", COMPUTED)
+@pytest.mark.parametrize("host", HOSTS_OF_12)
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_a_weight_that_is_computed_from_others_is_refused(method: str, host: str, norm: str) -> None:
+    """What merging would write into it the next forward would compute again."""
+    model, x = seeded_host(host), HOSTS_OF_12[host][1]()
+    COMPUTED[norm](model.layer)
+    expected, before = model.eval()(x), snapshot(model)
+    with pytest.raises(ValueError, match=r"'layer'.*is no parameter.*remove_parametrizations.*exclude_modules"):
+        get_peft_model(model, configured(method, ["layer"]))
+    assert_unchanged(model, before)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.covered
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("norm", COMPUTED)
+@pytest.mark.parametrize("host", HOSTS_OF_12)
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_a_weight_that_is_computed_later_is_not_merged_into(method: str, host: str, norm: str) -> None:
+    """A parametrisation of the base layer of a model that has been adapted."""
+    model, x = as_trained(method, seeded_host(host), "layer"), HOSTS_OF_12[host][1]()
+    COMPUTED[norm](only(model).get_base_layer())
+    expected, before = model.eval()(x), snapshot(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"is no parameter.*remove_parametrizations"):
+            merge()
+        assert_unchanged(model, before)
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("host", HOSTS_OF_12)
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_a_weight_whose_parametrisation_was_removed_is_taken(method: str, host: str) -> None:
+    """As the message of the refusal says."""
+    base, x = seeded_host(host), HOSTS_OF_12[host][1]()
+    parametrizations.weight_norm(base.layer)
+    parametrize.remove_parametrizations(base.layer, "weight")
+    model = as_trained(method, base, "layer")
+    expected = model(x)
+    assert relative_error(only(model).get_base_layer()(x), expected) > 1e-3
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_refusal_with_modules_to_save_leaves_no_wrapper() -> None:

@@ -23,26 +23,27 @@ def orthogonality_error(matrix: Tensor) -> float:
     """Largest absolute entry of RᵀR − I.
 
     Args:
-        matrix: R, (n, n).
+        matrix: R, (n, n), or the blocks on its diagonal, (blocks, b, b).
 
     Returns:
         A number without a unit; about 1e-6 is what single precision leaves of an exactly orthogonal matrix.
     """
     wide = _wide(matrix)
-    return float((wide.T @ wide - torch.eye(wide.shape[1], dtype=wide.dtype, device=wide.device)).abs().max())
+    return float((wide.mT @ wide - torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)).abs().max())
 
 
 def rotation_angles(matrix: Tensor) -> Tensor:
     """Angles by which an orthogonal matrix turns its invariant planes, largest first.
 
     Args:
-        matrix: R, (n, n), orthogonal, or nearly so as with a truncated Neumann series.
+        matrix: R, (n, n), orthogonal, or nearly so as with a truncated Neumann series; or the blocks on its diagonal,
+            (blocks, b, b).
 
     Returns:
         (n,), float64, radians in [0, π]: the arguments of the eigenvalues, so that each plane appears twice.
     """
     eigenvalues: Tensor = torch.linalg.eigvals(_wide(matrix))
-    return eigenvalues.angle().abs().sort(descending=True).values
+    return eigenvalues.angle().abs().flatten().sort(descending=True).values
 
 
 def angle_change(before: Tensor, after: Tensor, *, max_rows: int = MAX_ROWS) -> Change:

@@ -146,31 +146,25 @@ def _measure(file: AdapterFile, module: str, layer: Layer | None) -> LayerReport
     )
     if layer is None:
         return report
+    weight = layer.unmerged_matrix().float()
     before, after = turned_weights(layer, ADAPTER)
     moved = geometry.angle_change(before, after)
+    values: Tensor | None
     if rotates:
         change = after - before
+        norm = float(torch.linalg.vector_norm(change))
         values = torch.linalg.svdvals(change) if min(change.shape) <= MAX_DENSE else None
-        return _with_update(report, before, torch.linalg.vector_norm(change), values, moved)
-    weight = layer.unmerged_matrix().float()
-    up, down = layer.low_rank(ADAPTER)
-    values = geometry.factored_singular_values(up, down)
-    return dataclasses.replace(
-        _with_update(report, weight, torch.linalg.vector_norm(values), values, moved),
-        base_residual=getattr(getattr(layer.adapter(ADAPTER), "placement", None), "residual", None),
-        energy=geometry.energy_captured(weight, basis_of(down)),
-    )
-
-
-def _with_update(
-    report: LayerReport, weight: Tensor, norm: Tensor, values: Tensor | None, moved: geometry.Change
-) -> LayerReport:
-    """The report with the update's size, its ranks where its singular values are known, and the angles it moves."""
-    size = float(norm)
+    else:
+        up, down = layer.low_rank(ADAPTER)
+        values = geometry.factored_singular_values(up, down)
+        norm = float(torch.linalg.vector_norm(values))
+        placement, energy = layer.subspace(ADAPTER).placement, geometry.energy_captured(weight, basis_of(down))
+        assert placement is not None
+        report = dataclasses.replace(report, base_residual=placement.residual, energy=energy)
     return dataclasses.replace(
         report,
-        update_norm=size,
-        relative_norm=size / max(float(torch.linalg.vector_norm(weight)), torch.finfo(torch.float32).tiny),
+        update_norm=norm,
+        relative_norm=norm / max(float(torch.linalg.vector_norm(weight)), torch.finfo(torch.float32).tiny),
         stable_rank=None if values is None else geometry.stable_rank(values),
         entropy_rank=None if values is None else geometry.entropy_rank(values),
         angle_moved_largest=math.degrees(moved.largest),

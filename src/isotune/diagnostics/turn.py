@@ -34,35 +34,27 @@ def turn(operator: Adapter, *, max_dense: int = MAX_DENSE) -> Turn:
         operator: of a subspace or of all inputs.
         max_dense: above this n a chain of factors that must be multiplied out to find its angles gets none.
     """
-    if isinstance(operator, RotationAdapter):
-        return _turn_of_chain(operator, max_dense)
-    rotation, generator = operator.matrix(), getattr(operator, "generator", None)
-    if generator is not None:
-        (difference,) = operator.evaluate({"generator": generator})
-        rotation = difference + torch.eye(operator.size, dtype=difference.dtype, device=difference.device)
-    angles = geometry.rotation_angles(rotation) if operator.orthogonal else None
-    return Turn(geometry.orthogonality_error(rotation), angles)
+    if not isinstance(operator, RotationAdapter):
+        matrix, generator = operator.matrix(), getattr(operator, "generator", None)
+        if generator is not None:
+            (difference,) = operator.evaluate({"generator": generator})
+            matrix = _plus_identity(difference)
+        known = operator.orthogonal
+    else:
+        kinds, tensors = [type(factor) for factor in operator.chain], operator.chain_tensors()
+        if kinds == [LowRank]:
+            # I + L R has the eigenvalues of I + R L, and 1 otherwise.
+            angles = geometry.rotation_angles(_plus_identity((tensors[1] @ tensors[0]).double()))
+            angles = nn.functional.pad(angles, (0, max(0, operator.size - len(angles))))
+            return Turn(geometry.orthogonality_error(operator.matrix()), angles)
+        blocks = kinds == [BlockDiagonal]
+        matrix = _plus_identity(tensors[0].double()) if blocks else operator.matrix()
+        known = blocks or operator.size <= max_dense
+    return Turn(geometry.orthogonality_error(matrix), geometry.rotation_angles(matrix) if known else None)
 
 
-def _turn_of_chain(operator: RotationAdapter, max_dense: int) -> Turn:
-    kinds, tensors = [type(factor) for factor in operator.chain], operator.chain_tensors()
-    if kinds == [BlockDiagonal]:
-        blocks = tensors[0].double()
-        blocks = blocks + torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-        angles = torch.linalg.eigvals(blocks).angle().abs().flatten()
-        return Turn(max(map(geometry.orthogonality_error, blocks)), angles.sort(descending=True).values)
-    if kinds == [LowRank]:
-        # I + L R has the eigenvalues of I + R L, and 1 otherwise.
-        small = (tensors[1] @ tensors[0]).double()
-        eye = torch.eye(len(small), dtype=small.dtype, device=small.device)
-        angles = torch.linalg.eigvals(small + eye).angle().abs().sort(descending=True).values
-        angles = nn.functional.pad(angles, (0, max(0, operator.size - len(angles))))
-        return Turn(geometry.orthogonality_error(operator.matrix()), angles)
-    matrix = operator.matrix()
-    return Turn(
-        geometry.orthogonality_error(matrix),
-        geometry.rotation_angles(matrix) if operator.size <= max_dense else None,
-    )
+def _plus_identity(difference: Tensor) -> Tensor:
+    return difference + torch.eye(difference.shape[-1], dtype=difference.dtype, device=difference.device)
 
 
 @torch.no_grad()

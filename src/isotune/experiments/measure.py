@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import isotune.adapter.evaluation
-from isotune.internals.torch_state import storage_of
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -28,7 +27,7 @@ class Kept:
 
     def __init__(self, model: nn.Module) -> None:
         # By identity, as storages without numbers have no address.
-        self._owned = {storage_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._owned = {id(tensor.untyped_storage()) for tensor in (*model.parameters(), *model.buffers())}
         self._seen: dict[int, Tensor] = {}
         self.nbytes = 0
         self.largest = 0
@@ -43,7 +42,7 @@ class Kept:
         self._hooks.__exit__(*error)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        key = storage_of(tensor)
+        key = id(tensor.untyped_storage())
         if key not in self._owned and key not in self._seen:
             # Alive, or a storage that is freed would give its identity to another, which were then not counted.
             self._seen[key] = tensor

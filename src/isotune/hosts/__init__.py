@@ -9,8 +9,7 @@ from isotune.hosts.embedding import EmbeddingHost
 from isotune.hosts.experts import ExpertsHost
 from isotune.hosts.host import Host, Kept, widen
 from isotune.hosts.linear import LinearHost
-from isotune.hosts.quantised import Backend, QuantisedHost, functions_for, read_by_forward
-from isotune.internals.quantised_state import keep_readable
+from isotune.hosts.quantised import Backend, Functions, QuantisedHost, functions_for, product_with_identity
 from isotune.parallel.tensor_parallel import refuse_other_splits
 
 __all__ = [
@@ -18,14 +17,14 @@ __all__ = [
     "ConvHost",
     "EmbeddingHost",
     "ExpertsHost",
+    "Functions",
     "Host",
     "Kept",
     "LinearHost",
     "QuantisedHost",
     "functions_for",
     "host_for",
-    "keep_readable",
-    "read_by_forward",
+    "product_with_identity",
     "widen",
 ]
 

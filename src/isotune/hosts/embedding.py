@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from isotune.hosts.host import Fold, WeightHost, widen
+from isotune.hosts.host import Fold, Host, widen
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -38,31 +38,25 @@ class _Rows(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class EmbeddingHost(WeightHost):
+class EmbeddingHost(Host):
     """y = the rows of W that x names; W is (num_embeddings, embedding_dim), so adapters change the vectors.
 
     The adapters see only the rows that are looked up. padding_idx and scale_grad_by_freq mean for their gradients what
     they mean for the embedding's own: padding has none, and that of a token is divided by its number in the batch.
-
-    Raises:
-        ValueError: max_norm is set, with which every look-up rewrites the weight.
     """
 
     kinds = ("torch.nn.Embedding",)
+    modules = (nn.Embedding,)
     folds = True
 
-    def __init__(self, module: nn.Module, name: str = "") -> None:
-        super().__init__(module, name)
-        if getattr(module, "max_norm", None) is not None:
+    def check(self) -> None:
+        """Refuse max_norm, too."""
+        super().check()
+        if getattr(self.module, "max_norm", None) is not None:
             raise ValueError(
-                f"The embedding {name!r} has max_norm={module.max_norm}, so it rewrites its frozen weight whenever it "
-                "is used. Set max_norm to None, or exclude the module with exclude_modules."
+                f"The embedding {self.name!r} has max_norm={self.module.max_norm}, so it rewrites its frozen weight "
+                "whenever it is used. Set max_norm to None, or exclude the module with exclude_modules."
             )
-
-    @classmethod
-    def accepts(cls, module: nn.Module) -> bool:
-        """nn.Embedding and its subclasses."""
-        return isinstance(module, nn.Embedding)
 
     def call_folded(self, base_layer: nn.Module, fold: Fold, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The folded rows, rounded once to the dtype of the weight."""
@@ -90,7 +84,7 @@ class EmbeddingHost(WeightHost):
             return None
         factor = torch.ones(tokens.shape, dtype=dtype, device=tokens.device)
         if by_frequency:
-            counts = torch.zeros(self.out_features, dtype=dtype, device=tokens.device).index_add_(0, tokens, factor)
+            counts = torch.zeros(len(self.weight), dtype=dtype, device=tokens.device).index_add_(0, tokens, factor)
             factor = factor / counts.index_select(0, tokens)
         if padding is not None:
             factor = factor * (tokens != padding)

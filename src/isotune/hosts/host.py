@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from isotune.internals.torch_state import is_hooked, own_parameters
-from isotune.parallel.sharding import gathered, is_partitioned, is_whole, shape_of
+from isotune.internals.deepspeed_state import is_partitioned
+from isotune.internals.offloading import brought, is_offloaded
+from isotune.internals.torch_state import is_bare
+from isotune.parallel.sharding import gathered, is_whole, shape_of
 from isotune.parallel.tensor_parallel import mesh_of, split_like
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Fold = Callable[..., Tensor]
-"""fold(matrix, rows, at) -> matrix with the active adapters in it, in its own dtype; the others as in Form.fold."""
+"""fold(matrix, rows, at) -> matrix with the active adapters in it, in its own dtype; the others as in Adapter.fold."""
 
 
 class Kept(NamedTuple):
@@ -30,208 +32,166 @@ class Kept(NamedTuple):
     """A copy of the layer that holds what else belongs to the weight, where there is more."""
 
 
-class Host(ABC):
-    """A frozen layer seen as a matrix W of shape (out, in)."""
+class Host:
+    """A frozen layer seen as a matrix W of shape (out, in), whose elements are those of one parameter.
+
+    Args:
+        module: the layer.
+        name: its name in the model, for messages.
+
+    Raises:
+        ValueError: adapters cannot act on its weight.
+    """
 
     kinds: ClassVar[tuple[str, ...]]
+    modules: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """Classes whose instances this is the host of without being asked for by a parameter's name or a back end."""
     quantised: ClassVar[bool] = False
     """Whether W is packed: `matrix` makes it anew at each call, and `set_matrix` rounds it."""
+    folds: ClassVar[bool] = False
+    """Whether adapters act on W (or rows of it) at each call, since W does not multiply the input as it is."""
     multiplies = False
     """Whether the module is x Wᵀ + b by its parameters weight and bias and nothing more, so that this may be computed
     in its place."""
-    folds: ClassVar[bool] = False
-    """Whether adapters act on W (or rows of it) at each call, since W does not multiply the input as it is."""
+    parameter = "weight"
+    """The name of the parameter."""
+    transposed = False
+    """Whether the parameter is Wᵀ."""
 
     def __init__(self, module: nn.Module, name: str = "") -> None:
         self.module = module
         self.name = name
+        self._in_use = threading.RLock()
+        self.check()
+        self.out_features, self.in_features = self.shape()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_in_use": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _in_use=threading.RLock())
 
     @classmethod
-    @abstractmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Whether this class is the host of such a module."""
-
-    @property
-    @abstractmethod
-    def weight(self) -> Tensor:
-        """The parameter that holds W, in the module's own layout."""
-
-    @abstractmethod
-    def matrix(self) -> Tensor:
-        """W as (out, in), in its own dtype, without a graph; a view of the parameter unless `quantised`."""
-
-    def seen(self, weight: Tensor) -> Tensor:
-        """A weight in the module's own layout as W, of a host that is not `quantised`."""
-        raise NotImplementedError(f"The weight of {type(self).__name__} is packed.")
-
-    @abstractmethod
-    def stored(self, matrix: Tensor) -> Tensor:
-        """A matrix (out, in) in the layout of the module's own weight."""
-
-    @abstractmethod
-    def set_matrix(self, matrix: Tensor) -> None:
-        """Put `matrix` (out, in) in the place of W, as a new parameter: whoever shares the old one keeps it."""
-
-    def check_merge(self) -> None:  # noqa: B027
-        """Raise a ValueError if `set_matrix` is not possible."""
-
-    @abstractmethod
-    def keep(self) -> Kept:
-        """What `restore` needs to undo a `set_matrix` to come."""
-
-    @abstractmethod
-    def restore(self, kept: Kept) -> None:
-        """Put back what `keep` has returned, the same bits, on the device and in the dtype that the layer has now."""
-
-    def call_folded(self, base_layer: nn.Module, fold: Fold, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output with `fold` applied to W, for a host that `folds`.
-
-        Args:
-            base_layer: what stands in the model for the host: the module itself, or another tuner's layer around it.
-            fold: of type `Fold`.
-            x, args, kwargs: of the layer's forward.
-        """
-        raise NotImplementedError(f"{type(self).__name__} multiplies its input by W, so nothing has to be folded.")
-
-    @property
-    @abstractmethod
-    def in_features(self) -> int:
-        """Columns of W."""
-
-    @property
-    @abstractmethod
-    def out_features(self) -> int:
-        """Rows of W."""
-
-
-class WeightHost(Host):
-    """A layer whose parameter named weight holds W, with the same elements in the same order.
-
-    Raises:
-        ValueError: the weight is not floating-point, or has another number of dimensions than `dimensions`.
-    """
-
-    parameter = "weight"
-    """Its name in the module."""
+        """Whether it is an instance of `modules`."""
+        return isinstance(module, cls.modules)
 
     @property
     def dimensions(self) -> int:
-        """How many the weight has."""
+        """How many the parameter has."""
         return 2
 
-    def __init__(self, module: nn.Module, name: str = "") -> None:
-        super().__init__(module, name)
-        if self.parameter not in own_parameters(module):
+    def check(self) -> None:
+        """Refuse a layer that adapters cannot act on, as the class says."""
+        module, name = self.module, self.name or type(self.module).__name__
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        if self.parameter not in dict(module.named_parameters(recurse=False, remove_duplicate=False)):
             raise ValueError(
-                f"The weight of {name or type(module).__name__!r}, a {type(module).__module__}."
-                f"{type(module).__qualname__}, is no parameter: it is computed from others, as weight_norm and "
+                f"The weight of {name!r}, a {kind}, is no parameter: it is computed from others, as weight_norm and "
                 "parametrizations do, so no adapter can be merged into it. Remove the parametrisation first "
                 "(torch.nn.utils.parametrize.remove_parametrizations), or exclude the module with exclude_modules."
             )
         weight, shape = self.weight, shape_of(self.weight)
-        if _is_packed(weight):
+        # A library's own class, as torchao's, names the dtype that its numbers were packed from.
+        if hasattr(weight, "__tensor_flatten__") and not type(weight).__module__.startswith("torch."):
             raise ValueError(
-                f"The weight of {name or type(module).__name__!r} is a {type(weight).__module__}."
-                f"{type(weight).__qualname__}, which only linear layers can have. Load the base model without "
-                "quantising it, or choose others in target_modules and target_parameters."
+                f"The weight of {name!r} is a {type(weight).__module__}.{type(weight).__qualname__}, which only linear "
+                "layers can have. Load the base model without quantising it, or choose others in target_modules and "
+                "target_parameters."
             )
         if len(shape) != self.dimensions or weight.dtype not in _DTYPES:
             raise ValueError(
-                f"The weight of {name or type(module).__name__!r}, a {type(module).__module__}."
-                f"{type(module).__qualname__}, has shape {tuple(shape)} and dtype {weight.dtype}; "
+                f"The weight of {name!r}, a {kind}, has shape {tuple(shape)} and dtype {weight.dtype}; "
                 f"{self.dimensions} dimensions and floating-point numbers of 16 bits or more are needed. A layer "
                 "packed or quantised by this library cannot be adapted: load the base model unquantised or quantised "
                 "by another (see the guide on quantised bases), or exclude the layer with exclude_modules."
             )
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The parameter named weight."""
-        weight: nn.Parameter = getattr(self.module, self.parameter)
+    def weight(self) -> Tensor:
+        """The tensor that holds W, in the module's own layout."""
+        weight: Tensor = getattr(self.module, self.parameter)
         return weight
 
-    def refuse_gathered_at_calls(self) -> None:
-        """Refuse `call_with` where DeepSpeed ZeRO-3 gathers the weight of the host at its calls.
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of W, which need not be here as a whole."""
+        *_, rows, columns = self.seen(torch.empty(shape_of(self.weight), device="meta")).shape
+        return rows, columns
+
+    def matrix(self) -> Tensor:
+        """W in its own dtype, without a graph: a view of the parameter unless it is gathered or `quantised`.
+
+        Where it is spread over processes, every one that has a part must ask.
+        """
+        return self.seen(gathered(self.weight).detach())
+
+    def seen(self, weight: Tensor) -> Tensor:
+        """A weight in the module's own layout as W."""
+        return weight.mT if self.transposed else weight
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) in the module's own layout."""
+        return matrix.mT if self.transposed else matrix
+
+    def call_folded(self, base_layer: nn.Module, fold: Fold, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output with adapters in its weight, for a host that `folds`.
+
+        Args:
+            base_layer: what stands in the model for the host: the module itself, or another tuner's layer around it.
+            fold: puts the adapters in.
+            x, args, kwargs: of the layer's forward.
 
         Raises:
-            ValueError: it does.
+            ValueError: DeepSpeed ZeRO-3 gathers the weight at the calls of the module.
         """
-        weight = own_parameters(self.module).get(self.parameter)
-        if weight is not None and is_partitioned(weight) and is_hooked(self.module):
+        module = self.module
+        forward: Callable[..., Any] = base_layer
+        if is_partitioned(self.weight) and not is_bare(module):
             raise ValueError(
                 f"Adapters on {self.name!r} put another weight into it at each call, and DeepSpeed ZeRO-3 gathers the "
                 "original alone. Leave it out of target_modules or target_parameters, or use ZeRO-2 or FSDP2."
             )
-
-    def call_with(self, base_layer: nn.Module, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of what stands in the model for the host, with another weight in the place of its own.
-
-        Args:
-            base_layer: the host's module, or another tuner's layer around it.
-            weight: in the layout of the module; its gradient flows back.
-            args, kwargs: of the layer's forward.
-        """
-        # Where FSDP1 and replicas of DataParallel keep it, and what a forward finds first; torch.jit.trace allows no
-        # functional_call.
-        if self.parameter in vars(self.module) or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            with attributes_of(self.module, {self.parameter: weight}):
-                return base_layer(*args, **kwargs)  # type: ignore[no-any-return]
-        name = next(name for name, module in base_layer.named_modules() if module is self.module)
-        own = f"{name}.{self.parameter}" if name else self.parameter
-        result: Tensor = functional_call(base_layer, {own: weight}, args, kwargs)
+        if base_layer is module and is_offloaded(module):
+            # What accelerate has put around it would bring the base's weight a second time.
+            forward = partial(type(module).forward, module)
+        # Another thread would find the weight of this one in the module.
+        with nullcontext() if torch.compiler.is_compiling() else self._in_use, brought(module):
+            weight = self.folded(fold, (*args, *kwargs.values()))
+            with _attribute_of(module, self.parameter, weight):
+                result: Tensor = forward(x, *args, **kwargs)
         return result
 
+    def folded(self, fold: Fold, arguments: tuple[Any, ...]) -> Tensor:
+        """The weight with `fold` applied to W for a call with these arguments, rounded once to its own dtype."""
+        return self.stored(fold(widen(self.seen(self.weight)))).to(self.weight.dtype)
+
     def check_merge(self) -> None:
-        """Refuse a weight of which this process holds a part only, but for the parts of tensor parallelism.
+        """Refuse what `set_matrix` cannot do.
 
         Raises:
-            ValueError: it does.
+            ValueError: this process holds a part of the weight only, not counting the parts of tensor parallelism; or
+                the weight has been parametrised since.
         """
+        self.check()
         if not is_whole(self.weight) and mesh_of(self.module) is None:
             raise ValueError(
                 f"The weight of {self.name!r} is spread over several processes, and nothing can be merged into a part "
                 "of it; nothing was merged. Save the adapter, and merge it into the base model loaded in one process."
             )
 
-    @property
-    def in_features(self) -> int:
-        """Columns of W."""
-        return self._matrix_shape()[-1]
-
-    @property
-    def out_features(self) -> int:
-        """Rows of W."""
-        return self._matrix_shape()[-2]
-
-    def _matrix_shape(self) -> torch.Size:
-        # Also of a weight that is not here as a whole.
-        return self.seen(torch.empty(shape_of(self.weight), device="meta")).shape
-
-    def matrix(self) -> Tensor:
-        """W; where it is spread over processes, every one that has a part must ask."""
-        return self.seen(gathered(self.weight).detach())
-
-    def seen(self, weight: Tensor) -> Tensor:
-        """The weight as W: all dimensions but the first as one."""
-        return weight.flatten(1)
-
-    def stored(self, matrix: Tensor) -> Tensor:
-        """W in the shape of the weight."""
-        return matrix.reshape(shape_of(self.weight))
-
     def set_matrix(self, matrix: Tensor) -> None:
-        """Replace the weight parameter by a new one, split over processes as it was."""
+        """Put `matrix` (out, in) in the place of W, as a new parameter: whoever shares the old one keeps it."""
         before = self.weight
         weight = self.stored(matrix).contiguous().to(before.device, before.dtype)
         weight = weight if mesh_of(self.module) is None else split_like(weight, before)
         setattr(self.module, self.parameter, nn.Parameter(weight, requires_grad=before.requires_grad))
 
     def keep(self) -> Kept:
-        """The parameter."""
+        """What `restore` needs to undo a `set_matrix` to come."""
         return Kept(self.weight)
 
     def restore(self, kept: Kept) -> None:
-        """The very parameter object, so ties to other modules are ties again."""
+        """Put back the very parameter object, so ties are ties again, on the layer's device and in its dtype."""
         original, current = kept.weight, self.weight
         assert isinstance(original, nn.Parameter)
         if original.device != current.device or original.dtype != current.dtype:  # moved or cast meanwhile
@@ -244,22 +204,16 @@ class WeightHost(Host):
 
 
 @contextmanager
-def attributes_of(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
-    """A block in which a module's own attributes have other values; its forward finds them before its parameters."""
+def _attribute_of(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
+    """A block in which a module's attribute has a value, which its forward finds before the parameter of that name."""
     held = vars(module)
-    before = {name: held[name] for name in values if name in held}
-    held.update(values)
+    before = {name: held[name]} if name in held else {}  # FSDP1 and replicas of DataParallel keep the weight here
+    held[name] = value
     try:
         yield
     finally:
-        for name in values:
-            del held[name]
+        del held[name]
         held.update(before)
-
-
-def _is_packed(weight: Tensor) -> bool:
-    """Whether it is of a library's own class, as torchao's, which name the dtype that they were packed from."""
-    return hasattr(weight, "__tensor_flatten__") and not type(weight).__module__.startswith("torch.")
 
 
 def widen(tensor: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from isotune.hosts.host import WeightHost
+from isotune.hosts.host import Host
 
 
 def _conv1d() -> Any:
@@ -16,35 +16,28 @@ def _conv1d() -> Any:
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
 
 
-class LinearHost(WeightHost):
-    """y = x Wᵀ + b; the weight is stored as W (nn.Linear) or as Wᵀ (Conv1D).
-
-    Raises:
-        ValueError: the weight is not a floating-point matrix.
-    """
+class LinearHost(Host):
+    """y = x Wᵀ + b; the weight is stored as W (nn.Linear) or as Wᵀ (Conv1D)."""
 
     kinds = ("torch.nn.Linear", "transformers.pytorch_utils.Conv1D")
+    modules = (nn.Linear,)
 
     def __init__(self, module: nn.Module, name: str = "") -> None:
-        super().__init__(module, name)
-        if isinstance(module, NonDynamicallyQuantizableLinear):
-            raise ValueError(
-                f"The target module {name!r} is the output projection of torch's nn.MultiheadAttention, which reads "
-                "its weight and never calls it, so an adapter would do nothing. Exclude it with exclude_modules."
-            )
         self.transposed = not isinstance(module, nn.Linear)
         inherited: Any = _conv1d() if self.transposed else nn.Linear
         self.multiplies = type(module).forward is inherited.forward  # a subclass may compute something else
+        super().__init__(module, name)
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """nn.Linear, its subclasses that keep a plain weight, and Conv1D."""
-        return isinstance(module, (nn.Linear, _conv1d()))
+        """Also Conv1D."""
+        return isinstance(module, (*cls.modules, _conv1d()))
 
-    def seen(self, weight: Tensor) -> Tensor:
-        """The weight as (out, in)."""
-        return weight.T if self.transposed else weight
-
-    def stored(self, matrix: Tensor) -> Tensor:
-        """W, or Wᵀ for Conv1D."""
-        return matrix.T if self.transposed else matrix
+    def check(self) -> None:
+        """Refuse a layer that is never called, too."""
+        super().check()
+        if isinstance(self.module, NonDynamicallyQuantizableLinear):
+            raise ValueError(
+                f"The target module {self.name!r} is the output projection of torch's nn.MultiheadAttention, which "
+                "reads its weight and never calls it, so an adapter would do nothing. Exclude it with exclude_modules."
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -25,34 +26,25 @@ class Backend(Protocol):
     def supports_merge(self) -> bool:
         """Whether `set_base_weight` works."""
 
-    def get_base_weight(self, base_layer: nn.Module) -> Tensor:
+    def get_base_weight(self, base_layer: nn.Module, /) -> Tensor:
         """W as (out, in), dequantised."""
 
-    def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
+    def set_base_weight(self, peft_layer: Any, weight_data: Tensor, /) -> None:
         """Quantise W (out, in) as the layer was, into `peft_layer.base_layer`, which may be replaced."""
+
+
+def _cannot_write(peft_layer: Any, matrix: Tensor) -> None:
+    """Stands where `supports_merge` is False."""
 
 
 @dataclass(frozen=True)
 class Functions:
-    """A back end made of functions, for a library that PEFT has none for or cannot read."""
+    """A back end for a library that PEFT has none for or cannot read."""
 
     backend_name: str
-    read: Callable[[Any], Tensor]
-    write: Callable[[Any, Tensor], None] | None = None
-
-    @property
-    def supports_merge(self) -> bool:
-        """Whether there is a function to write with."""
-        return self.write is not None
-
-    def get_base_weight(self, base_layer: nn.Module) -> Tensor:
-        """W as (out, in), dequantised."""
-        return self.read(base_layer)
-
-    def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
-        """Quantise W (out, in) as the layer was."""
-        assert self.write is not None
-        self.write(peft_layer.get_base_layer(), weight_data)
+    get_base_weight: Callable[[Any], Tensor]
+    supports_merge: bool = False
+    set_base_weight: Callable[[Any, Tensor], None] = _cannot_write
 
 
 def functions_for(module: nn.Module, name: str = "") -> Functions | None:
@@ -78,28 +70,22 @@ def functions_for(module: nn.Module, name: str = "") -> Functions | None:
         raise ValueError(
             f"{name!r} is quantised by optimum-quanto and not frozen yet: call optimum.quanto.freeze(model) first."
         )
-    return Functions("optimum-quanto", lambda layer: layer.weight.dequantize(), _write_quanto)
+    return Functions("optimum-quanto", lambda layer: layer.weight.dequantize(), True, _write_quanto)
 
 
-def _write_quanto(layer: Any, matrix: Tensor) -> None:
+def _write_quanto(peft_layer: Any, matrix: Tensor) -> None:
+    layer = peft_layer.get_base_layer()
     layer.weight = nn.Parameter(matrix, requires_grad=False)
     layer.freeze()
     layer.weight.requires_grad_(False)
 
 
-def read_by_forward(backend_name: str) -> Functions:
-    """The back end of a library whose kernels only multiply: W is what they make of the rows of an identity matrix.
-
-    That is exact whatever the kernel and its layout: each number is a weight plus zeros. It cannot be written back.
-
-    Args:
-        backend_name: of the library, for messages.
-    """
-    return Functions(backend_name, _product_with_identity)
-
-
 @torch.no_grad()
-def _product_with_identity(layer: Any, rows: int = 256) -> Tensor:
+def product_with_identity(layer: Any, rows: int = 256) -> Tensor:
+    """W of a library whose kernels only multiply: what they make of the rows of an identity matrix, some at a time.
+
+    That is exact whatever the kernel and its layout: each number is a weight plus zeros.
+    """
     numbers: Tensor = layer.scales
     bias, layer.bias = layer.bias, None
     try:
@@ -115,16 +101,7 @@ def _product_with_identity(layer: Any, rows: int = 256) -> Tensor:
 
 
 class QuantisedHost(Host):
-    """A linear layer with packed weights: W is what they dequantise to, and only the layer's own forward uses them.
-
-    Args:
-        module: the layer.
-        name: its name in the model, for messages.
-        backend: of the library that quantised it.
-
-    Raises:
-        ValueError: the library's weights cannot be read.
-    """
+    """A linear layer with packed weights: W is what they dequantise to, and only the layer's own forward uses them."""
 
     kinds = ("linear layers quantised by bitsandbytes", "torchao", "optimum-quanto", "hqq", "gptqmodel")
     quantised = True
@@ -134,25 +111,17 @@ class QuantisedHost(Host):
         self.backend = backend
         keep_readable(module)
 
-    @classmethod
-    def accepts(cls, module: nn.Module) -> bool:
-        """Always False: `host_for` chooses this host when a back end is given."""
-        return False
+    def check(self) -> None:
+        """Nothing: `matrix` refuses what cannot be read."""
 
     @property
     def weight(self) -> Tensor:
         """The packed numbers."""
         return packed(self.module)
 
-    @property
-    def in_features(self) -> int:
-        """Columns of W."""
-        return int(self.module.in_features)  # type: ignore[arg-type]
-
-    @property
-    def out_features(self) -> int:
-        """Rows of W."""
-        return int(self.module.out_features)  # type: ignore[arg-type]
+    def shape(self) -> tuple[int, int]:
+        """As the layer says, whose weight is packed."""
+        return int(self.module.out_features), int(self.module.in_features)  # type: ignore[arg-type]
 
     def matrix(self) -> Tensor:
         """W as (out, in), dequantised anew at each call.
@@ -176,16 +145,8 @@ class QuantisedHost(Host):
             )
         return matrix
 
-    def stored(self, matrix: Tensor) -> Tensor:
-        """W as it is: a change of it has no packed layout."""
-        return matrix
-
     def check_merge(self) -> None:
-        """Refuse a library that cannot write back.
-
-        Raises:
-            ValueError: it cannot.
-        """
+        """Refuse a library that cannot write back."""
         if not self.backend.supports_merge:
             raise ValueError(
                 f"{self.name!r} is quantised by {self.backend.backend_name}, into which a changed weight cannot be "
@@ -197,7 +158,8 @@ class QuantisedHost(Host):
     def set_matrix(self, matrix: Tensor) -> None:
         """Quantise `matrix` as the layer was, in new tensors."""
         bias = getattr(self.module, "bias", None)
-        holder = _Holder(copy_to_write(self.module))
+        copied = copy_to_write(self.module)
+        holder = SimpleNamespace(base_layer=copied, get_base_layer=lambda: copied)  # as of PEFT's layers
         self.backend.set_base_weight(holder, matrix)
         exchange_weight(self.module, holder.base_layer)
         if bias is not None:
@@ -214,13 +176,3 @@ class QuantisedHost(Host):
         if packed(kept.module).device != device:
             kept.module.to(device)
         exchange_weight(self.module, kept.module)
-
-
-class _Holder:
-    """What a back end takes for the tuner layer around a base layer."""
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        self.base_layer = base_layer
-
-    def get_base_layer(self) -> nn.Module:
-        return self.base_layer

@@ -14,9 +14,7 @@ _WITHIN_PEFT = "base_model.model."
 def ignore_buffers(model: nn.Module, names: Sequence[str]) -> None:
     """Have DistributedDataParallel leave these buffers of a model alone, in place of those that were named before.
 
-    It would send all buffers from the first process to the others at every step. Those of an adapter are the same
-    everywhere from the start and never change. What is set here is what DistributedDataParallel's private
-    `_set_params_and_buffers_to_ignore_for_model` sets.
+    It would send all buffers from the first process to the others at every step; those of an adapter never change.
 
     Args:
         model: which is wrapped itself, or as the base model of a PeftModel.

@@ -22,8 +22,7 @@ def is_gathered(parameter: Any) -> bool:
 
 def full_shape(parameter: Any) -> torch.Size:
     """The shape of a partitioned parameter with all its elements; its own is that of nothing."""
-    shape: torch.Size = parameter.ds_shape
-    return shape
+    return torch.Size(parameter.ds_shape)
 
 
 def gathering(parameters: Iterable[Tensor]) -> Any:
@@ -34,15 +33,12 @@ def gathering(parameters: Iterable[Tensor]) -> Any:
 def gather_with(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Have ZeRO-3 gather parameters of other modules too when it gathers those of `module`, forward and backward.
 
-    What is registered already is not registered again, which only DeepSpeed's own dictionary on the module tells.
-
     Args:
         module: whose forward reads them.
-        parameters: those that are not partitioned are left out.
+        parameters: those that are not partitioned are left out; what is registered already stays so.
     """
-    known = module.__dict__.get("_external_params", {})
     for parameter in parameters:
-        if is_partitioned(parameter) and id(parameter) not in known:
+        if is_partitioned(parameter):
             _zero().register_external_parameter(module, parameter)
 
 

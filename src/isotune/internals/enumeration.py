@@ -1,8 +1,4 @@
-"""A further member for an enumeration that is already complete: the one place that rests on how `enum` is made.
-
-PEFT's `register_peft_method` takes only names of its enumeration `PeftType`, which offers no way to add one, and what
-PEFT does with an adapter afterwards reads that member: its name, its value, its equality with the plain string.
-"""
+"""A further member for PEFT's enumeration `PeftType`, which is complete when `register_peft_method` asks for one."""
 
 from __future__ import annotations
 
@@ -15,17 +11,8 @@ Member = TypeVar("Member", bound=enum.Enum)
 def add_member(enumeration: type[Member], name: str) -> Member:
     """Add a member whose value is its own name to an enumeration of strings; one that is there is returned as it is.
 
-    Used are, beside the documented `_name_` and `_value_` of a member, the three tables that every Python from 3.10 to
-    3.14 keeps on the class: `_member_map_` for E[name] and `__members__`, `_member_names_` for iteration, and
-    `_value2member_map_` for E(name), thus for unpickling and copying. E.NAME is an ordinary attribute of the class: up
-    to Python 3.11 it was also found through `_member_map_`, from 3.12 on it no longer is.
-
-    Args:
-        enumeration: a class that derives from `str` and `enum.Enum`.
-        name: an upper-case identifier, the new member's name and value.
-
-    Returns:
-        The member, equal to the string `name` and with its hash.
+    Every Python from 3.10 to 3.14 keeps three tables on the class: `_member_map_` for E[name], `_member_names_` for
+    iteration, and `_value2member_map_` for E(name), thus for unpickling and copying. E.NAME is an ordinary attribute.
 
     Raises:
         TypeError: the members of `enumeration` are no strings.

@@ -9,15 +9,15 @@ from typing import Any
 from torch import nn
 
 
-def is_managed(module: nn.Module) -> bool:
-    """Say whether accelerate or diffusers brings, casts or removes what a module holds around its forward.
-
-    Both leave their hook on the module under a private name; there is no public question.
-    """
+def is_offloaded(module: nn.Module) -> bool:
+    """Say whether accelerate keeps what a module holds elsewhere between its calls."""
     hook: Any = module.__dict__.get("_hf_hook")
-    return "_diffusers_hook" in module.__dict__ or any(
-        getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))
-    )
+    return any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Say whether accelerate or diffusers brings, casts or removes what a module holds around its forward."""
+    return "_diffusers_hook" in module.__dict__ or is_offloaded(module)
 
 
 @contextmanager

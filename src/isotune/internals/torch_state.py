@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-import sys
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _M = TypeVar("_M", bound=torch.nn.Module)
 
 
 def backward_pass() -> int | None:
-    """Identify the backward pass that is running in this thread, or return None outside of one.
-
-    torch's own checkpointing tells by the same number whether a part of the model runs again; there is no public way.
-    """
+    """Identify the backward pass that is running in this thread, as torch's own checkpointing does; else None."""
     number = torch._C._current_graph_task_id()
     return None if number == -1 else number
 
@@ -28,9 +25,7 @@ def version_of(tensor: Tensor) -> int:
 
 def is_symbolic(tensor: Tensor) -> bool:
     """Say whether a tensor has no values to compute with, as on the meta device or under FakeTensorMode."""
-    # It stays unimported: such a tensor can exist only if somebody else has imported it.
-    module = sys.modules.get("torch._subclasses.fake_tensor")
-    return tensor.is_meta or (module is not None and isinstance(tensor, module.FakeTensor))
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def is_bare(module: torch.nn.Module) -> bool:
@@ -39,21 +34,8 @@ def is_bare(module: torch.nn.Module) -> bool:
     return not any(hooks) and "forward" not in module.__dict__
 
 
-def own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The parameters of a module itself by name, those that are None left out."""
-    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
-
-
-def is_hooked(module: torch.nn.Module) -> bool:
-    """Say whether something runs before the forward of a module; no public method lists hooks."""
-    return bool(module._forward_pre_hooks)
-
-
 def remove_hooks(module: torch.nn.Module, *hooks: Any) -> None:
-    """Take functions off the hooks of a module: before and after its forward, and after a load of its state.
-
-    The handles that `register_…` returns do not survive a copy of the module; the functions do.
-    """
+    """Take functions off the hooks of a module: a copy of it has the functions, and other handles than the original."""
     for table in (module._forward_pre_hooks, module._forward_hooks, module._load_state_dict_post_hooks):
         for key in [key for key, hook in table.items() if hook in hooks]:
             del table[key]
@@ -66,18 +48,13 @@ def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
     return inner
 
 
-def storage_of(tensor: Tensor) -> int:
-    """Tell the storage of a tensor from all others that are alive, also where it has no numbers and so no address."""
-    return int(tensor.untyped_storage()._cdata)
-
-
 def common_store() -> Any:
     """The key-value store by which the processes of the default group found each other; public ones are made anew."""
     return torch.distributed.distributed_c10d._get_default_store()
 
 
-GROUPED_PRODUCT = torch.ops.aten._grouped_mm
-"""The operation that the experts of a mixture are computed with; `torch.nn.functional.grouped_mm` calls it."""
+GROUPED_PRODUCT: Any = getattr(torch.ops.aten, "_grouped_mm", None)
+"""The operation that the experts of a mixture are computed with; None in torch 2.6, which does not have it."""
 
 
 def without_parameters(module: _M) -> _M:

@@ -19,18 +19,8 @@ def attention_of(config: Any) -> str | None:
 
 
 def forget_quantisation(model: Any) -> Any:
-    """Let a model loaded from a GGUF file be what it is: its weights are full ones, yet it is marked as quantised.
-
-    Trainer would refuse to train it.
-
-    Args:
-        model: loaded from a GGUF file; changed in place and returned.
-    """
-    for name in ("hf_quantizer", "quantization_method"):
-        if name in vars(model):
-            delattr(model, name)
-    if getattr(model, "is_quantized", False):
-        model.is_quantized = False
-    if "quantization_config" in vars(model.config):
-        del model.config.quantization_config
+    """Take the mark of quantisation off a model loaded from GGUF as full weights, which Trainer would not train."""
+    quantiser = getattr(model, "hf_quantizer", None)  # transformers 5.6 marks no such model
+    if quantiser is not None:
+        quantiser.remove_quantization_config(model)
     return model

@@ -21,7 +21,11 @@ def in_group() -> bool:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether the tensor is spread over processes (there may be one only), by FSDP2 or by ZeRO-3."""
-    return is_partitioned(tensor) or (in_group() and isinstance(tensor, _distributed_tensor()))
+    if is_partitioned(tensor) or not in_group():
+        return is_partitioned(tensor)
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def is_wrapped_by_fsdp(model: nn.Module) -> bool:
@@ -44,14 +48,7 @@ def shape_of(tensor: Tensor) -> torch.Size:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The tensor with all its elements, gathered where it is sharded or partitioned.
-
-    Args:
-        tensor: of which every process that has a part must ask at the same time.
-
-    Returns:
-        All elements; of a tensor that ZeRO-3 has partitioned, without a graph.
-    """
+    """The tensor with all its elements, for which every process that has a part must ask; without a graph in ZeRO-3."""
     if is_whole(tensor):
         return tensor
     if is_partitioned(tensor):
@@ -67,9 +64,3 @@ def whole(parameters: Iterable[Tensor]) -> Iterator[None]:
     absent = [parameter for parameter in parameters if is_partitioned(parameter) and not is_whole(parameter)]
     with gathering(absent) if absent else nullcontext():
         yield
-
-
-def _distributed_tensor() -> type[Tensor]:
-    from torch.distributed.tensor import DTensor
-
-    return DTensor

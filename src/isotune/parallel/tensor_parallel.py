@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from isotune.internals.torch_state import own_parameters
 from isotune.internals.transformers_state import is_tensor_parallel
 from isotune.parallel.sharding import gathered, is_sharded
 
@@ -23,14 +22,12 @@ class Share:
     """What one process has of the inputs or outputs of a layer, when their last dimension is split over a mesh.
 
     Whatever all processes hold whole, they hold alike: `of` and `joined` give gradients that are whole too.
-
-    Args:
-        mesh: of the processes, with one dimension.
-        size: of the whole dimension.
     """
 
     mesh: DeviceMesh
+    """Of the processes, with one dimension."""
     size: int
+    """Of the whole dimension."""
 
     @property
     def span(self) -> slice:
@@ -50,8 +47,7 @@ class Share:
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
         tensor = DTensor.from_local(whole, self.mesh, [Replicate()], run_check=False)
-        part: Tensor = tensor.redistribute(placements=[Shard(whole.ndim - 1)]).to_local()
-        return part
+        return tensor.redistribute(placements=[Shard(whole.ndim - 1)]).to_local()
 
     def joined(self, part: Tensor) -> Tensor:
         """The whole, from the parts of all processes; in backward each takes the gradient of its own."""
@@ -61,18 +57,12 @@ class Share:
         stride = torch.empty(shape, device="meta").stride()
         placement = [Shard(part.ndim - 1)]
         tensor = DTensor.from_local(part, self.mesh, placement, run_check=False, shape=shape, stride=stride)
-        whole: Tensor = tensor.redistribute(placements=[Replicate()]).to_local()
-        return whole
+        return tensor.redistribute(placements=[Replicate()]).to_local()
 
 
 @dataclass(frozen=True)
 class Division:
-    """How tensor parallelism has split the inputs and outputs of a layer.
-
-    Args:
-        mesh: of the processes.
-        in_features, out_features: of the whole layer.
-    """
+    """How tensor parallelism has split a layer of so many inputs and outputs in all."""
 
     mesh: DeviceMesh
     in_features: int
@@ -109,23 +99,20 @@ def refuse_other_splits(module: nn.Module, name: str, *, packed: bool = False) -
         module: the frozen layer.
         name: its name in the model, for the message.
         packed: whether it is more than one plain matrix: quantised, or experts.
-
-    Raises:
-        ValueError: it is split, and not simply by rows or by columns.
     """
     if not is_tensor_parallel(module):
         return
     from torch.distributed.tensor import Shard
 
-    mesh, weight = mesh_of(module), own_parameters(module).get("weight")
+    mesh, weight = mesh_of(module), getattr(module, "weight", None)
     found = "its weight is whole, and what it gives or takes is not"
     if packed or not isinstance(module, (nn.Linear, nn.Embedding)):
         found = f"it is {'quantised or holds experts' if packed else 'no nn.Linear or nn.Embedding'}"
     elif mesh is not None and weight is not None and is_sharded(weight):
-        (placement, *others) = weight.placements  # type: ignore[attr-defined]
+        (placement, *others) = weight.placements
         if not others and type(placement) is Shard and weight.shape[placement.dim] >= mesh.size():
             return
-        found = f"its weight of shape {tuple(weight.shape)} lies as {weight.placements} on {mesh.size()} processes"  # type: ignore[attr-defined]
+        found = f"its weight of shape {tuple(weight.shape)} lies as {weight.placements} on {mesh.size()} processes"
     raise ValueError(
         f"The target module {name!r}, a {type(module).__module__}.{type(module).__qualname__}, is split by tensor "
         f"parallelism in a way that adapters do not follow: {found}. They follow nn.Linear and nn.Embedding, not "
@@ -137,17 +124,10 @@ def refuse_other_splits(module: nn.Module, name: str, *, packed: bool = False) -
 @torch.no_grad()
 def split_like(whole: Tensor, other: Tensor) -> Tensor:
     """This process's part of a tensor, as the tensor-parallel parameter `other` of the same shape is split."""
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Replicate
 
-    mesh, (placement,) = other.device_mesh, other.placements  # type: ignore[attr-defined]
-    span = Share(mesh, whole.shape[placement.dim]).span
-    part = whole.narrow(placement.dim, span.start, span.stop - span.start).clone(
-        memory_format=torch.contiguous_format  # a view would keep the whole tensor alive
-    )
-    found: Tensor = DTensor.from_local(
-        part, mesh, [placement], run_check=False, shape=other.shape, stride=other.stride()
-    )
-    return found
+    tensor = DTensor.from_local(whole, other.device_mesh, [Replicate()], run_check=False)  # type: ignore[attr-defined]
+    return tensor.redistribute(placements=other.placements)  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

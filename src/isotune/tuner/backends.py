@@ -9,7 +9,7 @@ from peft.utils import resolve_quantization_backend
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 
-from isotune.hosts import Backend, LinearHost, QuantisedHost, functions_for, read_by_forward
+from isotune.hosts import Backend, Functions, LinearHost, QuantisedHost, functions_for, product_with_identity
 from isotune.tuner.layer import Layer, Linear
 
 
@@ -42,7 +42,7 @@ def _backend_of(module: nn.Module, key: str, get_apply_tensor_subclass: Any = No
     )
     if isinstance(backend, ForwardOnlyQuantizationBackend):
         if backend.backend_name in ("gptq", "awq"):
-            return read_by_forward(f"gptqmodel ({backend.backend_name})")
+            return Functions(f"gptqmodel ({backend.backend_name})", product_with_identity)
         raise ValueError(
             f"The target module {key!r} is quantised by {backend.backend_name}, whose weights cannot be dequantised, "
             f"so it cannot be adapted. Supported: {', '.join(QuantisedHost.kinds)}. Quantise the base with one of "

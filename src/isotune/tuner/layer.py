@@ -18,7 +18,6 @@ from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
 from isotune.algebra.recording import is_exported
 from isotune.hosts import Backend, host_for, widen
 from isotune.internals.offloading import is_managed
-from isotune.internals.peft_state import active_of, is_disabled
 from isotune.internals.torch_state import is_bare
 from isotune.methods.config import IsotuneConfig
 from isotune.parallel.sharding import is_partitioned
@@ -210,11 +209,11 @@ class Layer(MergingLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The host's output with the active adapters."""
-        if is_disabled(self) and self.merged_adapters:
+        if self.disable_adapters and self.merged_adapters:
             self.unmerge()
         if self.owner is not None and not is_recorded():
             self.owner.see(self)
-        if self.mixed_batch is not None and not is_disabled(self):
+        if self.mixed_batch is not None and not self.disable_adapters:
             return self._mixed(x, self.mixed_batch, *args, **kwargs)
         names = self.active_here()
         if len(names) == 1 and not args and not kwargs and (linear := self._bare_linear()) is not None:
@@ -226,9 +225,9 @@ class Layer(MergingLayer):
 
     def active_here(self) -> list[str]:
         """The adapters that act now, in their order."""
-        if is_disabled(self) or self.merged_adapters:
+        if self.disable_adapters or self.merged_adapters:
             return []
-        names, own = active_of(self), self.isotune_operator
+        names, own = self.active_adapter, self.isotune_operator
         return [name for name in ([names] if isinstance(names, str) else names) if name in own]
 
     def _adapted(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:

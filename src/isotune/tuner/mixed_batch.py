@@ -10,7 +10,7 @@ from typing import Any
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from isotune.internals.peft_state import active_of, set_active_of
+from isotune.internals.peft_state import set_active_of
 
 BASE = "__base__"
 """PEFT's name for a sample without an adapter."""
@@ -102,7 +102,7 @@ def saved_modules_routed(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
         return given, {**named, "adapter_names": known}
 
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    active = [active_of(wrapper) for wrapper in wrappers]
+    active = [wrapper.active_adapter for wrapper in wrappers]
     handles = [wrapper.register_forward_pre_hook(name_adapters, with_kwargs=True) for wrapper in wrappers]
     for wrapper in wrappers:
         # A wrapper that has nothing saved for the active adapter returns before it looks at the names.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from isotune.adapter.evaluation import is_recorded
 from isotune.errors import AdapterFileError
-from isotune.hosts import keep_readable
+from isotune.internals.quantised_state import keep_readable
 from isotune.methods.config import IsotuneConfig, SubspaceConfig
 from isotune.parallel.processes import loaded_by_one
 from isotune.parallel.sharding import is_sharded

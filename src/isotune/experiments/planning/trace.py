@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from isotune.adapter import evaluation
 from isotune.experiments.measure import Kept
-from isotune.internals.torch_state import GROUPED_PRODUCT, storage_of
+from isotune.internals.torch_state import GROUPED_PRODUCT
 from isotune.internals.transformers_state import attention_of
 
 
@@ -94,7 +94,7 @@ def _blocks_watched(model: nn.Module, counter: Kept, flops: FlopCounterMode) -> 
     given: dict[int, Tensor] = {}  # what a decoder is given of the encoder is the same for all of its blocks
 
     def enter(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        inputs = {storage_of(t): t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
+        inputs = {id(t.untyped_storage()): t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
         watched.inputs.append(sum(t.untyped_storage().nbytes() for key, t in inputs.items() if key not in given))
         given.update(inputs)
         before[0] = counter.nbytes, flops.get_total_flops()

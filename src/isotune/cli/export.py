@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from isotune.cli.shared import Base, Out, Trust, one_line_errors, say
+from isotune.cli.shared import Base, Out, Trust, say
 
 if TYPE_CHECKING:
     from isotune.files.export_lora import LoraOptions
@@ -27,24 +27,23 @@ def export_adapter(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write an adapter, or all checkpoints in a folder, in a form that needs no isotune."""
-    with one_line_errors():
-        if to not in ("lora", "merged"):
-            raise ValueError(f"--to {to} is not one of lora, merged")
-        if to == "merged":
-            if rank is not None or energy is not None or uniform_rank:
-                raise ValueError("--rank, --energy and --uniform-rank are for --to lora; a merged model is exact.")
-            from isotune.files.export_merged import export_merged
+    if to not in ("lora", "merged"):
+        raise ValueError(f"--to {to} is not one of lora, merged")
+    if to == "merged":
+        if rank is not None or energy is not None or uniform_rank:
+            raise ValueError("--rank, --energy and --uniform-rank are for --to lora; a merged model is exact.")
+        from isotune.files.export_merged import export_merged
 
-            export_merged(directory, output, base=base, trust_remote_code=trust_remote_code)
-            say(f"wrote {output}")
-            return
-        from isotune.files.export_lora import LoraOptions, has_adapter
+        export_merged(directory, output, base=base, trust_remote_code=trust_remote_code)
+        say(f"wrote {output}")
+        return
+    from isotune.files.export_lora import LoraOptions, has_adapter
 
-        options = LoraOptions(rank, energy, uniform_rank)
-        if has_adapter(directory):
-            _export_one(directory, output, base, options, trust_remote_code)
-        else:
-            _export_runs(directory, output, base, options, trust_remote_code)
+    options = LoraOptions(rank, energy, uniform_rank)
+    if has_adapter(directory):
+        _export_one(directory, output, base, options, trust_remote_code)
+    else:
+        _export_runs(directory, output, base, options, trust_remote_code)
 
 
 def _export_one(directory: str, output: str, base: str | None, options: LoraOptions, trust: bool) -> None:

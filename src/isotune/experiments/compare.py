@@ -287,6 +287,3 @@ def _line(run: Run, record: Record) -> str:
     return f"{run.title}: {', '.join(found)}, {record.train_seconds or 0:.0f} s"
 
 
-def command_line(arguments: Sequence[str]) -> str:
-    """The command that repeats a comparison."""
-    return shlex.join(["isotune", *arguments])

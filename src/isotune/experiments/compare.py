@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -285,5 +284,3 @@ def _line(run: Run, record: Record) -> str:
     found = [] if chosen is None else [f"validation {chosen:.4f}"]
     found += [] if record.score is None else [f"test {record.score:.4f}"]
     return f"{run.title}: {', '.join(found)}, {record.train_seconds or 0:.0f} s"
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,7 +19,6 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from isotune.experiments import data, loop, models, processes
 from isotune.experiments.encoded import Encoded
 from isotune.experiments.recipe import Recipe
-from isotune.experiments.run import Run
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.task import Task
 from isotune.files.base_model import quiet
@@ -83,10 +82,10 @@ def _answer_loss(model: Any, inputs: Mapping[str, Any], count: Any = None) -> Te
     return mean
 
 
-class LanguageTask(Task, ABC):
+class LanguageTask(Task):
     """Questions answered in words; see `Task`. What a right answer is, a subclass says."""
 
-    peft_type: str | None = "CAUSAL_LM"
+    peft_type = "CAUSAL_LM"
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -132,9 +131,6 @@ class LanguageTask(Task, ABC):
     def build(self) -> tuple[Any, list[str]]:
         return models.load_causal(self.recipe.model, self.recipe.dtype), []
 
-    def prepare(self) -> None:
-        _ = self.encoded
-
     def tokenizer(self) -> Any | None:
         return self._tokenizer
 
@@ -147,8 +143,7 @@ class LanguageTask(Task, ABC):
     def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
         if _takes_places(model, batch):
             return _answer_loss(model, batch)
-        whole: Tensor = model(**batch).loss
-        return whole
+        return super().loss(model, batch)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -161,8 +156,7 @@ class LanguageTask(Task, ABC):
         tokenizer.padding_side = "left"
         return tokenizer
 
-    @cached_property
-    def encoded(self) -> Encoded:
+    def encode(self) -> Encoded:
         """The training set for TRL, the rest as questions that are examined one way or another."""
         from datasets import Dataset
 
@@ -180,9 +174,6 @@ class LanguageTask(Task, ABC):
             arguments=partial(SFTConfig, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, bf16=False),
             options={"processing_class": self._tokenizer},
         )
-
-    def train(self, model: Any, run: Run, head: Sequence[str]) -> loop.Outcome:
-        return loop.train(model, self.encoded, run, head)
 
     def predict(self, model: Any) -> list[Any]:
         return self._answers(model, self.splits["test"], self.recipe.score)

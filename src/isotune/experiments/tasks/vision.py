@@ -21,7 +21,7 @@ class ImageClassification(Classifier):
     The fingerprint is that of paths and labels: no image is read twice for it.
     """
 
-    peft_type: str | None = None
+    peft_type = None
 
     def load(self) -> data.Examples:
         recipe = self.recipe.data

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.experiments.files import write_json
+from isotune.experiments.text import aligned
 from isotune.files.adapter import named_base, read_config
 from isotune.files.base_model import gguf_of, quiet, resolve_base
 
@@ -103,5 +104,4 @@ def table(scores: dict[str, dict[str, Any]]) -> str:
             error = row.get(f"{name}_stderr,{how}" if how else f"{name}_stderr")
             spread = f" ± {error:.4f}" if isinstance(error, float) else ""
             lines.append((task, f"{name} ({how})" if how else name, f"{value:.4f}{spread}"))
-    widths = [max((len(line[i]) for line in lines), default=0) for i in range(2)]
-    return "\n".join(f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}" for a, b, c in lines)
+    return "\n".join(line.rstrip() for line in aligned(lines, "<<<"))

@@ -8,6 +8,7 @@ from statistics import fmean
 from isotune.experiments.architectures import adapter_parameters
 from isotune.experiments.loading import load, packaged
 from isotune.experiments.recipe import Recipe
+from isotune.experiments.text import aligned
 
 _BESIDE = ("mnli", "qqp", "all")
 """What is no task of the paper's and in no mean of its: two GLUE tasks, and all tasks of a suite after one training."""
@@ -57,17 +58,7 @@ def listing() -> str:
         count = adapter_parameters(recipe)
         shown = "" if count is None else f"{count:,}"
         lines.append((name, recipe.model, _source(recipe), recipe.metric, shown, recipe.description))
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
-    return "\n".join(
-        "  ".join(
-            [
-                *(line[i].ljust(widths[i]) for i in range(4)),
-                line[4].rjust(widths[4]),
-                line[5],
-            ]
-        ).rstrip()
-        for line in lines
-    )
+    return "\n".join(line.rstrip() for line in aligned(lines, "<<<<><"))
 
 
 def _source(recipe: Recipe) -> str:

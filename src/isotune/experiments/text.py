@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -53,6 +54,12 @@ def shown(value: Any) -> str:
     """A value in an error message: its `repr`, cut short where it is long or deep."""
     found = _BRIEF.repr(value)
     return found if len(found) <= 200 else f"{found[:199]}…"
+
+
+def aligned(lines: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Lines of cells as columns of text, each to the left or right side: "<" or ">" a column."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(line, sides, widths, strict=True)) for line in lines]
 
 
 def from_json(text: str) -> Any:

@@ -15,19 +15,8 @@ from isotune.experiments import paper
 from isotune.experiments.files import read_object
 from isotune.experiments.outcome import MethodResult, best_rate, method_result
 from isotune.experiments.recipe import LESS_IS_BETTER
-from isotune.experiments.records import (
-    Number,
-    Object,
-    Part,
-    Rate,
-    Record,
-    Text,
-    Whole,
-    parse,
-    read_record,
-    read_training,
-)
-from isotune.experiments.text import clean, printable
+from isotune.experiments.records import Number, Object, Part, Rate, Record, Text, Whole, parse, read_training, record_of
+from isotune.experiments.text import printable
 
 
 @dataclass(frozen=True)
@@ -144,7 +133,7 @@ def read(folder: Path) -> Comparison:
         ValueError: there is neither, or a file is damaged or holds what it should not; names it.
     """
     path = folder / "comparison.json"
-    head: _Head = parse(_Head, clean(read_object(path)) if path.exists() else {}, path)
+    head = parse(_Head, read_object(path) if path.exists() else {}, path)
     records = _records(folder)
     if not path.exists() and not records:
         raise ValueError(f"{folder} holds no comparison; give a folder that `isotune compare` wrote (comparison.json)")
@@ -188,7 +177,7 @@ def _records(folder: Path) -> list[Record]:
     training = folder / "result.json"
     if training.exists():
         return read_training(read_object(training), training).records
-    return [read_record(path) for path in sorted((folder / "runs").rglob("*.json"))]
+    return [record_of(read_object(path), path) for path in sorted((folder / "runs").rglob("*.json"))]
 
 
 def _variant(label: str, records: Sequence[Record], row: _Row | None, chosen_by: str) -> MethodResult:

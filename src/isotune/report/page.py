@@ -47,9 +47,14 @@ def render(comparisons: Sequence[Comparison]) -> str:
     keys = _keys(comparisons)
     names = _names(comparisons)
     parts = [_part(c, key, name, looks) for c, key, name in zip(comparisons, keys, names, strict=True)]
-    figures = {f["id"]: f.pop("spec") for part in parts for section in part["sections"] for f in section["figures"]}
+    figures = {
+        f"{part['key']}-plot-{figure.key}": {"data": figure.data, "layout": figure.layout}
+        for part in parts
+        for section in part["sections"]
+        for figure in section.figures
+    }
     page: str = environment.from_string(_file("page.html")).render(
-        title=_title(comparisons),
+        title=heading(comparisons[0]) if len(comparisons) == 1 else f"{len(comparisons)} comparisons",
         parts=parts,
         overview=_overview(comparisons, keys, names),
         palettes=PALETTES,
@@ -73,10 +78,6 @@ def _embedded(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _title(comparisons: Sequence[Comparison]) -> str:
-    return heading(comparisons[0]) if len(comparisons) == 1 else f"{len(comparisons)} comparisons"
-
-
 def _keys(comparisons: Sequence[Comparison]) -> list[str]:
     """A short name for each comparison's anchors."""
     keys: list[str] = []
@@ -94,37 +95,23 @@ def _names(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _part(comparison: Comparison, key: str, name: str, looks: Looks) -> dict[str, Any]:
-    """What the template shows of one comparison."""
+    """What the template shows of one comparison; the number of seeds stands beside the score, not in a column."""
+    heads, rows = table_of(comparison)
+    shown = [i for i, head in enumerate(heads) if head.kind not in ("score", "seeds")]
     return {
+        "comparison": comparison,
         "key": key,
         "heading": f"{name} with {comparison.model}" if comparison.model else name,
         "facts": _facts(comparison),
-        "order": "descending" if comparison.higher_is_better else "ascending",
-        "table": _table(comparison, looks),
-        "legend": [_swatch(variant, looks) for variant in comparison.scored],
-        "notes": comparison.notes,
-        "command": comparison.command,
-        "sections": [
-            {
-                "key": f"{key}-{section.key}",
-                "title": section.title,
-                "text": section.text,
-                "missing": section.missing,
-                "figures": [
-                    {
-                        "id": f"{key}-plot-{figure.key}",
-                        "title": figure.title,
-                        "caption": figure.caption,
-                        "alt": figure.alt,
-                        "height": figure.height,
-                        "width": figure.width,
-                        "spec": {"data": figure.data, "layout": figure.layout},
-                    }
-                    for figure in section.figures
-                ],
-            }
-            for section in sections(comparison, looks)
+        "heads": [heads[0], *(heads[i] for i in shown)],
+        "rows": [
+            {**_swatch(variant, looks), "cells": [_with_seeds(variant, cells[0]), *(cells[i] for i in shown)]}
+            for variant, cells in rows
         ],
+        "near": any(comparison.near_best(variant) for variant in comparison.variants),
+        "border": any(variant.rate_at_border for variant in comparison.variants),
+        "legend": [_swatch(variant, looks) for variant in comparison.scored],
+        "sections": sections(comparison, looks),
         "geometry": _geometry(comparison),
     }
 
@@ -155,32 +142,6 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("Versions", ", ".join(f"{name} {versions[name]}" for name in names if name in versions)),
     ]
     return [(name, value) for name, value in facts if value]
-
-
-def _table(comparison: Comparison, looks: Looks) -> dict[str, Any]:
-    """The table of one comparison; the number of seeds stands beside the score, not in a column of its own."""
-    heads, rows = table_of(comparison)
-    shown = [
-        {"title": "Method", "numeric": False, "paper": False},
-        *(
-            {"title": f"The paper’s ({head.title})", "numeric": True, "paper": True}
-            if head.kind == "paper"
-            else {"title": head.title, "numeric": True, "paper": False}
-            for head in heads
-            if head.kind != "seeds"
-        ),
-    ]
-    lines = []
-    for variant, cells in rows:
-        kept = [cell for head, cell in zip(heads, cells, strict=True) if head.kind != "seeds"]
-        lines.append({**_swatch(variant, looks), "cells": [_with_seeds(variant, kept[0]), *kept[1:]]})
-    return {
-        "heads": shown,
-        "rows": lines,
-        "near": any(comparison.near_best(variant) for variant in comparison.variants),
-        "paper": bool(comparison.paper),
-        "border": any(variant.rate_at_border for variant in comparison.variants),
-    }
 
 
 def _swatch(variant: MethodResult, looks: Looks) -> dict[str, Any]:

@@ -210,7 +210,7 @@ def _overview(comparisons: Sequence[Comparison], keys: Sequence[str], names: Seq
         row["cells"] += [
             Cell(f"{100 * found[name]:.1f}", found[name]) if name in found else Cell("–") for name in means
         ]
-    heads = [{"title": name, "metric": c.metric.replace("_", " "), "key": key} for c, key, name, _ in shown]
+    heads = [{"title": name, "metric": c.metric_name, "key": key} for c, key, name, _ in shown]
     heads += [{"title": name, "metric": "mean × 100", "key": ""} for name in means]
     return {"heads": heads, "rows": rows}
 

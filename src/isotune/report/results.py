@@ -47,6 +47,11 @@ class Comparison:
         return "accuracy" in self.metric
 
     @property
+    def metric_name(self) -> str:
+        """The metric in words."""
+        return self.metric.replace("_", " ")
+
+    @property
     def scored(self) -> list[MethodResult]:
         """The methods that have a result."""
         return [variant for variant in self.variants if variant.mean is not None]

@@ -17,7 +17,6 @@ from isotune.report.figures.marks import (
     hover,
     marked,
     mean,
-    metric_of,
     names,
     safe,
     scores,
@@ -72,7 +71,7 @@ def sizes(comparison: Comparison, looks: Looks) -> Section | None:
     title = "rank or block size" if any(key != "r" for key, *_ in shown) else "rank"
     layout = {
         "xaxis": axis(title, type="log", **marked(places, [f"{place:g}" for place in places], ends)),
-        "yaxis": scores(comparison, f"test {metric_of(comparison)}"),
+        "yaxis": scores(comparison, f"test {comparison.metric_name}"),
         "showlegend": len(shown) > 1,
     }
     caption = "Mean of the seeds with one standard error."
@@ -113,7 +112,7 @@ def vectors(comparison: Comparison, looks: Looks) -> Section | None:
         ]
     layout = {
         "xaxis": names([what for what, _ in members], "trained besides the rotation"),
-        "yaxis": scores(comparison, f"test {metric_of(comparison)}"),
+        "yaxis": scores(comparison, f"test {comparison.metric_name}"),
     }
     alt = "; ".join(
         f"{what}: {comparison.shown(v.mean)} {comparison.shown_error(v.standard_error)}" for what, v in members

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from isotune.experiments.outcome import MethodResult
 from isotune.report.figures.looks import Figure, Looks, Section, Spec
-from isotune.report.figures.marks import axis, hover, line, marked, metric_of, safe, scores
+from isotune.report.figures.marks import axis, hover, line, marked, safe, scores
 from isotune.report.results import Comparison
 
 
@@ -19,7 +19,7 @@ def curves(comparison: Comparison, looks: Looks) -> Section | None:
         (
             "curve-score",
             f"validation_{comparison.metric}",
-            f"Validation {metric_of(comparison)}",
+            f"Validation {comparison.metric_name}",
             scores(comparison, ""),
         ),
         ("curve-validation", "validation_loss", "Validation loss", {}),

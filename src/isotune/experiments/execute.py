@@ -18,6 +18,7 @@ from isotune.experiments.files import read_object, storing, write_json
 from isotune.experiments.recipe import Method, RecipeError
 from isotune.experiments.run import Run
 from isotune.experiments.tasks.task import Task
+from isotune.experiments.text import first_line
 
 
 def execute(run: Run, task: Task | None = None) -> dict[str, Any]:
@@ -64,6 +65,7 @@ def execute(run: Run, task: Task | None = None) -> dict[str, Any]:
 
 def _train(run: Run, task: Task) -> dict[str, Any]:
     """Train, score, measure and save; returns what the record has of it, in the main process."""
+    from safetensors.torch import load_file
     from transformers import set_seed
 
     from isotune.experiments import angles, loop, measure, methods
@@ -75,7 +77,7 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     if run.settings.start_from_head and run.method.name != "head":
         if run.start_from is None:
             raise RecipeError(f"start_from_head needs the method head to be trained before {run.method.name}")
-        _start_from(model, run.start_from)
+        model.load_state_dict(load_file(run.start_from / "adapter" / "model.safetensors"), strict=False)
     setup = time.perf_counter() - began
     tokenizer = task.tokenizer()
     forgetting = measure.Forgetting(model, tokenizer) if tokenizer is not None else None
@@ -116,12 +118,6 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     }
 
 
-def _start_from(model: Any, folder: Path) -> None:
-    from safetensors.torch import load_file
-
-    model.load_state_dict(load_file(folder / "adapter" / "model.safetensors"), strict=False)
-
-
 def _save(method: Method, model: Any, folder: Path) -> Path:
     """Save what was trained, and return the file that holds it."""
     from safetensors.torch import save_file, save_model
@@ -148,24 +144,16 @@ def attempt(run: Run) -> dict[str, Any]:
         return execute(run)
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
-        return failure(run, _one_line(error), final=isinstance(error, TrainingDiverged))
+        said = first_line(error)
+        named = isinstance(error, ValueError) or said == type(error).__name__
+        return failure(
+            run, said if named else f"{type(error).__name__}: {said}", final=isinstance(error, TrainingDiverged)
+        )
 
 
 def failure(run: Run, reason: str, *, final: bool = False) -> dict[str, Any]:
-    """The record of a run that came to nothing.
-
-    Args:
-        run: which one.
-        reason: in one line.
-        final: whether another attempt would fail alike, as when the loss is no longer a number.
-    """
+    """The record of a run that came to nothing; `final` where another attempt would fail alike."""
     return {**run.identity(), "failed": reason, "final": final}
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else ""
-    return text if text and isinstance(error, ValueError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def versions() -> dict[str, str]:

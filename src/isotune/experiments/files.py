@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from isotune.experiments.text import from_json, shown
+from isotune.experiments.text import first_line, from_json, shown
 
 # What torch says, as a RuntimeError, where its own writer fails.
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter|iostream|inline_container|unexpected pos")
@@ -38,9 +38,8 @@ def storing(what: str) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _TORCH_WRITER.search(str(error)):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise StorageError(
-            f"cannot write {what}: {reason}; make room and run the same command again, "
+            f"cannot write {what}: {first_line(error)}; make room and run the same command again, "
             "which goes on from the last checkpoint"
         ) from error
 

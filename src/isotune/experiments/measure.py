@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import isotune.adapter.evaluation
+from isotune.adapter import evaluation
 from isotune.internals.torch_state import storage_of
 
 LEVEL = 0.95
@@ -53,19 +53,21 @@ class Kept:
         return tensor.detach()  # itself, it would be a cycle that no garbage collector sees
 
 
-def kept_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
-    """Bytes of distinct storages that `forward` saves for backward; parameters and buffers of `model` not included.
-
-    What autograd saves is counted with `saved_tensors_hooks`, also what an operator's own graph keeps.
-    """
-    hidden = isotune.adapter.evaluation.hidden_from_hooks
-    isotune.adapter.evaluation.hidden_from_hooks = contextlib.nullcontext
+@contextlib.contextmanager
+def counted_operators() -> Iterator[None]:
+    """Let hooks see what the operators' own graph keeps, which is hidden from them elsewhere."""
+    hidden = evaluation.hidden_from_hooks
+    evaluation.hidden_from_hooks = contextlib.nullcontext
     try:
-        with Kept(model) as kept:
-            result = forward()
+        yield
     finally:
-        isotune.adapter.evaluation.hidden_from_hooks = hidden
-    del result
+        evaluation.hidden_from_hooks = hidden
+
+
+def kept_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes of distinct storages that `forward` saves for backward; parameters and buffers of `model` not included."""
+    with counted_operators(), Kept(model) as kept:
+        forward()
     return kept.nbytes
 
 
@@ -131,16 +133,16 @@ def interval(metric: str, value: float, predictions: Sequence[Any], references: 
     return {"level": LEVEL, "low": float(low), "high": float(high), "how": "bootstrap of test examples"}
 
 
-def _pearson(first: Any, second: Any, generator: np.random.Generator) -> list[float]:
+def _pearson(first: Any, second: Any, generator: np.random.Generator) -> Any:
     values = []
     for _ in range(RESAMPLES):
         chosen = generator.integers(0, len(first), len(first))
         one, two = (numbers[chosen] - numbers[chosen].mean() for numbers in (first, second))
         values.append(_ratio(one @ two, (one @ one) * (two @ two)))
-    return [float(value) for value in values]
+    return values
 
 
-def _matthews(first: Any, second: Any, generator: np.random.Generator) -> list[float]:
+def _matthews(first: Any, second: Any, generator: np.random.Generator) -> Any:
     """Of resamples, drawn as tables of counts: which classes met how often says all.
 
     Source: Gorodkin (2004), the correlation of two assignments to k classes.
@@ -153,8 +155,7 @@ def _matthews(first: Any, second: Any, generator: np.random.Generator) -> list[f
     rows, columns = drawn.sum(2), drawn.sum(1)
     agreed = np.trace(drawn, axis1=1, axis2=2)
     variances = [count**2 - (sums**2).sum(1) for sums in (rows, columns)]
-    values = _ratio(agreed * count - (rows * columns).sum(1), variances[0] * variances[1])
-    return [float(value) for value in values]
+    return _ratio(agreed * count - (rows * columns).sum(1), variances[0] * variances[1])
 
 
 def _ratio(covariance: Any, product: Any) -> Any:
@@ -243,11 +244,13 @@ class Forgetting:
             self.tokenizer.padding_side = padding
 
     def _look(self, model: Any) -> Any:
+        """The loss of a causal language model, or the embeddings (texts, width) of an encoder."""
         device = next(model.parameters()).device
         training = model.training
+        look = self._loss if self.causal else self._embeddings
         try:
             with torch.no_grad():
-                return self._loss(model.eval(), device) if self.causal else self._embeddings(model.eval(), device)
+                return look(model.eval(), device)
         finally:
             model.train(training)
 

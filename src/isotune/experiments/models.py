@@ -22,6 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from isotune.experiments.registry import HEADS
+from isotune.experiments.text import first_line
 from isotune.files.base_model import gguf_of, quiet, resolve_base
 from isotune.internals.transformers_state import forget_quantisation
 
@@ -187,7 +188,7 @@ def _named(name: str, what: str = "model") -> Iterator[None]:
         except ModelError:
             raise
         except (OSError, ValueError, RecursionError) as error:
-            raise ModelError(f"cannot load the {what} {name}: {_first_line(error)}") from error
+            raise ModelError(f"cannot load the {what} {name}: {first_line(error)}") from error
 
 
 def _with_new_head(loader: Any, name: str, config: Any) -> tuple[Any, list[str]]:
@@ -218,10 +219,6 @@ def _module(key: str) -> str:
     """
     head = key.split(".")[0]
     return head if head in HEADS else key.rpartition(".")[0]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def restore(model: Any, folder: Path, method: str) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from isotune.experiments.recipe import FileData, HubData, HubTable
-from isotune.experiments.text import from_json
+from isotune.experiments.text import first_line, from_json
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 
@@ -31,12 +32,11 @@ def builtin_rows() -> dict[str, list[Row]]:
     """The splits of the standard library's docstrings."""
     from isotune.experiments import stdlib_docstrings
 
-    splits, _ = stdlib_docstrings.build()
     return {
         split: [
-            Row({"text": text, "label": label}, f"{split} docstring {i + 1}") for i, (text, label) in enumerate(rows)
+            Row({"text": text, "label": label}, f"{split} docstring {i}") for i, (text, label) in enumerate(rows, 1)
         ]
-        for split, rows in splits.items()
+        for split, rows in stdlib_docstrings.build()[0].items()
     }
 
 
@@ -46,17 +46,11 @@ def hub_rows(hub: HubData) -> dict[str, list[Row]]:
     Raises:
         DataError: the package datasets is missing, or a split cannot be loaded.
     """
-
-    def of(name: str) -> HubTable:
-        return HubTable(name=hub.name, config=hub.config, revision=hub.revision, files=hub.files, split=name)
-
-    rows = {
-        split: _hub_table(of(name))
-        for split, name in {"train": hub.train, "validation": hub.validation, "test": hub.test}.items()
-        if name is not None
-    }
-    for name, table in hub.tests.items():
-        rows.setdefault("test", []).extend(replace(row, set=name) for row in _hub_table(table))
+    table = hub.model_dump(include={"name", "config", "revision", "files"})
+    splits = {"train": hub.train, "validation": hub.validation, "test": hub.test}
+    rows = {split: _hub_table(HubTable(**table, split=name)) for split, name in splits.items() if name is not None}
+    for name, other in hub.tests.items():
+        rows.setdefault("test", []).extend(replace(row, set=name) for row in _hub_table(other))
     return rows
 
 
@@ -69,10 +63,9 @@ def _hub_table(table: HubTable) -> list[Row]:
         files = {"data_files": table.files} if table.files else {}
         found = load_dataset(table.name, table.config, split=table.split, revision=table.revision, **files)
     except Exception as error:  # the library raises a dozen kinds, most of them about the network
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"cannot load split {table.split!r} of {table.name} {table.config or ''} from the Hub ({reason}); "
-            "to use local files instead, give data.path and data.files"
+            f"cannot load split {table.split!r} of {table.name} {table.config or ''} from the Hub "
+            f"({first_line(error)}); to use local files instead, give data.path and data.files"
         ) from error
     return [Row(dict(row), f"{table.name} {table.split}, row {i + 1}") for i, row in enumerate(found)]
 
@@ -91,16 +84,14 @@ def file_rows(files: FileData, folder: Path) -> dict[str, list[Row]]:
     if files.validation is not None:
         found["validation"] = rows(files.validation)
     if isinstance(files.test, dict):
-        found["test"] = [row for name, names in files.test.items() for row in _some(rows(names, name), name)]
+        sets = {name: rows(names, name) for name, names in files.test.items()}
+        for name, those in sets.items():
+            if not those:
+                raise DataError(f"the test set {name} is empty")
+        found["test"] = list(chain(*sets.values()))
     elif files.test is not None:
         found["test"] = rows(files.test)
     return found
-
-
-def _some(rows: list[Row], name: str) -> list[Row]:
-    if not rows:
-        raise DataError(f"the test set {name} is empty")
-    return rows
 
 
 def _table(path: Path, columns: list[str] | None) -> Iterator[Row]:

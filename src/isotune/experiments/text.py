@@ -56,6 +56,12 @@ def shown(value: Any) -> str:
     return found if len(found) <= 200 else f"{found[:199]}…"
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    said = str(error).strip()
+    return said.splitlines()[0].strip() if said else type(error).__name__
+
+
 def aligned(lines: Sequence[Sequence[str]], sides: str) -> list[str]:
     """Lines of cells as columns of text, each to the left or right side: "<" or ">" a column."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

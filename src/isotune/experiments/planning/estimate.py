@@ -15,6 +15,7 @@ from isotune.experiments.planning.layers import adapter_activations, factor_byte
 from isotune.experiments.planning.setting import ACCELERATORS, BITS, DTYPES, OPTIMIZER_BYTES, SHARDED, Setting
 from isotune.experiments.planning.trace import Trace, attention, blocks_of, inputs_for, trace
 from isotune.experiments.recipe import Method
+from isotune.experiments.text import first_line
 from isotune.files.base_model import quiet, resolve_base
 from isotune.internals.transformers_state import attention_of
 from isotune.methods.config import require_choice
@@ -78,9 +79,8 @@ def estimate(setting: Setting) -> Estimate:
             inputs = inputs_for(base, setting.batch, setting.sequence)
             step = trace(model, inputs)
         except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"A step of {type(base).__name__} cannot be followed without its weights: {first}"
+                f"A step of {type(base).__name__} cannot be followed without its weights: {first_line(error)}"
             ) from error
         memory = _memory(setting, model, step, base_bytes, largest, blocks)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -130,8 +130,7 @@ def _build(setting: Setting) -> tuple[Any, str]:
     try:
         config = transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError, RecursionError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"The configuration of {setting.model!r} cannot be read: {first}") from error
+        raise ValueError(f"The configuration of {setting.model!r} cannot be read: {first_line(error)}") from error
     stored = getattr(config, "dtype", None)
     dtype = setting.dtype or (str(stored).removeprefix("torch.") if stored is not None else "float32")
     require_choice("dtype", dtype, DTYPES)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from isotune.adapter import evaluation
-from isotune.experiments.measure import Kept
+from isotune.experiments.measure import Kept, counted_operators
 from isotune.internals.torch_state import GROUPED_PRODUCT, storage_of
 from isotune.internals.transformers_state import attention_of
 
@@ -64,7 +63,7 @@ def trace(model: nn.Module, inputs: dict[str, Tensor]) -> Trace:
     """
     counter = Kept(model)
     flops = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    with flops, counter, _blocks_watched(model, counter, flops) as watched, _counted_operators():
+    with flops, counter, _blocks_watched(model, counter, flops) as watched, counted_operators():
         output = model(**inputs)
         loss = output.loss if getattr(output, "loss", None) is not None else output[0].float().square().mean()
         forward = flops.get_total_flops()
@@ -111,17 +110,6 @@ def _blocks_watched(model: nn.Module, counter: Kept, flops: FlopCounterMode) -> 
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def _counted_operators() -> Iterator[None]:
-    """Let the counter see what the operators keep, which hooks from outside do not."""
-    hidden = evaluation.hidden_from_hooks
-    evaluation.hidden_from_hooks = contextlib.nullcontext
-    try:
-        yield
-    finally:
-        evaluation.hidden_from_hooks = hidden
 
 
 def _added_product(into: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:

@@ -18,7 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from isotune.experiments import data, loop, models, processes
 from isotune.experiments.encoded import Encoded
-from isotune.experiments.recipe import Recipe
+from isotune.experiments.recipe import Data, Recipe
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.task import Task
 from isotune.files.base_model import quiet
@@ -105,7 +105,7 @@ class LanguageTask(Task):
         self.sizes = {split: len(self.splits.get(split, ())) for split in ("train", "validation", "test")}
 
     @abstractmethod
-    def question(self, row: Row, columns: data.Columns, judged: bool) -> Question:
+    def question(self, row: Row, columns: Data, judged: bool) -> Question:
         """A question from a row; one that is `judged` needs an answer.
 
         Raises:

@@ -9,7 +9,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from isotune.experiments import data
-from isotune.experiments.recipe import Recipe, RecipeError
+from isotune.experiments.recipe import Data, Recipe, RecipeError
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.language import LanguageTask, Question
 
@@ -31,7 +31,7 @@ class MathWords(LanguageTask):
             raise RecipeError("the prompt of the task math must contain {question}")
         super().__init__(recipe)
 
-    def question(self, row: Row, columns: data.Columns, judged: bool) -> Question:
+    def question(self, row: Row, columns: Data, judged: bool) -> Question:
         asked, solution = data.cell(row, columns.text[0]), data.cell(row, columns.label)
         prompt = (self.recipe.prompt or "{question}\n").replace("{question}", asked)
         answer = self._final(row, solution)

@@ -27,16 +27,7 @@ class ImageClassification(Classifier):
         recipe = self.recipe.data
         if recipe.hub is not None and recipe.path is None:
             raise DataError("images are read from local files: give data.path and data.files")
-        rows, columns = data.read(recipe)
-        column = columns.text[0]
-        names = data.label_names(columns, rows["train"], recipe.classes)
-        splits = {
-            split: [
-                data.Example(_checked(row, column), None, data.label_of(row, columns.label, names)) for row in found
-            ]
-            for split, found in rows.items()
-        }
-        return data.Examples(names, **data.arrange(recipe, splits, data.texts_of))
+        return data.load(recipe, text_of=_checked)
 
     def build(self) -> tuple[Any, list[str]]:
         return models.load_image_classifier(self.recipe.model, self.examples.labels)

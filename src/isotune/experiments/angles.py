@@ -25,11 +25,7 @@ _KEPT = 1e-5
 
 @torch.no_grad()
 def adapter_geometry(model: nn.Module, adapter_name: str | None = None) -> dict[str, Any] | None:
-    """Measure every layer of an isotune adapter; None for a model without one.
-
-    Args:
-        model: with its adapter, trained or not, merged or not.
-        adapter_name: by default the first one that is active.
+    """Measure every layer of an isotune adapter, by default the first active one; None for a model without one.
 
     Returns:
         What JSON can hold, angles in degrees: "strict" (angles between rows and norms of the turned weights are kept in

@@ -14,8 +14,7 @@ from isotune.experiments.recipe import Method, Recipe
 def adapter_parameters(recipe: Recipe) -> int | None:
     """Parameters of the adapter of a recipe's method, those of a new head left out; None for a model not known here.
 
-    Known are the models of the packaged recipes: architectures.json holds the dimensions that their configurations
-    publish. Nothing is downloaded and no weight is made.
+    Known are the packaged recipes' models, by the dimensions in architectures.json that their configurations publish.
     """
     if recipe.model not in _published():
         return None

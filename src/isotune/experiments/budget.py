@@ -12,12 +12,10 @@ _LARGEST = 1 << 16
 
 
 def match(method: Method, target: int, count: Callable[[Method], int]) -> Method:
-    """`method` with the size at which `count` of it is nearest to `target`, the lower of two as near.
+    """`method` with the size at which `count` of it is nearest to `target` parameters, the lower of two as near.
 
-    Args:
-        method: returned as it is where it has a size of its own in its options, or none to choose.
-        target: parameters of the adapter.
-        count: the parameters of a method's adapter; a ValueError where a size does not fit the model.
+    It stays as it is where it has a size in its options, or none to choose. `count` raises ValueError for a size that
+    does not fit the model.
     """
     known = entry(method.name)
     option = known.size_option

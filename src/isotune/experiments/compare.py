@@ -32,11 +32,10 @@ class Options:
     """How methods are compared.
 
     Args:
-        methods: the methods as `parse` reads them; empty for those of the recipe.
-        seeds: how many seeds each method is trained with at its best rate, the search's own included.
+        methods: as `parse` reads them; empty for those of the recipe.
+        seeds: how many, the search's own included, at each method's best rate.
         lr_search: how many learning rates are tried for each method, `factor` apart around its usual one.
-        rates: the rates to try for every method instead.
-        factor: from one rate of a search to the next.
+        rates: those to try for every method instead.
         match_params: how many parameters the adapters are to have, as near as each method's rank or block size allows.
         threads: of a run.
         keep_adapters: whether the trained weights stay, in `work/` of the comparison's folder.
@@ -55,11 +54,7 @@ class Options:
 
 
 def whole_number(text: str) -> int:
-    """A number of parameters such as 80000, 80k or 1.2M.
-
-    Raises:
-        RecipeError: it is none of these.
-    """
+    """A number of parameters such as 80000, 80k or 1.2M."""
     units = {"k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
     unit = units.get(text[-1:].lower(), 1)
     try:
@@ -74,11 +69,7 @@ def split_methods(text: str) -> list[str]:
 
 
 def rates(text: str) -> list[float]:
-    """The learning rates of a list separated by commas.
-
-    Raises:
-        RecipeError: one is no number above 0.
-    """
+    """The learning rates of a list separated by commas."""
     found = _numbers("--lr", text.split(","))
     assert isinstance(found, list)
     return found
@@ -90,11 +81,6 @@ def parse(text: str, recipe: Recipe, options: Options) -> Variant:
     Options are those of the method's configuration, values are YAML. `lr=X` moves the middle of its search to X,
     `lr=[X,Y]` says which rates to try, and `train.KEY=VALUE` gives it a training setting of its own. What the recipe
     says of the same method, but for the learning rate, holds where nothing is given.
-
-    Args:
-        text: the method.
-        recipe: of the comparison.
-        options: of the comparison.
 
     Raises:
         RecipeError: no such method or option, or a value that is not allowed.
@@ -162,9 +148,7 @@ def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Schedule:
     """Check everything that can be checked before the first run, and read what has been done.
 
     Args:
-        name: of the recipe, for the records.
-        recipe: what is learnt, by which model.
-        options: how methods are compared.
+        name: the recipe's, for the records.
         folder: for the results.
 
     Raises:
@@ -237,12 +221,7 @@ def _matched(variants: Sequence[Variant], task: Any, target: int) -> tuple[list[
 
 
 def compare(found: Schedule, engine: Engine) -> dict[str, Any]:
-    """Carry out what is left of a comparison; `comparison.json` in its folder is renewed with every run that ends.
-
-    A run that fails is noted in its record, and the others go on.
-
-    Returns:
-        What `comparison.json` then holds.
+    """Carry out what is left of a comparison, also where a run fails, and return what `comparison.json` then holds.
 
     Raises:
         KeyboardInterrupt: Ctrl-C, after the running ones have saved a checkpoint.

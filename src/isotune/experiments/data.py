@@ -58,11 +58,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 def cell(row: Row, column: str) -> str:
-    """The text or whole number in a column.
-
-    Raises:
-        DataError: there is no such column, or it holds something else.
-    """
+    """The text or whole number in a column."""
     if column not in row.values:
         raise DataError(f"{row.where}: there is no column {column!r}; there are {', '.join(map(str, row.values))}")
     value = row.values[column]
@@ -76,12 +72,7 @@ def cell(row: Row, column: str) -> str:
 
 
 def load(data: Data, regression: bool = False, text_of: Callable[[Row, str], str] = cell) -> Examples:
-    """Read, check and split the texts of a recipe.
-
-    Args:
-        data: the recipe's section.
-        regression: whether labels are numbers.
-        text_of: what reads and checks the text in a column.
+    """Read, check and split the examples of a recipe, their texts by `text_of`.
 
     Raises:
         DataError: the data cannot be used; the message names the file, line and column.
@@ -108,11 +99,7 @@ def texts_of(example: Example) -> Hashable:
 
 
 def read(data: Data) -> tuple[dict[str, list[Row]], Data]:
-    """The rows of each split, none of them empty, and the section with the columns of the source that was read.
-
-    Raises:
-        DataError: a file or data set cannot be read, or a split is empty.
-    """
+    """The rows of each split, none of them empty, and the section with the columns of the source that was read."""
     columns: dict[str, Any] = {}
     if data.path is None and data.builtin is not None:
         rows, columns = builtin_rows(), {"text": ["text"], "label": "label"}
@@ -137,12 +124,7 @@ def read(data: Data) -> tuple[dict[str, list[Row]], Data]:
 
 
 def arrange(data: Data, splits: dict[str, list[T]], key: Callable[[T], Hashable]) -> dict[str, list[T]]:
-    """Shorten, hold out and halve the splits as a recipe says.
-
-    Args:
-        data: the recipe's section.
-        splits: the examples by the name of their split.
-        key: what makes two examples equal; halving leaves these together.
+    """Shorten, hold out and halve the splits as a recipe says; halving leaves examples of an equal `key` together.
 
     Raises:
         DataError: there is then nothing to train or to report on.
@@ -210,11 +192,7 @@ def label_names(data: Data, train: Sequence[Row]) -> list[str]:
 
 
 def number(row: Row, column: str, allowed: tuple[float, float] | None) -> float:
-    """The number in a column.
-
-    Raises:
-        DataError: there is none, or it lies outside of the range that is allowed.
-    """
+    """The number in a column, within the range that is allowed."""
     text = cell(row, column)
     try:
         value = float(text)
@@ -228,11 +206,7 @@ def number(row: Row, column: str, allowed: tuple[float, float] | None) -> float:
 
 
 def label_of(row: Row, data: Data, names: Sequence[str]) -> int:
-    """The index of a row's label.
-
-    Raises:
-        DataError: it is none of the names.
-    """
+    """The index of a row's label."""
     name = cell(row, data.label)
     if name not in names:
         known = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")

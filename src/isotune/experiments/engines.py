@@ -58,11 +58,7 @@ class Engine(ABC):
 
 
 class ThisProcess(Engine):
-    """One run at a time in this process, or in all those of a launcher together; what a run raises is raised.
-
-    Args:
-        task: of all the runs, whose data are then encoded once.
-    """
+    """One run of a task at a time in this process, or in all those of a launcher together; what it raises is raised."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()
@@ -123,10 +119,9 @@ class LocalProcesses(Engine):
 
 
 def make(name: str, jobs: int, threads: int, address: str | None = None) -> Engine:
-    """The engine of a name.
+    """The engine "local" or "ray".
 
     Args:
-        name: "local" or "ray".
         jobs: how many runs at a time.
         threads: of a run.
         address: of a running Ray cluster.
@@ -182,16 +177,11 @@ def _end_with_parent() -> None:
 
 
 class RayTasks(Engine):
-    """A Ray task for every run, each in a process of its own with `threads` processors.
+    """A Ray task for every run, at most `jobs` at a time, each in a process of its own with `threads` processors.
 
     Args:
-        jobs: how many tasks to hand over at a time.
-        threads: processors of a task.
         address: of a running cluster, as in `ray.init`; None starts Ray on this machine. The comparison's folder must
             be the same on every node, as checkpoints are kept there.
-
-    Raises:
-        ValueError: Ray is not installed, or does not answer.
     """
 
     def __init__(self, jobs: int, threads: int, address: str | None = None) -> None:

@@ -22,16 +22,10 @@ from isotune.experiments.text import first_line
 
 
 def execute(run: Run, task: Task | None = None) -> dict[str, Any]:
-    """Carry out a run, from its last checkpoint where there is one, and write its record.
+    """Carry out a run, from its last checkpoint where there is one, and write and return its record.
 
-    Under torchrun all processes take part, and the main one alone writes.
-
-    Args:
-        run: what to train.
-        task: the run's task where it has been made already.
-
-    Returns:
-        The record, which is that of an earlier call where that had come to its end.
+    Under torchrun all processes take part, and the main one alone writes. A run that had come to its end is not done
+    again. `task` is the run's, where it has been made already.
 
     Raises:
         ValueError: the data are not those that the run was planned for, training diverged, or there is no room; the
@@ -176,11 +170,7 @@ def hardware() -> dict[str, Any]:
 
 
 def check_extras() -> None:
-    """Check that the packages which training needs are installed.
-
-    Raises:
-        RecipeError: one is missing; the message says what to install.
-    """
+    """Check that the packages which training needs are installed."""
     missing = [name for name in ("accelerate", "sklearn") if importlib.util.find_spec(name) is None]
     if missing:
         raise RecipeError(f"training needs {' and '.join(missing)}: pip install 'isotune[train]'")

@@ -25,9 +25,7 @@ class StorageError(ValueError):
 def storing(what: str) -> Iterator[None]:
     """Turn a failed write, by whichever library, into a StorageError of one line that names `what` was written.
 
-    Raises:
-        StorageError: the block could not write. A lost connection to another process, which a common checkpoint needs
-            too, is raised as it is.
+    A lost connection to another process, which a common checkpoint needs too, is raised as it is.
     """
     from safetensors import SafetensorError
 
@@ -74,11 +72,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: the file cannot be read, is not JSON, or is nested too deep; the message names it.
-    """
+    """Read a JSON file; raises a ValueError that names it where it cannot be read, is no JSON or nested too deep."""
     try:
         return from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -86,11 +80,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        ValueError: as `read_json`, or the file holds something else; the message names it.
-    """
+    """Read a JSON file that holds an object; raises as `read_json`."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"cannot read {path}: it holds {shown(content)}, and should hold an object")

@@ -46,11 +46,7 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Load a packaged recipe by name, or a YAML file by path, and put `key=value` overrides over it.
-
-    Args:
-        source: the name or the path.
-        overrides: their values are YAML.
+    """Load a packaged recipe by name, or a YAML file by path, and put `key=value` overrides, of YAML, over it.
 
     Raises:
         RecipeError: one line that says which key, what is allowed and the nearest valid name.

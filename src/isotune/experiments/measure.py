@@ -194,10 +194,6 @@ class Forgetting:
 
     For a causal language model the mean next-token loss. An encoder with a new head has no such loss; for it the
     measure is how far its sentence embeddings (the mean of the last hidden states) have moved from the base model's.
-
-    Args:
-        model: the model before an adapter is attached.
-        tokenizer: its tokeniser.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:

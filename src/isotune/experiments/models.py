@@ -32,11 +32,7 @@ class ModelError(ValueError):
 
 
 def locate(name: str) -> str:
-    """The folder or Hub name a recipe's model stands for, as `resolve_base`.
-
-    Raises:
-        ModelError: there is no such model.
-    """
+    """The folder or Hub name a recipe's model stands for, as `resolve_base`; raises ModelError."""
     try:
         return resolve_base(name)
     except ValueError as error:
@@ -112,23 +108,18 @@ class FeatureHead(nn.Module):
 
 
 def tokenizer_for(name: str) -> Any:
-    """The tokeniser of a model.
-
-    Raises:
-        ModelError: it cannot be loaded; the message is one line.
-    """
+    """The tokeniser of a model."""
     with _named(name, "tokeniser of"):
         path = locate(name)
         return AutoTokenizer.from_pretrained(path, **gguf_of(path))
 
 
 def load_classifier(name: str, pooling: str, labels: list[str]) -> tuple[Any, list[str]]:
-    """Load an encoder and put a new head on it: a class for each label, or one number where there are no labels.
+    """An encoder with a new head: a class for each label, or one number where there are no labels.
 
     Args:
         name: folder, Hub name or package:NAME.
         pooling: "auto", "native" or "mean".
-        labels: of the classes; empty for a regression.
 
     Returns:
         The model, and the names of its modules that are new, to be trained and saved beside any adapter.
@@ -152,11 +143,7 @@ def load_image_classifier(name: str, labels: list[str]) -> tuple[Any, list[str]]
 
 
 def load_causal(name: str, dtype: str) -> Any:
-    """Load a causal language model in a dtype of torch's, such as "float32".
-
-    Raises:
-        ModelError: the model is missing or cannot be loaded.
-    """
+    """A causal language model in a dtype of torch's, such as "float32"."""
     with _named(name):
         path = locate(name)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **gguf_of(path))
@@ -164,11 +151,7 @@ def load_causal(name: str, dtype: str) -> Any:
 
 
 def image_processor_for(name: str) -> Any:
-    """The image processor of a model.
-
-    Raises:
-        ModelError: it cannot be loaded; the message is one line.
-    """
+    """The image processor of a model."""
     with _named(name, "image processor of"):
         return AutoImageProcessor.from_pretrained(locate(name))
 
@@ -222,11 +205,7 @@ def _module(key: str) -> str:
 
 
 def restore(model: Any, folder: Path, method: str) -> Any:
-    """Put onto a base model what a run saved in `folder`, adapters by PEFT's own loading; for evaluation.
-
-    Raises:
-        ModelError: the weights do not fit.
-    """
+    """Put onto a base model what a run saved in `folder`, adapters by PEFT's own loading; for evaluation."""
     if method in ("head", "full"):
         from safetensors.torch import load_file
 

@@ -80,13 +80,9 @@ def source() -> str:
 
 
 def figures(task: str) -> dict[str, PaperFigure]:
-    """What the paper reports for a task.
+    """What the paper reports for a task, by our name of the method; empty for a task that the paper does not have.
 
-    Args:
-        task: a recipe's name, such as glue/cola; case and punctuation do not count. SUITE/all is the paper's average.
-
-    Returns:
-        By our name of the method; empty for a task that the paper does not have.
+    A task is a recipe's name, such as glue/cola; case and punctuation do not count. SUITE/all is the paper's average.
     """
     suite, _, name = task.rpartition("/")
     found: dict[str, PaperFigure] = {}

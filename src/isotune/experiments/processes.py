@@ -17,11 +17,7 @@ def count() -> int:
 
 
 def join() -> None:
-    """Join the other processes, before anything is built: they share the search for subspaces too.
-
-    Raises:
-        RecipeError: the launcher spreads the weights; every process holds the whole model here.
-    """
+    """Join the other processes, before anything is built: they share the search for subspaces too."""
     if count() == 1:
         return
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -35,11 +31,7 @@ def join() -> None:
 
 
 def require_alone(command: str) -> None:
-    """Check that no launcher has started several processes of a command that starts its own.
-
-    Raises:
-        RecipeError: one has.
-    """
+    """Check that no launcher has started several processes of a command that starts its own."""
     if count() > 1:
         raise RecipeError(
             f"{command} starts the processes of its runs itself, and a launcher has started it {count()} times; run it "
@@ -68,11 +60,7 @@ def wait_for_all() -> None:
 
 
 def share_of(batch_size: int) -> int:
-    """The rows of a batch for each process.
-
-    Raises:
-        RecipeError: the processes cannot share the batch equally.
-    """
+    """The rows of a batch for each process."""
     rows, rest = divmod(batch_size, count())
     if rest:
         raise RecipeError(

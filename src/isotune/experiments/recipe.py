@@ -264,12 +264,8 @@ class Recipe(_Section):
 def validate(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Turn a parsed mapping into a Recipe.
 
-    Args:
-        raw: the mapping.
-        where: what the error calls it.
-
     Raises:
-        RecipeError: about the first thing that is wrong.
+        RecipeError: about the first thing that is wrong, after `where`.
     """
     try:
         recipe = Recipe.model_validate(raw)

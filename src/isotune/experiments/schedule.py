@@ -43,11 +43,6 @@ class Schedule:
     Each variant is trained at all its rates with the first seed, then at the best of them with the other seeds.
 
     Args:
-        name: the recipe's, for the records.
-        recipe: what is learnt, by which model.
-        variants: the methods.
-        seeds: the seeds; the first is the search's.
-        folder: the experiment's.
         about: what a record says of the data, with their fingerprint.
         threads: of a run; None leaves them as they are.
         keep_adapters: whether the trained weights stay.
@@ -148,9 +143,7 @@ class Schedule:
         return None if head is None or lr is None else self._run("search", head, lr, self.seeds[0]).folder
 
     def load(self) -> None:
-        """Read the records of what has been done.
-
-        What failed for a reason that may have passed, such as a lack of memory, is not counted as done.
+        """Read the records of what has been done, but for what failed for a reason that may have passed.
 
         Raises:
             RecipeError: a record is of other settings.

@@ -60,14 +60,11 @@ def split_of(text: str) -> str:
 
 
 def build(root: Path | None = None, classes: int = 20) -> tuple[dict[str, list[tuple[str, str]]], list[str]]:
-    """Build the task from the standard library's sources.
+    """The task from the standard library's sources.
 
     Returns ({"train" | "validation" | "test": [(text, module), ...]}, module names). The classes are the
     `classes` modules with most docstrings. A text found in two modules has no right answer and is left out; a
     text found twice in one module is kept once; texts of fewer than three words are left out.
-
-    Raises:
-        ValueError: the sources are not installed.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     owners: dict[str, set[str]] = defaultdict(set)

@@ -15,11 +15,7 @@ _BESIDE = ("mnli", "qqp", "all")
 
 
 def groups(suite: str) -> dict[str, list[str]]:
-    """The recipes of a suite by group, as vtab's natural, specialised and structured; without groups all under "".
-
-    Raises:
-        ValueError: the paper has no such suite.
-    """
+    """The recipes of a suite by group, as vtab's natural, specialised and structured; without groups all under ""."""
     counted = {
         name: str(raw.get("group", ""))
         for name, raw in packaged().items()

@@ -24,12 +24,9 @@ _COLUMNS = (
 
 
 def table(metric: str, rows: Sequence[Row]) -> str:
-    """Methods as lines of text, one each, then what failed.
+    """Methods as lines of text, one each as `comparison.json` holds them, then what failed.
 
-    Args:
-        metric: of the scores.
-        rows: as `comparison.json` holds them; what one does not have is left empty, and a column that none has is left
-            out.
+    What a row does not have is left empty, and a column that none has is left out.
     """
     lines = [("", metric.replace("_", " "), "seeds", "lr", *(heading for heading, _, _, _ in _COLUMNS))]
     for row in rows:

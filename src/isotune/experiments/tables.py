@@ -41,11 +41,7 @@ def builtin_rows() -> dict[str, list[Row]]:
 
 
 def hub_rows(hub: HubData) -> dict[str, list[Row]]:
-    """The splits of a data set on the Hub.
-
-    Raises:
-        DataError: the package datasets is missing, or a split cannot be loaded.
-    """
+    """The splits of a data set on the Hub."""
     table = hub.model_dump(include={"name", "config", "revision", "files"})
     splits = {"train": hub.train, "validation": hub.validation, "test": hub.test}
     rows = {split: _hub_table(HubTable(**table, split=name)) for split, name in splits.items() if name is not None}
@@ -71,11 +67,7 @@ def _hub_table(table: HubTable) -> list[Row]:
 
 
 def file_rows(files: FileData, folder: Path) -> dict[str, list[Row]]:
-    """The splits of local files in a folder.
-
-    Raises:
-        DataError: a file is not there, cannot be read, or is empty; the message names it and the line.
-    """
+    """The splits of local files in a folder."""
 
     def rows(names: Sequence[str], name: str | None = None) -> list[Row]:
         return [replace(row, set=name) for file in names for row in _table(folder / file, files.columns)]

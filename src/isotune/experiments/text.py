@@ -28,11 +28,8 @@ def printable(text: str, keep: str = "") -> str:
     """The text with every character that is not printable written as its escape, such as `\\x1b`.
 
     Line breaks, terminal escape sequences, marks that change the direction of writing and lone surrogates are not
-    printable, so that the result is one line which means nothing to a terminal and can be encoded.
-
-    Args:
-        text: from a file, a folder's name or an exception.
-        keep: characters that stay as they are.
+    printable, so that the result is one line which means nothing to a terminal and can be encoded. Characters in `keep`
+    stay as they are.
     """
     if text.isprintable():
         return text
@@ -69,11 +66,7 @@ def aligned(lines: Sequence[Sequence[str]], sides: str) -> list[str]:
 
 
 def from_json(text: str) -> Any:
-    """Parse JSON.
-
-    Raises:
-        ValueError: the reason alone: no valid JSON, or nested deeper than DEEPEST.
-    """
+    """Parse JSON; raises a ValueError with the reason alone, also where it is nested deeper than DEEPEST."""
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -83,11 +76,7 @@ def from_json(text: str) -> Any:
 
 
 def from_yaml(text: str) -> Any:
-    """Parse YAML; a mapping may not have a key twice.
-
-    Raises:
-        YamlError: the reason alone: no valid YAML, or nested deeper than DEEPEST.
-    """
+    """Parse YAML, no mapping with a key twice; raises YamlError, also where it is nested deeper than DEEPEST."""
     try:
         value = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:

@@ -20,17 +20,11 @@ from isotune.experiments.text import printable
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
-    """Train and score a recipe, print a table, and write `result.json` in its output folder.
+    """Train and score a recipe, print a table, and write and return `result.json` in its output folder.
 
     Continues where an earlier call with the same recipe stopped; where that had finished, prints its result
     and does nothing else. Under torchrun or `accelerate launch` all processes train together, and the main one
     alone writes and prints; the folder must be one that all of them see.
-
-    Args:
-        recipe: a validated recipe.
-
-    Returns:
-        What `result.json` holds.
 
     Raises:
         RecipeError: a value is wrong, or the folder holds something else.

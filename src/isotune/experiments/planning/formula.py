@@ -15,15 +15,9 @@ _TERM = re.compile(r"(\d+)([bsharm]+)(\^2)?(\*log2\(h\))?")
 
 
 def paper_activations(setting: Setting, base: nn.Module, tokens: int) -> float | None:
-    """Bytes kept by all transformer layers by the formula of the paper's Table 9, which is for float32.
+    """Bytes kept by all layers for so many tokens by the formula of the paper's Table 9, which is for float32.
 
-    Args:
-        setting: method, rank and batch.
-        base: whose configuration names its sizes.
-        tokens: of all sequences.
-
-    Returns:
-        None where the paper has no formula for the method or the model is no plain transformer.
+    None where the paper has no formula for the method or the model is no plain transformer.
     """
     config: Any = base.config
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads")

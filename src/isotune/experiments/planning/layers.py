@@ -27,10 +27,6 @@ def adapter_activations(model: nn.Module, tokens: int) -> int:
     tokens × r for an update of a subspace, in the dtype of the base; at most tokens × in for a rotation of all inputs,
     which layers that read the same input share. The operators themselves come on top, whatever the tokens, and so does
     what convolutions and embeddings fold. Experts keep a folded copy of their parameter.
-
-    Args:
-        model: adapted.
-        tokens: of one step.
     """
     total = 0
     for layer in _layers(model):

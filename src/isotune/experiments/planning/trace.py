@@ -55,11 +55,9 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def trace(model: nn.Module, inputs: dict[str, Tensor]) -> Trace:
-    """Run one training step under a counter of what is kept and multiplied.
+    """Run one training step under a counter of what is kept and multiplied; on the meta device it needs no memory.
 
-    Args:
-        model: with parameters that are trained; on the meta device it needs no memory.
-        inputs: of its forward, with labels where it takes them.
+    `inputs` are those of the model's forward, with labels where it takes them.
     """
     counter = Kept(model)
     flops = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
@@ -179,11 +177,7 @@ def attention(
 
 
 def inputs_for(model: Any, batch: int, sequence: int) -> dict[str, Tensor]:
-    """Inputs of a training step, of the kind that a model of transformers takes.
-
-    Raises:
-        ValueError: it takes neither tokens nor images.
-    """
+    """Inputs of a training step, of the kind that a model of transformers takes."""
     config: Any = model.config
     main = getattr(model, "main_input_name", "input_ids")
     if main == "input_ids":

@@ -35,11 +35,7 @@ class Classifier(Task):
 
     @abstractmethod
     def load(self) -> data.Examples:
-        """Read and check the data.
-
-        Raises:
-            DataError: the data cannot be used.
-        """
+        """Read and check the data."""
 
     def fingerprint(self) -> str:
         return self.examples.fingerprint()

@@ -106,11 +106,7 @@ class LanguageTask(Task):
 
     @abstractmethod
     def question(self, row: Row, columns: Data, judged: bool) -> Question:
-        """A question from a row; one that is `judged` needs an answer.
-
-        Raises:
-            DataError: the row lacks what a question needs.
-        """
+        """A question from a row, one that is `judged` with an answer; raises DataError where the row lacks it."""
 
     @abstractmethod
     def right(self, question: Question, prediction: Any) -> bool:

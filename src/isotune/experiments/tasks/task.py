@@ -45,20 +45,13 @@ class Task(ABC):
 
     @abstractmethod
     def encode(self) -> Encoded:
-        """All splits as rows for the model.
-
-        Raises:
-            ModelError: the tokeniser or image processor cannot be loaded.
-        """
+        """All splits as rows for the model; raises ModelError where what encodes them cannot be loaded."""
 
     @abstractmethod
     def build(self) -> tuple[Any, list[str]]:
         """The base model, and the names of its modules that are new and trained beside any adapter.
 
-        Draws from the global generator for the new modules only.
-
-        Raises:
-            ModelError: the model cannot be loaded.
+        Draws from the global generator for the new modules only. Raises ModelError where the model cannot be loaded.
         """
 
     def tokenizer(self) -> Any | None:
@@ -75,12 +68,9 @@ class Task(ABC):
         return found
 
     def train(self, model: Any, run: Run, head: Sequence[str]) -> Outcome:
-        """Train, going on where an earlier call stopped, and score on validation and test.
+        """Train a model that `build` made, with the adapter of the run's method, and score it on validation and test.
 
-        Args:
-            model: as `build` made it, with the adapter of the run's method.
-            run: what to train.
-            head: names of the modules that are trained beside the adapter.
+        Goes on where an earlier call stopped. `head` names the modules that are trained beside the adapter.
         """
         from isotune.experiments import loop
 

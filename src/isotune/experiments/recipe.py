@@ -239,10 +239,6 @@ class Recipe(_Section):
         """The training settings of one method: those of the recipe with the method's own put over them."""
         return Train.model_validate({**self.train.model_dump(), **method.train})
 
-    def merit(self, scores: Mapping[str, float] | None) -> float:
-        """How good validation scores are, by the metric that runs are chosen by; the more the better."""
-        return merit(self.chosen_by, scores)
-
     @property
     def chosen_by(self) -> str:
         """The metric by whose validation score runs are chosen."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -36,13 +37,6 @@ class Question:
     choices: tuple[str, ...] = ()
     set: str | None = None
     """The test set that it belongs to, where there are several."""
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    ids: list[int]
-    prompt: int
-    """How many of the ids belong to the prompt."""
 
 
 class SftLoop(loop.Loop, SFTTrainer):  # type: ignore[misc]
@@ -94,15 +88,16 @@ class LanguageTask(Task):
             split: [self.question(row, columns, judged=split != "train") for row in found]
             for split, found in rows.items()
         }
-        self.splits = data.arrange(recipe.data, found, lambda question: question.prompt)
+        arranged = data.arrange(recipe.data, found, lambda question: question.prompt)
+        self.splits = {split: arranged.get(split, []) for split in ("train", "validation", "test")}
         if recipe.score != "loss" and recipe.choose_by != "loss":
-            for question in self.splits.get("validation", ()):
+            for question in self.splits["validation"]:
                 if not question.answer:
                     raise DataError(
                         f"a validation question has no answer to judge by ({question.prompt[-60:]!r}); "
                         "set choose_by=loss to choose by the loss"
                     )
-        self.sizes = {split: len(self.splits.get(split, ())) for split in ("train", "validation", "test")}
+        self.sizes = {split: len(questions) for split, questions in self.splits.items()}
 
     @abstractmethod
     def question(self, row: Row, columns: Data, judged: bool) -> Question:
@@ -114,15 +109,11 @@ class LanguageTask(Task):
 
     def fingerprint(self) -> str:
         return data.fingerprint(
-            *(
-                [(q.prompt, q.completion, q.answer, q.choices, q.set) for q in self.splits.get(split, ())]
-                for split in ("train", "validation", "test")
-            )
+            *([(q.prompt, q.completion, q.answer, q.choices, q.set) for q in split] for split in self.splits.values())
         )
 
     def about(self) -> dict[str, Any]:
-        sets = self._sets("test")
-        return {"sets": {name: sets.count(name) for name in dict.fromkeys(sets) if name is not None}}
+        return {"sets": dict(Counter(question.set for question in self.splits["test"] if question.set is not None))}
 
     def build(self) -> tuple[Any, list[str]]:
         return models.load_causal(self.recipe.model, self.recipe.dtype), []
@@ -177,29 +168,27 @@ class LanguageTask(Task):
     def score(self, predictions: Sequence[Any]) -> dict[str, float]:
         return self._scores(self.splits["test"], predictions)
 
-    def _tokens(self, prompt: str, completion: str, end: bool) -> _Tokens:
-        """Both tokenised as one text, since a token may reach across; what they share with the prompt alone is its."""
+    def _tokens(self, prompt: str, completion: str, end: bool) -> tuple[list[int], int]:
+        """Both tokenised as one text, since a token may reach across, and how many tokens are the prompt's alone."""
         alone = self._tokenizer(prompt)["input_ids"]
         ids = list(self._tokenizer(prompt + completion)["input_ids"])
         if end and ids[-1] != self._tokenizer.eos_token_id:
             ids.append(self._tokenizer.eos_token_id)
-        return _Tokens(ids, _common([alone, ids]))
+        return ids, _common([alone, ids])
 
     def _training_rows(self, split: str) -> list[dict[str, Any]]:
         length, rows = self.recipe.train.max_length, []
-        for question in self.splits.get(split, ()):
-            tokens = self._tokens(question.prompt, question.completion, end=True)
-            if tokens.prompt < min(length, len(tokens.ids)):
-                labels = [IGNORED] * tokens.prompt + tokens.ids[tokens.prompt :]
-                rows.append({"input_ids": tokens.ids[:length], "labels": labels[:length]})
-        left_out = len(self.splits.get(split, ())) - len(rows)
+        for question in self.splits[split]:
+            ids, prompt = self._tokens(question.prompt, question.completion, end=True)
+            if prompt < min(length, len(ids)):
+                labels = [IGNORED] * prompt + ids[prompt:]
+                rows.append({"input_ids": ids[:length], "labels": labels[:length]})
+        left_out = len(self.splits[split]) - len(rows)
         if left_out and not rows:
             raise DataError(f"no question of the {split} split fits into train.max_length={length} tokens; raise it")
         if left_out:
-            print(
-                f"{left_out} of the {split} split are left out: longer than train.max_length={length} tokens",
-                flush=True,
-            )
+            said = f"{left_out} of the {split} split are left out: longer than train.max_length={length} tokens"
+            print(said, flush=True)
         return rows
 
     def _examine(self, model: Any, split: str) -> tuple[list[Any], dict[str, float], list[Any]]:
@@ -212,14 +201,10 @@ class LanguageTask(Task):
 
     def _answers(self, model: Any, questions: Sequence[Question], score: str) -> list[Any]:
         """What a model says to each question: a text, one of the choices, or the loss of the right answer."""
-        answer: dict[str, Callable[[Any, Sequence[Question]], list[Any]]] = {
-            "generation": self._generated,
-            "likelihood": self._likeliest,
-            "loss": self._losses,
-        }
-        model.eval()
+        answers: dict[str, Callable[[Any, Sequence[Question]], list[Any]]]
+        answers = {"generation": self._generated, "likelihood": self._likeliest, "loss": self._losses}
         with torch.no_grad(), quiet():
-            return answer[score](model, questions)
+            return answers[score](model.eval(), questions)
 
     def _scores(self, questions: Sequence[Question], predictions: Sequence[Any]) -> dict[str, float]:
         """The mean over the test sets, and each by its name where there are several."""
@@ -230,9 +215,6 @@ class LanguageTask(Task):
             found.setdefault(question.set, []).append(value)
         means = {part: fmean(values) for part, values in found.items()}
         return {name: fmean(means.values()), **({str(p): m for p, m in means.items()} if len(means) > 1 else {})}
-
-    def _sets(self, split: str) -> list[str | None]:
-        return [question.set for question in self.splits.get(split, ())]
 
     def _generated(self, model: Any, questions: Sequence[Question]) -> list[str]:
         prompts = [list(self._tokenizer(question.prompt)["input_ids"]) for question in questions]
@@ -258,12 +240,12 @@ class LanguageTask(Task):
     def _likeliest(self, model: Any, questions: Sequence[Question]) -> list[str]:
         """The choice whose text has the greatest probability as the answer."""
         candidates = [
-            [self._tokens(question.prompt, self.said(choice), end=False).ids for choice in question.choices]
+            [self._tokens(question.prompt, self.said(choice), end=False)[0] for choice in question.choices]
             for question in questions
         ]
         # One token at least is left to each, also where one choice begins another.
         shared = [min(_common(ids), *(len(one) - 1 for one in ids)) for ids in candidates]
-        found: list[list[float]] = [[] for _ in questions]
+        found = [[0.0] * len(ids) for ids in candidates]
         # Where the choices differ in their last token alone, one pass over what they share answers all of them.
         short = [all(len(ids) == at + 1 for ids in group) for group, at in zip(candidates, shared, strict=True)]
         stems = [i for i, alike in enumerate(short) if alike]
@@ -273,8 +255,6 @@ class LanguageTask(Task):
                 i = stems[index]
                 found[i] = [float(row[ids[-1]]) for ids in candidates[i]]
         rest = [(i, c) for i, alike in enumerate(short) if not alike for c in range(len(candidates[i]))]
-        for i in {i for i, _ in rest}:
-            found[i] = [0.0] * len(candidates[i])
         sequences = [candidates[i][c] for i, c in rest]
         for index, value in self._log_likelihoods(model, sequences, [shared[i] for i, _ in rest], "answering"):
             i, c = rest[index]
@@ -289,10 +269,10 @@ class LanguageTask(Task):
         """The mean negative log-likelihood of a token of the right answer, for each question."""
         tokens = [self._tokens(question.prompt, question.completion, end=True) for question in questions]
         length = self.recipe.train.max_length
-        cut = [t.ids[: max(length, t.prompt + 1)] for t in tokens]
+        cut, prompts = [ids[: max(length, prompt + 1)] for ids, prompt in tokens], [prompt for _, prompt in tokens]
         found = [0.0] * len(questions)
-        for index, value in self._log_likelihoods(model, cut, [t.prompt for t in tokens], "measuring"):
-            found[index] = -value / (len(cut[index]) - tokens[index].prompt)
+        for index, value in self._log_likelihoods(model, cut, prompts, "measuring"):
+            found[index] = -value / (len(cut[index]) - prompts[index])
         return found
 
     def _log_likelihoods(
@@ -322,13 +302,9 @@ class LanguageTask(Task):
             mininterval=1,
         ):
             indices = order[start : start + size]
-            longest = len(sequences[indices[-1]])
-            ids = torch.full((len(indices), longest), self._tokenizer.pad_token_id)
-            mask = torch.zeros_like(ids)
-            for row, index in enumerate(indices):
-                ids[row, longest - len(sequences[index]) :] = torch.tensor(sequences[index])
-                mask[row, longest - len(sequences[index]) :] = 1
-            yield indices, ids.to(device), mask.to(device)
+            rows = {"input_ids": [sequences[i] for i in indices]}
+            batch = self._tokenizer.pad(rows, return_attention_mask=True, return_tensors="pt").to(device)
+            yield indices, batch["input_ids"], batch["attention_mask"]
 
 
 def _common(sequences: Sequence[Sequence[int]]) -> int:

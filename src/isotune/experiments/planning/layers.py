@@ -14,7 +14,7 @@ def factor_bytes(model: nn.Module) -> int:
     tensors = {id(b): b for layer in _layers(model) for form in layer.isotune_form.values() for b in form.buffers()}
     placements = (module.placement for module in model.modules() if isinstance(module, SubspaceAdapter))
     factors = {id(t): t for placement in placements if placement is not None for t in placement.factors}
-    return sum(t.numel() * t.element_size() for t in {**tensors, **factors}.values())
+    return sum(t.nbytes for t in {**tensors, **factors}.values())
 
 
 def _layers(model: nn.Module) -> list[Layer]:

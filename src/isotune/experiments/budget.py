@@ -1,11 +1,15 @@
-"""Equal parameter budgets: the rank or block size at which a method's adapter is nearest to a number of parameters."""
+"""Parameters of adapters: counted on a model without its weights, and brought near to a budget."""
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
 from collections.abc import Callable
+from importlib import resources
 from typing import Any
 
-from isotune.experiments.recipe import Method
+from isotune.experiments.recipe import Method, Recipe
 from isotune.experiments.registry import entry
 
 _LARGEST = 1 << 16
@@ -70,8 +74,6 @@ def counter(model: Any, head: list[str], peft_type: str | None) -> Callable[[Met
 
     The model is moved to the meta device: it has only shapes from then on, and nothing is computed.
     """
-    import copy
-
     import torch
 
     from isotune.experiments.loop import is_head
@@ -86,3 +88,49 @@ def counter(model: Any, head: list[str], peft_type: str | None) -> Callable[[Met
         return sum(p.numel() for n, p in adapted.named_parameters() if p.requires_grad and not is_head(n, head))
 
     return count
+
+
+def adapter_parameters(recipe: Recipe) -> int | None:
+    """Parameters of the adapter of a recipe's method, those of a new head left out; None for a model not known here.
+
+    Known are the packaged recipes' models, by the dimensions in architectures.json that their configurations publish.
+    """
+    if recipe.model not in _published():
+        return None
+    return _counted(recipe.task, recipe.model, recipe.method.model_dump_json())
+
+
+@functools.cache
+def _published() -> dict[str, Any]:
+    text = resources.files("isotune.experiments").joinpath("architectures.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+@functools.cache
+def _counter(task: str, name: str) -> Callable[[Method], int]:
+    import torch
+    import transformers
+
+    from isotune.experiments import models
+
+    published = _published()[name]["config"]
+    config = transformers.AutoConfig.for_model(**published)
+    kind: str | None = "SEQ_CLS"
+    with torch.device("meta"):
+        if task in ("multiple-choice", "math"):
+            model, kind = transformers.AutoModelForCausalLM.from_config(config), "CAUSAL_LM"
+        elif task == "image-classification":
+            model, kind = transformers.AutoModelForImageClassification.from_config(config), None
+        elif config.model_type == "bert":
+            encoder = transformers.AutoModel.from_config(config, add_pooling_layer=False)
+            # With a configuration of its own: the encoder notes in its what the classifier has not.
+            model = models.MeanPooledClassifier(transformers.AutoConfig.for_model(**published), encoder)
+        else:
+            model = transformers.AutoModelForSequenceClassification.from_config(config)
+    return counter(model, _published()[name]["new"], kind)
+
+
+@functools.cache
+def _counted(task: str, name: str, method: str) -> int:
+    return _counter(task, name)(Method.model_validate_json(method))

@@ -48,9 +48,8 @@ def execute(run: Run, task: Task | None = None) -> dict[str, Any]:
             )
     entry = _train(run, task)
     if processes.is_main():
-        about = {**task.sizes, **task.about(), "fingerprint": run.fingerprint}
         machine = {"versions": versions(), "hardware": hardware()}
-        write_json(run.record, {**run.identity(), **machine, "data": about, **entry})
+        write_json(run.record, {**run.identity(), **machine, "data": task.described(), **entry})
         for checkpoint in run.folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)  # what they were kept for, resuming and choosing, is over
     processes.wait_for_all()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
+from typing import Any
+
+from tqdm.auto import tqdm
 
 from isotune.experiments.recipe import RecipeError
 
@@ -73,3 +77,10 @@ def share_of(batch_size: int) -> int:
 def environment_alone() -> Mapping[str, str]:
     """The environment for a process that belongs to no others."""
     return {name: v for name, v in os.environ.items() if name not in _NAMES and not name.startswith(_PREFIXES)}
+
+
+def bar(total: int, done: int, title: str, unit: str) -> Any:
+    """A progress bar of the main process, renewed seldom where the output is a file, which it would fill."""
+    often = 0.2 if sys.stderr.isatty() else 15
+    hidden = not is_main()
+    return tqdm(total=total, initial=done, desc=title, unit=unit, disable=hidden, dynamic_ncols=True, mininterval=often)

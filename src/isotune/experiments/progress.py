@@ -74,16 +74,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         spent = self.folder / "seconds.json"
         if state.global_step and spent.exists():
             self.before, self.stepping = read_object(spent).get(str(state.global_step), (0.0, 0.0))
-        self.bar = tqdm(
-            disable=not processes.is_main(),
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.title,
-            unit="step",
-            dynamic_ncols=True,
-            # Where the output is a file a bar every tenth of a second fills it.
-            mininterval=0.2 if sys.stderr.isatty() else 15,
-        )
+        self.bar = processes.bar(state.max_steps, state.global_step, self.title, "step")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.step_started = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,12 @@ class Variant:
     def folder(self) -> str:
         """The label as the name of a folder."""
         return re.sub(r"[^A-Za-z0-9=.,\[\]-]+", "_", self.label)
+
+
+def repeated(variants: Sequence[Variant]) -> str | None:
+    """The label of a variant whose folder would be another's, if there is one."""
+    folders = [variant.folder for variant in variants]
+    return next((variant.label for variant in variants if folders.count(variant.folder) > 1), None)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import fmean
 
-from isotune.experiments.architectures import adapter_parameters
+from isotune.experiments.budget import adapter_parameters
 from isotune.experiments.loading import load, packaged
 from isotune.experiments.recipe import Recipe
 from isotune.experiments.text import aligned

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.experiments import methods, registry
-from isotune.experiments.planning.formula import paper_activations
-from isotune.experiments.planning.layers import adapter_activations, factor_bytes
+from isotune.experiments.planning.formula import adapter_activations, factor_bytes, paper_activations
 from isotune.experiments.planning.setting import ACCELERATORS, BITS, DTYPES, OPTIMIZER_BYTES, SHARDED, Setting
 from isotune.experiments.planning.trace import attention, blocks_of, inputs_for, trace
 from isotune.experiments.recipe import Method

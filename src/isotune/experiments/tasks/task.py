@@ -36,7 +36,11 @@ class Task(ABC):
 
     @abstractmethod
     def about(self) -> dict[str, Any]:
-        """What a result says of its data, as JSON."""
+        """What a result says of its data beside their sizes, as JSON."""
+
+    def described(self) -> dict[str, Any]:
+        """What a result says of its data, with their sizes and fingerprint."""
+        return {**self.sizes, **self.about(), "fingerprint": self.fingerprint()}
 
     @cached_property
     def encoded(self) -> Encoded:

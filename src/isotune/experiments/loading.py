@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from isotune.experiments.recipe import Recipe, RecipeError, nearest, validate
+from isotune.experiments.recipe import Recipe, RecipeError, meant, validate
 from isotune.experiments.text import YamlError, from_yaml, shown
 
 
@@ -79,11 +79,8 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
     if not path.exists():
         if path.suffix in {".yaml", ".yml"}:
             raise RecipeError(f"there is no recipe file {source}")
-        near = nearest(source, known)
-        raise RecipeError(
-            f"there is no recipe {source!r}: give a YAML file or one of {', '.join(known)}"
-            + (f"; did you mean {near!r}?" if near else "")
-        )
+        given = f"there is no recipe {source!r}: give a YAML file or one of {', '.join(known)}"
+        raise RecipeError(given + meant(source, known))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import typing
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from isotune.experiments.recipe import Method, RecipeError
+from isotune.experiments.recipe import Method, RecipeError, meant
 from isotune.experiments.registry import HEADS, entry, is_plain
 from isotune.experiments.text import shown
 from isotune.methods import METHODS
@@ -45,11 +44,8 @@ def check(method: Method) -> None:
     )
     for key, value in method.options.items():
         if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, n=1)
-            raise RecipeError(
-                f"unknown key 'method.{key}': {method.name} allows {', '.join(allowed)}"
-                + (f"; did you mean 'method.{near[0]}'?" if near else "")
-            )
+            said = f"unknown key 'method.{key}': {method.name} allows {', '.join(allowed)}"
+            raise RecipeError(said + meant(key, allowed, "method."))
         try:
             _adapter(hints[key]).validate_python(value)
         except ValidationError as error:

@@ -73,12 +73,7 @@ def evaluate(
         tokenizer = AutoTokenizer.from_pretrained(source, **gguf_of(source))
         harness = HFLM(pretrained=model.to(device).eval(), tokenizer=tokenizer, batch_size=batch_size, device=device)
         found = simple_evaluate(
-            model=harness,
-            tasks=list(tasks),
-            num_fewshot=few_shot,
-            limit=limit,
-            task_manager=manager,
-            log_samples=False,
+            model=harness, tasks=list(tasks), num_fewshot=few_shot, limit=limit, task_manager=manager, log_samples=False
         )
     assert found is not None  # None comes from the other processes of a distributed run
     scores = {
@@ -87,8 +82,7 @@ def evaluate(
     }
     if output is not None:
         write_json(
-            Path(output),
-            {"adapter": directory, "base": name, "few_shot": few_shot, "limit": limit, "results": scores},
+            Path(output), {"adapter": directory, "base": name, "few_shot": few_shot, "limit": limit, "results": scores}
         )
     return scores
 

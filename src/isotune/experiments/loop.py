@@ -110,11 +110,7 @@ class Outcome:
 
 
 def train(
-    model: Any,
-    task: Encoded,
-    run: Run,
-    head: Sequence[str],
-    callbacks: Sequence[TrainerCallback] = (),
+    model: Any, task: Encoded, run: Run, head: Sequence[str], callbacks: Sequence[TrainerCallback] = ()
 ) -> Outcome:
     """Train a model, with an adapter where the method is one, going on from the last checkpoint in the run's folder.
 

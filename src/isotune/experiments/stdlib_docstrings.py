@@ -17,12 +17,8 @@ from pathlib import Path
 
 # Not modules one would look a docstring up in: tests, vendored or generated copies, whole applications; and
 # what lies in the folder without belonging to the library. Linux distributions leave several out anyway.
-_EXCLUDED = frozenset(
-    [
-        *("test", "tests", "idlelib", "lib2to3", "turtledemo", "turtle", "ensurepip", "pydoc_data"),
-        *("site-packages", "dist-packages"),
-    ]
-)
+_EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "turtle", "ensurepip", "pydoc_data"}
+_EXCLUDED |= {"site-packages", "dist-packages"}
 
 
 def docstrings(root: Path) -> Iterator[tuple[str, str]]:

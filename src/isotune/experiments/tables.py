@@ -113,18 +113,10 @@ def _listed_rows(path: Path, text: str) -> Iterator[Row]:
 
 def _json_rows(path: Path, text: str) -> Iterator[Row]:
     if path.suffix == ".jsonl":
-        parsed = []
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    parsed.append((f"{path}, line {number}", from_json(line)))
-                except ValueError as error:
-                    raise DataError(f"{path}, line {number}: not valid JSON: {error}") from error
+        lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        parsed = [(where, _parsed(line, where)) for where, line in lines]
     else:
-        try:
-            table = from_json(text)
-        except ValueError as error:
-            raise DataError(f"{path}: not valid JSON: {error}") from error
+        table = _parsed(text, str(path))
         if not isinstance(table, list):
             raise DataError(f"{path}: a .json file must hold a list of objects; one object a line is .jsonl")
         parsed = [(f"{path}, entry {number}", row) for number, row in enumerate(table, 1)]
@@ -132,6 +124,13 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected an object with named fields, not {type(row).__name__}")
         yield Row(row, where)
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return from_json(text)
+    except ValueError as error:
+        raise DataError(f"{where}: not valid JSON: {error}") from error
 
 
 def _separated_rows(path: Path, text: str, columns: list[str] | None) -> Iterator[Row]:

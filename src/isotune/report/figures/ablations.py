@@ -10,18 +10,7 @@ from isotune.experiments.records import number
 from isotune.experiments.registry import entry
 from isotune.report.columns import count
 from isotune.report.figures.looks import Figure, Looks, Section, Spec
-from isotune.report.figures.marks import (
-    axis,
-    circles,
-    error,
-    hover,
-    marked,
-    mean,
-    names,
-    safe,
-    scores,
-    spread,
-)
+from isotune.report.figures.marks import axis, circles, error, hover, marked, mean, names, safe, scores, spread
 from isotune.report.results import Comparison
 
 

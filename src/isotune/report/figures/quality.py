@@ -5,18 +5,7 @@ from __future__ import annotations
 import statistics
 
 from isotune.report.figures.looks import Figure, Looks, Section, Spec
-from isotune.report.figures.marks import (
-    axis,
-    circles,
-    error,
-    hover,
-    marks,
-    mean,
-    names,
-    safe,
-    scores,
-    spread,
-)
+from isotune.report.figures.marks import axis, circles, error, hover, marks, mean, names, safe, scores, spread
 from isotune.report.results import Comparison
 
 

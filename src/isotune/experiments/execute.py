@@ -72,8 +72,7 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
             raise RecipeError(f"start_from_head needs the method head to be trained before {run.method.name}")
         model.load_state_dict(load_file(run.start_from / "adapter" / "model.safetensors"), strict=False)
     setup = time.perf_counter() - began
-    tokenizer = task.tokenizer()
-    forgetting = measure.Forgetting(model, tokenizer) if tokenizer is not None else None
+    forgetting = None if task.tokenizer is None else measure.Forgetting(model, task.tokenizer)
     measure.reset_peak_memory()
     began = time.perf_counter()
     with quiet():

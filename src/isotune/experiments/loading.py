@@ -88,15 +88,20 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
     return _parse(text, source), source
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    parts = key.split(".")
-    if not separator or not all(parts):
-        raise RecipeError(f"an override is key=value, such as train.lr=1e-3, not {shown(override)}")
+def assignment(text: str, example: str) -> tuple[str, Any]:
+    """The key and the value, which is YAML, of a text of the form of `example`."""
+    key, separator, value = text.partition("=")
+    if not separator or not all(key.split(".")):
+        raise RecipeError(f"{example}, not {shown(text)}")
     try:
-        value = from_yaml(text)
+        return key, from_yaml(value)
     except YamlError as error:
-        raise RecipeError(f"{key}: the value {shown(text)} is not valid YAML: {error}") from error
+        raise RecipeError(f"{key}: the value {shown(value)} is not valid YAML: {error}") from error
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, value = assignment(override, "an override is key=value, such as train.lr=1e-3")
+    parts = key.split(".")
     node = raw
     for depth, part in enumerate(parts[:-1]):
         child = node.get(part)

@@ -11,6 +11,7 @@ from typing import Any
 
 from isotune.diagnostics.inspect import MISSING_BASE, AdapterReport, LayerReport
 
+_BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _FROM_FILE = (
     ("rank", "{}", "rank"),
     ("orth.\nerror", "{:.0e}", "orthogonality_error"),
@@ -120,15 +121,16 @@ def save_png(report: AdapterReport, path: str | os.PathLike[str]) -> None:
     series = _series(report.layers)
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    with pyplot.rc_context(style):
+    with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         size = (11, 2.2 * rows + 1)
         figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, sharex=True, layout="constrained")
         for axis, panel in zip(axes.flat, panels, strict=False):
             _draw(axis, panel, series)
         for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
-        outside = "; beyond the last: modules outside of blocks" if _outside(report.layers) else ""
+        numbered = [bool(_BLOCK.search(layer.module)) for layer in report.layers]
+        mixed = any(numbered) and not all(numbered)
+        outside = "; beyond the last: modules outside of blocks" if mixed else ""
         for axis in axes[-1]:
             axis.set_xlabel(f"block of the model{outside}")
         handles, labels = axes.flat[0].get_legend_handles_labels()
@@ -144,15 +146,6 @@ def save_png(report: AdapterReport, path: str | os.PathLike[str]) -> None:
         figure.align_ylabels()
         figure.savefig(path, dpi=130)
         pyplot.close(figure)
-
-
-_BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
-
-
-def _outside(layers: Sequence[LayerReport]) -> bool:
-    """Whether some layers, and not all, are in no numbered block."""
-    numbered = [bool(_BLOCK.search(layer.module)) for layer in layers]
-    return any(numbered) and not all(numbered)
 
 
 def _series(layers: Sequence[LayerReport]) -> dict[str, list[tuple[int, LayerReport]]]:

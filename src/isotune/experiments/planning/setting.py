@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from isotune.experiments import registry
-from isotune.experiments.text import YamlError, from_yaml, shown
+from isotune.experiments.loading import assignment
 from isotune.methods.config import require_choice, require_positive_integer
 
 
@@ -112,13 +112,4 @@ class Setting:
 
 def parse_options(given: Sequence[str]) -> dict[str, Any]:
     """Options of a method from the command line, KEY=VALUE each."""
-    options: dict[str, Any] = {}
-    for text in given:
-        key, separator, value = text.partition("=")
-        if not separator or not key:
-            raise ValueError(f"an option of the method is KEY=VALUE, such as oft_block_size=32, not {text!r}")
-        try:
-            options[key] = from_yaml(value)
-        except YamlError as error:
-            raise ValueError(f"{key}: the value {shown(value)} is not valid YAML: {error}") from error
-    return options
+    return dict(assignment(text, "an option of the method is KEY=VALUE, such as oft_block_size=32") for text in given)

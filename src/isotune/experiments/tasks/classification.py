@@ -6,6 +6,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,37 @@ class Classifier(Task):
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.examples = self.load()
-        splits = {"train": self.examples.train, "validation": self.examples.validation, "test": self.examples.test}
-        self.sizes = {name: len(split) for name, split in splits.items()}
+        self.sizes = {split: len(getattr(self.examples, split)) for split in ("train", "validation", "test")}
 
     @abstractmethod
     def load(self) -> data.Examples:
         """Read and check the data."""
+
+    @abstractmethod
+    def rows(self, split: Sequence[data.Example]) -> list[Row]:
+        """Examples as rows for the model, with their labels."""
+
+    @abstractmethod
+    def collator(self) -> Any:
+        """What makes a batch of rows."""
+
+    def length(self, row: Row) -> int:
+        """By which rows are grouped where the recipe asks for it."""
+        return 1
+
+    def encode(self) -> Encoded:
+        train = self.rows(self.examples.train)
+        # Validation and test are sorted by length, which saves padding and changes no score.
+        return Encoded(
+            train=train,
+            validation=sorted(self.rows(self.examples.validation), key=self.length),
+            test=sorted(self.rows(self.examples.test), key=self.length),
+            collate=self.collator(),
+            metric=self.recipe.metric,
+            score=self.measure,
+            decide=self.decide,
+            lengths=[self.length(row) for row in train],
+        )
 
     def fingerprint(self) -> str:
         return self.examples.fingerprint()
@@ -84,33 +110,27 @@ class TextClassification(Classifier):
     def build(self) -> tuple[Any, list[str]]:
         return models.load_classifier(self.recipe.model, self.recipe.pooling, self.examples.labels)
 
-    def encode(self) -> Encoded:
-        # Validation and test are sorted by length, which saves padding and changes no score.
-        tokenizer = self.tokenizer()
-        train = self._rows(tokenizer, self.examples.train)
-        return Encoded(
-            train=train,
-            validation=sorted(self._rows(tokenizer, self.examples.validation), key=_length),
-            test=sorted(self._rows(tokenizer, self.examples.test), key=_length),
-            collate=DataCollatorWithPadding(tokenizer),
-            metric=self.recipe.metric,
-            score=self.measure,
-            decide=self.decide,
-            lengths=[_length(row) for row in train],
-        )
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        return models.tokenizer_for(self.recipe.model)
 
-    def _rows(self, tokenizer: Any, split: Sequence[data.Example]) -> list[Row]:
+    def rows(self, split: Sequence[data.Example]) -> list[Row]:
         if not split:
             return []
         pairs = [e.pair for e in split] if split[0].pair is not None else None
-        tokens = tokenizer([e.text for e in split], pairs, truncation=True, max_length=self.recipe.train.max_length)
+        length = self.recipe.train.max_length
+        tokens = self.tokenizer([e.text for e in split], pairs, truncation=True, max_length=length)
         return [
             {**{name: column[i] for name, column in tokens.items()}, "labels": example.label}
             for i, example in enumerate(split)
         ]
 
-    def tokenizer(self) -> Any:
-        return models.tokenizer_for(self.recipe.model)
+    def collator(self) -> Any:
+        return DataCollatorWithPadding(self.tokenizer)
+
+    def length(self, row: Row) -> int:
+        return len(row["input_ids"])
 
     def train(self, model: Any, run: Run, head: Sequence[str]) -> loop.Outcome:
         if run.method.name != "head" or not isinstance(model, models.MeanPooledClassifier):
@@ -154,14 +174,10 @@ class TextRegression(TextClassification):
         return regression_scores(predictions, labels)
 
 
-def _length(row: Row) -> int:
-    return len(row["input_ids"])
-
-
 def _features(model: Any, rows: Sequence[Row], collate: Any, settings: Train) -> list[Row]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).eval()
-    order = sorted(range(len(rows)), key=lambda i: _length(rows[i]))
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     found: list[Any] = [None] * len(rows)
     with torch.no_grad():
         for start in tqdm(

@@ -118,12 +118,9 @@ class LanguageTask(Task):
     def build(self) -> tuple[Any, list[str]]:
         return models.load_causal(self.recipe.model, self.recipe.dtype), []
 
-    def tokenizer(self) -> Any | None:
-        return self._tokenizer
-
     def training_batch(self) -> dict[str, Any]:
         rows = self.encoded.train
-        collate = DataCollatorForLanguageModeling(self._tokenizer.pad_token_id)
+        collate = DataCollatorForLanguageModeling(self.tokenizer.pad_token_id)
         parts = self.recipe.train.batch_size // self.recipe.train.gradient_accumulation
         return dict(collate([rows[i] for i in range(min(parts, len(rows)))]))
 
@@ -133,7 +130,7 @@ class LanguageTask(Task):
         return super().loss(model, batch)
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
         """The model's, padding on the left as generation needs it."""
         tokenizer = models.tokenizer_for(self.recipe.model)
         if tokenizer.eos_token_id is None:
@@ -159,7 +156,7 @@ class LanguageTask(Task):
             trainer=SftLoop,
             # The rows are tokenised already, and mixed precision is left to the dtype of the frozen weights.
             arguments=partial(SFTConfig, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, bf16=False),
-            options={"processing_class": self._tokenizer},
+            options={"processing_class": self.tokenizer},
         )
 
     def predict(self, model: Any) -> list[Any]:
@@ -170,10 +167,10 @@ class LanguageTask(Task):
 
     def _tokens(self, prompt: str, completion: str, end: bool) -> tuple[list[int], int]:
         """Both tokenised as one text, since a token may reach across, and how many tokens are the prompt's alone."""
-        alone = self._tokenizer(prompt)["input_ids"]
-        ids = list(self._tokenizer(prompt + completion)["input_ids"])
-        if end and ids[-1] != self._tokenizer.eos_token_id:
-            ids.append(self._tokenizer.eos_token_id)
+        alone = self.tokenizer(prompt)["input_ids"]
+        ids = list(self.tokenizer(prompt + completion)["input_ids"])
+        if end and ids[-1] != self.tokenizer.eos_token_id:
+            ids.append(self.tokenizer.eos_token_id)
         return ids, _common([alone, ids])
 
     def _training_rows(self, split: str) -> list[dict[str, Any]]:
@@ -217,7 +214,7 @@ class LanguageTask(Task):
         return {name: fmean(means.values()), **({str(p): m for p, m in means.items()} if len(means) > 1 else {})}
 
     def _generated(self, model: Any, questions: Sequence[Question]) -> list[str]:
-        prompts = [list(self._tokenizer(question.prompt)["input_ids"]) for question in questions]
+        prompts = [list(self.tokenizer(question.prompt)["input_ids"]) for question in questions]
         found: list[Any] = [None] * len(questions)
         for indices, ids, mask in self._batches(prompts, model, "generating"):
             generated = model.generate(
@@ -229,10 +226,10 @@ class LanguageTask(Task):
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                pad_token_id=self._tokenizer.pad_token_id,
-                eos_token_id=self._tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self.tokenizer.eos_token_id,
             )
-            texts = self._tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
+            texts = self.tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
             for index, text in zip(indices, texts, strict=True):
                 found[index] = text.strip()
         return found
@@ -303,7 +300,7 @@ class LanguageTask(Task):
         ):
             indices = order[start : start + size]
             rows = {"input_ids": [sequences[i] for i in indices]}
-            batch = self._tokenizer.pad(rows, return_attention_mask=True, return_tensors="pt").to(device)
+            batch = self.tokenizer.pad(rows, return_attention_mask=True, return_tensors="pt").to(device)
             yield indices, batch["input_ids"], batch["attention_mask"]
 
 

@@ -26,6 +26,8 @@ class Task(ABC):
     peft_type: ClassVar[str | None]
     """What PEFT calls the kind of model (`peft.TaskType`), or None where it has no name for it."""
 
+    tokenizer: Any = None
+    """The tokeniser of the model, loaded when it is asked for; None where it reads no text."""
     recipe: Recipe
     sizes: dict[str, int]
     """How many examples each of train, validation and test has; validation may be 0."""
@@ -57,10 +59,6 @@ class Task(ABC):
 
         Draws from the global generator for the new modules only. Raises ModelError where the model cannot be loaded.
         """
-
-    def tokenizer(self) -> Any | None:
-        """The tokeniser of the model, or None where it reads no text."""
-        return None
 
     @abstractmethod
     def training_batch(self) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from isotune.experiments import data, models
-from isotune.experiments.encoded import Encoded
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.classification import Classifier
 
@@ -32,26 +31,17 @@ class ImageClassification(Classifier):
     def build(self) -> tuple[Any, list[str]]:
         return models.load_image_classifier(self.recipe.model, self.examples.labels)
 
-    def encode(self) -> Encoded:
+    def rows(self, split: Sequence[data.Example]) -> list[dict[str, Any]]:
+        return [{"image": example.text, "labels": example.label} for example in split]
+
+    def collator(self) -> Any:
         processor = models.image_processor_for(self.recipe.model)
 
         def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             pixels = processor(images=[_read(row["image"]) for row in rows], return_tensors="pt")["pixel_values"]
             return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
 
-        def rows(split: Sequence[data.Example]) -> list[dict[str, Any]]:
-            return [{"image": example.text, "labels": example.label} for example in split]
-
-        return Encoded(
-            train=rows(self.examples.train),
-            validation=rows(self.examples.validation),
-            test=rows(self.examples.test),
-            collate=collate,
-            metric=self.recipe.metric,
-            score=self.measure,
-            decide=self.decide,
-            lengths=[1] * len(self.examples.train),
-        )
+        return collate
 
 
 def _checked(row: Row, column: str) -> str:

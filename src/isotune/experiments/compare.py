@@ -140,8 +140,9 @@ def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Schedule:
     """
     from isotune.experiments import tasks
 
-    for key, value in {"--seeds": options.seeds, "--lr-search": options.lr_search}.items():
-        if value < 1:
+    whole = {"--seeds": options.seeds, "--lr-search": options.lr_search, "--match-params": options.match_params}
+    for key, value in whole.items():
+        if value is not None and value < 1:
             raise RecipeError(f"{key} is {value} and must be at least 1")
     if not 1 < options.factor < math.inf:
         raise RecipeError(f"--lr-factor is {options.factor:g} and must be above 1")
@@ -155,8 +156,6 @@ def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Schedule:
     if len(trials) > 1:
         counts = " and ".join(f"{label} {count}" for count, label in sorted(trials.items()))
         raise RecipeError(f"every method is given the same number of learning rates, but {counts}")
-    if options.match_params is not None and options.match_params < 1:
-        raise RecipeError(f"--match-params is {options.match_params} and must be at least 1")
     task = tasks.make(recipe)
     if not task.sizes["validation"] and max(trials) > 1:
         raise RecipeError(
@@ -168,13 +167,8 @@ def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Schedule:
     if options.match_params is not None:
         variants, notes = _matched(variants, task, options.match_params)
     seeds = [recipe.train.seed + i for i in range(options.seeds)]
-    found = Schedule(
-        *(name, recipe, variants, seeds, folder, about),
-        threads=options.threads,
-        keep_adapters=options.keep_adapters,
-        notes=notes,
-        details={"lr_search": options.lr_search, "match_params": options.match_params, "command": options.command},
-    )
+    found = Schedule(name, recipe, variants, seeds, folder, about, options.threads, options.keep_adapters, notes=notes)
+    found.details = {key: getattr(options, key) for key in ("lr_search", "match_params", "command")}
     found.load()
     return found
 

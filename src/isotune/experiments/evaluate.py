@@ -92,10 +92,10 @@ def table(scores: dict[str, dict[str, Any]]) -> str:
     lines = []
     for task, row in scores.items():
         for key, value in row.items():
-            name, _, how = key.partition(",")
+            name, comma, how = key.partition(",")
             if name in ("alias", "sample_len") or name.endswith("_stderr"):
                 continue
-            error = row.get(f"{name}_stderr,{how}" if how else f"{name}_stderr")
+            error = row.get(f"{name}_stderr{comma}{how}")
             spread = f" ± {error:.4f}" if isinstance(error, float) else ""
             lines.append((task, f"{name} ({how})" if how else name, f"{value:.4f}{spread}"))
     return "\n".join(line.rstrip() for line in aligned(lines, "<<<"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -83,7 +82,7 @@ def _keys(comparisons: Sequence[Comparison]) -> list[str]:
     keys: list[str] = []
     for comparison in comparisons:
         plain = re.sub(r"[^a-z0-9]+", "-", comparison.recipe.lower()).strip("-") or "comparison"
-        names = itertools.chain([plain], (f"{plain}-{number}" for number in itertools.count(2)))
+        names = [plain, *(f"{plain}-{number}" for number in range(2, len(comparisons) + 2))]
         keys.append(next(name for name in names if name not in keys))
     return keys
 
@@ -117,10 +116,7 @@ def _part(comparison: Comparison, key: str, name: str, looks: Looks) -> dict[str
 
 
 def _facts(comparison: Comparison) -> list[tuple[str, str]]:
-    data = comparison.data
-    sizes = [
-        f"{data[split]:,} {split}" for split in ("train", "validation", "test") if isinstance(data.get(split), int)
-    ]
+    splits = [(split, comparison.data.get(split)) for split in ("train", "validation", "test")]
     hardware: Mapping[str, Any] = next((run.hardware for run in comparison.runs if run.hardware), {})
     versions: Mapping[str, Any] = next((run.versions for run in comparison.runs if run.versions), {})
     machine = [str(hardware.get("accelerator") or ""), str(hardware.get("platform") or "")]
@@ -128,14 +124,13 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
         threads = f", {hardware['threads']} threads a run" if hardware.get("threads") else ""
         machine.append(f"{hardware['processors']} processors{threads}")
     names = ("isotune", "torch", "peft", "transformers", "python")
-    seeds = ", ".join(str(seed) for seed in comparison.seeds)
     failed = sum(run.failed is not None for run in comparison.runs)
     matched = comparison.match_params
     facts = [
         ("Task", comparison.recipe + (f" ({comparison.task})" if comparison.task else "")),
         ("Model", comparison.model),
-        ("Data", ", ".join(sizes)),
-        ("Seeds", seeds),
+        ("Data", ", ".join(f"{size:,} {split}" for split, size in splits if isinstance(size, int))),
+        ("Seeds", ", ".join(map(str, comparison.seeds))),
         ("Runs", f"{len(comparison.runs) - failed} done, {failed} failed"),
         ("Adapters matched to", "" if matched is None else f"{matched:,.0f} parameters"),
         ("Machine", "; ".join(part for part in machine if part)),
@@ -185,31 +180,21 @@ def _overview(comparisons: Sequence[Comparison], keys: Sequence[str], names: Seq
     """Every method that several comparisons have, on each of these; None where there is none."""
     titles = [v.title for c in comparisons for v in ordered(c)]
     shared = [title for title in dict.fromkeys(titles) if titles.count(title) > 1]
-    shown = [
-        (comparison, key, name, {v.title: v for v in comparison.variants})
-        for comparison, key, name in zip(comparisons, keys, names, strict=True)
-        if any(v.title in shared for v in comparison.variants)
-    ]
+    named = zip(comparisons, keys, names, strict=True)
+    tables = [(c, key, name, {v.title: v for v in c.variants if v.title in shared}) for c, key, name in named]
+    shown = [table for table in tables if table[-1]]
     if not shown:
         return None
     rows: list[dict[str, Any]] = []
     for title in shared:
-        cells = [
-            _with_seeds(variants[title], score_of(comparison, variants[title])) if title in variants else Cell("–")
-            for comparison, _, _, variants in shown
-        ]
-        scores = {
-            comparison.recipe: mean
-            for comparison, _, _, variants in shown
-            if title in variants and (mean := variants[title].mean) is not None
-        }
+        found = [(c, variants.get(title)) for c, _, _, variants in shown]
+        cells = [_with_seeds(variant, score_of(c, variant)) if variant else Cell("–") for c, variant in found]
+        scores = {c.recipe: variant.mean for c, variant in found if variant and variant.mean is not None}
         rows.append({"title": title, "cells": cells, "means": _suite_means(scores)})
     means = list(dict.fromkeys(name for row in rows for name in row["means"]))
     for row in rows:
-        found = row.pop("means")
-        row["cells"] += [
-            Cell(f"{100 * found[name]:.1f}", found[name]) if name in found else Cell("–") for name in means
-        ]
+        own = row.pop("means")
+        row["cells"] += [Cell(f"{100 * own[name]:.1f}", own[name]) if name in own else Cell("–") for name in means]
     heads = [{"title": name, "metric": c.metric_name, "key": key} for c, key, name, _ in shown]
     heads += [{"title": name, "metric": "mean × 100", "key": ""} for name in means]
     return {"heads": heads, "rows": rows}

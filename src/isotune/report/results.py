@@ -139,7 +139,10 @@ def read(folder: Path) -> Comparison:
     """
     path = folder / "comparison.json"
     head = parse(_Head, read_object(path) if path.exists() else {}, path)
-    records = _records(folder)
+    if (training := folder / "result.json").exists():
+        records = read_training(read_object(training), training).records
+    else:
+        records = [record_of(read_object(run), run) for run in sorted((folder / "runs").rglob("*.json"))]
     if not path.exists() and not records:
         raise ValueError(f"{folder} holds no comparison; give a folder that `isotune compare` wrote (comparison.json)")
     first = next((record for record in records if record.metric), Record())
@@ -175,14 +178,6 @@ def read(folder: Path) -> Comparison:
         chosen_by=chosen_by,
         notes=_notes(head, variants, seeds, path.exists() or not (folder / "runs").exists()),
     )
-
-
-def _records(folder: Path) -> list[Record]:
-    """The records of a comparison's runs, or those that the result of a training holds."""
-    training = folder / "result.json"
-    if training.exists():
-        return read_training(read_object(training), training).records
-    return [record_of(read_object(path), path) for path in sorted((folder / "runs").rglob("*.json"))]
 
 
 def _variant(label: str, records: Sequence[Record], row: _Row | None, chosen_by: str) -> MethodResult:

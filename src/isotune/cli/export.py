@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from isotune.cli.shared import Base, Out, Trust, say
-
-if TYPE_CHECKING:
-    from isotune.files.export_lora import LoraOptions
 
 
 def export_adapter(
@@ -37,20 +33,18 @@ def export_adapter(
         export_merged(directory, output, base=base, trust_remote_code=trust_remote_code)
         say(f"wrote {output}")
         return
-    from isotune.files.export_lora import LoraOptions, has_adapter
+    from isotune.files.export_lora import has_adapter
 
-    options = LoraOptions(rank, energy, uniform_rank)
-    if has_adapter(directory):
-        _export_one(directory, output, base, options, trust_remote_code)
-    else:
-        _export_runs(directory, output, base, options, trust_remote_code)
+    export = _export_one if has_adapter(directory) else _export_runs
+    options = {"rank": rank, "energy": energy, "uniform_rank": uniform_rank}
+    export(directory, output, base=base, trust_remote_code=trust_remote_code, **options)
 
 
-def _export_one(directory: str, output: str, base: str | None, options: LoraOptions, trust: bool) -> None:
+def _export_one(directory: str, output: str, **options: Any) -> None:
     from isotune.files.export_lora import export_lora
     from isotune.files.lora_servers import describe_obstacles
 
-    report = export_lora(directory, output, base=base, **asdict(options), trust_remote_code=trust)
+    report = export_lora(directory, output, **options)
     if report.error:
         width = max(len(layer.name) for layer in report.layers)
         for layer in report.layers:
@@ -59,10 +53,10 @@ def _export_one(directory: str, output: str, base: str | None, options: LoraOpti
     say(describe_obstacles(output))
 
 
-def _export_runs(directory: str, output: str, base: str | None, options: LoraOptions, trust: bool) -> None:
+def _export_runs(directory: str, output: str, **options: Any) -> None:
     from isotune.files.export_runs import export_lora_runs
 
-    result = export_lora_runs(directory, output, base, **asdict(options), trust_remote_code=trust)
+    result = export_lora_runs(directory, output, **options)
     for name, report in result.written.items():
         say(f"wrote {output}/{name}: {report}")
     for name in result.skipped:

@@ -225,19 +225,12 @@ class Forgetting:
         }
 
     def _batches(self, device: torch.device) -> Iterator[dict[str, Tensor]]:
-        padding = self.tokenizer.padding_side
-        self.tokenizer.padding_side = "right"
-        try:
-            # The logits of a language model with a large vocabulary are larger than all else.
-            size = 1 if self.causal else 8
-            for start in range(0, len(self.texts), size):
-                texts = self.texts[start : start + size]
-                tokens = self.tokenizer(
-                    texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-                )
-                yield dict(tokens.to(device))
-        finally:
-            self.tokenizer.padding_side = padding
+        # The logits of a language model with a large vocabulary are larger than all else.
+        size = 1 if self.causal else 8
+        cut = {"padding": True, "padding_side": "right", "truncation": True, "max_length": self.max_length}
+        for start in range(0, len(self.texts), size):
+            tokens = self.tokenizer(self.texts[start : start + size], return_tensors="pt", **cut)
+            yield dict(tokens.to(device))
 
     def _look(self, model: Any) -> Any:
         """The loss of a causal language model, or the embeddings (texts, width) of an encoder."""

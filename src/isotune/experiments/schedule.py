@@ -195,10 +195,6 @@ class Schedule:
         if record.failed is None and run.phase != "start" and not self.keep_adapters:
             shutil.rmtree(run.folder, ignore_errors=True)
 
-    def results(self) -> list[MethodResult]:
-        """What the runs of each method come to so far, in the order in which the methods were given."""
-        return [self._result(variant) for variant in self.variants]
-
     def _result(self, variant: Variant) -> MethodResult:
         records = [record for (label, _, _), record in self.records.items() if label == variant.label]
         searched = [self.records[run.key] for run in self.search(variant) if run.key in self.records]
@@ -230,7 +226,7 @@ class Schedule:
             **self.details,
             "data": self.about,
             "complete": not any(True for _ in self.ready()),
-            "rows": [found.row() for found in self.results()],
+            "rows": [self._result(variant).row() for variant in self.variants],
         }
 
 

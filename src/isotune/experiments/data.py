@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import random
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,10 +42,6 @@ class Examples:
             self.labels,
             *([(e.text, e.pair, e.label) for e in split] for split in (self.train, self.validation, self.test)),
         )
-
-    def majority(self) -> int | float:
-        """The most frequent label of the training set."""
-        return Counter(e.label for e in self.train).most_common(1)[0][0]
 
 
 def fingerprint(*parts: Any) -> str:

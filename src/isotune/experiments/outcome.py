@@ -64,7 +64,7 @@ class MethodResult:
     @property
     def mean(self) -> float | None:
         """The mean of the scores."""
-        return statistics.fmean(self.scores) if self.scores else None
+        return self._mean(self.scores)
 
     @property
     def standard_error(self) -> float | None:

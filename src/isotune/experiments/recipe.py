@@ -44,11 +44,10 @@ def _as_list(value: Any) -> Any:
 
 
 def _known_method(name: str) -> str:
-    *names, last = map(repr, registry.entries())
-    if repr(name) not in (*names, last):
-        raise PydanticCustomError(
-            "literal_error", "should be {expected}", {"expected": f"{', '.join(names)} or {last}"}
-        )
+    if name not in registry.entries():
+        *first, last = map(repr, registry.entries())
+        expected = f"{', '.join(first)} or {last}"
+        raise PydanticCustomError("literal_error", "should be {expected}", {"expected": expected})
     return name
 
 

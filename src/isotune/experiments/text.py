@@ -11,6 +11,7 @@ import yaml
 
 DEEPEST = 100
 """How deep lists and mappings may lie in each other: far more than any file here has, far less than Python's stack."""
+_TOO_DEEP = f"lists and mappings are nested more than {DEEPEST} deep"
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong, _BRIEF.maxlevel = 120, 120, 40, 3
@@ -70,7 +71,7 @@ def from_json(text: str) -> Any:
     try:
         value = json.loads(text)
     except RecursionError as error:
-        raise ValueError(_too_deep()) from error
+        raise ValueError(_TOO_DEEP) from error
     _check_depth(value)
     return value
 
@@ -83,7 +84,7 @@ def from_yaml(text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         raise YamlError(str(getattr(error, "problem", None) or error), mark.line + 1 if mark else None) from error
     except RecursionError as error:
-        raise YamlError(_too_deep()) from error
+        raise YamlError(_TOO_DEEP) from error
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         # A scalar that PyYAML's own constructor cannot convert, such as the date 2020-13-45 or an empty `!!int`.
         raise YamlError(f"a value that cannot be read ({error})") from error
@@ -103,13 +104,9 @@ def _check_depth(value: Any) -> None:
         if not isinstance(node, (dict, list)) or seen.get(id(node), 0) >= depth:
             continue
         if depth > DEEPEST:
-            raise ValueError(_too_deep())
+            raise ValueError(_TOO_DEEP)
         seen[id(node)] = depth
         waiting += [(one, depth + 1) for one in (node.values() if isinstance(node, dict) else node)]
-
-
-def _too_deep() -> str:
-    return f"lists and mappings are nested more than {DEEPEST} deep"
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -67,7 +68,7 @@ class Classifier(Task):
         return self.examples.fingerprint()
 
     def about(self) -> dict[str, Any]:
-        majority = self.examples.majority()
+        majority = Counter(e.label for e in self.examples.train).most_common(1)[0][0]
         return {
             "labels": self.examples.labels,
             "majority_accuracy": sum(e.label == majority for e in self.examples.test) / len(self.examples.test),

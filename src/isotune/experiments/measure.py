@@ -20,13 +20,14 @@ LEVEL = 0.95
 RESAMPLES = 1000
 
 
-class Kept:
+class Kept(torch.autograd.graph.saved_tensors_hooks):
     """Counts, while it is entered, the bytes of distinct storages saved for backward that are not of `model`.
 
     Tensors may have numbers or, under FakeTensorMode, only shapes.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__(self._pack, lambda tensor: tensor)
         # By identity, as storages without numbers have no address.
         self._owned = {storage_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._seen: dict[int, Tensor] = {}
@@ -34,13 +35,9 @@ class Kept:
         self.largest = 0
         """Bytes of the largest storage."""
 
-    def __enter__(self) -> Kept:
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self._hooks.__enter__()
+    def __enter__(self) -> Kept:  # type: ignore[override]
+        super().__enter__()
         return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
 
     def _pack(self, tensor: Tensor) -> Tensor:
         key = storage_of(tensor)

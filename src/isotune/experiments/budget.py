@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from collections.abc import Callable
-from importlib import resources
 from typing import Any
 
+from isotune.experiments.files import packaged_object
 from isotune.experiments.recipe import Method, Recipe
 from isotune.experiments.registry import entry
 
@@ -95,16 +94,9 @@ def adapter_parameters(recipe: Recipe) -> int | None:
 
     Known are the packaged recipes' models, by the dimensions in architectures.json that their configurations publish.
     """
-    if recipe.model not in _published():
+    if recipe.model not in packaged_object("architectures.json"):
         return None
     return _counted(recipe.task, recipe.model, recipe.method.model_dump_json())
-
-
-@functools.cache
-def _published() -> dict[str, Any]:
-    text = resources.files("isotune.experiments").joinpath("architectures.json").read_text(encoding="utf-8")
-    found: dict[str, Any] = json.loads(text)
-    return found
 
 
 @functools.cache
@@ -114,8 +106,8 @@ def _counter(task: str, name: str) -> Callable[[Method], int]:
 
     from isotune.experiments import models
 
-    published = _published()[name]["config"]
-    config = transformers.AutoConfig.for_model(**published)
+    published = packaged_object("architectures.json")[name]
+    config = transformers.AutoConfig.for_model(**published["config"])
     kind: str | None = "SEQ_CLS"
     with torch.device("meta"):
         if task in ("multiple-choice", "math"):
@@ -125,10 +117,10 @@ def _counter(task: str, name: str) -> Callable[[Method], int]:
         elif config.model_type == "bert":
             encoder = transformers.AutoModel.from_config(config, add_pooling_layer=False)
             # With a configuration of its own: the encoder notes in its what the classifier has not.
-            model = models.MeanPooledClassifier(transformers.AutoConfig.for_model(**published), encoder)
+            model = models.MeanPooledClassifier(transformers.AutoConfig.for_model(**published["config"]), encoder)
         else:
             model = transformers.AutoModelForSequenceClassification.from_config(config)
-    return counter(model, _published()[name]["new"], kind)
+    return counter(model, published["new"], kind)
 
 
 @functools.cache

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
 import secrets
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,13 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@functools.cache
+def packaged_object(name: str) -> dict[str, Any]:
+    """The object in a JSON file of this package."""
+    found: dict[str, Any] = json.loads(resources.files("isotune.experiments").joinpath(name).read_text("utf-8"))
+    return found
 
 
 def read_json(path: Path) -> Any:

@@ -6,14 +6,12 @@ Source: Wu, Hu, Min, Wang, Efficient Orthogonal Fine-Tuning with Principal Subsp
 
 from __future__ import annotations
 
-import functools
-import json
 import re
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from isotune.experiments import registry
+from isotune.experiments.files import packaged_object
 
 MODELS = {"glue": "DeBERTaV3-base", "vtab": "ViT-B/16", "math": "LLaMA-3.2-3B", "commonsense": "LLaMA-3.1-8B"}
 """The pre-trained model of each of the paper's suites."""
@@ -47,12 +45,9 @@ class PaperFigure:
         return MODELS[self.suite]
 
 
-@functools.cache
 def results() -> dict[str, Any]:
     """All that is kept of the paper: results, hyperparameters, formulas and ablations, with its source."""
-    text = resources.files("isotune.experiments").joinpath("paper_results.json").read_text(encoding="utf-8")
-    found: dict[str, Any] = json.loads(text)
-    return found
+    return packaged_object("paper_results.json")
 
 
 def source() -> str:

@@ -477,7 +477,7 @@ def test_a_killed_run_goes_on_to_the_same_result(long: Recipe, tmp_path: Path) -
     class Killing(LocalProcesses):
         def wait(self) -> list[tuple[Run, dict[str, Any]]]:
             until(lambda: has_checkpoint(tmp_path / "killed"))
-            os.kill(self.children[0].process.pid, signal.SIGKILL)
+            os.kill(next(iter(self.pending)).pid, signal.SIGKILL)
             return super().wait()
 
     killed = compare(plan("long", long, options, tmp_path / "killed"), Killing(1))
@@ -497,7 +497,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(long: Recipe, tmp_path: Path)
     class Interrupted(LocalProcesses):
         def wait(self) -> list[tuple[Run, dict[str, Any]]]:
             until(lambda: has_checkpoint(tmp_path))
-            self.seen = [child.process for child in self.children]
+            self.seen = list(self.pending)
             raise KeyboardInterrupt
 
     engine = Interrupted(1)

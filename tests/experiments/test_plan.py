@@ -18,7 +18,7 @@ from isotune import cli
 from isotune.experiments.measure import Kept
 from isotune.experiments.methods import attach
 from isotune.experiments.planning.estimate import estimate as plan
-from isotune.experiments.planning.layers import adapter_activations
+from isotune.experiments.planning.formula import adapter_activations
 from isotune.experiments.planning.setting import ACCELERATORS, Setting, parse_options
 from isotune.experiments.planning.show import to_text
 from isotune.experiments.planning.trace import trace

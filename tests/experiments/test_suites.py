@@ -15,7 +15,7 @@ import torch
 
 from helpers import VOCABULARY, WORDS, make_tokenizer, tiny_llama
 from isotune.experiments import paper, reload, suites
-from isotune.experiments.architectures import adapter_parameters
+from isotune.experiments.budget import adapter_parameters
 from isotune.experiments.loading import load, packaged
 from isotune.experiments.tables import DataError
 from isotune.experiments.train import train as run

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from comparisons import ablation_methods, write_comparison
-from isotune.report.figures import PALETTES, Figure, Looks, Section, colours_of, sections
+from isotune.report.figures import PALETTES, Figure, Looks, Section, sections
 from isotune.report.results import Comparison, read
 
 graph_objects = pytest.importorskip("plotly.graph_objects")
@@ -37,6 +38,18 @@ def coloured(value: Any, scheme: str) -> Any:
     if isinstance(value, dict):
         return {key: coloured(one, scheme) for key, one in value.items()}
     return [coloured(one, scheme) for one in value] if isinstance(value, list) else value
+
+
+def colours_of(spec: Any) -> Iterator[str]:
+    """Every colour that a figure leaves to the page, as "@ink"."""
+    if isinstance(spec, str) and spec.startswith("@"):
+        yield spec
+    elif isinstance(spec, Mapping):
+        for value in spec.values():
+            yield from colours_of(value)
+    elif isinstance(spec, (list, tuple)):
+        for value in spec:
+            yield from colours_of(value)
 
 
 def figure(section: Section, key: str) -> Figure:

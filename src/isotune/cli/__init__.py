@@ -14,6 +14,7 @@ from isotune.cli.peft_import import import_adapter
 from isotune.cli.plan import plan
 from isotune.cli.recipes import recipes
 from isotune.cli.report import report_results
+from isotune.cli.shared import one_line_errors
 from isotune.cli.train import train
 
 app = typer.Typer(
@@ -34,7 +35,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "import": import_adapter,
 }
 for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name)(one_line_errors()(_command))
 
 
 def main() -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from isotune.cli.shared import one_line_errors, say
+from isotune.cli.shared import Overrides, say
 
 
 def compare(
     recipe: Annotated[str, typer.Argument(help="A packaged recipe, such as glue/cola, or a YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.epochs=4.")
-    ] = None,
+    overrides: Overrides = None,
     methods: Annotated[
         list[str] | None,
         typer.Option(help="Separated by commas, each with options if need be: psoft:r=64+psoft_mag_a=false,lora:r=8."),
@@ -33,35 +34,31 @@ def compare(
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder. Default: runs/compare/RECIPE.")] = None,
 ) -> None:
     """Compare methods: equal searches for the learning rate, then seeds; the same command again continues."""
-    with one_line_errors():
-        import sys
-        from pathlib import Path
+    from isotune.experiments import compare as comparing
+    from isotune.experiments import engines, processes
+    from isotune.experiments.loading import load
+    from isotune.experiments.table import table
 
-        from isotune.experiments import compare as comparing
-        from isotune.experiments import engines, processes
-        from isotune.experiments.loading import load
-        from isotune.experiments.table import table
-
-        processes.require_alone("isotune compare")
-        loaded = load(recipe, overrides or ())
-        folder = Path(output or f"runs/compare/{Path(loaded.output or recipe).name}")
-        options = comparing.Options(
-            methods=[one for text in methods or () for one in comparing.split_methods(text)],
-            seeds=seeds,
-            lr_search=lr_search,
-            rates=comparing.rates(lr) if lr else (),
-            factor=lr_factor,
-            match_params=comparing.whole_number(match_params) if match_params is not None else None,
-            threads=threads or max(1, engines.processors() // jobs),
-            keep_adapters=keep_adapters,
-            command=comparing.command_line(sys.argv[1:]),
-        )
-        plan = comparing.plan(recipe, loaded, options, folder)
-        for note in plan.notes:
-            say(note)
-        say(f"{plan.total()} runs, {len(plan.records)} of them done; results in {folder}")
-        chosen = engines.make(engine, jobs, options.threads, address)
-        result = comparing.compare(plan, chosen)
-        say(table(result["metric"], result["rows"]))
-        if any(row["failed"] for row in result["rows"]):
-            raise typer.Exit(1)
+    processes.require_alone("isotune compare")
+    loaded = load(recipe, overrides or ())
+    folder = Path(output or f"runs/compare/{Path(loaded.output or recipe).name}")
+    options = comparing.Options(
+        methods=[one for text in methods or () for one in comparing.split_methods(text)],
+        seeds=seeds,
+        lr_search=lr_search,
+        rates=comparing.rates(lr) if lr else (),
+        factor=lr_factor,
+        match_params=comparing.whole_number(match_params) if match_params is not None else None,
+        threads=threads or max(1, engines.processors() // jobs),
+        keep_adapters=keep_adapters,
+        command=shlex.join(["isotune", *sys.argv[1:]]),
+    )
+    plan = comparing.plan(recipe, loaded, options, folder)
+    for note in plan.notes:
+        say(note)
+    say(f"{plan.total()} runs, {len(plan.records)} of them done; results in {folder}")
+    chosen = engines.make(engine, jobs, options.threads, address)
+    result = comparing.compare(plan, chosen)
+    say(table(result["metric"], result["rows"]))
+    if any(row["failed"] for row in result["rows"]):
+        raise typer.Exit(1)

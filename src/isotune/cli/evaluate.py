@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from isotune.cli.shared import Base, Trust, one_line_errors, say
+from isotune.cli.shared import Base, Trust, say
 
 
 def evaluate_adapter(
@@ -21,18 +21,17 @@ def evaluate_adapter(
     trust_remote_code: Trust = False,
 ) -> None:
     """Score an adapted language model by lm-evaluation-harness."""
-    with one_line_errors():
-        from isotune.experiments.evaluate import evaluate, table
+    from isotune.experiments.evaluate import evaluate, table
 
-        scores = evaluate(
-            directory,
-            [name.strip() for name in tasks.split(",") if name.strip()],
-            base,
-            few_shot=few_shot,
-            limit=limit,
-            batch_size=batch_size,
-            include=include,
-            output=output,
-            trust_remote_code=trust_remote_code,
-        )
-        say(table(scores))
+    scores = evaluate(
+        directory,
+        [name.strip() for name in tasks.split(",") if name.strip()],
+        base,
+        few_shot=few_shot,
+        limit=limit,
+        batch_size=batch_size,
+        include=include,
+        output=output,
+        trust_remote_code=trust_remote_code,
+    )
+    say(table(scores))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from isotune.cli.shared import Base, Out, Trust, one_line_errors, say
+from isotune.cli.shared import Base, Out, Trust, say
 
 
 def export_adapter(
@@ -24,31 +24,28 @@ def export_adapter(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write an adapter, or all checkpoints in a folder, in a form that needs no isotune."""
-    with one_line_errors():
-        if to not in ("lora", "merged"):
-            raise ValueError(f"--to {to} is not one of lora, merged")
-        if to == "merged":
-            if rank is not None or energy is not None or uniform_rank:
-                raise ValueError("--rank, --energy and --uniform-rank are for --to lora; a merged model is exact.")
-            from isotune.files.export_merged import export_merged
+    if to not in ("lora", "merged"):
+        raise ValueError(f"--to {to} is not one of lora, merged")
+    if to == "merged":
+        if rank is not None or energy is not None or uniform_rank:
+            raise ValueError("--rank, --energy and --uniform-rank are for --to lora; a merged model is exact.")
+        from isotune.files.export_merged import export_merged
 
-            export_merged(directory, output, base=base, trust_remote_code=trust_remote_code)
-            say(f"wrote {output}")
-            return
-        from isotune.files.adapter import CONFIG_FILE
+        export_merged(directory, output, base=base, trust_remote_code=trust_remote_code)
+        say(f"wrote {output}")
+        return
+    from isotune.files.adapter import CONFIG_FILE
 
-        options = {"rank": rank, "energy": energy, "uniform_rank": uniform_rank}
-        if (Path(directory) / CONFIG_FILE).is_file():
-            _export_one(directory, output, base, options, trust_remote_code)
-        else:
-            _export_runs(directory, output, base, options, trust_remote_code)
+    export = _export_one if (Path(directory) / CONFIG_FILE).is_file() else _export_runs
+    options = {"rank": rank, "energy": energy, "uniform_rank": uniform_rank}
+    export(directory, output, base=base, trust_remote_code=trust_remote_code, **options)
 
 
-def _export_one(directory: str, output: str, base: str | None, options: dict[str, Any], trust: bool) -> None:
+def _export_one(directory: str, output: str, **options: Any) -> None:
     from isotune.files.export_lora import export_lora
     from isotune.files.lora_servers import describe_obstacles
 
-    report = export_lora(directory, output, base=base, **options, trust_remote_code=trust)
+    report = export_lora(directory, output, **options)
     if report.error:
         width = max(len(layer.name) for layer in report.layers)
         for layer in report.layers:
@@ -57,10 +54,10 @@ def _export_one(directory: str, output: str, base: str | None, options: dict[str
     say(describe_obstacles(output))
 
 
-def _export_runs(directory: str, output: str, base: str | None, options: dict[str, Any], trust: bool) -> None:
+def _export_runs(directory: str, output: str, **options: Any) -> None:
     from isotune.files.export_runs import export_lora_runs
 
-    result = export_lora_runs(directory, output, base, **options, trust_remote_code=trust)
+    result = export_lora_runs(directory, output, **options)
     for name, report in result.written.items():
         say(f"wrote {output}/{name}: {report}")
     for name in result.skipped:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
-from isotune.cli.shared import Base, Trust, one_line_errors, say
+from isotune.cli.shared import Base, Json, Trust, say
 
 
 def inspect_adapter(
     directory: Annotated[str, typer.Argument(help="An adapter's folder.")],
     base: Base = None,
     png: Annotated[str | None, typer.Option(help="Also draw a picture into this file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what an adapter has learnt, layer by layer."""
-    with one_line_errors():
-        import json
+    from isotune.diagnostics.inspect import inspect
+    from isotune.report.adapter import save_png, to_text
 
-        from isotune.diagnostics.inspect import inspect
-        from isotune.report.adapter import save_png, to_text
-
-        report = inspect(directory, base, trust_remote_code=trust_remote_code)
-        if png is not None:
-            save_png(report, png)
-        say(json.dumps(report.to_dict(), indent=2) if as_json else to_text(report))
+    report = inspect(directory, base, trust_remote_code=trust_remote_code)
+    if png is not None:
+        save_png(report, png)
+    say(json.dumps(report.to_dict(), indent=2) if as_json else to_text(report))

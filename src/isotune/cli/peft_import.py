@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from isotune.cli.shared import Base, Out, Trust, one_line_errors, say
+from isotune.cli.shared import Base, Out, Trust, say
 
 
 def import_adapter(
@@ -16,8 +16,7 @@ def import_adapter(
     trust_remote_code: Trust = False,
 ) -> None:
     """Convert an adapter of PEFT's own PSOFT, OFT, BOFT or HRA to isotune's, the same function."""
-    with one_line_errors():
-        from isotune.files.peft_import import convert_peft
+    from isotune.files.peft_import import convert_peft
 
-        convert_peft(directory, output, base, trust_remote_code=trust_remote_code)
-        say(f"wrote {output}")
+    convert_peft(directory, output, base, trust_remote_code=trust_remote_code)
+    say(f"wrote {output}")

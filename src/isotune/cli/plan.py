@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
-from isotune.cli.shared import one_line_errors, say
+from isotune.cli.shared import Json, say
 
 
 def plan(
@@ -29,31 +30,28 @@ def plan(
     accelerator: Annotated[str, typer.Option(help="h200, h100, a100, l40s or l4.")] = "h100",
     flops: Annotated[float | None, typer.Option(help="Operations a second of another device, such as 300e12.")] = None,
     utilization: Annotated[float, typer.Option(help="Share of its speed that a device reaches.")] = 0.4,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Estimate memory and time of a fine-tuning from the model's configuration alone."""
-    with one_line_errors():
-        import json
+    from isotune.experiments.planning.estimate import estimate
+    from isotune.experiments.planning.setting import Setting, parse_options
+    from isotune.experiments.planning.show import to_text
 
-        from isotune.experiments.planning.estimate import estimate
-        from isotune.experiments.planning.setting import Setting, parse_options
-        from isotune.experiments.planning.show import to_text
-
-        setting = Setting(
-            model=model,
-            method=method,
-            options={**({} if rank is None else {"r": rank}), **parse_options(options or ())},
-            devices=devices,
-            sharding=sharding,
-            dtype=dtype,
-            quantization=quantization,
-            optimizer=optimizer,
-            batch=batch,
-            sequence=sequence,
-            checkpointing=checkpointing,
-            accelerator=accelerator,
-            flops=flops,
-            utilization=utilization,
-        )
-        found = estimate(setting)
-        say(json.dumps(found.to_dict(), indent=2) if as_json else to_text(found))
+    setting = Setting(
+        model=model,
+        method=method,
+        options={**({} if rank is None else {"r": rank}), **parse_options(options or ())},
+        devices=devices,
+        sharding=sharding,
+        dtype=dtype,
+        quantization=quantization,
+        optimizer=optimizer,
+        batch=batch,
+        sequence=sequence,
+        checkpointing=checkpointing,
+        accelerator=accelerator,
+        flops=flops,
+        utilization=utilization,
+    )
+    found = estimate(setting)
+    say(json.dumps(found.to_dict(), indent=2) if as_json else to_text(found))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from isotune.cli.shared import one_line_errors, say
+from isotune.cli.shared import say
 
 
 def report_results(
@@ -17,25 +18,22 @@ def report_results(
     form: Annotated[str, typer.Option("--format", help="html: the page. md, csv, latex: the table alone.")] = "html",
 ) -> None:
     """Show comparisons: one page that needs no network, or the table alone."""
-    with one_line_errors():
-        from pathlib import Path
+    from isotune.experiments.files import write_text
+    from isotune.report import table
+    from isotune.report.page import render
+    from isotune.report.results import read
 
-        from isotune.experiments.files import write_text
-        from isotune.report import table
-        from isotune.report.page import render
-        from isotune.report.results import read
-
-        writers = {"html": render, **table.FORMATS}
-        if form not in writers:
-            raise ValueError(f"--format {form} is not one of {', '.join(writers)}")
-        text = writers[form]([read(Path(folder)) for folder in results])
-        if output is None and form == "html":
-            output = "report.html"
-        if output is None:
-            say(text, nl=False)
-        else:
-            try:
-                write_text(Path(output), text)
-            except OSError as error:
-                raise ValueError(f"cannot write {output}: {error.strerror}") from error
-            say(f"wrote {output}")
+    writers = {"html": render, **table.FORMATS}
+    if form not in writers:
+        raise ValueError(f"--format {form} is not one of {', '.join(writers)}")
+    text = writers[form]([read(Path(folder)) for folder in results])
+    if output is None and form == "html":
+        output = "report.html"
+    if output is None:
+        say(text, nl=False)
+    else:
+        try:
+            write_text(Path(output), text)
+        except OSError as error:
+            raise ValueError(f"cannot write {output}: {error.strerror}") from error
+        say(f"wrote {output}")

@@ -14,6 +14,10 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 Base = Annotated[
     str | None, typer.Option(help="Base model: folder, Hub name or package:NAME. Default: what the adapter names.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.lr=1e-3 or train.epochs=4.")
+]
 Out = Annotated[str, typer.Option("--output", "-o", help="A new folder to write.")]
 
 

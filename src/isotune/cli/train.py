@@ -6,20 +6,17 @@ from typing import Annotated
 
 import typer
 
-from isotune.cli.shared import one_line_errors
+from isotune.cli.shared import Overrides
 
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A packaged recipe, such as demo, or a YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.lr=1e-3.")
-    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Train and score a recipe; run the same command again to continue after an interruption."""
-    with one_line_errors():
-        from isotune.experiments.loading import load
+    from isotune.experiments.loading import load
 
-        loaded = load(recipe, overrides or ())
-        from isotune.experiments import train as training
+    loaded = load(recipe, overrides or ())
+    from isotune.experiments import train as training
 
-        training.train(loaded)
+    training.train(loaded)

@@ -25,11 +25,7 @@ _KEPT = 1e-5
 
 @torch.no_grad()
 def adapter_geometry(model: nn.Module, adapter_name: str | None = None) -> dict[str, Any] | None:
-    """Measure every layer of an isotune adapter; None for a model without one.
-
-    Args:
-        model: with its adapter, trained or not, merged or not.
-        adapter_name: by default the first one that is active.
+    """Measure every layer of an isotune adapter, by default the first active one; None for a model without one.
 
     Returns:
         What JSON can hold, angles in degrees: "strict" (angles between rows and norms of the turned weights are kept in
@@ -61,22 +57,18 @@ def _row(layer: Layer, adapter_name: str) -> dict[str, Any]:
     turned = turn(operator, max_dense=_MAX_DENSE)
     before, after = turned_weights(layer, adapter_name)
     angles, norms = geometry.angle_change(before, after), geometry.norm_change(before, after)
+    rotation = None
+    if turned.angles is not None:
+        degrees = turned.angles.rad2deg()
+        quantiles = [_short(value) for value in degrees.quantile(degrees.new_tensor(QUANTILES))]
+        rotation = {"largest": _short(degrees[0]), "mean": _short(degrees.mean()), "quantiles": quantiles}
     return {
         "module": layer.key,
         "size": operator.size,
         "orthogonality_error": _short(turned.orthogonality_error),
-        "rotation": None if turned.angles is None else _rotation(turned.angles.rad2deg()),
+        "rotation": rotation,
         "angles_moved": {"largest": _short(math.degrees(angles.largest)), "mean": _short(math.degrees(angles.mean))},
         "norms_moved": {"largest": _short(norms.largest), "mean": _short(norms.mean)},
-    }
-
-
-def _rotation(angles: Tensor) -> dict[str, Any]:
-    quantiles = torch.quantile(angles, torch.tensor(QUANTILES, dtype=angles.dtype, device=angles.device))
-    return {
-        "largest": _short(float(angles[0])),
-        "mean": _short(float(angles.mean())),
-        "quantiles": [_short(float(value)) for value in quantiles],
     }
 
 
@@ -90,12 +82,7 @@ def _heat_map(layer: Layer, adapter_name: str) -> dict[str, Any]:
     before, after = turned_weights(layer, adapter_name)
     whole = (before.any(1) & after.any(1)).nonzero().flatten()
     rows = whole[geometry.spaced(len(whole), MAP_ROWS).to(whole.device)] if len(whole) else whole
-    return {
-        "module": layer.key,
-        "rows": rows.tolist(),
-        "before": _pairs(before[rows]),
-        "after": _pairs(after[rows]),
-    }
+    return {"module": layer.key, "rows": rows.tolist(), "before": _pairs(before[rows]), "after": _pairs(after[rows])}
 
 
 def _pairs(rows: Tensor) -> list[float]:
@@ -104,6 +91,6 @@ def _pairs(rows: Tensor) -> list[float]:
     return [round(value, 3) for value in angles[first, second].tolist()]
 
 
-def _short(value: float) -> float:
+def _short(value: float | Tensor) -> float:
     """Four digits, as a run has hundreds of these."""
-    return float(f"{value:.4g}")
+    return float(f"{float(value):.4g}")

@@ -17,21 +17,16 @@ _METHODS = ("method", "baselines")
 def identity(recipe: Recipe, fingerprint: str, *, methods: bool = True) -> dict[str, Any]:
     """What makes two experiments two: the recipe, but for what changes no result, and the data.
 
-    Args:
-        recipe: of the experiment.
-        fingerprint: of its data.
-        methods: whether other methods make another experiment; in a comparison they do not.
+    In a comparison other `methods` do not make another experiment.
     """
     left_out = {*_FREE} if methods else {*_FREE, *_METHODS}
     return {"recipe": recipe.model_dump(mode="json", exclude=left_out), "data": fingerprint}
 
 
 def claim(folder: Path, own: dict[str, Any], how: str) -> None:
-    """Take the folder for an experiment.
+    """Take the folder for the experiment of this identity.
 
     Args:
-        folder: of the results.
-        own: the `identity` of the experiment.
         how: what the error says to give for another folder.
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from isotune.experiments import methods, registry
+from isotune.experiments import methods, processes, registry
 from isotune.experiments.claim import claim, identity
 from isotune.experiments.engines import Engine
 from isotune.experiments.execute import check_extras
@@ -22,10 +21,8 @@ from isotune.experiments.files import write_json
 from isotune.experiments.recipe import Recipe, RecipeError, validate
 from isotune.experiments.records import Record
 from isotune.experiments.run import Run
-from isotune.experiments.schedule import Schedule, Variant, carry_out
+from isotune.experiments.schedule import Schedule, Variant, carry_out, repeated
 from isotune.experiments.text import YamlError, from_yaml, shown
-
-DEFAULT_FACTOR = 2.5
 
 
 @dataclass(frozen=True)
@@ -33,11 +30,10 @@ class Options:
     """How methods are compared.
 
     Args:
-        methods: the methods as `parse` reads them; empty for those of the recipe.
-        seeds: how many seeds each method is trained with at its best rate, the search's own included.
+        methods: as `parse` reads them; empty for those of the recipe.
+        seeds: how many, the search's own included, at each method's best rate.
         lr_search: how many learning rates are tried for each method, `factor` apart around its usual one.
-        rates: the rates to try for every method instead.
-        factor: from one rate of a search to the next.
+        rates: those to try for every method instead.
         match_params: how many parameters the adapters are to have, as near as each method's rank or block size allows.
         threads: of a run.
         keep_adapters: whether the trained weights stay, in `work/` of the comparison's folder.
@@ -48,7 +44,7 @@ class Options:
     seeds: int = 3
     lr_search: int = 3
     rates: Sequence[float] = ()
-    factor: float = DEFAULT_FACTOR
+    factor: float = 2.5
     match_params: int | None = None
     threads: int = 1
     keep_adapters: bool = False
@@ -56,13 +52,8 @@ class Options:
 
 
 def whole_number(text: str) -> int:
-    """A number of parameters such as 80000, 80k or 1.2M.
-
-    Raises:
-        RecipeError: it is none of these.
-    """
-    units = {"k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
-    unit = units.get(text[-1:].lower(), 1)
+    """A number of parameters such as 80000, 80k or 1.2M."""
+    unit = {"k": 1_000, "m": 1_000_000, "g": 1_000_000_000}.get(text[-1:].lower(), 1)
     try:
         return round(float(text[:-1] if unit > 1 else text) * unit)
     except (ValueError, OverflowError) as error:
@@ -75,14 +66,8 @@ def split_methods(text: str) -> list[str]:
 
 
 def rates(text: str) -> list[float]:
-    """The learning rates of a list separated by commas.
-
-    Raises:
-        RecipeError: one is no number above 0.
-    """
-    found = _numbers("--lr", text.split(","))
-    assert isinstance(found, list)
-    return found
+    """The learning rates of a list separated by commas."""
+    return _numbers("--lr", text.split(","))
 
 
 def parse(text: str, recipe: Recipe, options: Options) -> Variant:
@@ -92,27 +77,19 @@ def parse(text: str, recipe: Recipe, options: Options) -> Variant:
     `lr=[X,Y]` says which rates to try, and `train.KEY=VALUE` gives it a training setting of its own. What the recipe
     says of the same method, but for the learning rate, holds where nothing is given.
 
-    Args:
-        text: the method.
-        recipe: of the comparison.
-        options: of the comparison.
-
     Raises:
         RecipeError: no such method or option, or a value that is not allowed.
     """
     name, _, rest = text.partition(":")
     own = next((m for m in (recipe.method, *recipe.baselines) if m.name == name), None)
-    given: dict[str, Any] = {
-        key: value
-        for key, value in recipe.method.options.items()
-        if key in registry.SHARED_OPTIONS and not registry.is_plain(name)
-    }
+    shared = () if registry.is_plain(name) else registry.SHARED_OPTIONS
+    given: dict[str, Any] = {key: value for key, value in recipe.method.options.items() if key in shared}
     train: dict[str, Any] = {"lr_head": None} if name == "head" else {}
     if own is not None:
         given |= own.options
         train |= own.train
     train.pop("lr", None)
-    centre: Any = None
+    tried, centre = list(options.rates), registry.entry(name).usual_learning_rate
     for part in re.split(r"\+(?=[A-Za-z_.]+=)", rest) if rest else ():
         key, separator, value = part.partition("=")
         if not separator or not key:
@@ -122,7 +99,8 @@ def parse(text: str, recipe: Recipe, options: Options) -> Variant:
         except YamlError as error:
             raise RecipeError(f"method {text!r}: the value of {key} is not valid YAML: {shown(value)}") from error
         if key == "lr":
-            centre = _numbers(text, read)
+            numbers = _numbers(text, read)
+            tried, centre = (numbers, centre) if isinstance(read, list) else ([], numbers[0])
         elif key.startswith("train."):
             train[key.removeprefix("train.")] = read
         else:
@@ -130,28 +108,18 @@ def parse(text: str, recipe: Recipe, options: Options) -> Variant:
     # Through the recipe's own check, which names the nearest method to a misspelt one.
     method = validate({**recipe.model_dump(), "method": {"name": name, **given, "train": train}}, text).method
     methods.check(method)
-    return Variant(text, method, _rates(name, centre, options))
+    return Variant(text, method, tuple(sorted(set(tried))) or grid(centre, options.lr_search, options.factor))
 
 
-def _numbers(text: str, value: Any) -> list[float] | float:
-    values = value if isinstance(value, list) else [value]
+def _numbers(text: str, value: Any) -> list[float]:
     try:
         # YAML reads 1e-3 as text.
-        numbers = [float(v) for v in values]
+        numbers = [float(one) for one in (value if isinstance(value, list) else [value])]
     except (TypeError, ValueError, OverflowError):
         numbers = []
     if not numbers or not all(0 < n < math.inf for n in numbers):
         raise RecipeError(f"{text}: a learning rate is a number above 0, such as 1e-3, not {shown(value)}")
-    return numbers if isinstance(value, list) else numbers[0]
-
-
-def _rates(name: str, centre: list[float] | float | None, options: Options) -> tuple[float, ...]:
-    if isinstance(centre, list):
-        return tuple(sorted(set(centre)))
-    if centre is None and options.rates:
-        return tuple(sorted(set(options.rates)))
-    usual = registry.entry(name).usual_learning_rate
-    return grid(usual if centre is None else centre, options.lr_search, options.factor)
+    return numbers
 
 
 def grid(centre: float, count: int, factor: float) -> tuple[float, ...]:
@@ -163,9 +131,7 @@ def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Schedule:
     """Check everything that can be checked before the first run, and read what has been done.
 
     Args:
-        name: of the recipe, for the records.
-        recipe: what is learnt, by which model.
-        options: how methods are compared.
+        name: the recipe's, for the records.
         folder: for the results.
 
     Raises:
@@ -174,46 +140,35 @@ def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Schedule:
     """
     from isotune.experiments import tasks
 
-    for key, value in {"--seeds": options.seeds, "--lr-search": options.lr_search}.items():
-        if value < 1:
+    whole = {"--seeds": options.seeds, "--lr-search": options.lr_search, "--match-params": options.match_params}
+    for key, value in whole.items():
+        if value is not None and value < 1:
             raise RecipeError(f"{key} is {value} and must be at least 1")
     if not 1 < options.factor < math.inf:
         raise RecipeError(f"--lr-factor is {options.factor:g} and must be above 1")
     check_extras()
     given = list(options.methods) or [method.name for method in recipe.methods]
     variants = [parse(text, recipe, options) for text in given]
-    folders = [variant.folder for variant in variants]
-    for variant in variants:
-        if folders.count(variant.folder) > 1:
-            raise RecipeError(f"the method {variant.label} is given twice")
+    twice = repeated(variants)
+    if twice is not None:
+        raise RecipeError(f"the method {twice} is given twice")
     trials = {len(variant.rates): variant.label for variant in variants}
     if len(trials) > 1:
         counts = " and ".join(f"{label} {count}" for count, label in sorted(trials.items()))
         raise RecipeError(f"every method is given the same number of learning rates, but {counts}")
-    if options.match_params is not None and options.match_params < 1:
-        raise RecipeError(f"--match-params is {options.match_params} and must be at least 1")
     task = tasks.make(recipe)
     if not task.sizes["validation"] and max(trials) > 1:
         raise RecipeError(
             "learning rates are chosen on a validation set, and there is none: give one, or --lr-search 1"
         )
-    about = {**task.sizes, **task.about(), "fingerprint": task.fingerprint()}
+    about = task.described()
     claim(folder, identity(recipe, about["fingerprint"], methods=False), "-o FOLDER")
     notes: list[str] = []
     if options.match_params is not None:
         variants, notes = _matched(variants, task, options.match_params)
-    found = Schedule(
-        name=name,
-        recipe=recipe,
-        variants=variants,
-        seeds=[recipe.train.seed + i for i in range(options.seeds)],
-        folder=folder,
-        about=about,
-        threads=options.threads,
-        keep_adapters=options.keep_adapters,
-        notes=notes,
-        details={"lr_search": options.lr_search, "match_params": options.match_params, "command": options.command},
-    )
+    seeds = [recipe.train.seed + i for i in range(options.seeds)]
+    found = Schedule(name, recipe, variants, seeds, folder, about, options.threads, options.keep_adapters, notes=notes)
+    found.details = {key: getattr(options, key) for key in ("lr_search", "match_params", "command")}
     found.load()
     return found
 
@@ -238,12 +193,7 @@ def _matched(variants: Sequence[Variant], task: Any, target: int) -> tuple[list[
 
 
 def compare(found: Schedule, engine: Engine) -> dict[str, Any]:
-    """Carry out what is left of a comparison; `comparison.json` in its folder is renewed with every run that ends.
-
-    A run that fails is noted in its record, and the others go on.
-
-    Returns:
-        What `comparison.json` then holds.
+    """Carry out what is left of a comparison, also where a run fails, and return what `comparison.json` then holds.
 
     Raises:
         KeyboardInterrupt: Ctrl-C, after the running ones have saved a checkpoint.
@@ -251,14 +201,7 @@ def compare(found: Schedule, engine: Engine) -> dict[str, Any]:
     """
     path = found.folder / "comparison.json"
     total = found.total()
-    bar = tqdm(
-        total=total,
-        initial=min(total, len(found.records)),
-        desc="comparing",
-        unit="run",
-        dynamic_ncols=True,
-        mininterval=0.2 if sys.stderr.isatty() else 15,
-    )
+    bar = processes.bar(total, min(total, len(found.records)), "comparing", "run")
     try:
         for run, record in carry_out(found, engine):
             tqdm.write(_line(run, record), file=sys.stderr)
@@ -285,8 +228,3 @@ def _line(run: Run, record: Record) -> str:
     found = [] if chosen is None else [f"validation {chosen:.4f}"]
     found += [] if record.score is None else [f"test {record.score:.4f}"]
     return f"{run.title}: {', '.join(found)}, {record.train_seconds or 0:.0f} s"
-
-
-def command_line(arguments: Sequence[str]) -> str:
-    """The command that repeats a comparison."""
-    return shlex.join(["isotune", *arguments])

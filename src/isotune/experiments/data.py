@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import random
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,10 +43,6 @@ class Examples:
             *([(e.text, e.pair, e.label) for e in split] for split in (self.train, self.validation, self.test)),
         )
 
-    def majority(self) -> int | float:
-        """The most frequent label of the training set."""
-        return Counter(e.label for e in self.train).most_common(1)[0][0]
-
 
 def fingerprint(*parts: Any) -> str:
     """Sixteen hexadecimal digits that tell data apart, from anything that JSON can hold."""
@@ -57,35 +52,39 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def load(data: Data, regression: bool = False) -> Examples:
-    """Read, check and split the texts of a recipe.
+def cell(row: Row, column: str) -> str:
+    """The text or whole number in a column."""
+    if column not in row.values:
+        raise DataError(f"{row.where}: there is no column {column!r}; there are {', '.join(map(str, row.values))}")
+    value = row.values[column]
+    if isinstance(value, bool):
+        value = int(value)
+    if isinstance(value, float) and math.isfinite(value):
+        value = repr(value)
+    if not isinstance(value, str | int) or value == "":
+        raise DataError(f"{row.where}: the column {column!r} holds {shown(value)}, neither text nor a whole number")
+    return str(value)
 
-    Args:
-        data: the recipe's section.
-        regression: whether labels are numbers.
+
+def load(data: Data, regression: bool = False, text_of: Callable[[Row, str], str] = cell) -> Examples:
+    """Read, check and split the examples of a recipe, their texts by `text_of`.
 
     Raises:
         DataError: the data cannot be used; the message names the file, line and column.
     """
-    rows, columns = read(data)
+    rows, data = read(data)
     for found in rows.values():
         for row in found:
-            for column in (*columns.text, columns.label):
+            for column in (*data.text, data.label):
                 cell(row, column)
-    names: list[str] = []
-    if not regression:
-        names = label_names(columns, rows["train"], data.classes)
-    splits = {
-        split: [
-            _example(
-                row,
-                columns,
-                number(row, columns.label, data.range) if regression else label_of(row, columns.label, names),
-            )
-            for row in found
-        ]
-        for split, found in rows.items()
-    }
+    names = [] if regression else label_names(data, rows["train"])
+
+    def example(row: Row) -> Example:
+        texts = [text_of(row, column) for column in data.text]
+        label = number(row, data.label, data.range) if regression else label_of(row, data, names)
+        return Example(texts[0], texts[1] if len(texts) > 1 else None, label)
+
+    splits = {split: [example(row) for row in found] for split, found in rows.items()}
     return Examples(names, **arrange(data, splits, texts_of))
 
 
@@ -94,34 +93,21 @@ def texts_of(example: Example) -> Hashable:
     return example.text, example.pair
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of a table hold text and label, and the labels in the order of their indices if it is given."""
-
-    text: list[str]
-    label: str
-    labels: list[str | int] | None
-
-
-def read(data: Data) -> tuple[dict[str, list[Row]], Columns]:
-    """The rows of each split, none of them empty, and their columns.
-
-    Raises:
-        DataError: a file or data set cannot be read, or a split is empty.
-    """
-    columns = Columns(data.text, data.label, data.labels)
+def read(data: Data) -> tuple[dict[str, list[Row]], Data]:
+    """The rows of each split, none of them empty, and the section with the columns of the source that was read."""
+    columns: dict[str, Any] = {}
     if data.path is None and data.builtin is not None:
-        rows, columns = builtin_rows(), Columns(["text"], "label", data.labels)
+        rows, columns = builtin_rows(), {"text": ["text"], "label": "label"}
     elif data.path is None and data.hub is not None:
         rows = hub_rows(data.hub)
     else:
-        files = data.files
-        assert files is not None  # held by the recipe's validator
+        assert data.files is not None  # held by the recipe's validator
         folder = Path(data.path or ".")
         if data.folder is not None and (folder / data.folder).is_dir():
             folder = folder / data.folder
-        rows = file_rows(files, folder)
-        columns = Columns(files.text or data.text, files.label or data.label, files.labels or data.labels)
+        rows = file_rows(data.files, folder)
+        own = data.files.model_dump(include={"text", "label", "labels"})
+        columns = {name: value for name, value in own.items() if value}
     for split, found in rows.items():
         if not found:
             raise DataError(f"the {split} split is empty")
@@ -129,16 +115,11 @@ def read(data: Data) -> tuple[dict[str, list[Row]], Columns]:
             for old, new in data.rename.items():
                 if old in row.values and new not in row.values:
                     row.values[new] = row.values.pop(old)
-    return rows, columns
+    return rows, data.model_copy(update=columns)
 
 
 def arrange(data: Data, splits: dict[str, list[T]], key: Callable[[T], Hashable]) -> dict[str, list[T]]:
-    """Shorten, hold out and halve the splits as a recipe says.
-
-    Args:
-        data: the recipe's section.
-        splits: the examples by the name of their split.
-        key: what makes two examples equal; halving leaves these together.
+    """Shorten, hold out and halve the splits as a recipe says; halving leaves examples of an equal `key` together.
 
     Raises:
         DataError: there is then nothing to train or to report on.
@@ -191,44 +172,22 @@ def halves(examples: Sequence[T], seed: int, key: Callable[[T], Hashable]) -> tu
     return first, second
 
 
-def label_names(columns: Columns, train: Sequence[Row], classes: int | None = None) -> list[str]:
+def label_names(data: Data, train: Sequence[Row]) -> list[str]:
     """The names of the classes: 0, 1, … of a given number, those given, or the training set's, numbers in order."""
-    if classes is not None:
-        return [str(index) for index in range(classes)]
-    if columns.labels is not None:
-        names = [str(name) for name in columns.labels]
+    if data.classes is not None:
+        return [str(index) for index in range(data.classes)]
+    if data.labels is not None:
+        names = [str(name) for name in data.labels]
     else:
-        seen = {cell(row, columns.label) for row in train}
+        seen = {cell(row, data.label) for row in train}
         names = sorted(seen, key=lambda name: (0, int(name), "") if _is_integer(name) else (1, 0, name))
     if len(names) < 2 or len(set(names)) != len(names):
         raise DataError(f"a classification needs at least two different labels, found {', '.join(names) or 'none'}")
     return names
 
 
-def cell(row: Row, column: str) -> str:
-    """The text or whole number in a column.
-
-    Raises:
-        DataError: there is no such column, or it holds something else.
-    """
-    if column not in row.values:
-        raise DataError(f"{row.where}: there is no column {column!r}; there are {', '.join(map(str, row.values))}")
-    value = row.values[column]
-    if isinstance(value, bool):
-        value = int(value)
-    if isinstance(value, float) and math.isfinite(value):
-        value = repr(value)
-    if not isinstance(value, str | int) or value == "":
-        raise DataError(f"{row.where}: the column {column!r} holds {shown(value)}, neither text nor a whole number")
-    return str(value)
-
-
 def number(row: Row, column: str, allowed: tuple[float, float] | None) -> float:
-    """The number in a column.
-
-    Raises:
-        DataError: there is none, or it lies outside of the range that is allowed.
-    """
+    """The number in a column, within the range that is allowed."""
     text = cell(row, column)
     try:
         value = float(text)
@@ -241,22 +200,13 @@ def number(row: Row, column: str, allowed: tuple[float, float] | None) -> float:
     return value
 
 
-def label_of(row: Row, column: str, names: Sequence[str]) -> int:
-    """The index of a row's label.
-
-    Raises:
-        DataError: it is none of the names.
-    """
-    name = cell(row, column)
+def label_of(row: Row, data: Data, names: Sequence[str]) -> int:
+    """The index of a row's label."""
+    name = cell(row, data.label)
     if name not in names:
         known = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
         raise DataError(f"{row.where}: the label {shown(name)} is none of the task's labels ({known})")
     return names.index(name)
-
-
-def _example(row: Row, columns: Columns, label: int | float) -> Example:
-    texts = [cell(row, column) for column in columns.text]
-    return Example(texts[0], texts[1] if len(texts) > 1 else None, label)
 
 
 def _is_integer(name: str) -> bool:

@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
@@ -17,6 +16,7 @@ from isotune.experiments.execute import attempt, execute, failure
 from isotune.experiments.files import read_object, write_json
 from isotune.experiments.run import Run
 from isotune.experiments.tasks.task import Task
+from isotune.experiments.text import first_line
 from isotune.methods.config import require_choice
 
 Finished = tuple[Run, dict[str, Any]]
@@ -25,7 +25,10 @@ Finished = tuple[Run, dict[str, Any]]
 class Engine(ABC):
     """Carries out runs, at most `jobs` at a time."""
 
-    jobs = 1
+    def __init__(self, jobs: int = 1) -> None:
+        self.jobs = jobs
+        self.pending: dict[Any, Run] = {}
+        """What has been started and not been handed back, by what carries it out."""
 
     @property
     def free(self) -> int:
@@ -33,9 +36,9 @@ class Engine(ABC):
         return self.jobs - self.running
 
     @property
-    @abstractmethod
     def running(self) -> int:
         """How many runs have been started and not been handed back."""
+        return len(self.pending)
 
     @abstractmethod
     def start(self, run: Run) -> None:
@@ -45,48 +48,28 @@ class Engine(ABC):
     def wait(self) -> list[Finished]:
         """Wait for a run to end, and hand back those that have with their records; a failure is a record too."""
 
-    @abstractmethod
     def stop(self) -> None:
         """Stop all runs, leaving behind what they can be continued from."""
+        self.close()
 
-    @abstractmethod
     def close(self) -> None:
         """Give up what the engine holds."""
-
-
-@dataclass
-class _Child:
-    run: Run
-    process: Any
+        self.pending = {}
 
 
 class ThisProcess(Engine):
-    """One run at a time in this process, or in all those of a launcher together; what a run raises is raised.
-
-    Args:
-        task: of all the runs, whose data are then encoded once.
-    """
+    """One run of a task at a time in this process, or in all those of a launcher together; what it raises is raised."""
 
     def __init__(self, task: Task) -> None:
+        super().__init__()
         self.task = task
-        self.waiting: list[Run] = []
-
-    @property
-    def running(self) -> int:
-        return len(self.waiting)
 
     def start(self, run: Run) -> None:
-        self.waiting.append(run)
+        self.pending[run.key] = run
 
     def wait(self) -> list[Finished]:
-        run = self.waiting.pop()
+        _, run = self.pending.popitem()
         return [(run, execute(run, self.task))]
-
-    def stop(self) -> None:
-        """Nothing runs between two calls of `wait`."""
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 class LocalProcesses(Engine):
@@ -97,53 +80,48 @@ class LocalProcesses(Engine):
     """
 
     def __init__(self, jobs: int) -> None:
-        self.jobs = jobs
-        self.children: list[_Child] = []
-        method = "spawn"
-        if "forkserver" in multiprocessing.get_all_start_methods() and not _has_gpu():
-            method = "forkserver"
-        self.context: Any = multiprocessing.get_context(method)
-        if method == "forkserver":
-            self.context.set_forkserver_preload(["isotune.experiments.preload"])
+        import torch
 
-    @property
-    def running(self) -> int:
-        return len(self.children)
+        super().__init__(jobs)
+        copies = "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
+        self.context: Any = multiprocessing.get_context("forkserver" if copies else "spawn")
+        if copies:
+            self.context.set_forkserver_preload(["isotune.experiments.preload"])
 
     def start(self, run: Run) -> None:
         process = self.context.Process(target=_child, args=(run,), name=run.title)
         process.start()
-        self.children.append(_Child(run, process))
+        self.pending[process] = run
 
     def wait(self) -> list[Finished]:
-        wait_for([child.process.sentinel for child in self.children])
-        ended = [child for child in self.children if not child.process.is_alive()]
-        self.children = [child for child in self.children if child not in ended]
-        return [(child.run, _outcome(child)) for child in ended]
+        wait_for([process.sentinel for process in self.pending])
+        ended = [(process, run) for process, run in self.pending.items() if not process.is_alive()]
+        for process, _ in ended:
+            del self.pending[process]
+        return [(run, _outcome(run, process.exitcode)) for process, run in ended]
 
     def stop(self) -> None:
         """Ask every run for a checkpoint and wait for its end; a second Ctrl-C ends them at once."""
         try:
-            for child in self.children:
+            for process in self.pending:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(child.process.pid, signal.SIGINT)
-            for child in self.children:
-                child.process.join()
+                    os.kill(process.pid, signal.SIGINT)
+            for process in self.pending:
+                process.join()
         finally:
             self.close()
 
     def close(self) -> None:
-        for child in self.children:
-            child.process.kill()
-            child.process.join()
-        self.children = []
+        for process in self.pending:
+            process.kill()
+            process.join()
+        super().close()
 
 
 def make(name: str, jobs: int, threads: int, address: str | None = None) -> Engine:
-    """The engine of a name.
+    """The engine "local" or "ray".
 
     Args:
-        name: "local" or "ray".
         jobs: how many runs at a time.
         threads: of a run.
         address: of a running Ray cluster.
@@ -164,18 +142,11 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _has_gpu() -> bool:
-    import torch
-
-    return bool(torch.cuda.is_available())
-
-
-def _outcome(child: _Child) -> dict[str, Any]:
-    code = child.process.exitcode
-    if child.run.record.exists():
-        return read_object(child.run.record)
+def _outcome(run: Run, code: int) -> dict[str, Any]:
+    if run.record.exists():
+        return read_object(run.record)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return failure(child.run, f"the process {how}; what it said is in {child.run.folder}/log.txt")
+    return failure(run, f"the process {how}; what it said is in {run.folder}/log.txt")
 
 
 def _child(run: Run) -> None:
@@ -206,16 +177,11 @@ def _end_with_parent() -> None:
 
 
 class RayTasks(Engine):
-    """A Ray task for every run, each in a process of its own with `threads` processors.
+    """A Ray task for every run, at most `jobs` at a time, each in a process of its own with `threads` processors.
 
     Args:
-        jobs: how many tasks to hand over at a time.
-        threads: processors of a task.
         address: of a running cluster, as in `ray.init`; None starts Ray on this machine. The comparison's folder must
             be the same on every node, as checkpoints are kept there.
-
-    Raises:
-        ValueError: Ray is not installed, or does not answer.
     """
 
     def __init__(self, jobs: int, threads: int, address: str | None = None) -> None:
@@ -223,9 +189,8 @@ class RayTasks(Engine):
             import ray
         except ImportError as error:
             raise ValueError("--engine ray needs Ray: pip install 'isotune[ray]'") from error
+        super().__init__(jobs)
         self.ray: Any = ray
-        self.jobs = jobs
-        self.pending: dict[Any, Run] = {}
         self.owned = not ray.is_initialized()
         if self.owned:
             local = {"num_cpus": jobs * threads, "include_dashboard": False} if address is None else {}
@@ -233,14 +198,10 @@ class RayTasks(Engine):
                 ray.init(address=address, logging_level="error", log_to_driver=False, **local)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 where = f"at {address}" if address else "on this machine"
-                raise ValueError(f"cannot start or reach Ray {where}: {str(error).splitlines()[0]}") from error
+                raise ValueError(f"cannot start or reach Ray {where}: {first_line(error)}") from error
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / jobs)
         # A process that lived on would count the memory of the runs before.
         self.remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0, max_calls=1)(attempt)
-
-    @property
-    def running(self) -> int:
-        return len(self.pending)
 
     def start(self, run: Run) -> None:
         self.pending[self.remote.remote(run)] = run
@@ -254,8 +215,7 @@ class RayTasks(Engine):
         try:
             record: dict[str, Any] = self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            return failure(run, f"Ray: {lines[0] if lines else type(error).__name__}")
+            return failure(run, f"Ray: {first_line(error)}")
         return record
 
     def stop(self) -> None:
@@ -264,8 +224,9 @@ class RayTasks(Engine):
             self.ray.cancel(reference)
         if self.pending:
             self.ray.wait(list(self.pending), num_returns=len(self.pending))
-        self.pending = {}
+        super().close()
 
     def close(self) -> None:
+        super().close()
         if self.owned:
             self.ray.shutdown()

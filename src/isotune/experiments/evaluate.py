@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.experiments.files import write_json
+from isotune.experiments.text import aligned
 from isotune.files.adapter import named_base, read_config
 from isotune.files.base_model import gguf_of, quiet, resolve_base
 
@@ -72,12 +73,7 @@ def evaluate(
         tokenizer = AutoTokenizer.from_pretrained(source, **gguf_of(source))
         harness = HFLM(pretrained=model.to(device).eval(), tokenizer=tokenizer, batch_size=batch_size, device=device)
         found = simple_evaluate(
-            model=harness,
-            tasks=list(tasks),
-            num_fewshot=few_shot,
-            limit=limit,
-            task_manager=manager,
-            log_samples=False,
+            model=harness, tasks=list(tasks), num_fewshot=few_shot, limit=limit, task_manager=manager, log_samples=False
         )
     assert found is not None  # None comes from the other processes of a distributed run
     scores = {
@@ -86,8 +82,7 @@ def evaluate(
     }
     if output is not None:
         write_json(
-            Path(output),
-            {"adapter": directory, "base": name, "few_shot": few_shot, "limit": limit, "results": scores},
+            Path(output), {"adapter": directory, "base": name, "few_shot": few_shot, "limit": limit, "results": scores}
         )
     return scores
 
@@ -97,11 +92,10 @@ def table(scores: dict[str, dict[str, Any]]) -> str:
     lines = []
     for task, row in scores.items():
         for key, value in row.items():
-            name, _, how = key.partition(",")
+            name, comma, how = key.partition(",")
             if name in ("alias", "sample_len") or name.endswith("_stderr"):
                 continue
-            error = row.get(f"{name}_stderr,{how}" if how else f"{name}_stderr")
+            error = row.get(f"{name}_stderr{comma}{how}")
             spread = f" ± {error:.4f}" if isinstance(error, float) else ""
             lines.append((task, f"{name} ({how})" if how else name, f"{value:.4f}{spread}"))
-    widths = [max((len(line[i]) for line in lines), default=0) for i in range(2)]
-    return "\n".join(f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}" for a, b, c in lines)
+    return "\n".join(line.rstrip() for line in aligned(lines, "<<<"))

@@ -18,19 +18,14 @@ from isotune.experiments.files import read_object, storing, write_json
 from isotune.experiments.recipe import Method, RecipeError
 from isotune.experiments.run import Run
 from isotune.experiments.tasks.task import Task
+from isotune.experiments.text import first_line
 
 
 def execute(run: Run, task: Task | None = None) -> dict[str, Any]:
-    """Carry out a run, from its last checkpoint where there is one, and write its record.
+    """Carry out a run, from its last checkpoint where there is one, and write and return its record.
 
-    Under torchrun all processes take part, and the main one alone writes.
-
-    Args:
-        run: what to train.
-        task: the run's task where it has been made already.
-
-    Returns:
-        The record, which is that of an earlier call where that had come to its end.
+    Under torchrun all processes take part, and the main one alone writes. A run that had come to its end is not done
+    again. `task` is the run's, where it has been made already.
 
     Raises:
         ValueError: the data are not those that the run was planned for, training diverged, or there is no room; the
@@ -53,9 +48,8 @@ def execute(run: Run, task: Task | None = None) -> dict[str, Any]:
             )
     entry = _train(run, task)
     if processes.is_main():
-        about = {**task.sizes, **task.about(), "fingerprint": run.fingerprint}
         machine = {"versions": versions(), "hardware": hardware()}
-        write_json(run.record, {**run.identity(), **machine, "data": about, **entry})
+        write_json(run.record, {**run.identity(), **machine, "data": task.described(), **entry})
         for checkpoint in run.folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)  # what they were kept for, resuming and choosing, is over
     processes.wait_for_all()
@@ -64,6 +58,7 @@ def execute(run: Run, task: Task | None = None) -> dict[str, Any]:
 
 def _train(run: Run, task: Task) -> dict[str, Any]:
     """Train, score, measure and save; returns what the record has of it, in the main process."""
+    from safetensors.torch import load_file
     from transformers import set_seed
 
     from isotune.experiments import angles, loop, measure, methods
@@ -75,10 +70,9 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     if run.settings.start_from_head and run.method.name != "head":
         if run.start_from is None:
             raise RecipeError(f"start_from_head needs the method head to be trained before {run.method.name}")
-        _start_from(model, run.start_from)
+        model.load_state_dict(load_file(run.start_from / "adapter" / "model.safetensors"), strict=False)
     setup = time.perf_counter() - began
-    tokenizer = task.tokenizer()
-    forgetting = measure.Forgetting(model, tokenizer) if tokenizer is not None else None
+    forgetting = None if task.tokenizer is None else measure.Forgetting(model, task.tokenizer)
     measure.reset_peak_memory()
     began = time.perf_counter()
     with quiet():
@@ -116,12 +110,6 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     }
 
 
-def _start_from(model: Any, folder: Path) -> None:
-    from safetensors.torch import load_file
-
-    model.load_state_dict(load_file(folder / "adapter" / "model.safetensors"), strict=False)
-
-
 def _save(method: Method, model: Any, folder: Path) -> Path:
     """Save what was trained, and return the file that holds it."""
     from safetensors.torch import save_file, save_model
@@ -148,24 +136,16 @@ def attempt(run: Run) -> dict[str, Any]:
         return execute(run)
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
-        return failure(run, _one_line(error), final=isinstance(error, TrainingDiverged))
+        said = first_line(error)
+        named = isinstance(error, ValueError) or said == type(error).__name__
+        return failure(
+            run, said if named else f"{type(error).__name__}: {said}", final=isinstance(error, TrainingDiverged)
+        )
 
 
 def failure(run: Run, reason: str, *, final: bool = False) -> dict[str, Any]:
-    """The record of a run that came to nothing.
-
-    Args:
-        run: which one.
-        reason: in one line.
-        final: whether another attempt would fail alike, as when the loss is no longer a number.
-    """
+    """The record of a run that came to nothing; `final` where another attempt would fail alike."""
     return {**run.identity(), "failed": reason, "final": final}
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else ""
-    return text if text and isinstance(error, ValueError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def versions() -> dict[str, str]:
@@ -188,11 +168,7 @@ def hardware() -> dict[str, Any]:
 
 
 def check_extras() -> None:
-    """Check that the packages which training needs are installed.
-
-    Raises:
-        RecipeError: one is missing; the message says what to install.
-    """
+    """Check that the packages which training needs are installed."""
     missing = [name for name in ("accelerate", "sklearn") if importlib.util.find_spec(name) is None]
     if missing:
         raise RecipeError(f"training needs {' and '.join(missing)}: pip install 'isotune[train]'")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
 import secrets
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from isotune.experiments.text import from_json, shown
+from isotune.experiments.text import first_line, from_json, shown
 
 # What torch says, as a RuntimeError, where its own writer fails.
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter|iostream|inline_container|unexpected pos")
@@ -25,9 +27,7 @@ class StorageError(ValueError):
 def storing(what: str) -> Iterator[None]:
     """Turn a failed write, by whichever library, into a StorageError of one line that names `what` was written.
 
-    Raises:
-        StorageError: the block could not write. A lost connection to another process, which a common checkpoint needs
-            too, is raised as it is.
+    A lost connection to another process, which a common checkpoint needs too, is raised as it is.
     """
     from safetensors import SafetensorError
 
@@ -38,9 +38,8 @@ def storing(what: str) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _TORCH_WRITER.search(str(error)):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise StorageError(
-            f"cannot write {what}: {reason}; make room and run the same command again, "
+            f"cannot write {what}: {first_line(error)}; make room and run the same command again, "
             "which goes on from the last checkpoint"
         ) from error
 
@@ -74,12 +73,15 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+@functools.cache
+def packaged_object(name: str) -> dict[str, Any]:
+    """The object in a JSON file of this package."""
+    found: dict[str, Any] = json.loads(resources.files("isotune.experiments").joinpath(name).read_text("utf-8"))
+    return found
 
-    Raises:
-        ValueError: the file cannot be read, is not JSON, or is nested too deep; the message names it.
-    """
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raises a ValueError that names it where it cannot be read, is no JSON or nested too deep."""
     try:
         return from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -87,11 +89,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        ValueError: as `read_json`, or the file holds something else; the message names it.
-    """
+    """Read a JSON file that holds an object; raises as `read_json`."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"cannot read {path}: it holds {shown(content)}, and should hold an object")

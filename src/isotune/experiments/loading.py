@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from isotune.experiments.recipe import Recipe, RecipeError, nearest, validate
+from isotune.experiments.recipe import Recipe, RecipeError, meant, validate
 from isotune.experiments.text import YamlError, from_yaml, shown
 
 
@@ -46,11 +46,7 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Load a packaged recipe by name, or a YAML file by path, and put `key=value` overrides over it.
-
-    Args:
-        source: the name or the path.
-        overrides: their values are YAML.
+    """Load a packaged recipe by name, or a YAML file by path, and put `key=value` overrides, of YAML, over it.
 
     Raises:
         RecipeError: one line that says which key, what is allowed and the nearest valid name.
@@ -83,11 +79,8 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
     if not path.exists():
         if path.suffix in {".yaml", ".yml"}:
             raise RecipeError(f"there is no recipe file {source}")
-        near = nearest(source, known)
-        raise RecipeError(
-            f"there is no recipe {source!r}: give a YAML file or one of {', '.join(known)}"
-            + (f"; did you mean {near!r}?" if near else "")
-        )
+        given = f"there is no recipe {source!r}: give a YAML file or one of {', '.join(known)}"
+        raise RecipeError(given + meant(source, known))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -95,15 +88,20 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
     return _parse(text, source), source
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    parts = key.split(".")
-    if not separator or not all(parts):
-        raise RecipeError(f"an override is key=value, such as train.lr=1e-3, not {shown(override)}")
+def assignment(text: str, example: str) -> tuple[str, Any]:
+    """The key and the value, which is YAML, of a text of the form of `example`."""
+    key, separator, value = text.partition("=")
+    if not separator or not all(key.split(".")):
+        raise RecipeError(f"{example}, not {shown(text)}")
     try:
-        value = from_yaml(text)
+        return key, from_yaml(value)
     except YamlError as error:
-        raise RecipeError(f"{key}: the value {shown(text)} is not valid YAML: {error}") from error
+        raise RecipeError(f"{key}: the value {shown(value)} is not valid YAML: {error}") from error
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, value = assignment(override, "an override is key=value, such as train.lr=1e-3")
+    parts = key.split(".")
     node = raw
     for depth, part in enumerate(parts[:-1]):
         child = node.get(part)

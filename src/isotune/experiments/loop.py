@@ -63,11 +63,7 @@ class Loop(Trainer):  # type: ignore[misc]
         return LengthGrouped(self.lengths, self.settings.batch_size, self.settings.seed, self.settings.group_by_length)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One step.
-
-        Raises:
-            TrainingDiverged: the loss is not finite.
-        """
+        """One step; raises TrainingDiverged where the loss is not finite."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise diverged(f"the training loss is {loss.item()}", self.state.global_step + 1, self.args.output_dir)
@@ -84,11 +80,7 @@ class Loop(Trainer):  # type: ignore[misc]
             raise
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Scores of a split.
-
-        Raises:
-            TrainingDiverged: the loss is not finite; nothing is saved then.
-        """
+        """Scores of a split; raises TrainingDiverged where the loss is not finite, and nothing is saved then."""
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         loss = metrics.get("eval_loss", 0.0)
         if not math.isfinite(loss):
@@ -118,18 +110,11 @@ class Outcome:
 
 
 def train(
-    model: Any,
-    task: Encoded,
-    run: Run,
-    head: Sequence[str],
-    callbacks: Sequence[TrainerCallback] = (),
+    model: Any, task: Encoded, run: Run, head: Sequence[str], callbacks: Sequence[TrainerCallback] = ()
 ) -> Outcome:
-    """Train a model, continuing from the last checkpoint in the run's folder where there is one.
+    """Train a model, with an adapter where the method is one, going on from the last checkpoint in the run's folder.
 
     Args:
-        model: with an adapter where the method is one.
-        task: the encoded data.
-        run: what to train.
         head: names of the modules that are trained with the head's learning rate.
         callbacks: transformers' callbacks to call besides.
 

@@ -13,19 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import isotune.adapter.evaluation
+from isotune.adapter import evaluation
 
 LEVEL = 0.95
 RESAMPLES = 1000
 
 
-class Kept:
+class Kept(torch.autograd.graph.saved_tensors_hooks):
     """Counts, while it is entered, the bytes of distinct storages saved for backward that are not of `model`.
 
     Tensors may have numbers or, under FakeTensorMode, only shapes.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__(self._pack, lambda tensor: tensor)
         # By identity, as storages without numbers have no address.
         self._owned = {id(tensor.untyped_storage()) for tensor in (*model.parameters(), *model.buffers())}
         self._seen: dict[int, Tensor] = {}
@@ -33,13 +34,9 @@ class Kept:
         self.largest = 0
         """Bytes of the largest storage."""
 
-    def __enter__(self) -> Kept:
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self._hooks.__enter__()
+    def __enter__(self) -> Kept:  # type: ignore[override]
+        super().__enter__()
         return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
 
     def _pack(self, tensor: Tensor) -> Tensor:
         key = id(tensor.untyped_storage())
@@ -52,19 +49,21 @@ class Kept:
         return tensor.detach()  # itself, it would be a cycle that no garbage collector sees
 
 
-def kept_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
-    """Bytes of distinct storages that `forward` saves for backward; parameters and buffers of `model` not included.
-
-    What autograd saves is counted with `saved_tensors_hooks`, also what an operator's own graph keeps.
-    """
-    hidden = isotune.adapter.evaluation.hidden_from_hooks
-    isotune.adapter.evaluation.hidden_from_hooks = contextlib.nullcontext
+@contextlib.contextmanager
+def counted_operators() -> Iterator[None]:
+    """Let hooks see what the operators' own graph keeps, which is hidden from them elsewhere."""
+    hidden = evaluation.hidden_from_hooks
+    evaluation.hidden_from_hooks = contextlib.nullcontext
     try:
-        with Kept(model) as kept:
-            result = forward()
+        yield
     finally:
-        isotune.adapter.evaluation.hidden_from_hooks = hidden
-    del result
+        evaluation.hidden_from_hooks = hidden
+
+
+def kept_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes of distinct storages that `forward` saves for backward; parameters and buffers of `model` not included."""
+    with counted_operators(), Kept(model) as kept:
+        forward()
     return kept.nbytes
 
 
@@ -130,16 +129,16 @@ def interval(metric: str, value: float, predictions: Sequence[Any], references: 
     return {"level": LEVEL, "low": float(low), "high": float(high), "how": "bootstrap of test examples"}
 
 
-def _pearson(first: Any, second: Any, generator: np.random.Generator) -> list[float]:
+def _pearson(first: Any, second: Any, generator: np.random.Generator) -> Any:
     values = []
     for _ in range(RESAMPLES):
         chosen = generator.integers(0, len(first), len(first))
         one, two = (numbers[chosen] - numbers[chosen].mean() for numbers in (first, second))
         values.append(_ratio(one @ two, (one @ one) * (two @ two)))
-    return [float(value) for value in values]
+    return values
 
 
-def _matthews(first: Any, second: Any, generator: np.random.Generator) -> list[float]:
+def _matthews(first: Any, second: Any, generator: np.random.Generator) -> Any:
     """Of resamples, drawn as tables of counts: which classes met how often says all.
 
     Source: Gorodkin (2004), the correlation of two assignments to k classes.
@@ -152,8 +151,7 @@ def _matthews(first: Any, second: Any, generator: np.random.Generator) -> list[f
     rows, columns = drawn.sum(2), drawn.sum(1)
     agreed = np.trace(drawn, axis1=1, axis2=2)
     variances = [count**2 - (sums**2).sum(1) for sums in (rows, columns)]
-    values = _ratio(agreed * count - (rows * columns).sum(1), variances[0] * variances[1])
-    return [float(value) for value in values]
+    return _ratio(agreed * count - (rows * columns).sum(1), variances[0] * variances[1])
 
 
 def _ratio(covariance: Any, product: Any) -> Any:
@@ -192,10 +190,6 @@ class Forgetting:
 
     For a causal language model the mean next-token loss. An encoder with a new head has no such loss; for it the
     measure is how far its sentence embeddings (the mean of the last hidden states) have moved from the base model's.
-
-    Args:
-        model: the model before an adapter is attached.
-        tokenizer: its tokeniser.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -227,26 +221,21 @@ class Forgetting:
         }
 
     def _batches(self, device: torch.device) -> Iterator[dict[str, Tensor]]:
-        padding = self.tokenizer.padding_side
-        self.tokenizer.padding_side = "right"
-        try:
-            # The logits of a language model with a large vocabulary are larger than all else.
-            size = 1 if self.causal else 8
-            for start in range(0, len(self.texts), size):
-                texts = self.texts[start : start + size]
-                tokens = self.tokenizer(
-                    texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-                )
-                yield dict(tokens.to(device))
-        finally:
-            self.tokenizer.padding_side = padding
+        # The logits of a language model with a large vocabulary are larger than all else.
+        size = 1 if self.causal else 8
+        cut = {"padding": True, "padding_side": "right", "truncation": True, "max_length": self.max_length}
+        for start in range(0, len(self.texts), size):
+            tokens = self.tokenizer(self.texts[start : start + size], return_tensors="pt", **cut)
+            yield dict(tokens.to(device))
 
     def _look(self, model: Any) -> Any:
+        """The loss of a causal language model, or the embeddings (texts, width) of an encoder."""
         device = next(model.parameters()).device
         training = model.training
+        look = self._loss if self.causal else self._embeddings
         try:
             with torch.no_grad():
-                return self._loss(model.eval(), device) if self.causal else self._embeddings(model.eval(), device)
+                return look(model.eval(), device)
         finally:
             model.train(training)
 

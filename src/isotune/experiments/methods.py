@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import typing
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from isotune.experiments.recipe import Method, RecipeError
+from isotune.experiments.recipe import Method, RecipeError, meant
 from isotune.experiments.registry import HEADS, entry, is_plain
 from isotune.experiments.text import shown
 from isotune.methods import METHODS
@@ -31,11 +30,7 @@ def _config_class(name: str) -> tuple[type, Mapping[str, Any]]:
 
 
 def check(method: Method) -> None:
-    """Check a method's options against its configuration class.
-
-    Raises:
-        RecipeError: an option that the class does not have or does not take.
-    """
+    """Check a method's options against its configuration class; raises RecipeError."""
     if is_plain(method.name):
         if method.options:
             raise RecipeError(f"the method {method.name} has no options, given {', '.join(method.options)}")
@@ -49,11 +44,8 @@ def check(method: Method) -> None:
     )
     for key, value in method.options.items():
         if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, n=1)
-            raise RecipeError(
-                f"unknown key 'method.{key}': {method.name} allows {', '.join(allowed)}"
-                + (f"; did you mean 'method.{near[0]}'?" if near else "")
-            )
+            said = f"unknown key 'method.{key}': {method.name} allows {', '.join(allowed)}"
+            raise RecipeError(said + meant(key, allowed, "method."))
         try:
             _adapter(hints[key]).validate_python(value)
         except ValidationError as error:
@@ -78,10 +70,6 @@ def adapter_config(name: str, **options: Any) -> Any:
     Unless the options say otherwise all linear layers are adapted and the scale of the update is one:
     `lora_alpha` equals the rank, as isotune's `psoft_alpha` does of itself.
 
-    Args:
-        name: in a recipe.
-        options: of the method's configuration class.
-
     Raises:
         TypeError: an option that the class does not have.
         ValueError: a value that it does not take.
@@ -95,16 +83,12 @@ def adapter_config(name: str, **options: Any) -> Any:
 
 
 def attach(method: Method, model: Any, head: list[str], peft_type: str | None) -> Any:
-    """Make a model trainable by a method.
+    """Make a model trainable by a checked method, wrapped by PEFT where it is an adapter.
 
     Args:
-        method: a checked method.
         model: the base model, which is changed.
         head: names of modules that are trained and saved with an adapter.
         peft_type: what PEFT calls the kind of model; PEFT then trains and saves a classifier's HEADS by itself.
-
-    Returns:
-        The model, wrapped by PEFT where the method is an adapter.
     """
     if method.name == "full":
         return model

@@ -64,7 +64,7 @@ class MethodResult:
     @property
     def mean(self) -> float | None:
         """The mean of the scores."""
-        return statistics.fmean(self.scores) if self.scores else None
+        return self._mean(self.scores)
 
     @property
     def standard_error(self) -> float | None:
@@ -103,12 +103,12 @@ class MethodResult:
             "scores": {str(run.seed): run.score for run in self.runs},
             "failed": self.failed,
             "validation_score": self._mean(run.validation.get(run.metric) for run in self.runs),
-            **{name: _whole(name, self.average(name)) for name in MEASURES},
+            **{name: self._measure(name) for name in MEASURES},
         }
 
-
-def _whole(name: str, value: float | None) -> float | None:
-    return int(value) if value is not None and name.endswith("_parameters") else value
+    def _measure(self, name: str) -> float | None:
+        value = self.average(name)
+        return int(value) if value is not None and name.endswith("_parameters") else value
 
 
 MEASURES = (
@@ -135,7 +135,7 @@ def method_result(
         method: its name and options.
         lr: the chosen rate; None while it is not known.
         tried: the rates of its search; by default those that the records have.
-        failed: why the method came to nothing, or one of its seeds did; None where all is well.
+        failed: why the method or one of its seeds came to nothing.
     """
     done = [record for record in records if record.failed is None and record.score is not None]
     search = sorted((record for record in done if record.phase == "search"), key=lambda record: record.lr or 0.0)

@@ -6,40 +6,19 @@ Source: Wu, Hu, Min, Wang, Efficient Orthogonal Fine-Tuning with Principal Subsp
 
 from __future__ import annotations
 
-import functools
-import json
 import re
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
-MODELS = {
-    "glue": "DeBERTaV3-base",
-    "vtab": "ViT-B/16",
-    "math": "LLaMA-3.2-3B",
-    "commonsense": "LLaMA-3.1-8B",
-}
+from isotune.experiments import registry
+from isotune.experiments.files import packaged_object
+
+MODELS = {"glue": "DeBERTaV3-base", "vtab": "ViT-B/16", "math": "LLaMA-3.2-3B", "commonsense": "LLaMA-3.1-8B"}
 """The pre-trained model of each of the paper's suites."""
 
-_METHODS = {
-    "psoft": "PSOFT",
-    "oft": "OFTv2",
-    "boft": "BOFT",
-    "goft": "GOFTv2",
-    "qgoft": "qGOFTv2",
-    "lora": "LoRA",
-    "dora": "DoRA",
-    "pissa": "PiSSA",
-    "lora_xs": "LoRA-XS",
-    "full": "FFT",
-}
-_TASKS = {
-    "arce": "arceasy",
-    "arcc": "arcchallenge",
-    "obqa": "openbookqa",
-    "cifar": "cifar100",
-    "all": "avg",
-}
+_METHODS = {"OFTv2": "oft", "GOFTv2": "goft", "qGOFTv2": "qgoft", "FFT": "full"}
+"""Ours for the paper's names of methods, where these are not the titles of ours."""
+_TASKS = {"arce": "arceasy", "arcc": "arcchallenge", "obqa": "openbookqa", "cifar": "cifar100", "all": "avg"}
 _NO_TASK = ("method", "params_M", "memory_GB")
 
 
@@ -66,12 +45,9 @@ class PaperFigure:
         return MODELS[self.suite]
 
 
-@functools.cache
 def results() -> dict[str, Any]:
     """All that is kept of the paper: results, hyperparameters, formulas and ablations, with its source."""
-    text = resources.files("isotune.experiments").joinpath("paper_results.json").read_text(encoding="utf-8")
-    found: dict[str, Any] = json.loads(text)
-    return found
+    return packaged_object("paper_results.json")
 
 
 def source() -> str:
@@ -80,19 +56,16 @@ def source() -> str:
 
 
 def figures(task: str) -> dict[str, PaperFigure]:
-    """What the paper reports for a task.
+    """What the paper reports for a task, by our name of the method; empty for a task that the paper does not have.
 
-    Args:
-        task: a recipe's name, such as glue/cola; case and punctuation do not count. SUITE/all is the paper's average.
-
-    Returns:
-        By our name of the method; empty for a task that the paper does not have.
+    A task is a recipe's name, such as glue/cola; case and punctuation do not count. SUITE/all is the paper's average.
     """
     suite, _, name = task.rpartition("/")
+    own_names = {entry.title: entry.name for entry in registry.entries().values()} | _METHODS
     found: dict[str, PaperFigure] = {}
     for row in results()["results"].get(suite, ()):
         column = next((key for key in row if key not in _NO_TASK and _plain(key) == _plain(name)), None)
-        own = next((own for own, theirs in _METHODS.items() if row["method"].split()[0] == theirs), None)
+        own = own_names.get(row["method"].split()[0])
         if column is not None and own is not None and row[column] is not None:
             found[own] = PaperFigure(
                 suite, column, row["method"], row[column] / 100, row["params_M"], row.get("memory_GB")

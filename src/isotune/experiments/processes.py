@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
+from typing import Any
+
+from tqdm.auto import tqdm
 
 from isotune.experiments.recipe import RecipeError
 
@@ -17,11 +21,7 @@ def count() -> int:
 
 
 def join() -> None:
-    """Join the other processes, before anything is built: they share the search for subspaces too.
-
-    Raises:
-        RecipeError: the launcher spreads the weights; every process holds the whole model here.
-    """
+    """Join the other processes, before anything is built: they share the search for subspaces too."""
     if count() == 1:
         return
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -35,11 +35,7 @@ def join() -> None:
 
 
 def require_alone(command: str) -> None:
-    """Check that no launcher has started several processes of a command that starts its own.
-
-    Raises:
-        RecipeError: one has.
-    """
+    """Check that no launcher has started several processes of a command that starts its own."""
     if count() > 1:
         raise RecipeError(
             f"{command} starts the processes of its runs itself, and a launcher has started it {count()} times; run it "
@@ -68,11 +64,7 @@ def wait_for_all() -> None:
 
 
 def share_of(batch_size: int) -> int:
-    """The rows of a batch for each process.
-
-    Raises:
-        RecipeError: the processes cannot share the batch equally.
-    """
+    """The rows of a batch for each process."""
     rows, rest = divmod(batch_size, count())
     if rest:
         raise RecipeError(
@@ -85,3 +77,10 @@ def share_of(batch_size: int) -> int:
 def environment_alone() -> Mapping[str, str]:
     """The environment for a process that belongs to no others."""
     return {name: v for name, v in os.environ.items() if name not in _NAMES and not name.startswith(_PREFIXES)}
+
+
+def bar(total: int, done: int, title: str, unit: str) -> Any:
+    """A progress bar of the main process, renewed seldom where the output is a file, which it would fill."""
+    often = 0.2 if sys.stderr.isatty() else 15
+    hidden = not is_main()
+    return tqdm(total=total, initial=done, desc=title, unit=unit, disable=hidden, dynamic_ncols=True, mininterval=often)

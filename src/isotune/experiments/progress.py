@@ -61,6 +61,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, title: str, folder: Path, metric: Metric) -> None:
         self.title, self.folder, self.metric = title, folder, metric
+        self.spent = folder / "seconds.json"
         self.interrupted = False
         self.before, self.started = 0.0, time.perf_counter()
         self.stepping, self.step_started = 0.0, 0.0
@@ -71,19 +72,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         return self.before + time.perf_counter() - self.started
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        spent = self.folder / "seconds.json"
-        if state.global_step and spent.exists():
-            self.before, self.stepping = read_object(spent).get(str(state.global_step), (0.0, 0.0))
-        self.bar = tqdm(
-            disable=not processes.is_main(),
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.title,
-            unit="step",
-            dynamic_ncols=True,
-            # Where the output is a file a bar every tenth of a second fills it.
-            mininterval=0.2 if sys.stderr.isatty() else 15,
-        )
+        if state.global_step and self.spent.exists():
+            self.before, self.stepping = read_object(self.spent).get(str(state.global_step), (0.0, 0.0))
+        self.bar = processes.bar(state.max_steps, state.global_step, self.title, "step")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.step_started = time.perf_counter()
@@ -106,17 +97,13 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if processes.is_main():
-            self._note(state)
+            # Trainer pickles its own arguments beside each checkpoint; nothing here reads a pickle.
+            (self.folder / f"checkpoint-{state.global_step}" / "training_args.bin").unlink(missing_ok=True)
+            known = read_object(self.spent) if self.spent.exists() else {}
+            write_json(self.spent, {**known, str(state.global_step): (self.seconds, self.stepping)})
         # Left from here, not by `should_training_stop`: that would score and save once more in mid-epoch.
         if self.interrupted and state.global_step < state.max_steps:
             raise Interrupted(str(self.folder))
-
-    def _note(self, state: Any) -> None:
-        # Trainer pickles its own arguments beside each checkpoint; nothing here reads a pickle.
-        (self.folder / f"checkpoint-{state.global_step}" / "training_args.bin").unlink(missing_ok=True)
-        spent = self.folder / "seconds.json"
-        known = read_object(spent) if spent.exists() else {}
-        write_json(spent, {**known, str(state.global_step): (self.seconds, self.stepping)})
 
     def close(self) -> None:
         if self.bar is not None:

@@ -25,8 +25,6 @@ from isotune.experiments.text import shown
 
 Metric = Literal["accuracy", "matthews_correlation", "pearson", "loss"]
 TaskName = Literal["text-classification", "text-regression", "image-classification", "multiple-choice", "math"]
-
-
 LESS_IS_BETTER = ("loss",)
 
 
@@ -45,19 +43,12 @@ def _as_list(value: Any) -> Any:
     return value if value is None or isinstance(value, list) else [value]
 
 
-def _as_method(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
 def _known_method(name: str) -> str:
     if name not in registry.entries():
-        raise PydanticCustomError("literal_error", "should be {expected}", {"expected": _either(registry.entries())})
+        *first, last = map(repr, registry.entries())
+        expected = f"{', '.join(first)} or {last}"
+        raise PydanticCustomError("literal_error", "should be {expected}", {"expected": expected})
     return name
-
-
-def _either(names: Iterable[str]) -> str:
-    *first, last = (f"'{name}'" for name in names)
-    return f"{', '.join(first)} or {last}"
 
 
 MethodName = Annotated[str, AfterValidator(_known_method)]
@@ -169,7 +160,7 @@ class Method(BaseModel):
         return dict(self.model_extra or {})
 
 
-MethodSpec = Annotated[Method, BeforeValidator(_as_method)]
+MethodSpec = Annotated[Method, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)]
 
 
 class Train(_Section):
@@ -239,10 +230,6 @@ class Recipe(_Section):
         """The training settings of one method: those of the recipe with the method's own put over them."""
         return Train.model_validate({**self.train.model_dump(), **method.train})
 
-    def merit(self, scores: Mapping[str, float] | None) -> float:
-        """How good validation scores are, by the metric that runs are chosen by; the more the better."""
-        return merit(self.chosen_by, scores)
-
     @property
     def chosen_by(self) -> str:
         """The metric by whose validation score runs are chosen."""
@@ -264,12 +251,8 @@ class Recipe(_Section):
 def validate(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Turn a parsed mapping into a Recipe.
 
-    Args:
-        raw: the mapping.
-        where: what the error calls it.
-
     Raises:
-        RecipeError: about the first thing that is wrong.
+        RecipeError: about the first thing that is wrong, after `where`.
     """
     try:
         recipe = Recipe.model_validate(raw)
@@ -297,34 +280,30 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
     return [section for argument in get_args(annotation) for section in _sections(argument)]
 
 
-def nearest(name: str, valid: Any) -> str | None:
-    """The valid name most like `name`, also where only its last part is, as in `lr` for `train.lr`."""
+def meant(name: str, valid: Iterable[str], prefix: str = "") -> str:
+    """The end of an error: the valid name most like `name`, or whose last part it is, as `lr` of `train.lr`."""
     options = list(valid)
     same_leaf = [option for option in options if option.rpartition(".")[2] == name.rpartition(".")[2]]
     near = same_leaf or difflib.get_close_matches(name, options, n=1, cutoff=0.6)
-    return near[0] if near else None
+    return f"; did you mean {prefix + near[0]!r}?" if near else ""
 
 
 def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     # Unknown names first: a misspelt required key is both unknown and missing, and the former says more.
     first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-    path = [str(part) for part in first["loc"] if isinstance(part, str)]
+    path = [part for part in first["loc"] if isinstance(part, str)]
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
         section = root
         for part in path[:-1]:
             section = _sections(section.model_fields[part].annotation)[0]
-        near = nearest(key, keys_of(root))
-        return f"unknown key {key!r}: allowed here are {', '.join(section.model_fields)}" + (
-            f"; did you mean {near!r}?" if near else ""
-        )
+        return f"unknown key {key!r}: allowed here are {', '.join(section.model_fields)}" + meant(key, keys_of(root))
     if first["type"] == "missing":
         return f"the key {key!r} is missing"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    message = first["msg"].removeprefix("Input ")
-    near = None
+    said = f"{key}: {first['msg'].removeprefix('Input ')}, not {shown(first['input'])}"
     if first["type"] == "literal_error" and isinstance(first["input"], str):
-        expected = first["ctx"]["expected"]
-        near = nearest(first["input"], [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")])
-    return f"{key}: {message}, not {shown(first['input'])}" + (f"; did you mean {near!r}?" if near else "")
+        expected = first["ctx"]["expected"].replace(" or ", ", ").split(", ")
+        said += meant(first["input"], (word.strip("'") for word in expected))
+    return said

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from isotune.experiments import angles
-from isotune.experiments.files import read_object
 from isotune.experiments.text import clean, shown
 
 FORMAT = 1
@@ -27,59 +26,38 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
-def _as_number(value: Any) -> float | None:
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return None
-    found = number(value)
-    if found is None:
-        raise ValueError("a number")
-    return found
-
-
-def _as_size(value: Any) -> float:
-    found = number(value)
-    if found is None:
-        raise ValueError("a number")
-    return found
-
-
-def _as_rate(value: Any) -> float | None:
-    found = _as_number(value)
-    if found is not None and found <= 0:
-        raise ValueError("a number above 0")
-    return found
-
-
-def _as_whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**63:
-        raise ValueError("a number without a fraction")
-    return value
-
-
-def _either(kind: type, called: str, empty: Callable[[], Any]) -> BeforeValidator:
-    """A value of one kind, and of nothing the empty one."""
-
-    def check(value: Any) -> Any:
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(called)
-        return empty() if value is None else value
-
-    return BeforeValidator(check)
+def _or(empty: Callable[[], Any]) -> BeforeValidator:
+    """Nothing stands for the empty value."""
+    return BeforeValidator(lambda value: empty() if value is None else value)
 
 
 def _numbers(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return {} if value is None else value
     return {key: found for key, one in value.items() if (found := number(one)) is not None}
 
 
-Number = Annotated[float | None, BeforeValidator(_as_number)]
-Size = Annotated[float, BeforeValidator(_as_size)]
-Rate = Annotated[float | None, BeforeValidator(_as_rate)]
-Whole = Annotated[int, BeforeValidator(_as_whole)]
-Text = Annotated[str, _either(str, "text", str)]
-Object = Annotated[dict[str, Any], _either(dict, "an object", dict)]
-Items = Annotated[list[Any], _either(list, "a list", list)]
-Scores = Annotated[dict[str, float], BeforeValidator(_numbers), _either(dict, "an object", dict)]
-Points = Annotated[list[Scores], _either(list, "a list", list)]
+_FINITE = BeforeValidator(lambda value: None if isinstance(value, float) and not math.isfinite(value) else value)
+Size = Annotated[float, Field(strict=True, ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+Number = Annotated[Size | None, _FINITE]
+Rate = Annotated[Annotated[float, Field(strict=True, gt=0, le=LARGEST)] | None, _FINITE]
+Whole = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
+Text = Annotated[str, _or(str)]
+Object = Annotated[dict[str, Any], _or(dict)]
+Items = Annotated[list[Any], _or(list)]
+Scores = Annotated[dict[str, float], BeforeValidator(_numbers)]
+Points = Annotated[list[Scores], _or(list)]
+_WANTED = {
+    **dict.fromkeys(("float_type", "finite_number", "greater_than_equal", "less_than_equal"), "a number"),
+    **dict.fromkeys(("int_type", "less_than"), "a number without a fraction"),
+    **dict.fromkeys(("model_type", "dict_type"), "an object"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    "greater_than": "a number above 0",
+    "list_type": "a list",
+    "string_type": "text",
+    "missing": "there",
+}
+"""What should have been where pydantic finds a fault of this kind."""
 
 
 class Part(BaseModel):
@@ -228,47 +206,28 @@ class Record(Part):
         return None if found is None or found.low is None or found.high is None else (found.low, found.high)
 
 
-def parse(kind: type[Part], content: Mapping[str, Any], path: Path) -> Any:
-    """A stored object as one of the classes above.
+P = TypeVar("P", bound=Part)
+
+
+def parse(kind: type[P], content: Mapping[str, Any], path: Path) -> P:
+    """A stored object as one of the classes above, with what is not printable written as escapes.
 
     Raises:
         ValueError: a value of another kind than it should be; the message names the file and the value.
     """
     try:
-        return kind.model_validate(content)
+        return kind.model_validate(clean(dict(content)))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
-        wanted = str(first["ctx"]["error"]) if first["type"] == "value_error" else _KINDS.get(first["type"], "there")
+        wanted = str(first["ctx"]["error"]) if first["type"] == "value_error" else _WANTED[first["type"]]
         raise ValueError(f"cannot read {path}: {where} should be {wanted}, not {shown(first['input'])}") from error
 
 
-_KINDS = {"model_type": "an object", "dict_type": "an object", "list_type": "a list", "string_type": "text"}
-_KINDS |= {"bool_type": "true or false", "bool_parsing": "true or false"}
-
-
 def record_of(content: Mapping[str, Any], path: Path) -> Record:
-    """A run's record.
-
-    Args:
-        content: what was stored.
-        path: where, for errors.
-
-    Raises:
-        ValueError: a value of another kind than it should be; the message names the file and the value.
-    """
-    plain = clean(dict(content))
-    found: Record = parse(Record, {**plain, "path": path, "content": content}, path)
-    return found
-
-
-def read_record(path: Path) -> Record:
-    """A run's record from its file.
-
-    Raises:
-        ValueError: the file cannot be read, or holds a value of another kind than it should be; the message names it.
-    """
-    return record_of(read_object(path), path)
+    """A run's record from what was stored at `path`; raises as `parse`."""
+    found = parse(Record, {**content, "path": path, "content": {}}, path)
+    return found.model_copy(update={"content": content})
 
 
 class Training(Part):
@@ -287,21 +246,12 @@ class Training(Part):
 
 
 def read_training(content: Mapping[str, Any], path: Path) -> Training:
-    """What a training stored, with the records of its runs.
-
-    Args:
-        content: of `result.json`.
-        path: of the file.
-
-    Raises:
-        ValueError: a value of another kind than it should be; the message names the file and the value.
-    """
-    found: Training = parse(Training, {**clean(dict(content)), "records": []}, path)
+    """What `result.json` at `path` says of a training, with the records of its runs; raises as `parse`."""
+    found = parse(Training, {**content, "records": []}, path)
     known = {"recipe": path.parent.name, "task": found.recipe.get("task"), "model": found.recipe.get("model")}
     known |= {"metric": found.metric, "data": found.data, "seed": found.seed, "phase": "search"}
     known |= {"versions": found.versions, "hardware": found.hardware}
     # An earlier release stored with a run only what differs from run to run.
-    runs = [{**known, **run} for run in found.runs]
-    records = [record_of(run, path) for run in runs]
+    records = [record_of({**known, **run}, path) for run in found.runs]
     named = [r if r.label else r.model_copy(update={"label": str(r.method.get("name"))}) for r in records]
     return found.model_copy(update={"records": named})

@@ -17,11 +17,9 @@ SHARED_OPTIONS = ("target_modules", "exclude_modules", "layers_to_transform", "l
 
 @dataclass(frozen=True)
 class Entry:
-    """What experiments and reports know of a method.
+    """What experiments and reports know of a method, by its name in a recipe.
 
     Args:
-        name: in a recipe.
-        title: for people.
         usual_learning_rate: around which a comparison looks for the best.
         base: the method whose configuration class it is; None for what is no adapter.
         fixed: options of that class which the name fixes.

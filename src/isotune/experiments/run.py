@@ -20,12 +20,8 @@ class Run:
         name: the recipe's, for the record.
         label: the method's, in the comparison or training that the run belongs to.
         phase: "search", "seed" or, for a head that others start from, "start".
-        recipe: the recipe with this run's method, rate and seed.
-        lr: the learning rate of the adapter.
-        seed: of everything that is random.
-        fingerprint: of the data.
+        recipe: with this run's method, rate and seed.
         folder: holds the checkpoints while it runs, and what it trained.
-        record: the file for its record.
         start_from: the folder of a trained head, for `start_from_head`.
         threads: of the process; None leaves them as they are.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,12 @@ class Variant:
         return re.sub(r"[^A-Za-z0-9=.,\[\]-]+", "_", self.label)
 
 
+def repeated(variants: Sequence[Variant]) -> str | None:
+    """The label of a variant whose folder would be another's, if there is one."""
+    folders = [variant.folder for variant in variants]
+    return next((variant.label for variant in variants if folders.count(variant.folder) > 1), None)
+
+
 @dataclass
 class Schedule:
     """What an experiment consists of, and what of it has been done.
@@ -43,11 +49,6 @@ class Schedule:
     Each variant is trained at all its rates with the first seed, then at the best of them with the other seeds.
 
     Args:
-        name: the recipe's, for the records.
-        recipe: what is learnt, by which model.
-        variants: the methods.
-        seeds: the seeds; the first is the search's.
-        folder: the experiment's.
         about: what a record says of the data, with their fingerprint.
         threads: of a run; None leaves them as they are.
         keep_adapters: whether the trained weights stay.
@@ -148,9 +149,7 @@ class Schedule:
         return None if head is None or lr is None else self._run("search", head, lr, self.seeds[0]).folder
 
     def load(self) -> None:
-        """Read the records of what has been done.
-
-        What failed for a reason that may have passed, such as a lack of memory, is not counted as done.
+        """Read the records of what has been done, but for what failed for a reason that may have passed.
 
         Raises:
             RecipeError: a record is of other settings.
@@ -196,10 +195,6 @@ class Schedule:
         if record.failed is None and run.phase != "start" and not self.keep_adapters:
             shutil.rmtree(run.folder, ignore_errors=True)
 
-    def results(self) -> list[MethodResult]:
-        """What the runs of each method come to so far, in the order in which the methods were given."""
-        return [self._result(variant) for variant in self.variants]
-
     def _result(self, variant: Variant) -> MethodResult:
         records = [record for (label, _, _), record in self.records.items() if label == variant.label]
         searched = [self.records[run.key] for run in self.search(variant) if run.key in self.records]
@@ -231,7 +226,7 @@ class Schedule:
             **self.details,
             "data": self.about,
             "complete": not any(True for _ in self.ready()),
-            "rows": [found.row() for found in self.results()],
+            "rows": [self._result(variant).row() for variant in self.variants],
         }
 
 

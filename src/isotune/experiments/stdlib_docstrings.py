@@ -17,12 +17,8 @@ from pathlib import Path
 
 # Not modules one would look a docstring up in: tests, vendored or generated copies, whole applications; and
 # what lies in the folder without belonging to the library. Linux distributions leave several out anyway.
-_EXCLUDED = frozenset(
-    [
-        *("test", "tests", "idlelib", "lib2to3", "turtledemo", "turtle", "ensurepip", "pydoc_data"),
-        *("site-packages", "dist-packages"),
-    ]
-)
+_EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "turtle", "ensurepip", "pydoc_data"}
+_EXCLUDED |= {"site-packages", "dist-packages"}
 
 
 def docstrings(root: Path) -> Iterator[tuple[str, str]]:
@@ -60,14 +56,11 @@ def split_of(text: str) -> str:
 
 
 def build(root: Path | None = None, classes: int = 20) -> tuple[dict[str, list[tuple[str, str]]], list[str]]:
-    """Build the task from the standard library's sources.
+    """The task from the standard library's sources.
 
     Returns ({"train" | "validation" | "test": [(text, module), ...]}, module names). The classes are the
     `classes` modules with most docstrings. A text found in two modules has no right answer and is left out; a
     text found twice in one module is kept once; texts of fewer than three words are left out.
-
-    Raises:
-        ValueError: the sources are not installed.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     owners: dict[str, set[str]] = defaultdict(set)

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import fmean
 
-from isotune.experiments.architectures import adapter_parameters
+from isotune.experiments.budget import adapter_parameters
 from isotune.experiments.loading import load, packaged
 from isotune.experiments.recipe import Recipe
+from isotune.experiments.text import aligned
 
 _BESIDE = ("mnli", "qqp", "all")
 """What is no task of the paper's and in no mean of its: two GLUE tasks, and all tasks of a suite after one training."""
 
 
 def groups(suite: str) -> dict[str, list[str]]:
-    """The recipes of a suite by group, as vtab's natural, specialised and structured; without groups all under "".
-
-    Raises:
-        ValueError: the paper has no such suite.
-    """
+    """The recipes of a suite by group, as vtab's natural, specialised and structured; without groups all under ""."""
     counted = {
         name: str(raw.get("group", ""))
         for name, raw in packaged().items()
@@ -57,17 +54,7 @@ def listing() -> str:
         count = adapter_parameters(recipe)
         shown = "" if count is None else f"{count:,}"
         lines.append((name, recipe.model, _source(recipe), recipe.metric, shown, recipe.description))
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
-    return "\n".join(
-        "  ".join(
-            [
-                *(line[i].ljust(widths[i]) for i in range(4)),
-                line[4].rjust(widths[4]),
-                line[5],
-            ]
-        ).rstrip()
-        for line in lines
-    )
+    return "\n".join(line.rstrip() for line in aligned(lines, "<<<<><"))
 
 
 def _source(recipe: Recipe) -> str:

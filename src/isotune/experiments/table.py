@@ -8,7 +8,7 @@ from typing import Any
 
 from isotune.experiments.records import Training, number
 from isotune.experiments.registry import entry
-from isotune.experiments.text import printable
+from isotune.experiments.text import aligned, printable
 
 Row = Mapping[str, Any]
 
@@ -24,12 +24,9 @@ _COLUMNS = (
 
 
 def table(metric: str, rows: Sequence[Row]) -> str:
-    """Methods as lines of text, one each, then what failed.
+    """Methods as lines of text, one each as `comparison.json` holds them, then what failed.
 
-    Args:
-        metric: of the scores.
-        rows: as `comparison.json` holds them; what one does not have is left empty, and a column that none has is left
-            out.
+    What a row does not have is left empty, and a column that none has is left out.
     """
     lines = [("", metric.replace("_", " "), "seeds", "lr", *(heading for heading, _, _, _ in _COLUMNS))]
     for row in rows:
@@ -41,10 +38,11 @@ def table(metric: str, rows: Sequence[Row]) -> str:
             cells.append("" if value is None else form.format(value / unit))
         lines.append(tuple(cells))
     used = [i for i in range(len(lines[0])) if i < 2 or any(line[i] for line in lines[1:])]
-    text = aligned([[printable(line[i]) for i in used] for line in lines])
+    head, *body = aligned([[printable(line[i]) for i in used] for line in lines], "<" + ">" * (len(used) - 1))
+    shown = [head, "-" * len(head), *body]
     if any(row.get("lr_at_border") for row in rows):
-        text += "\n* the best of the rates tried is the lowest or the highest; a better one may lie beyond"
-    return "\n".join([text, *(f"{row['label']} failed: {row['failed']}" for row in rows if row.get("failed"))])
+        shown.append("* the best of the rates tried is the lowest or the highest; a better one may lie beyond")
+    return "\n".join([*shown, *(f"{row['label']} failed: {row['failed']}" for row in rows if row.get("failed"))])
 
 
 def shown_score(metric: str, row: Row) -> str:
@@ -81,19 +79,6 @@ def training_rows(training: Training) -> list[Row]:
         if metric in training.saved.get(name, {}):
             rows.append({"label": f"{title}, {how}", "mean": training.saved[name][metric]})
     return rows
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as columns of text, the first line set off from the others and the first column to the left."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    shown = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:]])
 
 
 def chart(training: Training, path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from isotune.experiments.recipe import FileData, HubData, HubTable
-from isotune.experiments.text import from_json
+from isotune.experiments.text import first_line, from_json
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 
@@ -31,32 +32,21 @@ def builtin_rows() -> dict[str, list[Row]]:
     """The splits of the standard library's docstrings."""
     from isotune.experiments import stdlib_docstrings
 
-    splits, _ = stdlib_docstrings.build()
     return {
         split: [
-            Row({"text": text, "label": label}, f"{split} docstring {i + 1}") for i, (text, label) in enumerate(rows)
+            Row({"text": text, "label": label}, f"{split} docstring {i}") for i, (text, label) in enumerate(rows, 1)
         ]
-        for split, rows in splits.items()
+        for split, rows in stdlib_docstrings.build()[0].items()
     }
 
 
 def hub_rows(hub: HubData) -> dict[str, list[Row]]:
-    """The splits of a data set on the Hub.
-
-    Raises:
-        DataError: the package datasets is missing, or a split cannot be loaded.
-    """
-
-    def of(name: str) -> HubTable:
-        return HubTable(name=hub.name, config=hub.config, revision=hub.revision, files=hub.files, split=name)
-
-    rows = {
-        split: _hub_table(of(name))
-        for split, name in {"train": hub.train, "validation": hub.validation, "test": hub.test}.items()
-        if name is not None
-    }
-    for name, table in hub.tests.items():
-        rows.setdefault("test", []).extend(replace(row, set=name) for row in _hub_table(table))
+    """The splits of a data set on the Hub."""
+    table = hub.model_dump(include={"name", "config", "revision", "files"})
+    splits = {"train": hub.train, "validation": hub.validation, "test": hub.test}
+    rows = {split: _hub_table(HubTable(**table, split=name)) for split, name in splits.items() if name is not None}
+    for name, other in hub.tests.items():
+        rows.setdefault("test", []).extend(replace(row, set=name) for row in _hub_table(other))
     return rows
 
 
@@ -69,20 +59,15 @@ def _hub_table(table: HubTable) -> list[Row]:
         files = {"data_files": table.files} if table.files else {}
         found = load_dataset(table.name, table.config, split=table.split, revision=table.revision, **files)
     except Exception as error:  # the library raises a dozen kinds, most of them about the network
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"cannot load split {table.split!r} of {table.name} {table.config or ''} from the Hub ({reason}); "
-            "to use local files instead, give data.path and data.files"
+            f"cannot load split {table.split!r} of {table.name} {table.config or ''} from the Hub "
+            f"({first_line(error)}); to use local files instead, give data.path and data.files"
         ) from error
     return [Row(dict(row), f"{table.name} {table.split}, row {i + 1}") for i, row in enumerate(found)]
 
 
 def file_rows(files: FileData, folder: Path) -> dict[str, list[Row]]:
-    """The splits of local files in a folder.
-
-    Raises:
-        DataError: a file is not there, cannot be read, or is empty; the message names it and the line.
-    """
+    """The splits of local files in a folder."""
 
     def rows(names: Sequence[str], name: str | None = None) -> list[Row]:
         return [replace(row, set=name) for file in names for row in _table(folder / file, files.columns)]
@@ -91,16 +76,14 @@ def file_rows(files: FileData, folder: Path) -> dict[str, list[Row]]:
     if files.validation is not None:
         found["validation"] = rows(files.validation)
     if isinstance(files.test, dict):
-        found["test"] = [row for name, names in files.test.items() for row in _some(rows(names, name), name)]
+        sets = {name: rows(names, name) for name, names in files.test.items()}
+        for name, those in sets.items():
+            if not those:
+                raise DataError(f"the test set {name} is empty")
+        found["test"] = list(chain(*sets.values()))
     elif files.test is not None:
         found["test"] = rows(files.test)
     return found
-
-
-def _some(rows: list[Row], name: str) -> list[Row]:
-    if not rows:
-        raise DataError(f"the test set {name} is empty")
-    return rows
 
 
 def _table(path: Path, columns: list[str] | None) -> Iterator[Row]:
@@ -130,18 +113,10 @@ def _listed_rows(path: Path, text: str) -> Iterator[Row]:
 
 def _json_rows(path: Path, text: str) -> Iterator[Row]:
     if path.suffix == ".jsonl":
-        parsed = []
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    parsed.append((f"{path}, line {number}", from_json(line)))
-                except ValueError as error:
-                    raise DataError(f"{path}, line {number}: not valid JSON: {error}") from error
+        lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        parsed = [(where, _parsed(line, where)) for where, line in lines]
     else:
-        try:
-            table = from_json(text)
-        except ValueError as error:
-            raise DataError(f"{path}: not valid JSON: {error}") from error
+        table = _parsed(text, str(path))
         if not isinstance(table, list):
             raise DataError(f"{path}: a .json file must hold a list of objects; one object a line is .jsonl")
         parsed = [(f"{path}, entry {number}", row) for number, row in enumerate(table, 1)]
@@ -149,6 +124,13 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected an object with named fields, not {type(row).__name__}")
         yield Row(row, where)
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return from_json(text)
+    except ValueError as error:
+        raise DataError(f"{where}: not valid JSON: {error}") from error
 
 
 def _separated_rows(path: Path, text: str, columns: list[str] | None) -> Iterator[Row]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
 DEEPEST = 100
 """How deep lists and mappings may lie in each other: far more than any file here has, far less than Python's stack."""
+_TOO_DEEP = f"lists and mappings are nested more than {DEEPEST} deep"
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong, _BRIEF.maxlevel = 120, 120, 40, 3
@@ -27,11 +29,8 @@ def printable(text: str, keep: str = "") -> str:
     """The text with every character that is not printable written as its escape, such as `\\x1b`.
 
     Line breaks, terminal escape sequences, marks that change the direction of writing and lone surrogates are not
-    printable, so that the result is one line which means nothing to a terminal and can be encoded.
-
-    Args:
-        text: from a file, a folder's name or an exception.
-        keep: characters that stay as they are.
+    printable, so that the result is one line which means nothing to a terminal and can be encoded. Characters in `keep`
+    stay as they are.
     """
     if text.isprintable():
         return text
@@ -55,33 +54,37 @@ def shown(value: Any) -> str:
     return found if len(found) <= 200 else f"{found[:199]}…"
 
 
-def from_json(text: str) -> Any:
-    """Parse JSON.
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    said = str(error).strip()
+    return said.splitlines()[0].strip() if said else type(error).__name__
 
-    Raises:
-        ValueError: the reason alone: no valid JSON, or nested deeper than DEEPEST.
-    """
+
+def aligned(lines: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Lines of cells as columns of text, each to the left or right side: "<" or ">" a column."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(line, sides, widths, strict=True)) for line in lines]
+
+
+def from_json(text: str) -> Any:
+    """Parse JSON; raises a ValueError with the reason alone, also where it is nested deeper than DEEPEST."""
     try:
         value = json.loads(text)
     except RecursionError as error:
-        raise ValueError(_too_deep()) from error
+        raise ValueError(_TOO_DEEP) from error
     _check_depth(value)
     return value
 
 
 def from_yaml(text: str) -> Any:
-    """Parse YAML; a mapping may not have a key twice.
-
-    Raises:
-        YamlError: the reason alone: no valid YAML, or nested deeper than DEEPEST.
-    """
+    """Parse YAML, no mapping with a key twice; raises YamlError, also where it is nested deeper than DEEPEST."""
     try:
         value = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise YamlError(str(getattr(error, "problem", None) or error), mark.line + 1 if mark else None) from error
     except RecursionError as error:
-        raise YamlError(_too_deep()) from error
+        raise YamlError(_TOO_DEEP) from error
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         # A scalar that PyYAML's own constructor cannot convert, such as the date 2020-13-45 or an empty `!!int`.
         raise YamlError(f"a value that cannot be read ({error})") from error
@@ -101,13 +104,9 @@ def _check_depth(value: Any) -> None:
         if not isinstance(node, (dict, list)) or seen.get(id(node), 0) >= depth:
             continue
         if depth > DEEPEST:
-            raise ValueError(_too_deep())
+            raise ValueError(_TOO_DEEP)
         seen[id(node)] = depth
         waiting += [(one, depth + 1) for one in (node.values() if isinstance(node, dict) else node)]
-
-
-def _too_deep() -> str:
-    return f"lists and mappings are nested more than {DEEPEST} deep"
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -15,22 +15,16 @@ from isotune.experiments.execute import check_extras, hardware, versions
 from isotune.experiments.files import read_object, write_json
 from isotune.experiments.recipe import Recipe, RecipeError
 from isotune.experiments.records import FORMAT, read_training
-from isotune.experiments.schedule import Schedule, Variant, carry_out
+from isotune.experiments.schedule import Schedule, Variant, carry_out, repeated
 from isotune.experiments.text import printable
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
-    """Train and score a recipe, print a table, and write `result.json` in its output folder.
+    """Train and score a recipe, print a table, and write and return `result.json` in its output folder.
 
     Continues where an earlier call with the same recipe stopped; where that had finished, prints its result
     and does nothing else. Under torchrun or `accelerate launch` all processes train together, and the main one
     alone writes and prints; the folder must be one that all of them see.
-
-    Args:
-        recipe: a validated recipe.
-
-    Returns:
-        What `result.json` holds.
 
     Raises:
         RecipeError: a value is wrong, or the folder holds something else.
@@ -65,7 +59,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     )
     schedule.load()
     started = time.perf_counter()
-    task.prepare()
+    _ = task.encoded  # so that no run is timed with it
     for _ in carry_out(schedule, ThisProcess(task)):
         pass
     result = _result(schedule)
@@ -87,16 +81,14 @@ def train(recipe: Recipe) -> dict[str, Any]:
 def _schedule(recipe: Recipe, task: tasks.Task) -> Schedule:
     """One seed of each of the recipe's methods, at the rates that it gives them; its own method is the last."""
     variants = [Variant(m.name, m, tuple(dict.fromkeys(recipe.training(m).lr))) for m in recipe.methods]
-    names = [variant.label for variant in variants]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    twice = repeated(variants)
     if twice is not None:
         raise RecipeError(f"the method {twice} is given twice; isotune compare trains one method with several options")
     if not task.sizes["validation"] and any(len(variant.rates) > 1 for variant in variants):
         raise RecipeError("several values of train.lr are chosen from on a validation set, and there is none")
     folder = Path(recipe.output or "runs/experiment")
-    about = {**task.sizes, **task.about(), "fingerprint": task.fingerprint()}
     seeds = [recipe.train.seed]
-    return Schedule(folder.name, recipe, variants, seeds, folder, about, keep_adapters=True, separate=False)
+    return Schedule(folder.name, recipe, variants, seeds, folder, task.described(), keep_adapters=True, separate=False)
 
 
 def _result(schedule: Schedule) -> dict[str, Any]:

@@ -4,46 +4,36 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from isotune.diagnostics.inspect import MISSING_BASE, AdapterReport, LayerReport
 
-
-def _number(pattern: str, field: str) -> Callable[[LayerReport], str]:
-    def show(layer: LayerReport) -> str:
-        value = getattr(layer, field)
-        return "–" if value is None else pattern.format(value)
-
-    return show
-
-
-def _between(field: str) -> Callable[[LayerReport], str]:
-    def show(layer: LayerReport) -> str:
-        value = getattr(layer, field)
-        return "–" if value is None else f"{value[0]:.3f}…{value[1]:.3f}"
-
-    return show
-
-
-_FROM_FILE: tuple[tuple[str, Callable[[LayerReport], str]], ...] = (
-    ("rank", _number("{}", "rank")),
-    ("orth.\nerror", _number("{:.0e}", "orthogonality_error")),
-    ("largest\nangle °", _number("{:.1f}", "largest_angle")),
-    ("α\nmin…max", _between("alpha")),
-    ("β\nmin…max", _between("beta")),
+_BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+_FROM_FILE = (
+    ("rank", "{}", "rank"),
+    ("orth.\nerror", "{:.0e}", "orthogonality_error"),
+    ("largest\nangle °", "{:.1f}", "largest_angle"),
+    ("α\nmin…max", "{:.3f}…{:.3f}", "alpha"),
+    ("β\nmin…max", "{:.3f}…{:.3f}", "beta"),
 )
-_FROM_BASE: tuple[tuple[str, Callable[[LayerReport], str]], ...] = (
-    ("energy\nheld", _number("{:.1%}", "energy")),
-    ("‖ΔW‖", _number("{:.3g}", "update_norm")),
-    ("‖ΔW‖\n/ ‖W‖", _number("{:.2%}", "relative_norm")),
-    ("stable\nrank", _number("{:.1f}", "stable_rank")),
-    ("entropy\nrank", _number("{:.1f}", "entropy_rank")),
-    ("angles moved\nmax °", _number("{:.3g}", "angle_moved_largest")),
-    ("angles moved\nmean °", _number("{:.3g}", "angle_moved_mean")),
+_FROM_BASE = (
+    ("energy\nheld", "{:.1%}", "energy"),
+    ("‖ΔW‖", "{:.3g}", "update_norm"),
+    ("‖ΔW‖\n/ ‖W‖", "{:.2%}", "relative_norm"),
+    ("stable\nrank", "{:.1f}", "stable_rank"),
+    ("entropy\nrank", "{:.1f}", "entropy_rank"),
+    ("angles moved\nmax °", "{:.3g}", "angle_moved_largest"),
+    ("angles moved\nmean °", "{:.3g}", "angle_moved_mean"),
 )
+"""Heading, how a value is written, and the field of a layer's report."""
+
+
+def _cell(layer: LayerReport, pattern: str, field: str) -> str:
+    value = getattr(layer, field)
+    return "–" if value is None else pattern.format(*(value if isinstance(value, tuple) else (value,)))
 
 
 def to_text(report: AdapterReport, width: int | None = None) -> str:
@@ -60,10 +50,10 @@ def to_text(report: AdapterReport, width: int | None = None) -> str:
     prefix = _common_prefix([layer.module for layer in report.layers])
     table = Table(box=box.SIMPLE_HEAD, title=None, pad_edge=False)
     table.add_column(f"layer\n({prefix}…)" if prefix else "layer", no_wrap=True, overflow="fold")
-    for title, _ in columns:
+    for title, _, _ in columns:
         table.add_column(title, justify="right", no_wrap=True)
     for layer in report.layers:
-        table.add_row(layer.module.removeprefix(prefix), *(show(layer) for _, show in columns))
+        table.add_row(layer.module.removeprefix(prefix), *(_cell(layer, *column) for _, *column in columns))
     console = Console(width=width or 10_000, color_system=None, highlight=False, markup=False)
     with console.capture() as capture:
         console.print(table)
@@ -131,15 +121,16 @@ def save_png(report: AdapterReport, path: str | os.PathLike[str]) -> None:
     series = _series(report.layers)
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    with pyplot.rc_context(style):
+    with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         size = (11, 2.2 * rows + 1)
         figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, sharex=True, layout="constrained")
         for axis, panel in zip(axes.flat, panels, strict=False):
             _draw(axis, panel, series)
         for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
-        outside = "; beyond the last: modules outside of blocks" if _outside(report.layers) else ""
+        numbered = [bool(_BLOCK.search(layer.module)) for layer in report.layers]
+        mixed = any(numbered) and not all(numbered)
+        outside = "; beyond the last: modules outside of blocks" if mixed else ""
         for axis in axes[-1]:
             axis.set_xlabel(f"block of the model{outside}")
         handles, labels = axes.flat[0].get_legend_handles_labels()
@@ -155,15 +146,6 @@ def save_png(report: AdapterReport, path: str | os.PathLike[str]) -> None:
         figure.align_ylabels()
         figure.savefig(path, dpi=130)
         pyplot.close(figure)
-
-
-_BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
-
-
-def _outside(layers: Sequence[LayerReport]) -> bool:
-    """Whether some layers, and not all, are in no numbered block."""
-    numbered = [bool(_BLOCK.search(layer.module)) for layer in layers]
-    return any(numbered) and not all(numbered)
 
 
 def _series(layers: Sequence[LayerReport]) -> dict[str, list[tuple[int, LayerReport]]]:

@@ -31,21 +31,19 @@ def count(value: float) -> str:
 
 def size(value: float) -> str:
     """Bytes, in the unit that leaves up to four digits."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024 or unit == "GiB":
-            return f"{value:,.0f} {unit}" if unit == "B" or abs(value) >= 100 else f"{value:.3g} {unit}"
+    units = ["B", "KiB", "MiB", "GiB"]
+    while abs(value) >= 1024 and len(units) > 1:
         value /= 1024
-    raise AssertionError("unreachable")
+        del units[0]
+    return f"{value:,.0f} {units[0]}" if units[0] == "B" or abs(value) >= 100 else f"{value:.3g} {units[0]}"
 
 
 def duration(value: float) -> str:
     """Seconds, or minutes and hours where that is shorter."""
     if value < 100:
         return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"
-    for unit, length in (("min", 60.0), ("h", 3600.0)):
-        if value < 100 * length or unit == "h":
-            return f"{value / length:.{1 if value < 10 * length else 0}f} {unit}"
-    raise AssertionError("unreachable")
+    unit, length = ("min", 60.0) if value < 6000 else ("h", 3600.0)
+    return f"{value / length:.{1 if value < 10 * length else 0}f} {unit}"
 
 
 def _average(key: str, title: str, show: Callable[[float], str], detail: bool = False) -> Column:
@@ -110,7 +108,7 @@ class Head:
 def table_of(comparison: Comparison) -> tuple[list[Head], list[tuple[MethodResult, list[Cell]]]]:
     """The table that Markdown, LaTeX and the page show: heads, and a row of cells for each method, the best first."""
     columns, paper = columns_of(comparison), comparison.paper
-    heads = [Head(f"Test {comparison.metric.replace('_', ' ')}", "score"), Head("Seeds", "seeds")]
+    heads = [Head(f"Test {comparison.metric_name}", "score"), Head("Seeds", "seeds")]
     heads += [Head(next(iter(paper.values())).model, "paper")] if paper else []
     heads += [*(Head(column.title) for column in columns), Head("Learning rate", "rate")]
     rows = []

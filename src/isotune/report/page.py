@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -47,9 +46,14 @@ def render(comparisons: Sequence[Comparison]) -> str:
     keys = _keys(comparisons)
     names = _names(comparisons)
     parts = [_part(c, key, name, looks) for c, key, name in zip(comparisons, keys, names, strict=True)]
-    figures = {f["id"]: f.pop("spec") for part in parts for section in part["sections"] for f in section["figures"]}
+    figures = {
+        f"{part['key']}-plot-{figure.key}": {"data": figure.data, "layout": figure.layout}
+        for part in parts
+        for section in part["sections"]
+        for figure in section.figures
+    }
     page: str = environment.from_string(_file("page.html")).render(
-        title=_title(comparisons),
+        title=heading(comparisons[0]) if len(comparisons) == 1 else f"{len(comparisons)} comparisons",
         parts=parts,
         overview=_overview(comparisons, keys, names),
         palettes=PALETTES,
@@ -73,16 +77,12 @@ def _embedded(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _title(comparisons: Sequence[Comparison]) -> str:
-    return heading(comparisons[0]) if len(comparisons) == 1 else f"{len(comparisons)} comparisons"
-
-
 def _keys(comparisons: Sequence[Comparison]) -> list[str]:
     """A short name for each comparison's anchors."""
     keys: list[str] = []
     for comparison in comparisons:
         plain = re.sub(r"[^a-z0-9]+", "-", comparison.recipe.lower()).strip("-") or "comparison"
-        names = itertools.chain([plain], (f"{plain}-{number}" for number in itertools.count(2)))
+        names = [plain, *(f"{plain}-{number}" for number in range(2, len(comparisons) + 2))]
         keys.append(next(name for name in names if name not in keys))
     return keys
 
@@ -94,46 +94,29 @@ def _names(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _part(comparison: Comparison, key: str, name: str, looks: Looks) -> dict[str, Any]:
-    """What the template shows of one comparison."""
+    """What the template shows of one comparison; the number of seeds stands beside the score, not in a column."""
+    heads, rows = table_of(comparison)
+    shown = [i for i, head in enumerate(heads) if head.kind not in ("score", "seeds")]
     return {
+        "comparison": comparison,
         "key": key,
         "heading": f"{name} with {comparison.model}" if comparison.model else name,
         "facts": _facts(comparison),
-        "order": "descending" if comparison.higher_is_better else "ascending",
-        "table": _table(comparison, looks),
-        "legend": [_swatch(variant, looks) for variant in comparison.scored],
-        "notes": comparison.notes,
-        "command": comparison.command,
-        "sections": [
-            {
-                "key": f"{key}-{section.key}",
-                "title": section.title,
-                "text": section.text,
-                "missing": section.missing,
-                "figures": [
-                    {
-                        "id": f"{key}-plot-{figure.key}",
-                        "title": figure.title,
-                        "caption": figure.caption,
-                        "alt": figure.alt,
-                        "height": figure.height,
-                        "width": figure.width,
-                        "spec": {"data": figure.data, "layout": figure.layout},
-                    }
-                    for figure in section.figures
-                ],
-            }
-            for section in sections(comparison, looks)
+        "heads": [heads[0], *(heads[i] for i in shown)],
+        "rows": [
+            {**_swatch(variant, looks), "cells": [_with_seeds(variant, cells[0]), *(cells[i] for i in shown)]}
+            for variant, cells in rows
         ],
+        "near": any(comparison.near_best(variant) for variant in comparison.variants),
+        "border": any(variant.rate_at_border for variant in comparison.variants),
+        "legend": [_swatch(variant, looks) for variant in comparison.scored],
+        "sections": sections(comparison, looks),
         "geometry": _geometry(comparison),
     }
 
 
 def _facts(comparison: Comparison) -> list[tuple[str, str]]:
-    data = comparison.data
-    sizes = [
-        f"{data[split]:,} {split}" for split in ("train", "validation", "test") if isinstance(data.get(split), int)
-    ]
+    splits = [(split, comparison.data.get(split)) for split in ("train", "validation", "test")]
     hardware: Mapping[str, Any] = next((run.hardware for run in comparison.runs if run.hardware), {})
     versions: Mapping[str, Any] = next((run.versions for run in comparison.runs if run.versions), {})
     machine = [str(hardware.get("accelerator") or ""), str(hardware.get("platform") or "")]
@@ -141,46 +124,19 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
         threads = f", {hardware['threads']} threads a run" if hardware.get("threads") else ""
         machine.append(f"{hardware['processors']} processors{threads}")
     names = ("isotune", "torch", "peft", "transformers", "python")
-    seeds = ", ".join(str(seed) for seed in comparison.seeds)
     failed = sum(run.failed is not None for run in comparison.runs)
     matched = comparison.match_params
     facts = [
         ("Task", comparison.recipe + (f" ({comparison.task})" if comparison.task else "")),
         ("Model", comparison.model),
-        ("Data", ", ".join(sizes)),
-        ("Seeds", seeds),
+        ("Data", ", ".join(f"{size:,} {split}" for split, size in splits if isinstance(size, int))),
+        ("Seeds", ", ".join(map(str, comparison.seeds))),
         ("Runs", f"{len(comparison.runs) - failed} done, {failed} failed"),
         ("Adapters matched to", "" if matched is None else f"{matched:,.0f} parameters"),
         ("Machine", "; ".join(part for part in machine if part)),
         ("Versions", ", ".join(f"{name} {versions[name]}" for name in names if name in versions)),
     ]
     return [(name, value) for name, value in facts if value]
-
-
-def _table(comparison: Comparison, looks: Looks) -> dict[str, Any]:
-    """The table of one comparison; the number of seeds stands beside the score, not in a column of its own."""
-    heads, rows = table_of(comparison)
-    shown = [
-        {"title": "Method", "numeric": False, "paper": False},
-        *(
-            {"title": f"The paper’s ({head.title})", "numeric": True, "paper": True}
-            if head.kind == "paper"
-            else {"title": head.title, "numeric": True, "paper": False}
-            for head in heads
-            if head.kind != "seeds"
-        ),
-    ]
-    lines = []
-    for variant, cells in rows:
-        kept = [cell for head, cell in zip(heads, cells, strict=True) if head.kind != "seeds"]
-        lines.append({**_swatch(variant, looks), "cells": [_with_seeds(variant, kept[0]), *kept[1:]]})
-    return {
-        "heads": shown,
-        "rows": lines,
-        "near": any(comparison.near_best(variant) for variant in comparison.variants),
-        "paper": bool(comparison.paper),
-        "border": any(variant.rate_at_border for variant in comparison.variants),
-    }
 
 
 def _swatch(variant: MethodResult, looks: Looks) -> dict[str, Any]:
@@ -224,32 +180,22 @@ def _overview(comparisons: Sequence[Comparison], keys: Sequence[str], names: Seq
     """Every method that several comparisons have, on each of these; None where there is none."""
     titles = [v.title for c in comparisons for v in ordered(c)]
     shared = [title for title in dict.fromkeys(titles) if titles.count(title) > 1]
-    shown = [
-        (comparison, key, name, {v.title: v for v in comparison.variants})
-        for comparison, key, name in zip(comparisons, keys, names, strict=True)
-        if any(v.title in shared for v in comparison.variants)
-    ]
+    named = zip(comparisons, keys, names, strict=True)
+    tables = [(c, key, name, {v.title: v for v in c.variants if v.title in shared}) for c, key, name in named]
+    shown = [table for table in tables if table[-1]]
     if not shown:
         return None
     rows: list[dict[str, Any]] = []
     for title in shared:
-        cells = [
-            _with_seeds(variants[title], score_of(comparison, variants[title])) if title in variants else Cell("–")
-            for comparison, _, _, variants in shown
-        ]
-        scores = {
-            comparison.recipe: mean
-            for comparison, _, _, variants in shown
-            if title in variants and (mean := variants[title].mean) is not None
-        }
+        found = [(c, variants.get(title)) for c, _, _, variants in shown]
+        cells = [_with_seeds(variant, score_of(c, variant)) if variant else Cell("–") for c, variant in found]
+        scores = {c.recipe: variant.mean for c, variant in found if variant and variant.mean is not None}
         rows.append({"title": title, "cells": cells, "means": _suite_means(scores)})
     means = list(dict.fromkeys(name for row in rows for name in row["means"]))
     for row in rows:
-        found = row.pop("means")
-        row["cells"] += [
-            Cell(f"{100 * found[name]:.1f}", found[name]) if name in found else Cell("–") for name in means
-        ]
-    heads = [{"title": name, "metric": c.metric.replace("_", " "), "key": key} for c, key, name, _ in shown]
+        own = row.pop("means")
+        row["cells"] += [Cell(f"{100 * own[name]:.1f}", own[name]) if name in own else Cell("–") for name in means]
+    heads = [{"title": name, "metric": c.metric_name, "key": key} for c, key, name, _ in shown]
     heads += [{"title": name, "metric": "mean × 100", "key": ""} for name in means]
     return {"heads": heads, "rows": rows}
 

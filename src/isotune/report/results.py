@@ -15,19 +15,8 @@ from isotune.experiments import paper
 from isotune.experiments.files import read_object
 from isotune.experiments.outcome import MethodResult, best_rate, method_result
 from isotune.experiments.recipe import LESS_IS_BETTER
-from isotune.experiments.records import (
-    Number,
-    Object,
-    Part,
-    Rate,
-    Record,
-    Text,
-    Whole,
-    parse,
-    read_record,
-    read_training,
-)
-from isotune.experiments.text import clean, printable
+from isotune.experiments.records import Number, Object, Part, Rate, Record, Text, Whole, parse, read_training, record_of
+from isotune.experiments.text import printable
 
 
 @dataclass(frozen=True)
@@ -56,6 +45,11 @@ class Comparison:
     def percent(self) -> bool:
         """Whether the metric is a share."""
         return "accuracy" in self.metric
+
+    @property
+    def metric_name(self) -> str:
+        """The metric in words."""
+        return self.metric.replace("_", " ")
 
     @property
     def scored(self) -> list[MethodResult]:
@@ -144,8 +138,11 @@ def read(folder: Path) -> Comparison:
         ValueError: there is neither, or a file is damaged or holds what it should not; names it.
     """
     path = folder / "comparison.json"
-    head: _Head = parse(_Head, clean(read_object(path)) if path.exists() else {}, path)
-    records = _records(folder)
+    head = parse(_Head, read_object(path) if path.exists() else {}, path)
+    if (training := folder / "result.json").exists():
+        records = read_training(read_object(training), training).records
+    else:
+        records = [record_of(read_object(run), run) for run in sorted((folder / "runs").rglob("*.json"))]
     if not path.exists() and not records:
         raise ValueError(f"{folder} holds no comparison; give a folder that `isotune compare` wrote (comparison.json)")
     first = next((record for record in records if record.metric), Record())
@@ -181,14 +178,6 @@ def read(folder: Path) -> Comparison:
         chosen_by=chosen_by,
         notes=_notes(head, variants, seeds, path.exists() or not (folder / "runs").exists()),
     )
-
-
-def _records(folder: Path) -> list[Record]:
-    """The records of a comparison's runs, or those that the result of a training holds."""
-    training = folder / "result.json"
-    if training.exists():
-        return read_training(read_object(training), training).records
-    return [read_record(path) for path in sorted((folder / "runs").rglob("*.json"))]
 
 
 def _variant(label: str, records: Sequence[Record], row: _Row | None, chosen_by: str) -> MethodResult:

@@ -72,11 +72,7 @@ def comma_separated(comparisons: Sequence[Comparison]) -> str:
     return stream.getvalue()
 
 
-FORMATS: dict[str, Callable[[Sequence[Comparison]], str]] = {
-    "md": markdown,
-    "csv": comma_separated,
-    "latex": latex,
-}
+FORMATS: dict[str, Callable[[Sequence[Comparison]], str]] = {"md": markdown, "csv": comma_separated, "latex": latex}
 
 
 def heading(comparison: Comparison) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from isotune.experiments import methods, registry
-from isotune.experiments.planning.formula import paper_activations
-from isotune.experiments.planning.layers import adapter_activations, factor_bytes
+from isotune.experiments.planning.formula import adapter_activations, factor_bytes, paper_activations
 from isotune.experiments.planning.setting import ACCELERATORS, BITS, DTYPES, OPTIMIZER_BYTES, SHARDED, Setting
-from isotune.experiments.planning.trace import Trace, attention, blocks_of, inputs_for, trace
+from isotune.experiments.planning.trace import attention, blocks_of, inputs_for, trace
 from isotune.experiments.recipe import Method
+from isotune.experiments.text import first_line
 from isotune.files.base_model import quiet, resolve_base
 from isotune.internals.transformers_state import attention_of
 from isotune.methods.config import require_choice
@@ -72,43 +71,53 @@ def estimate(setting: Setting) -> Estimate:
         base, dtype = _build(setting)
         base_parameters = sum(p.numel() for p in base.parameters())
         base_bytes, largest = _base_bytes(base, setting.quantization)
-        blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks_of(base)]
+        blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(base)]
         model = _adapted(base, setting).train()
         try:
             inputs = inputs_for(base, setting.batch, setting.sequence)
             step = trace(model, inputs)
         except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"A step of {type(base).__name__} cannot be followed without its weights: {first}"
+                f"A step of {type(base).__name__} cannot be followed without its weights: {first_line(error)}"
             ) from error
-        memory = _memory(setting, model, step, base_bytes, largest, blocks)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        device = ACCELERATORS[setting.accelerator]
-        speed = setting.flops or (device.single if dtype == "float32" else device.half)
-        tokens = _tokens(base, inputs)
-        operations = step.operations_with(checkpointing=setting.checkpointing)
-        return Estimate(
-            setting=setting,
-            architecture=type(base).__name__,
-            dtype=dtype,
-            base_parameters=base_parameters,
-            trained_parameters=sum(p.numel() for p in trained),
-            tokens=tokens,
-            adapter_file=_file_bytes(model),
-            memory=memory,
-            adapter_activations=adapter_activations(model, tokens),
-            paper_activations=paper_activations(setting, base, tokens),
-            operations=operations,
-            seconds=operations / (speed * setting.utilization),
-            sent=_sent(setting, base_bytes, sum(p.numel() * p.element_size() for p in trained)),
-            assumptions=_assumptions(setting, speed, pairs=_pairs(base.config)),
-        )
-
-
-def _pairs(config: Any) -> bool:
-    """Whether the model reads one sequence and writes another."""
-    return bool(getattr(config, "is_encoder_decoder", False))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    trained_parameters, trained_bytes = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
+    memory = {
+        "base weights": base_bytes,
+        "adapter weights": 0 if setting.method == "full" else trained_bytes,
+        "adapter's frozen factors": factor_bytes(model),
+        "gradients": trained_bytes,
+        "optimiser states": OPTIMIZER_BYTES[setting.optimizer] * trained_parameters,
+    }
+    for row in SHARDED[str(setting.sharding)]:
+        memory[row] = -(-memory[row] // setting.devices)
+    working = step.largest + largest
+    if setting.sharding == "ddp":
+        working += memory["gradients"]  # the buckets in which they are exchanged
+    if setting.sharding in ("zero3", "fsdp"):
+        working += 2 * max(blocks, default=0)  # one block in use and the next on its way
+    memory["kept for backward"] = step.kept_with(checkpointing=setting.checkpointing)
+    memory["working space"] = working
+    device = ACCELERATORS[setting.accelerator]
+    speed = setting.flops or (device.single if dtype == "float32" else device.half)
+    tokens = _tokens(base, inputs)
+    operations = step.operations_with(checkpointing=setting.checkpointing)
+    return Estimate(
+        setting=setting,
+        architecture=type(base).__name__,
+        dtype=dtype,
+        base_parameters=base_parameters,
+        trained_parameters=trained_parameters,
+        tokens=tokens,
+        adapter_file=_file_bytes(model),
+        memory=memory,
+        adapter_activations=adapter_activations(model, tokens),
+        paper_activations=paper_activations(setting, base, tokens),
+        operations=operations,
+        seconds=operations / (speed * setting.utilization),
+        sent=_sent(setting, base_bytes, trained_bytes),
+        assumptions=_assumptions(setting, speed, pairs=getattr(base.config, "is_encoder_decoder", False)),
+    )
 
 
 def _tokens(base: nn.Module, inputs: dict[str, Tensor]) -> int:
@@ -130,8 +139,7 @@ def _build(setting: Setting) -> tuple[Any, str]:
     try:
         config = transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError, RecursionError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"The configuration of {setting.model!r} cannot be read: {first}") from error
+        raise ValueError(f"The configuration of {setting.model!r} cannot be read: {first_line(error)}") from error
     stored = getattr(config, "dtype", None)
     dtype = setting.dtype or (str(stored).removeprefix("torch.") if stored is not None else "float32")
     require_choice("dtype", dtype, DTYPES)
@@ -162,44 +170,10 @@ def _base_bytes(base: Any, quantization: str) -> tuple[int, int]:
     """Bytes of the weights, and of the largest quantised one when it is unpacked for use."""
     bits = BITS[quantization]
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    packed = {
-        id(module.weight) for module in base.modules() if bits and isinstance(module, nn.Linear) and module is not head
-    }
-    total, largest = 0.0, 0
-    for parameter in base.parameters():
-        size = parameter.numel() * parameter.element_size()
-        if id(parameter) in packed:
-            assert bits is not None
-            total += parameter.numel() * bits / 8
-            largest = max(largest, size)
-        else:
-            total += size
-    return round(total), largest
-
-
-def _memory(
-    setting: Setting, model: nn.Module, step: Trace, base_bytes: int, largest: int, blocks: Sequence[int]
-) -> dict[str, int]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    own = 0 if setting.method == "full" else sum(p.numel() * p.element_size() for p in trained)
-    gradients = sum(p.numel() * p.element_size() for p in trained)
-    memory = {
-        "base weights": base_bytes,
-        "adapter weights": own,
-        "adapter's frozen factors": factor_bytes(model),
-        "gradients": gradients,
-        "optimiser states": OPTIMIZER_BYTES[setting.optimizer] * sum(p.numel() for p in trained),
-    }
-    for row in SHARDED[str(setting.sharding)]:
-        memory[row] = -(-memory[row] // setting.devices)
-    working = step.largest + largest
-    if setting.sharding == "ddp":
-        working += gradients  # the buckets in which they are exchanged
-    if setting.sharding in ("zero3", "fsdp"):
-        working += 2 * max(blocks, default=0)  # one block in use and the next on its way
-    memory["kept for backward"] = step.kept_with(checkpointing=setting.checkpointing)
-    memory["working space"] = working
-    return memory
+    linear = [module.weight for module in base.modules() if isinstance(module, nn.Linear) and module is not head]
+    packed = {id(weight): weight for weight in linear} if bits else {}
+    total = sum(p.numel() * (bits or 0) / 8 if id(p) in packed else p.nbytes for p in base.parameters())
+    return round(total), max((weight.nbytes for weight in packed.values()), default=0)
 
 
 def _file_bytes(model: nn.Module) -> int:
@@ -208,7 +182,7 @@ def _file_bytes(model: nn.Module) -> int:
     from peft.utils import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    return sum(tensor.nbytes for tensor in state.values())
 
 
 def _sent(setting: Setting, base_bytes: int, trained_bytes: int) -> int:

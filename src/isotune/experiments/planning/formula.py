@@ -1,4 +1,4 @@
-"""What the paper's formulas say is kept for backward, to stand beside what is counted."""
+"""What is known by formula: what isotune's layers hold and keep, and what the paper says is kept for backward."""
 
 from __future__ import annotations
 
@@ -8,22 +8,19 @@ from typing import Any
 
 from torch import nn
 
+from isotune.adapter.subspace import SubspaceAdapter
 from isotune.experiments import methods, paper, registry
 from isotune.experiments.planning.setting import Setting
+from isotune.hosts import ExpertsHost
+from isotune.tuner.layer import Layer
 
 _TERM = re.compile(r"(\d+)([bsharm]+)(\^2)?(\*log2\(h\))?")
 
 
 def paper_activations(setting: Setting, base: nn.Module, tokens: int) -> float | None:
-    """Bytes kept by all transformer layers by the formula of the paper's Table 9, which is for float32.
+    """Bytes kept by all layers for so many tokens by the formula of the paper's Table 9, which is for float32.
 
-    Args:
-        setting: method, rank and batch.
-        base: whose configuration names its sizes.
-        tokens: of all sequences.
-
-    Returns:
-        None where the paper has no formula for the method or the model is no plain transformer.
+    None where the paper has no formula for the method or the model is no plain transformer.
     """
     config: Any = base.config
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
@@ -59,3 +56,31 @@ def _formula(method: str) -> str | None:
     entry = registry.entry(method)
     names = ("FFT",) if method == "full" else (entry.title, registry.entry(entry.base or "").title)
     return next((str(known[name]) for name in names if name in known), None)
+
+
+def factor_bytes(model: nn.Module) -> int:
+    """Down, up and pin of every subspace; tensors that adapters share count once."""
+    tensors = {id(b): b for layer in _layers(model) for form in layer.isotune_form.values() for b in form.buffers()}
+    placements = (module.placement for module in model.modules() if isinstance(module, SubspaceAdapter))
+    factors = {id(t): t for placement in placements if placement is not None for t in placement.factors}
+    return sum(t.nbytes for t in {**tensors, **factors}.values())
+
+
+def _layers(model: nn.Module) -> list[Layer]:
+    return [module for module in model.modules() if isinstance(module, Layer)]
+
+
+def adapter_activations(model: nn.Module, tokens: int) -> int:
+    """Bytes that isotune's adapters keep for backward beyond the frozen model, by formula.
+
+    tokens × r for an update of a subspace, in the dtype of the base; at most tokens × in for a rotation of all inputs,
+    which layers that read the same input share. The operators themselves come on top, whatever the tokens, and so does
+    what convolutions and embeddings fold. Experts keep a folded copy of their parameter.
+    """
+    total = 0
+    for layer in _layers(model):
+        if layer.host.folds:
+            total += layer.host.weight.nbytes if isinstance(layer.host, ExpertsHost) else 0
+            continue
+        total += sum(tokens * layer.adapter(name).size for name in layer.configs) * layer.host.weight.element_size()
+    return total

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from isotune.experiments import registry
-from isotune.experiments.text import YamlError, from_yaml, shown
+from isotune.experiments.loading import assignment
 from isotune.methods.config import require_choice, require_positive_integer
 
 
@@ -66,16 +66,11 @@ class Setting:
         sharding: how the devices divide what is kept; "none" for one device.
         dtype: of the base model's weights and of the computation; None: what its configuration says.
         quantization: of the base's linear layers, a key of BITS.
-        optimizer: adamw, adamw-8bit or sgd.
         batch, sequence: of one device and one step; a model of images has its own number of tokens, and the decoder
             of a model with an encoder gets a sequence as long as the encoder's.
         checkpointing: whether activations of blocks are computed again in backward.
-        accelerator: a key of ACCELERATORS, for its speed and memory.
         flops: operations a second of one device, in the place of an accelerator's.
         utilization: share of that speed that is reached.
-
-    Raises:
-        ValueError: a value that is not allowed; the message says what is.
     """
 
     model: str
@@ -116,18 +111,5 @@ class Setting:
 
 
 def parse_options(given: Sequence[str]) -> dict[str, Any]:
-    """Options of a method from the command line, KEY=VALUE each.
-
-    Raises:
-        ValueError: one is not of that form.
-    """
-    options: dict[str, Any] = {}
-    for text in given:
-        key, separator, value = text.partition("=")
-        if not separator or not key:
-            raise ValueError(f"an option of the method is KEY=VALUE, such as oft_block_size=32, not {text!r}")
-        try:
-            options[key] = from_yaml(value)
-        except YamlError as error:
-            raise ValueError(f"{key}: the value {shown(value)} is not valid YAML: {error}") from error
-    return options
+    """Options of a method from the command line, KEY=VALUE each."""
+    return dict(assignment(text, "an option of the method is KEY=VALUE, such as oft_block_size=32") for text in given)

@@ -5,36 +5,35 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from isotune.adapter import evaluation
-from isotune.experiments.measure import Kept
+from isotune.experiments.measure import Kept, counted_operators
 from isotune.internals.torch_state import GROUPED_PRODUCT
 from isotune.internals.transformers_state import attention_of
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trace:
     """One training step of a model."""
 
-    kept: int
+    kept: int = 0
     """Bytes that the forward pass keeps for backward, parameters and buffers not included."""
-    largest: int
+    largest: int = 0
     """Bytes of the largest of these tensors: what one more of its kind, such as its gradient, needs."""
-    blocks: tuple[int, ...]
+    blocks: list[int] = field(default_factory=list)
     """Bytes that each block of the model keeps, in order: what activation checkpointing computes again."""
-    block_inputs: tuple[int, ...]
+    block_inputs: list[int] = field(default_factory=list)
     """Bytes of each block's inputs that no earlier block was given, which checkpointing keeps."""
-    forward: int
+    forward: int = 0
     """Floating-point operations of the products in the forward pass, two for a multiplication and its addition."""
-    backward: int
+    backward: int = 0
     """The same in the backward pass."""
-    block_forward: int
+    block_forward: int = 0
     """The part of `forward` that lies in blocks."""
 
     def kept_with(self, *, checkpointing: bool) -> int:
@@ -56,83 +55,54 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def trace(model: nn.Module, inputs: dict[str, Tensor]) -> Trace:
-    """Run one training step under a counter of what is kept and multiplied.
+    """Run one training step under a counter of what is kept and multiplied; on the meta device it needs no memory.
 
-    Args:
-        model: with parameters that are trained; on the meta device it needs no memory.
-        inputs: of its forward, with labels where it takes them.
+    `inputs` are those of the model's forward, with labels where it takes them.
     """
     counter = Kept(model)
     flops = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    with flops, counter, _blocks_watched(model, counter, flops) as watched, _counted_operators():
+    found = Trace()
+    with flops, counter, _blocks_watched(model, found, counter, flops), counted_operators():
         output = model(**inputs)
         loss = output.loss if getattr(output, "loss", None) is not None else output[0].float().square().mean()
-        forward = flops.get_total_flops()
+        found.forward = flops.get_total_flops()
         loss.backward()
-    return Trace(
-        kept=counter.nbytes,
-        largest=counter.largest,
-        blocks=tuple(watched.kept),
-        block_inputs=tuple(watched.inputs),
-        forward=forward,
-        backward=flops.get_total_flops() - forward,
-        block_forward=watched.operations,
-    )
-
-
-@dataclass
-class _Watched:
-    kept: list[int]
-    inputs: list[int]
-    operations: int = 0
+    found.backward = flops.get_total_flops() - found.forward
+    found.kept, found.largest = counter.nbytes, counter.largest
+    return found
 
 
 @contextlib.contextmanager
-def _blocks_watched(model: nn.Module, counter: Kept, flops: FlopCounterMode) -> Iterator[_Watched]:
+def _blocks_watched(model: nn.Module, found: Trace, counter: Kept, flops: FlopCounterMode) -> Iterator[None]:
     """Note of every block what it keeps, what it is given and what it multiplies, while it runs."""
-    watched, before = _Watched([], []), [(0, 0)]
+    before = [(0, 0)]
     given: dict[int, Tensor] = {}  # what a decoder is given of the encoder is the same for all of its blocks
 
     def enter(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         inputs = {id(t.untyped_storage()): t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
-        watched.inputs.append(sum(t.untyped_storage().nbytes() for key, t in inputs.items() if key not in given))
+        found.block_inputs.append(sum(t.untyped_storage().nbytes() for key, t in inputs.items() if key not in given))
         given.update(inputs)
         before[0] = counter.nbytes, flops.get_total_flops()
 
     def leave(*_: Any) -> None:
-        watched.kept.append(counter.nbytes - before[0][0])
-        watched.operations += flops.get_total_flops() - before[0][1]
+        found.blocks.append(counter.nbytes - before[0][0])
+        found.block_forward += flops.get_total_flops() - before[0][1]
 
     handles = []
     for block in blocks_of(model):
         handles += [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
     try:
-        yield watched
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-@contextlib.contextmanager
-def _counted_operators() -> Iterator[None]:
-    """Let the counter see what the operators keep, which hooks from outside do not."""
-    hidden = evaluation.hidden_from_hooks
-    evaluation.hidden_from_hooks = contextlib.nullcontext
-    try:
-        yield
-    finally:
-        evaluation.hidden_from_hooks = hidden
-
-
-def _added_product(into: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
-    return int(2 * left[0] * left[1] * right[1])
-
-
-def _grouped_product(left: Any, right: Any, *_: Any, **__: Any) -> int:
-    return int(2 * left[0] * left[1] * right[-1])  # the groups are parts of the rows, or of what is summed
-
-
-_FORMULAS = {torch.ops.aten.addmm_: _added_product, GROUPED_PRODUCT: _grouped_product}
+_FORMULAS = {
+    torch.ops.aten.addmm_: lambda into, left, right, *_, **__: int(2 * left[0] * left[1] * right[1]),
+    # The groups are parts of the rows, or of what is summed.
+    GROUPED_PRODUCT: lambda left, right, *_, **__: int(2 * left[0] * left[1] * right[-1]),
+}
 """Products that torch's own counter leaves out, by the shapes of their arguments."""
 
 
@@ -191,11 +161,7 @@ def attention(
 
 
 def inputs_for(model: Any, batch: int, sequence: int) -> dict[str, Tensor]:
-    """Inputs of a training step, of the kind that a model of transformers takes.
-
-    Raises:
-        ValueError: it takes neither tokens nor images.
-    """
+    """Inputs of a training step, of the kind that a model of transformers takes."""
     config: Any = model.config
     main = getattr(model, "main_input_name", "input_ids")
     if main == "input_ids":

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, default_data_collator
 
@@ -24,64 +24,58 @@ from isotune.experiments.tasks.task import Task
 Row = dict[str, Any]
 
 
-class Classifier(Task, ABC):
+class Classifier(Task):
     """What tasks of texts and of images share: a prediction for each example, from one row of outputs."""
 
-    peft_type: str | None
     examples: data.Examples
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.examples = self.load()
-        found = self.examples
-        self.sizes = {"train": len(found.train), "validation": len(found.validation), "test": len(found.test)}
+        self.sizes = {split: len(getattr(self.examples, split)) for split in ("train", "validation", "test")}
 
     @abstractmethod
     def load(self) -> data.Examples:
-        """Read and check the data.
-
-        Raises:
-            DataError: the data cannot be used.
-        """
+        """Read and check the data."""
 
     @abstractmethod
+    def rows(self, split: Sequence[data.Example]) -> list[Row]:
+        """Examples as rows for the model, with their labels."""
+
+    @abstractmethod
+    def collator(self) -> Any:
+        """What makes a batch of rows."""
+
+    def length(self, row: Row) -> int:
+        """By which rows are grouped where the recipe asks for it."""
+        return 1
+
     def encode(self) -> Encoded:
-        """All splits as rows for the model.
-
-        Raises:
-            ModelError: the tokeniser or image processor cannot be loaded.
-        """
-
-    @cached_property
-    def encoded(self) -> Encoded:
-        """All splits, encoded once."""
-        return self.encode()
+        train = self.rows(self.examples.train)
+        # Validation and test are sorted by length, which saves padding and changes no score.
+        return Encoded(
+            train=train,
+            validation=sorted(self.rows(self.examples.validation), key=self.length),
+            test=sorted(self.rows(self.examples.test), key=self.length),
+            collate=self.collator(),
+            metric=self.recipe.metric,
+            score=self.measure,
+            decide=self.decide,
+            lengths=[self.length(row) for row in train],
+        )
 
     def fingerprint(self) -> str:
         return self.examples.fingerprint()
 
     def about(self) -> dict[str, Any]:
-        majority = self.examples.majority()
+        majority = Counter(e.label for e in self.examples.train).most_common(1)[0][0]
         return {
             "labels": self.examples.labels,
             "majority_accuracy": sum(e.label == majority for e in self.examples.test) / len(self.examples.test),
         }
 
-    def prepare(self) -> None:
-        _ = self.encoded
-
-    def tokenizer(self) -> Any | None:
-        return None
-
     def training_batch(self) -> dict[str, Any]:
         return dict(self.encoded.collate(self.encoded.train[: self.recipe.train.batch_size]))
-
-    def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
-        found: Tensor = model(**batch).loss
-        return found
-
-    def train(self, model: Any, run: Run, head: Sequence[str]) -> loop.Outcome:
-        return loop.train(model, self.encoded, run, head)
 
     def predict(self, model: Any) -> list[Any]:
         encoded, size = self.encoded, self.recipe.train.eval_batch_size
@@ -109,7 +103,7 @@ class Classifier(Task, ABC):
 class TextClassification(Classifier):
     """A class for each text, from logits (examples, classes); see `Task`."""
 
-    peft_type: str | None = "SEQ_CLS"
+    peft_type = "SEQ_CLS"
 
     def load(self) -> data.Examples:
         return data.load(self.recipe.data)
@@ -117,41 +111,32 @@ class TextClassification(Classifier):
     def build(self) -> tuple[Any, list[str]]:
         return models.load_classifier(self.recipe.model, self.recipe.pooling, self.examples.labels)
 
-    def encode(self) -> Encoded:
-        # Validation and test are sorted by length, which saves padding and changes no score.
-        tokenizer = self.tokenizer()
-        train = self._rows(tokenizer, self.examples.train)
-        return Encoded(
-            train=train,
-            validation=sorted(self._rows(tokenizer, self.examples.validation), key=_length),
-            test=sorted(self._rows(tokenizer, self.examples.test), key=_length),
-            collate=DataCollatorWithPadding(tokenizer),
-            metric=self.recipe.metric,
-            score=self.measure,
-            decide=self.decide,
-            lengths=[_length(row) for row in train],
-        )
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        return models.tokenizer_for(self.recipe.model)
 
-    def _rows(self, tokenizer: Any, split: Sequence[data.Example]) -> list[Row]:
+    def rows(self, split: Sequence[data.Example]) -> list[Row]:
         if not split:
             return []
         pairs = [e.pair for e in split] if split[0].pair is not None else None
-        tokens = tokenizer([e.text for e in split], pairs, truncation=True, max_length=self.recipe.train.max_length)
-        names = list(tokens.keys())
+        length = self.recipe.train.max_length
+        tokens = self.tokenizer([e.text for e in split], pairs, truncation=True, max_length=length)
         return [
-            {**{name: tokens[name][i] for name in names}, "labels": example.label} for i, example in enumerate(split)
+            {**{name: column[i] for name, column in tokens.items()}, "labels": example.label}
+            for i, example in enumerate(split)
         ]
 
-    def tokenizer(self) -> Any:
-        return models.tokenizer_for(self.recipe.model)
+    def collator(self) -> Any:
+        return DataCollatorWithPadding(self.tokenizer)
+
+    def length(self, row: Row) -> int:
+        return len(row["input_ids"])
 
     def train(self, model: Any, run: Run, head: Sequence[str]) -> loop.Outcome:
-        if run.method.name == "head" and isinstance(model, models.MeanPooledClassifier):
-            return self._train_head(model, run, head)
-        return loop.train(model, self.encoded, run, head)
-
-    def _train_head(self, model: models.MeanPooledClassifier, run: Run, names: Sequence[str]) -> loop.Outcome:
-        """The encoder does not change, so each text is embedded once and not once an epoch."""
+        if run.method.name != "head" or not isinstance(model, models.MeanPooledClassifier):
+            return super().train(model, run, head)
+        # The encoder does not change, so each text is embedded once and not once an epoch.
         encoded = self.encoded
         began = time.perf_counter()
         features = replace(
@@ -161,19 +146,16 @@ class TextClassification(Classifier):
             validation=_features(model, encoded.validation, encoded.collate, run.settings),
             test=_features(model, encoded.test, encoded.collate, run.settings),
         )
-        head = models.FeatureHead(model.dropout, model.classifier)
+        bare = models.FeatureHead(model.dropout, model.classifier).eval()
         embedding = time.perf_counter() - began
-        untrained = self._untrained(head, features.test)
-        outcome = loop.train(head, features, run, names)
+        with torch.no_grad():
+            rows = torch.stack([row["features"] for row in features.test])
+            logits = bare(rows.to(model.classifier.weight.device)).logits
+        untrained = self.score(self.decide(logits.cpu()))
+        outcome = loop.train(bare, features, run, head)
         # The loop has seen embeddings and no tokens.
         seconds = outcome.seconds + embedding
         return replace(outcome, model=model, untrained=untrained, seconds=seconds, tokens_per_second=None)
-
-    def _untrained(self, head: Any, rows: Sequence[Row]) -> dict[str, float]:
-        head.eval()
-        with torch.no_grad():
-            logits = head(torch.stack([row["features"] for row in rows]).to(next(head.parameters()).device)).logits
-        return self.measure(self.decide(logits.cpu()), [row["labels"] for row in rows])
 
 
 class TextRegression(TextClassification):
@@ -193,14 +175,10 @@ class TextRegression(TextClassification):
         return regression_scores(predictions, labels)
 
 
-def _length(row: Row) -> int:
-    return len(row["input_ids"])
-
-
 def _features(model: Any, rows: Sequence[Row], collate: Any, settings: Train) -> list[Row]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).eval()
-    order = sorted(range(len(rows)), key=lambda i: _length(rows[i]))
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     found: list[Any] = [None] * len(rows)
     with torch.no_grad():
         for start in tqdm(

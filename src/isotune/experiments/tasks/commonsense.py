@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from isotune.experiments import data
-from isotune.experiments.recipe import Recipe, RecipeError
+from isotune.experiments.recipe import Data, Recipe, RecipeError
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.language import LanguageTask, Question
 
@@ -33,7 +33,7 @@ class MultipleChoice(LanguageTask):
             raise RecipeError("the prompt of multiple-choice questions must contain {instruction} or {question}")
         super().__init__(recipe)
 
-    def question(self, row: Row, columns: data.Columns, judged: bool) -> Question:
+    def question(self, row: Row, columns: Data, judged: bool) -> Question:
         text = data.cell(row, columns.text[0])
         completion, answer = data.cell(row, "output"), data.cell(row, columns.label)
         listed = _FORMAT.search(text)

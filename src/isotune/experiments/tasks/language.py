@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,8 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from isotune.experiments import data, loop, models, processes
 from isotune.experiments.encoded import Encoded
-from isotune.experiments.recipe import Recipe
-from isotune.experiments.run import Run
+from isotune.experiments.recipe import Data, Recipe
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.task import Task
 from isotune.files.base_model import quiet
@@ -37,13 +37,6 @@ class Question:
     choices: tuple[str, ...] = ()
     set: str | None = None
     """The test set that it belongs to, where there are several."""
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    ids: list[int]
-    prompt: int
-    """How many of the ids belong to the prompt."""
 
 
 class SftLoop(loop.Loop, SFTTrainer):  # type: ignore[misc]
@@ -83,10 +76,10 @@ def _answer_loss(model: Any, inputs: Mapping[str, Any], count: Any = None) -> Te
     return mean
 
 
-class LanguageTask(Task, ABC):
+class LanguageTask(Task):
     """Questions answered in words; see `Task`. What a right answer is, a subclass says."""
 
-    peft_type: str | None = "CAUSAL_LM"
+    peft_type = "CAUSAL_LM"
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -95,23 +88,20 @@ class LanguageTask(Task, ABC):
             split: [self.question(row, columns, judged=split != "train") for row in found]
             for split, found in rows.items()
         }
-        self.splits = data.arrange(recipe.data, found, lambda question: question.prompt)
+        arranged = data.arrange(recipe.data, found, lambda question: question.prompt)
+        self.splits = {split: arranged.get(split, []) for split in ("train", "validation", "test")}
         if recipe.score != "loss" and recipe.choose_by != "loss":
-            for question in self.splits.get("validation", ()):
+            for question in self.splits["validation"]:
                 if not question.answer:
                     raise DataError(
                         f"a validation question has no answer to judge by ({question.prompt[-60:]!r}); "
                         "set choose_by=loss to choose by the loss"
                     )
-        self.sizes = {split: len(self.splits.get(split, ())) for split in ("train", "validation", "test")}
+        self.sizes = {split: len(questions) for split, questions in self.splits.items()}
 
     @abstractmethod
-    def question(self, row: Row, columns: data.Columns, judged: bool) -> Question:
-        """A question from a row; one that is `judged` needs an answer.
-
-        Raises:
-            DataError: the row lacks what a question needs.
-        """
+    def question(self, row: Row, columns: Data, judged: bool) -> Question:
+        """A question from a row, one that is `judged` with an answer; raises DataError where the row lacks it."""
 
     @abstractmethod
     def right(self, question: Question, prediction: Any) -> bool:
@@ -119,39 +109,28 @@ class LanguageTask(Task, ABC):
 
     def fingerprint(self) -> str:
         return data.fingerprint(
-            *(
-                [(q.prompt, q.completion, q.answer, q.choices, q.set) for q in self.splits.get(split, ())]
-                for split in ("train", "validation", "test")
-            )
+            *([(q.prompt, q.completion, q.answer, q.choices, q.set) for q in split] for split in self.splits.values())
         )
 
     def about(self) -> dict[str, Any]:
-        sets = self._sets("test")
-        return {"sets": {name: sets.count(name) for name in dict.fromkeys(sets) if name is not None}}
+        return {"sets": dict(Counter(question.set for question in self.splits["test"] if question.set is not None))}
 
     def build(self) -> tuple[Any, list[str]]:
         return models.load_causal(self.recipe.model, self.recipe.dtype), []
 
-    def prepare(self) -> None:
-        _ = self.encoded
-
-    def tokenizer(self) -> Any | None:
-        return self._tokenizer
-
     def training_batch(self) -> dict[str, Any]:
         rows = self.encoded.train
-        collate = DataCollatorForLanguageModeling(self._tokenizer.pad_token_id)
+        collate = DataCollatorForLanguageModeling(self.tokenizer.pad_token_id)
         parts = self.recipe.train.batch_size // self.recipe.train.gradient_accumulation
         return dict(collate([rows[i] for i in range(min(parts, len(rows)))]))
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
         if _takes_places(model, batch):
             return _answer_loss(model, batch)
-        whole: Tensor = model(**batch).loss
-        return whole
+        return super().loss(model, batch)
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
         """The model's, padding on the left as generation needs it."""
         tokenizer = models.tokenizer_for(self.recipe.model)
         if tokenizer.eos_token_id is None:
@@ -161,8 +140,7 @@ class LanguageTask(Task, ABC):
         tokenizer.padding_side = "left"
         return tokenizer
 
-    @cached_property
-    def encoded(self) -> Encoded:
+    def encode(self) -> Encoded:
         """The training set for TRL, the rest as questions that are examined one way or another."""
         from datasets import Dataset
 
@@ -178,11 +156,8 @@ class LanguageTask(Task, ABC):
             trainer=SftLoop,
             # The rows are tokenised already, and mixed precision is left to the dtype of the frozen weights.
             arguments=partial(SFTConfig, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, bf16=False),
-            options={"processing_class": self._tokenizer},
+            options={"processing_class": self.tokenizer},
         )
-
-    def train(self, model: Any, run: Run, head: Sequence[str]) -> loop.Outcome:
-        return loop.train(model, self.encoded, run, head)
 
     def predict(self, model: Any) -> list[Any]:
         return self._answers(model, self.splits["test"], self.recipe.score)
@@ -190,29 +165,27 @@ class LanguageTask(Task, ABC):
     def score(self, predictions: Sequence[Any]) -> dict[str, float]:
         return self._scores(self.splits["test"], predictions)
 
-    def _tokens(self, prompt: str, completion: str, end: bool) -> _Tokens:
-        """Both tokenised as one text, since a token may reach across; what they share with the prompt alone is its."""
-        alone = self._tokenizer(prompt)["input_ids"]
-        ids = list(self._tokenizer(prompt + completion)["input_ids"])
-        if end and ids[-1] != self._tokenizer.eos_token_id:
-            ids.append(self._tokenizer.eos_token_id)
-        return _Tokens(ids, _common([alone, ids]))
+    def _tokens(self, prompt: str, completion: str, end: bool) -> tuple[list[int], int]:
+        """Both tokenised as one text, since a token may reach across, and how many tokens are the prompt's alone."""
+        alone = self.tokenizer(prompt)["input_ids"]
+        ids = list(self.tokenizer(prompt + completion)["input_ids"])
+        if end and ids[-1] != self.tokenizer.eos_token_id:
+            ids.append(self.tokenizer.eos_token_id)
+        return ids, _common([alone, ids])
 
     def _training_rows(self, split: str) -> list[dict[str, Any]]:
         length, rows = self.recipe.train.max_length, []
-        for question in self.splits.get(split, ()):
-            tokens = self._tokens(question.prompt, question.completion, end=True)
-            if tokens.prompt < min(length, len(tokens.ids)):
-                labels = [IGNORED] * tokens.prompt + tokens.ids[tokens.prompt :]
-                rows.append({"input_ids": tokens.ids[:length], "labels": labels[:length]})
-        left_out = len(self.splits.get(split, ())) - len(rows)
+        for question in self.splits[split]:
+            ids, prompt = self._tokens(question.prompt, question.completion, end=True)
+            if prompt < min(length, len(ids)):
+                labels = [IGNORED] * prompt + ids[prompt:]
+                rows.append({"input_ids": ids[:length], "labels": labels[:length]})
+        left_out = len(self.splits[split]) - len(rows)
         if left_out and not rows:
             raise DataError(f"no question of the {split} split fits into train.max_length={length} tokens; raise it")
         if left_out:
-            print(
-                f"{left_out} of the {split} split are left out: longer than train.max_length={length} tokens",
-                flush=True,
-            )
+            said = f"{left_out} of the {split} split are left out: longer than train.max_length={length} tokens"
+            print(said, flush=True)
         return rows
 
     def _examine(self, model: Any, split: str) -> tuple[list[Any], dict[str, float], list[Any]]:
@@ -225,14 +198,10 @@ class LanguageTask(Task, ABC):
 
     def _answers(self, model: Any, questions: Sequence[Question], score: str) -> list[Any]:
         """What a model says to each question: a text, one of the choices, or the loss of the right answer."""
-        answer: dict[str, Callable[[Any, Sequence[Question]], list[Any]]] = {
-            "generation": self._generated,
-            "likelihood": self._likeliest,
-            "loss": self._losses,
-        }
-        model.eval()
+        answers: dict[str, Callable[[Any, Sequence[Question]], list[Any]]]
+        answers = {"generation": self._generated, "likelihood": self._likeliest, "loss": self._losses}
         with torch.no_grad(), quiet():
-            return answer[score](model, questions)
+            return answers[score](model.eval(), questions)
 
     def _scores(self, questions: Sequence[Question], predictions: Sequence[Any]) -> dict[str, float]:
         """The mean over the test sets, and each by its name where there are several."""
@@ -244,11 +213,8 @@ class LanguageTask(Task, ABC):
         means = {part: fmean(values) for part, values in found.items()}
         return {name: fmean(means.values()), **({str(p): m for p, m in means.items()} if len(means) > 1 else {})}
 
-    def _sets(self, split: str) -> list[str | None]:
-        return [question.set for question in self.splits.get(split, ())]
-
     def _generated(self, model: Any, questions: Sequence[Question]) -> list[str]:
-        prompts = [list(self._tokenizer(question.prompt)["input_ids"]) for question in questions]
+        prompts = [list(self.tokenizer(question.prompt)["input_ids"]) for question in questions]
         found: list[Any] = [None] * len(questions)
         for indices, ids, mask in self._batches(prompts, model, "generating"):
             generated = model.generate(
@@ -260,10 +226,10 @@ class LanguageTask(Task, ABC):
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                pad_token_id=self._tokenizer.pad_token_id,
-                eos_token_id=self._tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self.tokenizer.eos_token_id,
             )
-            texts = self._tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
+            texts = self.tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
             for index, text in zip(indices, texts, strict=True):
                 found[index] = text.strip()
         return found
@@ -271,12 +237,12 @@ class LanguageTask(Task, ABC):
     def _likeliest(self, model: Any, questions: Sequence[Question]) -> list[str]:
         """The choice whose text has the greatest probability as the answer."""
         candidates = [
-            [self._tokens(question.prompt, self.said(choice), end=False).ids for choice in question.choices]
+            [self._tokens(question.prompt, self.said(choice), end=False)[0] for choice in question.choices]
             for question in questions
         ]
         # One token at least is left to each, also where one choice begins another.
         shared = [min(_common(ids), *(len(one) - 1 for one in ids)) for ids in candidates]
-        found: list[list[float]] = [[] for _ in questions]
+        found = [[0.0] * len(ids) for ids in candidates]
         # Where the choices differ in their last token alone, one pass over what they share answers all of them.
         short = [all(len(ids) == at + 1 for ids in group) for group, at in zip(candidates, shared, strict=True)]
         stems = [i for i, alike in enumerate(short) if alike]
@@ -286,8 +252,6 @@ class LanguageTask(Task, ABC):
                 i = stems[index]
                 found[i] = [float(row[ids[-1]]) for ids in candidates[i]]
         rest = [(i, c) for i, alike in enumerate(short) if not alike for c in range(len(candidates[i]))]
-        for i in {i for i, _ in rest}:
-            found[i] = [0.0] * len(candidates[i])
         sequences = [candidates[i][c] for i, c in rest]
         for index, value in self._log_likelihoods(model, sequences, [shared[i] for i, _ in rest], "answering"):
             i, c = rest[index]
@@ -302,10 +266,10 @@ class LanguageTask(Task, ABC):
         """The mean negative log-likelihood of a token of the right answer, for each question."""
         tokens = [self._tokens(question.prompt, question.completion, end=True) for question in questions]
         length = self.recipe.train.max_length
-        cut = [t.ids[: max(length, t.prompt + 1)] for t in tokens]
+        cut, prompts = [ids[: max(length, prompt + 1)] for ids, prompt in tokens], [prompt for _, prompt in tokens]
         found = [0.0] * len(questions)
-        for index, value in self._log_likelihoods(model, cut, [t.prompt for t in tokens], "measuring"):
-            found[index] = -value / (len(cut[index]) - tokens[index].prompt)
+        for index, value in self._log_likelihoods(model, cut, prompts, "measuring"):
+            found[index] = -value / (len(cut[index]) - prompts[index])
         return found
 
     def _log_likelihoods(
@@ -335,13 +299,9 @@ class LanguageTask(Task, ABC):
             mininterval=1,
         ):
             indices = order[start : start + size]
-            longest = len(sequences[indices[-1]])
-            ids = torch.full((len(indices), longest), self._tokenizer.pad_token_id)
-            mask = torch.zeros_like(ids)
-            for row, index in enumerate(indices):
-                ids[row, longest - len(sequences[index]) :] = torch.tensor(sequences[index])
-                mask[row, longest - len(sequences[index]) :] = 1
-            yield indices, ids.to(device), mask.to(device)
+            rows = {"input_ids": [sequences[i] for i in indices]}
+            batch = self.tokenizer.pad(rows, return_attention_mask=True, return_tensors="pt").to(device)
+            yield indices, batch["input_ids"], batch["attention_mask"]
 
 
 def _common(sequences: Sequence[Sequence[int]]) -> int:

@@ -9,7 +9,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from isotune.experiments import data
-from isotune.experiments.recipe import Recipe, RecipeError
+from isotune.experiments.recipe import Data, Recipe, RecipeError
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.language import LanguageTask, Question
 
@@ -31,7 +31,7 @@ class MathWords(LanguageTask):
             raise RecipeError("the prompt of the task math must contain {question}")
         super().__init__(recipe)
 
-    def question(self, row: Row, columns: data.Columns, judged: bool) -> Question:
+    def question(self, row: Row, columns: Data, judged: bool) -> Question:
         asked, solution = data.cell(row, columns.text[0]), data.cell(row, columns.label)
         prompt = (self.recipe.prompt or "{question}\n").replace("{question}", asked)
         answer = self._final(row, solution)
@@ -48,8 +48,8 @@ class MathWords(LanguageTask):
                 raise DataError(f"{row.where}: there is no number after ####")
             return str(final_number(solution))
         if "\\boxed" in solution:
-            if self.recipe.score != "loss":
-                _need_math_verify()
+            if self.recipe.score != "loss" and importlib.util.find_spec("math_verify") is None:
+                raise RecipeError("judging expressions needs the package math-verify: pip install 'isotune[math]'")
             return solution
         return str(final_number(solution)) if _ANNOUNCED.search(solution) and final_number(solution) is not None else ""
 
@@ -86,8 +86,3 @@ def same_expression(solution: str, prediction: str) -> bool:
     limit = 5 if threading.current_thread() is threading.main_thread() else None
     gold = parse(solution, parsing_timeout=limit)
     return bool(verify(gold, parse(prediction, parsing_timeout=limit), timeout_seconds=limit))
-
-
-def _need_math_verify() -> None:
-    if importlib.util.find_spec("math_verify") is None:
-        raise RecipeError("judging expressions needs the package math-verify: pip install 'isotune[math]'")

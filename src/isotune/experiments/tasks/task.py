@@ -1,82 +1,87 @@
-"""The one protocol of all tasks."""
+"""What all tasks have."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from isotune.experiments.recipe import Recipe
 from isotune.experiments.run import Run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from isotune.experiments.encoded import Encoded
     from isotune.experiments.loop import Outcome
 
 
-class Task(Protocol):
+class Task(ABC):
     """Data that have been read and checked, and how a model is built for, trained on and scored by them.
 
     Making a task reads and checks its data, and nothing else: neither the model nor its tokeniser is looked for.
     """
 
-    peft_type: str | None
+    peft_type: ClassVar[str | None]
     """What PEFT calls the kind of model (`peft.TaskType`), or None where it has no name for it."""
 
+    tokenizer: Any = None
+    """The tokeniser of the model, loaded when it is asked for; None where it reads no text."""
+    recipe: Recipe
     sizes: dict[str, int]
     """How many examples each of train, validation and test has; validation may be 0."""
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """A hash of the data, which tells whether a stored result is about these."""
-        ...
 
+    @abstractmethod
     def about(self) -> dict[str, Any]:
-        """What a result says of its data, as JSON."""
-        ...
+        """What a result says of its data beside their sizes, as JSON."""
 
-    def prepare(self) -> None:
-        """Load the tokeniser or image processor and encode, so that no run is timed with it.
+    def described(self) -> dict[str, Any]:
+        """What a result says of its data, with their sizes and fingerprint."""
+        return {**self.sizes, **self.about(), "fingerprint": self.fingerprint()}
 
-        Raises:
-            ModelError: it cannot be loaded.
-        """
-        ...
+    @cached_property
+    def encoded(self) -> Encoded:
+        """All splits as rows for the model, encoded once."""
+        return self.encode()
 
+    @abstractmethod
+    def encode(self) -> Encoded:
+        """All splits as rows for the model; raises ModelError where what encodes them cannot be loaded."""
+
+    @abstractmethod
     def build(self) -> tuple[Any, list[str]]:
         """The base model, and the names of its modules that are new and trained beside any adapter.
 
-        Draws from the global generator for the new modules only.
-
-        Raises:
-            ModelError: the model cannot be loaded.
+        Draws from the global generator for the new modules only. Raises ModelError where the model cannot be loaded.
         """
-        ...
 
-    def tokenizer(self) -> Any | None:
-        """The tokeniser of the model, or None where it reads no text."""
-        ...
-
+    @abstractmethod
     def training_batch(self) -> dict[str, Any]:
         """The same batch of training examples at every call, as the model takes it, with labels."""
-        ...
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
         """The loss of a batch as a training step computes it."""
-        ...
+        found: Tensor = model(**batch).loss
+        return found
 
     def train(self, model: Any, run: Run, head: Sequence[str]) -> Outcome:
-        """Train, going on where an earlier call stopped, and score on validation and test.
+        """Train a model that `build` made, with the adapter of the run's method, and score it on validation and test.
 
-        Args:
-            model: as `build` made it, with the adapter of the run's method.
-            run: what to train.
-            head: names of the modules that are trained beside the adapter.
+        Goes on where an earlier call stopped. `head` names the modules that are trained beside the adapter.
         """
-        ...
+        from isotune.experiments import loop
 
+        return loop.train(model, self.encoded, run, head)
+
+    @abstractmethod
     def predict(self, model: Any) -> list[Any]:
         """What `model` answers to each test example, as JSON, in the order of `Outcome.predictions`."""
-        ...
 
+    @abstractmethod
     def score(self, predictions: Sequence[Any]) -> dict[str, float]:
         """The metrics of answers to the test examples."""
-        ...

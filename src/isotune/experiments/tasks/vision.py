@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from isotune.experiments import data, models
-from isotune.experiments.encoded import Encoded
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.classification import Classifier
 
@@ -21,46 +20,28 @@ class ImageClassification(Classifier):
     The fingerprint is that of paths and labels: no image is read twice for it.
     """
 
-    peft_type: str | None = None
+    peft_type = None
 
     def load(self) -> data.Examples:
         recipe = self.recipe.data
         if recipe.hub is not None and recipe.path is None:
             raise DataError("images are read from local files: give data.path and data.files")
-        rows, columns = data.read(recipe)
-        column = columns.text[0]
-        names = data.label_names(columns, rows["train"], recipe.classes)
-        splits = {
-            split: [
-                data.Example(_checked(row, column), None, data.label_of(row, columns.label, names)) for row in found
-            ]
-            for split, found in rows.items()
-        }
-        return data.Examples(names, **data.arrange(recipe, splits, data.texts_of))
+        return data.load(recipe, text_of=_checked)
 
     def build(self) -> tuple[Any, list[str]]:
         return models.load_image_classifier(self.recipe.model, self.examples.labels)
 
-    def encode(self) -> Encoded:
+    def rows(self, split: Sequence[data.Example]) -> list[dict[str, Any]]:
+        return [{"image": example.text, "labels": example.label} for example in split]
+
+    def collator(self) -> Any:
         processor = models.image_processor_for(self.recipe.model)
 
         def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             pixels = processor(images=[_read(row["image"]) for row in rows], return_tensors="pt")["pixel_values"]
             return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
 
-        def rows(split: Sequence[data.Example]) -> list[dict[str, Any]]:
-            return [{"image": example.text, "labels": example.label} for example in split]
-
-        return Encoded(
-            train=rows(self.examples.train),
-            validation=rows(self.examples.validation),
-            test=rows(self.examples.test),
-            collate=collate,
-            metric=self.recipe.metric,
-            score=self.measure,
-            decide=self.decide,
-            lengths=[1] * len(self.examples.train),
-        )
+        return collate
 
 
 def _checked(row: Row, column: str) -> str:

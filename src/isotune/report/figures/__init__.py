@@ -6,11 +6,11 @@ from isotune.report.figures.ablations import sizes, vectors
 from isotune.report.figures.costs import costs
 from isotune.report.figures.curves import curves, rates
 from isotune.report.figures.geometry import geometry
-from isotune.report.figures.looks import PALETTES, SYMBOLS, Figure, Looks, Section, colours_of
+from isotune.report.figures.looks import PALETTES, SYMBOLS, Figure, Looks, Section
 from isotune.report.figures.quality import forgetting, seeds
 from isotune.report.results import Comparison
 
-__all__ = ["PALETTES", "SYMBOLS", "Figure", "Looks", "Section", "colours_of", "sections"]
+__all__ = ["PALETTES", "SYMBOLS", "Figure", "Looks", "Section", "sections"]
 
 _MAKERS = (seeds, costs, forgetting, curves, rates, sizes, vectors, geometry)
 

@@ -10,19 +10,7 @@ from isotune.experiments.records import number
 from isotune.experiments.registry import entry
 from isotune.report.columns import count
 from isotune.report.figures.looks import Figure, Looks, Section, Spec
-from isotune.report.figures.marks import (
-    axis,
-    circles,
-    error,
-    hover,
-    marked,
-    mean,
-    metric_of,
-    names,
-    safe,
-    scores,
-    spread,
-)
+from isotune.report.figures.marks import axis, circles, error, hover, marked, mean, names, safe, scores, spread
 from isotune.report.results import Comparison
 
 
@@ -72,7 +60,7 @@ def sizes(comparison: Comparison, looks: Looks) -> Section | None:
     title = "rank or block size" if any(key != "r" for key, *_ in shown) else "rank"
     layout = {
         "xaxis": axis(title, type="log", **marked(places, [f"{place:g}" for place in places], ends)),
-        "yaxis": scores(comparison, f"test {metric_of(comparison)}"),
+        "yaxis": scores(comparison, f"test {comparison.metric_name}"),
         "showlegend": len(shown) > 1,
     }
     caption = "Mean of the seeds with one standard error."
@@ -113,7 +101,7 @@ def vectors(comparison: Comparison, looks: Looks) -> Section | None:
         ]
     layout = {
         "xaxis": names([what for what, _ in members], "trained besides the rotation"),
-        "yaxis": scores(comparison, f"test {metric_of(comparison)}"),
+        "yaxis": scores(comparison, f"test {comparison.metric_name}"),
     }
     alt = "; ".join(
         f"{what}: {comparison.shown(v.mean)} {comparison.shown_error(v.standard_error)}" for what, v in members

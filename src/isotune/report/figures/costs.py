@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from isotune.experiments.outcome import MethodResult
 from isotune.report.columns import count, duration, pareto, size
 from isotune.report.figures.looks import Figure, Looks, Section, Spec
-from isotune.report.figures.marks import axis, error, hover, marked, marks, metric_of, safe, scores
+from isotune.report.figures.marks import axis, error, hover, marked, marks, safe, scores
 from isotune.report.results import Comparison
 
 Show = Callable[[float], str]
@@ -68,10 +68,10 @@ def _against(comparison: Comparison, looks: Looks, points: list[Point], name: st
     logarithmic = min(values) > 0 and max(values) / min(values) > 8
     layout = {
         "xaxis": axis(name, **_ticks(values, show, logarithmic=logarithmic)),
-        "yaxis": scores(comparison, f"test {metric_of(comparison)}", [score for _, score, _ in points]),
+        "yaxis": scores(comparison, f"test {comparison.metric_name}", [score for _, score, _ in points]),
     }
     listed = ", ".join(f"{v.title} ({show(cost)}, {comparison.shown(score)})" for cost, score, v in front)
-    alt = f"{metric_of(comparison)} against {name} of {len(points)} methods. On the Pareto front: {listed}."
+    alt = f"{comparison.metric_name} against {name} of {len(points)} methods. On the Pareto front: {listed}."
     return Figure(key, f"Against {name}", "", alt, data, layout, 340, width="half")
 
 

@@ -8,25 +8,19 @@ from collections.abc import Sequence
 
 from isotune.experiments.outcome import MethodResult
 from isotune.report.figures.looks import Figure, Looks, Section, Spec
-from isotune.report.figures.marks import axis, hover, line, marked, metric_of, safe, scores
+from isotune.report.figures.marks import axis, hover, line, marked, safe, scores
 from isotune.report.results import Comparison
 
 
 def curves(comparison: Comparison, looks: Looks) -> Section | None:
     """Validation score and losses over the steps."""
     figures: list[Figure] = []
-    for key, field, title, vertical in (
-        (
-            "curve-score",
-            f"validation_{comparison.metric}",
-            f"Validation {metric_of(comparison)}",
-            scores(comparison, ""),
-        ),
-        ("curve-validation", "validation_loss", "Validation loss", {}),
-        ("curve-loss", "loss", "Training loss", {}),
-    ):
-        if any(figure.title == title for figure in figures):
-            continue
+    score = f"validation_{comparison.metric}"
+    wanted = [("curve-score", score, f"Validation {comparison.metric_name}", scores(comparison, ""))]
+    if comparison.metric != "loss":
+        wanted.append(("curve-validation", "validation_loss", "Validation loss", {}))
+    wanted.append(("curve-loss", "loss", "Training loss", {}))
+    for key, field, title, vertical in wanted:
         data, ends = [], []
         for variant in comparison.variants:
             points = _mean_curve(variant, field)

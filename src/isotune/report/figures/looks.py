@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,15 +87,3 @@ class Looks:
     def dash(self, variant: MethodResult) -> str:
         """A plotly line style; differs where the colours repeat."""
         return _DASHES[self.number[variant.title] // len(PALETTES["light"]["series"]) % len(_DASHES)]
-
-
-def colours_of(spec: Any) -> Iterator[str]:
-    """Every colour that a figure leaves to the page, as "@ink"."""
-    if isinstance(spec, str) and spec.startswith("@"):
-        yield spec
-    elif isinstance(spec, Mapping):
-        for value in spec.values():
-            yield from colours_of(value)
-    elif isinstance(spec, (list, tuple)):
-        for value in spec:
-            yield from colours_of(value)

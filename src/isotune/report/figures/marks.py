@@ -89,11 +89,6 @@ def marked(values: Sequence[float], texts: Sequence[str], ends: Sequence[float],
     return {"tickvals": list(values), "ticktext": list(texts), "range": list(ends), **more}
 
 
-def metric_of(comparison: Comparison) -> str:
-    """The metric in words."""
-    return comparison.metric.replace("_", " ")
-
-
 def scores(comparison: Comparison, title: str, values: Sequence[float | None] = ()) -> Spec:
     """An axis of scores; where all `values` are alike, one that does not reach as far as plotly's would."""
     found = axis(title, tickformat="~%" if comparison.percent else ".3~f")

@@ -5,19 +5,7 @@ from __future__ import annotations
 import statistics
 
 from isotune.report.figures.looks import Figure, Looks, Section, Spec
-from isotune.report.figures.marks import (
-    axis,
-    circles,
-    error,
-    hover,
-    marks,
-    mean,
-    metric_of,
-    names,
-    safe,
-    scores,
-    spread,
-)
+from isotune.report.figures.marks import axis, circles, error, hover, marks, mean, names, safe, scores, spread
 from isotune.report.results import Comparison
 
 
@@ -38,7 +26,7 @@ def seeds(comparison: Comparison, looks: Looks) -> Section | None:
             points["error_x"] = error(above, 1, 0, "@muted", symmetric=False, arrayminus=below)
         data += [points, mean(comparison, looks, variant, along="x", at=row, text=[safe(variant.title)])]
     layout = {
-        "xaxis": scores(comparison, f"test {metric_of(comparison)}"),
+        "xaxis": scores(comparison, f"test {comparison.metric_name}"),
         "yaxis": names([variant.title for variant in shown]),
     }
     best = comparison.best
@@ -47,7 +35,7 @@ def seeds(comparison: Comparison, looks: Looks) -> Section | None:
     alt = ", ".join(f"{v.title} {comparison.shown(v.mean)}" for v in reversed(shown))
     figure = Figure(
         "seeds",
-        f"Test {metric_of(comparison)} of every seed",
+        f"Test {comparison.metric_name} of every seed",
         f"Each small circle is a seed; the diamond is their mean, with one standard error.{whiskers}",
         f"{len(shown)} methods, best first: {alt}.",
         data,

@@ -254,7 +254,8 @@ def config_of(model: nn.Module, adapter_name: str) -> IsotuneConfig:
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
     if not isinstance(config, IsotuneConfig):
-        have = {name: str(getattr(c, "peft_type", c)) for name, c in configs.items()}
+        kinds = {name: getattr(c, "peft_type", c) for name, c in configs.items()}
+        have = {name: getattr(kind, "value", kind) for name, kind in kinds.items()}
         raise ValueError(f"There is no isotune adapter {adapter_name!r} on this model; it has {have or 'none'}.")
     return config
 

@@ -102,11 +102,11 @@ def principal_subspace(
         # A power of two costs no accuracy, and keeps squares away from overflow and underflow.
         exponent = math.frexp(largest)[1]
         if abs(exponent) > 16:
-            matrix = torch.ldexp(matrix, torch.tensor(-exponent, device=matrix.device))
+            matrix = torch.ldexp(matrix, matrix.new_tensor(-exponent))  # 2 to an integer is in the default dtype
         result = _solve(matrix, rank, solver, tolerance, seed)
         values = result.singular_values
         if abs(exponent) > 16:
-            values = torch.ldexp(values, torch.tensor(exponent, device=values.device))
+            values = torch.ldexp(values, values.new_tensor(exponent))
         return replace(result, basis=result.basis.to(device), singular_values=values.to(device))
 
 

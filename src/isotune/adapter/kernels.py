@@ -20,18 +20,10 @@ def _coordinates(x: Tensor, rows: Tensor, rank: int) -> Tensor:
 
 
 def _frozen_linear(flat: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """flat Wᵀ + b without a graph.
+    """flat Wᵀ + b, (..., out), without a graph, for flat (tokens, in) that was of `shape`; and (tokens, out) of it.
 
-    Args:
-        flat: (tokens, in).
-        shape: (..., in), what `flat` was before its leading dimensions became one.
-        weight: W, (out, in), in the dtype of `flat`.
-        bias: (out,), or None.
-
-    Returns:
-        The result, (..., out), and a view of it as (tokens, out). It is allocated in its final shape and filled
-        through that view: a result that was a view itself could not be changed in place by what follows, such as
-        ReLU(inplace=True).
+    The result is allocated in its final shape and filled through the view: one that was a view itself could not be
+    changed in place by what follows, such as ReLU(inplace=True).
     """
     result = flat.new_empty(*shape[:-1], weight.shape[0])
     rows = result.view(len(flat), weight.shape[0])

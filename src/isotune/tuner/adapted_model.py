@@ -349,12 +349,7 @@ def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter that was refused out of a model, and with the last one every trace of isotune.
-
-    Args:
-        model: the model that the adapter was injected into, not a PeftModel around it.
-        adapter_name: the adapter.
-    """
+    """Take a refused adapter out of the model that it was injected into, and with the last one all of isotune."""
     for name, module in reversed(list(model.named_modules())):  # of nested layers the inner one first
         if isinstance(module, Layer) and adapter_name in module.isotune_operator:
             alone, original = len(module.isotune_operator) == 1, module.base_layer

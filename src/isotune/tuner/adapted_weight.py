@@ -24,12 +24,7 @@ class AdaptedWeight(Tensor):
 
     @staticmethod
     def of(base: Tensor, make: Callable[[], Tensor]) -> AdaptedWeight:
-        """The stand-in for a base weight of the same shape, dtype and device.
-
-        Args:
-            base: the layer's own weight.
-            make: computes the weight with the adapters in it, differentiably; called at each use.
-        """
+        """The stand-in for a base weight; `make` computes the adapted one, differentiably, at each use."""
         weight = base.detach().as_subclass(AdaptedWeight)
         weight.make = make
         return weight

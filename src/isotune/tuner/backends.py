@@ -14,11 +14,9 @@ from isotune.tuner.layer import Layer, Linear
 
 
 def adapt(module: nn.Module, key: str = "", **quantisation: Any) -> Layer:
-    """The layer around a module, without adapters yet.
+    """The layer around a module, maybe another tuner's, without adapters yet.
 
     Args:
-        module: the frozen layer, possibly already wrapped by another tuner layer.
-        key: its name in the model.
         quantisation: what PEFT's `get_quantization_kwargs` finds on the model.
 
     Raises:

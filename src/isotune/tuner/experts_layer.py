@@ -18,11 +18,7 @@ from isotune.tuner.mixed_batch import BASE, MixedBatch
 
 
 class ExpertBases(nn.Module):
-    """What the file holds of the subspaces of one adapter on all experts of a parameter.
-
-    Args:
-        forms: one for each expert.
-    """
+    """What the file holds of the subspaces of one adapter on all experts of a parameter, one for each."""
 
     def __init__(self, forms: Sequence[SubspaceBasis]) -> None:
         super().__init__()
@@ -68,20 +64,12 @@ class ExpertsLayer(Layer):
         return ExpertBases(forms) if forms else None
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Refuse any scale but 1.
-
-        Raises:
-            ValueError: another scale.
-        """
+        """Refuse any scale but 1 by a ValueError."""
         if adapter_name in self.isotune_operator and scale != 1.0:
             raise ValueError(f"The adapter {adapter_name!r} on the experts {self.key!r} cannot be scaled by {scale}.")
 
     def low_rank(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """None has been written for experts.
-
-        Raises:
-            ValueError: always.
-        """
+        """Refuse by a ValueError: none has been written for experts."""
         raise ValueError(
             "An adapter on experts is not exported to LoRA; export the merged model instead (--to merged)."
         )
@@ -91,11 +79,7 @@ class ExpertsLayer(Layer):
         return adapter_name not in self.isotune_operator
 
     def _mixed(self, x: Tensor, batch: MixedBatch, *args: Any, **kwargs: Any) -> Tensor:
-        """A batch of one adapter; tokens of several are mixed by the router.
-
-        Raises:
-            ValueError: the batch has several.
-        """
+        """A batch of one adapter; tokens of several are mixed by the router, and refused."""
         names = {name if name in self.isotune_operator else BASE for name in batch.names}
         if len(names) > 1:
             raise ValueError(
@@ -106,11 +90,7 @@ class ExpertsLayer(Layer):
 
     @property
     def weight(self) -> Tensor:
-        """Refused: experts have several parameters, none of which is called weight.
-
-        Raises:
-            AttributeError: always.
-        """
+        """Refused by an AttributeError: experts have several parameters, none of which is called weight."""
         raise AttributeError(f"The experts {self.key!r} have no single weight; read the parameter of the base layer.")
 
     def extra_repr(self) -> str:
@@ -139,15 +119,7 @@ def layers_on(module: nn.Module) -> dict[str, ExpertsLayer]:
 
 
 def inject(model: nn.Module, config: IsotuneConfig, adapter_name: str) -> list[str]:
-    """Put an adapter on the parameters that `target_parameters` names, as PEFT matches them.
-
-    Args:
-        model: the model.
-        config: of the adapter.
-        adapter_name: its name.
-
-    Returns:
-        The names of the parameters.
+    """Put an adapter on the parameters that `target_parameters` names, as PEFT matches them; returns their names.
 
     Raises:
         ValueError: one cannot be a host, its module is adapted already as a whole, or another adapter has others of

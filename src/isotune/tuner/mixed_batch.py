@@ -62,13 +62,7 @@ def check_names(names: Sequence[str], known: Mapping[str, Any]) -> None:
 
 
 def batch_of(model: nn.Module, names: Sequence[str], kwargs: Mapping[str, Any]) -> MixedBatch:
-    """The batch of one call.
-
-    Args:
-        model: that is called.
-        names: one a sample.
-        kwargs: of the call; those of `generate` say how often each sample is repeated.
-    """
+    """The batch of one call, whose arguments for `generate` say how often each sample is repeated."""
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     counts = [kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences")]
     return MixedBatch(tuple(names), max(count or 1 for count in counts))

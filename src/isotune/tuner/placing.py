@@ -52,7 +52,7 @@ def place_adapter(adapter_name: str, layers: Iterable[Layer]) -> None:
 
     Args:
         adapter_name: the adapter.
-        layers: of the model; those without the adapter or with a placement are left as they are.
+        layers: those without it, or where it has a placement, are left as they are.
 
     Raises:
         BaseMismatchError: a pinned basis was made on another base; names the worst layer and the residual. Nothing is

@@ -30,24 +30,14 @@ _NAMED_FORMS = re.compile(r"\.isotune_form\.[^.]+\.forms\.")
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Layer]]:
-    """The layers of a model that hold an adapter, each with its name in the base model.
-
-    Args:
-        model: a PeftModel, or a model with injected adapters.
-        adapter_name: the adapter.
-    """
+    """The layers of a PeftModel or an injected model that hold an adapter, each with its name in the base model."""
     for name, module in model.named_modules():
         if isinstance(module, Layer) and adapter_name in module.isotune_operator:
             yield name.removeprefix(KEY_PREFIX), module
 
 
 def keys_in_model(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str]]:
-    """The names of an adapter's tensors in a model: that of each layer, and that within it.
-
-    Args:
-        model: a PeftModel, possibly wrapped by FSDP, or a model with injected adapters.
-        adapter_name: the adapter.
-    """
+    """The names of an adapter's tensors in a model, maybe wrapped by FSDP: that of each layer, and that within it."""
     for name, module in model.named_modules():
         if isinstance(module, Layer):
             for group in ("isotune_operator", "isotune_form"):
@@ -128,8 +118,6 @@ def check_values(name: str, tensor: Tensor, *, file: str = THE_FILE, like: Tenso
 
     Args:
         name: in the file; ".basis" and ".pin" at its end say what it is.
-        tensor: the values.
-        file: what the messages call it.
         like: what it is loaded into; where that is no floating point tensor, as a saved module's counter is none, the
             types must agree.
 
@@ -166,9 +154,6 @@ def check_file(model: nn.Module, config: IsotuneConfig, adapter_name: str, state
     """Refuse a file, before any of it is loaded, that does not fit the adapter as it has been injected.
 
     Args:
-        model: the model with the adapter, a PeftModel or not.
-        config: the adapter's.
-        adapter_name: the adapter.
         state: what the file holds, by name, as PEFT hands it to the tuner.
 
     Raises:

@@ -235,8 +235,9 @@ def test_one_real_layer(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [32, 46, 128])
-def test_every_layer_of_a_real_encoder(rank: int) -> None:
-    for name, weight in minilm_weights().items():
+def test_the_layers_of_a_real_encoder(rank: int) -> None:
+    """At rank 46 every one, at the others each third."""
+    for name, weight in list(minilm_weights().items())[:: 1 if rank == 46 else 3]:
         check_real_weight(name, weight, rank)
 
 
@@ -247,10 +248,11 @@ def test_layers_of_a_real_language_model() -> None:
     with tempfile.TemporaryDirectory() as folder:
         package.assemble(os.path.join(folder, package.MODEL_NAME))
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=package.MODEL_NAME, dtype="float32")
-    for layer in (0, 9, 17):
-        for name, part in model.model.layers[layer].named_modules():
-            if isinstance(part, torch.nn.Linear):
-                check_real_weight(f"{layer}.{name}", part.weight.detach(), 64)
+    layers = [model.model.layers[index].named_modules() for index in (0, 9, 17)]
+    for index, modules in enumerate(zip(*layers, strict=True)):
+        name, part = modules[index % 3]  # each kind of layer once: at the bottom, in the middle or at the top
+        if isinstance(part, torch.nn.Linear):
+            check_real_weight(name, part.weight.detach(), 64)
 
 
 def test_recovering_beats_recomputing_on_a_rounded_base() -> None:

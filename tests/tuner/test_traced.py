@@ -46,7 +46,8 @@ def test_a_chain_is_traced(method: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True])
 def test_onnx(method: str, merged: bool) -> None:
-    pytest.importorskip("onnx")
+    if merged and method != "psoft":
+        pytest.skip("merged, it is a plain model whatever the method")
     pytest.importorskip("onnxscript")
     reference: Any = pytest.importorskip("onnx.reference")
     model, x = as_trained(method), torch.randn(3, 12)

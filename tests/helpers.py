@@ -464,6 +464,8 @@ EVERY_METHOD = (*METHODS, "coft")
 """All methods, and OFT with its constraint, which takes a path of its own."""
 
 WITH_LORA = (*EVERY_METHOD, LORA)
+FEW = ("psoft", "lora_xs", "oft", "boft", "hra", LORA)
+"""What a quick run tests the run-time core with; GOFT, qGOFT and COFT are rotations there as OFT is."""
 
 SUBSPACES = ("psoft", "lora_xs")
 """Methods whose adapters have a subspace of their base's weight."""

@@ -86,6 +86,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 # -- a UNet under PEFT ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_merge_and_unmerge(method: str) -> None:
     base = make_unet()
     before, expected = weights_of(base), output(base)
@@ -217,6 +218,7 @@ def test_a_pinned_adapter_refuses_another_unet() -> None:
         set_peft_model_state_dict(other, state, adapter_name="mine")
 
 
+@pytest.mark.slow
 def test_peft_and_diffusers_read_each_others_adapters(method: str, tmp_path: Path) -> None:
     model = get_peft_model(make_unet(), make_config(method))
     randomize(model, std=0.3)

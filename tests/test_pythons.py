@@ -55,6 +55,7 @@ def check(python: str, *folders: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("minor", MINORS, ids=lambda minor: f"3.{minor}")
 def test_what_needs_no_torch(minor: int) -> None:
     """The enumeration's extension, every file compiled with warnings as errors, names and annotations resolved."""

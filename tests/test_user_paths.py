@@ -124,6 +124,7 @@ def train_losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.covered(family=("opt",))
 @pytest.mark.parametrize("given", ["peft model", "config"])
 def test_trl_sft_trainer(family: str, given: str, tmp_path: Path, tokenizer: Any) -> None:
     trl = pytest.importorskip("trl")
@@ -190,6 +191,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(family: str, tmp_path: Path) -> 
 # -- save and load -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covered(family=("opt",))
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
 @pytest.mark.parametrize("basis", ["pinned", "embedded"])
 def test_save_and_from_pretrained(family: str, tmp_path: Path, low_cpu_mem_usage: bool, basis: str) -> None:

@@ -90,6 +90,7 @@ def test_strict_rotation_moves_no_angle(tmp_path: Path) -> None:
         assert (row.largest_angle or 0) > 1
 
 
+@pytest.mark.slow
 def test_without_a_base_the_file_speaks_and_one_line_says_what_is_missing(tmp_path: Path) -> None:
     make(tmp_path, named=False)
     whole = inspect(tmp_path / "adapter", bert())

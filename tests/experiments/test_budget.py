@@ -41,6 +41,7 @@ def test_sizes_that_do_not_fit_are_passed_over() -> None:
     assert match(Method(name="oft"), 100, lambda m: count(Method(name="oft", oft_block_size=7))).options == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [e.name for e in registry.entries().values() if e.size_option])
 def test_the_count_is_that_of_the_trained_model(tiny_model: Path, name: str) -> None:
     model, head = models.load_classifier(str(tiny_model), "auto", ["a", "b"])

@@ -334,6 +334,7 @@ def test_heads_to_start_from_come_first_one_for_each_seed(tiny: dict[str, Any]) 
     assert [row["failed"] for row in result["rows"]] == [None, "the head to start from: no memory"]
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_trained_head(tiny: dict[str, Any]) -> None:
     with_head(tiny)["train"] |= {"lr_head": 1e-9}
     found = planned(tiny, "psoft:lr=[1e-9]", lr_search=1, seeds=1)
@@ -427,6 +428,7 @@ def test_a_record_holds_all_that_a_report_needs(finished: Path) -> None:
     assert not any(finished.rglob("*.safetensors"))  # weights are kept only when asked for
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_is_that_runs_failure(finished: Path) -> None:
     result = read_json(finished / "comparison.json")
     psoft, lora = result["rows"]
@@ -493,6 +495,7 @@ def test_a_killed_run_goes_on_to_the_same_result(long: Recipe, tmp_path: Path) -
     assert [row["step"] for row in second["curve"]] == [row["step"] for row in first["curve"]]
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_and_no_process(long: Recipe, tmp_path: Path) -> None:
     class Interrupted(LocalProcesses):
         def wait(self) -> list[tuple[Run, dict[str, Any]]]:

@@ -64,6 +64,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(
     assert run(validate(tiny))["metrics"] == pytest.approx(whole["metrics"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_the_adapter_or_the_record_is_written_is_one_line(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, room: Callable[[int], None]
 ) -> None:

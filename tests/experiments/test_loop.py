@@ -48,6 +48,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
     monkeypatch.setattr(loop, "train", lambda *a, **k: original(*a, **k, callbacks=[Act()]))
 
 
+@pytest.mark.covered(method=("psoft",))
 @pytest.mark.parametrize("method", ["psoft", "psoft_so", "lora", "dora"])
 def test_an_adapter_is_trained_scored_and_saved(tiny: dict[str, Any], method: str) -> None:
     tiny["method"]["name"] = method
@@ -70,12 +71,14 @@ def test_an_adapter_is_trained_scored_and_saved(tiny: dict[str, Any], method: st
     assert not any(name.endswith((".bin", ".pt", ".pth")) or "checkpoint" in name for name in files_of(folder))
 
 
+@pytest.mark.slow
 def test_the_task_is_learnt(tiny: dict[str, Any]) -> None:
     tiny["method"] = "full"  # the encoder is random, so there is no knowledge to rotate
     tiny["train"] |= {"epochs": 15, "lr": 5e-3, "lr_head": 5e-3}
     assert run(validate(tiny))["metrics"]["accuracy"] >= 0.9
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_what_is_reported_and_saved(tiny: dict[str, Any]) -> None:
     tiny["train"] |= {"epochs": 6, "lr": 0.05}
     tiny["data"]["files"]["test"] = "validation.jsonl"
@@ -108,6 +111,7 @@ def test_the_reloaded_and_the_merged_model_predict_the_same(tiny: dict[str, Any]
     assert reload.score(folder, "psoft")["reloaded"]["changed"] > 0
 
 
+@pytest.mark.slow
 def test_the_classifier_reloads_through_peft_alone(tiny: dict[str, Any], tiny_model: Path) -> None:
     run(validate(tiny))
     adapter = Path(tiny["output"]) / "psoft" / "adapter"
@@ -177,6 +181,7 @@ def test_learning_rates_without_validation_are_refused(tiny: dict[str, Any]) -> 
         run(validate(tiny))
 
 
+@pytest.mark.slow
 def test_training_without_validation_reports_the_last_step(tiny: dict[str, Any]) -> None:
     tiny["data"]["files"].pop("validation")
     tiny["train"] |= {"max_steps": 3, "epochs": 1}
@@ -184,6 +189,7 @@ def test_training_without_validation_reports_the_last_step(tiny: dict[str, Any])
     assert (entry["best_step"], entry["validation"]) == (3, None)
 
 
+@pytest.mark.slow
 def test_head_and_adapter_have_their_own_learning_rates(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[float, list[tuple[float, float]]] = {}
 
@@ -332,6 +338,7 @@ def test_a_training_that_an_earlier_release_began_goes_on(
     assert [entry["chosen"] for entry in again["runs"]] == [entry["chosen"] for entry in result["runs"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["{}", "[]", '{"recipe": 1, "metric": "m", "data": {}, "runs": []}', "[" * 9999])
 def test_a_damaged_result_is_one_line_that_names_the_file(tiny: dict[str, Any], text: str) -> None:
     tiny["train"]["max_steps"] = 1
@@ -344,6 +351,7 @@ def test_a_damaged_result_is_one_line_that_names_the_file(tiny: dict[str, Any], 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_another_experiment_is_not_mixed_into_a_folder(tiny: dict[str, Any], tmp_path: Path) -> None:
     tiny["train"]["max_steps"] = 1
     run(validate(tiny))
@@ -440,6 +448,7 @@ def test_scores_agree_with_their_definitions() -> None:
     assert encoded.regression_scores([1.0, 1.0], [0.0, 5.0]) == {"pearson": 0.0, "spearman": 0.0}
 
 
+@pytest.mark.slow
 def test_the_chart_is_a_picture_of_the_scores(tiny: dict[str, Any]) -> None:
     import matplotlib.image
 

@@ -133,6 +133,7 @@ def test_operations_are_those_of_the_products(tmp_path: Path) -> None:
     assert found.operations == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.slow
 def test_an_encoder_and_a_decoder(tmp_path: Path) -> None:
     """Both get sequences of the same length; the paper has no formula for them."""
     base = tiny_t5()
@@ -156,6 +157,7 @@ def test_an_encoder_and_a_decoder(tmp_path: Path) -> None:
     assert kept[True] < kept[False]
 
 
+@pytest.mark.slow
 def test_a_layer_more_costs_one_input_more_under_checkpointing(tmp_path: Path) -> None:
     kept = {}
     for layers in (2, 4):
@@ -182,6 +184,7 @@ def test_dtype_batch_and_sequence(tmp_path: Path) -> None:
     assert double.memory["base weights"] == one.memory["base weights"]
 
 
+@pytest.mark.slow
 def test_what_each_sharding_divides(tmp_path: Path) -> None:
     where = folder(tiny_llama(), tmp_path)
     one = plan(setting(where, options={"r": 8}))
@@ -212,6 +215,7 @@ def test_a_quantised_base(quantization: str, bits: float, tmp_path: Path) -> Non
     assert quantization in "".join(found.assumptions)
 
 
+@pytest.mark.slow
 def test_the_paper_s_formulas(tmp_path: Path) -> None:
     where = folder(tiny_llama(layers=3), tmp_path)
     b, s, h, a, r = BATCH, LENGTH, 64, 4, 8

@@ -61,6 +61,7 @@ def distance(found: Tensor, expected: Tensor, base: Tensor) -> float:
 NEUMANN = {"use_cayley_neumann": True}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`psoft_svd_lowrank_niter`", "ignore:`num_cayley_neumann_terms`")
 @pytest.mark.filterwarnings("ignore:`cayley_neumann_eps`")
 @pytest.mark.parametrize(

@@ -452,6 +452,7 @@ def test_other_refusals(tmp_path: Path) -> None:
 # -- quantised bases -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bitsandbytes-nf4", "bitsandbytes-int8"])
 def test_experts_beside_layers_that_bitsandbytes_has_quantised(name: str, tmp_path: Path) -> None:
     """transformers leaves fused experts as they are; adapters on them and on quantised layers train together."""

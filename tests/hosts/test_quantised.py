@@ -125,6 +125,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.covered(method=("psoft",))
 @pytest.mark.parametrize("name", parameters(*BY_TRANSFORMERS))
 @pytest.mark.parametrize("method", ["psoft", "oft"])

@@ -58,6 +58,7 @@ def test_every_method_has_a_formula() -> None:
     assert set(FORMULAS) == set(METHODS)
 
 
+@pytest.mark.slow
 @pytest.mark.covered(model=("llama",))
 @pytest.mark.parametrize("model", list(MODELS))
 @pytest.mark.parametrize(("method", "options", "formula"), VARIANTS, ids=lambda v: str(v) if not callable(v) else "")

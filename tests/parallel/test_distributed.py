@@ -115,6 +115,7 @@ def test_one_process_shards_like_several(alone: dict[str, list[float]]) -> None:
     assert worker.train(model, trainable(model).values()) == pytest.approx(alone["psoft"], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("group_of_one")
 def test_the_whole_weights_are_given_up_when_their_shards_take_their_place() -> None:
     model = worker.adapted("psoft")

@@ -13,12 +13,12 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
-from helpers import EVERY_METHOD, HOSTS_OF_12, LORA, Chain, as_trained, relative_error, seeded_host, trainable
+from helpers import EVERY_METHOD, FEW, HOSTS_OF_12, LORA, Chain, as_trained, relative_error, seeded_host, trainable
 from isotune.tuner.layer import Layer
 
 pytestmark = [
     pytest.mark.parametrize("method", [*EVERY_METHOD, LORA]),
-    pytest.mark.covered(host=("linear", "conv2d", "embedding")),
+    pytest.mark.covered(method=FEW, host=("linear", "conv2d", "embedding")),
 ]
 
 

@@ -162,6 +162,7 @@ return [...document.querySelectorAll(".plot")].map((plot) => {
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
 def test_every_plot_is_drawn_and_no_label_is_cut(browser: Any, page: Path, width: int, scheme: str) -> None:
     visit(browser, page, width=width, scheme=scheme)
@@ -196,6 +197,7 @@ def small_page(folders: list[Path]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_table_sorts_by_click_and_by_key(browser: Any, small_page: Path) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
@@ -223,6 +225,7 @@ def test_the_table_sorts_by_click_and_by_key(browser: Any, small_page: Path) -> 
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_a_method_can_be_hidden_and_the_page_printed(browser: Any, small_page: Path) -> None:
     from selenium.webdriver.common.by import By
 

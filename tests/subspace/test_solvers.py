@@ -325,6 +325,7 @@ def test_equal_weights_are_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(found[0].basis, found[5].basis)
 
 
+@pytest.mark.slow
 def test_one_made_weight_lives_at_a_time() -> None:
     import gc
     import weakref

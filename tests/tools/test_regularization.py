@@ -82,6 +82,7 @@ def test_the_gradient_is_added_to_what_is_there() -> None:
     torch.testing.assert_close(parameters[1].grad, wanted[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_callback_trains_with_it(accumulation: int, tmp_path: Path) -> None:
     """One step of SGD from no task loss at all is a step along the regulariser's gradient, whatever is accumulated."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import (
     EVERY_METHOD,
+    FEW,
     SUBSPACES,
     Chain,
     as_trained,
@@ -25,7 +26,7 @@ from isotune import get_peft_model
 
 pytestmark = [
     pytest.mark.parametrize("method", EVERY_METHOD),
-    pytest.mark.covered(name=("0", "layers", "model", "base_layer", "pin", "default.x")),
+    pytest.mark.covered(method=FEW, name=("0", "layers", "model", "base_layer", "pin", "default.x")),
 ]
 
 NAMES = ["second", "0", "1", "12", "layers", "model", "base_model", "base_layer", "isotune_operator", "pin", "weight"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from helpers import (
     EVERY_METHOD,
+    FEW,
     HOSTS_OF_12,
     SUBSPACES,
     Chain,
@@ -35,6 +36,7 @@ from isotune.errors import BaseMismatchError
 pytestmark = [
     pytest.mark.parametrize("method", EVERY_METHOD),
     pytest.mark.covered(
+        method=FEW,
         host=("linear", "conv2d", "embedding"),
         moved=("half", "bfloat16 twice", "deepcopy", "pickle", "its own state, assigned", "merged, cast and back"),
     ),

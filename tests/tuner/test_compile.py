@@ -99,6 +99,7 @@ def train_beside_eager(model: Any, backend: str, steps: int, dynamic: bool = Tru
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_twenty_steps_with_changing_batches(method: str) -> None:
     train_beside_eager(on_every_host(method), "aot_eager", 20)

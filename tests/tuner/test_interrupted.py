@@ -12,11 +12,23 @@ import torch
 from torch import Tensor, nn
 
 import isotune
-from helpers import CHECKPOINTING, LORA, QUICK, WITH_LORA, Chain, afresh, as_trained, move, relative_error, trainable
+from helpers import (
+    CHECKPOINTING,
+    FEW,
+    LORA,
+    QUICK,
+    WITH_LORA,
+    Chain,
+    afresh,
+    as_trained,
+    move,
+    relative_error,
+    trainable,
+)
 
 pytestmark = [
     pytest.mark.parametrize("method", WITH_LORA),
-    pytest.mark.covered(),
+    pytest.mark.covered(method=FEW),
 ]
 
 HERE = str(Path(isotune.__file__).parent)
@@ -129,7 +141,7 @@ def test_ctrl_c_at_any_line(method: str, write: Any, grad: bool) -> None:
 
     with torch.set_grad_enabled(grad):
         count = run(as_trained(method, WithHead()), -1)
-        for at in range(0, count, max(1, count // (5 if QUICK else 24))):
+        for at in range(0, count, max(1, count // (3 if QUICK else 24))):
             model = as_trained(method, WithHead())
             with pytest.raises(KeyboardInterrupt):
                 run(model, at)

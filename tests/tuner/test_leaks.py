@@ -15,6 +15,7 @@ from torch import Tensor
 from helpers import (
     CHECKPOINTING,
     DROPOUT,
+    FEW,
     HOSTS_OF_12,
     LORA,
     WITH_LORA,
@@ -33,7 +34,7 @@ from isotune.adapter import evaluation
 
 pytestmark = [
     pytest.mark.parametrize("method", WITH_LORA),
-    pytest.mark.covered(host=("linear", "conv2d", "embedding")),
+    pytest.mark.covered(method=FEW, host=("linear", "conv2d", "embedding")),
 ]
 
 
@@ -65,6 +66,7 @@ def test_nothing_is_left_behind_by_steps(method: str, checkpointing: str | None,
     assert tensors_left_by(lambda: step(model, passes)) == 0
 
 
+@pytest.mark.covered(method=("psoft", "boft"))
 def test_no_bytes_are_left_behind_by_steps(method: str) -> None:
     model = as_trained(method, **DROPOUT.get(method, {})).train()
     assert bytes_left_by(lambda: step(model)) < 100
@@ -179,6 +181,7 @@ def test_unloading_leaves_the_model_as_it_was(method: str) -> None:
     base.load_state_dict(Chain(seed=3).state_dict())  # with no hook that looks for adapters
 
 
+@pytest.mark.covered(method=("psoft", "boft"))
 def test_the_counting_sees_a_leak(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault that these tests are for: what is packed for backward is the output of its own node."""
     if method in (LORA, "lora_xs", "goft", "qgoft"):

@@ -14,6 +14,7 @@ from torch import nn
 
 from helpers import (
     EVERY_METHOD,
+    FEW,
     HOSTS_OF_12,
     LORA,
     Chain,
@@ -27,7 +28,7 @@ from helpers import (
 
 pytestmark = [
     pytest.mark.parametrize("method", [*EVERY_METHOD, LORA]),
-    pytest.mark.covered(host=("linear", "conv2d", "embedding")),
+    pytest.mark.covered(method=FEW, host=("linear", "conv2d", "embedding")),
 ]
 
 CPU = torch.device("cpu")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from helpers import (
     EVERY_METHOD,
+    FEW,
     HOSTS_OF_12,
     LORA,
     SUBSPACES,
@@ -31,7 +32,7 @@ from isotune import get_peft_model
 pytestmark = [
     pytest.mark.parametrize("method", EVERY_METHOD),
     pytest.mark.parametrize("host", ["linear", "transposed", "conv1d", "embedding"]),
-    pytest.mark.covered(host=("linear", "conv1d", "embedding")),
+    pytest.mark.covered(method=FEW, host=("linear", "conv1d", "embedding")),
 ]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from helpers import (
     DROPOUT,
     EVERY_METHOD,
+    FEW,
     as_trained,
     assert_gradients_are_right,
     error_of_update,
@@ -23,7 +24,7 @@ from helpers import (
 
 pytestmark = [
     pytest.mark.parametrize("method", EVERY_METHOD),
-    pytest.mark.covered(),
+    pytest.mark.covered(method=FEW),
 ]
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import EVERY_METHOD, HOSTS_OF_12, SUBSPACES, OneLayer, as_trained, only, relative_error, seeded_host
+from helpers import EVERY_METHOD, FEW, HOSTS_OF_12, SUBSPACES, OneLayer, as_trained, only, relative_error, seeded_host
 
 pytestmark = [
     pytest.mark.parametrize("method", EVERY_METHOD),
-    pytest.mark.covered(host=("linear", "conv2d", "embedding")),
+    pytest.mark.covered(method=FEW, host=("linear", "conv2d", "embedding")),
 ]
 
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import isotune
-from helpers import EVERY_METHOD, QUICK, Chain, as_trained, move, relative_error, trainable
+from helpers import EVERY_METHOD, FEW, QUICK, Chain, as_trained, move, relative_error, trainable
 
 pytestmark = [
     pytest.mark.parametrize("method", EVERY_METHOD),
-    pytest.mark.covered(),
+    pytest.mark.covered(method=FEW),
 ]
 
 HERE = str(Path(isotune.__file__).parent)

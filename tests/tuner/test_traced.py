@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import HOSTS_OF_12, LORA, WITH_LORA, as_trained, relative_error, seeded_host
+from helpers import FEW, HOSTS_OF_12, LORA, WITH_LORA, as_trained, relative_error, seeded_host
 
 pytestmark = [
     pytest.mark.parametrize("method", WITH_LORA),
-    pytest.mark.covered(host=("linear", "conv2d", "embedding")),
+    pytest.mark.covered(method=FEW, host=("linear", "conv2d", "embedding")),
 ]
 
 

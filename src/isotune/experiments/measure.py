@@ -99,12 +99,15 @@ def peak_memory() -> int | None:
     """
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
+    with contextlib.suppress(OSError, KeyError):
+        # Of this program alone; getrusage also counts what the process was before exec.
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return 1024 * int(status["VmHWM"].split()[0])
     try:
         import resource
     except ImportError:  # Windows
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes, on macOS
 
 
 def interval(metric: str, value: float, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, Any] | None:

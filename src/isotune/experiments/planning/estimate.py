@@ -75,7 +75,8 @@ def estimate(setting: Setting) -> Estimate:
         model = _adapted(base, setting).train()
         try:
             inputs = inputs_for(base, setting.batch, setting.sequence)
-            step = trace(model, inputs)
+            with torch.device("cpu"):  # a number that a model draws to leave layers out must be one
+                step = trace(model, inputs)
         except Exception as error:
             raise ValueError(
                 f"A step of {type(base).__name__} cannot be followed without its weights: {first_line(error)}"

@@ -163,6 +163,7 @@ def test_add_adapter_and_train(method: str) -> None:
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_switching_disabling_and_deleting(method: str) -> None:
     base, unet = output(make_unet()), adapted_unet(method)
     mine = output(unet)
@@ -353,6 +354,7 @@ def image(pipeline: Any, prompt: str = "a small red cat", **options: Any) -> Ten
     return torch.from_numpy(found)
 
 
+@pytest.mark.slow
 def test_pipeline(method: str) -> None:
     pipeline = make_pipeline(make_unet())
     base = image(pipeline)

@@ -27,6 +27,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     return seen
 
 
+@pytest.mark.slow
 def test_recipes_lists_what_train_takes() -> None:
     done = runner.invoke(cli.app, ["recipes"])
     assert done.exit_code == 0

@@ -125,6 +125,7 @@ def test_table_is_aligned_and_ends_with_the_summary(tmp_path: Path) -> None:
     assert report.parameters == 2 * (3 + 3 + 3) + 2 * (6 + 4 + 4)
 
 
+@pytest.mark.slow
 def test_command_prints_json_and_draws(tmp_path: Path) -> None:
     make(tmp_path)
     png = tmp_path / "a.png"

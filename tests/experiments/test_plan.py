@@ -75,7 +75,7 @@ def real(base: nn.Module, method: str, options: dict[str, Any]) -> Any:
     return attach(Method(name=method, **options), copy.deepcopy(base), head, "SEQ_CLS" if classifier else None)
 
 
-@pytest.mark.covered(method=METHODS[0][:1], family=tuple(ALL))
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "method", "options"), CASES, ids=lambda v: v if isinstance(v, str) else "")
 def test_counts_file_and_kept_bytes_are_those_of_the_real_model(
     family: str, method: str, options: dict[str, Any], tmp_path: Path
@@ -101,6 +101,7 @@ def test_counts_file_and_kept_bytes_are_those_of_the_real_model(
     assert sum(found.memory.values()) == found.total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "options"), [m for m in METHODS if m[0] not in ("lora", "full")])
 def test_the_formula_of_an_adapter_s_own_activations(method: str, options: dict[str, Any]) -> None:
     """Exact but for the operators for updates; an upper bound for rotations, some of which share their input."""

@@ -228,7 +228,7 @@ def test_nlu(task: str, deberta: Path, tmp_path: Path) -> None:
             assert found[kind]["changed"] == 0
 
 
-@pytest.mark.covered(task=VTAB[:1])
+@pytest.mark.slow
 @pytest.mark.parametrize("task", VTAB)
 def test_vision(task: str, vit: Path, vtab: Path, tmp_path: Path) -> None:
     recipe = load(
@@ -329,7 +329,7 @@ def trained(name: str, model: Path, data: Path, output: Path, *overrides: str) -
     return run(load(name, given))
 
 
-@pytest.mark.covered(task=("all",))
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [*CHOICES, "all"])
 def test_commonsense(task: str, llama: Path, commonsense: Path, tmp_path: Path) -> None:
     result = trained(f"commonsense/{task}", llama, commonsense, tmp_path / "run")
@@ -341,7 +341,7 @@ def test_commonsense(task: str, llama: Path, commonsense: Path, tmp_path: Path) 
     assert entry["best_step"] == 2
 
 
-@pytest.mark.covered(task=("all",))
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["gsm8k", "math", "all"])
 def test_math(task: str, llama: Path, mathematics: Path, tmp_path: Path) -> None:
     result = trained(f"math/{task}", llama, mathematics, tmp_path / "run", "data.hold_out=2")

@@ -52,6 +52,7 @@ def test_what_yaml_itself_cannot_convert_is_an_error_of_yaml(text: str) -> None:
         from_yaml(text)
 
 
+@pytest.mark.slow
 def test_deep_files_are_one_line_that_names_the_file(tmp_path: Path, tiny: dict[str, Any]) -> None:
     path = tmp_path / "x.json"
     path.write_text(DEEP)

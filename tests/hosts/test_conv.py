@@ -377,6 +377,7 @@ def test_save_and_load(kind: str, options: dict[str, Any], tmp_path: Path) -> No
     torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_finds_a_teacher(method: str) -> None:
     """The loss to a model with a random adapter of the same method falls, and nothing frozen moves."""
     options = config(method, target_modules=["first", "second", "third"], init_weights=True)

@@ -362,6 +362,7 @@ def test_a_merge_leaves_what_shares_the_weight_alone(method: str) -> None:
     assert head.weight is only(model).host.weight
 
 
+@pytest.mark.slow
 def test_training_finds_a_teacher(method: str) -> None:
     """The loss to a model with a random adapter of the same method falls, and nothing frozen moves."""
     options = config(method, target_modules=["words", "positions"], init_weights=True)

@@ -161,6 +161,7 @@ def gemma_7b() -> nn.Module:
     return GemmaForCausalLM(GemmaConfig())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "layers", "millions"), [(mistral_7b, 224, 0.92), (gemma_7b, 196, 0.80)], ids=["Mistral-7B", "Gemma-7B"]
 )

@@ -59,7 +59,6 @@ def test_every_method_has_a_formula() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.covered(model=("llama",))
 @pytest.mark.parametrize("model", list(MODELS))
 @pytest.mark.parametrize(("method", "options", "formula"), VARIANTS, ids=lambda v: str(v) if not callable(v) else "")
 def test_trained_parameters_are_those_of_the_formula(
@@ -92,6 +91,7 @@ PUBLISHED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "method", "options", "millions"), PUBLISHED)
 def test_published_numbers_of_parameters(model: str, method: str, options: dict[str, Any], millions: float) -> None:
     peft_model = adapted(model, method, **options)

@@ -296,6 +296,7 @@ PAPER = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("build", "rank", "targets", "millions", "digits"), PAPER)
 def test_parameter_counts_of_the_paper(build: Any, rank: int, targets: Any, millions: float, digits: int) -> None:
     """The #Params column of the paper's tables, on models of the real shapes without weights."""

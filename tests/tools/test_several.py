@@ -73,6 +73,7 @@ def assert_same_text(together: Tensor, singles: Sequence[Tensor], copies: int = 
         assert torch.equal(found[:, : one.shape[1]], one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "copies"),
     [({}, 1), ({"num_beams": 3}, 1), ({"num_beams": 4, "num_return_sequences": 2}, 2)],

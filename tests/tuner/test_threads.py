@@ -99,6 +99,7 @@ def test_a_swap_while_a_reader_is_held_anywhere(method: str, grad: bool) -> None
         assert relative_error(served.read(), served.answers[1]) < 1e-5, at
 
 
+@pytest.mark.slow
 def test_two_readers_held_anywhere_raise_nothing(method: str) -> None:
     served = Served(method, False)
     thread = Held(served.read)
@@ -121,6 +122,7 @@ def test_two_readers_held_anywhere_raise_nothing(method: str) -> None:
             assert relative_error(served.read(), served.answers[1]) < 1e-5, (at, other)
 
 
+@pytest.mark.slow
 def test_training_in_one_thread_and_evaluation_in_others(method: str) -> None:
     """The trained model is that of a training alone."""
     from concurrent.futures import ThreadPoolExecutor

@@ -45,9 +45,10 @@ def export_merged(
 ) -> None:
     """Write a plain transformers model with the adapter's update in its weights, with the tokeniser where there is one.
 
+    `out`, `adapter_name`, `base` and `trust_remote_code` are as for `export_lora`.
+
     Args:
         model_or_dir: a model with isotune adapters, which is left as it was, or the folder of a saved one.
-        out, adapter_name, base, trust_remote_code: as for `export_lora`.
 
     Raises:
         ValueError: `out` is not empty, there is no such adapter or base, the adapter does not fit the base, the model

@@ -60,11 +60,12 @@ def export_lora_runs(
     Each base model is loaded once. An adapter that was exported before, from the same file and with the same options,
     is skipped, so an interrupted export goes on where it was; one that fails is reported, and the others are written.
 
+    `rank`, `energy`, `uniform_rank` and `trust_remote_code` are as for `export_lora`.
+
     Args:
         directory: holds adapter folders at any depth, such as the checkpoints of a training.
         out: where to write; made if it is not there.
         base: the base model, or its name; by default what each adapter's config names.
-        rank, energy, uniform_rank, trust_remote_code: as for `export_lora`.
 
     Raises:
         ValueError: there is no adapter at all, or the options are not allowed.

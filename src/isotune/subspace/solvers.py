@@ -121,9 +121,10 @@ def principal_subspaces(
 ) -> list[Subspace]:
     """Find the principal subspaces of many weights, solving equal weights once.
 
+    `solver`, `tolerance` and `seed` are as for `principal_subspace`.
+
     Args:
         requests: the weights and their ranks.
-        solver, tolerance, seed: as for `principal_subspace`.
         cache: keeps results on disk between processes; None for none.
         progress: None shows one bar over all weights if the work takes more than a few seconds, True at once, False
             never.
@@ -170,9 +171,10 @@ def principal_subspaces(
 def subspace_key(weight: Tensor, rank: int, solver: str, tolerance: float, seed: int) -> str:
     """Name a principal subspace by everything that it depends on, `SOLVER_VERSION` included.
 
+    `rank`, `solver`, `tolerance` and `seed` are as for `principal_subspace`.
+
     Args:
         weight: W; its shape, dtype and bytes in row-major order count.
-        rank, solver, tolerance, seed: as for `principal_subspace`.
 
     Returns:
         64 hexadecimal digits (blake2b).

@@ -91,9 +91,10 @@ def convert_peft(
 ) -> None:
     """Import an adapter folder of PEFT's own PSOFT, OFT, BOFT or HRA and write it as isotune's.
 
+    `out`, `base` and `trust_remote_code` are as for `export_lora`.
+
     Args:
         directory: as for `import_peft`.
-        out, base, trust_remote_code: as for `export_lora`.
 
     Raises:
         ValueError: `out` is not empty, or the base cannot be loaded.

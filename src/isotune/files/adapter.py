@@ -21,7 +21,7 @@ from isotune.errors import AdapterFileError
 from isotune.files.base_model import gguf_of, quiet, resolve_base
 from isotune.internals.transformers_state import forget_quantisation
 from isotune.methods import METHODS
-from isotune.methods.config import IsotuneConfig
+from isotune.methods.config import IsotuneConfig, type_of
 from isotune.tuner.backends import adapt
 from isotune.tuner.layer import Layer
 from isotune.tuner.placing import place_adapter
@@ -254,8 +254,7 @@ def config_of(model: nn.Module, adapter_name: str) -> IsotuneConfig:
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
     if not isinstance(config, IsotuneConfig):
-        kinds = {name: getattr(c, "peft_type", c) for name, c in configs.items()}
-        have = {name: getattr(kind, "value", kind) for name, kind in kinds.items()}
+        have = {name: type_of(config) for name, config in configs.items()}
         raise ValueError(f"There is no isotune adapter {adapter_name!r} on this model; it has {have or 'none'}.")
     return config
 

@@ -51,7 +51,7 @@ class ExpertsHost(Host):
         """The parameter, changed for those experts that are reached."""
         weight, reached = self.weight, self._reached(arguments)
         if reached is None:
-            return self.stored(fold(widen(self.seen(weight)))).to(weight.dtype).contiguous()
+            return super().folded(fold, arguments).contiguous()
         if len(reached) == 0:
             return weight
         matrices = fold(widen(self.seen(weight.index_select(0, reached))), None, reached)

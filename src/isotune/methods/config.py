@@ -331,6 +331,12 @@ def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return patterns.get(get_pattern_key(list(patterns), module), default)
 
 
+def type_of(config: Any) -> str:
+    """The PEFT type of any configuration as its file names it, "ISOTUNE_PSOFT"."""
+    kind = getattr(config, "peft_type", config)
+    return str(getattr(kind, "value", kind))
+
+
 def config_fields(config: type[IsotuneConfig]) -> tuple[str, ...]:
     """The names of all fields of a configuration class."""
     return tuple(f.name for f in fields(config))

@@ -261,7 +261,7 @@ class AdaptedModel:
             return False
         seen = isinstance(weight, nn.Parameter) and not is_sharded(weight)
         # The update is that of the base's own weight, which is still there as long as another tuner has merged into it.
-        weight_holds = not seen or placement.weight.is_of(weight) or any(o.merged for o in self._others_on(layer))
+        weight_holds = not seen or placement.weight.is_of(weight) or any(o.merged for o in layer.other_tuners())
         if not weight_holds and not self._is_moved_by_others() and not _keeps_its_basis(layer, adapter):
             if adapter.is_untrained():
                 for basis in layer.bases(adapter_name):
@@ -273,9 +273,6 @@ class AdaptedModel:
             pins = tuple(Mark.of(buffer, sampled=False) for buffer in stored)
             adapter.placement = adapter.placement.marked(pins, Mark.of(weight) if seen else placement.weight)
         return True
-
-    def _others_on(self, layer: Layer) -> list[BaseTunerLayer]:
-        return [*self.tuners_around(layer), *layer.tuners_inside()]
 
     def _refuse_others_merged(self, layers: Iterable[Layer]) -> None:
         """Refuse to run an adapter on a weight that holds what another tuner adds beside it, and not within it."""

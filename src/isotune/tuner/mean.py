@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from isotune.methods.config import IsotuneConfig
+from isotune.methods.config import IsotuneConfig, type_of
 from isotune.tuner.layer import Layer
 
 _SAME_BASIS = 1e-5
@@ -32,7 +32,7 @@ def check_request(
         raise ValueError(f"weights={list(weights)} must be one finite number for each of the {len(adapters)} adapters.")
     if adapter_name in configs:
         raise ValueError(f"There is an adapter {adapter_name!r} already; choose another name, or delete it first.")
-    types = {name: getattr(configs[name].peft_type, "value", None) for name in adapters}
+    types = {name: type_of(configs[name]) for name in adapters}
     if len(set(types.values())) > 1:
         raise ValueError(f"Adapters of different methods have no weighted mean: {types}. {_ELSE}")
     for name in adapters:

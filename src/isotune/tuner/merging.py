@@ -95,6 +95,10 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         """The other tuners' layers inside this one."""
         return [m for m in self.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, MergingLayer)]
 
+    def other_tuners(self) -> list[BaseTunerLayer]:
+        """The other tuners' layers around this one and inside it."""
+        return [*([] if self.owner is None else self.owner.tuners_around(self)), *self.tuners_inside()]
+
     def _see_the_base(self) -> None:
         """Notice a change of the base's weight, as the next forward pass would."""
         if self.owner is not None:
@@ -191,7 +195,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
 
     def _refuse_to_merge(self) -> None:
         self.host.check_merge()
-        others = [*([] if self.owner is None else self.owner.tuners_around(self)), *self.tuners_inside()]
+        others = self.other_tuners()
         if others:
             names = ", ".join(type(other).__name__ for other in others)
             raise ValueError(

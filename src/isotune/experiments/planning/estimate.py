@@ -67,16 +67,16 @@ def estimate(setting: Setting) -> Estimate:
     Raises:
         ValueError: no such model or method, options that do not fit, or a model that cannot be followed.
     """
-    with torch.device("meta"), quiet():
-        base, dtype = _build(setting)
-        base_parameters = sum(p.numel() for p in base.parameters())
-        base_bytes, largest = _base_bytes(base, setting.quantization)
-        blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(base)]
-        model = _adapted(base, setting).train()
-        try:
+    with quiet():
+        with torch.device("meta"):
+            base, dtype = _build(setting)
+            base_parameters = sum(p.numel() for p in base.parameters())
+            base_bytes, largest = _base_bytes(base, setting.quantization)
+            blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(base)]
+            model = _adapted(base, setting).train()
+        try:  # not on the meta device: a number that a model draws, whether to leave layers out, must be one
             inputs = inputs_for(base, setting.batch, setting.sequence)
-            with torch.device("cpu"):  # a number that a model draws to leave layers out must be one
-                step = trace(model, inputs)
+            step = trace(model, inputs)
         except Exception as error:
             raise ValueError(
                 f"A step of {type(base).__name__} cannot be followed without its weights: {first_line(error)}"

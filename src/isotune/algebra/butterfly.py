@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from isotune.algebra.constants import made_once
 from isotune.algebra.factors import BlockDiagonal, Chain
 
 MAX_BLOCK = 64
@@ -89,15 +90,23 @@ def _double(blocks: Tensor, stage: Tensor) -> Tensor:
     next. Both are written out as dense blocks of the doubled size: one batched product of these takes less time than
     many products of chunks, and no chunk has to be moved.
     """
-    *leading, count, chunks, size, _ = stage.shape
-    width, half = blocks.shape[-1], size // 2
-    joined = blocks.new_zeros(*leading, count, 2, width, 2, width)
-    for side in range(2):
-        joined[..., side, :, side, :] = blocks[..., side::2, :, :]
-    joined = joined.view(-1, 2 * width, 2 * width)
-    # Row side · S + chunk · h + i of the doubled block, for each chunk and each row (side, i) of its 2h × 2h matrix.
-    rows = torch.arange(2 * width, device=stage.device).view(2, chunks, half).transpose(0, 1).reshape(chunks, size)
-    places = (rows[:, :, None] * (2 * width) + rows[:, None, :]).flatten()
+    *leading, count, _, size, _ = stage.shape
+    width = blocks.shape[-1]
+    eye = torch.eye(2, dtype=blocks.dtype, device=blocks.device)
+    joined = (blocks.view(*leading, count, 2, width, 1, width) * eye[:, None, :, None]).reshape(
+        -1, 2 * width, 2 * width
+    )
+    (places,) = _places(width, size // 2, stage.device)
     spread = stage.new_zeros(len(joined), 4 * width * width).index_copy(-1, places, stage.reshape(len(joined), -1))
     spread = spread.view(joined.shape)
     return torch.baddbmm(joined + spread, spread, joined).view(*leading, count, 2 * width, 2 * width)
+
+
+@made_once
+def _places(width: int, half: int, device: torch.device) -> tuple[Tensor]:
+    """Where the entries of the (2h, 2h) matrices of a stage lie in a doubled block of two times `width` coordinates.
+
+    Row side · S + chunk · h + i of it, for each chunk and each row (side, i) of the chunk's matrix.
+    """
+    rows = torch.arange(2 * width, device=device).view(2, -1, half).transpose(0, 1).reshape(-1, 2 * half)
+    return ((rows[:, :, None] * (2 * width) + rows[:, None, :]).flatten(),)

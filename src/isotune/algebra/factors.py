@@ -88,7 +88,7 @@ class BlockDiagonal(Factor):
             blocks = x.reshape(update.shape)
             return (blocks.add_(update) if in_place else blocks + update).reshape(x.shape)
         result = x if in_place else x.clone()
-        result[:, self.columns] += update.flatten(1)
+        result[:, self.columns].add_(update.flatten(1))
         return result
 
     def gradients(self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -3,39 +3,59 @@
 Level l rotates the pairs (i, i + s) with s = 2^(l−1), i = 0, 2s, 4s, …, as far as i + s < n. The lowest levels never
 leave a block of adjacent coordinates, and the levels above touch only the first coordinate of each such block; so the
 tree is a product of block-diagonal matrices, one for every `LEVELS` levels, each on a `2^LEVELS` times coarser grid.
+The coarsest grids together have few coordinates, and become one dense matrix.
+
+Within a block most entries are zero, and the others are products of entries of the pairs along one way through the
+tree: row j > 0, whose lowest bit is that of level l, ends there and has the columns of its pair alone; the way from the
+top to column i then goes down the levels below, by the side of each pair on which i lies.
 """
 
 from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from isotune.algebra.factors import BlockDiagonal, Chain
+from isotune.algebra.constants import made_once
+from isotune.algebra.factors import BlockDiagonal, Chain, refuse_double_backward
+from isotune.algebra.recording import is_exported
 
 LEVELS = 5
 """Levels folded into one block: 32 × 32 blocks are where a matrix product begins to pay."""
 
 _LEAF = 2**LEVELS
+_DENSE = 1024
+"""Coordinates of the coarsest grids that are joined into one matrix."""
 
 
 def _widths(n: int) -> list[int]:
     """The number of coordinates on each grid, from the finest, as long as there is a pair."""
-    widths = [n]
-    while (coarser := -(-widths[-1] // _LEAF)) > 1:
+    widths = [n] if n > 1 else []
+    while widths and (coarser := -(-widths[-1] // _LEAF)) > 1:
         widths.append(coarser)
     return widths
+
+
+def _joined(widths: list[int]) -> int:
+    """The first grid of those that become one dense matrix together; the number of grids where none do."""
+    return next((grid for grid, width in enumerate(widths) if grid > 0 and width <= _DENSE), len(widths))
 
 
 def givens_chain(n: int) -> Chain:
     """The factors of the tree on n coordinates, the one that acts first in front.
 
-    Each grid has one factor for its whole blocks, if any, and one for the incomplete block at its end, if any.
+    One for the coarsest grids; each other grid has one for its whole blocks, if any, and one for the incomplete block
+    at its end, if any.
     """
     chain: list[BlockDiagonal] = []
-    step = 1
-    for width in _widths(n):
-        whole, rest = divmod(width, _LEAF)
+    widths = _widths(n)
+    dense = _joined(widths)
+    for grid, width in enumerate(widths[: dense + 1]):
+        step = _LEAF**grid
+        whole, rest = (0, width) if grid == dense else divmod(width, _LEAF)
         own = []
         if whole:
             covers_all = step == 1 and rest == 0
@@ -43,7 +63,6 @@ def givens_chain(n: int) -> Chain:
         if rest > 1:
             own.append(BlockDiagonal(rest, slice(whole * _LEAF * step, n, step)))
         chain = own + chain
-        step *= _LEAF
     return tuple(chain)
 
 
@@ -54,7 +73,7 @@ def rotation_pairs(angles: Tensor) -> Tensor:
         (..., 2, 2), [[c − 1, −s], [s, c − 1]]; c − 1 is computed without cancellation.
     """
     sine, less = torch.sin(angles), -2 * torch.sin(0.5 * angles).square()
-    return torch.stack([torch.stack([less, -sine], -1), torch.stack([sine, less], -1)], -2)
+    return torch.stack([less, -sine, sine, less], -1).view(*angles.shape, 2, 2)
 
 
 def givens_blocks(pairs: Tensor, n: int) -> tuple[Tensor, ...]:
@@ -65,23 +84,24 @@ def givens_blocks(pairs: Tensor, n: int) -> tuple[Tensor, ...]:
         n: number of coordinates.
 
     Returns:
-        One (..., blocks, b, b) for each factor of the chain, D = M − I.
+        One (..., blocks, b, b) for each factor of the chain, D = M − I; differentiable once.
 
     Source: Ma et al., GOFT (ICML 2024), equation 3.
     """
+    widths = _widths(n)
+    if not widths:
+        return ()
+    result: Tensor = _fold(pairs, n)[0] if is_exported() else _Blocks.apply(pairs, n)  # type: ignore[no-untyped-call]
+    grids = list(torch.split(result, [-(-width // _LEAF) for width in widths], -3))
+    dense = _joined(widths)
+    if dense < len(widths):
+        top = grids[-1][..., 0, : widths[-1], : widths[-1]]
+        for blocks, width in zip(grids[dense:-1][::-1], widths[dense:-1][::-1], strict=True):
+            top = _join(top, blocks)[..., :width, :width]
+        grids[dense:] = [top.unsqueeze(-3)]
     found: list[Tensor] = []
-    start = 0
-    for width in _widths(n):
-        count = -(-width // _LEAF)
-        blocks = pairs.new_zeros(*pairs.shape[:-3], count * _LEAF, 1, 1)
-        for level in range(1, LEVELS + 1):
-            slots, real = count * _LEAF // 2**level, len(range(2 ** (level - 1), width, 2**level))
-            turn = pairs[..., start : start + real, :, :]
-            start += real
-            if slots > real:
-                turn = pad(turn, (0, 0, 0, 0, 0, slots - real))
-            blocks = _double(blocks, turn)
-        whole, rest = divmod(width, _LEAF)
+    for grid, (blocks, width) in enumerate(zip(grids, widths, strict=False)):
+        whole, rest = (0, width) if grid == dense else divmod(width, _LEAF)
         own = []
         if whole:
             own.append(blocks[..., :whole, :, :])
@@ -92,22 +112,122 @@ def givens_blocks(pairs: Tensor, n: int) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def _double(blocks: Tensor, turn: Tensor) -> Tensor:
-    """Join neighbouring blocks (..., 2k, b, b) by the pairs (..., k, 2, 2) of their first coordinates.
+def _join(top: Tensor, blocks: Tensor) -> Tensor:
+    """(I + T) on the first coordinates of K blocks, and then the blocks I + B, as one matrix less the identity.
 
-    The pair acts first, and then the blocks: rows 0 and b of the product are mixtures of the blocks' first rows.
+    Args:
+        top: T, (..., K, K).
+        blocks: B, (..., K, b, b).
+
+    Returns:
+        (..., K b, K b).
     """
-    left, right = blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
-    size = blocks.shape[-1]
-    first, second = left[..., 0, :], right[..., 0, :]
-    unit = torch.zeros(size, dtype=blocks.dtype, device=blocks.device)
-    unit[0] = 1
-    whole_first, whole_second = first + unit, second + unit
-    # M − I of row 0: (1 + g₀₀)(first + e) − e on the left, g₀₁ (second + e) on the right; row b likewise.
-    top = torch.cat([first + turn[..., 0, 0, None] * whole_first, turn[..., 0, 1, None] * whole_second], -1)
-    bottom = torch.cat([turn[..., 1, 0, None] * whole_first, second + turn[..., 1, 1, None] * whole_second], -1)
-    upper, lower = pad(left[..., 1:, :], (0, size)), pad(right[..., 1:, :], (size, 0))
-    return torch.cat([top[..., None, :], upper, bottom[..., None, :], lower], -2)
+    count, size = blocks.shape[-3:-1]
+    eye = torch.eye(count, dtype=top.dtype, device=top.device)
+    first = torch.eye(1, size, dtype=top.dtype, device=top.device)
+    diagonal = blocks.unsqueeze(-2) * eye[:, None, :, None]  # (..., K, b, K, b)
+    mixed = top.unsqueeze(-1) * (blocks[..., 0, :] + first).unsqueeze(-3)  # what T adds to row 0 of each block
+    return (diagonal + pad(mixed.unsqueeze(-3), (0, 0, 0, 0, 0, size - 1))).flatten(-2).flatten(-3, -2)
+
+
+@made_once
+def _ways(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """How pairs and blocks of all grids on n coordinates correspond.
+
+    Returns:
+        Which entry of all pairs, row by row, and after them a zero, multiplies on the way to leaf i at level l of a
+        block, for row 0 and row 1 of the pair: (2 · blocks · LEVELS · 32,). Where row and leaf of each way lie in a
+        block: ((LEVELS + 1) · 32,). And which of the entries of all pairs of all blocks, (2, blocks, 31, 2), belongs to
+        each entry of each pair: (4 (n − 1),).
+    """
+    entries, places, inverse = [], [], []
+    counts = [len(range(2**level, n, 2 ** (level + 1))) for level in range((n - 1).bit_length())]
+    starts = [0, *accumulate(counts)]
+    grids = [-(-width // _LEAF) for width in _widths(n)]
+    rows = torch.arange(2, device=device)
+    for grid, blocks in enumerate(grids):
+        leaves = torch.arange(blocks * _LEAF, device=device)
+        own = []
+        for level in range(LEVELS):
+            at, side = leaves >> (level + 1), leaves >> level & 1
+            real = counts[grid * LEVELS + level] if grid * LEVELS + level < len(counts) else 0
+            start = starts[grid * LEVELS + level] if real else 0
+            own.append(torch.where(at < real, 4 * (start + at) + 2 * rows[:, None] + side, 4 * (n - 1)))
+            pair = torch.arange(real, device=device)
+            per_block = _LEAF >> (level + 1)
+            slot = (sum(grids[:grid]) + pair // per_block) * (_LEAF - 1) + _LEAF - 2 * per_block + pair % per_block
+            inverse.append(2 * (sum(grids) * (_LEAF - 1) * rows[:, None] + slot[:, None, None]) + rows)
+        entries.append(torch.stack(own, 1).view(2, LEVELS, blocks, _LEAF).transpose(1, 2))
+    leaves = torch.arange(_LEAF, device=device)
+    for level in range(LEVELS):
+        row = (leaves >> (level + 1) << (level + 1)) + 2**level
+        places.append(row * _LEAF + leaves)
+    places.append(leaves)
+    return torch.cat(entries, 1).flatten(), torch.cat(places), torch.cat(inverse).flatten()
+
+
+@made_once
+def _units(levels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the identity is on each way to leaf i: of row 0 and row 1 of a pair at a level, and above the levels below.
+
+    Returns:
+        (2, levels, 2^levels) and (levels, 2^levels): whether the leaf is on the row's own side; and whether all its
+        bits below the level are zero.
+    """
+    leaves = torch.arange(2**levels, device=device)
+    sides = torch.stack([leaves >> level & 1 for level in range(levels)])
+    first = torch.stack([leaves % 2**level == 0 for level in range(levels)])
+    return torch.stack([1 - sides, sides]).float(), first.float()
+
+
+def _fold(pairs: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """M − I of all blocks of all grids, (..., blocks, 32, 32), from the pairs; and what its backward reads.
+
+    With p the product along a way from the top, u the same for the identity and a = G − I at one level, what is added
+    up is the difference q = p − u, by q ← q (a + 1) + u a, so that small rotations lose no digits.
+    """
+    entries, places, _ = _ways(n, pairs.device)
+    own, above = (unit.to(pairs.dtype) for unit in _units(LEVELS, pairs.device))
+    found = pad(pairs.flatten(-3), (0, 1)).index_select(-1, entries).view(*pairs.shape[:-3], 2, -1, LEVELS, _LEAF)
+    full, change = found + own[:, None], found * above
+    go_on, stop = full.unbind(-4)
+    less, ends = change.unbind(-4)
+    ways = [torch.zeros_like(less[..., 0, :]), less[..., 0, :]]
+    for level in range(1, LEVELS):
+        ways.append(torch.addcmul(less[..., level, :], ways[-1], go_on[..., level, :]))
+    before = torch.stack(ways[:-1], -2)  # q on the levels below each
+    values = torch.cat([torch.addcmul(ends, stop, before), ways[-1].unsqueeze(-2)], -2).flatten(-2)
+    blocks = values.new_zeros(*values.shape[:-1], _LEAF * _LEAF).index_copy_(-1, places, values)
+    return blocks.view(*blocks.shape[:-1], _LEAF, _LEAF), full, before + above
+
+
+class _Blocks(torch.autograd.Function):
+    """`_fold` with a backward of few operations, whatever the number of pairs."""
+
+    @staticmethod
+    def forward(ctx: Any, pairs: Tensor, n: int) -> Tensor:
+        blocks, *kept = _fold(pairs, n)
+        ctx.save_for_backward(*kept)
+        ctx.n = n
+        return blocks
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        refuse_double_backward()
+        full, before = ctx.saved_tensors
+        _, places, inverse = _ways(ctx.n, gradient.device)
+        values = gradient.flatten(-2).index_select(-1, places).view(*full.shape[:-4], -1, LEVELS + 1, _LEAF)
+        go_on, stop = full.unbind(-4)
+        ends = values[..., :LEVELS, :]
+        ended = ends * stop
+        ways = [values[..., LEVELS, :]]
+        for level in range(LEVELS - 1, 0, -1):
+            ways.append(torch.addcmul(ended[..., level, :], ways[-1], go_on[..., level, :]))
+        # Of each way to a leaf at a level; a pair's entry has all leaves on its side.
+        each = torch.stack([torch.stack(ways[::-1], -2), ends], -4) * before.unsqueeze(-4)
+        of_pairs = [each[..., level, :].unflatten(-1, (-1, 2, 2**level)).sum(-1) for level in range(LEVELS)]
+        flat = torch.cat(of_pairs, -2).flatten(-4)
+        return flat.index_select(-1, inverse).view(*flat.shape[:-1], ctx.n - 1, 2, 2), None
 
 
 def pair_penalty(pairs: Tensor) -> Tensor:

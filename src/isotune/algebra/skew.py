@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from isotune.algebra.constants import made_once
+
 
 def skew_size(n: int) -> int:
     """Number of free entries of an n × n skew-symmetric matrix.
@@ -28,6 +30,7 @@ def skew_order(entries: int) -> int:
     return round((1 + math.sqrt(1 + 8 * entries)) / 2)
 
 
+@made_once
 def skew_positions(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the strict upper triangle, row by row, and its mirror image lie in a flattened n × n matrix."""
     rows, columns = torch.triu_indices(n, n, offset=1, device=device).unbind(0)
@@ -57,9 +60,10 @@ def skew_from_vector(entries: Tensor, n: int) -> Tensor:
         raise ValueError(
             f"A skew-symmetric {n} × {n} matrix has {skew_size(n)} free entries, but {entries.shape[-1]} were given."
         )
-    upper, lower = skew_positions(n, entries.device)
-    flat = entries.new_zeros(*entries.shape[:-1], n * n)
-    return flat.index_copy_(-1, upper, entries).index_copy_(-1, lower, -entries).view(*entries.shape[:-1], n, n)
+    upper, _ = skew_positions(n, entries.device)
+    flat = entries.new_zeros(*entries.shape[:-1], n * n).index_copy_(-1, upper, entries)
+    triangle = flat.view(*entries.shape[:-1], n, n)
+    return triangle - triangle.mT
 
 
 def vector_from_skew(matrix: Tensor) -> Tensor:

@@ -5,18 +5,46 @@ Directions are `vectors`, (..., r, n), of any length; M = I + left · right with
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from isotune.algebra.recording import inverse_by_products, is_exported
 
 
+class _UnitRows(torch.autograd.Function):
+    """Rows over their norms, and a backward of few operations: du = (dv − u (u · dv)) / ‖v‖."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor) -> Tensor:
+        units, norms = _unit_rows(vectors)
+        ctx.save_for_backward(units, norms)
+        return units
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        units, norms = ctx.saved_tensors
+        along = (units * gradient).sum(-1, keepdim=True)
+        return torch.addcmul(gradient, units, along, value=-1) / norms
+
+
+def _unit_rows(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row divided by its norm; and the norms, (..., r, 1), 1 of a zero row."""
+    largest = vectors.abs().amax(-1, keepdim=True)
+    largest = largest + (largest == 0)
+    scaled = vectors / largest  # so that no square overflows or vanishes
+    norms = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    norms = norms + (norms == 0)
+    return scaled / norms, norms * largest
+
+
 def unit_rows(vectors: Tensor) -> Tensor:
     """Each row divided by its norm; a zero row stays zero, which makes its reflection the identity."""
-    largest = vectors.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
-    scaled: Tensor = vectors / largest  # so that no square overflows or vanishes
-    norms = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    return scaled / torch.where(norms > 0, norms, 1.0)
+    if is_exported():
+        return _unit_rows(vectors)[0]
+    units: Tensor = _UnitRows.apply(vectors)  # type: ignore[no-untyped-call]
+    return units
 
 
 def reflections(vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,14 +57,15 @@ def reflections(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """
     units = unit_rows(vectors)
     gram = units @ units.mT
-    half = torch.full_like(gram[..., 0], 0.5).diag_embed()
-    upper = gram.triu(1) + half
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    upper = -0.5 * eye - gram.triu(1)
     if is_exported():
-        # I − upper · 2I is strictly triangular, so its powers vanish and the iteration ends at the inverse itself.
-        inner = inverse_by_products(upper, 4 * half, steps=(int(upper.shape[-1]) - 1).bit_length()) @ units
+        # I + upper · 2I is strictly triangular, so its powers vanish and the iteration ends at the inverse itself.
+        steps = (int(upper.shape[-1]) - 1).bit_length()
+        left = inverse_by_products(upper, (-2 * eye).expand_as(upper), steps) @ units
     else:
-        inner = torch.linalg.solve_triangular(upper, units, upper=True)  # T Uᵀ
-    return _by_pairs(-inner, units)
+        left = torch.linalg.solve_triangular(upper, units, upper=True)  # −T Uᵀ
+    return _by_pairs(left, units)
 
 
 def _by_pairs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,12 +74,16 @@ def _by_pairs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     Training starts with equal pairs, whose reflections cancel. In terms of the vectors themselves they would cancel
     only up to rounding, which in half precision is more than a small rotation; in these terms each product is small.
     """
-    count = right.shape[-2] // 2 * 2
-    first, second, rest = right[..., 0:count:2, :], right[..., 1:count:2, :], right[..., count:, :]
-    one, two, last = left[..., 0:count:2, :], left[..., 1:count:2, :], left[..., count:, :]
-    readers = torch.cat([one + two, 0.5 * (one - two), last], -2)
-    writers = torch.cat([0.5 * (first + second), first - second, rest], -2)
+    readers, writers = _mixed(left, 1.0, 0.5), _mixed(right, 0.5, 1.0)
     return readers.mT, writers
+
+
+def _mixed(rows: Tensor, of_sum: float, of_difference: float) -> Tensor:
+    """Sums of neighbouring rows, their differences, and the last row of an odd number, each times its factor."""
+    count = rows.shape[-2]
+    even, rest = torch.split(rows, [count // 2 * 2, count % 2], -2)
+    first, second = even.view(*rows.shape[:-2], count // 2, 2, rows.shape[-1]).unbind(-2)
+    return torch.cat([of_sum * (first + second), of_difference * (first - second), rest], -2)
 
 
 def orthonormal_reflection(vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,8 +30,8 @@ class Given(SubspaceAdapter):
     def batch_key(self) -> int:
         return self.size
 
-    def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor]:
-        return (parameters["change"],)
+    def difference_of(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        return parameters["change"]
 
 
 def adapter_for(matrix: Tensor, *, power: float = 0.0, scale: float = 1.0) -> Given:

@@ -13,12 +13,6 @@ from isotune.algebra.recording import is_exported
 from isotune.parallel.tensor_parallel import Share
 
 
-def _coordinates(x: Tensor, rows: Tensor, rank: int) -> Tensor:
-    """x rowsᵀ of the first `rank` rows, (tokens, rank); the others fill them up to a size that products like."""
-    wide = torch.mm(x, rows.t())
-    return wide if wide.shape[1] == rank else wide[:, :rank]
-
-
 def _frozen_linear(flat: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """flat Wᵀ + b, (..., out), without a graph, for flat (tokens, in) that was of `shape`; and (tokens, out) of it.
 
@@ -52,14 +46,13 @@ class _SubspaceUpdate(torch.autograd.Function):
         of_residual: Share | None,
     ) -> Tensor:
         down, up = factors
-        rank = len(difference)
-        coordinates = _coordinates(x.reshape(-1, x.shape[-1]), down, rank).contiguous()
+        coordinates = torch.mm(x.reshape(-1, x.shape[-1]), down.t())
         if of_x is not None:
             coordinates = of_x.total(coordinates)
         ctx.save_for_backward(coordinates, difference)
         ctx.factors, ctx.of_residual = factors, of_residual
         result = residual.clone(memory_format=torch.contiguous_format)
-        result.view(len(coordinates), result.shape[-1]).addmm_(torch.mm(coordinates, difference), up.t()[:rank])
+        result.view(len(coordinates), result.shape[-1]).addmm_(torch.mm(coordinates, difference), up.t())
         return result
 
     @staticmethod
@@ -68,14 +61,13 @@ class _SubspaceUpdate(torch.autograd.Function):
         coordinates, difference = ctx.saved_tensors
         down, up = ctx.factors
         needs_x, needs_difference, needs_residual, *_ = ctx.needs_input_grad
-        rank = len(difference)
-        read = _coordinates(gradient.reshape(-1, gradient.shape[-1]), up.t(), rank)
+        read = torch.mm(gradient.reshape(-1, gradient.shape[-1]), up)
         if ctx.of_residual is not None:
             read = ctx.of_residual.total(read)
         grad_difference = torch.mm(coordinates.t(), read) if needs_difference else None
         grad_x = None
         if needs_x:
-            grad_x = torch.mm(torch.mm(read, difference.t()), down[:rank]).view(*gradient.shape[:-1], down.shape[1])
+            grad_x = torch.mm(torch.mm(read, difference.t()), down).view(*gradient.shape[:-1], down.shape[1])
         return grad_x, grad_difference, gradient if needs_residual else None, None, None, None
 
 
@@ -91,7 +83,7 @@ def subspace_update(
 
     Args:
         x: (..., in), or with `of_x` this process's share of its columns.
-        difference: M − I times the scale, (r, r).
+        difference: M − I times the scale, filled up with zeros as the factors are.
         residual: (..., out), the layer's own output, or with `of_residual` this process's share of its columns.
         factors: down (r or more, in) and up (out, r or more), in the dtype of `residual` and cut to the shares.
         of_x, of_residual: the shares.
@@ -100,7 +92,7 @@ def subspace_update(
         residual + ((x downᵀ) D) upᵀ, differentiable once.
     """
     if is_exported():
-        down, up = factors[0][: len(difference)], factors[1][:, : len(difference)]
+        down, up = factors
         return residual + x @ down.t() @ difference @ up.t()
     result: Tensor = _SubspaceUpdate.apply(x, difference, residual, factors, of_x, of_residual)  # type: ignore[no-untyped-call]
     return result
@@ -117,17 +109,17 @@ class _LinearSubspaceUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, difference: Tensor, frozen: tuple[Any, ...]) -> Tensor:
         down, up, weight, bias, on_input = frozen
-        shape, rank = x.shape, len(difference)
+        shape = x.shape
         flat = x.reshape(-1, shape[-1])
-        coordinates = _coordinates(flat, down, rank).contiguous()
+        coordinates = torch.mm(flat, down.t())
         ctx.save_for_backward(coordinates, difference)
         ctx.frozen = frozen
         update = torch.mm(coordinates, difference)
         if on_input:
-            flat = torch.addmm(flat, update, down[:rank])
+            flat = torch.addmm(flat, update, down)
         result, rows = _frozen_linear(flat, shape, weight, bias)
         if not on_input:
-            rows.addmm_(update, up.t()[:rank])
+            rows.addmm_(update, up.t())
         return result
 
     @staticmethod
@@ -136,15 +128,15 @@ class _LinearSubspaceUpdate(torch.autograd.Function):
         coordinates, difference = ctx.saved_tensors
         down, up, weight, _, on_input = ctx.frozen
         needs_x, needs_difference, _ = ctx.needs_input_grad
-        shape, rank = gradient.shape, len(difference)
+        shape = gradient.shape
         flat = gradient.reshape(-1, shape[-1])
         grad_x = torch.mm(flat, weight) if needs_x or on_input else None
         on_input = on_input and grad_x is not None
-        read = _coordinates(grad_x, down, rank) if on_input else _coordinates(flat, up.t(), rank)  # type: ignore[arg-type]
+        read = torch.mm(grad_x, down.t()) if on_input else torch.mm(flat, up)  # type: ignore[arg-type]
         grad_difference = torch.mm(coordinates.t(), read) if needs_difference else None
         if grad_x is None or not needs_x:
             return None, grad_difference, None
-        grad_x.addmm_(torch.mm(read, difference.t()), down[:rank])
+        grad_x.addmm_(torch.mm(read, difference.t()), down)
         return grad_x.view(*shape[:-1], weight.shape[1]), grad_difference, None
 
 
@@ -161,7 +153,7 @@ def linear_with_update(
 
     Args:
         x: (..., in).
-        difference: M − I times the scale, (r, r).
+        difference: M − I times the scale, filled up with zeros as the factors are.
         factors: down (r or more, in) and up (out, r or more), in the dtype of x.
         weight: W, (out, in).
         bias: (out,), or None.

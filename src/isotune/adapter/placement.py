@@ -9,12 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from isotune.adapter.evaluation import without_autocast
-from isotune.internals.torch_state import is_symbolic, version_of
+from isotune.internals.torch_state import version_of
 from isotune.subspace.precision import exact_product
 
 _ALIGNMENT = 16
 """Products with tokens × r results run up to twice as fast on a CPU, and on GPUs too, if r is a multiple of this."""
 _SAMPLES = 32
+
+
+def filling(rank: int) -> int:
+    """How many rows and columns of zeros fill a rank up to one that matrix products like."""
+    return 0 if rank < _ALIGNMENT else -rank % _ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -30,18 +35,27 @@ class Mark:
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether nobody has replaced the tensor or written to it since."""
-        same = self.tensor == id(tensor) and self.version == version_of(tensor)
-        return same and self == Mark.of(tensor, sampled=bool(self.sample))
+        if self.tensor != id(tensor) or self.version != version_of(tensor) or self.address != _address(tensor):
+            return False
+        return not self.sample or self.sample == _sample(tensor)
 
     @classmethod
     def of(cls, tensor: Tensor, *, sampled: bool = True) -> Mark:
         """The mark of a tensor now."""
-        plain = type(tensor) in (Tensor, nn.Parameter) and not is_symbolic(tensor)
-        sample: tuple[float, ...] = ()
-        if sampled and plain and tensor.device.type == "cpu" and tensor.is_contiguous():
-            flat = tensor.detach().view(-1)
-            sample = tuple(flat[:: max(1, len(flat) // _SAMPLES)].tolist())
-        return cls(id(tensor), version_of(tensor), tensor.data_ptr() if plain else 0, sample)
+        return cls(id(tensor), version_of(tensor), _address(tensor), _sample(tensor) if sampled else ())
+
+
+def _address(tensor: Tensor) -> int:
+    """Where the numbers of a tensor lie; 0 for one that has none of its own."""
+    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta else 0
+
+
+def _sample(tensor: Tensor) -> tuple[float, ...]:
+    """Some numbers of a tensor that is on a CPU and has them."""
+    if not _address(tensor) or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return ()
+    flat = tensor.detach().view(-1)
+    return tuple(flat[:: max(1, len(flat) // _SAMPLES)].tolist())
 
 
 @dataclass(frozen=True)
@@ -114,11 +128,10 @@ def place(
     if power:
         values = torch.linalg.vector_norm(up, dim=-2).clamp_min(torch.finfo(basis.dtype).tiny).pow(power)
         down, up = basis * values[..., :, None], up / values[..., None, :]
-    rank = basis.shape[-2]
-    filling = 0 if rank < _ALIGNMENT else -rank % _ALIGNMENT
+    zeros = filling(basis.shape[-2])
     return Placement(
-        nn.functional.pad(down.to(matrix), (0, 0, 0, filling)).contiguous(),
-        nn.functional.pad(up.to(matrix), (0, filling)).contiguous(),
+        nn.functional.pad(down.to(matrix), (0, 0, 0, zeros)).contiguous(),
+        nn.functional.pad(up.to(matrix), (0, zeros)).contiguous(),
         tuple(buffer.detach().clone() for buffer in stored),
         tuple(Mark.of(buffer, sampled=False) for buffer in stored),
         Mark.of(weight),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from isotune.adapter.evaluation import autocasts
 from isotune.adapter.kernels import linear_with_update, subspace_update
 from isotune.adapter.operator import Adapter, FrozenLinear
-from isotune.adapter.placement import Placement
+from isotune.adapter.placement import Placement, filling
 from isotune.parallel.tensor_parallel import Division
 
 _WIDE = (torch.float32, torch.float64)
@@ -82,12 +82,21 @@ class SubspaceAdapter(Adapter):
         """Where the update acts; None until placed, by whoever adapts or loads the model."""
 
     @abstractmethod
-    def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor]:
+    def difference_of(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Map parameters, each with any same leading dimensions, to M − I of shape (..., r, r)."""
+
+    def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor]:
+        """M − I, filled up with zeros to the size of the factors, (..., r or more, r or more)."""
+        difference, zeros = self.difference_of(parameters), filling(self.size)
+        return (nn.functional.pad(difference, (0, zeros, 0, zeros)) if zeros else difference,)
 
     def difference(self, dtype: torch.dtype | None = None) -> Tensor:
         """M − I, (r, r)."""
-        return self.tensors(dtype)[0]
+        return self._own(self.tensors(dtype)[0])
+
+    def _own(self, difference: Tensor) -> Tensor:
+        """M − I without the zeros that fill it up."""
+        return difference[..., : self.size, : self.size]
 
     def matrix(self) -> Tensor:
         """M itself, (r, r)."""
@@ -168,7 +177,7 @@ class SubspaceAdapter(Adapter):
     ) -> Tensor:
         """W + s·up (M − I)ᵀ down."""
         (down, up), rank = self.factors(matrix.dtype, matrix.device), self.size
-        down, up, update = down[..., :rank, :], up[..., :rank], self._scaled(tensors[0], matrix.dtype)
+        down, up, update = down[..., :rank, :], up[..., :rank], self._scaled(self._own(tensors[0]), matrix.dtype)
         if matrix.ndim == 3 and at is not None:
             down, up = down.index_select(0, at), up.index_select(0, at)
         if rows is None:

@@ -22,14 +22,12 @@ def made_once(make: Callable[..., _T]) -> Callable[..., _T]:
 
     @wraps(make)
     def found(*given: int | torch.device) -> _T:
-        if torch.compiler.is_compiling():
-            return make(*given)
-        known = kept.get(given)
+        recorded = torch.compiler.is_compiling() or type(torch.empty(0, device=given[-1])) is not Tensor
+        known = None if recorded else kept.get(given)
         if known is None:
             with torch.inference_mode(False):  # a tensor of inference mode could not be saved for backward later
                 known = make(*given)
-            capturing = known[0].is_cuda and torch.cuda.is_current_stream_capturing()
-            if not capturing and all(type(tensor) is Tensor for tensor in known):
+            if not recorded and not (known[0].is_cuda and torch.cuda.is_current_stream_capturing()):
                 kept[given] = known
         return known
 

@@ -26,7 +26,8 @@ class _UnitRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         units, norms = ctx.saved_tensors
         along = (units * gradient).sum(-1, keepdim=True)
-        return torch.addcmul(gradient, units, along, value=-1) / norms
+        found: Tensor = torch.addcmul(gradient, units, along, value=-1) / norms
+        return found
 
 
 def _unit_rows(vectors: Tensor) -> tuple[Tensor, Tensor]:

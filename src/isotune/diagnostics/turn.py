@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from isotune.adapter.operator import Adapter
 from isotune.adapter.rotation import RotationAdapter
+from isotune.adapter.subspace import SubspaceAdapter
 from isotune.algebra.factors import BlockDiagonal, LowRank
 from isotune.diagnostics import geometry
 from isotune.tuner.layer import Layer
@@ -34,13 +35,14 @@ def turn(operator: Adapter, *, max_dense: int = MAX_DENSE) -> Turn:
         operator: of a subspace or of all inputs.
         max_dense: above this n a chain of factors that must be multiplied out to find its angles gets none.
     """
-    if not isinstance(operator, RotationAdapter):
-        matrix, generator = operator.matrix(), getattr(operator, "generator", None)
-        if generator is not None:
-            (difference,) = operator.evaluate({"generator": generator})
-            matrix = _plus_identity(difference)
+    if isinstance(operator, SubspaceAdapter):
+        generator = getattr(operator, "generator", None)
+        matrix = (
+            operator.matrix() if generator is None else _plus_identity(operator.difference_of({"generator": generator}))
+        )
         known = operator.orthogonal
     else:
+        assert isinstance(operator, RotationAdapter)
         kinds, tensors = [type(factor) for factor in operator.chain], operator.chain_tensors()
         if kinds == [LowRank]:
             # I + L R has the eigenvalues of I + R L, and 1 otherwise.

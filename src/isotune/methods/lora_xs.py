@@ -75,6 +75,6 @@ class LoraXsOperator(SubspaceAdapter):
         """Whether R is as small as at the start."""
         return bool((self.coefficients.detach().abs() <= _START * self.std).all())
 
-    def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor]:
+    def difference_of(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """M − I = Rᵀ."""
-        return (parameters["coefficients"].mT,)
+        return parameters["coefficients"].mT

@@ -133,13 +133,13 @@ class PsoftOperator(SubspaceAdapter):
     def batch_key(self) -> Hashable:
         return self.size, self.orthogonal, self.neumann_terms, self.generator_bound
 
-    def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor]:
+    def difference_of(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """M − I = diag(α)(R − I)diag(β) + diag(αβ − 1)."""
         difference = parameters["generator"]
         if self.orthogonal:
             difference = orthogonal_difference(difference, self.size, self.neumann_terms, self.generator_bound)
         if "input_scale" not in parameters and "output_scale" not in parameters:
-            return (difference,)
+            return difference
         ones = difference.new_ones(difference.shape[:-1])
         scales = (parameters.get(name, ones) for name in ("input_scale", "output_scale"))
-        return (scaled_difference(difference, *scales),)
+        return scaled_difference(difference, *scales)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ MODULES = [
     module.name
     for package in PACKAGES
     for module in pkgutil.walk_packages([f"{isotune.__path__[0]}/{package}"], f"isotune.{package}.")
+    if module.name != "isotune.algebra.block_kernels" or importlib.util.find_spec("triton")
 ]
 
 

@@ -7,6 +7,7 @@ D and not I + D is stored, so that a small rotation keeps its relative precision
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -29,6 +30,19 @@ def refuse_double_backward() -> None:
         )
 
 
+@functools.cache
+def _block_kernels() -> Any:
+    """The module `isotune.algebra.block_kernels`; None where Triton is missing or does not load."""
+    try:
+        from isotune.algebra import block_kernels
+    except Exception:  # what an installation that fits neither this Python nor this torch raises is not foreseeable
+        return None
+    return block_kernels
+
+
+_KERNEL_DEVICE = "cuda"
+
+
 class Factor(ABC):
     """x ↦ x (I + D) on row vectors of one width, D given by `count` tensors."""
 
@@ -45,6 +59,13 @@ class Factor(ABC):
     @abstractmethod
     def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The tensors, differentiably, with which the same factor is x ↦ x (I + D)ᵀ."""
+
+    def backward(
+        self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor], needs_x: bool, in_place: bool = False
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """The gradients of x, if needed, and of the tensors; `in_place` as in `apply`, of the gradient."""
+        grads = self.gradients(x, gradient, tensors)
+        return self.apply(gradient, self.transposed(tensors), in_place) if needs_x else None, grads
 
 
 class BlockDiagonal(Factor):
@@ -79,7 +100,20 @@ class BlockDiagonal(Factor):
             x = x[:, self.columns]
         return x.reshape(x.shape[0], x.shape[1] // self.size, self.size).transpose(0, 1)
 
+    def _kernels(self, blocks: Tensor, *rows: Tensor) -> Any:
+        """The kernels for these tensors, where there are some; else None, as in all that is traced."""
+        if self.permuted or self.columns is not None or blocks.device.type != _KERNEL_DEVICE:
+            return None
+        if torch.compiler.is_compiling() or is_exported():
+            return None
+        kernels = _block_kernels()
+        return kernels if kernels is not None and kernels.can_rotate(blocks, *rows) else None
+
     def apply(self, x: Tensor, tensors: Sequence[Tensor], in_place: bool = False) -> Tensor:
+        if kernels := self._kernels(tensors[0], x):
+            rotated: Tensor | None = kernels.rotate_blocks(x, tensors[0], in_place)
+            if rotated is not None:
+                return rotated
         update = torch.bmm(self._blocks(x), tensors[0]).transpose(0, 1)
         if self.permuted:
             update = update.flatten(1).index_select(1, self._order(x.device)[1])
@@ -96,6 +130,15 @@ class BlockDiagonal(Factor):
 
     def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return (tensors[0].mT,)
+
+    def backward(
+        self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor], needs_x: bool, in_place: bool = False
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        if kernels := self._kernels(tensors[0], x, gradient):
+            found = kernels.rotate_blocks_backward(x, gradient, tensors[0], needs_x, in_place)
+            if found is not None:
+                return found[0], (found[1],)
+        return super().backward(x, gradient, tensors, needs_x, in_place)
 
 
 class LowRank(Factor):
@@ -152,10 +195,10 @@ def chain_backward(
     grads: list[Tensor] = []
     for place in reversed(range(len(chain))):
         factor, own = chain[place], parts[place]
-        grads = [*factor.gradients(inputs.pop(), gradient, own), *grads]
-        if needs_x or place > 0:
-            gradient = factor.apply(gradient, factor.transposed(own), in_place)
-            in_place = True
+        before, own_grads = factor.backward(inputs.pop(), gradient, own, needs_x or place > 0, in_place)
+        grads = [*own_grads, *grads]
+        if before is not None:
+            gradient, in_place = before, True
     return gradient if needs_x else None, tuple(grads)
 
 

@@ -1,0 +1,219 @@
+"""Rotation by blocks in Triton: x (I + D), and both of its gradients, with one read and one write of x.
+
+Imported only where a GPU's tensors are met, for Triton is not installed everywhere. Plain torch in
+`isotune.algebra.factors` is the twin that these kernels are tested against, and the way where they cannot run.
+
+A program takes a tile of rows by `WIDTH` columns, which holds one block or several side by side: as a block-diagonal
+matrix they are one operand of tensor cores, and a row of the tile is at least 128 bytes of memory whatever b is.
+What the zeros beside the blocks cost in multiplications is little against reading x.
+"""
+
+# Triton reads the annotations of its kernels' parameters, and knows its own alone.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import Parameter
+
+SIZES = {torch.bfloat16: (8, 16, 32, 64), torch.float16: (8, 16, 32, 64), torch.float32: (8, 16, 32)}
+"""Dtype -> b for which the kernels are taken; `benchmarks/block_kernels.py` measures whether they gain.
+
+Float32 is multiplied without tensor cores, which would round to TF32; b = 64 has too few registers for that.
+"""
+
+
+@dataclass
+class Tiling:
+    """How a kernel divides its work, for b of every size."""
+
+    rows: int
+    """Of a tile of 16-bit numbers; half as many of float32."""
+    warps: int
+    stages: int
+    """Tiles in flight in a loop over rows."""
+
+
+FORWARD = Tiling(rows=64, warps=4, stages=1)
+BACKWARD = Tiling(rows=64, warps=4, stages=3)
+PROGRAMS = 264
+"""Backward splits the rows until there are so many programs, two for each multiprocessor of an H100; the same on every
+device, so that sums are added in the same order."""
+FEW_ROWS = 16
+"""The rows of the smallest tile that tensor cores take, for decoding."""
+
+
+@triton.jit
+def _block_tile(blocks, columns, n, block_stride, row_stride, column_stride, SIZE: tl.constexpr):
+    """The blocks on these columns as one block-diagonal matrix (WIDTH, WIDTH)."""
+    across, down = columns[None, :], columns[:, None]
+    own = (down // SIZE == across // SIZE) & (down < n) & (across < n)
+    places = (down // SIZE) * block_stride + (down % SIZE) * row_stride + (across % SIZE) * column_stride
+    return tl.load(blocks + places, mask=own, other=0.0)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _rotate(
+    x,
+    blocks,
+    y,
+    tokens,
+    n,
+    x_stride,
+    y_stride,
+    block_stride,
+    row_stride,
+    column_stride,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """y = x (I + D) on one tile."""
+    columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    inside = (rows < tokens) & (columns[None, :] < n)
+    matrix = _block_tile(blocks, columns, n, block_stride, row_stride, column_stride, SIZE)
+    tile = tl.load(x + rows.to(tl.int64) * x_stride + columns[None, :], mask=inside, other=0.0)
+    result = tile.to(tl.float32) + tl.dot(tile, matrix, input_precision="ieee")
+    tl.store(y + rows.to(tl.int64) * y_stride + columns[None, :], result.to(tile.dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "steps"])
+def _rotate_backward(
+    x,
+    gradient,
+    blocks,
+    grad_x,
+    sums,
+    tokens,
+    n,
+    steps,
+    x_stride,
+    gradient_stride,
+    grad_x_stride,
+    block_stride,
+    row_stride,
+    column_stride,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    NEEDS_X: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The gradient of x on `steps` tiles below each other, and what they add to those of the blocks."""
+    columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    across, down = columns[None, :], columns[:, None]
+    if NEEDS_X:
+        transposed = _block_tile(blocks, columns, n, block_stride, column_stride, row_stride, SIZE)
+    total = tl.zeros((WIDTH, WIDTH), tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        rows = (tl.program_id(1) * steps + step) * ROWS + tl.arange(0, ROWS)[:, None]
+        inside = (rows < tokens) & (across < n)
+        x_tile = tl.load(x + rows.to(tl.int64) * x_stride + across, mask=inside, other=0.0)
+        g_tile = tl.load(gradient + rows.to(tl.int64) * gradient_stride + across, mask=inside, other=0.0)
+        total = tl.dot(tl.trans(x_tile), g_tile, total, input_precision="ieee")
+        if NEEDS_X:
+            result = g_tile.to(tl.float32) + tl.dot(g_tile, transposed, input_precision="ieee")
+            tl.store(grad_x + rows.to(tl.int64) * grad_x_stride + across, result.to(g_tile.dtype), mask=inside)
+    # Of all pairs of columns of the tile, those within one block; sums (splits, n / b, b, b) is contiguous.
+    own = (down // SIZE == across // SIZE) & (down < n) & (across < n)
+    places = tl.program_id(1).to(tl.int64) * n * SIZE + down * SIZE + across % SIZE
+    tl.store(sums + places, total.to(sums.dtype.element_ty), mask=own)
+
+
+_failed = False
+
+
+def _launch(kernel: Any, grid: tuple[int, int], given: tuple[Any, ...], **options: Any) -> bool:
+    """Start a kernel on the device of its first argument; False where Triton cannot, which is said once."""
+    global _failed
+    try:
+        with torch.cuda.device_of(given[0]):  # type: ignore[no-untyped-call]
+            kernel[grid](*given, **options)
+    except Exception as error:  # no C compiler, a GPU or a driver that this Triton does not know, …
+        _failed = True
+        warnings.warn(f"Triton cannot run here, plain torch is used instead: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def can_rotate(blocks: Tensor, *rows: Tensor) -> bool:
+    """Say whether the kernels take these tensors: blocks (n / b, b, b) and others (tokens, n), with no graph recorded.
+
+    Tensors without values and other subclasses of torch.Tensor are not for them, nor is what torch.compile traces:
+    inductor makes kernels of its own from plain operations.
+    """
+    return (
+        not _failed
+        and not torch.is_grad_enabled()
+        and blocks.shape[-1] in SIZES.get(blocks.dtype, ())
+        and all(type(tensor) in (Tensor, Parameter) for tensor in (blocks, *rows))
+        and all(t.dtype == blocks.dtype and t.device == blocks.device for t in rows)
+        and all(len(t) > 0 and t.stride(1) == 1 for t in rows)
+    )
+
+
+def _tiles(x: Tensor, size: int, tiling: Tiling) -> tuple[int, int, int]:
+    """The width of a tile, the number of tiles side by side, and the rows of each."""
+    width = max(size, 128 // x.element_size())
+    rows = FEW_ROWS if len(x) <= FEW_ROWS else tiling.rows * 2 // x.element_size()
+    return width, triton.cdiv(x.shape[1], width), rows
+
+
+def rotate_blocks(x: Tensor, blocks: Tensor, in_place: bool = False) -> Tensor | None:
+    """x (I + D) for block-diagonal D, its sum taken in float32 and rounded once, so that D = 0 changes no bit.
+
+    An entry that is infinite or not a number may reach all columns of its row's tile, not those of its block alone.
+
+    Args:
+        x: (tokens, n), as `can_rotate` takes it.
+        blocks: (n / b, b, b), of any strides: D transposed is a view.
+        in_place: write to x.
+
+    Returns:
+        (tokens, n), or None where Triton cannot run; x is unchanged then.
+    """
+    y = x if in_place else x.new_empty(x.shape)
+    size = blocks.shape[-1]
+    width, side_by_side, rows = _tiles(x, size, FORWARD)
+    given = (x, blocks, y, len(x), x.shape[1], x.stride(0), y.stride(0), *blocks.stride(), size, width, rows)
+    grid = side_by_side, triton.cdiv(len(x), rows)
+    return y if _launch(_rotate, grid, given, num_warps=FORWARD.warps, num_stages=FORWARD.stages) else None
+
+
+def rotate_blocks_backward(
+    x: Tensor, gradient: Tensor, blocks: Tensor, needs_x: bool, in_place: bool = False
+) -> tuple[Tensor | None, Tensor] | None:
+    """The gradients of x and of the blocks from that of x (I + D), in one pass over both.
+
+    Sums over tokens are taken in float32 and in an order that the shapes alone decide.
+
+    Args:
+        x, gradient: (tokens, n), as `can_rotate` takes them.
+        blocks: (n / b, b, b), of any strides.
+        needs_x: whether the gradient of x is asked for.
+        in_place: write it to `gradient`.
+
+    Returns:
+        (tokens, n) or None, and (n / b, b, b) in the dtype of x; None where Triton cannot run, and then nothing is
+        written to.
+    """
+    grad_x = gradient if in_place or not needs_x else gradient.new_empty(gradient.shape)
+    count, size, _ = blocks.shape
+    width, side_by_side, rows = _tiles(x, size, BACKWARD)
+    tiles = triton.cdiv(len(x), rows)
+    steps = triton.cdiv(tiles, triton.cdiv(PROGRAMS, side_by_side))
+    splits = triton.cdiv(tiles, steps)
+    sums = x.new_empty(splits, count, size, size, dtype=x.dtype if splits == 1 else torch.float32)
+    strides = x.stride(0), gradient.stride(0), grad_x.stride(0), *blocks.stride()
+    given = x, gradient, blocks, grad_x, sums, len(x), x.shape[1], steps, *strides, size, width, rows, needs_x
+    if not _launch(_rotate_backward, (side_by_side, splits), (*given, BACKWARD.stages), num_warps=BACKWARD.warps):
+        return None
+    return grad_x if needs_x else None, sums[0] if splits == 1 else sums.sum(0).to(x.dtype)

@@ -1,0 +1,41 @@
+"""The Triton kernels of block rotations, in processes of their own: Triton interprets all kernels of one or none."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CASES = Path(__file__).with_name("block_kernels_on_device.py")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    "interpreted",
+    [
+        pytest.param(True, id="interpreter"),
+        pytest.param(
+            False,
+            id="gpu",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+        ),
+    ],
+)
+def test_against_plain_torch(interpreted: bool) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if interpreted else "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", CASES], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout
+
+
+def test_triton_is_not_loaded_with_isotune() -> None:
+    script = "import sys, isotune.algebra.factors; print('isotune.algebra.block_kernels' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from isotune.subspace import iteration
 from isotune.subspace import solvers as module
 from isotune.subspace.cache import SubspaceCache
 from isotune.subspace.result import Subspace, SubspaceRequest
@@ -124,16 +125,16 @@ def test_rounds_in_bfloat16_change_the_cost_and_not_the_answer(
 ) -> None:
     weight, vectors = weight_like(*shape)
     products: list[torch.dtype] = []
-    product = module._product
+    product = iteration._product
 
-    def counted(matrix: Tensor, block: Tensor) -> Tensor:
+    def counted(matrix: Tensor, block: Tensor, narrow: bool) -> Tensor:
         products.append(matrix.dtype)
-        return product(matrix, block)
+        return product(matrix, block, narrow)
 
-    monkeypatch.setattr(module, "_product", counted)
+    monkeypatch.setattr(iteration, "_product", counted)
     for coarse in (False, True):
         products.clear()
-        monkeypatch.setattr(module, "_rounds_cheaply", lambda matrix, block, coarse=coarse: coarse)
+        monkeypatch.setattr(iteration, "_rounds_cheaply", lambda matrix, block, coarse=coarse: coarse)
         found = principal_subspace(weight.float(), 16, solver="lowrank")
         assert found.solver == "lowrank"
         assert sine(found.basis, vectors[:16]) <= 1e-3
@@ -144,11 +145,11 @@ def test_rounds_in_bfloat16_change_the_cost_and_not_the_answer(
 
 
 def test_only_large_single_precision_weights_are_rounded() -> None:
-    assert not module._rounds_cheaply(torch.empty(64, 64), 16)
-    assert not module._rounds_cheaply(torch.empty(4096, 4096, dtype=torch.float64), 128)
+    assert not iteration._rounds_cheaply(torch.empty(64, 64), 16)
+    assert not iteration._rounds_cheaply(torch.empty(4096, 4096, dtype=torch.float64), 128)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     supported = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
-    assert module._rounds_cheaply(torch.empty(4096, 4096), 128) == supported
+    assert iteration._rounds_cheaply(torch.empty(4096, 4096), 128) == supported
 
 
 @pytest.mark.parametrize("decay", [0.2, 0.5, 1.0])
@@ -163,7 +164,7 @@ def test_lowrank_stops_only_when_the_tolerance_is_reached(decay: float, rank: in
 
 
 def test_lowrank_falls_back_to_the_exact_solver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MAX_APPLICATIONS", 2)
+    monkeypatch.setattr(iteration, "_MAX_APPLICATIONS", 2)
     weight, vectors = weight_like(300, 300)
     found = principal_subspace(weight.float(), 16, solver="lowrank")
     assert found.solver == "full"

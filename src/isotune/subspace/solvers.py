@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from isotune.subspace.bounds import angle_bound, filter_degree, missing_energy, relative_residual
 from isotune.subspace.cache import SubspaceCache
+from isotune.subspace.equality import EqualWeights
+from isotune.subspace.iteration import block_size, iterate
 from isotune.subspace.pinning import gaussian
-from isotune.subspace.precision import full_precision, without_autocast
+from isotune.subspace.precision import without_autocast
 from isotune.subspace.result import Subspace
 from isotune.subspace.result import SubspaceRequest as SubspaceRequest
 
@@ -23,18 +24,14 @@ SOLVERS = ("auto", "full", "lowrank")
 SOLVER_VERSION = 2
 """Part of every cache key: raise it whenever a solver's result changes by more than rounding."""
 
-ENERGY_TOLERANCE = 1e-5
-"""Where the gap at the cut is too small to fix the subspace: how far from optimal the captured energy may be."""
-
 # Singular values below this share of the largest are rounding noise of the weight itself: their directions are
 # nobody's, so they are replaced by directions that depend on the others only (see `_complete`).
 _NEGLIGIBLE = {torch.float32: 2e-6, torch.float64: 1e-13}
-_MAX_APPLICATIONS = 60
 _PROGRESS_DELAY_SECONDS = 3.0
-# Rounds in bfloat16 end here: the sine of the angle that its rounding leaves room for, with a margin.
-_COARSE_ANGLE = 0.3
-# Below this many multiplications per product, converting the weight costs more than the products save.
-_COARSE_WORK = 2e8
+_CHUNK = 2**24
+"""Elements of a weight that the exact solver widens to float64 at a time."""
+_LARGEST_FULL = 2048
+"""The largest shorter side that "auto" gives to the exact solver on a GPU for its speed."""
 
 
 def principal_subspace(
@@ -101,11 +98,13 @@ def principal_subspace(
             )
         # A power of two costs no accuracy, and keeps squares away from overflow and underflow.
         exponent = math.frexp(largest)[1]
-        if abs(exponent) > 16:
+        scaled = abs(exponent) > 16
+        if scaled:
             matrix = torch.ldexp(matrix, matrix.new_tensor(-exponent))  # 2 to an integer is in the default dtype
-        result = _solve(matrix, rank, solver, tolerance, seed)
+        original = matrix if scaled or device.type == "mps" else weight.detach()
+        result = _solve(matrix, rank, solver, tolerance, seed, original)
         values = result.singular_values
-        if abs(exponent) > 16:
+        if scaled:
             values = torch.ldexp(values, values.new_tensor(exponent))
         return replace(result, basis=result.basis.to(device), singular_values=values.to(device))
 
@@ -125,7 +124,8 @@ def principal_subspaces(
 
     Args:
         requests: the weights and their ranks.
-        cache: keeps results on disk between processes; None for none.
+        cache: keeps results on disk between processes; None for none. Weights on a CUDA device are always solved:
+            that takes less time than to find out which entry is theirs.
         progress: None shows one bar over all weights if the work takes more than a few seconds, True at once, False
             never.
 
@@ -138,7 +138,7 @@ def principal_subspaces(
     """
     # tqdm reads its own switch only where nothing is passed, and then only once, at its import.
     off = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
-    solved: dict[tuple[str, torch.device], Subspace] = {}
+    solved = EqualWeights()
     results: list[Subspace] = []
     with tqdm(
         total=len(requests),
@@ -150,22 +150,38 @@ def principal_subspaces(
         for request in requests:
             weight = request.weight if isinstance(request.weight, Tensor) else request.weight()
             _check_request(weight, request.rank, solver, tolerance, request.name)
-            key = subspace_key(weight, request.rank, solver, tolerance, seed)
-            found = solved.get((key, weight.device))
-            if found is None and cache is not None:
-                shape = (request.rank, weight.shape[1])
-                found = cache.get(key, shape, weight=weight, tolerance=tolerance)
+            equal, found = solved.find(weight, request.rank)
             if found is None:
-                found = principal_subspace(
-                    weight, request.rank, solver=solver, tolerance=tolerance, seed=seed, name=request.name
-                )
-                if cache is not None:
-                    cache.put(key, found)
-            solved[key, weight.device] = found
+                found = _found_or_solved(weight, request, solver, tolerance, seed, cache)
+                solved.add(equal, request, found)
             results.append(found)
             del weight
             bar.update()
     return results
+
+
+def _found_or_solved(
+    weight: Tensor, request: SubspaceRequest, solver: str, tolerance: float, seed: int, cache: SubspaceCache | None
+) -> Subspace:
+    key = ""
+    if cache is not None and worth_hashing(weight.device):
+        key = subspace_key(weight, request.rank, solver, tolerance, seed)
+        found = cache.get(key, (request.rank, weight.shape[1]), weight=weight, tolerance=tolerance)
+        if found is not None:
+            return found
+    found = principal_subspace(weight, request.rank, solver=solver, tolerance=tolerance, seed=seed, name=request.name)
+    if cache is not None and key:
+        cache.put(key, found)
+    return found
+
+
+def worth_hashing(device: torch.device) -> bool:
+    """Say whether naming a weight for the cache costs less than solving it.
+
+    Not on a GPU: the H100's host took 0.1 to 0.4 s to copy and hash a weight of 4096 × 4096 to 14336 × 4096 that the
+    GPU solves in 0.02 to 0.04 s at rank 46 and in 0.12 s at rank 352.
+    """
+    return device.type != "cuda"
 
 
 def subspace_key(weight: Tensor, rank: int, solver: str, tolerance: float, seed: int) -> str:
@@ -214,15 +230,15 @@ def _check_request(weight: Tensor, rank: int, solver: str, tolerance: float, nam
         )
 
 
-def _solve(matrix: Tensor, rank: int, solver: str, tolerance: float, seed: int) -> Subspace:
+def _solve(matrix: Tensor, rank: int, solver: str, tolerance: float, seed: int, original: Tensor) -> Subspace:
     # By rows: as accurate as float64 over everything, without converting a large weight.
     total = float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
     if solver == "auto":
-        solver = cheaper_solver(matrix.shape[0], matrix.shape[1], rank)
+        solver = cheaper_solver(matrix.shape[0], matrix.shape[1], rank, matrix.device)
     iterations = 0
     found = None
     if total > 0.0 and solver == "lowrank":
-        found, iterations = _lowrank(matrix, rank, tolerance, seed)
+        found, iterations = iterate(matrix, rank, tolerance, seed, original)
     if found is None:
         solver = "full"
         found = _full(matrix, rank)
@@ -244,87 +260,19 @@ def _full(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if matrix.dtype == torch.float64:
         _, values, basis = torch.linalg.svd(matrix, full_matrices=False)
         return basis[:rank], values[:rank]
-    double = matrix.double()
     wide = matrix.shape[0] < matrix.shape[1]
-    gram = double @ double.T if wide else double.T @ double
+    tall = matrix.T if wide else matrix
+    # By rows, so that never all of a large weight lies there once more in float64.
+    parts = torch.split(tall, max(1, _CHUNK // tall.shape[1]))
+    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=matrix.device)
+    for part in parts:
+        double = part.double()
+        gram.addmm_(double.T, double)
     eigenvalues, vectors = torch.linalg.eigh(gram)
     values = eigenvalues[-rank:].flip(0).clamp_min(0.0).sqrt()
     top = vectors[:, -rank:].flip(1)
     # QR takes the strong directions out of the weak ones in turn, which dividing by the singular value would not.
-    return (torch.linalg.qr(double.T @ top).Q.T if wide else top.T), values
-
-
-def _lowrank(matrix: Tensor, rank: int, tolerance: float, seed: int) -> tuple[tuple[Tensor, Tensor] | None, int]:
-    """Chebyshev-filtered subspace iteration with Rayleigh-Ritz; None if the tolerance was not reached in the budget.
-
-    Each round multiplies a block of about 2 rank vectors by a Chebyshev polynomial of WᵀW that is small on the
-    unwanted end of the spectrum, [0, θ_b], and grows fastest beyond it: 2 to 4 times fewer products than powers.
-
-    Where the device multiplies bfloat16 much faster, the first rounds use it: a rounded product only makes a slightly
-    worse start for the next round. The residuals that decide are always those of a round in full precision.
-    """
-    wide = matrix.shape[0] < matrix.shape[1]
-    tall = matrix.T if wide else matrix  # iterate on the short side; the long side comes with the last product
-    short = tall.shape[1]
-    block = min(short, block_size(rank))
-    energy_tolerance = min(ENERGY_TOLERANCE, 10.0 * tolerance**2)
-    exact = None if _rounds_cheaply(tall, block) else full_precision(tall)
-    working = tall.to(torch.bfloat16) if exact is None else exact
-    start = gaussian(short, block, seed).to(tall)
-    vectors = torch.linalg.qr(_product(working.T, _product(working, start))).Q
-    applications = 1
-    relative = math.inf
-    while True:
-        image = _product(working, vectors)
-        ritz, rotation = torch.linalg.eigh(image.double().T @ image.double())
-        ritz = ritz.flip(0).clamp_min(0.0)
-        rotation = rotation.flip(1)
-        # In float64, as are all products but those with the weight: no setting of the process rounds them.
-        vectors, image = (vectors.double() @ rotation).to(vectors), (image.double() @ rotation).to(image)
-        applied = _product(working.T, image)
-        applications += 1
-        residuals = torch.linalg.vector_norm(applied.double() - vectors.double() * ritz, dim=0)
-        previous, relative = relative, relative_residual(ritz, residuals, rank)
-        if exact is None:
-            # The rounding of bfloat16 is where its rounds stop to gain.
-            if relative > 0.5 * previous or angle_bound(ritz, residuals, rank) <= _COARSE_ANGLE:
-                working = exact = full_precision(tall)
-                relative = math.inf
-        else:
-            # Residuals that have fallen to rounding and no further: no more can be known of a cut between such close
-            # values, and the energy decides. Residuals that merely fall slowly (a flat spectrum) prove nothing, as
-            # larger eigenvalues may still be missing; those run into the budget and the exact solver.
-            rounding = 32.0 * torch.finfo(matrix.dtype).eps * math.sqrt(rank * float(ritz[0] / ritz[rank - 1]))
-            at_rounding = 0.5 * previous < relative <= rounding
-            at_rounding = at_rounding and missing_energy(ritz, residuals, rank) <= energy_tolerance
-            if block == short or at_rounding or angle_bound(ritz, residuals, rank) <= tolerance:
-                top = (image if wide else vectors)[:, :rank].double()
-                return (torch.linalg.qr(top).Q.T, ritz[:rank].sqrt()), applications
-        if applications >= _MAX_APPLICATIONS:
-            return None, applications
-        cut = max(float(ritz[-1]), 1e-12 * float(ritz[0]))
-        degree = filter_degree(float(ritz[0]) / cut, float(ritz[rank - 1]) / cut)
-        before, vectors = vectors, applied * (2.0 / cut) - vectors
-        for _ in range(degree - 1):
-            applied = _product(working.T, _product(working, vectors))
-            before, vectors = vectors, applied * (4.0 / cut) - 2.0 * vectors - before
-        applications += degree - 1
-        vectors = torch.linalg.qr(vectors).Q
-
-
-def _rounds_cheaply(matrix: Tensor, block: int) -> bool:
-    """Say whether products in bfloat16 are several times faster here than in the dtype of `matrix`."""
-    if matrix.dtype != torch.float32 or matrix.numel() * block < _COARSE_WORK:
-        return False
-    if matrix.device.type == "cpu":
-        can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.6 has none
-        return bool(can.get("amx_bf16", False) or can.get("avx512_bf16", False))
-    return matrix.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def _product(matrix: Tensor, block: Tensor) -> Tensor:
-    """`matrix` @ `block` in the precision of `matrix`, as the dtype of `block`."""
-    return (matrix @ block.to(matrix.dtype)).to(block.dtype)
+    return (torch.linalg.qr(torch.cat([part.double() @ top for part in parts])).Q.T if wide else top.T), values
 
 
 def _complete(basis: Tensor, values: Tensor, negligible: float) -> Tensor:
@@ -343,20 +291,24 @@ def _complete(basis: Tensor, values: Tensor, negligible: float) -> Tensor:
     return torch.cat([basis[:kept], (orthogonal * signs).T[kept:]])
 
 
-def block_size(rank: int) -> int:
-    """How many vectors "lowrank" iterates on: about twice the rank, so that the cut never sets the speed.
+def cheaper_solver(out_features: int, in_features: int, rank: int, device: torch.device | str = "cpu") -> str:
+    """Say which solver "auto" takes, "full" or "lowrank", by the cost model of a device.
 
-    A multiple of 16, for which the matrix products at 4096 x 4096 took 7 % less time on two cores.
+    Fitted by benchmarks/subspace.py: operations on two CPU cores, and seconds on an NVIDIA H100 for bfloat16 weights
+    of 1024 to 14336 rows and columns at ranks 46 and 352 (the fit is within 20 % of each). GPUs for consumers have
+    float64, in which "full" squares the weight, at a fiftieth of that card's speed or less: on a GPU "full" ends at
+    sides of 2048, unless the block of "lowrank" were most of the weight.
     """
-    return -(-(2 * rank + 8) // 16) * 16
-
-
-def cheaper_solver(out_features: int, in_features: int, rank: int) -> str:
-    """Say which solver "auto" takes, "full" or "lowrank", by a cost model fitted to two CPU cores."""
     short, long = sorted((out_features, in_features))
     block = block_size(rank)
     if 2 * block > short:
         return "full"
-    full = 2.0 * long * short**2 + 12.0 * short**3
-    lowrank = 20 * 4.0 * long * short * block
+    if torch.device(device).type == "cuda":
+        if short > _LARGEST_FULL:
+            return "lowrank"
+        full = 1.2e-5 * short + 1.1e-12 * short**3 + 4.3e-14 * long * short**2
+        lowrank = 1.2e-2 + 6.4e-5 * block + 1.5e-12 * long * short * block
+    else:
+        full = 2.0 * long * short**2 + 12.0 * short**3
+        lowrank = 20 * 4.0 * long * short * block
     return "lowrank" if lowrank < full else "full"

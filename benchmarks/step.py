@@ -33,11 +33,10 @@ import peft
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaModel
 
 import isotune
-from isotune.experiments.measure import kept_bytes
+from isotune.experiments.measure import Operations, kept_bytes
 
 LAYERS = {256: 6, 512: 6, 1024: 4, 2048: 2}
 RANKS = (46, 128)
@@ -127,24 +126,11 @@ def step(model: nn.Module, embeddings: Tensor) -> None:
     embeddings.grad = None
 
 
-class CountOperations(TorchDispatchMode):
-    """Counts dispatched aten operations that are not views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view and func.name() not in ("aten::detach", "aten::_unsafe_view"):
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 def forward_operations(model: nn.Module, embeddings: Tensor) -> int:
     """Aten operations, views not counted, in one forward pass."""
-    with CountOperations() as counter:
+    with Operations() as operations:
         model(inputs_embeds=embeddings)
-    return counter.count
+    return len(operations.names)
 
 
 def matmul_bound(model: nn.Module, rank: int) -> float:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from isotune import PsoftConfig, get_peft_model
@@ -435,24 +434,6 @@ def counted(monkeypatch: Any, target: str) -> Iterator[list[Any]]:
     with monkeypatch.context() as patch:
         patch.setattr(module, name, wrapper)
         yield calls
-
-
-_VIEWS = {"view", "t", "transpose", "reshape", "unsqueeze", "squeeze", "expand", "permute", "select", "slice", "alias"}
-_VIEWS |= {"_unsafe_view", "detach", "as_strided", "unbind"}
-
-
-class AtenOps(TorchDispatchMode):
-    """The aten operations that do work: everything but views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        if name not in _VIEWS:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 # -- every method at run time --------------------------------------------------------------------------------------

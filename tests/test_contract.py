@@ -19,7 +19,6 @@ from helpers import (
     CHECKPOINTING,
     DROPOUT,
     EXACT_START,
-    AtenOps,
     OneLayer,
     adapt,
     assert_gradients_are_right,
@@ -44,7 +43,7 @@ from isotune.adapter.rotation import RotationAdapter
 from isotune.algebra.factors import LowRank, apply_chain
 from isotune.diagnostics.turn import turned_weights
 from isotune.errors import IsotuneWarning
-from isotune.experiments.measure import Kept
+from isotune.experiments.measure import Kept, Operations
 from isotune.methods import METHODS
 from isotune.tuner.layer import Layer
 from isotune.tuner.placing import place_adapter
@@ -788,7 +787,7 @@ def test_at_most_ten_operations_a_layer(method: str, case: Case, grad: bool, mon
     with torch.set_grad_enabled(grad):
         tensors = layer.adapter("default").tensors()  # the one evaluation belongs to the model, not to the layer
         monkeypatch.setattr(layer.adapter("default"), "tensors", lambda dtype: tensors)
-        with AtenOps() as operations:
+        with Operations() as operations:
             layer(x)
     assert len(operations.names) <= 10, operations.names
 

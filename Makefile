@@ -3,6 +3,9 @@
 # make quick  the tests to run while you work: no slow ones, a covering part of the contract; `make quick PART=adapter`
 #             runs those of one package, a folder or a file of tests/ (adapter, hosts, contract, user_paths, …)
 # make product  every case of every test, where `make test` takes a covering part of products of over 200
+# make gpu    on a machine with an NVIDIA GPU: what is right, how fast, how much memory, in 8 minutes; again to continue.
+#             Needs no network and no virtual environment, only what is installed for $(PYTHON); `make gpu GPU=--dry-run`
+#             tries it on a CPU, `make gpu GPU='--only step --minutes 3'` measures a part
 # make docs   build the documentation into site/
 # make constraints   resolve constraints.txt anew for every Python from 3.10 on, keeping the versions that still fit;
 #                    `make constraints UPGRADE=--upgrade` takes the newest, `UPGRADE='-P torch -P peft'` those of some
@@ -12,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test quick product lint docs constraints clean
+.PHONY: demo test quick product gpu lint docs constraints clean
 
 demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/isotune train demo
@@ -30,6 +33,9 @@ quick: $(VENV)/.test
 
 product: $(VENV)/.test
 	ISOTUNE_TESTS=product $(PYTEST)
+
+gpu:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --minutes 8 -o runs/gpu.json $(GPU)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -150,8 +150,11 @@ def failure(run: Run, reason: str, *, final: bool = False) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The versions of what a result depends on."""
-    names = ("isotune", "torch", "transformers", "peft", "accelerate", "scikit-learn", "numpy")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+    from isotune import __version__  # its metadata are missing where the sources are run without an installation
+
+    names = ("torch", "transformers", "peft", "accelerate", "scikit-learn", "numpy")
+    others = {name: metadata.version(name) for name in names}
+    return {"python": platform.python_version(), "isotune": __version__, **others}
 
 
 def hardware() -> dict[str, Any]:

@@ -15,11 +15,15 @@ from typer.testing import CliRunner
 
 from helpers import FAMILIES, layers_of, some_tokens, tiny_llama
 from isotune import cli
+from isotune.experiments import registry
+from isotune.experiments.files import write_json
 from isotune.experiments.measure import Kept
 from isotune.experiments.methods import attach
+from isotune.experiments.planning import measured
 from isotune.experiments.planning.estimate import estimate as plan
 from isotune.experiments.planning.formula import adapter_activations
-from isotune.experiments.planning.setting import ACCELERATORS, Setting, parse_options
+from isotune.experiments.planning.measured import Measured
+from isotune.experiments.planning.setting import ACCELERATORS, ASSUMED_UTILIZATION, Setting, parse_options
 from isotune.experiments.planning.show import to_text
 from isotune.experiments.planning.trace import trace
 from isotune.experiments.recipe import Method
@@ -314,6 +318,40 @@ def test_the_command(tmp_path: Path) -> None:
     assert own.seconds == own.operations / 0.5e12
     assert "1e+12" in to_text(own)
     assert own.total < ACCELERATORS["l4"].memory
+
+
+def test_measured_steps_replace_the_assumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "FOLDER", tmp_path / "measured")
+    where = folder(tiny_llama(), tmp_path)
+    assumed = plan(setting(where, options={"r": 6}, dtype="bfloat16"))
+    assert assumed.utilization == ASSUMED_UTILIZATION
+    assert "assumed, not measured" in to_text(assumed)
+    (tmp_path / "measured").mkdir()
+    write_json(tmp_path / "measured" / "l4.json", vars(Measured("that card, these steps", "bfloat16", {"psoft": 0.25})))
+    on_l4 = {"options": {"r": 6}, "dtype": "bfloat16", "accelerator": "l4"}
+    found = plan(setting(where, **on_l4))
+    assert found.utilization == 0.25
+    assert found.seconds == found.operations / (0.25 * ACCELERATORS["l4"].half)
+    assert "25% are reached (measured: that card, these steps)" in to_text(found)
+    # Of anything else nothing is known.
+    for other in (
+        {"accelerator": "l40s"},
+        {"method": "lora"},
+        {"dtype": "float32"},
+        {"quantization": "nf4"},
+        {"flops": 1e12},
+    ):
+        assert plan(setting(where, **{**on_l4, **other})).utilization == ASSUMED_UTILIZATION
+    assert plan(setting(where, **on_l4, utilization=0.1)).utilization == 0.1
+
+
+def test_the_constants_that_the_package_holds_are_of_known_accelerators_and_methods() -> None:
+    for path in measured.FOLDER.glob("*.json"):
+        found = Measured.on(path.stem)
+        assert path.stem in ACCELERATORS
+        assert found is not None
+        assert set(found.utilization) <= set(registry.entries())
+        assert all(0.0 < share < 1.0 for share in found.utilization.values())
 
 
 def test_a_mixture_of_experts(tmp_path: Path) -> None:

@@ -29,7 +29,10 @@ def plan(
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Activations are computed again.")] = False,
     accelerator: Annotated[str, typer.Option(help="h200, h100, a100, l40s or l4.")] = "h100",
     flops: Annotated[float | None, typer.Option(help="Operations a second of another device, such as 300e12.")] = None,
-    utilization: Annotated[float, typer.Option(help="Share of its speed that a device reaches.")] = 0.4,
+    utilization: Annotated[
+        float | None,
+        typer.Option(help="Share of its speed that a device reaches. Default: as measured on it, else 0.4."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Estimate memory and time of a fine-tuning from the model's configuration alone."""

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from isotune.experiments import methods, registry
 from isotune.experiments.planning.formula import adapter_activations, factor_bytes, paper_activations
-from isotune.experiments.planning.setting import ACCELERATORS, BITS, DTYPES, OPTIMIZER_BYTES, SHARDED, Setting
+from isotune.experiments.planning.measured import Measured
+from isotune.experiments.planning.setting import (
+    ACCELERATORS,
+    ASSUMED_UTILIZATION,
+    BITS,
+    DTYPES,
+    OPTIMIZER_BYTES,
+    SHARDED,
+    Setting,
+)
 from isotune.experiments.planning.trace import attention, blocks_of, inputs_for, trace
 from isotune.experiments.recipe import Method
 from isotune.experiments.text import first_line
@@ -41,6 +50,8 @@ class Estimate:
     """What is kept by the formula of the paper's Table 9, scaled to the dtype; None for a method it does not have."""
     operations: int
     """Floating-point operations of a step of one device."""
+    utilization: float
+    """Share of the device's speed that is reached: as given, measured or assumed."""
     seconds: float
     sent: int
     """Bytes that one device sends and receives in a step."""
@@ -101,6 +112,7 @@ def estimate(setting: Setting) -> Estimate:
     memory["working space"] = working
     device = ACCELERATORS[setting.accelerator]
     speed = setting.flops or (device.single if dtype == "float32" else device.half)
+    utilization, source = _utilization(setting, dtype)
     tokens = _tokens(base, inputs)
     operations = step.operations_with(checkpointing=setting.checkpointing)
     return Estimate(
@@ -115,9 +127,15 @@ def estimate(setting: Setting) -> Estimate:
         adapter_activations=adapter_activations(model, tokens),
         paper_activations=paper_activations(setting, base, tokens),
         operations=operations,
-        seconds=operations / (speed * setting.utilization),
+        utilization=utilization,
+        seconds=operations / (speed * utilization),
         sent=_sent(setting, base_bytes, trained_bytes),
-        assumptions=_assumptions(setting, speed, pairs=getattr(base.config, "is_encoder_decoder", False)),
+        assumptions=_assumptions(
+            setting,
+            speed,
+            f"{utilization:.0%} are reached ({source})",
+            pairs=getattr(base.config, "is_encoder_decoder", False),
+        ),
     )
 
 
@@ -194,14 +212,26 @@ def _sent(setting: Setting, base_bytes: int, trained_bytes: int) -> int:
     return round(share * 2 * trained_bytes)
 
 
-def _assumptions(setting: Setting, speed: float, *, pairs: bool) -> list[str]:
+def _utilization(setting: Setting, dtype: str) -> tuple[float, str]:
+    """The share of the device's speed that a step reaches, and where that is known from."""
+    if setting.utilization is not None:
+        return setting.utilization, "as given"
+    measured = None if setting.flops else Measured.on(setting.accelerator)
+    if measured is None or setting.method not in measured.utilization:
+        return ASSUMED_UTILIZATION, "assumed, not measured"
+    if dtype != measured.dtype or setting.quantization != "none":
+        return ASSUMED_UTILIZATION, f"assumed; measured are unquantised weights in {measured.dtype} alone"
+    return measured.utilization[setting.method], f"measured: {measured.about}"
+
+
+def _assumptions(setting: Setting, speed: float, reached: str, *, pairs: bool) -> list[str]:
     own = (
         f"--flops {setting.flops:.3g}"
         if setting.flops
         else f"{setting.accelerator}: {speed / 1e12:,.0f} TFLOP/s, dense"
     )
     found = [
-        f"speed: {own}, of which {setting.utilization:.0%} are reached; communication and the optimiser take no time",
+        f"speed: {own}, of which {reached}; communication and the optimiser take no time",
         "activations: what autograd keeps of a step, counted on the model without weights; attention keeps no scores",
         "working space: one more tensor as large as the largest that is kept, and what the options below add",
         "fragmentation and the libraries' own memory, often 1 to 2 GB, come on top",

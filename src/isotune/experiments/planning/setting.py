@@ -52,6 +52,9 @@ SHARDED = {
 }
 """What each kind of sharding spreads over the devices."""
 
+ASSUMED_UTILIZATION = 0.4
+"""Share of an accelerator's speed that a step reaches where nothing was measured."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -70,7 +73,8 @@ class Setting:
             of a model with an encoder gets a sequence as long as the encoder's.
         checkpointing: whether activations of blocks are computed again in backward.
         flops: operations a second of one device, in the place of an accelerator's.
-        utilization: share of that speed that is reached.
+        utilization: share of that speed that is reached; None: what was measured on this accelerator with this method,
+            or else `ASSUMED_UTILIZATION`.
     """
 
     model: str
@@ -86,7 +90,7 @@ class Setting:
     checkpointing: bool = False
     accelerator: str = "h100"
     flops: float | None = None
-    utilization: float = 0.4
+    utilization: float | None = None
 
     def __post_init__(self) -> None:
         require_choice("method", self.method, [name for name in registry.entries() if name != "head"])
@@ -106,7 +110,7 @@ class Setting:
         require_choice("accelerator", self.accelerator, ACCELERATORS)
         if self.flops is not None and not self.flops > 0:
             raise ValueError(f"flops={self.flops!r} is not allowed; give operations a second, such as 300e12.")
-        if not 0 < self.utilization <= 1:
+        if self.utilization is not None and not 0 < self.utilization <= 1:
             raise ValueError(f"utilization={self.utilization!r} is not allowed; it must be above 0 and at most 1.")
 
 

@@ -15,6 +15,7 @@ modes look for what `torch.cuda.set_sync_debug_mode("error")` would report, and 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,8 +40,7 @@ from helpers import (
     configured,
     counted,
 )
-from isotune.adapter import evaluation, placement
-from isotune.tuner import adapted_model, placing
+from isotune.tuner.adapted_model import AdaptedModel
 
 pytestmark = pytest.mark.covered(method=(*FEW, "goft"), host=("linear", "conv2d", "embedding"))
 METHOD = pytest.mark.parametrize("method", WITH_LORA)
@@ -106,8 +106,9 @@ def with_values(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Have the library take tensors on the meta device for such as have values, from the call of this on."""
 
     def hide() -> None:
-        for module in (evaluation, placement, placing, adapted_model):
-            monkeypatch.setattr(module, "is_symbolic", lambda tensor: False)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("isotune.") and hasattr(module, "is_symbolic"):
+                monkeypatch.setattr(module, "is_symbolic", lambda tensor: False)
 
     return hide
 
@@ -271,5 +272,5 @@ def test_ten_decoded_tokens_evaluate_once(
     with torch.no_grad(), counted(monkeypatch, "isotune.adapter.evaluation.SharedEvaluation._untracked") as calls:
         with refusing_waits(), model.base_model._enable_peft_forward_hooks():
             model.get_base_model().generate(x, 10)
-        evaluations = [] if method == LORA else adapted_model.AdaptedModel.of(model.get_base_model()).evaluations
+        evaluations = [] if method == LORA else AdaptedModel.of(model.get_base_model()).evaluations
         assert len(calls) == len(evaluations)

@@ -29,7 +29,7 @@ CUDA_ALONE = pytest.mark.skipif(DEVICE.type != "cuda", reason="a CPU has no such
 
 def why_not_compiled() -> str | None:
     """Why inductor cannot make code for the device here; None where it can."""
-    if not any(map(shutil.which, ("gcc", "cc", "clang"))):
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         return "inductor needs a C compiler, and there is none"
     if DEVICE.type == "cuda" and find_spec("triton") is None:
         return "inductor needs Triton for a GPU, and it is not installed"

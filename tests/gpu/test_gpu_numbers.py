@@ -26,12 +26,10 @@ def test_identity_at_the_start(method: str, host: str, precision: str) -> None:
     with PRECISIONS[precision].set():
         found, expected = model(x), base(x)
         assert found.dtype == expected.dtype
-        # HRA's reflections cancel up to the rounding of what they multiply, the others' zeros are exact.
-        half = PRECISIONS[precision].autocast is not None
-        limit = PRECISIONS[precision].epsilon if half or method == "hra" else 2**-23
-        assert relative_error(found, expected) <= 4 * limit
+        limit = max(4 * PRECISIONS[precision].epsilon, 1e-6)
+        assert relative_error(found, expected) <= limit
         model.merge_adapter()
-        assert relative_error(model(x), expected) <= 4 * limit
+        assert relative_error(model(x), expected) <= limit
 
 
 @METHOD
@@ -89,10 +87,9 @@ def test_an_adapter_goes_from_the_gpu_to_the_cpu_and_back(method: str, tf32: boo
     with PRECISIONS["tf32" if tf32 else "fp32"].set():
         options = {"regularizer_weight": 0.0} if method == "qgoft" else {}
         model = move(get_peft_model(wide_base().to(DEVICE), configured(method, ["0", "2"], **options))).eval()
-        for parameter in trainable(model).values():
-            parameter.grad = torch.randn_like(parameter)
-        torch.optim.SGD(trainable(model).values(), lr=0.05).step()
         x = torch.randn(5, 48)
+        model(x.to(DEVICE)).sin().sum().backward()
+        torch.optim.SGD(trainable(model).values(), lr=0.01).step()
         updates = [layer.get_delta_weight("default").cpu() for layer in layers_of(model)]
         output = model(x.to(DEVICE)).detach().cpu()
         for step, device in enumerate(("cpu", DEVICE, "cpu")):

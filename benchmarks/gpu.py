@@ -9,7 +9,7 @@
 Random weights at the shapes of Llama-3.1-8B, Llama-3.2-3B and Llama-3.2-1B, bf16, all seven projections; times are
 medians of interleaved rounds in one process, and ratios are to PEFT LoRA r=16 of the same round (decoding: to the
 frozen model). Every figure is written as soon as it is there; a piece that is in the file already, of the same card,
-versions and sources of isotune, is not measured again. `docs/speed.md` says what the figures mean.
+versions and sources of isotune, is not measured again.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
@@ -47,6 +49,8 @@ class Piece:
     name: str
     seconds: float
     measure: Callable[[Note], object]
+    apart: bool = False
+    """Whether it has a process of its own: where a capture has failed, random numbers may fail ever after."""
 
 
 def pieces(settings: Settings, options: argparse.Namespace, clock: Clock) -> Iterator[Piece]:
@@ -73,18 +77,22 @@ def pieces(settings: Settings, options: argparse.Namespace, clock: Clock) -> Ite
     for size in sizes:
         solve = functools.partial(start.one_layer, settings, size=size, ranks=(small, largest), svd=size == sizes[1])
         yield Piece(f"start/layer/{size[0]}x{size[1]}", 15, lambda note, solve=solve: solve(note))
-    for how, seconds, measure in (("eager", 35.0, decode.eager), ("graph", 15.0, decode.captured)):
+    for how, seconds, measure in (("eager", 35.0, decode.eager), ("graph", 40.0, decode.captured)):
         for batch in (1, 16):
             run = functools.partial(measure, settings, shape="8b", layers=few, batch=batch)
-            yield Piece(f"decode/{how}/batch={batch}", seconds, lambda note, run=run: run(note))
+            yield Piece(f"decode/{how}/batch={batch}", seconds, lambda note, run=run: run(note), how == "graph")
     for name in ("3b", "1b"):
         yield step("1x", 90, name)
     for name in ("8b", "3b", "1b"):
         yield step("4x", 45, name, batch=4, variants={**some, **chosen(settings, f"isotune LoRA-XS r={small}")})
         yield step("checkpointing", 45, name, checkpointing=True, variants=some)
-    yield Piece("graph/8b", 50, lambda note: training.captured(settings, note, "8b", everything, few))
+    # First what is sure to be captured: after one that fails, others may fail, too.
+    own = {name: make for name, make in everything.items() if name.startswith("isotune")}
+    ordered = {**some, **own, **everything}
+    yield Piece("graph/8b", 90, lambda note: training.captured(settings, note, "8b", ordered, few), apart=True)
     for mode in ("default", "reduce-overhead"):
-        compiled = functools.partial(training.compiled, settings, shape="8b", variants=some, layers=few, mode=mode)
+        traced = chosen(settings, *list(some)[:3]) if settings.dry else some
+        compiled = functools.partial(training.compiled, settings, shape="8b", variants=traced, layers=few, mode=mode)
         yield Piece(f"compiled/8b/{mode}", 120, lambda note, compiled=compiled: compiled(note))
     yield Piece("decode/compiled/batch=1", 90, lambda note: decode.compiled(settings, note, "8b", few, 1))
     seen = some if settings.dry else everything
@@ -109,6 +117,27 @@ def selected(all_of_them: list[Piece], journal: Journal, options: argparse.Names
     return sorted(left, key=lambda piece: journal.failed(piece.name) and not begins(piece.name, options.again))
 
 
+def measured(piece: Piece, journal: Journal, clock: Clock, options: argparse.Namespace) -> dict[str, Any]:
+    """Carry out a piece, here or in a process of its own, and return what is noted of it."""
+    apart = piece.apart and (options.processes or not options.dry_run) and not options.here
+    if not apart:
+        return journal.run(piece.name, piece.measure)
+    given = ["--only", piece.name, "--again", piece.name, "--minutes", str(clock.left() / 60 + 1)]
+    given += ["-o", str(options.output), "--layers", str(options.layers), "--here"]
+    call = [sys.executable, __file__, *given, *(["--dry-run"] if options.dry_run else [])]
+    before = journal.results["pieces"].get(piece.name)
+    ended = subprocess.run(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    journal.read()
+    found: dict[str, Any] | None = journal.results["pieces"].get(piece.name)
+    if found is not None and found != before:
+        return found
+
+    def failed(note: Note) -> None:
+        raise RuntimeError(f"its process ended with code {ended.returncode}: {ended.stdout[-300:]}")
+
+    return journal.run(piece.name, failed)
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,6 +153,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minilm", type=Path, help="what --pack-minilm wrote; default: the package's own")
     parser.add_argument("--learning", type=Path, help="folder of the comparison; default: beside the results")
     parser.add_argument("--pack-minilm", type=Path, metavar="FOLDER", help="write the model for --minilm, and end")
+    own = "captured pieces in processes of their own in a dry run, too, as they always are on a GPU"
+    parser.add_argument("--processes", action="store_true", help=own)
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -153,7 +185,7 @@ def main() -> int:
             if clock.left() < expected:
                 print(f"{piece.name}: left out, {expected:.0f} s expected and {clock.left():.0f} s left", flush=True)
                 continue
-            found = journal.run(piece.name, piece.measure)
+            found = measured(piece, journal, clock, options)
             failed = f", failed: {'; '.join(found['errors'])}" if found["errors"] else ""
             print(f"{piece.name}: {found['seconds']:g} s{failed}", flush=True)
             try:

@@ -70,7 +70,12 @@ class Journal:
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path, self.about = path, about
-        self.results: dict[str, Any] = read_object(path) if path.exists() else {"pieces": {}}
+        self.results: dict[str, Any]
+        self.read()
+
+    def read(self) -> None:
+        """Take what the file holds."""
+        self.results = read_object(self.path) if self.path.exists() else {"pieces": {}}
 
     def holds(self, name: str) -> bool:
         """Whether a piece was measured to its end in this very environment."""
@@ -88,9 +93,9 @@ class Journal:
         write_json(self.path, self.results)
 
     def seconds(self, name: str) -> float | None:
-        """How long a piece took the last time, also in another environment."""
-        found: float | None = self.results["pieces"].get(name, {}).get("seconds")
-        return found
+        """How long a piece took the last time that it came to its end, also in another environment."""
+        found = self.results["pieces"].get(name, {})
+        return float(found["seconds"]) if found.get("complete") else None
 
     def run(self, name: str, measure: Callable[[Note], object]) -> dict[str, Any]:
         """Carry out a piece; what it notes is written at once, and an error of the whole piece under its name.

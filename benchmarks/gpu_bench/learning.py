@@ -41,12 +41,12 @@ def pack(folder: Path) -> int:
 
 
 def command(settings: Settings, model: str, folder: Path) -> list[str]:
-    """The call of `isotune compare`: the methods of the published comparison, or in a dry run two steps of three."""
+    """The call of `isotune compare`: the methods of the published comparison, or in a dry run two steps of one."""
     methods, sizes = read_object(PUBLISHED)["variants"], [RATES, SEEDS]
     tiny: list[str] = []
     if settings.dry:
-        methods, sizes = ["head", "lora:r=8", "psoft:r=4"], [1, 1]
-        tiny = ["train.max_steps=2", "data.max_train=64", "data.max_test=32"]
+        methods, sizes = ["psoft:r=4"], [1, 1]
+        tiny = ["train.max_steps=2", "train.max_length=16", "data.max_train=64", "data.max_test=32"]
     jobs = 1 if settings.dry else max(1, min(8, (os.cpu_count() or 2) // 2))
     search = ["--lr-search", str(sizes[0]), "--seeds", str(sizes[1]), "--lr-factor", str(FACTOR)]
     where = ["--jobs", str(jobs), "--threads", "1", "-o", str(folder)]

@@ -110,11 +110,16 @@ def captured(settings: Settings, note: Note, shape: str, variants: dict[str, Cal
     errors: dict[str, str] = {}
     base = llama(settings, settings.shapes[shape], layers)
     note(shape=shape, layers=layers, tokens=settings.tokens, step=STEP, how="a CUDA graph of the step, replayed")
-    actions: dict[str, Callable[[], Any]] = {}
+    # All are made before the first is captured: a capture that fails leaves the random numbers unusable. Each has
+    # embeddings of its own, whose gradient is part of the graph's memory.
+    made = {}
     for name, make in variants.items():
-        # Each with its own embeddings, whose gradient is part of the graph's memory.
-        embeddings = embeddings_of(settings, settings.shapes[shape].width, 1)
-        action = attempt(name, errors, lambda make=make, e=embeddings: captured_step(settings, adapted(base, make), e))
+        model = attempt(name, errors, lambda make=make: adapted(base, make))
+        if model is not None:
+            made[name] = (model, embeddings_of(settings, settings.shapes[shape].width, 1))
+    actions: dict[str, Callable[[], Any]] = {}
+    for name, (model, embeddings) in made.items():
+        action = attempt(name, errors, lambda m=model, e=embeddings: captured_step(settings, m, e))
         if action is not None:
             actions[name] = action
     found = compared(interleaved(settings, actions, errors, settings.rounds, 20), REFERENCE)

@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT / "src"))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from gpu_bench.models import SHAPES, Settings, adapted, configs, llama  # noqa: E402
 
+from gpu_bench.models import SHAPES, Settings, adapted, configs, llama  # noqa: E402
 from isotune.experiments.files import read_object, write_json  # noqa: E402
 from isotune.experiments.planning.measured import FOLDER, Measured  # noqa: E402
 from isotune.experiments.planning.setting import ACCELERATORS  # noqa: E402

@@ -95,7 +95,7 @@ def variants(x: Tensor, gradient: Tensor, blocks: Tensor) -> dict[str, Callable[
         "forward kernel": lambda: block_kernels.rotate_blocks(x, blocks),
         "backward torch": lambda: twin.backward(x, gradient, [blocks], True),
         "backward kernel": lambda: block_kernels.rotate_blocks_backward(x, gradient, blocks, True),
-        "blocks torch": lambda: twin.gradients(x, gradient, [blocks]),
+        "blocks torch": lambda: twin.backward(x, gradient, [blocks], needs_x=False),
         "blocks kernel": lambda: block_kernels.rotate_blocks_backward(x, gradient, blocks, False),
     }
 

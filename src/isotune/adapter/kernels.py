@@ -183,8 +183,9 @@ class _RotatedLinear(torch.autograd.Function):
         bias = None if bias is None else bias.to(x.dtype)
         result, rows = _frozen_linear(rotated, x.shape, weight.to(x.dtype), bias)
         if gain is not None:
-            # What the gain adds to what the layer itself computes, so that a gain of one changes no bit.
-            rows.addcmul_(rows if bias is None else rows - bias, (gain - 1).to(x.dtype))
+            # The gain stays in float32, which the product is rounded from once; a gain of one changes no bit. Beside a
+            # bias it is what the gain adds to what the layer itself computes.
+            rows.mul_(gain) if bias is None else rows.addcmul_(rows - bias, (gain - 1).to(x.dtype))
         return result
 
     @staticmethod
@@ -197,7 +198,7 @@ class _RotatedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             scratch = torch.mm(chain_forward(flat, ctx.chain, tensors), weight.t())
             grad_gain = scratch.mul_(grad).sum(0, dtype=gain.dtype)
-        inner = torch.mm(grad if gain is None else torch.mul(grad, gain.to(x.dtype), out=scratch), weight)
+        inner = torch.mm(grad if gain is None else torch.mul(grad, gain, out=scratch), weight)
         grad_x, grads = chain_backward(flat, inner, ctx.chain, tensors, ctx.needs_input_grad[0], in_place=True)
         return None if grad_x is None else grad_x.reshape(x.shape), grad_gain, None, None, *grads
 

@@ -53,19 +53,14 @@ class Factor(ABC):
         """x (I + D) for x (tokens, n): a new tensor, or with `in_place` x itself if it is contiguous."""
 
     @abstractmethod
-    def gradients(self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The gradients of the tensors from that of x (I + D)."""
-
-    @abstractmethod
     def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The tensors, differentiably, with which the same factor is x ↦ x (I + D)ᵀ."""
 
+    @abstractmethod
     def backward(
         self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor], needs_x: bool, in_place: bool = False
     ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        """The gradients of x, if needed, and of the tensors; `in_place` as in `apply`, of the gradient."""
-        grads = self.gradients(x, gradient, tensors)
-        return self.apply(gradient, self.transposed(tensors), in_place) if needs_x else None, grads
+        """The gradients of x, if needed, and of the tensors from that of x (I + D); `in_place` may overwrite it."""
 
 
 class BlockDiagonal(Factor):
@@ -98,6 +93,7 @@ class BlockDiagonal(Factor):
             x = x.index_select(1, self._order(x.device)[0])
         elif self.columns is not None:
             x = x[:, self.columns]
+            x = x if x.stride(1) == 1 else x.contiguous()  # each product would copy columns that lie apart
         return x.reshape(x.shape[0], x.shape[1] // self.size, self.size).transpose(0, 1)
 
     def _kernels(self, blocks: Tensor, *rows: Tensor) -> Any:
@@ -114,19 +110,20 @@ class BlockDiagonal(Factor):
             rotated: Tensor | None = kernels.rotate_blocks(x, tensors[0], in_place)
             if rotated is not None:
                 return rotated
-        update = torch.bmm(self._blocks(x), tensors[0]).transpose(0, 1)
+        return self._add(x, torch.bmm(self._blocks(x), tensors[0]), in_place)
+
+    def _add(self, x: Tensor, blocks: Tensor, in_place: bool) -> Tensor:
+        """x plus (blocks, tokens, b) on the columns that they cover."""
+        update = blocks.transpose(0, 1)
         if self.permuted:
             update = update.flatten(1).index_select(1, self._order(x.device)[1])
             return x.add_(update) if in_place else x + update
         if self.columns is None:
-            blocks = x.reshape(update.shape)
-            return (blocks.add_(update) if in_place else blocks + update).reshape(x.shape)
+            own = x.reshape(update.shape)
+            return (own.add_(update) if in_place else own + update).reshape(x.shape)
         result = x if in_place else x.clone()
         result[:, self.columns].add_(update.flatten(1))
         return result
-
-    def gradients(self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (torch.bmm(self._blocks(x).mT, self._blocks(gradient)),)
 
     def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return (tensors[0].mT,)
@@ -134,11 +131,13 @@ class BlockDiagonal(Factor):
     def backward(
         self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor], needs_x: bool, in_place: bool = False
     ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        if kernels := self._kernels(tensors[0], x, gradient):
+        if (needs_x or self.size < 16) and (kernels := self._kernels(tensors[0], x, gradient)):
             found = kernels.rotate_blocks_backward(x, gradient, tensors[0], needs_x, in_place)
             if found is not None:
                 return found[0], (found[1],)
-        return super().backward(x, gradient, tensors, needs_x, in_place)
+        own = self._blocks(gradient)
+        grads = (torch.bmm(self._blocks(x).mT, own),)
+        return self._add(gradient, torch.bmm(own, tensors[0].mT), in_place) if needs_x else None, grads
 
 
 class LowRank(Factor):
@@ -151,13 +150,19 @@ class LowRank(Factor):
         inner = torch.mm(x, left)
         return x.addmm_(inner, right) if in_place else torch.addmm(x, inner, right)
 
-    def gradients(self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        left, right = tensors
-        return torch.mm(x.t(), torch.mm(gradient, right.t())), torch.mm(torch.mm(x, left).t(), gradient)
-
     def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         left, right = tensors
         return right.mT, left.mT
+
+    def backward(
+        self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor], needs_x: bool, in_place: bool = False
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        left, right = tensors
+        inner = torch.mm(gradient, right.t())
+        grads = torch.mm(x.t(), inner), torch.mm(torch.mm(x, left).t(), gradient)
+        if not needs_x:
+            return None, grads
+        return gradient.addmm_(inner, left.t()) if in_place else torch.addmm(gradient, inner, left.t()), grads
 
 
 Chain = tuple[Factor, ...]

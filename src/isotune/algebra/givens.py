@@ -92,24 +92,30 @@ def givens_blocks(pairs: Tensor, n: int) -> tuple[Tensor, ...]:
     if not widths:
         return ()
     result: Tensor = _fold(pairs, n)[0] if is_exported() else _Blocks.apply(pairs, n)  # type: ignore[no-untyped-call]
-    grids = list(torch.split(result, [-(-width // _LEAF) for width in widths], -3))
+    grids = torch.split(result, [-(-width // _LEAF) for width in widths], -3)
     dense = _joined(widths)
-    if dense < len(widths):
-        top = grids[-1][..., 0, : widths[-1], : widths[-1]]
-        for blocks, width in zip(grids[dense:-1][::-1], widths[dense:-1][::-1], strict=True):
-            top = _join(top, blocks)[..., :width, :width]
-        grids[dense:] = [top.unsqueeze(-3)]
     found: list[Tensor] = []
-    for grid, (blocks, width) in enumerate(zip(grids, widths, strict=False)):
-        whole, rest = (0, width) if grid == dense else divmod(width, _LEAF)
+    for blocks, width in zip(grids[:dense], widths, strict=False):
+        whole, rest = divmod(width, _LEAF)
         own = []
         if whole:
-            own.append(blocks[..., :whole, :, :])
+            own.append(blocks if rest == 0 else blocks[..., :whole, :, :])
         if rest > 1:
             # Copied out of the filled-up block, which would otherwise be kept for backward.
-            own.append(blocks[..., whole:, :rest, :rest].contiguous())
+            own.append(_cut(blocks[..., whole:, :, :], rest))
         found = own + found
-    return tuple(found)
+    if dense == len(widths):
+        return tuple(found)
+    top = _cut(grids[-1], widths[-1])
+    for blocks, width in zip(grids[dense:-1][::-1], widths[dense:-1][::-1], strict=True):
+        top = _cut(_join(top.squeeze(-3), blocks).unsqueeze(-3), width)
+    return (top, *found)
+
+
+def _cut(blocks: Tensor, size: int) -> Tensor:
+    """The first rows and columns of square blocks, copied."""
+    surplus = size - blocks.shape[-1]
+    return pad(blocks, (0, surplus, 0, surplus)) if surplus else blocks
 
 
 def _join(top: Tensor, blocks: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
     python benchmarks/gpu.py --dry-run                      # tiny sizes on a CPU: the command itself is tried
     python benchmarks/gpu.py --pack-minilm FOLDER           # all-MiniLM-L6-v2 in float16, for --minilm FOLDER there
     python benchmarks/gpu.py --show -o results.json         # the table of what is there
+    python benchmarks/gpu.py --write docs/speed.md -o benchmarks/results/gpu/h100.json
 
 Random weights at the shapes of Llama-3.1-8B, Llama-3.2-3B and Llama-3.2-1B, bf16, all seven projections; times are
 medians of interleaved rounds in one process, and ratios are to PEFT LoRA r=16 of the same round (decoding: to the
@@ -32,7 +33,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "ISOTUNE_CACHE": "off", "TOKENIZERS_PARALL
 
 import torch  # noqa: E402
 
-from gpu_bench import decode, learning, profile, right, start, training  # noqa: E402
+from gpu_bench import decode, learning, markdown, profile, right, start, training  # noqa: E402
 from gpu_bench.journal import Clock, Journal, Note, environment  # noqa: E402
 from gpu_bench.models import Settings, chosen, configs, heavy, usual  # noqa: E402
 from gpu_bench.table import table  # noqa: E402
@@ -147,6 +148,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--again", nargs="+", default=[], metavar="SECTION", help="measure these anew")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--show", action="store_true", help="print the table of the file, and measure nothing")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="write the file's tables into a page, and end")
     parser.add_argument("--list", action="store_true", help="print the names of the pieces and their expected seconds")
     parser.add_argument("--layers", type=int, default=8, help="blocks of each model of a race")
     parser.add_argument("--tests", type=Path, default=ROOT / "tests" / "gpu", help="the folder of the section right")
@@ -164,6 +166,9 @@ def main() -> int:
     options = arguments()
     if options.pack_minilm:
         print(f"{options.pack_minilm}: {learning.pack(options.pack_minilm) / 2**20:.1f} MiB")
+        return 0
+    if options.write:
+        markdown.write(options.write, Journal(options.output, {}).results)
         return 0
     if not (options.dry_run or options.show or options.list or torch.cuda.is_available()):
         print("torch finds no GPU here; --dry-run tries the command on the CPU", file=sys.stderr)

@@ -28,24 +28,24 @@ def table(results: Mapping[str, Any]) -> str:
         parts.append(
             f"{name}: {environment['card']}, torch {environment['torch']}, {piece.get('seconds', 0):g} s{state}"
         )
-        plain = {key: value for key, value in piece.items() if key not in _ABOUT and not _has_rows(value)}
+        plain = {key: value for key, value in piece.items() if key not in _ABOUT and not has_rows(value)}
         if plain:
-            parts.append("  " + ", ".join(f"{key} {_shown(value)}" for key, value in plain.items()))
+            parts.append("  " + ", ".join(f"{key} {shown(value)}" for key, value in plain.items()))
         for key, value in piece.items():
-            if key not in _ABOUT and _has_rows(value):
-                parts += _rows(_beside(name, value, pieces))
+            if key not in _ABOUT and has_rows(value):
+                parts += _rows(rows_of(name, value, pieces))
         parts += [f"  skipped: {who}: {why}" for who, why in piece.get("skipped", {}).items()]
         parts += [f"  failed: {who}: {what}" for who, what in piece["errors"].items()]
         parts.append("")
     return "\n".join(parts)
 
 
-def _has_rows(value: Any) -> bool:
+def has_rows(value: Any) -> bool:
     rows = list(value.values()) if isinstance(value, dict) else value
     return isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) for row in rows)
 
 
-def _beside(name: str, rows: Any, pieces: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def rows_of(name: str, rows: Any, pieces: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Rows by their names, those of a race with the profile's figures of the same shape and sizes."""
     named = rows if isinstance(rows, dict) else {row["label"]: {**row, "label": None} for row in rows}
     own = pieces[name]
@@ -63,15 +63,15 @@ def _beside(name: str, rows: Any, pieces: Mapping[str, Any]) -> dict[str, dict[s
 def _rows(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     keys = dict.fromkeys(key for row in rows.values() for key, value in row.items() if value is not None)
     keys = dict.fromkeys(key for key in keys if key not in _UNSHOWN)
-    lines = [("", *keys), *((name, *(_shown(row.get(key)) for key in keys)) for name, row in rows.items())]
+    lines = [("", *keys), *((name, *(shown(row.get(key)) for key in keys)) for name, row in rows.items())]
     return ["  " + line.rstrip() for line in aligned(lines, "<" + ">" * len(keys))]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e3 else f"{value:,.0f}"
     if isinstance(value, list | tuple):
-        return " × ".join(map(_shown, value)) if all(isinstance(one, int) for one in value) else str(len(value))
+        return " × ".join(map(shown, value)) if all(isinstance(one, int) for one in value) else str(len(value))
     return f"{value:,}" if type(value) is int else str(value)

@@ -129,19 +129,36 @@ def _rotate_backward(
 
 
 _failed = False
+_compiled: dict[tuple[Any, ...], Any] = {}
+"""What Triton has compiled, by all that it compiles anew for: its own look for that takes longer than a launch."""
 
 
-def _launch(kernel: Any, grid: tuple[int, int], given: tuple[Any, ...], **options: Any) -> bool:
+def launch(kernel: Any, grid: tuple[int, ...], given: tuple[Any, ...], **options: Any) -> bool:
     """Start a kernel on the device of its first argument; False where Triton cannot, which is said once."""
     global _failed
+    device = given[0].device
+    key = kernel, device, *options.values(), *map(_kind, given, getattr(kernel, "arg_names", ()))
+    known = _compiled.get(key)
     try:
-        with torch.cuda.device_of(given[0]):  # type: ignore[no-untyped-call]
-            kernel[grid](*given, **options)
+        if known is None or device.index != torch.cuda.current_device():
+            with torch.cuda.device_of(given[0]):  # type: ignore[no-untyped-call]
+                known = kernel[grid](*given, **options)
+            if known is not None:  # as from Triton's interpreter
+                _compiled[key] = known
+        else:
+            known[(*grid, 1, 1)[:3]](*given)
     except Exception as error:  # no C compiler, a GPU or a driver that this Triton does not know, …
         _failed = True
         warnings.warn(f"Triton cannot run here, plain torch is used instead: {error}", stacklevel=2)
         return False
     return True
+
+
+def _kind(argument: Any, name: str) -> Any:
+    """What a kernel is compiled for of one argument."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return argument < 2**31 if name in ("tokens", "steps") else argument
 
 
 def can_rotate(blocks: Tensor, *rows: Tensor) -> bool:
@@ -150,14 +167,15 @@ def can_rotate(blocks: Tensor, *rows: Tensor) -> bool:
     Tensors without values and other subclasses of torch.Tensor are not for them, nor is what torch.compile traces:
     inductor makes kernels of its own from plain operations.
     """
-    return (
-        not _failed
-        and not torch.is_grad_enabled()
-        and blocks.shape[-1] in SIZES.get(blocks.dtype, ())
-        and all(type(tensor) in (Tensor, Parameter) for tensor in (blocks, *rows))
-        and all(t.dtype == blocks.dtype and t.device == blocks.device for t in rows)
-        and all(len(t) > 0 and t.stride(1) == 1 for t in rows)
-    )
+    if _failed or torch.is_grad_enabled() or blocks.shape[-1] not in SIZES.get(blocks.dtype, ()):
+        return False
+    if type(blocks) is not Tensor and type(blocks) is not Parameter:
+        return False
+    for tensor in rows:
+        plain = type(tensor) is Tensor and tensor.dtype == blocks.dtype and tensor.device == blocks.device
+        if not plain or tensor.stride(1) != 1 or len(tensor) == 0:
+            return False
+    return True
 
 
 def _tiles(x: Tensor, size: int, tiling: Tiling) -> tuple[int, int, int]:
@@ -185,7 +203,7 @@ def rotate_blocks(x: Tensor, blocks: Tensor, in_place: bool = False) -> Tensor |
     width, side_by_side, rows = _tiles(x, size, FORWARD)
     given = (x, blocks, y, len(x), x.shape[1], x.stride(0), y.stride(0), *blocks.stride(), size, width, rows)
     grid = side_by_side, triton.cdiv(len(x), rows)
-    return y if _launch(_rotate, grid, given, num_warps=FORWARD.warps, num_stages=FORWARD.stages) else None
+    return y if launch(_rotate, grid, given, num_warps=FORWARD.warps, num_stages=FORWARD.stages) else None
 
 
 def rotate_blocks_backward(
@@ -214,6 +232,6 @@ def rotate_blocks_backward(
     sums = x.new_empty(splits, count, size, size, dtype=x.dtype if splits == 1 else torch.float32)
     strides = x.stride(0), gradient.stride(0), grad_x.stride(0), *blocks.stride()
     given = x, gradient, blocks, grad_x, sums, len(x), x.shape[1], steps, *strides, size, width, rows, needs_x
-    if not _launch(_rotate_backward, (side_by_side, splits), (*given, BACKWARD.stages), num_warps=BACKWARD.warps):
+    if not launch(_rotate_backward, (side_by_side, splits), (*given, BACKWARD.stages), num_warps=BACKWARD.warps):
         return None
     return grad_x if needs_x else None, sums[0] if splits == 1 else sums.sum(0).to(x.dtype)

@@ -43,9 +43,10 @@ class Tiling:
 
 FORWARD = Tiling(rows=64, warps=4, stages=1)
 BACKWARD = Tiling(rows=64, warps=4, stages=3)
-PROGRAMS = 264
-"""Backward splits the rows until there are so many programs, two for each multiprocessor of an H100; the same on every
-device, so that sums are added in the same order."""
+PROGRAMS = 128
+"""Backward takes narrower tiles, and then splits the rows, until there are so many programs, about one for each
+multiprocessor of an H100: sums over splits are launches of their own. The same on every device, so that sums are added
+in the same order."""
 FEW_ROWS = 16
 """The rows of the smallest tile that tensor cores take, for decoding."""
 
@@ -131,6 +132,8 @@ def _rotate_backward(
 _failed = False
 _compiled: dict[tuple[Any, ...], Any] = {}
 """What Triton has compiled, by all that it compiles anew for: its own look for that takes longer than a launch."""
+_DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+"""Whether what is compiled takes the arguments of the kernel as they are."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], given: tuple[Any, ...], **options: Any) -> bool:
@@ -140,7 +143,7 @@ def launch(kernel: Any, grid: tuple[int, ...], given: tuple[Any, ...], **options
     key = kernel, device, *options.values(), *map(_kind, given, getattr(kernel, "arg_names", ()))
     known = _compiled.get(key)
     try:
-        if known is None or device.index != torch.cuda.current_device():
+        if known is None or not _DIRECT or device.index != torch.cuda.current_device():
             with torch.cuda.device_of(given[0]):  # type: ignore[no-untyped-call]
                 known = kernel[grid](*given, **options)
             if known is not None:  # as from Triton's interpreter
@@ -226,6 +229,8 @@ def rotate_blocks_backward(
     grad_x = gradient if in_place or not needs_x else gradient.new_empty(gradient.shape)
     count, size, _ = blocks.shape
     width, side_by_side, rows = _tiles(x, size, BACKWARD)
+    if side_by_side < PROGRAMS and width // 2 >= max(size, 16):
+        width, side_by_side = width // 2, triton.cdiv(x.shape[1], width // 2)
     tiles = triton.cdiv(len(x), rows)
     steps = triton.cdiv(tiles, triton.cdiv(PROGRAMS, side_by_side))
     splits = triton.cdiv(tiles, steps)

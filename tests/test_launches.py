@@ -29,7 +29,7 @@ PROJECTIONS = {
     "up_proj": (WIDTH, INNER),
     "down_proj": (INNER, WIDTH),
 }
-DEPTHS = (2, 32)
+DEPTHS = (2, 12)
 
 CONFIGURATIONS: dict[str, PeftConfig] = {
     "LoRA r=16": LoraConfig(r=16),

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from helpers import EVERY_METHOD, SUBSPACES, as_trained, configured, layers_of, move, only, relative_error, trainable
+from isotune.subspace.pinning import pin, recover
 from quantisers import QUANTISERS, quantise
 
 PRECISION = pytest.mark.parametrize("precision", PRECISIONS)
@@ -119,6 +120,18 @@ def test_a_subspace_is_the_same_whatever_the_setting_of_tf32(method: str) -> Non
         backends.fp32_precision = before
     for one, other in zip(layers_of(found), layers_of(expected), strict=True):
         assert relative_error(one.get_delta_weight("default"), other.get_delta_weight("default")) < 1e-3
+
+
+def test_a_basis_is_pinned_where_it_is() -> None:
+    basis = torch.linalg.qr(torch.randn(200, 24)).Q.T
+    found, expected = pin(basis.to(DEVICE)), pin(basis)
+    assert found.device.type == DEVICE.type
+    assert relative_error(found.cpu(), expected) < 1e-7
+    for candidates in (basis.flip(0), -basis):
+        again, residual = recover(found, candidates.to(DEVICE))
+        assert again.device.type == DEVICE.type
+        assert relative_error(again.cpu(), basis) < 1e-5
+        assert residual < 1e-5
 
 
 @pytest.mark.parametrize("method", EVERY_METHOD)

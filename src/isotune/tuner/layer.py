@@ -273,14 +273,14 @@ class Layer(MergingLayer):
             return self._adapted(x, [name for name in known[:1] if name != BASE], *args, **kwargs)
         # In runs of neighbours: numbers of rows would be copied to the device, which would be waited for.
         runs = [(name, len(list(same))) for name, same in itertools.groupby(known)]
-        given = x.split([count for _, count in runs])
+        given = torch.split(x, [count for _, count in runs])
         found: dict[int, Tensor] = {}
         for name in dict.fromkeys(known):
             own = [index for index, (other, _) in enumerate(runs) if other == name]
             part = self._adapted(
                 torch.cat([given[index] for index in own]), () if name == BASE else (name,), *args, **kwargs
             )
-            found |= zip(own, part.split([runs[index][1] for index in own]), strict=True)
+            found |= zip(own, torch.split(part, [runs[index][1] for index in own]), strict=True)
         return torch.cat([found[index] for index in range(len(runs))])
 
     @property

@@ -228,7 +228,8 @@ def test_compiled_by_inductor(method: str, mode: str) -> None:
     if reason is not None:
         pytest.skip(reason)
     torch._dynamo.reset()
-    model = chain(method)
+    # Of two layers, since each of their kernels takes a slow host most of a second to compile.
+    model = as_trained(method, Chain(12, 24, 12).to(DEVICE)).to(DEVICE).train()
     eager = copy.deepcopy(model)
     fast = torch.compile(model, mode=mode)
     optimizers = [torch.optim.SGD(trainable(each).values(), lr=0.05) for each in (model, eager)]

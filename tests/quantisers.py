@@ -44,7 +44,7 @@ def _four_bits(kind: str) -> Callable[[nn.Linear], nn.Module]:
         shape, bias, dtype = (layer.in_features, layer.out_features), layer.bias is not None, layer.weight.dtype
         packed = Linear4bit(*shape, bias=bias, quant_type=kind, compute_dtype=dtype)
         packed.load_state_dict(layer.state_dict())
-        return packed.to("cpu")
+        return packed.to(layer.weight.device)
 
     return quantise
 
@@ -55,7 +55,7 @@ def _eight_bits(layer: nn.Linear) -> nn.Module:
     bias = layer.bias is not None
     packed = Linear8bitLt(layer.in_features, layer.out_features, bias=bias, has_fp16_weights=False)
     packed.load_state_dict(layer.state_dict())
-    return packed.to("cpu")
+    return packed.to(layer.weight.device)
 
 
 def _torchao(name: str) -> tuple[Callable[[nn.Linear], nn.Module], Callable[[], Any]]:

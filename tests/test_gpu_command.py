@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow  # each run is a process that imports everything
+from scripts import ROOT, run_script
 
-ROOT = Path(__file__).parents[1]
-COMMAND = ROOT / "benchmarks" / "gpu.py"
+pytestmark = pytest.mark.slow  # each run is a process
+
+COMMAND = "benchmarks/gpu.py"
 SECTIONS = ("step/8b", "start", "decode/eager/batch=1", "decode/graph/batch=1", "graph", "profile")
 
 
 def run(output: Path, *options: str, code: int = 0) -> str:
     """What the dry run prints."""
     # Not in this process: the command replaces methods to count, and loads the profiler.
-    call = [sys.executable, str(COMMAND), "--dry-run", "-o", str(output), *options]
-    ended = subprocess.run(call, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
+    ended = run_script(COMMAND, "--dry-run", "-o", str(output), *options, folder=output.parent)
     assert ended.returncode == code, ended.stdout + ended.stderr
     return ended.stdout
 
@@ -117,8 +117,11 @@ def test_what_does_not_fit_is_left_out_and_an_unknown_section_named(tmp_path: Pa
 
 def test_an_interrupted_run_leaves_a_good_file_that_the_next_one_goes_on_with(tmp_path: Path) -> None:
     output = tmp_path / "results.json"
-    call = [sys.executable, str(COMMAND), "--dry-run", "-o", str(output), "--only", "start"]
-    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as child:
+    call = [sys.executable, COMMAND, "--dry-run", "-o", str(output), "--only", "start"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    ) as child:
         assert child.stdout is not None
         line = child.stdout.readline()
         child.send_signal(signal.SIGINT)

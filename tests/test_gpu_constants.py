@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from scripts import ROOT, run_script
+
 pytestmark = [
-    pytest.mark.slow,  # each run is a process that imports everything
+    pytest.mark.slow,  # each run is a process
     pytest.mark.skipif(not (ROOT / "benchmarks" / "gpu_bench").is_dir(), reason="needs the variants of gpu_bench"),
 ]
 PEAK = 989.4e12
 
 
-def run(results: dict[str, Any], folder: Path) -> subprocess.CompletedProcess[str]:
+def run(results: dict[str, Any], folder: Path) -> CompletedProcess[str]:
     path = folder / "results.json"
     path.write_text(json.dumps(results))
-    call = [sys.executable, str(ROOT / "benchmarks" / "gpu_constants.py"), str(path), "--folder", str(folder / "out")]
-    return subprocess.run(call, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
+    return run_script("benchmarks/gpu_constants.py", str(path), "--folder", str(folder / "out"), folder=folder)
 
 
 def piece(card: str, *, checkpointing: bool = False, complete: bool = True, **milliseconds: float) -> dict[str, Any]:

@@ -177,3 +177,4 @@ def test_importing_isotune_loads_nothing_of_the_outside() -> None:
     loaded = set(done.stdout.split())
     assert "isotune.tuner.layer" in loaded
     assert not under(loaded, "isotune.experiments", "isotune.report", "isotune.cli", "matplotlib", "pydantic", "typer")
+    assert "isotune.algebra.block_kernels" not in loaded  # which imports Triton

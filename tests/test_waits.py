@@ -232,7 +232,6 @@ def test_several_adapters(method: str, with_values: Callable[[], None]) -> None:
                 model.eval()(x)
 
 
-@pytest.mark.xfail(strict=True, reason="each layer copies the numbers of the samples to the device")
 @pytest.mark.parametrize("method", EVERY_METHOD)
 def test_each_sample_with_its_own_adapter(method: str, with_values: Callable[[], None]) -> None:
     x = torch.randn(4, 12, device="meta")

@@ -204,7 +204,7 @@ def test_ten_decoded_tokens_wait_for_nothing(method: str, generating: bool) -> N
 
 @METHOD
 def test_memory_does_not_grow_with_the_steps(method: str) -> None:
-    """After 200 steps as much is allocated as after 20, passes without gradients among them."""
+    """After 80 steps as much is allocated as after 20, passes without gradients among them."""
     model, x = chain(method), torch.randn(5, 12, device=DEVICE)
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-3)
 
@@ -218,7 +218,7 @@ def test_memory_does_not_grow_with_the_steps(method: str) -> None:
         return live_memory()
 
     after_twenty = steps(20)
-    assert steps(180) <= after_twenty  # less where garbage of another test went
+    assert steps(60) <= after_twenty  # less where garbage of another test went
 
 
 @pytest.mark.parametrize(("method", "mode"), [("psoft", "default"), ("oft", "reduce-overhead")])
@@ -228,7 +228,8 @@ def test_compiled_by_inductor(method: str, mode: str) -> None:
     if reason is not None:
         pytest.skip(reason)
     torch._dynamo.reset()
-    model = chain(method)
+    # Of two layers, since each of their kernels takes a slow host most of a second to compile.
+    model = as_trained(method, Chain(12, 24, 12).to(DEVICE)).to(DEVICE).train()
     eager = copy.deepcopy(model)
     fast = torch.compile(model, mode=mode)
     optimizers = [torch.optim.SGD(trainable(each).values(), lr=0.05) for each in (model, eager)]

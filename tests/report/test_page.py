@@ -9,12 +9,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+import isotune
 from comparisons import METHODS, ablation_methods, write_comparison
 from isotune import cli
 from isotune.report.figures import PALETTES
@@ -92,6 +94,17 @@ def test_all_tasks_of_a_suite_have_their_mean(tmp_path: Path) -> None:
     assert "glue mean" in table
     assert f'<span class="value">{100 * mean:.1f}</span>' in table
     assert "glue mean" not in render(found[:5]).split("</table>")[0]
+
+
+def test_its_version_needs_no_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sources may be run as they are: then isotune has no metadata."""
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    text = render([read(write_comparison(tmp_path / "a", methods={"head": METHODS["head"]}))])
+    assert f"Made by isotune {isotune.__version__}." in text
 
 
 def test_names_from_files_cannot_become_markup(tmp_path: Path) -> None:

@@ -142,16 +142,34 @@ def test_a_large_product_is_widened_in_parts(monkeypatch: pytest.MonkeyPatch) ->
     assert exact_product(torch.randn(0, 40), right).shape == (0, 3)
 
 
+@pytest.mark.parametrize("experts", [(2,), (7,), (2, 3)])
+def test_a_stack_is_widened_in_parts(experts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """More experts than a part has rows, and no part larger than that of one matrix."""
+    monkeypatch.setattr("isotune.subspace.precision._CHUNK", 100)
+    torch.set_float32_matmul_precision("medium")
+    left, right = torch.randn(*experts, 31, 40), torch.randn(*experts, 40, 3)
+    true = left.double() @ right.double()
+    with Products() as products:
+        found = exact_product(left, right)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, true.float(), rtol=1e-6, atol=1e-7)
+    assert products.dtypes == {torch.float64}
+    assert products.largest <= max(2 * 40, 40 * 3)
+
+
 class Products(TorchDispatchMode):
-    """The dtypes of all matrix products inside."""
+    """The dtypes of all matrix products inside, and the elements of the largest factor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.dtypes: set[torch.dtype] = set()
+        self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.mv):
-            self.dtypes |= {value.dtype for value in args if isinstance(value, torch.Tensor)}
+            factors = [value for value in args if isinstance(value, torch.Tensor)]
+            self.dtypes |= {factor.dtype for factor in factors}
+            self.largest = max(self.largest, *(factor.numel() for factor in factors))
         return func(*args, **(kwargs or {}))
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from importlib import metadata, resources
+from importlib import resources
 from typing import Any
 
 from isotune.experiments import paper, suites
@@ -39,6 +39,8 @@ def render(comparisons: Sequence[Comparison]) -> str:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise ValueError(f"the page needs {error.name}: pip install 'isotune[report]'") from error
+    from isotune import __version__  # its metadata are missing where the sources are run without an installation
+
     looks = Looks(comparisons)
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -62,7 +64,7 @@ def render(comparisons: Sequence[Comparison]) -> str:
         plotly=get_plotlyjs(),
         figures=_embedded(figures),
         palettes_json=_embedded(PALETTES),
-        version=metadata.version("isotune"),
+        version=__version__,
         paper_source=paper.source() if any(c.paper for c in comparisons) else None,
     )
     return page

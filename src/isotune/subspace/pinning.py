@@ -57,7 +57,7 @@ def pin(basis: Tensor, *, seed: int = 0, oversampling: int | None = None) -> Ten
         oversampling: p − r at most; None for that of `pin_width`.
 
     Returns:
-        S, (r, p), float32, on the CPU.
+        S, (r, p), float32, on the device of the basis.
 
     Raises:
         ValueError: the basis is not a finite matrix with r ≤ in, or oversampling is negative.
@@ -77,7 +77,7 @@ def pin(basis: Tensor, *, seed: int = 0, oversampling: int | None = None) -> Ten
     if oversampling is not None and oversampling < 0:
         raise ValueError(f"oversampling is {oversampling}; give 0 or more columns beyond the rank, or None")
     columns = pin_width(rank, width) if oversampling is None else min(width, rank + oversampling)
-    return (basis.detach().cpu().double() @ gaussian(width, columns, seed)).float()
+    return _sketch(doubled(basis.detach()), columns, seed).float().to(basis.device)
 
 
 def recover(pin: Tensor, candidates: Tensor, *, seed: int = 0) -> tuple[Tensor, float]:
@@ -113,12 +113,17 @@ def recover(pin: Tensor, candidates: Tensor, *, seed: int = 0) -> tuple[Tensor, 
             f"at least {rank} candidates, of length {columns} or more; was it pinned on a layer of another size?"
         )
     span = doubled(candidates.detach())
-    sketch = span.cpu() @ gaussian(width, columns, seed)
+    sketch = _sketch(span, columns, seed).cpu()
     stored = pin.detach().cpu().double()
     mixing = torch.linalg.lstsq(sketch.T, stored.T, driver="gelsd").solution.T
     left, _, right = torch.linalg.svd(mixing, full_matrices=False)
     basis = (left @ right).to(span) @ span
     return basis.to(candidates), _residual(stored, sketch, mixing)
+
+
+def _sketch(basis: Tensor, columns: int, seed: int) -> Tensor:
+    """V Ω in float64, computed where V is: a CPU that feeds a GPU takes longer for it than the solver for V."""
+    return basis @ gaussian(basis.shape[1], columns, seed).to(basis.device)
 
 
 def _residual(stored: Tensor, sketch: Tensor, mixing: Tensor) -> float:

@@ -63,6 +63,8 @@ def exact_product(left: Tensor, right: Tensor, *, narrow: bool = False) -> Tenso
         return left @ right
     if spares_float64(left.device):
         return _product_of_parts(left, right, narrow=narrow)
+    if left.ndim > 2:
+        return torch.stack([exact_product(one, other) for one, other in zip(left, right, strict=True)])
     wide = right.double()
     rows = max(1, _CHUNK // max(1, left.shape[1]))
     return torch.cat([(part.double() @ wide).to(left.dtype) for part in torch.split(left, rows)])

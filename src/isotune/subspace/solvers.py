@@ -164,7 +164,7 @@ def _found_or_solved(
     weight: Tensor, request: SubspaceRequest, solver: str, tolerance: float, seed: int, cache: SubspaceCache | None
 ) -> Subspace:
     key = ""
-    if cache is not None and worth_hashing(weight.device):
+    if cache is not None and cache.directory is not None and worth_hashing(weight.device):
         key = subspace_key(weight, request.rank, solver, tolerance, seed)
         found = cache.get(key, (request.rank, weight.shape[1]), weight=weight, tolerance=tolerance)
         if found is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import weakref
 from collections.abc import Sequence
 from functools import partial
@@ -270,15 +271,17 @@ class Layer(MergingLayer):
         known = [name if name in self.isotune_operator else BASE for name in batch.of(x)]
         if len(set(known)) == 1:
             return self._adapted(x, [name for name in known[:1] if name != BASE], *args, **kwargs)
-        parts: Tensor | None = None
+        # In runs of neighbours: numbers of rows would be copied to the device, which would be waited for.
+        runs = [(name, len(list(same))) for name, same in itertools.groupby(known)]
+        given = torch.split(x, [count for _, count in runs])
+        found: dict[int, Tensor] = {}
         for name in dict.fromkeys(known):
-            rows = torch.tensor([i for i, other in enumerate(known) if other == name], device=x.device)
-            part = self._adapted(x[rows], () if name == BASE else (name,), *args, **kwargs)
-            if parts is None:
-                parts = part.new_zeros(len(known), *part.shape[1:])
-            parts = parts.index_copy(0, rows, part)
-        assert parts is not None
-        return parts
+            own = [index for index, (other, _) in enumerate(runs) if other == name]
+            part = self._adapted(
+                torch.cat([given[index] for index in own]), () if name == BASE else (name,), *args, **kwargs
+            )
+            found |= zip(own, torch.split(part, [runs[index][1] for index in own]), strict=True)
+        return torch.cat([found[index] for index in range(len(runs))])
 
     @property
     def weight(self) -> Tensor:

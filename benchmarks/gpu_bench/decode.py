@@ -14,6 +14,7 @@ from transformers import StaticCache
 from gpu_bench.journal import Note
 from gpu_bench.models import FROZEN, Settings, adapted, llama, usual
 from gpu_bench.timing import attempt, compared, interleaved
+from isotune import evaluated_once
 from isotune.adapter.operator import Adapter
 
 PROMPT = 32
@@ -110,8 +111,17 @@ def eager(settings: Settings, note: Note, shape: str, layers: int, batch: int) -
     note(variants=rows, errors=errors)
 
 
-def _one_step(settings: Settings, model: Any, ids: Tensor, length: int) -> Callable[[], Any]:
-    """One decoded token with a static cache, its own input the last one's output; on a GPU a captured graph."""
+def block(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """A block in which isotune's operators are evaluated once, or nothing where a model has none."""
+    has_own = any(isinstance(module, Adapter) for module in model.modules())
+    return evaluated_once(model) if has_own else contextlib.nullcontext()
+
+
+def _one_step(settings: Settings, model: Any, ids: Tensor, length: int, evaluations: list[int]) -> Callable[[], Any]:
+    """One decoded token with a static cache, its own input the last one's output; on a GPU a captured graph.
+
+    How often operators are evaluated in one step, as it is captured, is appended to `evaluations`.
+    """
     cache = StaticCache(config=model.config, max_cache_len=length)
     places = torch.arange(length, device=settings.device)
     position = torch.full((ids.shape[0], 1), PROMPT, device=settings.device)
@@ -131,7 +141,13 @@ def _one_step(settings: Settings, model: Any, ids: Tensor, length: int) -> Calla
         token.copy_(forward(token, position))
         position.add_(1)
 
+    def noted() -> None:
+        with counted_evaluations(model) as seen:
+            step()
+        evaluations.append(len(seen))
+
     if settings.dry:
+        noted()
         return step
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -141,7 +157,7 @@ def _one_step(settings: Settings, model: Any, ids: Tensor, length: int) -> Calla
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        noted()
 
     def replay(read: Any = (model, cache, places, position, token)) -> None:
         # A graph knows the memory that it reads by address only, so this keeps it.
@@ -152,22 +168,27 @@ def _one_step(settings: Settings, model: Any, ids: Tensor, length: int) -> Calla
 
 @torch.no_grad()
 def captured(settings: Settings, note: Note, shape: str, layers: int, batch: int) -> None:
-    """A CUDA graph of one decoded token with a static cache, replayed: ms a token.
+    """A CUDA graph of one decoded token with a static cache, replayed: ms a token, and evaluations in the graph.
 
-    Such a graph is outside of `generate`, so isotune's operators are evaluated in it at every token.
+    Captured and replayed in a block of `isotune.evaluated_once`, so that there should be none.
     """
     errors: dict[str, str] = {}
     found, ids, count = models(settings, shape, layers, errors), _prompt(settings, batch), settings.new_tokens
-    how = "a CUDA graph of one token with a static cache, replayed; operators are evaluated at every token"
+    how = "a CUDA graph of one token with a static cache, replayed; operators are evaluated once, before it"
     note(shape=shape, layers=layers, batch=batch, prompt=PROMPT, tokens=count, how=how)
     # Room for all that is decoded: writing beyond the cache would end the process's use of the device.
     length = PROMPT + WARMUP + count * ROUNDS + 1
     steps: dict[str, Callable[[], Any]] = {}
-    for name, model in found.items():
-        one = attempt(name, errors, lambda m=model: _one_step(settings, m, ids, length))
-        if one is not None:
-            steps[name] = lambda one=one: [one() for _ in range(count)]
-    rows = compared(interleaved(settings, steps, errors, ROUNDS, 20), FROZEN, per=count)
+    evaluations: dict[str, list[int]] = {name: [] for name in found}
+    with contextlib.ExitStack() as blocks:
+        for name, model in found.items():
+            blocks.enter_context(block(model))
+            one = attempt(name, errors, lambda m=model, n=name: _one_step(settings, m, ids, length, evaluations[n]))
+            if one is not None:
+                steps[name] = lambda one=one: [one() for _ in range(count)]
+        rows = compared(interleaved(settings, steps, errors, ROUNDS, 20), FROZEN, per=count)
+    for name, row in rows.items():
+        (row["evaluations_per_token"],) = evaluations[name]
     note(variants=rows, errors=errors)
 
 
@@ -175,7 +196,7 @@ def captured(settings: Settings, note: Note, shape: str, layers: int, batch: int
 def compiled(settings: Settings, note: Note, shape: str, layers: int, batch: int) -> None:
     """`generate` with a static cache, whose decoding transformers compiles by itself (reduce-overhead) on a GPU.
 
-    Milliseconds a token over the whole call, the prompt included.
+    Milliseconds a token over the whole call, the prompt included; and evaluations after the first token.
     """
     torch.compiler.reset()
     torch._dynamo.config.recompile_limit = 64
@@ -196,5 +217,16 @@ def compiled(settings: Settings, note: Note, shape: str, layers: int, batch: int
     working = {n: m for n, m in found.items() if attempt(n, errors, lambda m=m: warmed(m))}
     actions = {n: lambda m=m: _generate(m, ids, count, **static) for n, m in working.items()}
     rows = compared(interleaved(settings, actions, errors, ROUNDS, 20), FROZEN, per=count)
+
+    def counted(name: str) -> None:
+        # After the race: code that evaluates operators within is compiled again for being counted.
+        with counted_evaluations(working[name]) as seen:
+            _generate(working[name], ids, 1, **static)
+            first = len(seen)
+            _generate(working[name], ids, count, **static)
+        rows[name]["evaluations_after_first_token"] = len(seen) - 2 * first
+
+    for name in rows:
+        attempt(name, errors, lambda name=name: counted(name))
     note(variants=rows, errors=errors)
     torch.compiler.reset()

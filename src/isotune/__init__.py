@@ -7,6 +7,7 @@ adapter works with isotune's configurations.
 from peft import PeftModel, get_peft_model
 
 from isotune.methods import BOFTConfig, GOFTConfig, HRAConfig, LoraXsConfig, OFTConfig, PsoftConfig, QGOFTConfig
+from isotune.tools.decoding import evaluated_once
 from isotune.tools.hotswap import hotswap_adapter
 from isotune.tools.regularization import regularization_callback, regularization_loss
 from isotune.tools.several import add_adapter, load_adapter
@@ -27,6 +28,7 @@ __all__ = [
     "QGOFTConfig",
     "__version__",
     "add_adapter",
+    "evaluated_once",
     "get_peft_model",
     "hotswap_adapter",
     "load_adapter",

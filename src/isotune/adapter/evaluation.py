@@ -36,6 +36,9 @@ class Evaluable(Protocol):
     def names_read(self) -> tuple[str, ...]:
         """Their names."""
 
+    given: Given
+    """What compiled code finds of an evaluation that was made before it."""
+
     @property
     def recompute(self) -> bool:
         """Whether backward evaluates again, and the steps in between are not kept."""
@@ -142,7 +145,7 @@ class _Evaluation:
     versions: tuple[int, ...]
     values: tuple[Tensor, ...] = ()
     """Copies of the parameters, stacked; none with gradients, where an evaluation serves one forward pass."""
-    call: object | None = None
+    call: Call | None = None
     """The call of `generate` that it was made in."""
 
     def is_of(self, slot: int, parameters: Sequence[Tensor]) -> bool:
@@ -156,6 +159,38 @@ class _Evaluation:
 
 
 _Results = dict[tuple[torch.dtype | None, bool], _Evaluation]
+
+
+class Given(threading.local):
+    """The tensors of M of one operator that compiled code reads in this thread, made before; None outside of a call.
+
+    Compiled code takes them as inputs, and asks of them no more than their shapes: the next call's are others. Each
+    operator has its own, since neither a slot nor a call may become a part of the code.
+    """
+
+    tensors: tuple[Tensor, ...] | None = None
+
+    def __reduce__(self) -> tuple[type[Given], tuple[()]]:
+        return Given, ()
+
+
+class Call:
+    """A call of `generate`, or a loop that is alike: a time in which parameters do not change, in one thread."""
+
+    def __init__(self) -> None:
+        self._given: set[Given] | None = set()
+
+    def give(self, operator: Evaluable, tensors: tuple[Tensor, ...]) -> None:
+        """Let compiled code use these tensors of an operator until the call ends."""
+        if self._given is not None:
+            operator.given.tensors = tensors
+            self._given.add(operator.given)
+
+    def end(self) -> None:
+        """Take back what was given: from now on parameters may change."""
+        given, self._given = self._given or (), None
+        for one in given:
+            one.tensors = None
 
 
 class SharedEvaluation:
@@ -179,7 +214,11 @@ class SharedEvaluation:
         self._kept: Mapping[torch.dtype | None, _Evaluation] = {}
         self._traced: tuple[Tensor, ...] | None = None
 
-    def begin(self, call: object | None = None) -> None:
+    def is_given(self) -> bool:
+        """Whether compiled code has its tensors already."""
+        return all(given_to(member) is not None for member in self.members)
+
+    def begin(self, call: Call | None = None) -> None:
         """A forward pass of the model begins in this thread, maybe within a call of `generate`."""
         if is_recorded():
             # A part that checkpointing will trace again must not be the first to ask, and a graph drops what it does
@@ -198,6 +237,9 @@ class SharedEvaluation:
     def tensors(self, operator: Evaluable, slot: int, dtype: torch.dtype | None) -> tuple[Tensor, ...] | None:
         """The tensors of the operator in a slot, or None where it must be evaluated alone."""
         if is_recorded():
+            given = given_to(operator)
+            if given is not None and given[0].dtype == dtype:
+                return given
             # Where a block is compiled by itself, neither its slot nor the batch may become a part of the code.
             if self._traced is None:
                 return None
@@ -219,7 +261,10 @@ class SharedEvaluation:
             else:
                 found = self._kept_or_made(dtype, flat, versions)
             results[dtype, tracked] = found
-        return found.tensors[slot :: len(self.members)]
+        tensors = found.tensors[slot :: len(self.members)]
+        if self._here.call is not None and not tracked:
+            self._here.call.give(operator, tensors)
+        return tensors
 
     def _results(self) -> _Results | None:
         """The evaluations of the pass that runs in this thread; in backward, of what is run again there."""
@@ -276,7 +321,12 @@ class _Here(threading.local):
     """What belongs to the forward pass that runs in a thread."""
 
     results: _Results | None = None
-    call: object | None = None
+    call: Call | None = None
+
+
+def given_to(operator: Evaluable) -> tuple[Tensor, ...] | None:
+    """What compiled code may use of an operator and not compute: without gradients, within a call."""
+    return None if torch.is_grad_enabled() or is_exported() else operator.given.tensors
 
 
 def _is(one: object, other: object) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.evaluation import SharedEvaluation, evaluate_alone
+from isotune.adapter.evaluation import Given, SharedEvaluation, evaluate_alone
 from isotune.algebra.means import Means
 from isotune.internals.torch_state import without_parameters
 from isotune.parallel.sharding import gathered, is_partitioned, is_whole
@@ -50,6 +50,7 @@ class Adapter(nn.Module, ABC):
         self.shared: SharedEvaluation | None = None
         """The evaluation that this adapter shares with those of other layers, set by the model-level object."""
         self.slot = -1
+        self.given = Given()
 
     # -- the operator: parameters -> tensors -----------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from isotune.adapter.evaluation import SharedEvaluation, is_recorded, share_evaluations
+from isotune.adapter.evaluation import Call, SharedEvaluation, is_recorded, share_evaluations
 from isotune.adapter.operator import Adapter
 from isotune.adapter.placement import Mark, place
 from isotune.adapter.subspace import SubspaceAdapter
@@ -149,6 +149,8 @@ class AdaptedModel:
                 self._look()
                 self._running.looked = self._running.call
             self._running.passing = True
+        elif any(shared.is_given() for shared in self.evaluations):
+            return  # other adapters have no part in a pass of compiled code
         for shared in self.evaluations:
             shared.begin(self._running.call)
 
@@ -182,13 +184,16 @@ class AdaptedModel:
 
     @contextmanager
     def calling(self) -> Iterator[None]:
-        """A call of PeftModel's forward or generate, within which parameters do not change."""
-        before, self._running.call = self._running.call, object()
+        """A call of PeftModel's forward or generate, or a loop that is alike, within which parameters do not change."""
+        running, outermost = self._running, self._running.call is None
+        call = running.call = running.call or Call()
         try:
             yield
         finally:
             self.end()  # torch runs no hook after a forward that Ctrl-C has left
-            self._running.call = before
+            if outermost:
+                running.call = None
+                call.end()
 
     def _gather_with_layers(self) -> None:
         """Have ZeRO-3 gather with each layer the bias that the layer reads itself of the module inside it."""
@@ -300,8 +305,8 @@ class AdaptedModel:
 class _Running(threading.local):
     """The call of PeftModel's forward or generate that runs in a thread."""
 
-    call: object | None = None
-    looked: object | None = None
+    call: Call | None = None
+    looked: Call | None = None
     passing = False
 
 

@@ -131,7 +131,7 @@ def _rotate_backward(
 _failed = False
 
 
-def _launch(kernel: Any, grid: tuple[int, int], given: tuple[Any, ...], **options: Any) -> bool:
+def launch(kernel: Any, grid: tuple[int, ...], given: tuple[Any, ...], **options: Any) -> bool:
     """Start a kernel on the device of its first argument; False where Triton cannot, which is said once."""
     global _failed
     try:
@@ -185,7 +185,7 @@ def rotate_blocks(x: Tensor, blocks: Tensor, in_place: bool = False) -> Tensor |
     width, side_by_side, rows = _tiles(x, size, FORWARD)
     given = (x, blocks, y, len(x), x.shape[1], x.stride(0), y.stride(0), *blocks.stride(), size, width, rows)
     grid = side_by_side, triton.cdiv(len(x), rows)
-    return y if _launch(_rotate, grid, given, num_warps=FORWARD.warps, num_stages=FORWARD.stages) else None
+    return y if launch(_rotate, grid, given, num_warps=FORWARD.warps, num_stages=FORWARD.stages) else None
 
 
 def rotate_blocks_backward(
@@ -214,6 +214,6 @@ def rotate_blocks_backward(
     sums = x.new_empty(splits, count, size, size, dtype=x.dtype if splits == 1 else torch.float32)
     strides = x.stride(0), gradient.stride(0), grad_x.stride(0), *blocks.stride()
     given = x, gradient, blocks, grad_x, sums, len(x), x.shape[1], steps, *strides, size, width, rows, needs_x
-    if not _launch(_rotate_backward, (side_by_side, splits), (*given, BACKWARD.stages), num_warps=BACKWARD.warps):
+    if not launch(_rotate_backward, (side_by_side, splits), (*given, BACKWARD.stages), num_warps=BACKWARD.warps):
         return None
     return grad_x if needs_x else None, sums[0] if splits == 1 else sums.sum(0).to(x.dtype)

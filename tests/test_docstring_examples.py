@@ -20,7 +20,7 @@ MODULES = [
     module.name
     for package in PACKAGES
     for module in pkgutil.walk_packages([f"{isotune.__path__[0]}/{package}"], f"isotune.{package}.")
-    if module.name != "isotune.algebra.block_kernels" or importlib.util.find_spec("triton")
+    if not module.name.endswith("_kernels") or importlib.util.find_spec("triton")
 ]
 
 

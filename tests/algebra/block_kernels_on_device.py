@@ -1,4 +1,4 @@
-"""The rotation of blocks by Triton against plain torch in float64, run by test_block_kernels.py.
+"""The rotation of blocks by Triton against plain torch in float64, run by test_kernels.py.
 
 Not collected by itself: Triton reads TRITON_INTERPRET when it is first imported, and a process that has it interprets
 every kernel. With the variable the kernels run on the CPU, without it on a GPU.

@@ -6,6 +6,7 @@ difference keeps its own relative precision, while R itself would lose it to the
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,9 +15,35 @@ from torch import Tensor
 from isotune.algebra.recording import inverse_by_products, is_exported
 from isotune.algebra.skew import skew_from_vector, skew_positions, skew_size
 
+_KERNEL_DEVICE = "cuda"
+
+
+@functools.cache
+def _elimination_kernels() -> Any:
+    """The module `isotune.algebra.elimination_kernels`; None where Triton is missing or does not load."""
+    try:
+        from isotune.algebra import elimination_kernels
+    except Exception:  # what an installation that fits neither this Python nor this torch raises is not foreseeable
+        return None
+    return elimination_kernels
+
+
+def _by_kernels(generator: Tensor) -> Tensor | None:
+    """R − I of matrices (count, n, n) in Triton, which a CUDA graph can hold; None where that is not for them."""
+    if generator.device.type != _KERNEL_DEVICE or torch.compiler.is_compiling() or is_exported():
+        return None
+    kernels = _elimination_kernels()
+    if kernels is None or not kernels.can_eliminate(generator):
+        return None
+    found: Tensor | None = kernels.cayley_by_elimination(generator)
+    return found
+
 
 def _solve(generator: Tensor) -> Tensor:
     """R − I of matrices (count, n, n) by factorisation.
+
+    On a GPU it cannot be captured in a CUDA graph: the libraries that factorise allocate memory. It is the way of
+    float64 there, and of float32 without Triton.
 
     A solve costs no more than an inverse and is accurate for small and large Q alike. It is (R − I)ᵀ = (I + Q)⁻¹(−2Q)
     that is solved: as Q is skew, both sides are the transposes of what is at hand, which is the column order that
@@ -72,7 +99,9 @@ class _CayleyOfEntries(torch.autograd.Function):
     @staticmethod
     def forward(entries: Tensor, n: int) -> Tensor:
         generator = skew_from_vector(entries, n).view(-1, n, n)
-        difference = _eliminate(generator) if n in _SMALL and entries.device.type == "cpu" else _solve(generator)
+        difference = _by_kernels(generator)
+        if difference is None:
+            difference = _eliminate(generator) if n in _SMALL and entries.device.type == "cpu" else _solve(generator)
         return difference.view(*entries.shape[:-1], n, n)
 
     @staticmethod

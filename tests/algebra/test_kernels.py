@@ -1,4 +1,4 @@
-"""The Triton kernels of block rotations, in processes of their own: Triton interprets all kernels of one or none."""
+"""The Triton kernels, in processes of their own: Triton interprets all kernels of one or none."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ import pytest
 import torch
 from packaging.version import Version
 
-CASES = Path(__file__).with_name("block_kernels_on_device.py")
+CASES = ("block_kernels_on_device.py", "elimination_kernels_on_device.py")
+MODULES = {"isotune.algebra.block_kernels", "isotune.algebra.elimination_kernels"}
 INSTALLED = importlib.util.find_spec("triton") is not None
 LOOPS = INSTALLED and (
     Version(importlib.metadata.version("triton")) >= Version("3.7") or Version(np.__version__) < Version("2.4")
 )
 
 
+@pytest.mark.parametrize("cases", CASES)
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
 @pytest.mark.parametrize(
     "interpreted",
@@ -39,10 +41,15 @@ LOOPS = INSTALLED and (
         ),
     ],
 )
-def test_against_plain_torch(interpreted: bool) -> None:
+def test_against_plain_torch(interpreted: bool, cases: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interpreted else "0"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", CASES], env=environment, capture_output=True, text=True, timeout=900
-    )
+    call = [sys.executable, "-m", "pytest", "-x", Path(__file__).with_name(cases)]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert " passed" in done.stdout
+
+
+def test_triton_is_not_loaded_with_isotune() -> None:
+    script = f"import sys, isotune.algebra.factors, isotune.algebra.cayley; print({MODULES} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["set()"]

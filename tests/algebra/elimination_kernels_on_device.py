@@ -80,16 +80,16 @@ def test_zero_is_exactly_the_identity(n: int) -> None:
     assert not cayley_by_elimination(torch.zeros(2, n, n, device=DEVICE)).any()
 
 
-@pytest.mark.parametrize("n", [8, 46, 70])
+@pytest.mark.parametrize("n", [8, 46, 65])
 def test_matrices_do_not_meet(n: int) -> None:
     """A matrix with an entry that is not a number spoils itself alone, and each is what it is by itself."""
-    generator = skew(5, n, 0.5)
+    generator = skew(3, n, 0.5)
     alone = [cayley_by_elimination(matrix[None].clone()) for matrix in generator]
-    generator[2, 0, 1] = float("nan")
+    generator[1, 0, 1] = float("nan")
     found = cayley_by_elimination(generator)
-    for each in (0, 1, 3, 4):
+    for each in (0, 2):
         assert torch.equal(found[each], alone[each][0])
-    assert found[2].isnan().any()
+    assert found[1].isnan().any()
 
 
 @pytest.mark.parametrize("n", [8, 46, 70])

@@ -94,6 +94,8 @@ class _CayleyOfEntries(torch.autograd.Function):
     """R − I from the free entries of Q, with a backward that needs the result and nothing else.
 
     dR = ½ (R + I) dQ (R + I), so ∂L/∂Q = 2 Hᵀ G Hᵀ with H = ½ (R + I) = I + ½ (R − I), of which the skew part counts.
+    Where torch is told to round products to TF32, the gradient is rounded, as those of all layers are; R never is where
+    Triton runs.
     """
 
     @staticmethod

@@ -69,7 +69,7 @@ def _eliminate(tile, n, SIZE: tl.constexpr):
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _whole(generator, result, count, n, SIZE: tl.constexpr, MATRICES: tl.constexpr):
     """R − I of MATRICES matrices, padded with zeros to SIZE."""
     matrices = tl.program_id(0) * MATRICES + tl.arange(0, MATRICES)[:, None, None]
@@ -105,7 +105,7 @@ def _product(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _diagonal(source, panel, n, k, SIZE: tl.constexpr):
     """Block k of the diagonal eliminated by itself, F = (I + A_kk)⁻¹ − I, into block k of the panel (SIZE, n)."""
     matrix, size = tl.program_id(0), tl.minimum(n - k * SIZE, SIZE)
@@ -115,7 +115,7 @@ def _diagonal(source, panel, n, k, SIZE: tl.constexpr):
     tl.store(places, _eliminate(tile, size, SIZE), mask=(rows < size) & (columns < size))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "blocks"])
 def _row(source, panel, n, k, blocks, SIZE: tl.constexpr, DEPTH: tl.constexpr):
     """The other blocks of row k, (I + F) A_kj, into the panel."""
     matrix = (tl.program_id(0) // (blocks - 1)).to(tl.int64)
@@ -131,7 +131,7 @@ def _row(source, panel, n, k, blocks, SIZE: tl.constexpr, DEPTH: tl.constexpr):
     tl.store(panel + rows * n + columns, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "blocks"])
 def _others(source, target, panel, n, k, blocks, SIZE: tl.constexpr, DEPTH: tl.constexpr):
     """Block (i, j) after step k, U being the panel: U_j in row k, else A_ij − A_ik U_j, and −A_ik − A_ik F for j = k.
 
@@ -155,7 +155,7 @@ def _others(source, target, panel, n, k, blocks, SIZE: tl.constexpr, DEPTH: tl.c
     tl.store(target + matrix * n * n + rows * n + columns, tile, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _polish(half, defect, result, n, blocks, SIZE: tl.constexpr, DEPTH: tl.constexpr, FIRST: tl.constexpr):
     """For D = 2 T: first its defect E = D + Dᵀ + DᵀD, then D − ½ (E + D E)."""
     matrix = (tl.program_id(0) // (blocks * blocks)).to(tl.int64)

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 import isotune
-from isotune.experiments.measure import Operations, kept_bytes
+from isotune.experiments.measure import kept_bytes
+from isotune.internals.operations import Operations
 
 LAYERS = {256: 6, 512: 6, 1024: 4, 2048: 2}
 RANKS = (46, 128)

@@ -43,7 +43,8 @@ from isotune.adapter.rotation import RotationAdapter
 from isotune.algebra.factors import LowRank, apply_chain
 from isotune.diagnostics.turn import turned_weights
 from isotune.errors import IsotuneWarning
-from isotune.experiments.measure import Kept, Operations
+from isotune.experiments.measure import Kept
+from isotune.internals.operations import Operations
 from isotune.methods import METHODS
 from isotune.tuner.layer import Layer
 from isotune.tuner.placing import place_adapter

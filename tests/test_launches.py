@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 
 import isotune
-from isotune.experiments.measure import Operations
+from isotune.internals.operations import Operations
 from isotune.tuner.adapted_model import AdaptedModel
 
 WIDTH, INNER = 768, 1536

@@ -164,6 +164,11 @@ def _kind(argument: Any, name: str) -> Any:
     return argument < 2**31 if name in ("tokens", "steps") else argument
 
 
+def work() -> bool:
+    """Whether Triton has started all kernels that it was given."""
+    return not _failed
+
+
 def can_rotate(blocks: Tensor, *rows: Tensor) -> bool:
     """Say whether the kernels take these tensors: blocks (n / b, b, b) and others (tokens, n), with no graph recorded.
 

@@ -178,7 +178,7 @@ def _polish(half, defect, result, n, blocks, SIZE: tl.constexpr, DEPTH: tl.const
 def can_eliminate(generator: Tensor) -> bool:
     """Say whether the kernels take this batch (count, n, n): contiguous float32 with values, and not an empty one."""
     return (
-        not block_kernels._failed
+        block_kernels.work()
         and type(generator) is Tensor
         and generator.dtype == torch.float32
         and generator.is_contiguous()

@@ -16,6 +16,7 @@ from scripts import ROOT, run_script
 
 pytestmark = pytest.mark.slow  # each run is a process
 
+MEASURED = ROOT / "benchmarks" / "results" / "gpu" / "h100.json"
 COMMAND = "benchmarks/gpu.py"
 SECTIONS = ("step/8b", "start", "decode/eager/batch=1", "decode/graph/batch=1", "graph", "profile")
 
@@ -172,3 +173,18 @@ def test_a_folder_without_tests_is_an_error_of_its_piece_alone(tmp_path: Path) -
     assert not piece["complete"]
     assert "FileNotFoundError" in piece["errors"]["right"]
     assert "failed: right: FileNotFoundError" in printed
+
+
+def test_the_page_holds_what_was_measured(tmp_path: Path) -> None:
+    page = tmp_path / "speed.md"
+    page.write_text((ROOT / "docs" / "speed.md").read_text())
+    ended = run_script(COMMAND, "--write", str(page), "-o", str(MEASURED), folder=tmp_path)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert page.read_text() == (ROOT / "docs" / "speed.md").read_text()
+
+
+def test_a_page_without_its_marks_is_left_alone(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("text")
+    assert run_script(COMMAND, "--write", str(page), "-o", str(MEASURED), folder=tmp_path).returncode == 1
+    assert page.read_text() == "text"

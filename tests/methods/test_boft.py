@@ -170,6 +170,25 @@ def test_the_gain_is_trained(bias: bool) -> None:
 # -- sizes ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_input_has_its_gradient_where_the_gain_is_frozen(dtype: torch.dtype) -> None:
+    """The gain is float32, and the layer's product stays in the dtype of the layer."""
+    torch.manual_seed(0)
+    model = adapt(
+        nn.Sequential(nn.Linear(16, 24, bias=False)).to(dtype), BOFTConfig(boft_block_size=4, target_modules=["0"])
+    )
+    (layer,) = layers_of(model)
+    layer.adapter("default").randomize_parameters()
+    x = torch.randn(5, 16, dtype=dtype, requires_grad=True)
+    seen = []
+    for train_gain in (True, False):
+        layer.adapter("default").output_gain.requires_grad_(train_gain)
+        (gradient,) = torch.autograd.grad(model(x).float().square().sum(), x)
+        seen.append(gradient)
+    assert seen[0].dtype == dtype
+    assert torch.equal(*seen)
+
+
 @pytest.mark.parametrize(
     ("options", "width", "size"),
     [({}, 24, 4), ({"boft_block_size": 6}, 24, 6), ({"boft_block_num": 6}, 24, 4), ({"boft_block_num": 1}, 7, 7)],

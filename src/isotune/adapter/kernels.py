@@ -198,6 +198,8 @@ class _RotatedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             scratch = torch.mm(chain_forward(flat, ctx.chain, tensors), weight.t())
             grad_gain = scratch.mul_(grad).sum(0, dtype=gain.dtype)
+        elif gain is not None:
+            scratch = torch.empty_like(grad)  # in the dtype of the layer, which the gain's is wider than
         inner = torch.mm(grad if gain is None else torch.mul(grad, gain, out=scratch), weight)
         grad_x, grads = chain_backward(flat, inner, ctx.chain, tensors, ctx.needs_input_grad[0], in_place=True)
         return None if grad_x is None else grad_x.reshape(x.shape), grad_gain, None, None, *grads

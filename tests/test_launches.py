@@ -33,11 +33,11 @@ DEPTHS = (2, 7)
 
 CONFIGURATIONS: dict[str, PeftConfig] = {
     "LoRA r=16": LoraConfig(r=16),
-    **{f"PSOFT r={r}": isotune.PsoftConfig(r=r) for r in (8, 46, 64, 128, 256, 352)},
-    **{f"LoRA-XS r={r}": isotune.LoraXsConfig(r=r) for r in (8, 46, 64)},
-    **{f"OFT b={b}": isotune.OFTConfig(oft_block_size=b) for b in (8, 32, 64)},
+    **{f"PSOFT r={r}": isotune.PsoftConfig(r=r) for r in (8, 46, 128)},
+    **{f"LoRA-XS r={r}": isotune.LoraXsConfig(r=r) for r in (8, 46)},
+    **{f"OFT b={b}": isotune.OFTConfig(oft_block_size=b) for b in (8, 32)},
     "COFT b=32": isotune.OFTConfig(oft_block_size=32, coft=True, eps=0.5),
-    **{f"HRA r={r}": isotune.HRAConfig(r=r) for r in (2, 8, 32)},
+    **{f"HRA r={r}": isotune.HRAConfig(r=r) for r in (2, 8)},
     "BOFT m=2 b=8": isotune.BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=2),
     "BOFT m=4 b=4": isotune.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=4),
     "GOFT": isotune.GOFTConfig(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=[pytest.param(count, marks=pytest.mark.slow) for count in (2, 4)])
+COUNTS = (2, 4) if os.environ.get("ISOTUNE_TESTS") == "product" else (2,)
+"""Four processes on two cores take two minutes; `make product` runs them too."""
+
+
+@pytest.fixture(scope="module", params=[pytest.param(count, marks=pytest.mark.slow) for count in COUNTS])
 def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """The folder that a run has written, and what each of its processes found."""
     folder = tmp_path_factory.mktemp(f"tensor-parallel-{request.param}")

@@ -69,6 +69,13 @@ def test_gradcheck(r: int, n: int) -> None:
     assert torch.autograd.gradcheck(reflection_penalty, vectors)
 
 
+def test_a_second_derivative_is_right_or_refused() -> None:
+    vectors = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(reflection_penalty, vectors)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(reflections(vectors)[0].sum(), vectors, create_graph=True)
+
+
 def test_through_a_layer_and_transposed() -> None:
     vectors = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)

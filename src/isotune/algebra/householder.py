@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isotune.algebra.factors import refuse_double_backward
 from isotune.algebra.recording import inverse_by_products, is_exported
 
 
@@ -24,6 +25,7 @@ class _UnitRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        refuse_double_backward()
         units, norms = ctx.saved_tensors
         along = (units * gradient).sum(-1, keepdim=True)
         found: Tensor = torch.addcmul(gradient, units, along, value=-1) / norms
@@ -41,7 +43,7 @@ def _unit_rows(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unit_rows(vectors: Tensor) -> Tensor:
-    """Each row divided by its norm; a zero row stays zero, which makes its reflection the identity."""
+    """Each row divided by its norm, differentiable once; a zero row stays zero: its reflection is the identity."""
     if is_exported():
         return _unit_rows(vectors)[0]
     units: Tensor = _UnitRows.apply(vectors)  # type: ignore[no-untyped-call]
@@ -103,6 +105,6 @@ def reflection_penalty(vectors: Tensor) -> Tensor:
 
     Source: Yuan et al., HRA (NeurIPS 2024), equation 7.
     """
-    units = unit_rows(vectors)
+    units, _ = _unit_rows(vectors)  # as torch differentiates it: a penalty has a second derivative
     gram = units @ units.mT
     return (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).square().sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from isotune.subspace import equality, solvers
+from isotune.subspace import solvers
 from isotune.subspace.equality import checksum
 from isotune.subspace.result import SubspaceRequest
 from isotune.subspace.solvers import principal_subspaces
@@ -47,7 +47,7 @@ def test_made_weights_are_compared_too() -> None:
 def test_a_checksum_is_of_the_bits_whatever_the_layout_and_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(31, 17)
     expected = sum(weight.view(torch.int32).flatten().tolist())
-    monkeypatch.setattr(equality, "_CHUNK", 40)
+    monkeypatch.setattr("isotune.subspace.precision._CHUNK", 40)
     for layout in (
         weight,
         weight.T.contiguous().T,

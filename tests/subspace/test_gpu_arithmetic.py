@@ -143,7 +143,7 @@ def test_no_large_float64_and_little_memory(shape: tuple[int, int], dtype: torch
 def test_the_exact_solver_widens_a_part_at_a_time(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     weight = with_spectrum(*shape, torch.arange(1, 91, dtype=torch.float64) ** -0.5)[0].float()
     whole = principal_subspace(weight, 9, solver="full")
-    monkeypatch.setattr(solvers, "_CHUNK", 90 * 100)
+    monkeypatch.setattr("isotune.subspace.precision._CHUNK", 90 * 100)
     with Tensors() as counted:
         found = principal_subspace(weight, 9, solver="full")
     assert counted.float64 <= 90 * 100

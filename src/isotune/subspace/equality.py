@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from isotune.subspace.precision import rows_in_parts
 from isotune.subspace.result import Subspace, SubspaceRequest
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 2**24
-"""Elements that are widened to int64 at a time."""
 
 _Key = tuple[int, torch.Size, torch.dtype, torch.device, int]
 
@@ -41,9 +40,8 @@ class EqualWeights:
 
 def checksum(weight: Tensor) -> int:
     """Sum the bits of a weight (out, in) as integers, whatever its layout: exact, and one wait for its device."""
-    rows = max(1, _CHUNK // weight.shape[1])
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
-    for part in torch.split(_bits(weight), rows):
+    for part in rows_in_parts(_bits(weight)):
         total += part.sum(dtype=torch.int64)
     return int(total)
 

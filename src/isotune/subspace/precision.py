@@ -10,7 +10,7 @@ from torch import Tensor
 
 _FULL = ("none", "ieee", "highest")
 _CHUNK = 2**24
-"""Elements of the left matrix that are widened at a time."""
+"""Elements of a matrix that are widened at a time."""
 _DEPTH = 1024
 """Terms of a sum that a tensor core adds up by itself: it cuts off where float32 rounds, so long sums would drift."""
 
@@ -66,8 +66,12 @@ def exact_product(left: Tensor, right: Tensor, *, narrow: bool = False) -> Tenso
     if left.ndim > 2:
         return torch.stack([exact_product(one, other) for one, other in zip(left, right, strict=True)])
     wide = right.double()
-    rows = max(1, _CHUNK // max(1, left.shape[1]))
-    return torch.cat([(part.double() @ wide).to(left.dtype) for part in torch.split(left, rows)])
+    return torch.cat([(part.double() @ wide).to(left.dtype) for part in rows_in_parts(left)])
+
+
+def rows_in_parts(matrix: Tensor) -> tuple[Tensor, ...]:
+    """The rows of a matrix in parts that are small enough to be widened one after the other."""
+    return torch.split(matrix, max(1, _CHUNK // max(1, matrix.shape[1])))
 
 
 def _product_of_parts(left: Tensor, right: Tensor, *, narrow: bool) -> Tensor:

@@ -16,7 +16,7 @@ from isotune.subspace.cache import SubspaceCache
 from isotune.subspace.equality import EqualWeights
 from isotune.subspace.iteration import block_size, iterate
 from isotune.subspace.pinning import gaussian
-from isotune.subspace.precision import without_autocast
+from isotune.subspace.precision import rows_in_parts, without_autocast
 from isotune.subspace.result import Subspace
 from isotune.subspace.result import SubspaceRequest as SubspaceRequest
 
@@ -28,8 +28,6 @@ SOLVER_VERSION = 2
 # nobody's, so they are replaced by directions that depend on the others only (see `_complete`).
 _NEGLIGIBLE = {torch.float32: 2e-6, torch.float64: 1e-13}
 _PROGRESS_DELAY_SECONDS = 3.0
-_CHUNK = 2**24
-"""Elements of a weight that the exact solver widens to float64 at a time."""
 _LARGEST_FULL = 2048
 """The largest shorter side that "auto" gives to the exact solver on a GPU for its speed."""
 
@@ -263,7 +261,7 @@ def _full(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if wide else matrix
     # By rows, so that never all of a large weight lies there once more in float64.
-    parts = torch.split(tall, max(1, _CHUNK // tall.shape[1]))
+    parts = rows_in_parts(tall)
     gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=matrix.device)
     for part in parts:
         double = part.double()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isotune.algebra import block_kernels, factors
+from isotune.algebra import acceleration, block_kernels
 from isotune.algebra.block_kernels import rotate_blocks, rotate_blocks_backward
 from isotune.algebra.factors import BlockDiagonal, LowRank, apply_chain, chain_backward, chain_forward
 
@@ -51,7 +51,7 @@ if INTERPRETED:
 
 @pytest.fixture(autouse=True)
 def _kernels_are_taken(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(factors, "_KERNEL_DEVICE", DEVICE)
+    monkeypatch.setattr(acceleration, "DEVICE", DEVICE)
     monkeypatch.setattr(block_kernels, "SIZES", dict.fromkeys(DTYPES, SIZES))
     torch.manual_seed(0)
     with torch.no_grad():
@@ -241,16 +241,16 @@ def test_a_triton_that_cannot_run_is_replaced(monkeypatch: pytest.MonkeyPatch) -
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     x, _, blocks = make(5, 3, 16, torch.float32)
-    taken = factors._block_kernels()
+    taken = acceleration.load("block_kernels")
     assert taken is block_kernels
-    factors._block_kernels.cache_clear()
+    acceleration.load.cache_clear()
     try:
         monkeypatch.setitem(sys.modules, "isotune.algebra.block_kernels", None)
         monkeypatch.delattr("isotune.algebra.block_kernels")
-        assert factors._block_kernels() is None
+        assert acceleration.load("block_kernels") is None
         assert_rounded_once(BlockDiagonal(16).apply(x, [blocks]), twin(x, blocks), 16)
     finally:
-        factors._block_kernels.cache_clear()
+        acceleration.load.cache_clear()
 
 
 @on_gpu

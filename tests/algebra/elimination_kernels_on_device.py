@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isotune.algebra import block_kernels, cayley, elimination_kernels
+from isotune.algebra import acceleration, block_kernels, elimination_kernels
 from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.elimination_kernels import can_eliminate, cayley_by_elimination
 from isotune.algebra.skew import skew_from_vector, skew_size, vector_from_skew
@@ -31,7 +31,7 @@ every_shape = pytest.mark.parametrize(("count", "n"), [*SHAPES, *LARGE])
 
 @pytest.fixture(autouse=True)
 def _kernels_are_taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(cayley, "_KERNEL_DEVICE", DEVICE)
+    monkeypatch.setattr(acceleration, "DEVICE", DEVICE)
     torch.manual_seed(0)
     yield
     assert not block_kernels._failed
@@ -142,15 +142,15 @@ def test_a_triton_that_cannot_run_is_replaced(n: int, monkeypatch: pytest.Monkey
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = torch.randn(3, skew_size(16), device=DEVICE) / 16
-    assert cayley._elimination_kernels() is elimination_kernels
-    cayley._elimination_kernels.cache_clear()
+    assert acceleration.load("elimination_kernels") is elimination_kernels
+    acceleration.load.cache_clear()
     try:
         monkeypatch.setitem(sys.modules, "isotune.algebra.elimination_kernels", None)
         monkeypatch.delattr("isotune.algebra.elimination_kernels")
-        assert cayley._elimination_kernels() is None
+        assert acceleration.load("elimination_kernels") is None
         found = orthogonal_difference(entries, 16)
     finally:
-        cayley._elimination_kernels.cache_clear()
+        acceleration.load.cache_clear()
     torch.testing.assert_close(found.double(), exact(skew_from_vector(entries, 16)), rtol=1e-5, atol=1e-6)
 
 

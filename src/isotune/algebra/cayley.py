@@ -6,33 +6,19 @@ difference keeps its own relative precision, while R itself would lose it to the
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from isotune.algebra.acceleration import kernels_for
 from isotune.algebra.recording import inverse_by_products, is_exported
 from isotune.algebra.skew import skew_from_vector, skew_positions, skew_size
-
-_KERNEL_DEVICE = "cuda"
-
-
-@functools.cache
-def _elimination_kernels() -> Any:
-    """The module `isotune.algebra.elimination_kernels`; None where Triton is missing or does not load."""
-    try:
-        from isotune.algebra import elimination_kernels
-    except Exception:  # what an installation that fits neither this Python nor this torch raises is not foreseeable
-        return None
-    return elimination_kernels
 
 
 def _by_kernels(generator: Tensor) -> Tensor | None:
     """R − I of matrices (count, n, n) in Triton, which a CUDA graph can hold; None where that is not for them."""
-    if generator.device.type != _KERNEL_DEVICE or torch.compiler.is_compiling() or is_exported():
-        return None
-    kernels = _elimination_kernels()
+    kernels = kernels_for(generator, "elimination_kernels")
     if kernels is None or not kernels.can_eliminate(generator):
         return None
     found: Tensor | None = kernels.cayley_by_elimination(generator)

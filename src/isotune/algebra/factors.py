@@ -7,7 +7,6 @@ D and not I + D is stored, so that a small rotation keeps its relative precision
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from isotune.algebra.acceleration import kernels_for
 from isotune.algebra.recording import is_exported
 
 
@@ -28,19 +28,6 @@ def refuse_double_backward() -> None:
             "An adapted layer can be differentiated once; create_graph=True through it is not supported. "
             "Compute second derivatives on the merged model, or by finite differences of gradients."
         )
-
-
-@functools.cache
-def _block_kernels() -> Any:
-    """The module `isotune.algebra.block_kernels`; None where Triton is missing or does not load."""
-    try:
-        from isotune.algebra import block_kernels
-    except Exception:  # what an installation that fits neither this Python nor this torch raises is not foreseeable
-        return None
-    return block_kernels
-
-
-_KERNEL_DEVICE = "cuda"
 
 
 class Factor(ABC):
@@ -97,12 +84,10 @@ class BlockDiagonal(Factor):
         return x.reshape(x.shape[0], x.shape[1] // self.size, self.size).transpose(0, 1)
 
     def _kernels(self, blocks: Tensor, *rows: Tensor) -> Any:
-        """The kernels for these tensors, where there are some; else None, as in all that is traced."""
-        if self.permuted or self.columns is not None or blocks.device.type != _KERNEL_DEVICE:
+        """The kernels for these tensors, where there are some; else None."""
+        if self.permuted or self.columns is not None:
             return None
-        if torch.compiler.is_compiling() or is_exported():
-            return None
-        kernels = _block_kernels()
+        kernels = kernels_for(blocks, "block_kernels")
         return kernels if kernels is not None and kernels.can_rotate(blocks, *rows) else None
 
     def apply(self, x: Tensor, tensors: Sequence[Tensor], in_place: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is measured beside a score: bytes kept for backward, operations, memory, forgetting, the metric's interval."""
+"""What a run is measured by beside its score: bytes kept for backward, memory, forgetting, the metric's interval."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from helpers import (
     adapt,
     adapted_stack,
     assert_same_gradients,
+    form_of,
     layers_of,
     one_by_one,
     randomize,
@@ -73,7 +74,9 @@ def on_every_host(method: str) -> Any:
 def on_llama(method: str) -> Any:
     """One block with all its layers adapted: more of them are more to trace, and nothing new."""
     model = tiny_llama(layers=1)
-    return get_peft_model(model, METHODS[method](target_modules="all-linear", **OPTIONS_FOR_TINY[method])).train()
+    name, form = form_of(method)
+    config = METHODS[name](target_modules="all-linear", **form, **OPTIONS_FOR_TINY[name])
+    return get_peft_model(model, config).train()
 
 
 def train_beside_eager(model: Any, backend: str, steps: int, dynamic: bool = True) -> None:
@@ -106,7 +109,7 @@ def test_twenty_steps_with_changing_batches(method: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["psoft", "boft"])
+@pytest.mark.parametrize("method", ["psoft", "boft", "oft-output"])
 def test_twenty_steps_of_a_llama_with_changing_batches(method: str) -> None:
     train_beside_eager(on_llama(method), "aot_eager", 20)
 

@@ -61,6 +61,7 @@ def test_train_save_load_and_encode(method: str, tmp_path: Path) -> None:
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if not p.requires_grad)
     model.save_pretrained(str(tmp_path / "saved"))
     assert list((tmp_path / "saved").rglob("adapter_model.safetensors"))
+    assert not list((tmp_path / "saved").rglob("model.safetensors"))
     again = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     assert layers_of(again)
     assert relative_error(encoded(again), trained) < 1e-5

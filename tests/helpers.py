@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from isotune import PsoftConfig, get_peft_model
 from isotune.methods import METHODS
+from isotune.methods.config import RotationConfig
 from isotune.tuner.layer import Layer
 
 QUICK = os.environ.get("ISOTUNE_TESTS", "all") == "quick"
@@ -315,6 +316,13 @@ def reference_update(layer: Layer, adapter: str = "default") -> Tensor:
     return scale * writer @ reference_difference(operator).to(weight).T @ basis
 
 
+def rotated(operator: Any, matrix: Tensor) -> Tensor:
+    """W under a rotation of all inputs or outputs, and its gain, by the definition of the two forms."""
+    own = operator.matrix().to(matrix.dtype)
+    matrix = own @ matrix if operator.side == "output" else matrix @ own.T
+    return matrix if operator.gain is None else operator.gain.to(matrix.dtype)[:, None] * matrix
+
+
 OPTIONS_FOR_12: dict[str, dict[str, Any]] = {
     "psoft": {"r": 4},
     "oft": {"oft_block_size": 3},
@@ -379,8 +387,7 @@ def merged_matrix(
                 change if change.shape == matrix.shape else layer.host.stored(change).reshape(matrix.shape)
             )
         else:
-            matrix = matrix @ operator.matrix().T.to(matrix.dtype)
-            matrix = matrix if operator.gain is None else operator.gain.to(matrix.dtype)[:, None] * matrix
+            matrix = rotated(operator, matrix)
     return matrix
 
 
@@ -440,6 +447,17 @@ def counted(monkeypatch: Any, target: str) -> Iterator[list[Any]]:
 
 LORA = "lora"
 """PEFT's LoRA, by which a test tests itself: what LoRA passes is no fault of the test's own."""
+
+_OF_OUTPUTS = "-output"
+FORMS = (*METHODS, *(name + _OF_OUTPUTS for name in METHODS if issubclass(METHODS[name], RotationConfig)))
+"""All methods, and those that rotate the inputs of a layer as rotations of its outputs, "oft-output"."""
+
+
+def form_of(form: str) -> tuple[str, dict[str, Any]]:
+    """The method of an entry of FORMS, and the option that makes it one."""
+    method = form.removesuffix(_OF_OUTPUTS)
+    return method, {} if method == form else {"side": "output"}
+
 
 EVERY_METHOD = (*METHODS, "coft")
 """All methods, and OFT with its constraint, which takes a path of its own."""

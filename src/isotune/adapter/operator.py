@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,9 @@ class Adapter(nn.Module, ABC):
     orthogonal = True
     """Whether M, without vectors that scale it, is orthogonal at every value of the parameters."""
     additive: ClassVar[bool]
-    """Whether the form adds an output of its own, or else changes the input of the layer."""
+    """Whether the form adds an output of its own, or else rotates one side of the layer."""
+    side: Literal["input", "output"] | None = None
+    """Whether M rotates the inputs, W' = W Mᵀ, or the outputs without the bias, W' = M W; None for an update."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -233,7 +235,7 @@ class Adapter(nn.Module, ABC):
         """
         if scale != 1.0:
             raise ValueError(
-                f"This adapter rotates the inputs of its layer, and a scaled rotation is none; the scale can only be "
+                f"This adapter rotates the {self.side}s of its layer, and a scaled rotation is none; the scale must be "
                 f"1, and {scale} was given. Use disable_adapter() to do without it."
             )
 

@@ -1,8 +1,8 @@
-"""The form *input rotation*: y = host(x M), M a chain of structured factors on all inputs of a layer."""
+"""The forms *input rotation*, y = host(x M), and *output rotation*, y = M · host(x), M a chain of factors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,14 @@ from isotune.adapter.evaluation import cast_by_autocast
 from isotune.adapter.kernels import rotated_linear
 from isotune.adapter.operator import Adapter, FrozenLinear
 from isotune.algebra.factors import Chain, LowRank, apply_chain, transpose_chain
-from isotune.parallel.tensor_parallel import Division
+from isotune.parallel.tensor_parallel import Division, Share
 
 
 class RotationAdapter(Adapter):
-    """An operator on all inputs of a layer, a chain of structured factors because (in, in) is too large to form.
+    """An operator on all inputs or all outputs of a layer, a chain of factors because n × n is too large to form.
 
     Args:
-        size: n.
+        size: n, the width of the side that is rotated.
         chain: the factors whose tensors `complete` returns, the one that acts first in front.
     """
 
@@ -27,6 +27,7 @@ class RotationAdapter(Adapter):
     def __init__(self, size: int, chain: Chain) -> None:
         super().__init__(size)
         self.chain = chain
+        self.side = "input"
 
     @property
     def gain(self) -> nn.Parameter | None:
@@ -68,23 +69,34 @@ class RotationAdapter(Adapter):
         bias: Tensor | None,
         division: Division | None,
     ) -> Tensor:
-        """gain ⊙ host(x M), the gain without the bias."""
-        x = cast_by_autocast(x)
+        """gain ⊙ host(x M), or gain ⊙ M · host(x); neither the gain nor a rotation of outputs acts on the bias."""
         tensors, gain = self._acting(tensors, self.training)
-        share = None if division is None else division.of_input(x)
-        # A rotation mixes the inputs of all processes.
-        turned = apply_chain(x if share is None else share.joined(x), self.chain, tensors)
-        result = host(turned if share is None else share.of(turned))
-        if gain is None:
-            return result
+        share = None
+        if self.side == "output":
+            result = host(x)
+        else:
+            x = cast_by_autocast(x)
+            share = None if division is None else division.of_input(x)
+            result = host(_on_all(share, x, self.chain, tensors))
+            if gain is None:
+                return result
         if division is not None:
             share, bias = division.of_output(result), division.bias_of(result, bias)
-            gain = gain if share is None else share.of(gain)
-        # What the gain adds, so that a gain of one changes no bit.
-        return result + (result if bias is None else result - bias.to(result.dtype)) * (gain - 1).to(result.dtype)
+        # What the adapter adds to the output, so that one that changes nothing changes no bit.
+        own = result if bias is None else result - bias.to(result.dtype)
+        if self.side == "output":
+            chain, tensors = transpose_chain(self.chain, [tensor.to(result.dtype) for tensor in tensors])
+            turned = _on_all(share, own, chain, tensors)
+            result = turned if bias is None else result + (turned - own)
+            own = turned
+        if gain is None:
+            return result
+        return result + own * ((gain if share is None else share.of(gain)) - 1).to(result.dtype)
 
     def fused(self, x: Tensor, tensors: tuple[Tensor, ...], linear: FrozenLinear) -> Tensor | None:
-        """The chain, the product with W and the gain in one node."""
+        """The chain, the product with W and the gain in one node; None for a rotation of outputs, which needs none."""
+        if self.side == "output":
+            return None
         x = cast_by_autocast(x)
         tensors, gain = self._acting(tensors, self.training)
         return rotated_linear(x, gain, self.chain, tensors, *linear)
@@ -98,27 +110,34 @@ class RotationAdapter(Adapter):
         rows: Tensor | None = None,
         at: Tensor | None = None,
     ) -> Tensor:
-        """diag(gain) W Mᵀ."""
+        """diag(gain) W Mᵀ, or diag(gain) M W."""
         if matrix.ndim == 3:
-            turned = []
-            for index, own in enumerate(matrix):
-                turned.append(apply_chain(own, *transpose_chain(self.chain, [tensor[index] for tensor in tensors])))
-            return torch.stack(turned)
+            each = [self._turned(own, [tensor[index] for tensor in tensors]) for index, own in enumerate(matrix)]
+            return torch.stack(each)
         tensors, gain = self._acting(tensors, drop)
-        rotated = apply_chain(matrix, *transpose_chain(self.chain, tensors))
+        rotated = self._turned(matrix, tensors)
         if gain is None:
             return rotated
         own = gain.to(matrix.dtype)
         return rotated * (own if at is None else own.index_select(0, at))[:, None]
 
+    def _turned(self, matrix: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """W Mᵀ, or M W."""
+        chain, tensors = transpose_chain(self.chain, tensors)
+        if self.side == "input":
+            return apply_chain(matrix, chain, tensors)
+        return apply_chain(matrix.mT, chain, tensors).mT
+
     def low_rank(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """For reflections, M = I + L R: W Rᵀ and Lᵀ."""
+        """For reflections, M = I + L R: W Rᵀ and Lᵀ, or L and R W."""
         if not self.has_low_rank:
             raise ValueError(
-                "This method rotates all inputs of a layer, so its update has full rank and is no LoRA adapter; export "
-                "the merged model instead (--to merged)."
+                f"This method rotates all {self.side}s of a layer, so its update has full rank and is no LoRA adapter; "
+                "export the merged model instead (--to merged)."
             )
         left, right = self.chain_tensors()
+        if self.side == "output":
+            return left, right @ matrix.to(right.dtype)
         return matrix.to(right.dtype) @ right.mT, left.mT
 
     @property
@@ -126,6 +145,18 @@ class RotationAdapter(Adapter):
         """Whether M − I is a product of two thin matrices; all other rotations turn every direction."""
         return [type(factor) for factor in self.chain] == [LowRank] and not self.beside
 
+    @property
+    def form_key(self) -> Hashable:
+        """The side."""
+        return self.side
+
     def describe(self) -> str:
-        """The width that is rotated."""
-        return f"rotation of {self.size}"
+        """The width and the side that is rotated."""
+        return f"rotation of {self.size} {self.side}s"
+
+
+def _on_all(share: Share | None, x: Tensor, chain: Chain, tensors: Sequence[Tensor]) -> Tensor:
+    """The chain on x, or on the whole of which x is this process's share: a rotation mixes those of all processes."""
+    if share is None:
+        return apply_chain(x, chain, tensors)
+    return share.of(apply_chain(share.joined(x), chain, tensors))

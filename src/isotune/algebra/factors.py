@@ -201,7 +201,8 @@ class _Chain(torch.autograd.Function):
         x, chain, *tensors = given
         ctx.save_for_backward(x, *tensors)
         ctx.chain = chain
-        return chain_forward(x.reshape(-1, x.shape[-1]), chain, tensors).reshape(x.shape)
+        # Detached: a view made in here could not be changed in place by what follows, such as ReLU(inplace=True).
+        return chain_forward(x.reshape(-1, x.shape[-1]), chain, tensors).reshape(x.shape).detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -32,7 +32,7 @@ def turn(operator: Adapter, *, max_dense: int = MAX_DENSE) -> Turn:
     """The orthogonality error and the rotation angles of an operator, without the vectors that scale it.
 
     Args:
-        operator: of a subspace or of all inputs.
+        operator: of a subspace, or of all inputs or outputs.
         max_dense: above this n a chain of factors that must be multiplied out to find its angles gets none.
     """
     if isinstance(operator, SubspaceAdapter):
@@ -68,12 +68,14 @@ def turned_weights(layer: Layer, adapter_name: str) -> tuple[Tensor, Tensor]:
         adapter_name: one of its adapters.
 
     Returns:
-        The principal weight P = W Vᵀ in the coordinates of its subspace, (out, r) each, or W under a rotation of all
-        inputs, (out, in) each. Angles between rows and norms of rows are those of P V and of W.
+        The principal weight P = W Vᵀ in the coordinates of its subspace, (out, r) each; W under a rotation of all
+        inputs, (out, in) each; or Wᵀ under one of all outputs. Angles between rows and norms of rows are those of P V
+        and of W or Wᵀ.
     """
-    weight = layer.unmerged_matrix().float()
-    if not layer.adapter(adapter_name).additive:
-        return weight, layer.fold([adapter_name], weight)
+    weight, side = layer.unmerged_matrix().float(), layer.adapter(adapter_name).side
+    if side is not None:
+        turned = layer.fold([adapter_name], weight)
+        return (weight.mT, turned.mT) if side == "output" else (weight, turned)
     up, down = layer.low_rank(adapter_name)
     basis = basis_of(down)
     principal = weight @ basis.T

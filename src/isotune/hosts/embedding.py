@@ -48,6 +48,7 @@ class EmbeddingHost(Host):
     kinds = ("torch.nn.Embedding",)
     modules = (nn.Embedding,)
     folds = True
+    sides = ("input",)
 
     def check(self) -> None:
         """Refuse max_norm, too."""

@@ -48,6 +48,8 @@ class Host:
     """Classes whose instances this is the host of without being asked for by a parameter's name or a back end."""
     quantised: ClassVar[bool] = False
     """Whether W is packed: `matrix` makes it anew at each call, and `set_matrix` rounds it."""
+    sides: ClassVar[tuple[str, ...]] = ("input", "output")
+    """Which sides of it a rotation can act on."""
     folds: ClassVar[bool] = False
     """Whether adapters act on W (or rows of it) at each call, since W does not multiply the input as it is."""
     multiplies = False

@@ -61,31 +61,31 @@ class BOFTConfig(RotationConfig):
                 "one of them to 0, since it follows from the other."
             )
 
-    def block_size_for(self, module: str, in_features: int) -> int:
-        """The size b of the blocks of a module.
+    def block_size_for(self, module: str, width: int) -> int:
+        """The size b of the blocks of a module, of which a side of that width is rotated.
 
         Raises:
-            ValueError: the blocks do not divide in_features, or the butterfly does not fit.
+            ValueError: the blocks do not divide the width, or the butterfly does not fit.
         """
         if self.boft_block_num:
-            size = in_features // divisor_for("boft_block_num", self.boft_block_num, module, in_features)
+            size = width // divisor_for("boft_block_num", self.boft_block_num, module, width, side=self.side)
         else:
-            size = divisor_for("boft_block_size", self.boft_block_size or 4, module, in_features)
+            size = divisor_for("boft_block_size", self.boft_block_size or 4, module, width, side=self.side)
         stages, most = self.boft_n_butterfly_factor, 1
-        while size % 2 == 0 and in_features % (size * 2**most) == 0:
+        while size % 2 == 0 and width % (size * 2**most) == 0:
             most += 1
         if stages > most:
             raise ValueError(
-                f"boft_n_butterfly_factor={stages} is too large for {module!r} with {in_features} inputs and blocks of "
-                f"{size}: the size must be even and {size} · 2^(m − 1) must divide {in_features}, so m may be at most "
+                f"boft_n_butterfly_factor={stages} is too large for {module!r} with {width} {self.side}s and blocks of "
+                f"{size}: the size must be even and {size} · 2^(m − 1) must divide {width}, so m may be at most "
                 f"{most}. Choose a smaller m or other blocks, or exclude the module with exclude_modules."
             )
         return size
 
-    def build_operator(self, module: str, in_features: int, out_features: int) -> BOFTOperator:
-        size = self.block_size_for(module, in_features)
+    def rotation(self, module: str, width: int, out_features: int) -> BOFTOperator:
+        size = self.block_size_for(module, width)
         dropout = (self.boft_dropout, self.boft_dropout_factors)
-        return BOFTOperator(in_features, out_features, size, self.boft_n_butterfly_factor, dropout)
+        return BOFTOperator(width, out_features, size, self.boft_n_butterfly_factor, dropout)
 
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """Blocks times their size, and the length of the gain."""
@@ -97,7 +97,8 @@ class BOFTOperator(RotationAdapter):
     """M = B_m ⋯ B₂ B₁ with blocks that are Cayley transforms, and the output gain.
 
     Args:
-        in_features, out_features: of W.
+        width: of the side that is rotated.
+        out_features: of W.
         block_size: b.
         stages: m.
         dropout: share of the blocks that are the identity in training, and share of the stages where this happens.
@@ -108,13 +109,13 @@ class BOFTOperator(RotationAdapter):
     recompute = True
 
     def __init__(
-        self, in_features: int, out_features: int, block_size: int, stages: int, dropout: tuple[float, float] = (0, 1)
+        self, width: int, out_features: int, block_size: int, stages: int, dropout: tuple[float, float] = (0, 1)
     ) -> None:
-        super().__init__(in_features, butterfly_chain(in_features, block_size, stages))
+        super().__init__(width, butterfly_chain(width, block_size, stages))
         self.block_size = block_size
         self.dropout, self.dropped_stages = dropout
         self.averages = generator_means(None, "output_gain")
-        shape = (stages, in_features // block_size, skew_size(block_size))
+        shape = (stages, width // block_size, skew_size(block_size))
         self.generator = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
         self.output_gain = nn.Parameter(torch.ones(out_features, dtype=torch.float32))
 

@@ -179,18 +179,19 @@ def require_expressions(name: str, given: str | Mapping[str, Any]) -> None:
             ) from None
 
 
-def divisor_for(name: str, value: int, module: str, width: int, adjust: str = "refuse") -> int:
-    """A number if it divides the inputs of a module, else the nearest divisor, the lower of two, if that is allowed.
+def divisor_for(name: str, value: int, module: str, width: int, adjust: str = "refuse", *, side: str = "input") -> int:
+    """A number if it divides the width of a module, else the nearest divisor, the lower of two, if that is allowed.
 
     Args:
         name: of the option.
         value: at least 1.
         module: for the message.
-        width: in_features.
+        width: the number of its inputs or outputs.
         adjust: "refuse" or "nearest".
+        side: which of them it is, for the message.
 
     Raises:
-        ValueError: it does not divide them; the message names the nearest that do.
+        ValueError: it does not divide it; the message names the nearest that do.
 
     Example:
         >>> divisor_for("oft_block_size", 32, "q_proj", 768)
@@ -201,11 +202,11 @@ def divisor_for(name: str, value: int, module: str, width: int, adjust: str = "r
     divisors = [d for d in range(1, width + 1) if width % d == 0]
     nearest = min(divisors, key=lambda d: (abs(d - value), d))
     if adjust == "nearest":
-        _say_once(f"{name}={value} does not divide the {width} inputs of some modules; {nearest} is used there.")
+        _say_once(f"{name}={value} does not divide the {width} {side}s of some modules; {nearest} is used there.")
         return nearest
     around = [*[d for d in divisors if d < value][-1:], *[d for d in divisors if d > value][:1]]
     raise ValueError(
-        f"{name}={value} does not divide the {width} inputs of {module!r}; the nearest that do are "
+        f"{name}={value} does not divide the {width} {side}s of {module!r}; the nearest that do are "
         f"{' or '.join(map(str, around))}. Choose one that divides the width of every adapted module, or exclude this "
         "one with exclude_modules."
     )

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from isotune.adapter.operator import Adapter
+from isotune.adapter.rotation import RotationAdapter
 from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
 from isotune.errors import AdapterFileError
 from isotune.methods.checks import check_types, require, require_expressions, shown
@@ -24,8 +25,8 @@ from isotune.methods.checks import require_choice as require_choice
 from isotune.methods.checks import require_positive_integer as require_positive_integer
 from isotune.subspace.pinning import pin_width
 
-FORMAT_VERSION = 1
-"""Version of the adapter file that this release writes; docs/adapter-format.md describes each."""
+FORMAT_VERSION = 2
+"""Newest version of the adapter file; docs/adapter-format.md describes each. A file has the lowest that can hold it."""
 _SEED_LIMIT = 2**32
 """What numpy's frozen random stream takes as a seed lies below this."""
 
@@ -79,7 +80,7 @@ class IsotuneConfig(PeftConfig):
     bias: Literal["none", "all", "isotune_only"] = field(default="none")
     fan_in_fan_out: bool = field(default=False)
     init_weights: bool = field(default=True)
-    isotune_format: int = field(default=FORMAT_VERSION)
+    isotune_format: int = field(default=1)
 
     origin: ClassVar[str | None] = None
     """The folder or repository that the configuration was read from, whose tensors then come next; never written."""
@@ -315,15 +316,55 @@ class SubspaceConfig(IsotuneConfig):
 
 @dataclass
 class RotationConfig(IsotuneConfig):
-    """Fields shared by the methods that rotate all inputs of each layer."""
+    """Fields shared by the methods that rotate all inputs, or all outputs, of each layer.
 
-    def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> Adapter:
+    Args:
+        side: "input": y = host(x M), merged W' = W Mᵀ; or "output": y = M · host(x), merged W' = M W, the bias left as
+            it is. What is said of a method's inputs is then said of its outputs.
+    """
+
+    side: Literal["input", "output"] = field(default="input")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.side == "output":  # an earlier release would rotate the inputs
+            self.isotune_format = max(self.isotune_format, 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that the file stores; the side only where it is not the inputs."""
+        stored = super().to_dict()
+        if self.side == "input":
+            del stored["side"]
+        return stored
+
+    def build_operator(self, module: str, in_features: int, out_features: int) -> RotationAdapter:
+        """A new operator on one side of a module, the identity at the start.
+
+        Raises:
+            ValueError: the configuration does not fit a side of this width.
+        """
+        return self._on_side(module, out_features if self.side == "output" else in_features, out_features)
+
+    def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> RotationAdapter:
         """The operator of the widths that the tensors have."""
-        return self.build_operator(module, *self.widths_of(tensors))
+        return self._on_side(module, *self.widths_of(tensors))
+
+    def _on_side(self, module: str, width: int, out_features: int) -> RotationAdapter:
+        adapter = self.rotation(module, width, out_features)
+        adapter.side = self.side
+        return adapter
+
+    @abstractmethod
+    def rotation(self, module: str, width: int, out_features: int) -> RotationAdapter:
+        """A new operator on vectors of a width, those of the side that is rotated.
+
+        Raises:
+            ValueError: the configuration does not fit.
+        """
 
     @abstractmethod
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-        """in_features and out_features that go with the tensors of an operator; any where they do not matter."""
+        """The width and out_features that go with the tensors of an operator; any where they do not matter."""
 
 
 def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

@@ -15,9 +15,9 @@ from isotune.methods.checks import require_number
 from isotune.methods.config import RotationConfig
 
 
-def _require_pair(module: str, in_features: int) -> None:
-    if in_features < 2:
-        raise ValueError(f"The module {module!r} has one input, which cannot be rotated; exclude it.")
+def _require_pair(module: str, width: int, side: str) -> None:
+    if width < 2:
+        raise ValueError(f"The module {module!r} has one {side}, which cannot be rotated; exclude it.")
 
 
 @dataclass
@@ -26,9 +26,9 @@ class GOFTConfig(RotationConfig):
 
     title = "GOFT"
 
-    def build_operator(self, module: str, in_features: int, out_features: int) -> GOFTOperator:
-        _require_pair(module, in_features)
-        return GOFTOperator(in_features)
+    def rotation(self, module: str, width: int, out_features: int) -> GOFTOperator:
+        _require_pair(module, width, self.side)
+        return GOFTOperator(width)
 
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """One more than angles."""
@@ -55,9 +55,9 @@ class QGOFTConfig(RotationConfig):
         super().__post_init__()
         require_number("regularizer_weight", self.regularizer_weight)
 
-    def build_operator(self, module: str, in_features: int, out_features: int) -> QGOFTOperator:
-        _require_pair(module, in_features)
-        return QGOFTOperator(in_features, self.regularizer_weight)
+    def rotation(self, module: str, width: int, out_features: int) -> QGOFTOperator:
+        _require_pair(module, width, self.side)
+        return QGOFTOperator(width, self.regularizer_weight)
 
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """One more than pairs."""

@@ -55,13 +55,13 @@ class HRAConfig(RotationConfig):
                 f"the identity. Choose r={near}."
             )
 
-    def build_operator(self, module: str, in_features: int, out_features: int) -> HRAOperator:
-        if self.apply_GS and self.r > in_features:
+    def rotation(self, module: str, width: int, out_features: int) -> HRAOperator:
+        if self.apply_GS and self.r > width:
             raise ValueError(
-                f"r={self.r} is too large for {module!r} with apply_GS=True: of its {in_features} inputs there are at "
-                f"most {in_features} orthonormal directions. Choose a smaller r, or exclude the module."
+                f"r={self.r} is too large for {module!r} with apply_GS=True: of its {width} {self.side}s there are at "
+                f"most {width} orthonormal directions. Choose a smaller r, or exclude the module."
             )
-        return HRAOperator(in_features, self.r, strict=self.apply_GS, regularizer_weight=self.regularizer_weight)
+        return HRAOperator(width, self.r, strict=self.apply_GS, regularizer_weight=self.regularizer_weight)
 
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """The length of a direction."""

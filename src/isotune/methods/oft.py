@@ -65,27 +65,27 @@ class OFTConfig(RotationConfig):
                 "block_share to False."
             )
 
-    def block_size_for(self, module: str, in_features: int) -> int:
-        """The size of the blocks of a module.
+    def block_size_for(self, module: str, width: int) -> int:
+        """The size of the blocks of a module, of which a side of that width is rotated.
 
         Raises:
-            ValueError: r or oft_block_size does not divide in_features, or both are given and disagree.
+            ValueError: r or oft_block_size does not divide the width, or both are given and disagree.
         """
         if not self.r:
-            return divisor_for("oft_block_size", self.oft_block_size or 32, module, in_features, self.adjust)
-        size = in_features // divisor_for("r", self.r, module, in_features, self.adjust)
+            return divisor_for("oft_block_size", self.oft_block_size or 32, module, width, self.adjust, side=self.side)
+        size = width // divisor_for("r", self.r, module, width, self.adjust, side=self.side)
         if self.oft_block_size and self.oft_block_size != size:
             raise ValueError(
-                f"r={self.r} blocks of oft_block_size={self.oft_block_size} do not make the {in_features} inputs of "
+                f"r={self.r} blocks of oft_block_size={self.oft_block_size} do not make the {width} {self.side}s of "
                 f"{module!r}; set one of them to 0, or oft_block_size to {size}."
             )
         return size
 
-    def build_operator(self, module: str, in_features: int, out_features: int) -> OFTOperator:
-        size = self.block_size_for(module, in_features)
+    def rotation(self, module: str, width: int, out_features: int) -> OFTOperator:
+        size = self.block_size_for(module, width)
         return OFTOperator(
             size,
-            blocks := in_features // size,
+            blocks := width // size,
             shared=self.block_share,
             neumann_terms=self.num_cayley_neumann_terms if self.use_cayley_neumann else None,
             generator_bound=self.eps / math.sqrt(blocks) if self.coft else None,

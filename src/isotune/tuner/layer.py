@@ -111,6 +111,12 @@ class Layer(MergingLayer):
                 f"{type(self.host.module).__name__}, whose update is computed in its weight; set it to 0, or exclude "
                 "the module with exclude_modules."
             )
+        if adapter.side not in (None, *self.host.sides):
+            raise ValueError(
+                f"side={adapter.side!r} has no meaning on {self.key!r}, a {type(self.host.module).__name__}: its "
+                "weight has a row for each token, and W' = M W would mix those of different tokens. side='input' "
+                "rotates the vectors that it gives; set that, or exclude the module with exclude_modules."
+            )
         self.configs[adapter_name] = config
         self.isotune_operator[adapter_name] = adapter
         form = self._new_form(config, device)

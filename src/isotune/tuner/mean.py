@@ -86,6 +86,8 @@ def _difference(layer: Layer, first: str, other: str) -> str | None:
         return f"different sizes ({shapes[0]} and {shapes[1]})"
     if one.batch_key() != two.batch_key():
         return "different options"
+    if one.side != two.side:
+        return f"different sides ({one.side} and {two.side})"
     if not one.additive:
         return None
     one, two = layer.subspace(first), layer.subspace(other)

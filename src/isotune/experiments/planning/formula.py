@@ -74,13 +74,16 @@ def adapter_activations(model: nn.Module, tokens: int) -> int:
     """Bytes that isotune's adapters keep for backward beyond the frozen model, by formula.
 
     tokens × r for an update of a subspace, in the dtype of the base; at most tokens × in for a rotation of all inputs,
-    which layers that read the same input share. The operators themselves come on top, whatever the tokens, and so does
-    what convolutions and embeddings fold. Experts keep a folded copy of their parameter.
+    which layers that read the same input share; tokens × out for one of all outputs, and as much for its gain. The
+    operators themselves come on top, whatever the tokens, and so does what convolutions and embeddings fold. Experts
+    keep a folded copy of their parameter.
     """
     total = 0
     for layer in _layers(model):
         if layer.host.folds:
             total += layer.host.weight.nbytes if isinstance(layer.host, ExpertsHost) else 0
             continue
-        total += sum(tokens * layer.adapter(name).size for name in layer.configs) * layer.host.weight.element_size()
+        for adapter in map(layer.adapter, layer.configs):
+            copies = 2 if adapter.side == "output" and adapter.beside else 1
+            total += copies * tokens * adapter.size * layer.host.weight.element_size()
     return total

@@ -21,11 +21,25 @@ def export_adapter(
         typer.Option(help="Share of each layer's update to keep, such as 0.999, which gives its LoRA rank."),
     ] = None,
     uniform_rank: Annotated[bool, typer.Option("--uniform-rank", help="Fill all layers up to one LoRA rank.")] = False,
+    names: Annotated[
+        str | None, typer.Option(help="diffusers or kohya: one LoRA file of a model of diffusers, with these names.")
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write an adapter, or all checkpoints in a folder, in a form that needs no isotune."""
     if to not in ("lora", "merged"):
         raise ValueError(f"--to {to} is not one of lora, merged")
+    if names is not None:
+        if to != "lora" or uniform_rank:
+            raise ValueError("--names is for --to lora, and goes without --uniform-rank.")
+        from isotune.files.diffusion.lora import export_lora_file
+
+        kept: Any = names
+        report = export_lora_file(
+            directory, output, kept, base=base, rank=rank, energy=energy, trust_remote_code=trust_remote_code
+        )
+        say(f"wrote {output}: {report}")
+        return
     if to == "merged":
         if rank is not None or energy is not None or uniform_rank:
             raise ValueError("--rank, --energy and --uniform-rank are for --to lora; a merged model is exact.")

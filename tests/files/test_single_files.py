@@ -337,14 +337,14 @@ def test_refusals(tmp_path: Path) -> None:
     )
     refused({"lora_unet_a_c.oft_R.weight": torch.ones(2, 28)}, "no blocks of its 8 inputs")
     refused({"lora_unet_a_c.oft_R.weight": torch.ones(1, 27)}, "no blocks of its 8 inputs")
-    refused({"lora_unet_a_c.oft_R.scaled_oft": torch.tensor(True)}, "tensor oft_R.weight of 2 dimensions")
+    refused({"lora_unet_a_c.oft_R.scaled_oft": torch.tensor(True)}, "together are no method")
     refused({"lora_unet_a_c.oft_R.weight": weight * torch.nan}, "oft_R.weight")
     lora = {"lora_unet_a_c.lora_up.weight": torch.ones(2), "lora_unet_a_c.oft_R.weight": weight}
     refused(lora, r"lora_up\.weight \(1\).*no rotation that is imported")
     refused({"lora_unet_a_c.oft_R.weight": weight, "lora_unet_a_c.dora_scale": torch.ones(8)}, r"dora_scale \(1\)")
     boft = {"lora_unet_a_c.boft_R": torch.ones(1, 2, 4, 4), "lora_unet_a_c.boft_s": torch.ones(8, 1)}
     refused({**boft, "unet.a.b.oft_R.weight": weight}, "mixes methods .*BOFT on 'a_c', OFT on 'a.b'")
-    refused({**boft, "lora_unet_a_c.oft_R.weight": weight}, "mixes methods.*both on 'a_c'")
+    refused({**boft, "lora_unet_a_c.oft_R.weight": weight}, "together are no method")
     refused({"lora_unet_a_c.boft_R": torch.ones(1, 2, 4, 4)}, "boft_s of 2 dimensions.*holds none")
     refused({**boft, "lora_unet_a_c.boft_s": torch.ones(9, 1)}, "do not fit its weight, 8 × 8")
     two = {"lora_unet_a_c.oft_R.weight": weight, "lora_te1_a_c.oft_R.weight": weight.clone()}

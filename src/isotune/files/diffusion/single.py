@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,63 +22,34 @@ from isotune.algebra.skew import skew_order, skew_size, vector_from_skew
 from isotune.errors import AdapterFileError
 from isotune.files.adapter import ADAPTER, new_directory, refused
 from isotune.files.base_model import load_base, pipeline_of
+from isotune.files.diffusion.layer import AdaptedModule, Parameters, block_options, targets_of
+from isotune.files.diffusion.lycoris import import_butterfly, import_diagonal
 from isotune.files.diffusion.names import component_of, resolve
 from isotune.files.peft_import.source import Source, series_fields
-from isotune.hosts import widen
 from isotune.methods import BOFTConfig, OFTConfig
 from isotune.methods.config import IsotuneConfig
 from isotune.tuner.state import KEY_PREFIX, check_values
 
-_KEYS = re.compile(r"(.+)\.(oft_R\.weight|oft_R\.scaled_oft|boft_R|boft_s|boft_P)")
+_KEYS = re.compile(r"(.+)\.(oft_R\.weight|oft_R\.scaled_oft|boft_R|boft_s|boft_P|oft_blocks|rescale|alpha)")
 _TERMS = 5
 """Of the Neumann series, in PEFT's counting: its default, and what kohya and OneTrainer always compute."""
-Parameters = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Stem:
     """What a file holds under one layer's name."""
 
-    of_peft: bool
-    """Whether PEFT's own layers name it, which decides how a convolution is meant."""
+    prefix: str
+    """What says which component it belongs to, and which tool wrote it."""
     tensors: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One adapted layer: what the file holds of it and the module it is on."""
-
-    name: str
-    weight: Tensor
-    """In the module's own layout."""
-    tensors: Mapping[str, Tensor]
-    where: str
-
-    @property
-    def width(self) -> int:
-        """in_features of W, a convolution's kernel counted in."""
-        return math.prod(self.weight.shape[1:])
-
-    @property
-    def outputs(self) -> int:
-        """out_features of W."""
-        return len(self.weight)
-
-    @property
-    def sign(self) -> int:
-        """Of the generator beside that of a linear layer: these tools rotate inputs there, x R, thus W Rᵀ; but a
-        convolution's flattened kernels themselves, W R."""
-        return 1 if self.weight.ndim == 2 else -1
-
-    def refuse(self, reason: str) -> AdapterFileError:
-        return AdapterFileError(f"{self.where}: {self.name!r}: {reason}")
 
 
 def import_single(file: str | os.PathLike[str], base_model: nn.Module, component: str | None = None) -> PeftModel:
     """Turn a single file of PEFT, kohya or OneTrainer into isotune's adapter, the same function as they compute.
 
     Read are `oft_R.weight` (PEFT's OFT, kohya's networks.oft_v2, OneTrainer's OFT_2, scaled or with one block for all)
-    and `boft_R` with `boft_s` (PEFT's and kohya's BOFT), under the names of docs/formats.md. Such a file does not say
+    and `boft_R` with `boft_s` (PEFT's and kohya's BOFT), which rotate inputs; and `oft_blocks` (LyCORIS' diag-oft and
+    boft, and kohya's networks.oft), which rotates outputs; under the names of docs/formats.md. Such a file does not say
     how OFT's R is made: it is the Neumann series of 5 terms, PEFT's default and all that the others compute.
 
     Args:
@@ -182,7 +152,7 @@ def read_single(file: str | os.PathLike[str]) -> dict[str, dict[str, Stem]]:
         component, stem = component_of(match[1])
         if match[2] != "oft_R.scaled_oft":
             check_values(key, tensor, file=str(path))
-        own = parts.setdefault(component, {}).setdefault(stem, Stem(match[1].startswith(KEY_PREFIX), {}))
+        own = parts.setdefault(component, {}).setdefault(stem, Stem(match[1].removesuffix(stem), {}))
         if match[2] in own.tensors:
             raise AdapterFileError(f"{path} holds {match[2]!r} of {stem!r} twice, under two prefixes.")
         own.tensors[match[2]] = tensor
@@ -191,21 +161,19 @@ def read_single(file: str | os.PathLike[str]) -> dict[str, dict[str, Stem]]:
         shown = ", ".join(f"{name} ({count})" for name, count in sorted(kinds.items())) or "nothing"
         raise AdapterFileError(
             f"{path} holds {shown}, such as {min(others, default='no tensor')!r}, which is no rotation that is "
-            "imported: PEFT's, kohya's and OneTrainer's oft_R.weight, PEFT's and kohya's boft_R with boft_s."
+            "imported: oft_R.weight, boft_R with boft_s, and oft_blocks are."
         )
     return parts
 
 
 def _import_part(file: str, stems: Mapping[str, Stem], base: nn.Module) -> PeftModel:
     """The base with the adapter of one component."""
-    kinds = {stem: "BOFT" if own.tensors.keys() & {"boft_R", "boft_s"} else "OFT" for stem, own in stems.items()}
-    mixed = [stem for stem, own in stems.items() if {"oft_R.weight", "boft_R"} <= own.tensors.keys()]
-    if len(set(kinds.values())) > 1 or mixed:
-        first = {kind: min(stem for stem in kinds if kinds[stem] == kind) for kind in sorted(set(kinds.values()))}
-        raise AdapterFileError(
-            f"{file} mixes methods ({', '.join(f'{kind} on {stem!r}' for kind, stem in first.items())}"
-            f"{', both on ' + repr(min(mixed)) if mixed else ''}); an adapter has one. Split the file."
+    kinds = {stem: _kind(file, stem, own.tensors) for stem, own in stems.items()}
+    if len(set(kinds.values())) > 1:
+        shown = ", ".join(
+            f"{kind} on {min(s for s in kinds if kinds[s] == kind)!r}" for kind in sorted(set(kinds.values()))
         )
+        raise AdapterFileError(f"{file} mixes methods ({shown}); an adapter has one. Split the file.")
     names = resolve(stems, base, file)
     layers = []
     for stem, own in stems.items():
@@ -215,32 +183,23 @@ def _import_part(file: str, stems: Mapping[str, Stem], base: nn.Module) -> PeftM
             raise AdapterFileError(
                 f"{file}: {names[stem]!r} is a {type(module).__name__}; linear layers and convolutions are imported."
             )
-        if convolution and own.of_peft:
+        if convolution and own.prefix == KEY_PREFIX:
             raise AdapterFileError(
                 f"{file}: {names[stem]!r}: PEFT rotates each of a convolution's overlapping patches, which is no "
                 "change of its weight. Train it anew with isotune's own method."
             )
-        layers.append(_Layer(names[stem], module.get_parameter("weight"), own.tensors, file))
-    build: Callable[[list[_Layer]], tuple[IsotuneConfig, Parameters]]
-    build = _boft if next(iter(kinds.values())) == "BOFT" else _oft
+        layers.append(AdaptedModule(names[stem], own.prefix, module.get_parameter("weight"), own.tensors, file))
+    build = _KINDS[next(iter(kinds.values()))][2]
     with torch.no_grad():
         config, parameters = build(layers)
         return Source(Path(file), None, {}, base).adapted(config, parameters)
 
 
-def _tensor(layer: _Layer, key: str, dimensions: int) -> Tensor:
-    tensor = layer.tensors.get(key)
-    if tensor is None or tensor.ndim != dimensions:
-        found = "none" if tensor is None else f"one of shape {tuple(tensor.shape)}"
-        raise layer.refuse(f"a tensor {key} of {dimensions} dimensions belongs to it, and the file holds {found}.")
-    return widen(tensor)
-
-
-def _oft(layers: list[_Layer]) -> tuple[IsotuneConfig, Parameters]:
+def _oft(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:
     """oft_R.weight, (blocks or 1, b(b − 1)/2)."""
     rows, sizes = {}, {}
     for layer in layers:
-        weight = _tensor(layer, "oft_R.weight", 2)
+        weight = layer.tensor("oft_R.weight", 2)
         size = sizes[layer.name] = skew_order(weight.shape[1])
         if skew_size(size) != weight.shape[1] or len(weight) not in (1, layer.width // size) or layer.width % size:
             raise layer.refuse(
@@ -252,11 +211,27 @@ def _oft(layers: list[_Layer]) -> tuple[IsotuneConfig, Parameters]:
     shared = all(len(own) == 1 for own in rows.values()) and any(x.width > sizes[x.name] for x in layers)
     if not shared:  # what only some layers share is written out
         rows = {x.name: rows[x.name].expand(x.width // sizes[x.name], -1) for x in layers}
-    config = OFTConfig(**_targets(layers), **_block_sizes(layers, sizes), block_share=shared, **series_fields(_TERMS))
+    config = OFTConfig(
+        **targets_of(layers), **block_options(layers, sizes, "input"), block_share=shared, **series_fields(_TERMS)
+    )
     return config, {name: {"generator": own} for name, own in rows.items()}
 
 
-def _scaling(layer: _Layer, flag: Tensor, size: int) -> float:
+def _kind(file: str, stem: str, tensors: Mapping[str, Tensor]) -> str:
+    """Which of the methods the tensors of a layer are."""
+    found = [kind for kind, (key, beside, _) in _KINDS.items() if key in tensors and tensors.keys() <= {key, *beside}]
+    blocks = tensors.get("oft_blocks")
+    if blocks is not None and found:
+        found = {3: ["diag-oft"], 4: ["LyCORIS BOFT"]}.get(blocks.ndim, [])
+    if not found:
+        known = "; ".join(f"{key} with {', '.join(beside)}" for key, beside, _ in _KINDS.values())
+        raise AdapterFileError(
+            f"{file} holds {', '.join(sorted(tensors))} for {stem!r}, which together are no method: {known} are read."
+        )
+    return found[0]
+
+
+def _scaling(layer: AdaptedModule, flag: Tensor, size: int) -> float:
     """What OneTrainer divides the stored weight by.
 
     Builds from before it was merged wrote an integer in the place of a Boolean, and divided by √(b(b − 1)/2).
@@ -269,28 +244,11 @@ def _scaling(layer: _Layer, flag: Tensor, size: int) -> float:
     return 2 * math.sqrt(size - 1) if bool(flag) and size > 1 else 1.0
 
 
-def _block_sizes(layers: list[_Layer], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Options by which isotune's OFT has these sizes: one size, one number of blocks, or the nearest that divides."""
-    counts = {layer.width // sizes[layer.name] for layer in layers}
-    if len(set(sizes.values())) == 1:
-        return {"oft_block_size": sizes[layers[0].name]}
-    if len(counts) == 1:
-        return {"r": counts.pop()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for size, _ in Counter(sizes.values()).most_common():
-            trial = OFTConfig(oft_block_size=size, adjust="nearest")
-            if all(trial.block_size_for(x.name, x.width) == sizes[x.name] for x in layers):
-                return {"oft_block_size": size, "adjust": "nearest"}
-    shown = ", ".join(f"{layer.name}: {sizes[layer.name]}" for layer in layers[:8])
-    raise layers[0].refuse(f"the layers have blocks of unrelated sizes ({shown}, …), and isotune's OFT has one option.")
-
-
-def _boft(layers: list[_Layer]) -> tuple[IsotuneConfig, Parameters]:
+def _boft(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:
     """boft_R, (m, blocks, b, b), and boft_s, (out, 1) or (1, out)."""
     parameters, shapes = {}, {}
     for layer in layers:
-        stages, gain = _tensor(layer, "boft_R", 4), _tensor(layer, "boft_s", 2)
+        stages, gain = layer.tensor("boft_R", 4), layer.tensor("boft_s", 2)
         _, blocks, size, other = shapes[layer.name] = tuple(stages.shape)
         if size != other or blocks * size != layer.width or gain.numel() != layer.outputs:
             raise layer.refuse(
@@ -306,13 +264,17 @@ def _boft(layers: list[_Layer]) -> tuple[IsotuneConfig, Parameters]:
         raise layers[0].refuse(f"the layers have factors or blocks of unrelated numbers ({shown}, …), not one option.")
     options: dict[str, Any] = {"boft_block_size": sizes.pop()} if len(sizes) == 1 else {"boft_block_num": counts.pop()}
     with refused(f"{layers[0].where}: "):
-        config = BOFTConfig(**_targets(layers), **options, boft_n_butterfly_factor=factors.pop())
+        config = BOFTConfig(**targets_of(layers), **options, boft_n_butterfly_factor=factors.pop())
     return config, parameters
 
 
-def _targets(layers: list[_Layer]) -> dict[str, Any]:
-    """These layers and no others, whose names may end alike."""
-    return {"target_modules": "|".join(re.escape(name) for name in sorted(layer.name for layer in layers))}
+_KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[list[AdaptedModule]], tuple[IsotuneConfig, Parameters]]]] = {
+    "OFT": ("oft_R.weight", ("oft_R.scaled_oft",), _oft),
+    "BOFT": ("boft_R", ("boft_s", "boft_P"), _boft),
+    "diag-oft": ("oft_blocks", ("alpha", "rescale"), import_diagonal),
+    "LyCORIS BOFT": ("oft_blocks", ("alpha", "rescale"), import_butterfly),
+}
+"""Method -> the tensor that it must have, those that it may have, and how it becomes isotune's."""
 
 
 def with_config(file: str | os.PathLike[str]) -> Path | None:

@@ -62,23 +62,9 @@ def export_lora_file(
     """
     require_choice("names", names, ["diffusers", "kohya"])
     check_truncation(rank, energy)
-    path = Path(file)
-    if path.suffix != ".safetensors" or path.exists():
-        raise ValueError(f"{path} must be a new file that ends in .safetensors; choose another name.")
-    if isinstance(model_or_dir, nn.Module):
-        config, layers = config_of(model_or_dir, adapter_name), dict(adapted_layers(model_or_dir, adapter_name))
-        unwrap = getattr(model_or_dir, "get_base_model", None)
-        whole: nn.Module = model_or_dir if unwrap is None else unwrap()
-        more = bool(config.modules_to_save) or config.bias != "none"
-    else:
-        saved, whole = describe(model_or_dir), named_base(model_or_dir, base, trust_remote_code=trust_remote_code)
-        layers, more, adapter_name = saved.place(whole), bool(saved.extras), ADAPTER
-    if more:
-        raise ValueError(
-            "The adapter trains modules or biases beside its own tensors, for which a LoRA file has no place; export "
-            "the merged model (--to merged)."
-        )
-    stems = _stems(whole, list(layers), names)
+    path = new_file(file)
+    layers, whole, adapter_name = placed(model_or_dir, adapter_name, base, trust_remote_code)
+    stems = stems_of(whole, list(layers), names)
     found = {name: _factors(name, layer, adapter_name, rank, energy) for name, layer in layers.items()}
     tensors: dict[str, Tensor] = {}
     widest = max(len(own.down) for own in found.values())
@@ -99,7 +85,42 @@ def export_lora_file(
     return LoraExport(tuple(ExportedLayer(name, len(own.down), own.missing, own.norm) for name, own in found.items()))
 
 
-def _stems(base: nn.Module, modules: list[str], names: Names) -> dict[str, str]:
+def new_file(file: str | os.PathLike[str]) -> Path:
+    """The path of a file that is to be written; refuses one that is there, or has another ending."""
+    path = Path(file)
+    if path.suffix != ".safetensors" or path.exists():
+        raise ValueError(f"{path} must be a new file that ends in .safetensors; choose another name.")
+    return path
+
+
+def placed(
+    model_or_dir: nn.Module | str | os.PathLike[str],
+    adapter_name: str,
+    base: nn.Module | str | None,
+    trust_remote_code: bool,
+) -> tuple[dict[str, Layer], nn.Module, str]:
+    """The adapted layers of a model or folder by name, the base model, and the name of the adapter in the layers.
+
+    Raises:
+        ValueError: there is no such adapter or base, or it trains more than its own tensors.
+    """
+    if isinstance(model_or_dir, nn.Module):
+        config, layers = config_of(model_or_dir, adapter_name), dict(adapted_layers(model_or_dir, adapter_name))
+        unwrap = getattr(model_or_dir, "get_base_model", None)
+        whole: nn.Module = model_or_dir if unwrap is None else unwrap()
+        more = bool(config.modules_to_save) or config.bias != "none"
+    else:
+        saved, whole = describe(model_or_dir), named_base(model_or_dir, base, trust_remote_code=trust_remote_code)
+        layers, more, adapter_name = saved.place(whole), bool(saved.extras), ADAPTER
+    if more:
+        raise ValueError(
+            "The adapter trains modules or biases beside its own tensors, for which such a file has no place; export "
+            "the merged model (--to merged)."
+        )
+    return layers, whole, adapter_name
+
+
+def stems_of(base: nn.Module, modules: list[str], names: Names) -> dict[str, str]:
     """Module name -> what its keys begin with."""
     modules_of = {name: name.removeprefix(KEY_PREFIX) for name in modules}
     is_unet = hasattr(base, "down_blocks") and hasattr(base, "mid_block")

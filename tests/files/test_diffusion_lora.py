@@ -52,6 +52,14 @@ def flux() -> Any:
     ).eval()  # fmt: skip
 
 
+def sd3() -> Any:
+    torch.manual_seed(0)
+    return diffusers.SD3Transformer2DModel(
+        sample_size=8, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
+    ).eval()  # fmt: skip
+
+
 def updates_of(model: nn.Module) -> dict[str, Tensor]:
     """Module -> change of its weight by isotune's adapter."""
     return {name: layer.get_delta_weight("default") for name, layer in adapted_layers(model, "default")}
@@ -118,13 +126,14 @@ def test_a_rotation_by_its_best_rank(names: Any, tmp_path: Path) -> None:
     assert missing / sum(float(u.square().sum()) for u in expected.values()) ** 0.5 == pytest.approx(report.error, 1e-3)
 
 
-def test_a_transformer(tmp_path: Path) -> None:
-    model = get_peft_model(flux(), PsoftConfig(r=4, target_modules=["to_q", "add_k_proj", "proj_mlp"]))
+@pytest.mark.parametrize("make", [flux, sd3])
+def test_a_transformer(make: Any, tmp_path: Path) -> None:
+    model = get_peft_model(make(), PsoftConfig(r=4, target_modules=["to_q", "add_k_proj", "proj_mlp"]))
     randomize(model, std=0.2)
     with pytest.raises(ValueError, match=r"join several layers into one.*--names diffusers"):
         export_lora_file(model, tmp_path / "lora.safetensors", "kohya")
     export_lora_file(model, tmp_path / "lora.safetensors", "diffusers")
-    found, expected = updates_by_diffusers(tmp_path / "lora.safetensors", flux()), updates_of(model)
+    found, expected = updates_by_diffusers(tmp_path / "lora.safetensors", make()), updates_of(model)
     assert found.keys() == expected.keys()
     assert all(relative_error(found[name], update) < 1e-4 for name, update in expected.items())
 

@@ -72,6 +72,8 @@ def test_kohya(case: str, tmp_path: Path) -> None:
     model = trained(unet(), config)
     assert export_rotation(model, tmp_path / "a.safetensors", "kohya") == len(updates_of(model))
     stored = load_file(tmp_path / "a.safetensors")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
     assert {key.split(".", 1)[1] for key in stored} == keys
     assert all(key.startswith("lora_unet_") for key in stored)
     check_same(model, import_single(tmp_path / "a.safetensors", unet()))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from isotune.files.adapter import ADAPTER, config_of, describe, named_base
@@ -79,9 +80,7 @@ def export_lora_file(
         else:
             tensors |= {f"{stems[name]}.lora_down.weight": down, f"{stems[name]}.lora_up.weight": up}
             tensors[f"{stems[name]}.alpha"] = torch.tensor(float(widest))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    write_file(path, tensors)
     return LoraExport(tuple(ExportedLayer(name, len(own.down), own.missing, own.norm) for name, own in found.items()))
 
 
@@ -91,6 +90,13 @@ def new_file(file: str | os.PathLike[str]) -> Path:
     if path.suffix != ".safetensors" or path.exists():
         raise ValueError(f"{path} must be a new file that ends in .safetensors; choose another name.")
     return path
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as a safetensors file with the mode of any new file; safetensors' own writing makes it 0600."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Cloned: safetensors refuses tensors that share memory.
+    path.write_bytes(save({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, {"format": "pt"}))
 
 
 def placed(

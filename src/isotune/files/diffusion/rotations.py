@@ -6,12 +6,11 @@ import os
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from isotune.algebra.cayley import bound_entries
 from isotune.algebra.skew import skew_from_vector
-from isotune.files.diffusion.lora import new_file, placed, stems_of
+from isotune.files.diffusion.lora import new_file, placed, stems_of, write_file
 from isotune.methods.boft import BOFTOperator
 from isotune.methods.checks import require_choice
 from isotune.methods.oft import OFTOperator
@@ -67,8 +66,7 @@ def export_rotation(
         stems = stems_of(whole, list(layers), "kohya")
     write = _kohya if form == "kohya" else _lycoris
     tensors = {f"{stems[n]}.{key}": t for n, x in layers.items() for key, t in write(n, x, adapter_name).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: tensor.cpu().clone().contiguous() for key, tensor in tensors.items()}, path, {"format": "pt"})
+    write_file(path, tensors)
     return len(layers)
 
 

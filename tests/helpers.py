@@ -459,8 +459,8 @@ def form_of(form: str) -> tuple[str, dict[str, Any]]:
     return method, {} if method == form else {"side": "output"}
 
 
-EVERY_METHOD = (*METHODS, "coft")
-"""All methods, and OFT with its constraint, which takes a path of its own."""
+EVERY_METHOD = (*METHODS, "coft", "oft-output")
+"""All methods, OFT with its constraint, which takes a path of its own, and one rotation of outputs."""
 
 WITH_LORA = (*EVERY_METHOD, LORA)
 FEW = ("psoft", "lora_xs", "oft", "boft", "hra", LORA)
@@ -485,7 +485,8 @@ def configured(method: str, targets: Any = r"(.*\.)?layers\.\d+", **options: Any
     """A configuration that fits layers whose W has a multiple of 12 columns, by default those of a Chain."""
     if method == LORA:
         return LoraConfig(**{"r": 4, "target_modules": targets, **options})
-    name, own = ("oft", {"coft": True, "eps": 0.5}) if method == "coft" else (method, {})
+    name, own = ("oft", {"coft": True, "eps": 0.5}) if method == "coft" else form_of(method)
+    own = {**own, "r": 1, "oft_block_size": 0} if method == "oft-output" else own  # any number of outputs
     return METHODS[name](**{"target_modules": targets, **OPTIONS_FOR_12[name], **own, **options})
 
 

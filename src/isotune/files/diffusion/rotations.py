@@ -1,0 +1,143 @@
+"""Writing isotune's rotations as the single files of kohya's scripts and of LyCORIS."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from isotune.algebra.cayley import bound_entries
+from isotune.algebra.skew import skew_from_vector
+from isotune.files.diffusion.lora import new_file, placed, stems_of, write_file
+from isotune.methods.boft import BOFTOperator
+from isotune.methods.checks import require_choice
+from isotune.methods.oft import OFTOperator
+from isotune.tuner.layer import Layer
+from isotune.tuner.state import KEY_PREFIX
+
+Format = Literal["kohya", "lycoris"]
+_KOHYA_TERMS = 3
+"""isotune's count of the series of 5 terms that kohya's networks.oft_v2 computes."""
+
+
+@torch.no_grad()
+def export_rotation(
+    model_or_dir: nn.Module | str | os.PathLike[str],
+    file: str | os.PathLike[str],
+    form: Format,
+    adapter_name: str = "default",
+    base: nn.Module | str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> int:
+    """Write an OFT or BOFT adapter as a file that computes the same in kohya's scripts or LyCORIS.
+
+    "kohya" takes rotations of inputs: the series with num_cayley_neumann_terms=3 as networks.oft_v2 (`oft_R.weight`),
+    and the exact transform, which oft_v2 does not compute, as networks.boft with one factor (`boft_R`, `boft_s`).
+    "lycoris" takes rotations of outputs by the exact transform: `oft_blocks` of diag-oft, which ComfyUI reads too, with
+    `rescale` for BOFT of one factor, or of boft for a butterfly of all factors that its width allows.
+
+    The bound `alpha` of oft_blocks is written larger than the rotation, so that no reader's meaning of it acts.
+
+    Args:
+        model_or_dir: a model with isotune adapters, or the folder of a saved one.
+        file: a new .safetensors file.
+        form: "kohya" or "lycoris".
+        adapter_name: which adapter of a model.
+        base: for a folder: the base model, or its name; by default what the adapter's config names.
+        trust_remote_code: run code that the base model's repository carries.
+
+    Returns:
+        How many layers were written.
+
+    Raises:
+        ValueError: the file exists, or the format has no place for this method, side or base; says what has.
+
+    Source: as `isotune.files.diffusion.single.import_single`.
+    """
+    require_choice("form", form, ["kohya", "lycoris"])
+    path = new_file(file)
+    layers, whole, adapter_name = placed(model_or_dir, adapter_name, base, trust_remote_code)
+    if form == "lycoris" and not type(whole).__module__.startswith("diffusers."):
+        stems = {name: "lycoris_" + name.removeprefix(KEY_PREFIX).replace(".", "_") for name in layers}
+    else:
+        stems = stems_of(whole, list(layers), "kohya")
+    write = _kohya if form == "kohya" else _lycoris
+    tensors = {f"{stems[n]}.{key}": t for n, x in layers.items() for key, t in write(n, x, adapter_name).items()}
+    write_file(path, tensors)
+    return len(layers)
+
+
+def _operator(name: str, layer: Layer, adapter_name: str, side: str, form: str) -> OFTOperator | BOFTOperator:
+    """The operator of a layer that turns that side."""
+    module, operator = layer.get_base_layer(), layer.adapter(adapter_name)
+    if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or (
+        side == "input" and getattr(module, "groups", 1) != 1
+    ):
+        raise ValueError(
+            f"The adapted module {name!r} is a {type(module).__name__}, for which these files have no form."
+        )
+    if not isinstance(operator, OFTOperator | BOFTOperator) or operator.side != side:
+        turned = getattr(operator, "side", None)
+        raise ValueError(
+            f"The adapter on {name!r} is a {type(operator).__name__}{f' on the {turned}s' if turned else ''}; files of "
+            f"{form} hold OFT and BOFT on the {side}s. Export it with --to lora, or merged (--to merged)."
+        )
+    return operator
+
+
+def _generators(operator: OFTOperator | BOFTOperator) -> Tensor:
+    """The generators' entries, bounded as COFT's are: (blocks or 1, …) of OFT, (stages, blocks, …) of BOFT."""
+    own = operator.generator.detach().float()
+    bound = operator.generator_bound if isinstance(operator, OFTOperator) else None
+    return own if bound is None else bound_entries(own, bound)
+
+
+def _kohya(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
+    operator = _operator(name, layer, adapter_name, "input", "kohya")
+    own = _generators(operator)
+    if isinstance(operator, OFTOperator) and operator.neumann_terms == _KOHYA_TERMS:
+        # kohya turns a convolution's kernels by R, where a linear layer's rows are turned by Rᵀ.
+        return {"oft_R.weight": -own if layer.host.weight.ndim > 2 else own}
+    if isinstance(operator, OFTOperator):
+        if operator.neumann_terms is not None:
+            raise ValueError(
+                f"The adapter on {name!r} is OFT by a series of num_cayley_neumann_terms={operator.neumann_terms}; "
+                f"kohya computes the one of {_KOHYA_TERMS}, or the exact transform. Export with --to merged."
+            )
+        own = own.expand(operator.blocks, -1)[None]
+    gain = operator.gain
+    scale = torch.ones(layer.out_features) if gain is None else gain.detach().float()
+    return {"boft_R": -skew_from_vector(own, operator.block_size), "boft_s": scale[:, None]}
+
+
+def _lycoris(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
+    operator = _operator(name, layer, adapter_name, "output", "LyCORIS")
+    own, size, gain = _generators(operator), operator.block_size, operator.gain
+    if isinstance(operator, OFTOperator):
+        if operator.neumann_terms is not None:
+            raise ValueError(
+                f"The adapter on {name!r} is OFT by a Neumann series, and LyCORIS computes the exact transform. Train "
+                "with use_cayley_neumann=False, or export the merged model (--to merged)."
+            )
+        own = own.expand(operator.blocks, -1)
+    elif len(own) == 1:
+        own = own[0]
+    elif own.shape[1] != 2 ** (len(own) - 1):
+        raise ValueError(
+            f"The adapter on {name!r} is a butterfly of {len(own)} factors with {own.shape[1]} blocks; LyCORIS' boft "
+            "has all factors that a power of 2 of blocks allows. Export the merged model (--to merged)."
+        )
+    skew = skew_from_vector(own, size)
+    if skew.ndim == 4:  # the order in which LyCORIS takes the coordinates of a block
+        order = torch.arange(size).view(2, size // 2).T.flatten()
+        skew = skew[..., order, :][..., order]
+    else:  # W' = Rᵀ W there
+        skew = -skew
+    alpha = torch.tensor(max(1.0, 2 * float(skew.norm())))
+    tensors = {"oft_blocks": skew.triu(), "alpha": alpha}
+    if gain is not None:
+        tensors["rescale"] = gain.detach().float().reshape(-1, *[1] * (layer.host.weight.ndim - 1))
+    return tensors

@@ -1,0 +1,286 @@
+"""Reading a single safetensors file of a rotation, by its content, and making isotune's adapter of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from isotune.algebra.skew import skew_order, skew_size, vector_from_skew
+from isotune.errors import AdapterFileError
+from isotune.files.adapter import ADAPTER, new_directory, refused
+from isotune.files.base_model import load_base, pipeline_of
+from isotune.files.diffusion.layer import AdaptedModule, Parameters, block_options, targets_of
+from isotune.files.diffusion.lycoris import import_butterfly, import_diagonal
+from isotune.files.diffusion.names import component_of, resolve
+from isotune.files.peft_import.source import Source, series_fields
+from isotune.methods import BOFTConfig, OFTConfig
+from isotune.methods.config import IsotuneConfig
+from isotune.tuner.state import KEY_PREFIX, check_values
+
+_KEYS = re.compile(r"(.+)\.(oft_R\.weight|oft_R\.scaled_oft|boft_R|boft_s|boft_P|oft_blocks|rescale|alpha)")
+_TERMS = 5
+"""Of the Neumann series, in PEFT's counting: its default, and what kohya and OneTrainer always compute."""
+
+
+@dataclass(frozen=True)
+class Stem:
+    """What a file holds under one layer's name."""
+
+    prefix: str
+    """What says which component it belongs to, and which tool wrote it."""
+    tensors: dict[str, Tensor]
+
+
+def import_single(file: str | os.PathLike[str], base_model: nn.Module, component: str | None = None) -> PeftModel:
+    """Turn a single file of PEFT, kohya or OneTrainer into isotune's adapter, the same function as they compute.
+
+    Read are `oft_R.weight` (PEFT's OFT, kohya's networks.oft_v2, OneTrainer's OFT_2, scaled or with one block for all)
+    and `boft_R` with `boft_s` (PEFT's and kohya's BOFT), which rotate inputs; and `oft_blocks` (LyCORIS' diag-oft and
+    boft, and kohya's networks.oft), which rotates outputs; under the names of docs/formats.md. Such a file does not say
+    how OFT's R is made: it is the Neumann series of 5 terms, PEFT's default and all that the others compute.
+
+    Args:
+        file: a safetensors file.
+        base_model: the plain model that it adapts; adapted in place.
+        component: which part of a pipeline that model is, such as "unet" or "text_encoder"; None if the file holds
+            but one.
+
+    Returns:
+        The adapted model, trainable.
+
+    Raises:
+        AdapterFileError: the file is damaged, holds another method or several, or what it holds has no place in this
+            model; nothing has been changed then.
+
+    Source: peft/tuners/oft/layer.py of PEFT 0.21.2; networks/oft_v2.py, networks/boft.py and
+    networks/orthogonal_common.py of kohya sd-scripts (September 2026); modules/module/oft_utils.py and LoRAModule.py
+    of OneTrainer.
+    """
+    parts = read_single(file)
+    if component is None:
+        if len(parts) > 1:
+            raise AdapterFileError(
+                f"{file} adapts several models ({', '.join(sorted(name or 'one without a name' for name in parts))}); "
+                "say which one this base is (component=... in Python), or give the folder of the whole pipeline."
+            )
+        component = next(iter(parts))
+    if component not in parts:
+        raise AdapterFileError(f"{file} holds nothing for {component!r}; it has {', '.join(sorted(parts))}.")
+    return _import_part(str(file), parts[component], base_model)
+
+
+def convert_single(
+    file: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base: str | None,
+    *,
+    trust_remote_code: bool = False,
+) -> list[str]:
+    """Import a single file and write it as isotune's adapter folder, or as one folder for each model of a pipeline.
+
+    Args:
+        file: as for `import_single`.
+        out: a new folder; with a pipeline it gets a folder for each component that the file adapts.
+        base: the folder of a model of diffusers or transformers, or of a pipeline of diffusers, or a model's Hub name.
+        trust_remote_code: run code that the base model's repository carries.
+
+    Returns:
+        The folders written.
+
+    Raises:
+        ValueError: `out` is not empty, or the base is not given or cannot be loaded.
+        AdapterFileError: as `import_single`.
+    """
+    if base is None:
+        raise ValueError(f"{file} does not name its base model; give it: --base with a model's or a pipeline's folder.")
+    parts, folders = read_single(file), pipeline_of(base)
+    if folders is None:
+        places: dict[str | None, tuple[str, str]] = {None: (base, "")}
+    elif set(parts) <= set(folders):
+        places = {name: (str(folders[name]), name) for name in parts}
+    else:
+        odd = ", ".join(sorted(name or "names without a component" for name in set(parts) - set(folders)))
+        raise AdapterFileError(
+            f"{file} holds {odd}, and the pipeline in {base} has {', '.join(sorted(folders))}. Give the folder of the "
+            "one model that is adapted."
+        )
+    with new_directory(out) as folder:
+        for component, (path, inner) in places.items():
+            model = import_single(file, load_base(path, trust_remote_code=trust_remote_code), component)
+            model.peft_config[ADAPTER].base_model_name_or_path = path
+            model.save_pretrained(str(folder / inner))
+    return [str(Path(out) / inner) for _, inner in places.values()]
+
+
+def read_single(file: str | os.PathLike[str]) -> dict[str, dict[str, Stem]]:
+    """The tensors of a single file.
+
+    Returns:
+        Component, empty where the names say none -> name of the layer without it -> what is there.
+
+    Raises:
+        AdapterFileError: no such file, damaged, or with tensors of other methods.
+    """
+    path = Path(file)
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(
+            f"{path} cannot be read as a safetensors file ({error}). Only such files are read: a pickle (.pt, .bin, "
+            ".ckpt) has to be converted first."
+        ) from error
+    parts: dict[str, dict[str, Stem]] = {}
+    others = []
+    for key, tensor in tensors.items():
+        match = _KEYS.fullmatch(key)
+        if match is None:
+            others.append(key)
+            continue
+        component, stem = component_of(match[1])
+        if match[2] != "oft_R.scaled_oft":
+            check_values(key, tensor, file=str(path))
+        own = parts.setdefault(component, {}).setdefault(stem, Stem(match[1].removesuffix(stem), {}))
+        if match[2] in own.tensors:
+            raise AdapterFileError(f"{path} holds {match[2]!r} of {stem!r} twice, under two prefixes.")
+        own.tensors[match[2]] = tensor
+    if others or not parts:
+        kinds = Counter(".".join(key.split(".")[-2 if key.endswith(".weight") else -1 :]) for key in others)
+        shown = ", ".join(f"{name} ({count})" for name, count in sorted(kinds.items())) or "nothing"
+        raise AdapterFileError(
+            f"{path} holds {shown}, such as {min(others, default='no tensor')!r}, which is no rotation that is "
+            "imported: oft_R.weight, boft_R with boft_s, and oft_blocks are."
+        )
+    return parts
+
+
+def _import_part(file: str, stems: Mapping[str, Stem], base: nn.Module) -> PeftModel:
+    """The base with the adapter of one component."""
+    kinds = {stem: _kind(file, stem, own.tensors) for stem, own in stems.items()}
+    if len(set(kinds.values())) > 1:
+        shown = ", ".join(
+            f"{kind} on {min(s for s in kinds if kinds[s] == kind)!r}" for kind in sorted(set(kinds.values()))
+        )
+        raise AdapterFileError(f"{file} mixes methods ({shown}); an adapter has one. Split the file.")
+    names = resolve(stems, base, file)
+    layers = []
+    for stem, own in stems.items():
+        module = base.get_submodule(names[stem])
+        convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        if not (convolution or isinstance(module, nn.Linear)):
+            raise AdapterFileError(
+                f"{file}: {names[stem]!r} is a {type(module).__name__}; linear layers and convolutions are imported."
+            )
+        if convolution and own.prefix == KEY_PREFIX:
+            raise AdapterFileError(
+                f"{file}: {names[stem]!r}: PEFT rotates each of a convolution's overlapping patches, which is no "
+                "change of its weight. Train it anew with isotune's own method."
+            )
+        layers.append(AdaptedModule(names[stem], own.prefix, module.get_parameter("weight"), own.tensors, file))
+    build = _KINDS[next(iter(kinds.values()))][2]
+    with torch.no_grad():
+        config, parameters = build(layers)
+        return Source(Path(file), None, {}, base).adapted(config, parameters)
+
+
+def _oft(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:
+    """oft_R.weight, (blocks or 1, b(b − 1)/2)."""
+    rows, sizes = {}, {}
+    for layer in layers:
+        weight = layer.tensor("oft_R.weight", 2)
+        size = sizes[layer.name] = skew_order(weight.shape[1])
+        if skew_size(size) != weight.shape[1] or len(weight) not in (1, layer.width // size) or layer.width % size:
+            raise layer.refuse(
+                f"oft_R.weight has shape {tuple(weight.shape)}, which are no blocks of its {layer.width} inputs."
+            )
+        if (flag := layer.tensors.get("oft_R.scaled_oft")) is not None:
+            weight = weight / _scaling(layer, flag, size)
+        rows[layer.name] = layer.sign * weight
+    shared = all(len(own) == 1 for own in rows.values()) and any(x.width > sizes[x.name] for x in layers)
+    if not shared:  # what only some layers share is written out
+        rows = {x.name: rows[x.name].expand(x.width // sizes[x.name], -1) for x in layers}
+    config = OFTConfig(
+        **targets_of(layers), **block_options(layers, sizes, "input"), block_share=shared, **series_fields(_TERMS)
+    )
+    return config, {name: {"generator": own} for name, own in rows.items()}
+
+
+def _kind(file: str, stem: str, tensors: Mapping[str, Tensor]) -> str:
+    """Which of the methods the tensors of a layer are."""
+    found = [kind for kind, (key, beside, _) in _KINDS.items() if key in tensors and tensors.keys() <= {key, *beside}]
+    blocks = tensors.get("oft_blocks")
+    if blocks is not None and found:
+        found = {3: ["diag-oft"], 4: ["LyCORIS BOFT"]}.get(blocks.ndim, [])
+    if not found:
+        known = "; ".join(f"{key} with {', '.join(beside)}" for key, beside, _ in _KINDS.values())
+        raise AdapterFileError(
+            f"{file} holds {', '.join(sorted(tensors))} for {stem!r}, which together are no method: {known} are read."
+        )
+    return found[0]
+
+
+def _scaling(layer: AdaptedModule, flag: Tensor, size: int) -> float:
+    """What OneTrainer divides the stored weight by.
+
+    Builds from before it was merged wrote an integer in the place of a Boolean, and divided by √(b(b − 1)/2).
+    """
+    if not flag.dtype.is_floating_point and flag.dtype != torch.bool:
+        raise layer.refuse(
+            "its flag scaled_oft is an integer, as builds of OneTrainer from before scaled OFT was merged wrote it, "
+            "which divide by another number. Save it anew with a released OneTrainer."
+        )
+    return 2 * math.sqrt(size - 1) if bool(flag) and size > 1 else 1.0
+
+
+def _boft(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:
+    """boft_R, (m, blocks, b, b), and boft_s, (out, 1) or (1, out)."""
+    parameters, shapes = {}, {}
+    for layer in layers:
+        stages, gain = layer.tensor("boft_R", 4), layer.tensor("boft_s", 2)
+        _, blocks, size, other = shapes[layer.name] = tuple(stages.shape)
+        if size != other or blocks * size != layer.width or gain.numel() != layer.outputs:
+            raise layer.refuse(
+                f"boft_R {tuple(stages.shape)} and boft_s {tuple(gain.shape)} do not fit its weight, "
+                f"{layer.outputs} × {layer.width}."
+            )
+        # R = (I − S)(I + S)⁻¹ with S = ½ (A − Aᵀ) in PEFT and kohya, the inverse of isotune's; kernels too are W Rᵀ.
+        generator = -vector_from_skew((stages - stages.mT) / 2)
+        parameters[layer.name] = {"generator": generator, "output_gain": gain.flatten()}
+    factors, counts, sizes = ({shape[i] for shape in shapes.values()} for i in range(3))
+    if len(factors) > 1 or min(len(counts), len(sizes)) > 1:
+        shown = ", ".join(f"{name}: {shape}" for name, shape in list(shapes.items())[:8])
+        raise layers[0].refuse(f"the layers have factors or blocks of unrelated numbers ({shown}, …), not one option.")
+    options: dict[str, Any] = {"boft_block_size": sizes.pop()} if len(sizes) == 1 else {"boft_block_num": counts.pop()}
+    with refused(f"{layers[0].where}: "):
+        config = BOFTConfig(**targets_of(layers), **options, boft_n_butterfly_factor=factors.pop())
+    return config, parameters
+
+
+_KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[list[AdaptedModule]], tuple[IsotuneConfig, Parameters]]]] = {
+    "OFT": ("oft_R.weight", ("oft_R.scaled_oft",), _oft),
+    "BOFT": ("boft_R", ("boft_s", "boft_P"), _boft),
+    "diag-oft": ("oft_blocks", ("alpha", "rescale"), import_diagonal),
+    "LyCORIS BOFT": ("oft_blocks", ("alpha", "rescale"), import_butterfly),
+}
+"""Method -> the tensor that it must have, those that it may have, and how it becomes isotune's."""
+
+
+def with_config(file: str | os.PathLike[str]) -> Path | None:
+    """The folder of a file that has PEFT's configuration beside it, which says more than the tensors; else None."""
+    folder = Path(file).parent
+    if Path(file).name != "adapter_model.safetensors" or not (folder / "adapter_config.json").is_file():
+        return None
+    content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return folder if isinstance(content, dict) and "peft_type" in content else None

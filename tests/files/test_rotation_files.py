@@ -1,0 +1,181 @@
+"""Rotations written as kohya's and LyCORIS' files: what comes back from them is the same function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from helpers import randomize, relative_error
+from isotune import BOFTConfig, HRAConfig, OFTConfig, PsoftConfig, cli, get_peft_model
+from isotune.files.diffusion.rotations import export_rotation
+from isotune.files.diffusion.single import import_single
+from isotune.methods.config import IsotuneConfig
+from isotune.tuner.state import adapted_layers
+
+diffusers = pytest.importorskip("diffusers")
+
+DATA = Path(__file__).parents[1] / "data/lycoris"
+TARGETS = ["to_q", "proj_in", "conv1"]
+SERIES = {"use_cayley_neumann": True, "num_cayley_neumann_terms": 3}
+
+
+def unet() -> Any:
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    ).eval()
+
+
+def updates_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: layer.get_delta_weight("default") for name, layer in adapted_layers(model, "default")}
+
+
+def trained(base: nn.Module, config: IsotuneConfig) -> nn.Module:
+    model = get_peft_model(base, config)
+    randomize(model, std=0.2)
+    return model
+
+
+def check_same(model: nn.Module, again: nn.Module) -> None:
+    expected, found = updates_of(model), updates_of(again)
+    assert found.keys() == expected.keys()
+    for name, update in expected.items():
+        assert update.norm() > 0.1
+        assert relative_error(found[name], update) < 1e-5, name
+
+
+KOHYA: dict[str, tuple[IsotuneConfig, set[str]]] = {
+    "series": (OFTConfig(oft_block_size=8, **SERIES, target_modules=TARGETS), {"oft_R.weight"}),
+    "shared": (OFTConfig(oft_block_size=8, **SERIES, block_share=True, target_modules=TARGETS), {"oft_R.weight"}),
+    "exact": (OFTConfig(oft_block_size=8, target_modules=TARGETS), {"boft_R", "boft_s"}),
+    "coft": (OFTConfig(oft_block_size=8, coft=True, eps=2.0, target_modules=TARGETS), {"boft_R", "boft_s"}),
+    "boft": (BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=2, target_modules=TARGETS), {"boft_R", "boft_s"}),
+}
+
+
+@pytest.mark.parametrize("case", KOHYA)
+def test_kohya(case: str, tmp_path: Path) -> None:
+    config, keys = KOHYA[case]
+    model = trained(unet(), config)
+    assert export_rotation(model, tmp_path / "a.safetensors", "kohya") == len(updates_of(model))
+    stored = load_file(tmp_path / "a.safetensors")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert {key.split(".", 1)[1] for key in stored} == keys
+    assert all(key.startswith("lora_unet_") for key in stored)
+    check_same(model, import_single(tmp_path / "a.safetensors", unet()))
+
+
+LYCORIS: dict[str, IsotuneConfig] = {
+    "oft": OFTConfig(oft_block_size=4, side="output", target_modules=TARGETS),
+    "shared": OFTConfig(oft_block_size=4, block_share=True, side="output", target_modules=TARGETS),
+    "gain": BOFTConfig(boft_block_size=4, side="output", target_modules=TARGETS),
+}
+
+
+@pytest.mark.parametrize("case", LYCORIS)
+def test_lycoris(case: str, tmp_path: Path) -> None:
+    model = trained(unet(), LYCORIS[case])
+    export_rotation(model, tmp_path / "a.safetensors", "lycoris")
+    stored = load_file(tmp_path / "a.safetensors")
+    # No reader's bound acts: alpha · out in LyCORIS and kohya, alpha in ComfyUI.
+    for key, blocks in stored.items():
+        if key.endswith("oft_blocks"):
+            assert (blocks - blocks.mT).norm() < stored[key.replace("oft_blocks", "alpha")]
+    check_same(model, import_single(tmp_path / "a.safetensors", unet()))
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 16)
+        self.conv = nn.Conv2d(2, 16, 3)
+        self.point = nn.Conv2d(6, 16, 1)
+        self.load_state_dict(load_file(DATA / "base.safetensors"))
+
+
+CASES = ["diag-oft", "diag-oft-bounded", "diag-oft-rescaled", "boft", "boft-bounded-rescaled"]
+
+
+@pytest.mark.filterwarnings("ignore:.*are bounded by their alpha")
+@pytest.mark.parametrize("case", CASES)
+def test_what_lycoris_wrote_is_written_again(case: str, tmp_path: Path) -> None:
+    """The skew part of its own blocks, before a bound."""
+    model = import_single(DATA / f"{case}.safetensors", Base())
+    export_rotation(model, tmp_path / "a.safetensors", "lycoris")
+    check_same(model, import_single(tmp_path / "a.safetensors", Base()))
+    written, original = load_file(tmp_path / "a.safetensors"), load_file(DATA / f"{case}.safetensors")
+    for key in (key for key in original if key.endswith("oft_blocks")):
+        found, wanted = (t[key] - t[key].mT for t in (written, original))
+        bound = 16 * float(original[key.replace("oft_blocks", "alpha")])
+        wanted = wanted * min(1.0, bound / float(wanted.norm())) if bound else wanted
+        assert relative_error(found, wanted) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.*are bounded by their alpha")
+@pytest.mark.parametrize("case", CASES)
+def test_lycoris_itself_reads_it(case: str, tmp_path: Path) -> None:
+    lycoris = pytest.importorskip("lycoris")
+    model = import_single(DATA / f"{case}.safetensors", Base())
+    export_rotation(model, tmp_path / "a.safetensors", "lycoris")
+    base = Base()
+    with torch.no_grad():
+        network, _ = lycoris.create_lycoris_from_weights(1.0, str(tmp_path / "a.safetensors"), base)
+        assert len(network.loras) == 3
+        for lora in network.loras:
+            name = lora.lora_name.removeprefix("lycoris_")
+            change = lora.get_merged_weight(multiplier=1)[0] - base.get_submodule(name).weight
+            assert relative_error(change, updates_of(model)[name]) < 1e-5
+
+
+def test_refusals(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    for config, form, match in (
+        (HRAConfig(r=2, target_modules=TARGETS), "kohya", "hold OFT and BOFT on the inputs"),
+        (PsoftConfig(r=2, target_modules=TARGETS), "lycoris", "hold OFT and BOFT on the outputs"),
+        (LYCORIS["oft"], "kohya", "OFTOperator on the outputs; files of kohya hold OFT and BOFT on the inputs"),
+        (KOHYA["exact"][0], "lycoris", "hold OFT and BOFT on the outputs"),
+        (
+            OFTConfig(oft_block_size=8, use_cayley_neumann=True, target_modules=TARGETS),
+            "kohya",
+            "computes the one of 3",
+        ),
+        (OFTConfig(oft_block_size=8, **SERIES, side="output", target_modules=TARGETS), "lycoris", "exact transform"),
+        (
+            BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=2, side="output", target_modules=TARGETS),
+            "lycoris",
+            "a butterfly of 2 factors with",
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            export_rotation(get_peft_model(unet(), config), file, form)  # type: ignore[arg-type]
+        assert not file.exists()
+
+
+def test_the_command(tmp_path: Path) -> None:
+    unet().save_pretrained(tmp_path / "base")
+    for form, config in (("kohya", KOHYA["series"][0]), ("lycoris", LYCORIS["oft"])):
+        model = trained(diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "base"), config)
+        model.save_pretrained(tmp_path / form)  # type: ignore[operator]
+        file = tmp_path / f"{form}.safetensors"
+        arguments = ["export", str(tmp_path / form), "--to", form, "--base", str(tmp_path / "base"), "-o", str(file)]
+        done = CliRunner().invoke(cli.app, arguments)
+        assert done.exit_code == 0, done.output
+        check_same(model, import_single(file, unet()))
+        assert (
+            CliRunner().invoke(cli.app, [*arguments[:-1], str(tmp_path / "b.safetensors"), "--rank", "4"]).exit_code
+            == 2
+        )

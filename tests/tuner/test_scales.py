@@ -1,14 +1,31 @@
-"""Scales as PEFT and diffusers set them: nothing drifts, 0 is the base, and a rotation has none."""
+"""Scales as PEFT and diffusers set them: nothing drifts, 0 is the base, and a rotation is taken in part."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from helpers import EVERY_METHOD, FEW, HOSTS_OF_12, SUBSPACES, OneLayer, as_trained, only, relative_error, seeded_host
+from helpers import (
+    EVERY_METHOD,
+    FEW,
+    HOSTS_OF_12,
+    SUBSPACES,
+    OneLayer,
+    as_trained,
+    assert_gradients_are_right,
+    merged_matrix,
+    only,
+    relative_error,
+    seeded_host,
+    trainable,
+)
+from isotune import HRAConfig
+from isotune.algebra.cayley import bound_entries
+from isotune.tuner.layer import Layer
 
 pytestmark = [
     pytest.mark.parametrize("method", EVERY_METHOD),
@@ -20,20 +37,12 @@ pytestmark = [
 def test_the_scale_zero_is_the_base_and_one_brings_the_adapter_back(method: str, host: str) -> None:
     model, x = as_trained(method, seeded_host(host), "layer"), HOSTS_OF_12[host][1]()
     layer, expected, base = only(model), model(x).detach(), seeded_host(host)(x).detach()
-    if method not in SUBSPACES:
-        with pytest.raises(ValueError, match="scale can only be 1"):
-            layer.scale_layer(0.0)
-        with pytest.raises(ValueError, match="scale can only be 1"):
-            layer.set_scale("default", 2.0)
-        layer.scale_layer(1.0)
-        layer.unscale_layer()
-        assert torch.equal(model(x), expected)
-        return
     weight = layer.host.weight.detach().clone()
     for _ in range(2):
         layer.scale_layer(0.0)
         assert relative_error(model(x).detach(), base) < 1e-6
         assert not layer.get_delta_weight("default").any()
+        assert layer.adapter("default").relative_scale == 0.0
         model.merge_adapter()
         assert torch.equal(layer.host.weight, weight)
         model.unmerge_adapter()
@@ -50,8 +59,8 @@ def test_the_scale_zero_is_the_base_and_one_brings_the_adapter_back(method: str,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_many_scales_leave_no_drift(method: str, dtype: torch.dtype) -> None:
-    if method not in SUBSPACES:
-        pytest.skip("a rotation has no scale")
+    if method == "hra":
+        pytest.skip("reflections have no parts")
     model = as_trained(method, OneLayer(nn.Linear(12, 20)).to(dtype), "layer")
     layer, x = only(model), torch.randn(8, 12).to(dtype)
     expected = model(x).detach()
@@ -60,27 +69,87 @@ def test_many_scales_leave_no_drift(method: str, dtype: torch.dtype) -> None:
         layer.unscale_layer(scale)
     # A scale is a number of Python's: 300 products leave some of its last bits.
     assert layer.adapter("default").relative_scale == pytest.approx(1.0, rel=1e-12)
-    assert relative_error(model(x).detach(), expected) <= (1e-6 if dtype == torch.float32 else 0.0)
+    assert relative_error(model(x).detach(), expected) <= (1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
     layer.unscale_layer()
     assert torch.equal(model(x), expected)
 
 
+def scaled_parameters(layer: Layer, scale: float) -> None:
+    """Multiply what an adapter's parameters differ from the identity by; a bounded generator within its bound."""
+    adapter = layer.adapter("default")
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            bound = getattr(adapter, "generator_bound", None)
+            own = parameter if bound is None else bound_entries(parameter, bound)
+            parameter.copy_(1 + scale * (own - 1) if name == "output_gain" else scale * own)
+
+
 @pytest.mark.parametrize("scale", [0.5, 2.0, -1.0])
 def test_a_scale_acts_alike_in_every_way_of_running(method: str, scale: float) -> None:
-    if method not in SUBSPACES:
-        pytest.skip("a rotation has no scale")
+    """An update so many times, and a rotation by so many times its generators, angles and gains."""
     model = as_trained(method, seeded_host("linear"), "layer")
     layer, x = only(model), torch.randn(8, 12)
     base, full = seeded_host("linear")(x).detach(), model(x).detach()
+    if method == "hra":
+        with pytest.raises(ValueError, match=r"'default' on 'layer': .* only 0 or 1, as reflections have no parts"):
+            layer.set_scale("default", scale)
+        assert torch.equal(model(x), full)
+        return
+    if method == "coft" and scale == 2.0:
+        pytest.skip("a generator of twice its bound is bounded again")
+    twin = copy.deepcopy(model)
     layer.set_scale("default", scale)
-    expected = base + scale * (full - base)
+    if method in SUBSPACES:
+        expected = base + scale * (full - base)
+    else:
+        scaled_parameters(only(twin), scale)
+        expected = twin(x).detach()
+        assert relative_error(expected, full) > 1e-2
     found: dict[str, Any] = {"training": model.train()(x), "input with a gradient": model(x.clone().requires_grad_())}
     with torch.no_grad():
         found["no gradients"] = model.eval()(x)
-    up, down = layer.low_rank("default")
-    found["low rank"] = base + x @ (up @ down).T
+    if method in SUBSPACES:
+        up, down = layer.low_rank("default")
+        found["low rank"] = base + x @ (up @ down).T
     found["the weight"] = nn.functional.linear(x, layer.weight, layer.get_base_layer().bias)
+    merged = merged_matrix(layer, ("default",), lambda layer, name: layer.get_delta_weight(name))
+    found["M"] = nn.functional.linear(x, merged, layer.get_base_layer().bias)
     model.merge_adapter()
     found["merged"] = model(x)
     for name, output in found.items():
         assert relative_error(output.detach(), expected) < 1e-5, name
+
+
+@pytest.mark.parametrize("scale", [0.5, -1.0])
+def test_gradients_at_a_scale(method: str, scale: float) -> None:
+    if method == "hra":
+        pytest.skip("reflections have no parts")
+    model = as_trained(method, seeded_host("linear").double(), "layer").double()
+    only(model).set_scale("default", scale)
+    x, parameters = torch.randn(3, 12, dtype=torch.float64), trainable(model)
+
+    def function(*values: Tensor) -> Tensor:
+        return torch.func.functional_call(model, dict(zip(parameters, values, strict=True)), (x,))
+
+    assert_gradients_are_right(function, *(p.detach().clone().requires_grad_() for p in parameters.values()))
+
+
+def test_a_part_of_a_rotation_is_a_rotation(method: str) -> None:
+    if method not in ("oft", "coft", "oft-output", "goft"):
+        pytest.skip("an update, reflections, or a rotation that is no orthogonal matrix of one factor")
+    model = as_trained(method, seeded_host("linear"), "layer")
+    only(model).set_scale("default", 0.3)
+    part = only(model).adapter("default").matrix().detach()
+    torch.testing.assert_close(part @ part.T, torch.eye(len(part)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_refused_scale_changes_no_adapter_of_the_layer(method: str) -> None:
+    model = as_trained(method, seeded_host("linear"), "layer")
+    model.add_adapter("other", HRAConfig(r=4, target_modules=["layer"]))
+    model.base_model.set_adapter(["default", "other"])
+    x = torch.randn(8, 12)
+    expected = model(x).detach()
+    with pytest.raises(ValueError, match="reflections have no parts"):
+        only(model).scale_layer(0.5)
+    assert only(model).adapter("default").relative_scale == 1.0
+    assert torch.equal(model(x), expected)

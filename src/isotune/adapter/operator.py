@@ -101,6 +101,10 @@ class Adapter(nn.Module, ABC):
         found = (getattr(self, name) for name in self.evaluated)
         return tuple(parameter for parameter in found if parameter is not None)
 
+    def in_part(self, name: str, parameter: Tensor) -> Tensor:
+        """A parameter as it acts at the scale in use."""
+        return parameter
+
     def names_read(self) -> tuple[str, ...]:
         """The names that go with `parameters_read`."""
         return tuple(name for name in self.evaluated if getattr(self, name) is not None)
@@ -140,8 +144,9 @@ class Adapter(nn.Module, ABC):
             )
         if at is not None:
             parameters = tuple(parameter.index_select(0, at) for parameter in parameters)
+        parameters = tuple(map(self.in_part, self.names_read(), parameters))
         # Copies: whoever has brought the parameters for this call may take their numbers away after it.
-        beside = (getattr(self, name).clone() for name in self.beside)
+        beside = (self.in_part(name, getattr(self, name)).clone() for name in self.beside)
         return (*evaluate_alone(self, parameters, dtype), *beside)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -227,22 +232,21 @@ class Adapter(nn.Module, ABC):
     def has_low_rank(self) -> bool:
         """Whether `low_rank` has an answer."""
 
+    def check_scale(self, scale: float) -> None:
+        """Refuse by a ValueError what `set_scale` cannot do."""
+
+    @abstractmethod
     def set_scale(self, scale: float) -> None:
-        """Multiply the configured scale of the update by `scale`.
+        """Take `scale` of the configured adapter: 0 is the frozen layer, 1 what was trained.
 
         Raises:
-            ValueError: a rotation, which has no scale but 1.
+            ValueError: a scale that the method has not, as `check_scale` says.
         """
-        if scale != 1.0:
-            raise ValueError(
-                f"This adapter rotates the {self.side}s of its layer, and a scaled rotation is none: "
-                f"the scale can only be 1, and {scale} was given. Use disable_adapter() to do without it."
-            )
 
     @property
+    @abstractmethod
     def relative_scale(self) -> float:
-        """The scale in use over the configured one; 1.0 for rotations."""
-        return 1.0
+        """The scale in use over the configured one."""
 
     @property
     def form_key(self) -> Hashable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
@@ -23,11 +24,14 @@ class RotationAdapter(Adapter):
     """
 
     additive = False
+    divisible = True
+    """Whether the parameters can be multiplied by a scale and give a part of the rotation."""
 
     def __init__(self, size: int, chain: Chain) -> None:
         super().__init__(size)
         self.chain = chain
         self.side = "input"
+        self._scale = 1.0
 
     @property
     def gain(self) -> nn.Parameter | None:
@@ -149,6 +153,36 @@ class RotationAdapter(Adapter):
     def form_key(self) -> Hashable:
         """The side."""
         return self.side
+
+    def tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """As of any adapter; one that acts in part is evaluated for itself."""
+        return super().tensors(dtype) if self._scale == 1.0 else self(dtype)
+
+    def in_part(self, name: str, parameter: Tensor) -> Tensor:
+        """A generator, an angle or a gain, of which what differs from the identity is multiplied by the scale."""
+        if self._scale == 1.0:
+            return parameter
+        return 1 + self._scale * (parameter - 1) if name in self.beside else self._scale * parameter
+
+    def check_scale(self, scale: float) -> None:
+        """Refuse a part of what cannot be divided.
+
+        Raises:
+            ValueError: reflections at another scale than 0 and 1, or a scale that is not finite.
+        """
+        if not (math.isfinite(scale) and (self.divisible or scale in (0.0, 1.0))):
+            allowed = "any finite number" if self.divisible else "only 0 or 1, as reflections have no parts"
+            raise ValueError(f"The scale of this adapter can be {allowed}, and {scale} was given.")
+
+    def set_scale(self, scale: float) -> None:
+        """Multiply generators, angles and what gains differ from 1 by `scale`, so that every part is a rotation."""
+        self.check_scale(scale)
+        self._scale = scale
+
+    @property
+    def relative_scale(self) -> float:
+        """The scale in use."""
+        return self._scale
 
     def describe(self) -> str:
         """The width and the side that is rotated."""

@@ -79,6 +79,7 @@ class HRAOperator(RotationAdapter):
     """
 
     evaluated = ("vectors",)
+    divisible = False
 
     def __init__(self, size: int, reflections: int, *, strict: bool = False, regularizer_weight: float = 0.0) -> None:
         super().__init__(size, (LowRank(),))

@@ -178,28 +178,35 @@ class Layer(MergingLayer):
         return other
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Multiply the configured scale of an adapter's update by `scale`, as PEFT's set_scale does.
+        """Take `scale` of an adapter, as PEFT's set_scale does: of an update so many times, of a rotation the part.
 
         Raises:
-            ValueError: a rotation, which has no scale but 1.
+            ValueError: reflections at another scale than 0 and 1.
         """
         if adapter_name in self.isotune_operator:
-            try:
-                self.adapter(adapter_name).set_scale(scale)
-            except ValueError as error:
-                raise ValueError(f"{adapter_name!r} on {self.key!r}: {error}") from None
+            self._check_scale(adapter_name, scale)
+            self.adapter(adapter_name).set_scale(scale)
+
+    def _check_scale(self, adapter_name: str, scale: float) -> None:
+        try:
+            self.adapter(adapter_name).check_scale(scale)
+        except ValueError as error:
+            raise ValueError(f"{adapter_name!r} on {self.key!r}: {error}") from None
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the updates of the active adapters by `scale` until `unscale_layer`, as diffusers does for a call.
+        """Multiply the scales of the active adapters by `scale` until `unscale_layer`, as diffusers does for a call.
 
         Raises:
-            ValueError: as `set_scale`.
+            ValueError: as `set_scale`; then none has changed.
         """
-        for name in self.active_here():
-            self.set_scale(name, self.adapter(name).relative_scale * scale)
+        scales = {name: self.adapter(name).relative_scale * scale for name in self.active_here()}
+        for name, wanted in scales.items():
+            self._check_scale(name, wanted)
+        for name, wanted in scales.items():
+            self.set_scale(name, wanted)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the updates of the active adapters by `scale`; None or 0 set the configured scale."""
+        """Divide the scales of the active adapters by `scale`; None or 0 set the configured ones."""
         for name in self.active_here():
             self.set_scale(name, self.adapter(name).relative_scale / scale if scale else 1.0)
 

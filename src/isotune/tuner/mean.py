@@ -88,6 +88,8 @@ def _difference(layer: Layer, first: str, other: str) -> str | None:
         return "different options"
     if one.side != two.side:
         return f"different sides ({one.side} and {two.side})"
+    if one.relative_scale != two.relative_scale or (one.side and one.relative_scale != 1.0):
+        return f"scales in use, or different ones ({one.relative_scale:g} and {two.relative_scale:g})"
     if not one.additive:
         return None
     one, two = layer.subspace(first), layer.subspace(other)

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from isotune.errors import IsotuneWarning, UnsupportedVersionError
 
 MINIMUM_VERSIONS = {"torch": "2.6", "peft": "0.18", "transformers": "5.6"}
-"""The lowest that the tests are run with; pyproject.toml says the same."""
+"""The lowest that isotune runs on; pyproject.toml says the same."""
 UNTESTED_VERSIONS = {"peft": "0.22"}
 """From where on nobody has run the tests; pyproject.toml allows them."""
 

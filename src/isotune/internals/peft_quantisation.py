@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import peft.utils
-from torch import nn
+from torch import Tensor, nn
+
+from isotune.internals.torch_state import is_symbolic
 
 
 def get_quantization_kwargs(model: nn.Module) -> dict[str, Any]:
@@ -24,6 +26,9 @@ def resolve_quantization_backend(module: nn.Module, **kwargs: Any) -> Any:
     """
     resolve: Callable[..., Any] | None = getattr(peft.utils, "resolve_quantization_backend", None)
     if resolve is None:
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point() and is_symbolic(weight):
+            return None  # a model without numbers yet
         raise ValueError(
             f"{type(module).__name__} is no layer of ordinary weights, and PEFT {peft.__version__} cannot read or "
             "write quantised ones. Install a later one, pip install -U 'peft>=0.20', or exclude the module with "

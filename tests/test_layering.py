@@ -16,6 +16,7 @@ SOURCE = Path(isotune.__file__).parent
 TORCH = {"torch", "numpy", "safetensors", "tqdm"}
 BELOW: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "versions": (),
     "algebra": (),
     "subspace": ("algebra",),
     "internals": (),
@@ -27,7 +28,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "files": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "tuner"),
     "tools": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "tuner", "files"),
     "diagnostics": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "tuner", "files"),
-    "__init__": ("methods", "tuner", "tools"),
+    "__init__": ("versions", "methods", "tuner", "tools"),
     "experiments": ("algebra", "subspace", "adapter", "hosts", "methods", "tuner", "files", "tools", "diagnostics"),
     "report": ("methods", "diagnostics", "files", "experiments"),
     "cli": ("files", "tools", "diagnostics", "methods", "experiments", "report"),
@@ -35,7 +36,15 @@ BELOW: dict[str, tuple[str, ...]] = {
 }
 """Package -> those of isotune that it may import, besides itself and `errors`."""
 SHARED_BY_METHODS = ("methods.config", "methods.checks")
-MAY_IMPORT_PEFT = ("methods.config", "tuner", "files", "tools", "__init__")
+MAY_IMPORT_PEFT = (
+    "methods.config",
+    "tuner",
+    "files",
+    "tools",
+    "__init__",
+    "internals.peft_hooks",
+    "internals.peft_quantisation",
+)
 KERNELS = ("algebra.block_kernels", "algebra.elimination_kernels")
 OUTER = ("experiments", "report", "cli", "__main__")
 STANDARD = set(sys.stdlib_module_names)

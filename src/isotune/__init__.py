@@ -4,6 +4,10 @@ Importing it registers the methods with PEFT, so that everything PEFT, transform
 adapter works with isotune's configurations.
 """
 
+from isotune.versions import check_versions
+
+check_versions()  # before anything imports a library that may be too old for it
+
 from peft import PeftModel, get_peft_model
 
 from isotune.methods import BOFTConfig, GOFTConfig, HRAConfig, LoraXsConfig, OFTConfig, PsoftConfig, QGOFTConfig

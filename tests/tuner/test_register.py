@@ -1,22 +1,18 @@
-"""What PEFT knows of isotune's methods once isotune is imported, and the versions that isotune runs on."""
+"""What PEFT knows of isotune's methods once isotune is imported."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 
 import peft
-import pytest
-import torch
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from helpers import Stack, layers_of
 from isotune import PsoftConfig
-from isotune.errors import IsotuneWarning, UnsupportedVersionError
 from isotune.tuner.model import IsotuneModel
-from isotune.tuner.register import check_versions, register
+from isotune.tuner.register import register
 
 
 def test_registering_again_changes_nothing() -> None:
@@ -46,26 +42,3 @@ def test_methods_of_peft_stay_as_they_are() -> None:
     model = peft.get_peft_model(Stack(), peft.LoraConfig(target_modules=["second"]))
     assert "lora_A" in " ".join(model.state_dict())
     assert layers_of(model) == []
-
-
-@pytest.mark.parametrize(("library", "version"), [("torch", "2.5.1"), ("peft", "0.21.1"), ("peft", "0.9")])
-def test_old_versions_are_refused(library: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr({"torch": torch, "peft": peft}[library], "__version__", version)
-    with pytest.raises(UnsupportedVersionError, match=rf"{library} .* or later, and {version} is installed"):
-        check_versions()
-    assert issubclass(UnsupportedVersionError, ImportError)
-    assert issubclass(UnsupportedVersionError, ValueError)
-
-
-@pytest.mark.parametrize("version", ["0.22.0", "0.22.1.dev0", "1.0"])
-def test_untested_versions_give_one_warning(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft, "__version__", version)
-    with pytest.warns(IsotuneWarning, match="tested with peft below") as given:
-        check_versions()
-    assert len(given) == 1
-
-
-def test_present_versions_are_silent() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_versions()

@@ -17,13 +17,12 @@ from helpers import (
     OneLayer,
     as_trained,
     assert_gradients_are_right,
-    merged_matrix,
     only,
     relative_error,
     seeded_host,
     trainable,
 )
-from isotune import HRAConfig
+from isotune import HRAConfig, add_adapter
 from isotune.algebra.cayley import bound_entries
 from isotune.tuner.layer import Layer
 
@@ -112,8 +111,8 @@ def test_a_scale_acts_alike_in_every_way_of_running(method: str, scale: float) -
         up, down = layer.low_rank("default")
         found["low rank"] = base + x @ (up @ down).T
     found["the weight"] = nn.functional.linear(x, layer.weight, layer.get_base_layer().bias)
-    merged = merged_matrix(layer, ("default",), lambda layer, name: layer.get_delta_weight(name))
-    found["M"] = nn.functional.linear(x, merged, layer.get_base_layer().bias)
+    changed = layer.host.weight + layer.get_delta_weight("default")
+    found["change of the weight"] = nn.functional.linear(x, changed, layer.get_base_layer().bias)
     model.merge_adapter()
     found["merged"] = model(x)
     for name, output in found.items():
@@ -145,7 +144,7 @@ def test_a_part_of_a_rotation_is_a_rotation(method: str) -> None:
 
 def test_a_refused_scale_changes_no_adapter_of_the_layer(method: str) -> None:
     model = as_trained(method, seeded_host("linear"), "layer")
-    model.add_adapter("other", HRAConfig(r=4, target_modules=["layer"]))
+    add_adapter(model, "other", HRAConfig(r=4, target_modules=["layer"]))
     model.base_model.set_adapter(["default", "other"])
     x = torch.randn(8, 12)
     expected = model(x).detach()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from isotune.adapter.evaluation import cast_by_autocast
 from isotune.adapter.kernels import rotated_linear
 from isotune.adapter.operator import Adapter, FrozenLinear
+from isotune.algebra.cayley import bound_entries
 from isotune.algebra.factors import Chain, LowRank, apply_chain, transpose_chain
 from isotune.parallel.tensor_parallel import Division, Share
 
@@ -26,6 +27,8 @@ class RotationAdapter(Adapter):
     additive = False
     divisible = True
     """Whether the parameters can be multiplied by a scale and give a part of the rotation."""
+    generator_bound: float | None = None
+    """The Frobenius norm down to which `evaluate` scales each generator."""
 
     def __init__(self, size: int, chain: Chain) -> None:
         super().__init__(size)
@@ -162,6 +165,8 @@ class RotationAdapter(Adapter):
         """A generator, an angle or a gain, of which what differs from the identity is multiplied by the scale."""
         if self._scale == 1.0:
             return parameter
+        if self.generator_bound is not None:
+            parameter = bound_entries(parameter, self.generator_bound)
         return 1 + self._scale * (parameter - 1) if name in self.beside else self._scale * parameter
 
     def check_scale(self, scale: float) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import get_quantization_kwargs
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from isotune.adapter.operator import Adapter
 from isotune.errors import AdapterFileError
 from isotune.files.base_model import diffusers_class, gguf_of, load_base, quiet, resolve_base
+from isotune.internals.peft_quantisation import get_quantization_kwargs
 from isotune.internals.transformers_state import forget_quantisation
 from isotune.methods import METHODS
 from isotune.methods.config import IsotuneConfig, type_of

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from isotune.adapter.evaluation import keep_mask
 from isotune.adapter.rotation import RotationAdapter
-from isotune.algebra.cayley import bound_entries, orthogonal_difference
+from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.factors import BlockDiagonal
 from isotune.algebra.means import generator_means
 from isotune.algebra.skew import skew_order, skew_size
@@ -137,12 +137,6 @@ class OFTOperator(RotationAdapter):
         generator = parameters["generator"]
         difference = orthogonal_difference(generator, self.block_size, self.neumann_terms, self.generator_bound)
         return (difference.expand(*difference.shape[:-3], self.blocks, -1, -1),)
-
-    def in_part(self, name: str, parameter: Tensor) -> Tensor:
-        """The generator within its bound, at the scale in use."""
-        if self.generator_bound is not None and self.relative_scale != 1.0:
-            parameter = bound_entries(parameter, self.generator_bound)
-        return super().in_part(name, parameter)
 
     def complete(self, tensors: tuple[Tensor, ...], drop: bool = False) -> tuple[Tensor, ...]:
         """With `drop` some of the blocks zero, so that R = I there."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import resolve_quantization_backend
-from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 
 from isotune.hosts import Backend, Functions, LinearHost, QuantisedHost, functions_for, product_with_identity
+from isotune.internals.peft_quantisation import is_forward_only, resolve_quantization_backend
 from isotune.tuner.layer import Layer, Linear
 
 
@@ -35,10 +34,10 @@ def _backend_of(module: nn.Module, key: str, get_apply_tensor_subclass: Any = No
     weight = module._parameters.get("weight")
     if type(weight) is nn.Parameter and weight.is_floating_point():
         return None  # PEFT would import every quantisation library that is installed
-    backend = resolve_quantization_backend(
+    backend: Any = resolve_quantization_backend(
         module, get_apply_tensor_subclass=get_apply_tensor_subclass or _unknown_configuration
     )
-    if isinstance(backend, ForwardOnlyQuantizationBackend):
+    if is_forward_only(backend):
         if backend.backend_name in ("gptq", "awq"):
             return Functions(f"gptqmodel ({backend.backend_name})", product_with_identity)
         raise ValueError(
@@ -48,7 +47,8 @@ def _backend_of(module: nn.Module, key: str, get_apply_tensor_subclass: Any = No
         )
     if backend is not None and backend.backend_name == "torchao" and get_apply_tensor_subclass is None:
         backend.supports_merge = False
-    return backend
+    found: Backend | None = backend
+    return found
 
 
 def _unknown_configuration() -> None:

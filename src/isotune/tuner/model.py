@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from isotune.adapter.evaluation import is_recorded
 from isotune.errors import AdapterFileError
+from isotune.internals.peft_hooks import Tuner
+from isotune.internals.peft_quantisation import get_quantization_kwargs
 from isotune.internals.quantised_state import keep_readable
 from isotune.methods.config import IsotuneConfig, SubspaceConfig
 from isotune.parallel.processes import loaded_by_one
@@ -37,7 +35,7 @@ from isotune.tuner.state import check_file, current_key, keys_in_model
 _PREFIX = "isotune_"
 
 
-class IsotuneModel(BaseTuner):
+class IsotuneModel(Tuner):
     """The tuner model of every isotune method.
 
     Args:

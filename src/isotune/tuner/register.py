@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
-import peft
-import torch
-from packaging.version import Version
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -14,35 +9,10 @@ from peft.mapping import (
 )
 from peft.utils import PeftType, register_peft_method
 
-from isotune.errors import IsotuneWarning, UnsupportedVersionError
 from isotune.internals.enumeration import add_member
+from isotune.internals.peft_hooks import install_hooks
 from isotune.methods import METHODS
 from isotune.tuner.model import IsotuneModel
-
-MINIMUM_VERSIONS = {"torch": "2.6", "peft": "0.21.2"}
-UNTESTED_VERSIONS = {"peft": "0.22"}
-
-
-def check_versions() -> None:
-    """Refuse versions of torch and PEFT that isotune does not run on, and say so once for untested ones.
-
-    Raises:
-        UnsupportedVersionError: a version below the minimum; it is both a ValueError and an ImportError.
-    """
-    for name, found in (("torch", torch.__version__), ("peft", peft.__version__)):
-        if Version(found).release < Version(MINIMUM_VERSIONS[name]).release:
-            raise UnsupportedVersionError(
-                f"isotune needs {name} {MINIMUM_VERSIONS[name]} or later, and {found} is installed: "
-                f"pip install -U '{name}>={MINIMUM_VERSIONS[name]}'."
-            )
-        limit = UNTESTED_VERSIONS.get(name)
-        if limit is not None and Version(found).release >= Version(limit).release:
-            warnings.warn(
-                f"isotune was tested with {name} below {limit}, and {found} is installed; if something fails, "
-                f"pip install '{name}<{limit}'.",
-                IsotuneWarning,
-                stacklevel=2,
-            )
 
 
 def peft_type_of(method: str) -> PeftType:
@@ -56,7 +26,7 @@ def peft_type_of(method: str) -> PeftType:
 
 def register() -> None:
     """Make every method known to PEFT; more calls change nothing."""
-    check_versions()
+    install_hooks()
     prefix = IsotuneModel.prefix
     for method, config in METHODS.items():
         kind = peft_type_of(method)

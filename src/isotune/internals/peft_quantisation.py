@@ -1,0 +1,43 @@
+"""How PEFT reads and writes quantised weights: public from 0.20 on, and missing before."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import peft.utils
+from torch import Tensor, nn
+
+from isotune.internals.torch_state import is_symbolic
+
+
+def get_quantization_kwargs(model: nn.Module) -> dict[str, Any]:
+    """What PEFT finds on a model about how it was quantised; nothing before PEFT 0.20."""
+    found: Callable[..., dict[str, Any]] | None = getattr(peft.utils, "get_quantization_kwargs", None)
+    return {} if found is None else found(model)
+
+
+def resolve_quantization_backend(module: nn.Module, **kwargs: Any) -> Any:
+    """PEFT's back end for a quantised module; None if it has none for it.
+
+    Raises:
+        ValueError: PEFT is older than 0.20.
+    """
+    resolve: Callable[..., Any] | None = getattr(peft.utils, "resolve_quantization_backend", None)
+    if resolve is None:
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point() and is_symbolic(weight):
+            return None  # a model without numbers yet
+        raise ValueError(
+            f"{type(module).__name__} is no layer of ordinary weights, and PEFT {peft.__version__} cannot read or "
+            "write quantised ones. Install a later one, pip install -U 'peft>=0.20', or exclude the module with "
+            "exclude_modules."
+        )
+    return resolve(module, **kwargs)
+
+
+def is_forward_only(backend: Any) -> bool:
+    """Whether a back end says that the weights of its library cannot be dequantised."""
+    utils = sys.modules.get("peft.utils.quantization_utils")
+    return utils is not None and isinstance(backend, utils.ForwardOnlyQuantizationBackend)

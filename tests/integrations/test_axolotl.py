@@ -1,4 +1,4 @@
-"""The plug-in against axolotl's own classes; run_trainers.py trains with the command line."""
+"""The plug-in against axolotl's own classes; docs/other-tools.md has the runs of its command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("axolotl.integrations.base", reason="axolotl is not installed: requirements/axolotl.txt")
+pytest.importorskip("axolotl.integrations.base", reason="axolotl is not installed: pip install axolotl")
 
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault

@@ -1,4 +1,4 @@
-"""The plug-in file against ms-swift's own classes; run_trainers.py trains with the command line."""
+"""The plug-in file against ms-swift's own classes; docs/other-tools.md has the runs of its command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("swift.tuner_plugin", reason="ms-swift is not installed: requirements/ms-swift.txt")
+pytest.importorskip("swift.tuner_plugin", reason="ms-swift is not installed: pip install ms-swift")
 
 from swift.arguments.tuner_args import TunerArguments
 from swift.tuner_plugin import tuners_map

@@ -33,6 +33,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "report": ("methods", "diagnostics", "files", "experiments"),
     "cli": ("files", "tools", "diagnostics", "methods", "experiments", "report"),
     "__main__": ("cli",),
+    "integrations": ("methods",),
 }
 """Package -> those of isotune that it may import, besides itself and `errors`."""
 SHARED_BY_METHODS = ("methods.config", "methods.checks")
@@ -42,11 +43,12 @@ MAY_IMPORT_PEFT = (
     "files",
     "tools",
     "__init__",
+    "integrations",
     "internals.peft_hooks",
     "internals.peft_quantisation",
 )
 KERNELS = ("algebra.block_kernels", "algebra.elimination_kernels")
-OUTER = ("experiments", "report", "cli", "__main__")
+OUTER = ("experiments", "report", "cli", "__main__", "integrations")
 STANDARD = set(sys.stdlib_module_names)
 
 

@@ -34,7 +34,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "__main__": ("cli",),
 }
 """Package -> those of isotune that it may import, besides itself and `errors`."""
-SHARED_BY_METHODS = ("methods.config", "methods.checks")
+SHARED_BY_METHODS = ("methods.config", "methods.checks", "methods.card")
 MAY_IMPORT_PEFT = ("methods.config", "tuner", "files", "tools", "__init__")
 KERNELS = ("algebra.block_kernels", "algebra.elimination_kernels")
 OUTER = ("experiments", "report", "cli", "__main__")

@@ -11,7 +11,9 @@ from isotune.cli.shared import Base, Out, Trust, say
 
 
 def export_adapter(
-    directory: Annotated[str, typer.Argument(help="An adapter's folder; with --to lora also one that holds several.")],
+    directory: Annotated[
+        str, typer.Argument(help="An adapter's folder, or a run's; with --to lora also one that holds several.")
+    ],
     to: Annotated[str, typer.Option(help="lora: an ordinary PEFT LoRA folder. merged: a plain model folder.")],
     output: Out,
     base: Base = None,
@@ -30,8 +32,9 @@ def export_adapter(
         if rank is not None or energy is not None or uniform_rank:
             raise ValueError("--rank, --energy and --uniform-rank are for --to lora; a merged model is exact.")
         from isotune.files.export_merged import export_merged
+        from isotune.files.export_runs import only_adapter
 
-        export_merged(directory, output, base=base, trust_remote_code=trust_remote_code)
+        export_merged(only_adapter(directory), output, base=base, trust_remote_code=trust_remote_code)
         say(f"wrote {output}")
         return
     from isotune.files.adapter import CONFIG_FILE

@@ -5,12 +5,27 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from isotune.errors import IsotuneWarning
+
+_TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+]
 
 
 @contextlib.contextmanager
@@ -83,3 +98,18 @@ def _model_of(package: str) -> Path:
         with tempfile.TemporaryDirectory(dir=kept) as place:
             Path(assemble(Path(place) / "model.gguf")).replace(kept / "model.gguf")
     return kept
+
+
+def copy_tokenizer(sources: list[str], folder: Path) -> None:
+    """Copy the tokeniser of the first folder or Hub name that has one; one that cannot be reached has none."""
+    from transformers.utils.hub import cached_files
+
+    for source in sources:
+        try:
+            found = cached_files(source, _TOKENIZER_FILES, _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError):
+            continue
+        for path in found or ():
+            shutil.copyfile(path, folder / Path(path).name)
+        if found:
+            return

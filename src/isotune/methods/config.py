@@ -19,6 +19,8 @@ from torch import Tensor
 from isotune.adapter.operator import Adapter
 from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
 from isotune.errors import AdapterFileError
+from isotune.internals.safetensors_files import readable
+from isotune.methods.card import write_card
 from isotune.methods.checks import check_types, require, require_expressions, shown
 from isotune.methods.checks import require_choice as require_choice
 from isotune.methods.checks import require_positive_integer as require_positive_integer
@@ -176,6 +178,23 @@ class IsotuneConfig(PeftConfig):
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
             raise AdapterFileError(f"{path_json_file} is damaged: {reason}. Copy or save the adapter again.") from error
         return content
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and where the adapter's tensors are there too, its card, README.md.
+
+        PeftModel.save_pretrained calls this last for each adapter, so the card is ours whoever saves: a script, a
+        trainer or push_to_hub.
+
+        Args:
+            save_directory: the adapter's folder.
+            kwargs: as for PEFT's.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        weights = folder / "adapter_model.safetensors"
+        if weights.is_file():
+            readable(weights)
+            write_card(folder, self)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that the file stores."""

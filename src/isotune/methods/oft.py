@@ -17,7 +17,7 @@ from isotune.algebra.factors import BlockDiagonal
 from isotune.algebra.means import generator_means
 from isotune.algebra.skew import skew_order, skew_size
 from isotune.methods.checks import divisor_for, require, require_number, require_positive_integer
-from isotune.methods.config import RotationConfig
+from isotune.methods.rotation import RotationConfig
 
 
 @dataclass

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from isotune.adapter.rotation import RotationAdapter
-from isotune.methods.config import IsotuneConfig
+from isotune.methods.checks import divisor_for, require_expressions, require_positive_integer
+from isotune.methods.config import IsotuneConfig, by_pattern
 
 
 @dataclass
@@ -64,3 +65,31 @@ class RotationConfig(IsotuneConfig):
     @abstractmethod
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """The width and out_features that go with the tensors of an operator; any where they do not matter."""
+
+
+@dataclass
+class BlockRotationConfig(RotationConfig):
+    """Fields shared by the methods that rotate blocks of coordinates.
+
+    Args:
+        block_size_pattern: module name or regular expression -> size of its blocks, where it differs from the others'.
+    """
+
+    block_size_pattern: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in vars(self).items():
+            if name.endswith("_pattern") and isinstance(value, dict):
+                require_expressions(name, value)
+                for key, size in value.items():
+                    require_positive_integer(f"{name}[{key!r}]", size)
+
+    def own_block_size(self, module: str, width: int) -> int | None:
+        """The size that the pattern says for a module, of which a side of that width is rotated; None for none.
+
+        Raises:
+            ValueError: it does not divide the width.
+        """
+        size = by_pattern(self.block_size_pattern, module, None)
+        return None if size is None else divisor_for("block_size_pattern", size, module, width, side=self.side)

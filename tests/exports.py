@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import stat
@@ -22,34 +24,45 @@ from isotune.experiments.recipe import Recipe
 from isotune.files.base_model import quiet
 
 _ELSEWHERE = """
-import sys
+import json, sys, traceback
 sys.modules["isotune"] = None
 from safetensors.torch import load_file
 from pathlib import Path
 import torch, transformers
 from peft import PeftConfig, PeftModel
 
-base, loader = sys.argv[1:3]
-tensors = load_file("batch.safetensors")
-expected = tensors.pop("expected")
-pooled = Path("merged/modules.json").exists()
-auto = transformers.AutoModel if pooled else getattr(transformers, loader)
-wide = {"num_labels": expected.shape[-1], "ignore_mismatched_sizes": True} if "Classification" in loader else {}
-merged = auto.from_pretrained("merged", dtype=torch.float32)
-plain = auto.from_pretrained(base, dtype=torch.float32, **({} if pooled else wide))
-assert PeftConfig.from_pretrained("lora").peft_type == "LORA"
-for model in (merged, PeftModel.from_pretrained(plain, "lora")):
-    with torch.no_grad():
-        out = model.eval()(**tensors)
-        if pooled:
-            head = load_file(("merged" if model is merged else "lora") + "/2_Dense/model.safetensors")
-            mask = tensors["attention_mask"].unsqueeze(-1).float()
-            mean = (out.last_hidden_state * mask).sum(1) / mask.sum(1)
-            found = mean @ head["linear.weight"].T + head["linear.bias"]
-        else:
-            found = out.logits
-    print(float((found - expected).abs().max() / expected.abs().max()))
-assert not any(name.startswith("isotune.") for name in sys.modules)
+
+def errors_of(place, base, loader):
+    errors = []
+    tensors = load_file(f"{place}/batch.safetensors")
+    expected = tensors.pop("expected")
+    pooled = Path(f"{place}/merged/modules.json").exists()
+    auto = transformers.AutoModel if pooled else getattr(transformers, loader)
+    wide = {"num_labels": expected.shape[-1], "ignore_mismatched_sizes": True} if "Classification" in loader else {}
+    merged = auto.from_pretrained(f"{place}/merged", dtype=torch.float32)
+    plain = auto.from_pretrained(base, dtype=torch.float32, **({} if pooled else wide))
+    assert PeftConfig.from_pretrained(f"{place}/lora").peft_type == "LORA"
+    for model in (merged, PeftModel.from_pretrained(plain, f"{place}/lora")):
+        with torch.no_grad():
+            out = model.eval()(**tensors)
+            if pooled:
+                head = load_file(f"{place}/{'merged' if model is merged else 'lora'}/2_Dense/model.safetensors")
+                mask = tensors["attention_mask"].unsqueeze(-1).float()
+                mean = (out.last_hidden_state * mask).sum(1) / mask.sum(1)
+                found = mean @ head["linear.weight"].T + head["linear.bias"]
+            else:
+                found = out.logits
+        errors.append(float((found - expected).abs().max() / expected.abs().max()))
+    assert not any(name.startswith("isotune.") for name in sys.modules)
+    return errors
+
+
+for line in sys.stdin:
+    try:
+        answer = errors_of(**json.loads(line))
+    except Exception:
+        answer = traceback.format_exc()
+    print(json.dumps(answer), flush=True)
 """
 
 
@@ -86,9 +99,22 @@ def assert_exports(output: Path, folder: str, place: Path) -> None:
         "image": "AutoModelForImageClassification",
     }.get(recipe.task.split("-")[0], "AutoModelForCausalLM")
     base = str(json.loads((output / folder / "adapter/adapter_config.json").read_text())["base_model_name_or_path"])
-    alone = subprocess.run(
-        [sys.executable, "-c", _ELSEWHERE, base, loader], capture_output=True, text=True, cwd=place, check=False
+    elsewhere = _process_without_isotune()
+    assert elsewhere.stdin is not None
+    assert elsewhere.stdout is not None
+    print(json.dumps({"place": str(place), "base": base, "loader": loader}), file=elsewhere.stdin, flush=True)
+    errors = json.loads(elsewhere.stdout.readline())
+    assert isinstance(errors, list), errors
+    assert len(errors) == 2
+    assert max(errors) < 1e-4, errors
+
+
+@functools.cache
+def _process_without_isotune() -> subprocess.Popen[str]:
+    """A process that checks one folder a line; starting it takes as long as many checks."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", _ELSEWHERE], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
     )
-    assert alone.returncode == 0, alone.stderr
-    assert all(float(line) < 1e-4 for line in alone.stdout.split()), alone.stdout
-    assert len(alone.stdout.split()) == 2
+    atexit.register(process.kill)
+    return process

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from isotune import versions
 from isotune.errors import IsotuneWarning, UnsupportedVersionError
@@ -61,6 +62,9 @@ def test_untested_versions_give_one_warning(version: str, monkeypatch: pytest.Mo
 
 
 def test_present_versions_are_silent() -> None:
+    for name, limit in versions.UNTESTED_VERSIONS.items():
+        if Version(versions.version(name)).release >= Version(limit).release:
+            pytest.skip(f"{name} is newer than what was tested")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_versions()

@@ -22,7 +22,7 @@ from helpers import (
     seeded_host,
     trainable,
 )
-from isotune import HRAConfig, add_adapter
+from isotune import HRAConfig, add_adapter, get_peft_model
 from isotune.algebra.cayley import bound_entries
 from isotune.tuner.layer import Layer
 
@@ -152,3 +152,21 @@ def test_a_refused_scale_changes_no_adapter_of_the_layer(method: str) -> None:
         only(model).scale_layer(0.5)
     assert only(model).adapter("default").relative_scale == 1.0
     assert torch.equal(model(x), expected)
+
+
+def test_orthonormal_reflections_at_scale_zero(method: str) -> None:
+    """A direction of length zero would still be made orthonormal and reflect."""
+    if method != "hra":
+        pytest.skip("for the strict form of HRA")
+    for side in ("input", "output"):
+        config = HRAConfig(r=3, apply_GS=True, init_weights=False, side=side, target_modules=["layer"])  # type: ignore[arg-type]
+        model, x = get_peft_model(OneLayer(nn.Linear(12, 20)), config), torch.randn(8, 12)
+        layer, expected = only(model), model(x).detach()
+        layer.scale_layer(0.0)
+        result = model(x)
+        assert relative_error(result.detach(), layer.base_layer(x).detach()) < 1e-6
+        assert not layer.get_delta_weight("default").any()
+        result.square().sum().backward()
+        assert not any(bool(p.grad.any()) for p in layer.isotune_operator.parameters() if p.grad is not None)
+        layer.unscale_layer()
+        assert torch.equal(model(x), expected)

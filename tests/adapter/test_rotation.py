@@ -66,6 +66,14 @@ def test_a_file_of_a_rotation_of_inputs_stays_of_version_1(tmp_path: Path) -> No
     assert stored["isotune_format"] == 1
 
 
+def test_a_side_that_is_set_later_is_of_version_2_too(tmp_path: Path) -> None:
+    later = OFTConfig(oft_block_size=8)
+    later.side = "output"
+    later.save_pretrained(str(tmp_path))
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (stored["side"], stored["isotune_format"]) == ("output", 2)
+
+
 @pytest.mark.parametrize("form", OF_OUTPUTS)
 def test_an_embedding_has_no_outputs_to_rotate(form: str) -> None:
     with pytest.raises(ValueError, match="side='output' has no meaning on 'layer', a Embedding"):

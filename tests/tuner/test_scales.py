@@ -170,3 +170,27 @@ def test_orthonormal_reflections_at_scale_zero(method: str) -> None:
         assert not any(bool(p.grad.any()) for p in layer.isotune_operator.parameters() if p.grad is not None)
         layer.unscale_layer()
         assert torch.equal(model(x), expected)
+
+
+def test_the_mean_is_of_what_was_trained(method: str) -> None:
+    if method in ("hra", "qgoft"):
+        pytest.skip("has no mean")
+    model = as_trained(method, seeded_host("linear"), "layer")
+    only(model).set_scale("default", 0.5)
+    with pytest.raises(ValueError, match=r"'default' acts at the scale 0\.5 in 'layer'"):
+        model.add_weighted_adapter(["default"], [1.0], "mean")
+    assert list(model.peft_config) == ["default"]
+
+
+def test_a_part_is_computed_in_float32(method: str) -> None:
+    """Parameters in half precision are multiplied and bounded in float32, as they are evaluated."""
+    if method not in ("oft", "coft", "boft", "goft"):
+        pytest.skip("for rotations")
+    model = as_trained(method, seeded_host("linear"), "layer")
+    layer = only(model)
+    layer.adapter("default").to(torch.bfloat16)
+    twin = copy.deepcopy(model)
+    only(twin).adapter("default").float()
+    for one in (layer, only(twin)):
+        one.set_scale("default", 0.3)
+    assert relative_error(layer.get_delta_weight("default"), only(twin).get_delta_weight("default")) < 1e-5

@@ -166,6 +166,7 @@ class RotationAdapter(Adapter):
         """A generator, an angle or a gain, of which what differs from the identity is multiplied by the scale."""
         if self._scale == 1.0:
             return parameter
+        parameter = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
         if self.generator_bound is not None:
             parameter = bound_entries(parameter, self.generator_bound)
         return 1 + self._scale * (parameter - 1) if name in self.beside else self._scale * parameter

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from isotune import PsoftConfig, get_peft_model
 from isotune.methods import METHODS
-from isotune.methods.config import RotationConfig
+from isotune.methods.rotation import RotationConfig
 from isotune.tuner.layer import Layer
 
 QUICK = os.environ.get("ISOTUNE_TESTS", "all") == "quick"

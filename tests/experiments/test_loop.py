@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from exports import assert_exports
 from isotune.experiments import encoded, loop, models, progress, reload
 from isotune.experiments.files import read_json, write_json
 from isotune.experiments.recipe import RecipeError, validate
@@ -123,6 +124,7 @@ def test_the_classifier_reloads_through_peft_alone(tiny: dict[str, Any], tiny_mo
     merged = model.merge_and_unload()
     assert isinstance(merged, models.MeanPooledClassifier)
     assert torch.equal(merged.classifier.weight, saved[key])
+    assert_exports(Path(tiny["output"]), "psoft", Path(tiny["output"]) / "exported")
 
 
 @pytest.mark.slow

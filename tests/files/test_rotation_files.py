@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from helpers import randomize, relative_error
+from helpers import layers_of, randomize, relative_error
 from isotune import BOFTConfig, HRAConfig, OFTConfig, PsoftConfig, cli, get_peft_model
 from isotune.files.diffusion.rotations import export_rotation
 from isotune.files.diffusion.single import import_single
@@ -159,6 +160,29 @@ def test_lycoris_itself_reads_it(case: str, tmp_path: Path) -> None:
             name = lora.lora_name.removeprefix("lycoris_")
             change = lora.get_merged_weight(multiplier=1)[0] - base.get_submodule(name).weight
             assert relative_error(change, updates_of(model)[name]) < 1e-5
+
+
+def test_layers_of_several_widths(tmp_path: Path) -> None:
+    """LyCORIS' boft has as many factors as a layer's outputs allow, and its own sizes of blocks."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        deep = nn.ModuleDict({"a": nn.Linear(16, 48)})
+        return nn.ModuleDict({"a": nn.Linear(6, 16), "deep": deep, "b": nn.Conv2d(2, 8, 3)})
+
+    shapes = {"a": (3, 4, 4), "deep.a": (4, 8, 6), "b": (2, 2, 4)}
+    blocks = {name: 0.2 * torch.randn(*shape, shape[-1]) for name, shape in shapes.items()}
+    tensors = {f"lycoris_{name.replace('.', '_')}.oft_blocks": tensor for name, tensor in blocks.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    model = import_single(tmp_path / "a.safetensors", base())
+    assert model.peft_config["default"].butterfly_factor_pattern == {"^deep\\.a": 4, "^a": 3, "^b": 2}
+    assert {layer.key: layer.adapter("default").generator.shape[:2] for layer in layers_of(model)} == {
+        name: shape[:2] for name, shape in shapes.items()
+    }
+    export_rotation(model, tmp_path / "b.safetensors", "lycoris")
+    check_same(model, import_single(tmp_path / "b.safetensors", base()))
+    model.save_pretrained(str(tmp_path / "saved"))
+    check_same(model, PeftModel.from_pretrained(base(), str(tmp_path / "saved")))
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import peft
 import pytest
 from peft import PeftConfig
+from torch import nn
 
-from isotune import BOFTConfig, HRAConfig, OFTConfig, PsoftConfig
+from isotune import BOFTConfig, HRAConfig, OFTConfig, PsoftConfig, get_peft_model
 from isotune.errors import AdapterFileError
 from isotune.methods.config import FORMAT_VERSION, config_fields
 
@@ -221,3 +222,15 @@ def test_the_same_configuration_gives_the_same_file(tmp_path: Path) -> None:
 def test_an_unknown_format_is_refused(version: Any) -> None:
     with pytest.raises(AdapterFileError, match="pip install -U isotune"):
         PsoftConfig(isotune_format=version)
+
+
+def test_a_base_that_was_named_by_a_path_is_saved_with_a_card(tmp_path: Path) -> None:
+    """PEFT writes such a name into the card as an object of Python's, which no reader of YAML takes."""
+    base = nn.Sequential(nn.Linear(8, 8))
+    base.config = {"_name_or_path": tmp_path / "base", "model_type": "own"}  # type: ignore[assignment]
+    model = get_peft_model(base, PsoftConfig(r=2, target_modules=["0"]))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert "python/object" not in text
+    assert str(tmp_path) not in text
+    assert "import isotune" in text

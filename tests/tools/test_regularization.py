@@ -17,7 +17,7 @@ from isotune import (
     regularization_callback,
     regularization_loss,
 )
-from isotune.methods.config import RotationConfig
+from isotune.methods.rotation import RotationConfig
 from isotune.tools.regularization import add_regularization_gradient, has_regularization
 
 TARGETS = ["q_proj", "v_proj"]

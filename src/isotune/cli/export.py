@@ -11,7 +11,9 @@ from isotune.cli.shared import Base, Out, Trust, say
 
 
 def export_adapter(
-    directory: Annotated[str, typer.Argument(help="An adapter's folder; with --to lora also one that holds several.")],
+    directory: Annotated[
+        str, typer.Argument(help="An adapter's folder, or a run's; with --to lora also one that holds several.")
+    ],
     to: Annotated[
         str,
         typer.Option(
@@ -56,8 +58,9 @@ def export_adapter(
         return
     if to == "merged":
         from isotune.files.export_merged import export_merged
+        from isotune.files.export_runs import only_adapter
 
-        export_merged(directory, output, base=base, trust_remote_code=trust_remote_code)
+        export_merged(only_adapter(directory), output, base=base, trust_remote_code=trust_remote_code)
         say(f"wrote {output}")
         return
     from isotune.files.adapter import CONFIG_FILE

@@ -63,6 +63,8 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
 
     from isotune.experiments import angles, loop, measure, methods
     from isotune.files.base_model import quiet
+    from isotune.methods.card import write_card
+    from isotune.methods.config import IsotuneConfig
 
     began = time.perf_counter()
     set_seed(run.seed)  # the new head and the adapter start alike in every run of this seed
@@ -88,6 +90,9 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
         saved = _save(run.method, outcome.model, run.folder / "adapter")
     write_json(run.folder / "predictions.json", outcome.predictions)
     metric = run.recipe.metric
+    config = getattr(outcome.model, "peft_config", {}).get("default")
+    if isinstance(config, IsotuneConfig):
+        write_card(run.folder / "adapter", config, {f"test {name}": value for name, value in outcome.test.items()})
     return {
         "lr_head": run.settings.lr_head or run.lr,
         "trainable_parameters": trainable,
@@ -114,6 +119,8 @@ def _save(method: Method, model: Any, folder: Path) -> Path:
     """Save what was trained, and return the file that holds it."""
     from safetensors.torch import save_file, save_model
 
+    from isotune.internals.safetensors_files import readable
+
     if method.name not in ("head", "full"):
         # The embeddings are the base model's; asking whether they changed would ask the Hub.
         model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -125,6 +132,7 @@ def _save(method: Method, model: Any, folder: Path) -> Path:
         save_file(weights, file, metadata={"format": "pt"})
     else:
         save_model(model, str(file), metadata={"format": "pt"})
+    readable(file)
     return file
 
 

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from isotune.experiments.registry import HEADS
 from isotune.experiments.text import first_line
 from isotune.files.base_model import gguf_of, quiet, resolve_base
+from isotune.files.pooled import MeanPooled, load_encoder, loss_of
 from isotune.internals.transformers_state import forget_quantisation
 
 
@@ -30,14 +31,7 @@ def locate(name: str) -> str:
         raise ModelError(str(error)) from error
 
 
-def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (batch, classes); mean squared error of (batch, 1)."""
-    if logits.shape[-1] == 1:
-        return nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
-    return nn.functional.cross_entropy(logits, labels)
-
-
-class MeanPooledClassifier(transformers.PreTrainedModel):  # type: ignore[misc]
+class MeanPooledClassifier(MeanPooled, transformers.PreTrainedModel):  # type: ignore[misc]
     """An encoder, the mean of its last hidden states over the real tokens, and a linear head.
 
     input_ids, attention_mask: (batch, tokens); logits: (batch, classes).
@@ -52,22 +46,6 @@ class MeanPooledClassifier(transformers.PreTrainedModel):  # type: ignore[misc]
         self.encoder = encoder
         self.dropout = nn.Dropout(getattr(config, "hidden_dropout_prob", 0.1))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-
-    def embed(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Tensor:
-        """The pooled embedding that the head reads: (batch, hidden)."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return torch.as_tensor((hidden * mask).sum(1) / mask.sum(1).clamp(min=1))
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **inputs: Any
-    ) -> SequenceClassifierOutput:
-        """Logits, and the mean loss where labels (batch,) are given."""
-        for unused in ("output_attentions", "output_hidden_states", "return_dict", "inputs_embeds"):
-            inputs.pop(unused, None)  # PEFT's wrapper passes them whether asked for or not
-        logits = self.classifier(self.dropout(self.embed(input_ids, attention_mask, **inputs)))
-        loss = None if labels is None else loss_of(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 class FeatureHead(nn.Module):
@@ -112,7 +90,7 @@ def load_classifier(name: str, pooling: str, labels: list[str]) -> tuple[Any, li
     # rates, validation accuracy: mean pooling 81.6 %, first token 79.5 %, BERT's pooler 78.0 %.
     if pooling == "mean" or (pooling == "auto" and (Path(path) / "modules.json").exists()):
         with _named(name):
-            return MeanPooledClassifier(config, _encoder(path, config)), ["classifier"]
+            return MeanPooledClassifier(config, load_encoder(path, config=config, dtype=torch.float32)), ["classifier"]
     return _with_new_head(transformers.AutoModelForSequenceClassification, name, config)
 
 
@@ -162,13 +140,6 @@ def _with_new_head(loader: Any, name: str, config: Any) -> tuple[Any, list[str]]
         )
     new = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
     return model, sorted({_module(key) for key in new} | {name for name, _ in model.named_children() if name in HEADS})
-
-
-def _encoder(path: str, config: Any) -> Any:
-    try:
-        return transformers.AutoModel.from_pretrained(path, config=config, dtype=torch.float32, add_pooling_layer=False)
-    except TypeError:  # not every encoder has a pooling layer to leave out
-        return transformers.AutoModel.from_pretrained(path, config=config, dtype=torch.float32)
 
 
 def _module(key: str) -> str:

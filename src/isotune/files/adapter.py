@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from isotune.adapter.operator import Adapter
 from isotune.errors import AdapterFileError
 from isotune.files.base_model import diffusers_class, gguf_of, load_base, quiet, resolve_base
+from isotune.files.pooled import ENCODER, MeanPooledEncoder, head_of, load_encoder
 from isotune.internals.peft_quantisation import get_quantization_kwargs
+from isotune.internals.safetensors_files import readable
 from isotune.internals.transformers_state import forget_quantisation
 from isotune.methods import METHODS
 from isotune.methods.config import IsotuneConfig, type_of
@@ -240,6 +242,7 @@ def new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        readable(*partial.rglob("*.safetensors"))
         partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -276,8 +279,10 @@ def named_base(
     Raises:
         ValueError: no model is named, there is no such model, or it cannot be loaded; says why.
     """
+    classes, names = head_of(Path(directory) / WEIGHTS_FILE)
     if isinstance(base, nn.Module):
-        return base
+        bare = names and not {f"{ENCODER}{name}" for name in names} & dict(base.named_modules()).keys()
+        return MeanPooledEncoder(base, classes) if bare and names <= dict(base.named_modules()).keys() else base
     import transformers
 
     config = read_config(directory)
@@ -295,11 +300,18 @@ def named_base(
     if str(mapping.get("parent_library", "")).split(".")[0] == "transformers":
         loader = getattr(transformers, str(mapping.get("base_model_class")), loader)
     revision = config.get("revision") if name == config.get("base_model_name_or_path") else None
+    options = {"revision": revision or "main", "trust_remote_code": trust_remote_code, **gguf_of(path)}
     try:
         with quiet():
-            model: nn.Module = loader.from_pretrained(
-                path, revision=revision or "main", trust_remote_code=trust_remote_code, **gguf_of(path)
-            )
+            model: nn.Module
+            if names and loader is transformers.AutoModelForSequenceClassification:
+                settings = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+                own = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(settings), None)
+                if f"{getattr(own, 'base_model_prefix', '')}." != ENCODER:
+                    return MeanPooledEncoder(load_encoder(path, **options), classes).eval()
+            if classes:  # the head of the file's size, whose numbers the adapter brings
+                options |= {"num_labels": classes, "ignore_mismatched_sizes": True}
+            model = loader.from_pretrained(path, **options)
         if gguf_of(path):
             forget_quantisation(model)
     except (OSError, ValueError) as error:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,20 @@ from typing import Any
 from torch import nn
 
 from isotune.errors import IsotuneWarning
+
+_TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+]
 
 
 @contextlib.contextmanager
@@ -145,3 +160,18 @@ def load_base(name: str, *, trust_remote_code: bool = False) -> nn.Module:
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"The base model {name!r} cannot be loaded: {lines[0]}") from error
+
+
+def copy_tokenizer(sources: list[str], folder: Path) -> None:
+    """Copy the tokeniser of the first folder or Hub name that has one; one that cannot be reached has none."""
+    from transformers.utils.hub import cached_files
+
+    for source in sources:
+        try:
+            found = cached_files(source, _TOKENIZER_FILES, _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError):
+            continue
+        for path in found or ():
+            shutil.copyfile(path, folder / Path(path).name)
+        if found:
+            return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from isotune.files.adapter import (
@@ -27,6 +28,8 @@ from isotune.files.adapter import (
     rank_pattern,
     read_config,
 )
+from isotune.files.base_model import copy_tokenizer
+from isotune.files.pooled import ENCODER, HEAD, MeanPooled, save_sentence_transformer
 from isotune.methods.config import IsotuneConfig
 from isotune.subspace.lowrank import Factored, check_truncation, pad_rank, truncate, truncate_product
 from isotune.tuner.layer import Layer
@@ -109,6 +112,9 @@ def export_lora(
     B is (out, r) and A is (r, in) with lora_alpha = r, so the scaling is 1 in every layer. Saved modules, trained
     biases and embeddings are written as they are. The file LORA_REPORT in the folder holds each layer's error.
 
+    Of a classifier on the mean of an encoder's hidden states, which isotune's recipes train on a sentence-transformers
+    model, the factors are those of the encoder, and the folder is one of sentence-transformers that holds the head.
+
     Args:
         model_or_dir: a model with isotune adapters, merged or not, or the folder of a saved one.
         out: the folder to write; it appears only when it is complete.
@@ -134,6 +140,8 @@ def export_lora(
     check_truncation(rank, energy)
     if isinstance(model_or_dir, nn.Module):
         config, origin = config_of(model_or_dir, adapter_name), None
+        model: Any = model_or_dir
+        model = model.get_base_model() if isinstance(model, PeftModel) else model
         layers = dict(adapted_layers(model_or_dir, adapter_name))
         state = get_peft_model_state_dict(model_or_dir, adapter_name=adapter_name)
         extras = {k: tensor for k, tensor in state.items() if ".isotune_" not in k}
@@ -141,8 +149,17 @@ def export_lora(
         origin = origin_of(model_or_dir, {"rank": rank, "energy": energy, "uniform_rank": uniform_rank})
         file = describe(model_or_dir)
         config, extras, adapter_name = file.config, file.extras, ADAPTER
-        layers = file.place(named_base(model_or_dir, base, trust_remote_code=trust_remote_code))
-    tensors = {KEY_PREFIX + k.removeprefix(KEY_PREFIX): tensor for k, tensor in extras.items()}
+        model = named_base(model_or_dir, base, trust_remote_code=trust_remote_code)
+        layers = file.place(model)
+    extras = {k.removeprefix(KEY_PREFIX): tensor for k, tensor in extras.items()}
+    head: dict[str, Tensor] = {}
+    if isinstance(model, MeanPooled):  # what others load is the encoder, with the head beside it
+        head = {f"linear.{k.rpartition('.')[2]}": extras.pop(k) for k in list(extras) if k.startswith(f"{HEAD}.")}
+        extras = {k.removeprefix(ENCODER): tensor for k, tensor in extras.items()}
+        layers = {k.removeprefix(ENCODER): layer for k, layer in layers.items()}
+        config = copy.copy(config)
+        config.task_type, config.modules_to_save = "FEATURE_EXTRACTION", None
+    tensors = {KEY_PREFIX + k: tensor for k, tensor in extras.items()}
     bar = tqdm(layers.items(), desc="factors", unit="layer", delay=3.0, leave=False)
     found = {module: _factored(module, layer, adapter_name, rank, energy) for module, layer in bar}
     report = LoraExport(tuple(ExportedLayer(name, len(f.down), f.missing, f.norm) for name, f in found.items()))
@@ -157,6 +174,10 @@ def export_lora(
     with new_directory(out) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         _lora_config(config, layers, ranks).save_pretrained(str(folder))
+        if head:
+            source = str(getattr(model.encoder, "name_or_path", ""))
+            save_sentence_transformer(folder, head, source)
+            copy_tokenizer([source], folder)
         content = {**report.to_dict(), "origin": origin}
         (folder / LORA_REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return report

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,24 +13,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from isotune.files.adapter import ADAPTER, config_of, describe, named_base, new_directory
-from isotune.files.base_model import resolve_base
+from isotune.files.base_model import copy_tokenizer, resolve_base
+from isotune.files.pooled import MeanPooled
 from isotune.tuner.layer import Layer
 from isotune.tuner.merging import warn_of_requantising
 from isotune.tuner.state import adapted_layers
-
-_TOKENIZER_FILES = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-]
 
 
 def export_merged(
@@ -44,6 +29,9 @@ def export_merged(
     trust_remote_code: bool = False,
 ) -> None:
     """Write a plain transformers model with the adapter's update in its weights, with the tokeniser where there is one.
+
+    A classifier on the mean of an encoder's hidden states, which isotune's recipes train on a sentence-transformers
+    model, is written as such a folder, whose `encode` gives the logits; AutoModel reads its encoder.
 
     `out`, `adapter_name`, `base` and `trust_remote_code` are as for `export_lora`.
 
@@ -64,16 +52,19 @@ def export_merged(
         sources.append(os.fspath(model_or_dir))
     config = config_of(model, adapter_name)
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not hasattr(inner, "save_pretrained"):
+    if not isinstance(inner, MeanPooled) and not hasattr(inner, "save_pretrained"):
         raise ValueError(f"A {type(inner).__name__} has no save_pretrained; only a transformers model can be exported.")
     named = base if isinstance(base, str) else getattr(inner, "name_or_path", None) or config.base_model_name_or_path
     with new_directory(out) as folder:
         with _merged_and_bare(inner, adapter_name):
-            inner.save_pretrained(str(folder))
+            if isinstance(inner, MeanPooled):
+                inner.save_for_others(folder)
+            else:
+                inner.save_pretrained(str(folder))
         if named:
             with suppress(OSError, ValueError):
                 sources.append(resolve_base(str(named)))
-        _copy_tokenizer(sources, folder)
+        copy_tokenizer(sources, folder)
 
 
 @contextmanager
@@ -102,18 +93,3 @@ def _merged_and_bare(model: nn.Module, adapter_name: str) -> Iterator[None]:
             setattr(owner, attribute, plain)
         with torch.no_grad():
             yield
-
-
-def _copy_tokenizer(sources: list[str], folder: Path) -> None:
-    """Copy the files of the first source that has any; one that cannot be reached has none."""
-    from transformers.utils.hub import cached_files
-
-    for source in sources:
-        try:
-            found = cached_files(source, _TOKENIZER_FILES, _raise_exceptions_for_missing_entries=False)
-        except (OSError, ValueError):
-            continue
-        for path in found or ():
-            shutil.copyfile(path, folder / Path(path).name)
-        if found:
-            return

@@ -45,6 +45,19 @@ def adapter_folders(directory: str | os.PathLike[str]) -> list[Path]:
     return sorted(found, key=_natural)
 
 
+def only_adapter(directory: str | os.PathLike[str]) -> str:
+    """The folder of the one adapter that a directory, such as a finished run's, holds at any depth.
+
+    Raises:
+        ValueError: there is no such directory, or no adapter or several in it.
+    """
+    found = adapter_folders(directory)
+    if len(found) > 1:
+        names = ", ".join(str(Path(directory) / path) for path in found)
+        raise ValueError(f"{directory} holds {len(found)} adapters; give the folder of one: {names}.")
+    return os.fspath(Path(directory) / found[0])
+
+
 def export_lora_runs(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],

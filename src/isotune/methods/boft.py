@@ -15,17 +15,19 @@ from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.means import generator_means
 from isotune.algebra.skew import skew_order, skew_size
 from isotune.methods.checks import divisor_for, require, require_number, require_positive_integer
-from isotune.methods.config import RotationConfig
+from isotune.methods.config import by_pattern
+from isotune.methods.rotation import BlockRotationConfig
 
 
 @dataclass
-class BOFTConfig(RotationConfig):
+class BOFTConfig(BlockRotationConfig):
     """Configuration of BOFT: y = gain ⊙ (x B_m ⋯ B₂ B₁ Wᵀ) + bias, each B a block rotation at twice the last stride.
 
     Args:
         boft_block_size: size b of a block; 0: in_features / boft_block_num, or 4 if that is not given either.
         boft_block_num: number of blocks of a factor; 0: in_features / boft_block_size.
         boft_n_butterfly_factor: m; 1 is OFT with a gain. b · 2^(m − 1) must divide in_features.
+        butterfly_factor_pattern: module name or regular expression -> its m, where it differs from the others'.
         boft_dropout: share of the blocks of a factor that are the identity at each training step.
         boft_dropout_factors: share of the factors to which that happens at each step.
 
@@ -40,6 +42,7 @@ class BOFTConfig(RotationConfig):
     boft_block_size: int = field(default=0)
     boft_block_num: int = field(default=0)
     boft_n_butterfly_factor: int = field(default=1)
+    butterfly_factor_pattern: dict[str, int] = field(default_factory=dict)
     boft_dropout: float = field(default=0.0)
     boft_dropout_factors: float = field(default=1.0)
 
@@ -50,9 +53,7 @@ class BOFTConfig(RotationConfig):
         share = self.boft_dropout_factors
         require(0.0 < share <= 1.0, "boft_dropout_factors", share, "it must be in (0, 1]")
         if share < 1.0 and not self.boft_dropout:
-            raise ValueError(
-                "boft_dropout_factors has no effect with boft_dropout=0; set boft_dropout, or leave it at 1."
-            )
+            raise ValueError("boft_dropout_factors has no effect with boft_dropout=0; set that, or leave this at 1.")
         for name in ("boft_block_size", "boft_block_num"):
             require_positive_integer(name, getattr(self, name) or 1)  # 0 follows from the other
         if self.boft_block_size and self.boft_block_num:
@@ -67,11 +68,13 @@ class BOFTConfig(RotationConfig):
         Raises:
             ValueError: the blocks do not divide the width, or the butterfly does not fit.
         """
-        if self.boft_block_num:
+        if own := self.own_block_size(module, width):
+            size = own
+        elif self.boft_block_num:
             size = width // divisor_for("boft_block_num", self.boft_block_num, module, width, side=self.side)
         else:
             size = divisor_for("boft_block_size", self.boft_block_size or 4, module, width, side=self.side)
-        stages, most = self.boft_n_butterfly_factor, 1
+        stages, most = self.factors_for(module), 1
         while size % 2 == 0 and width % (size * 2**most) == 0:
             most += 1
         if stages > most:
@@ -82,10 +85,14 @@ class BOFTConfig(RotationConfig):
             )
         return size
 
+    def factors_for(self, module: str) -> int:
+        """The number m of factors of a module."""
+        return int(by_pattern(self.butterfly_factor_pattern, module, self.boft_n_butterfly_factor))
+
     def rotation(self, module: str, width: int, out_features: int) -> BOFTOperator:
         size = self.block_size_for(module, width)
         dropout = (self.boft_dropout, self.boft_dropout_factors)
-        return BOFTOperator(width, out_features, size, self.boft_n_butterfly_factor, dropout)
+        return BOFTOperator(width, out_features, size, self.factors_for(module), dropout)
 
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """Blocks times their size, and the length of the gain."""

@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from isotune.adapter.operator import Adapter
-from isotune.adapter.rotation import RotationAdapter
 from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
 from isotune.errors import AdapterFileError
+from isotune.internals.safetensors_files import readable
+from isotune.methods.card import write_card
 from isotune.methods.checks import check_types, require, require_expressions, shown
 from isotune.methods.checks import require_choice as require_choice
 from isotune.methods.checks import require_positive_integer as require_positive_integer
@@ -178,6 +179,23 @@ class IsotuneConfig(PeftConfig):
             raise AdapterFileError(f"{path_json_file} is damaged: {reason}. Copy or save the adapter again.") from error
         return content
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and where the adapter's tensors are there too, its card, README.md.
+
+        PeftModel.save_pretrained calls this last for each adapter, so the card is ours whoever saves: a script, a
+        trainer or push_to_hub.
+
+        Args:
+            save_directory: the adapter's folder.
+            kwargs: as for PEFT's.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        weights = folder / "adapter_model.safetensors"
+        if weights.is_file():
+            readable(weights)
+            write_card(folder, self)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields that the file stores."""
         stored: dict[str, Any] = super().to_dict()
@@ -312,61 +330,6 @@ class SubspaceConfig(IsotuneConfig):
     @abstractmethod
     def subspace_operator(self, rank: int) -> SubspaceAdapter:
         """A new operator on r coordinates, the identity at the start, with its dropout and power."""
-
-
-@dataclass
-class RotationConfig(IsotuneConfig):
-    """Fields shared by the methods that rotate all inputs, or all outputs, of each layer.
-
-    Args:
-        side: "input": y = host(x M), merged W' = W Mᵀ; or "output": y = M · host(x), merged W' = M W, the bias left as
-            it is. What is said of a method's inputs is then said of its outputs.
-    """
-
-    side: Literal["input", "output"] = field(default="input")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.side == "output":  # an earlier release would rotate the inputs
-            self.isotune_format = max(self.isotune_format, 2)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields that the file stores; the side only where it is not the inputs."""
-        stored = super().to_dict()
-        if self.side == "input":
-            del stored["side"]
-        else:  # also if it was set after the configuration was made
-            stored["isotune_format"] = max(self.isotune_format, 2)
-        return stored
-
-    def build_operator(self, module: str, in_features: int, out_features: int) -> RotationAdapter:
-        """A new operator on one side of a module, the identity at the start.
-
-        Raises:
-            ValueError: the configuration does not fit a side of this width.
-        """
-        return self._on_side(module, out_features if self.side == "output" else in_features, out_features)
-
-    def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> RotationAdapter:
-        """The operator of the widths that the tensors have."""
-        return self._on_side(module, *self.widths_of(tensors))
-
-    def _on_side(self, module: str, width: int, out_features: int) -> RotationAdapter:
-        adapter = self.rotation(module, width, out_features)
-        adapter.side = self.side
-        return adapter
-
-    @abstractmethod
-    def rotation(self, module: str, width: int, out_features: int) -> RotationAdapter:
-        """A new operator on vectors of a width, those of the side that is rotated.
-
-        Raises:
-            ValueError: the configuration does not fit.
-        """
-
-    @abstractmethod
-    def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-        """The width and out_features that go with the tensors of an operator; any where they do not matter."""
 
 
 def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

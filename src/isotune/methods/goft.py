@@ -12,7 +12,7 @@ from isotune.adapter.rotation import RotationAdapter
 from isotune.algebra.givens import givens_blocks, givens_chain, pair_penalty, rotation_pairs
 from isotune.algebra.means import linear_mean
 from isotune.methods.checks import require_number
-from isotune.methods.config import RotationConfig
+from isotune.methods.rotation import RotationConfig
 
 
 def _require_pair(module: str, width: int, side: str) -> None:

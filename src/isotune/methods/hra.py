@@ -12,7 +12,7 @@ from isotune.adapter.rotation import RotationAdapter
 from isotune.algebra.factors import LowRank
 from isotune.algebra.householder import orthonormal_reflection, reflection_penalty, reflections
 from isotune.methods.checks import require_number, require_positive_integer
-from isotune.methods.config import RotationConfig
+from isotune.methods.rotation import RotationConfig
 
 
 @dataclass

@@ -17,11 +17,11 @@ from isotune.algebra.factors import BlockDiagonal
 from isotune.algebra.means import generator_means
 from isotune.algebra.skew import skew_order, skew_size
 from isotune.methods.checks import divisor_for, require, require_number, require_positive_integer
-from isotune.methods.config import RotationConfig
+from isotune.methods.rotation import BlockRotationConfig
 
 
 @dataclass
-class OFTConfig(RotationConfig):
+class OFTConfig(BlockRotationConfig):
     """Configuration of OFT: y = host(x M), M block-diagonal with blocks R = (I + Q)(I − Q)⁻¹.
 
     Args:
@@ -71,6 +71,8 @@ class OFTConfig(RotationConfig):
         Raises:
             ValueError: r or oft_block_size does not divide the width, or both are given and disagree.
         """
+        if own := self.own_block_size(module, width):
+            return own
         if not self.r:
             return divisor_for("oft_block_size", self.oft_block_size or 32, module, width, self.adjust, side=self.side)
         size = width // divisor_for("r", self.r, module, width, self.adjust, side=self.side)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from isotune.internals.safetensors_files import readable
 from isotune.subspace.precision import doubled, exact_product, without_autocast
 from isotune.subspace.result import Subspace
 
@@ -115,6 +116,7 @@ class SubspaceCache:
                 return  # somebody else's pipe or folder
             self.directory.mkdir(parents=True, exist_ok=True)
             save_file(tensors, temporary, metadata=metadata)
+            readable(temporary)
             os.replace(temporary, entry)
             self._evict()
         except (OSError, SafetensorError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from isotune.errors import AdapterFileError
 from isotune.hosts import widen
-from isotune.methods import OFTConfig
 
 Parameters = dict[str, dict[str, Tensor]]
 """Module name -> those of its operator."""
@@ -65,20 +63,30 @@ class AdaptedModule:
 
 
 def block_options(layers: list[AdaptedModule], sizes: Mapping[str, int], side: str) -> dict[str, Any]:
-    """Options by which isotune's OFT has these sizes: one size, one number of blocks, or the nearest that divides."""
+    """Options by which isotune's OFT has blocks of these sizes, by module: one number of blocks, or sizes."""
     counts = {layer.side(side) // sizes[layer.name] for layer in layers}
-    if len(set(sizes.values())) == 1:
-        return {"oft_block_size": sizes[layers[0].name]}
-    if len(counts) == 1:
+    if len(counts) == 1 < len(set(sizes.values())):
         return {"r": counts.pop()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for size, _ in Counter(sizes.values()).most_common():
-            trial = OFTConfig(oft_block_size=size, adjust="nearest")
-            if all(trial.block_size_for(x.name, x.side(side)) == sizes[x.name] for x in layers):
-                return {"oft_block_size": size, "adjust": "nearest"}
-    shown = ", ".join(f"{layer.name}: {sizes[layer.name]}" for layer in layers[:8])
-    raise layers[0].refuse(f"the layers have blocks of unrelated sizes ({shown}, …), and isotune's OFT has one option.")
+    return _by_module("oft_block_size", "block_size_pattern", sizes)
+
+
+def butterfly_options(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Options by which isotune's BOFT has these numbers of factors and sizes of blocks: (m, blocks, b, …) by module."""
+    sizes, factors = ({name: shape[i] for name, shape in shapes.items()} for i in (2, 0))
+    return {
+        **_by_module("boft_block_size", "block_size_pattern", sizes),
+        **_by_module("boft_n_butterfly_factor", "butterfly_factor_pattern", factors),
+    }
+
+
+def _by_module(option: str, pattern: str, values: Mapping[str, int]) -> dict[str, Any]:
+    """An option, and where modules differ the pattern that says each one's own value."""
+    ((common, count), *_) = Counter(values.values()).most_common(1)
+    if count == len(values):
+        return {option: common}
+    # By PEFT's rule a key is the end of a name, too; this one is the whole.
+    own = {f"^{re.escape(name)}": value for name, value in values.items()}
+    return {option: common, pattern: own}
 
 
 def targets_of(layers: list[AdaptedModule]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from isotune.algebra.skew import vector_from_skew
 from isotune.errors import IsotuneWarning
 from isotune.files.adapter import refused
-from isotune.files.diffusion.layer import AdaptedModule, Parameters, block_options, targets_of
+from isotune.files.diffusion.layer import AdaptedModule, Parameters, block_options, butterfly_options, targets_of
 from isotune.methods import BOFTConfig, OFTConfig
 from isotune.methods.config import IsotuneConfig
 
@@ -49,14 +49,6 @@ def import_butterfly(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parame
 def _butterfly(layers: list[AdaptedModule], generators: dict[str, Tensor]) -> tuple[IsotuneConfig, Parameters]:
     """BOFT of these generators, each (m, blocks, b(b − 1)/2)."""
     shapes = {x.name: (*generators[x.name].shape[:2], x.tensors["oft_blocks"].shape[-1]) for x in layers}
-    factors, counts, sizes = ({shape[i] for shape in shapes.values()} for i in range(3))
-    if len(factors) > 1 or min(len(counts), len(sizes)) > 1:
-        shown = ", ".join(f"{name}: {shape[0]} of {shape[1]} × {shape[2]}" for name, shape in list(shapes.items())[:8])
-        raise layers[0].refuse(
-            f"the layers have different numbers of factors or unrelated blocks ({shown}, …), and isotune's BOFT has "
-            "one option for all. Import the layers of one width as a file of their own."
-        )
-    options = {"boft_block_size": sizes.pop()} if len(sizes) == 1 else {"boft_block_num": counts.pop()}
     parameters: Parameters = {}
     for layer in layers:
         gain = layer.tensors.get("rescale", torch.ones(layer.outputs)).float().flatten()
@@ -64,8 +56,7 @@ def _butterfly(layers: list[AdaptedModule], generators: dict[str, Tensor]) -> tu
             raise layer.refuse(f"rescale has {len(gain)} numbers for {layer.outputs} outputs.")
         parameters[layer.name] = {"generator": generators[layer.name], "output_gain": gain}
     with refused(f"{layers[0].where}: "):
-        stages = {"boft_n_butterfly_factor": factors.pop()}
-        return BOFTConfig(**targets_of(layers), **options, **stages, side="output"), parameters
+        return BOFTConfig(**targets_of(layers), **butterfly_options(shapes), side="output"), parameters
 
 
 def _bounded(layers: list[AdaptedModule], dimensions: int) -> list[Tensor]:

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -22,7 +21,7 @@ from isotune.algebra.skew import skew_order, skew_size, vector_from_skew
 from isotune.errors import AdapterFileError
 from isotune.files.adapter import ADAPTER, new_directory, refused
 from isotune.files.base_model import load_base, pipeline_of
-from isotune.files.diffusion.layer import AdaptedModule, Parameters, block_options, targets_of
+from isotune.files.diffusion.layer import AdaptedModule, Parameters, block_options, butterfly_options, targets_of
 from isotune.files.diffusion.lycoris import import_butterfly, import_diagonal
 from isotune.files.diffusion.names import component_of, resolve
 from isotune.files.peft_import.source import Source, series_fields
@@ -265,13 +264,8 @@ def _boft(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:
         # R = (I − S)(I + S)⁻¹ with S = ½ (A − Aᵀ) in PEFT and kohya, the inverse of isotune's; kernels too are W Rᵀ.
         generator = -vector_from_skew((stages - stages.mT) / 2)
         parameters[layer.name] = {"generator": generator, "output_gain": gain.flatten()}
-    factors, counts, sizes = ({shape[i] for shape in shapes.values()} for i in range(3))
-    if len(factors) > 1 or min(len(counts), len(sizes)) > 1:
-        shown = ", ".join(f"{name}: {shape}" for name, shape in list(shapes.items())[:8])
-        raise layers[0].refuse(f"the layers have factors or blocks of unrelated numbers ({shown}, …), not one option.")
-    options: dict[str, Any] = {"boft_block_size": sizes.pop()} if len(sizes) == 1 else {"boft_block_num": counts.pop()}
     with refused(f"{layers[0].where}: "):
-        config = BOFTConfig(**targets_of(layers), **options, boft_n_butterfly_factor=factors.pop())
+        config = BOFTConfig(**targets_of(layers), **butterfly_options(shapes))
     return config, parameters
 
 

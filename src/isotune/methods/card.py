@@ -1,0 +1,140 @@
+"""The page that a saved adapter brings along: README.md of its folder, which the Hub shows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from yaml import YAMLError
+
+REQUIRES = "pip install isotune, and `import isotune` before the adapter is loaded"
+"""What is missing where PEFT alone says KeyError: 'ISOTUNE_…'."""
+
+CARD = "README.md"
+_TEMPLATE = "[More Information Needed]"
+_BEGIN, _END = "<!-- isotune: this part is written anew at every save -->", "<!-- /isotune -->"
+_BLOCK = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END) + "\n?", re.DOTALL)
+_FRAMEWORK = re.compile(r"\n*### Framework versions\n+(- PEFT [^\n]*\n?)+")
+_HEADER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+_HUB_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
+_TASKS = {
+    "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
+    "SEQ_2_SEQ_LM": ("text2text-generation", "AutoModelForSeq2SeqLM"),
+    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
+    "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
+    "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
+    "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
+}
+
+
+def write_card(folder: Path, config: Any, figures: Mapping[str, float] | None = None) -> None:
+    """Write what an adapter folder holds into its README.md; text of the user's own there stays as it is.
+
+    PEFT's template of empty headings is replaced. What an earlier call wrote is replaced too, but for its figures,
+    which stay until others are given.
+
+    Args:
+        folder: with adapter_model.safetensors.
+        config: the adapter's, an IsotuneConfig.
+        figures: what was measured, such as {"test accuracy": 0.81}.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    path = folder / CARD
+    card = ModelCard.from_template(ModelCardData(), template_str="{{ card_data }}")
+    if path.is_file():
+        try:
+            card = ModelCard.load(path)
+        except (YAMLError, ValueError):  # PEFT writes a base that was named by a Path as an object of Python's
+            card.text = _HEADER.sub("", path.read_text(encoding="utf-8"))
+    text = "" if _TEMPLATE in card.text else card.text
+    block = _block(folder, config, _table(figures) if figures else _kept_table(text))
+    if _BLOCK.search(text):
+        text = _BLOCK.sub(lambda _: block, text)
+    else:
+        text = f"{text.strip()}\n\n{block}" if text.strip() else block
+    card.text = _FRAMEWORK.sub("\n", text).strip() + "\n"
+    data = card.data
+    data["library_name"] = "peft"
+    base = _hub_name(config)
+    tags = {tag for tag in data.get("tags") or () if not tag.startswith("base_model:")}
+    tags |= {"isotune", type(config).__name__.removesuffix("Config").lower()}
+    data["tags"] = sorted(tags | ({f"base_model:adapter:{base}"} if base else set()))
+    data["base_model"] = base
+    task = _TASKS.get(str(getattr(config.task_type, "value", config.task_type)))
+    if task and not data.get("pipeline_tag"):
+        data["pipeline_tag"] = task[0]
+    card.save(path)
+
+
+def _block(folder: Path, config: Any, table: str) -> str:
+    name = type(config).title or type(config).__name__.removesuffix("Config").upper()
+    sizes = ", ".join(f"{option} = {getattr(config, option)}" for option in type(config).size_names)
+    base, given = _hub_name(config), str(config.base_model_name_or_path or "")
+    local = Path(given.removeprefix("package:")).name
+    shown = (
+        f"[{base}](https://huggingface.co/{base})" if base else f"`{local}`, a local folder" if local else "not named"
+    )
+    loader = _TASKS.get(str(getattr(config.task_type, "value", config.task_type)), ("", "AutoModel"))[1]
+    numbers, layers = _counted(folder)
+    source = base or local or "BASE_MODEL"
+    if loader == "AutoModelForSequenceClassification":  # with a head of the file's size, on the class that was trained
+        imports = "import isotune, peft\nfrom isotune.files.adapter import named_base"
+        load = f'named_base("THIS_FOLDER", "{source}")'
+    else:
+        imports, load = "import isotune, peft, transformers", f'transformers.{loader}.from_pretrained("{source}")'
+    return f"""{_BEGIN}
+# {name} adapter{f" of {base or local}" if base or local else ""}
+
+| | |
+|---|---|
+| method | {name} ({config.peft_type.value}), by [isotune](https://pypi.org/project/isotune/) |
+| size | {sizes or "of its layers"}; {layers} adapted layers |
+| trainable parameters | {numbers:,} |
+| base model | {shown} |
+{table}
+Loading it needs isotune: {REQUIRES}. Without it PEFT says `KeyError: '{config.peft_type.value}'`.
+
+```python
+{imports}
+
+base = {load}
+model = peft.PeftModel.from_pretrained(base, "THIS_FOLDER")
+```
+
+`isotune export THIS_FOLDER --to lora` or `--to merged` writes it in a form that needs no isotune.
+{_END}
+"""
+
+
+def _table(figures: Mapping[str, float]) -> str:
+    return "".join(f"| {name.replace('|', '/')} | {value:.4g} |\n" for name, value in figures.items())
+
+
+def _kept_table(text: str) -> str:
+    found = re.search(r"\| base model \|[^\n]*\n((?:\|[^\n]*\n)*)", text)
+    return found.group(1) if found else ""
+
+
+def _hub_name(config: Any) -> str | None:
+    """The base model's name where it is one of the Hub's, and no place on the machine of the training."""
+    name = str(config.base_model_name_or_path or "")
+    return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else None
+
+
+def _counted(folder: Path) -> tuple[int, int]:
+    """How many numbers of the file are trained, and how many layers it adapts."""
+    file, layers, count = folder / "adapter_model.safetensors", set(), 0
+    if file.is_file():
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 (no dictionary)
+                size = 1
+                for side in opened.get_slice(key).get_shape():
+                    size *= side
+                layer, own, rest = key.partition(".isotune_")
+                count += 0 if rest.startswith("form.") else size
+                layers |= {layer} if own else set()
+    return count, len(layers)

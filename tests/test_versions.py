@@ -53,6 +53,12 @@ def test_an_old_peft_is_refused_before_it_is_imported(tmp_path: Path) -> None:
     assert "imported" not in done.stderr
 
 
+def test_a_package_without_a_version_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an interrupted uninstall leaves one: importlib.metadata says None."""
+    monkeypatch.setattr(versions, "version", lambda name: None)
+    check_versions()
+
+
 @pytest.mark.parametrize("version", ["0.22.0", "0.22.1.dev0", "1.0"])
 def test_untested_versions_give_one_warning(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, peft=version)

@@ -223,3 +223,15 @@ def test_the_command(tmp_path: Path) -> None:
             CliRunner().invoke(cli.app, [*arguments[:-1], str(tmp_path / "b.safetensors"), "--rank", "4"]).exit_code
             == 2
         )
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(content[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        export_rotation(trained(unet(), KOHYA["series"][0]), tmp_path / "a.safetensors", "kohya")
+    assert not list(tmp_path.iterdir())

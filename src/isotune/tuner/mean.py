@@ -69,8 +69,8 @@ def combine(
         for adapter in adapters:
             if (scale := layer.adapter(adapter).relative_scale) != 1.0:
                 raise ValueError(
-                    f"{adapter!r} acts at the scale {scale:g} in {name!r}, and the mean is of what was trained; set its "
-                    "scale to 1 first."
+                    f"{adapter!r} acts at the scale {scale:g} in {name!r}, and the mean is of what was trained; set "
+                    "its scale to 1 first."
                 )
         for other in adapters[1:]:
             difference = _difference(layer, first, other)

@@ -89,7 +89,7 @@ def _operator(name: str, layer: Layer, adapter_name: str, side: str, form: str) 
 
 
 def _generators(operator: OFTOperator | BOFTOperator) -> Tensor:
-    """The generators' entries at the scale in use, bounded as COFT's: (blocks or 1, …) of OFT, (m, blocks, …) of BOFT."""
+    """The generators at the scale in use, within COFT's bound: (blocks or 1, …) of OFT, (m, blocks, …) of BOFT."""
     own = operator.in_part("generator", operator.generator.detach().float())
     bound = operator.generator_bound if isinstance(operator, OFTOperator) else None
     return own if bound is None else bound_entries(own, bound)

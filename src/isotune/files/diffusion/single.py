@@ -195,7 +195,7 @@ def _import_part(file: str, stems: Mapping[str, Stem], base: nn.Module) -> PeftM
         config, parameters = build(layers)
         for layer in layers:
             if not all(torch.isfinite(own.float()).all() for own in parameters[layer.name].values()):
-                raise layer.refuse("its values are too large for float32; the file is damaged, or its training diverged.")
+                raise layer.refuse("its values are beyond float32; the file is damaged, or its training diverged.")
         return Source(Path(file), None, {}, base).adapted(config, parameters)
 
 

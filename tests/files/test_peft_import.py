@@ -146,6 +146,15 @@ def test_import_command(method: str, tmp_path: Path) -> None:
     assert CliRunner().invoke(cli.app, arguments).exit_code == 2
 
 
+def test_a_method_that_the_installed_peft_lacks_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved_psoft(opt(), tmp_path / "theirs")
+    monkeypatch.delitem(peft.PEFT_TYPE_TO_CONFIG_MAPPING, "PSOFT")
+    with pytest.raises(AdapterFileError, match=f"'PSOFT', which the installed PEFT {peft.__version__} lacks"):
+        import_peft(tmp_path / "theirs", opt())
+
+
 def test_import_refusals(tmp_path: Path) -> None:
     saved_psoft(opt(), tmp_path / "theirs")
     with pytest.raises(AdapterFileError, match=r"fc1'.*has no such module"):

@@ -126,6 +126,22 @@ def _gptqmodel(kind: str) -> Callable[[nn.Linear], nn.Module]:
     return quantise
 
 
+def _aqlm(layer: nn.Linear) -> nn.Module:
+    """Packed without loss: one codebook of 2^16 entries holds every group of 4 numbers of a weight this small."""
+    from aqlm import QuantizedLinear
+
+    groups = layer.weight.detach().reshape(-1, 4)
+    order = groups[:, 0].argsort()
+    own = QuantizedLinear(layer.in_features, layer.out_features, 4, 1, 1, 16, bias=layer.bias is not None)
+    with torch.no_grad():
+        own.codebooks.zero_()[0, : len(groups), 0] = groups[order]
+        own.codes.copy_(order.argsort().to(torch.int16).view(own.codes.shape))
+        own.scales.fill_(1)
+        if layer.bias is not None:
+            own.bias.copy_(layer.bias)
+    return own
+
+
 QUANTISERS = {
     "bitsandbytes-nf4": Quantiser("bitsandbytes", _four_bits("nf4"), residue=0.1),
     "bitsandbytes-fp4": Quantiser("bitsandbytes", _four_bits("fp4"), residue=0.13),
@@ -138,6 +154,7 @@ QUANTISERS = {
     "hqq-int4": Quantiser("hqq", _hqq, residue=0.1),
     "gptqmodel-gptq": Quantiser("gptqmodel", _gptqmodel("gptq"), merges=False, precision=1e-3),
     "gptqmodel-awq": Quantiser("gptqmodel", _gptqmodel("awq"), merges=False, precision=1e-3),
+    "aqlm-1x16": Quantiser("aqlm", _aqlm, merges=False),
 }
 IN_CI = ("bitsandbytes-nf4", "bitsandbytes-int8", "torchao-int8", "torchao-int4")
 OTHERS = tuple(name for name in QUANTISERS if name not in IN_CI)

@@ -402,15 +402,36 @@ def test_a_library_that_is_not_supported_is_named(monkeypatch: pytest.MonkeyPatc
         get_peft_model(OneLayer(eight), psoft(target_modules=["layer"]))
 
 
+@pytest.mark.slow
+def test_aqlm_with_small_codebooks_is_refused_on_a_cpu() -> None:
+    aqlm = pytest.importorskip("aqlm", reason="see requirements/")
+    base = OneLayer(aqlm.QuantizedLinear(16, 8, 4, 1, 2, 8))
+    with pytest.raises(ValueError, match=r"'layer'.*aqlm with codebooks of 8 bits.*codebooks of 16 bits"):
+        get_peft_model(base, psoft(target_modules=["layer"]))
+
+
 @pytest.mark.parametrize("method", ["psoft", "oft"])
-def test_a_library_whose_weights_peft_cannot_read_is_named(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eetq_as_transformers_loads_it_is_refused(method: str) -> None:
+    from transformers.integrations.eetq import EetqLinear
+
+    base = OneLayer(EetqLinear(12, 8))
+    with pytest.raises(ValueError, match=r"'layer' is a transformers\.integrations\.eetq\.EetqLinear.*Supported"):
+        get_peft_model(base, METHODS[method](target_modules=["layer"]))
+    assert type(base.layer) is EetqLinear
+
+
+@pytest.mark.parametrize("library", ["eetq", "inc"])
+@pytest.mark.parametrize("method", ["psoft", "oft"])
+def test_a_library_whose_weights_peft_cannot_read_is_named(
+    method: str, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 
     monkeypatch.setattr(
-        "isotune.tuner.backends.resolve_quantization_backend", lambda *_, **__: ForwardOnlyQuantizationBackend("aqlm")
+        "isotune.tuner.backends.resolve_quantization_backend", lambda *_, **__: ForwardOnlyQuantizationBackend(library)
     )
     base = OneLayer(Packed())
-    with pytest.raises(ValueError, match=r"'layer'.*aqlm.*Supported"):
+    with pytest.raises(ValueError, match=rf"'layer'.*{library}.*Supported.*Quantise the base"):
         get_peft_model(base, METHODS[method](target_modules=["layer"]))
     assert type(base.layer) is Packed
 

@@ -103,7 +103,7 @@ def product_with_identity(layer: Any, rows: int = 256) -> Tensor:
 class QuantisedHost(Host):
     """A linear layer with packed weights: W is what they dequantise to, and only the layer's own forward uses them."""
 
-    kinds = ("linear layers quantised by bitsandbytes", "torchao", "optimum-quanto", "hqq", "gptqmodel")
+    kinds = ("linear layers quantised by bitsandbytes", "torchao", "optimum-quanto", "hqq", "gptqmodel", "aqlm")
     quantised = True
 
     def __init__(self, module: nn.Module, name: str, backend: Backend) -> None:

@@ -43,7 +43,7 @@ def _point_to(module: nn.Module, former: nn.Module) -> None:
 
 def packed(module: nn.Module) -> Tensor:
     """The tensor of a quantised layer that holds the numbers of its weight."""
-    for name in ("weight", "W_q", "qweight"):
+    for name in ("weight", "W_q", "qweight", "codes"):
         found = getattr(module, name, None)
         if isinstance(found, Tensor):
             return found

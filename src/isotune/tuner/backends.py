@@ -11,6 +11,9 @@ from isotune.hosts import Backend, Functions, LinearHost, QuantisedHost, functio
 from isotune.internals.peft_quantisation import is_forward_only, resolve_quantization_backend
 from isotune.tuner.layer import Layer, Linear
 
+_MULTIPLYING = {"gptq": "gptqmodel (gptq)", "awq": "gptqmodel (awq)", "aqlm": "aqlm"}
+"""PEFT's name of a library whose kernels multiply and do nothing else -> how messages call it."""
+
 
 def adapt(module: nn.Module, key: str = "", **quantisation: Any) -> Layer:
     """The layer around a module, maybe another tuner's, without adapters yet.
@@ -38,8 +41,10 @@ def _backend_of(module: nn.Module, key: str, get_apply_tensor_subclass: Any = No
         module, get_apply_tensor_subclass=get_apply_tensor_subclass or _unknown_configuration
     )
     if is_forward_only(backend):
-        if backend.backend_name in ("gptq", "awq"):
-            return Functions(f"gptqmodel ({backend.backend_name})", product_with_identity)
+        if backend.backend_name == "aqlm":
+            _refuse_racing(module, key)
+        if backend.backend_name in _MULTIPLYING:
+            return Functions(_MULTIPLYING[backend.backend_name], product_with_identity)
         raise ValueError(
             f"The target module {key!r} is quantised by {backend.backend_name}, whose weights cannot be dequantised, "
             f"so it cannot be adapted. Supported: {', '.join(QuantisedHost.kinds)}. Quantise the base with one of "
@@ -49,6 +54,16 @@ def _backend_of(module: nn.Module, key: str, get_apply_tensor_subclass: Any = No
         backend.supports_merge = False
     found: Backend | None = backend
     return found
+
+
+def _refuse_racing(module: Any, key: str) -> None:
+    """Refuse the kernel of AQLM for small codebooks on a CPU: its threads race, and it has no backward."""
+    if module.codebook_size == 256 and not module.codes.is_cuda:
+        raise ValueError(
+            f"The target module {key!r} is quantised by aqlm with codebooks of 8 bits, whose kernel for a CPU gives "
+            "other results at every call (its threads write to the same numbers) and has no gradient. Move the model "
+            "to a GPU first, take one with codebooks of 16 bits, or exclude the module with exclude_modules."
+        )
 
 
 def _unknown_configuration() -> None:

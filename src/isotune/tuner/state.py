@@ -88,7 +88,8 @@ def check_tensors(
             raise AdapterFileError(
                 f"{file.replace('the', 'The', 1) if file.startswith(THE_FILE) else file} has no {name!r}. It is "
                 "incomplete, or was made for other target_modules, another rank or another basis than its "
-                "adapter_config.json says; save the adapter again."
+                "adapter_config.json says, or for a base of another class than this; load the base with the class that "
+                "the adapter was trained on, or save the adapter again."
             )
         if given[name].shape != tensor.shape:
             raise AdapterFileError(

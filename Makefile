@@ -6,6 +6,8 @@
 # make gpu    on a machine with an NVIDIA GPU: what is right, how fast, how much memory, in 8 minutes; again to continue.
 #             Needs no network and no virtual environment, only what is installed for $(PYTHON); `make gpu GPU=--dry-run`
 #             tries it on a CPU, `make gpu GPU='--only step --minutes 3'` measures a part
+# make lowest   a covering part of the tests under the oldest libraries that isotune supports (requirements/lowest.txt)
+# make release-check   wheel and sdist as they would be published, installed anew, and the README's example run with them
 # make docs   build the documentation into site/
 # make constraints   resolve constraints.txt anew for every Python from 3.10 on, keeping the versions that still fit;
 #                    `make constraints UPGRADE=--upgrade` takes the newest, `UPGRADE='-P torch -P peft'` those of some
@@ -13,15 +15,20 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CONSTRAINTS ?= constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+LOWEST := .venv-lowest
+RELEASE := build/release
 
-.PHONY: demo test quick product gpu lint docs constraints clean
+.PHONY: demo test quick product lowest gpu lint docs constraints release-check clean
 
 demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/isotune train demo
 
 # One thread a worker: workers that each use all cores take several times as long as one alone.
-PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+ALONE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+WORKERS := --numprocesses auto --dist worksteal
+PYTEST := $(ALONE) $(BIN)/python -m pytest $(WORKERS)
 
 test: lint
 	$(PYTEST)
@@ -33,6 +40,11 @@ quick: $(VENV)/.test
 
 product: $(VENV)/.test
 	ISOTUNE_TESTS=product $(PYTEST)
+
+lowest: $(LOWEST)/.test
+	ISOTUNE_TESTS=quick $(ALONE) $(LOWEST)/bin/python -m pytest $(WORKERS) -m "not slow and not matrix" \
+		tests/test_contract.py tests/test_versions.py tests/tuner/test_register.py tests/files/test_adapter_file.py \
+		tests/files/test_portability.py tests/test_user_paths.py
 
 gpu:
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --minutes 8 -o runs/gpu.json $(GPU)
@@ -48,6 +60,16 @@ docs: $(VENV)/.docs
 constraints: $(VENV)/.constraints
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-python-downloads --no-annotate --no-header \
 		--extra dev $(UPGRADE) --output-file constraints.txt pyproject.toml
+
+# What a user gets from these files: torch as it is tried here, everything else as pip takes it today.
+release-check: $(VENV)/.release
+	rm -rf dist $(RELEASE)
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	cd $(RELEASE) && bin/isotune --help >/dev/null && bin/python $(CURDIR)/tests/pythons/readme.py
 
 # One virtual environment, grown as targets ask for more; a stamp is older than the files that it was made from when
 # these change.
@@ -66,9 +88,18 @@ $(VENV)/.constraints: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	touch $@
 
+$(VENV)/.release: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	touch $@
+
+$(LOWEST)/.test: pyproject.toml requirements/lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/lowest.txt
+	touch $@
+
 $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site runs .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist site runs .mypy_cache .ruff_cache .hypothesis

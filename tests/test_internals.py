@@ -6,8 +6,11 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -507,3 +510,14 @@ def test_bitsandbytes_keeps_a_weight_under_these_names() -> None:
     assert layer.weight.module is layer
     quantised_state.keep_readable(layer)
     assert not layer.support_avx512bf16_for_cpu
+
+
+def test_what_old_versions_of_peft_need_may_be_missing_in_later_ones() -> None:
+    if not HAS_HOOKS:
+        pytest.skip("for PEFT from 0.21 on")
+    code = (
+        "import peft.utils.hotswap; from peft.utils import save_and_load; "
+        "del save_and_load._insert_adapter_name_into_state_dict; import isotune"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)

@@ -44,6 +44,7 @@ MAY_IMPORT_PEFT = (
     "tools",
     "__init__",
     "integrations",
+    "internals.model_cards",
     "internals.peft_hooks",
     "internals.peft_quantisation",
 )

@@ -22,8 +22,10 @@ def check_versions() -> None:
     """
     for name, minimum in MINIMUM_VERSIONS.items():
         try:
-            found = version(name)
+            found: str | None = version(name)
         except PackageNotFoundError:  # copied in without a package; importing it says if it is missing
+            continue
+        if found is None:  # what an interrupted uninstall leaves has no version
             continue
         if _numbers(found) < _numbers(minimum):
             raise UnsupportedVersionError(

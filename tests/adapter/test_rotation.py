@@ -66,6 +66,14 @@ def test_a_file_of_a_rotation_of_inputs_stays_of_version_1(tmp_path: Path) -> No
     assert stored["isotune_format"] == 1
 
 
+def test_a_side_that_is_set_later_is_of_version_2_too(tmp_path: Path) -> None:
+    later = OFTConfig(oft_block_size=8)
+    later.side = "output"
+    later.save_pretrained(str(tmp_path))
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (stored["side"], stored["isotune_format"]) == ("output", 2)
+
+
 @pytest.mark.parametrize("form", OF_OUTPUTS)
 def test_an_embedding_has_no_outputs_to_rotate(form: str) -> None:
     with pytest.raises(ValueError, match="side='output' has no meaning on 'layer', a Embedding"):
@@ -132,3 +140,23 @@ def test_reflections_of_outputs_are_an_update_of_low_rank() -> None:
     up, down = layer.low_rank("default")
     assert (up.shape, down.shape) == ((16, 4), (4, 12))
     assert relative_error(up @ down, layer.get_delta_weight("default")) < 1e-5
+
+
+@pytest.mark.parametrize("form", OF_OUTPUTS)
+def test_a_host_whose_output_is_float32_under_autocast(form: str) -> None:
+    """As four-bit layers of bitsandbytes give it for an input in float32."""
+
+    class Wide(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).float()
+
+    model = get_peft_model(OneLayer(Wide(8, 16)), config(form, "layer"))
+    randomize(model)
+    x = torch.randn(5, 8, requires_grad=True)
+    expected = model(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = model(x)
+    assert result.dtype == torch.float32
+    assert relative_error(result.detach(), expected) < 2e-2
+    result.sum().backward()
+    assert all(p.grad is not None for p in only(model).isotune_operator.parameters())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from isotune.files.base_model import gguf_of, resolve_base
+from isotune.files.base_model import diffusers_class, gguf_of, pipeline_of, resolve_base
 
 PACKAGE = """
 calls = []
@@ -38,3 +38,13 @@ def test_a_gguf_package_is_assembled_once(tmp_path: Path, monkeypatch: pytest.Mo
     (folder / "other.gguf").touch()
     with pytest.raises(ValueError, match="holds no model"):
         resolve_base(str(folder))
+
+
+@pytest.mark.parametrize("content", ["[1]", "nonsense", "[" * 100_000])
+def test_a_damaged_description_of_a_diffusers_model_is_named(content: str, tmp_path: Path) -> None:
+    for name in ("config.json", "model_index.json"):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json .*again"):
+        diffusers_class(str(tmp_path))
+    with pytest.raises(ValueError, match=r"model_index\.json .*again"):
+        pipeline_of(str(tmp_path))

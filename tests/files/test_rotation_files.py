@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,25 @@ def test_lycoris(case: str, tmp_path: Path) -> None:
     for key, blocks in stored.items():
         if key.endswith("oft_blocks"):
             assert (blocks - blocks.mT).norm() < stored[key.replace("oft_blocks", "alpha")]
+    check_same(model, import_single(tmp_path / "a.safetensors", unet()))
+
+
+@pytest.mark.parametrize("form", ["kohya", "lycoris"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        OFTConfig(oft_block_size=4, coft=True, eps=2.0, target_modules=TARGETS),
+        BOFTConfig(boft_block_size=4, target_modules=TARGETS),
+    ],
+    ids=["coft", "boft"],
+)
+def test_a_rotation_taken_in_part_is_written_so(form: Any, config: IsotuneConfig, tmp_path: Path) -> None:
+    model = trained(unet(), dataclasses.replace(config, side="input" if form == "kohya" else "output"))
+    whole = updates_of(model)
+    for _, layer in adapted_layers(model, "default"):
+        layer.set_scale("default", 0.5)
+    assert all(relative_error(update, whole[name]) > 0.1 for name, update in updates_of(model).items())
+    export_rotation(model, tmp_path / "a.safetensors", form)
     check_same(model, import_single(tmp_path / "a.safetensors", unet()))
 
 
@@ -203,3 +223,15 @@ def test_the_command(tmp_path: Path) -> None:
             CliRunner().invoke(cli.app, [*arguments[:-1], str(tmp_path / "b.safetensors"), "--rank", "4"]).exit_code
             == 2
         )
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(content[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        export_rotation(trained(unet(), KOHYA["series"][0]), tmp_path / "a.safetensors", "kohya")
+    assert not list(tmp_path.iterdir())

@@ -421,3 +421,39 @@ def test_a_file_beside_its_configuration_is_read_with_it(tmp_path: Path) -> None
     assert done.exit_code == 0, done.output
     config_: IsotuneConfig = describe(tmp_path / "ours").config
     assert not config_.use_cayley_neumann  # type: ignore[attr-defined]
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(6, 16)
+
+
+@pytest.mark.parametrize(
+    ("key", "tensors", "reason"),
+    [
+        ("oft_blocks", {"oft_blocks": seeded(4, 4, 4, scale=1e300)}, "too large for float32"),
+        ("oft_R.weight", {"oft_R.weight": seeded(3, 1, scale=1e300)}, "too large for float32"),
+        ("flags", {"oft_R.weight": seeded(3, 1), "oft_R.scaled_oft": torch.tensor([True, False])}, "has 2 values"),
+        ("none", {"oft_R.weight": seeded(3, 1), "oft_R.scaled_oft": torch.zeros(0)}, "has 0 values"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_values_that_no_adapter_has(key: str, tensors: dict[str, Tensor], reason: str, tmp_path: Path) -> None:
+    save_file({f"linear.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "a.safetensors")
+    base = Small()
+    with pytest.raises(AdapterFileError, match=reason):
+        import_single(tmp_path / "a.safetensors", base)
+    assert type(base.linear) is nn.Linear
+
+
+def test_an_alpha_that_is_an_integer(tmp_path: Path) -> None:
+    """As torch.tensor(1) is one."""
+    found = []
+    for alpha in (torch.tensor(1), torch.tensor(1.0)):
+        save_file({"linear.oft_blocks": seeded(4, 4, 4), "linear.alpha": alpha}, tmp_path / "a.safetensors")
+        model = import_single(tmp_path / "a.safetensors", Small())
+        (found_here,) = dict(adapted_layers(model, "default")).values()
+        found.append(found_here.get_delta_weight("default"))
+    assert torch.equal(*found)

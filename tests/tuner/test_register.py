@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import peft
+import pytest
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -36,6 +37,7 @@ def test_the_type_behaves_like_a_member() -> None:
     assert {kind: 1}["ISOTUNE_PSOFT"] == 1
 
 
+@pytest.mark.skipif("PSOFT" not in PEFT_TYPE_TO_CONFIG_MAPPING, reason="PEFT has its own PSOFT from 0.19 on")
 def test_methods_of_peft_stay_as_they_are() -> None:
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.PSOFT] is peft.PsoftConfig
     assert peft.PsoftConfig is not PsoftConfig

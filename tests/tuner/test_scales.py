@@ -22,7 +22,7 @@ from helpers import (
     seeded_host,
     trainable,
 )
-from isotune import HRAConfig, add_adapter
+from isotune import HRAConfig, add_adapter, get_peft_model
 from isotune.algebra.cayley import bound_entries
 from isotune.tuner.layer import Layer
 
@@ -152,3 +152,45 @@ def test_a_refused_scale_changes_no_adapter_of_the_layer(method: str) -> None:
         only(model).scale_layer(0.5)
     assert only(model).adapter("default").relative_scale == 1.0
     assert torch.equal(model(x), expected)
+
+
+def test_orthonormal_reflections_at_scale_zero(method: str) -> None:
+    """A direction of length zero would still be made orthonormal and reflect."""
+    if method != "hra":
+        pytest.skip("for the strict form of HRA")
+    for side in ("input", "output"):
+        config = HRAConfig(r=3, apply_GS=True, init_weights=False, side=side, target_modules=["layer"])  # type: ignore[arg-type]
+        model, x = get_peft_model(OneLayer(nn.Linear(12, 20)), config), torch.randn(8, 12)
+        layer, expected = only(model), model(x).detach()
+        layer.scale_layer(0.0)
+        result = model(x)
+        assert relative_error(result.detach(), layer.base_layer(x).detach()) < 1e-6
+        assert not layer.get_delta_weight("default").any()
+        result.square().sum().backward()
+        assert not any(bool(p.grad.any()) for p in layer.isotune_operator.parameters() if p.grad is not None)
+        layer.unscale_layer()
+        assert torch.equal(model(x), expected)
+
+
+def test_the_mean_is_of_what_was_trained(method: str) -> None:
+    if method in ("hra", "qgoft"):
+        pytest.skip("has no mean")
+    model = as_trained(method, seeded_host("linear"), "layer")
+    only(model).set_scale("default", 0.5)
+    with pytest.raises(ValueError, match=r"'default' acts at the scale 0\.5 in 'layer'"):
+        model.add_weighted_adapter(["default"], [1.0], "mean")
+    assert list(model.peft_config) == ["default"]
+
+
+def test_a_part_is_computed_in_float32(method: str) -> None:
+    """Parameters in half precision are multiplied and bounded in float32, as they are evaluated."""
+    if method not in ("oft", "coft", "boft", "goft"):
+        pytest.skip("for rotations")
+    model = as_trained(method, seeded_host("linear"), "layer")
+    layer = only(model)
+    layer.adapter("default").to(torch.bfloat16)
+    twin = copy.deepcopy(model)
+    only(twin).adapter("default").float()
+    for one in (layer, only(twin)):
+        one.set_scale("default", 0.3)
+    assert relative_error(layer.get_delta_weight("default"), only(twin).get_delta_weight("default")) < 1e-5

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.evaluation import cast_by_autocast
+from isotune.adapter.evaluation import cast_by_autocast, without_autocast
 from isotune.adapter.kernels import rotated_linear
 from isotune.adapter.operator import Adapter, FrozenLinear
 from isotune.algebra.cayley import bound_entries
@@ -93,7 +93,8 @@ class RotationAdapter(Adapter):
         own = result if bias is None else result - bias.to(result.dtype)
         if self.side == "output":
             chain, tensors = transpose_chain(self.chain, [tensor.to(result.dtype) for tensor in tensors])
-            turned = _on_all(share, own, chain, tensors)
+            with without_autocast(result):  # which would cast what a host gives in float32, as bitsandbytes' do
+                turned = _on_all(share, own, chain, tensors)
             result = turned if bias is None else result + (turned - own)
             own = turned
         if gain is None:
@@ -165,6 +166,7 @@ class RotationAdapter(Adapter):
         """A generator, an angle or a gain, of which what differs from the identity is multiplied by the scale."""
         if self._scale == 1.0:
             return parameter
+        parameter = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
         if self.generator_bound is not None:
             parameter = bound_entries(parameter, self.generator_bound)
         return 1 + self._scale * (parameter - 1) if name in self.beside else self._scale * parameter

@@ -104,12 +104,27 @@ def _model_of(package: str) -> Path:
     return kept
 
 
+def _object_of(file: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds an object.
+
+    Raises:
+        ValueError: it holds something else, or no JSON.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({type(error).__name__}); download or copy it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object; download or copy it again.")
+    return content
+
+
 def pipeline_of(name: str) -> dict[str, Path] | None:
     """The folders of the models of a pipeline of diffusers, by component; None for what is no such folder."""
     index = Path(name).expanduser() / "model_index.json"
     if not index.is_file():
         return None
-    parts = {part: index.parent / part for part in json.loads(index.read_text(encoding="utf-8"))}
+    parts = {part: index.parent / part for part in _object_of(index)}
     return {part: folder for part, folder in parts.items() if (folder / "config.json").is_file()}
 
 
@@ -120,7 +135,7 @@ def diffusers_class(path: str) -> Any:
         ValueError: diffusers is not installed, or has no such model.
     """
     config = Path(path) / "config.json"
-    name = json.loads(config.read_text(encoding="utf-8")).get("_class_name") if config.is_file() else None
+    name = _object_of(config).get("_class_name") if config.is_file() else None
     if name is None:
         return None
     try:

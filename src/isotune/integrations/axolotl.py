@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from axolotl.integrations.base import AdapterCapabilities, BasePlugin  # type: ignore[import-not-found]
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftModel, get_peft_model
 from pydantic import BaseModel, Field, model_validator
 from transformers import PreTrainedModel

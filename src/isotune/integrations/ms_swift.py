@@ -7,9 +7,9 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from peft import PeftModel, get_peft_model
-from swift.arguments.tuner_args import TunerArguments  # type: ignore[import-not-found]
-from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules  # type: ignore[import-not-found]
-from swift.tuner_plugin import PeftTuner, tuners_map  # type: ignore[import-not-found]
+from swift.arguments.tuner_args import TunerArguments
+from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules
+from swift.tuner_plugin import PeftTuner, tuners_map
 from torch import nn
 
 from isotune.integrations import config_from, require_unset

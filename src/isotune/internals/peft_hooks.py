@@ -23,7 +23,8 @@ from isotune.internals.torch_state import uncompiled
 HAS_HOOKS = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
 """Whether PEFT asks the tuner itself, thus from 0.21 on."""
 
-_insert_name: Callable[..., dict[str, Tensor]] = save_and_load._insert_adapter_name_into_state_dict
+# Asked for only where it is needed: a later PEFT may be without it.
+_insert_name: Any = None if HAS_HOOKS else save_and_load._insert_adapter_name_into_state_dict
 _loading: ContextVar[tuple[Any, type[Any]] | None] = ContextVar("loading", default=None)
 
 
@@ -73,7 +74,8 @@ class _Hooks(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        return _insert_name(state_dict, adapter_name=adapter_name, parameter_prefix=cls.prefix)
+        named: dict[str, Tensor] = _insert_name(state_dict, adapter_name=adapter_name, parameter_prefix=cls.prefix)
+        return named
 
 
 if TYPE_CHECKING or HAS_HOOKS:  # noqa: SIM108 - a type checker reads no conditional class
@@ -152,7 +154,10 @@ def _set_peft_model_state_dict(
 def _insert(state_dict: dict[str, Tensor], adapter_name: str, parameter_prefix: str) -> dict[str, Tensor]:
     call = _loading.get()
     if call is None:
-        return _insert_name(state_dict, adapter_name=adapter_name, parameter_prefix=parameter_prefix)
+        named: dict[str, Tensor] = _insert_name(
+            state_dict, adapter_name=adapter_name, parameter_prefix=parameter_prefix
+        )
+        return named
     model, tuner = call
     remapped: dict[str, Tensor] = tuner._remap_adapter_state_dict_for_load(
         model=model, config=model.peft_config[adapter_name], adapter_name=adapter_name, state_dict=state_dict

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ REQUIRES = "pip install isotune, and `import isotune` before the adapter is load
 """What is missing where PEFT alone says KeyError: 'ISOTUNE_…'."""
 
 CARD = "README.md"
+WEIGHTS = "adapter_model.safetensors"
+_LIST = "# Adapters in folders"
+_COUNTERS = ("running_mean", "running_var", "num_batches_tracked")
 _TEMPLATE = "[More Information Needed]"
 _BEGIN, _END = "<!-- isotune: this part is written anew at every save -->", "<!-- /isotune -->"
 _BLOCK = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END) + "\n?", re.DOTALL)
@@ -41,17 +46,42 @@ def write_card(folder: Path, config: Any, figures: Mapping[str, float] | None = 
         config: the adapter's, an IsotuneConfig.
         figures: what was measured, such as {"test accuracy": 0.81}.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    _write(folder, lambda text: _block(folder, config, _table(figures) if figures else _kept_table(text)), config)
+
+
+def write_cards(folder: Path, configs: Mapping[str, Any]) -> None:
+    """Write the card of a folder that a model was saved into, over the one that PEFT or transformers writes.
+
+    Args:
+        folder: the model's, with the adapter called "default", and one folder for each other adapter.
+        configs: of all adapters by name; where the one called "default" is of another library, nothing is written.
+    """
+    own = {name: config for name, config in configs.items() if hasattr(config, "isotune_format")}
+    if "default" in own and (folder / WEIGHTS).is_file():
+        write_card(folder, own["default"])
+    elif own and ("default" in own or "default" not in configs):
+        _write(folder, lambda _: _list(folder), *own.values())
+
+
+def update_list(folder: Path) -> None:
+    """Write the list of adapters in a folder anew, if its card is one that `write_cards` began."""
+    path = folder / CARD
+    if path.is_file() and _LIST in (text := path.read_text(encoding="utf-8")):
+        path.write_text(_BLOCK.sub(lambda _: _list(folder), text), encoding="utf-8")
+
+
+def _write(folder: Path, block_of: Callable[[str], str], *configs: Any) -> None:
+    from huggingface_hub import ModelCard
 
     path = folder / CARD
-    card = ModelCard.from_template(ModelCardData(), template_str="{{ card_data }}")
+    card = ModelCard("---\nlibrary_name: peft\n---\n")  # an empty one would be warned of
     if path.is_file():
         try:
             card = ModelCard.load(path)
         except (YAMLError, ValueError):  # PEFT writes a base that was named by a Path as an object of Python's
             card.text = _HEADER.sub("", path.read_text(encoding="utf-8"))
     text = "" if _TEMPLATE in card.text else card.text
-    block = _block(folder, config, _table(figures) if figures else _kept_table(text))
+    block = block_of(text)
     if _BLOCK.search(text):
         text = _BLOCK.sub(lambda _: block, text)
     else:
@@ -59,12 +89,14 @@ def write_card(folder: Path, config: Any, figures: Mapping[str, float] | None = 
     card.text = _FRAMEWORK.sub("\n", text).strip() + "\n"
     data = card.data
     data["library_name"] = "peft"
-    base = _hub_name(config)
+    bases = {_hub_name(config) for config in configs}
+    base = bases.pop() if len(bases) == 1 else None
     tags = {tag for tag in data.get("tags") or () if not tag.startswith("base_model:")}
-    tags |= {"isotune", type(config).__name__.removesuffix("Config").lower()}
+    tags |= {"isotune", *(type(config).__name__.removesuffix("Config").lower() for config in configs)}
     data["tags"] = sorted(tags | ({f"base_model:adapter:{base}"} if base else set()))
     data["base_model"] = base
-    task = _TASKS.get(str(getattr(config.task_type, "value", config.task_type)))
+    tasks = {_TASKS.get(_task(config)) for config in configs}
+    task = tasks.pop() if len(tasks) == 1 else None
     if task and not data.get("pipeline_tag"):
         data["pipeline_tag"] = task[0]
     card.save(path)
@@ -78,8 +110,8 @@ def _block(folder: Path, config: Any, table: str) -> str:
     shown = (
         f"[{base}](https://huggingface.co/{base})" if base else f"`{local}`, a local folder" if local else "not named"
     )
-    loader = _TASKS.get(str(getattr(config.task_type, "value", config.task_type)), ("", "AutoModel"))[1]
-    numbers, layers = _counted(folder)
+    loader = _TASKS.get(_task(config), ("", "AutoModel"))[1]
+    numbers, layers = _counted(folder, config)
     source = base or local or "BASE_MODEL"
     if loader == "AutoModelForSequenceClassification":  # with a head of the file's size, on the class that was trained
         imports = "import isotune, peft\nfrom isotune.files.adapter import named_base"
@@ -125,16 +157,41 @@ def _hub_name(config: Any) -> str | None:
     return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else None
 
 
-def _counted(folder: Path) -> tuple[int, int]:
-    """How many numbers of the file are trained, and how many layers it adapts."""
-    file, layers, count = folder / "adapter_model.safetensors", set(), 0
-    if file.is_file():
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 (no dictionary)
-                size = 1
-                for side in opened.get_slice(key).get_shape():
-                    size *= side
-                layer, own, rest = key.partition(".isotune_")
-                count += 0 if rest.startswith("form.") else size
-                layers |= {layer} if own else set()
+def _task(config: Any) -> str:
+    return str(getattr(config.task_type, "value", config.task_type))
+
+
+def _list(folder: Path) -> str:
+    rows = ""
+    for path in sorted(folder.glob("*/adapter_config.json")):
+        kind = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
+        rows += f"| [{path.parent.name}]({path.parent.name}/{CARD}) | {kind} |\n"
+    return f"""{_BEGIN}
+{_LIST}
+
+| folder | method |
+|---|---|
+{rows}
+Loading those of isotune needs it: {REQUIRES}. Without it PEFT says `KeyError: 'ISOTUNE_…'`.
+{_END}
+"""
+
+
+def _counted(folder: Path, config: Any) -> tuple[int, int]:
+    """How many numbers of the file are trained, and how many layers it adapts.
+
+    A file also holds what is not trained: bases and pins, counters of saved modules, the embeddings of a vocabulary
+    that has grown.
+    """
+    layers, count = set(), 0
+    if not (folder / WEIGHTS).is_file():
+        return 0, 0
+    saved = {f".{name}." for name in config.modules_to_save or ()}
+    with safe_open(folder / WEIGHTS, framework="pt") as opened:
+        for key in opened.keys():  # noqa: SIM118 (no dictionary)
+            layer, own, rest = key.partition(".isotune_")
+            layers |= {layer} if own else set()
+            trained = rest.startswith("operator.") if own else key.endswith(".bias") and config.bias != "none"
+            whole = any(name in f".{key}" for name in saved) and not key.endswith(_COUNTERS)
+            count += math.prod(opened.get_slice(key).get_shape()) if trained or whole else 0
     return count, len(layers)

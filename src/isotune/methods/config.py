@@ -20,7 +20,7 @@ from isotune.adapter.operator import Adapter
 from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
 from isotune.errors import AdapterFileError
 from isotune.internals.safetensors_files import readable
-from isotune.methods.card import write_card
+from isotune.methods.card import WEIGHTS, update_list, write_card
 from isotune.methods.checks import check_types, require, require_expressions, shown
 from isotune.methods.checks import require_choice as require_choice
 from isotune.methods.checks import require_positive_integer as require_positive_integer
@@ -49,6 +49,7 @@ class IsotuneConfig(PeftConfig):
         fan_in_fan_out: accepted for compatibility; how a weight is stored is read off the layer itself.
         init_weights: True starts at the identity; False starts at a random operator, for tests.
         isotune_format: version of the adapter file.
+        requires: what whoever reads the file must do first; PEFT alone says KeyError: 'ISOTUNE_…'.
 
     Raises:
         ValueError: a value outside what is allowed; the message names it.
@@ -82,6 +83,7 @@ class IsotuneConfig(PeftConfig):
     fan_in_fan_out: bool = field(default=False)
     init_weights: bool = field(default=True)
     isotune_format: int = field(default=1)
+    requires: Literal["import isotune"] = field(default="import isotune")
 
     origin: ClassVar[str | None] = None
     """The folder or repository that the configuration was read from, whose tensors then come next; never written."""
@@ -191,10 +193,10 @@ class IsotuneConfig(PeftConfig):
         """
         super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
-        weights = folder / "adapter_model.safetensors"
-        if weights.is_file():
-            readable(weights)
+        if (folder / WEIGHTS).is_file():
+            readable(folder / WEIGHTS)
             write_card(folder, self)
+            update_list(folder.parent)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that the file stores."""

@@ -106,3 +106,12 @@ class HRAOperator(RotationAdapter):
         """M − I as (..., n, r) and (..., r, n)."""
         vectors = parameters["vectors"]
         return orthonormal_reflection(vectors) if self.strict else reflections(vectors)
+
+    def in_part(self, name: str, parameter: Tensor) -> Tensor:
+        """The directions as they are: orthonormal ones reflect whatever their lengths."""
+        return parameter
+
+    def complete(self, tensors: tuple[Tensor, ...], drop: bool = False) -> tuple[Tensor, ...]:
+        """M − I times the scale, which is 0 or 1."""
+        left, right = tensors
+        return tensors if self.relative_scale == 1.0 else (left * self.relative_scale, right)

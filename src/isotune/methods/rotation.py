@@ -35,6 +35,8 @@ class RotationConfig(IsotuneConfig):
         stored = super().to_dict()
         if self.side == "input":
             del stored["side"]
+        else:  # also if it was set after the configuration was made
+            stored["isotune_format"] = max(self.isotune_format, 2)
         return stored
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> RotationAdapter:

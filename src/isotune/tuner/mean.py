@@ -66,6 +66,12 @@ def combine(
         absent = [adapter for adapter in adapters if adapter not in layer.isotune_operator]
         if absent:
             raise ValueError(f"{absent[0]!r} does not adapt {name!r}, which other adapters do. {_ELSE}")
+        for adapter in adapters:
+            if (scale := layer.adapter(adapter).relative_scale) != 1.0:
+                raise ValueError(
+                    f"{adapter!r} acts at the scale {scale:g} in {name!r}, and the mean is of what was trained; set "
+                    "its scale to 1 first."
+                )
         for other in adapters[1:]:
             difference = _difference(layer, first, other)
             if difference:
@@ -88,8 +94,6 @@ def _difference(layer: Layer, first: str, other: str) -> str | None:
         return "different options"
     if one.side != two.side:
         return f"different sides ({one.side} and {two.side})"
-    if one.relative_scale != two.relative_scale or (one.side and one.relative_scale != 1.0):
-        return f"scales in use, or different ones ({one.relative_scale:g} and {two.relative_scale:g})"
     if not one.additive:
         return None
     one, two = layer.subspace(first), layer.subspace(other)

@@ -93,10 +93,21 @@ def new_file(file: str | os.PathLike[str]) -> Path:
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as a safetensors file with the mode of any new file; safetensors' own writing makes it 0600."""
+    """Write tensors as a safetensors file, whole or not at all, with the mode of any new file.
+
+    Args:
+        path: of the file, whose folders are made.
+        tensors: by their names in it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Cloned: safetensors refuses tensors that share memory.
-    path.write_bytes(save({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, {"format": "pt"}))
+    content = save({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, {"format": "pt"})
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def placed(

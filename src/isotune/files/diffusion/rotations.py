@@ -89,10 +89,15 @@ def _operator(name: str, layer: Layer, adapter_name: str, side: str, form: str) 
 
 
 def _generators(operator: OFTOperator | BOFTOperator) -> Tensor:
-    """The generators' entries, bounded as COFT's are: (blocks or 1, …) of OFT, (stages, blocks, …) of BOFT."""
-    own = operator.generator.detach().float()
+    """The generators at the scale in use, within COFT's bound: (blocks or 1, …) of OFT, (m, blocks, …) of BOFT."""
+    own = operator.in_part("generator", operator.generator.detach().float())
     bound = operator.generator_bound if isinstance(operator, OFTOperator) else None
     return own if bound is None else bound_entries(own, bound)
+
+
+def _gain(operator: OFTOperator | BOFTOperator) -> Tensor | None:
+    """The gain at the scale in use."""
+    return None if operator.gain is None else operator.in_part("output_gain", operator.gain.detach().float())
 
 
 def _kohya(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
@@ -108,14 +113,14 @@ def _kohya(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
                 f"kohya computes the one of {_KOHYA_TERMS}, or the exact transform. Export with --to merged."
             )
         own = own.expand(operator.blocks, -1)[None]
-    gain = operator.gain
-    scale = torch.ones(layer.out_features) if gain is None else gain.detach().float()
+    gain = _gain(operator)
+    scale = torch.ones(layer.out_features) if gain is None else gain
     return {"boft_R": -skew_from_vector(own, operator.block_size), "boft_s": scale[:, None]}
 
 
 def _lycoris(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
     operator = _operator(name, layer, adapter_name, "output", "LyCORIS")
-    own, size, gain = _generators(operator), operator.block_size, operator.gain
+    own, size, gain = _generators(operator), operator.block_size, _gain(operator)
     if isinstance(operator, OFTOperator):
         if operator.neumann_terms is not None:
             raise ValueError(
@@ -139,5 +144,5 @@ def _lycoris(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
     alpha = torch.tensor(max(1.0, 2 * float(skew.norm())))
     tensors = {"oft_blocks": skew.triu(), "alpha": alpha}
     if gain is not None:
-        tensors["rescale"] = gain.detach().float().reshape(-1, *[1] * (layer.host.weight.ndim - 1))
+        tensors["rescale"] = gain.reshape(-1, *[1] * (layer.host.weight.ndim - 1))
     return tensors

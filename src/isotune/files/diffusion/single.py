@@ -149,6 +149,8 @@ def read_single(file: str | os.PathLike[str]) -> dict[str, dict[str, Stem]]:
             others.append(key)
             continue
         component, stem = component_of(match[1])
+        if match[2] == "alpha" and tensor.dtype in (torch.int32, torch.int64):
+            tensor = tensor.float()
         if match[2] != "oft_R.scaled_oft":
             check_values(key, tensor, file=str(path))
         own = parts.setdefault(component, {}).setdefault(stem, Stem(match[1].removesuffix(stem), {}))
@@ -191,6 +193,9 @@ def _import_part(file: str, stems: Mapping[str, Stem], base: nn.Module) -> PeftM
     build = _KINDS[next(iter(kinds.values()))][2]
     with torch.no_grad():
         config, parameters = build(layers)
+        for layer in layers:
+            if not all(torch.isfinite(own.float()).all() for own in parameters[layer.name].values()):
+                raise layer.refuse("its values are beyond float32; the file is damaged, or its training diverged.")
         return Source(Path(file), None, {}, base).adapted(config, parameters)
 
 
@@ -240,6 +245,8 @@ def _scaling(layer: AdaptedModule, flag: Tensor, size: int) -> float:
             "its flag scaled_oft is an integer, as builds of OneTrainer from before scaled OFT was merged wrote it, "
             "which divide by another number. Save it anew with a released OneTrainer."
         )
+    if flag.numel() != 1:
+        raise layer.refuse(f"its flag scaled_oft has {flag.numel()} values; it is one.")
     return 2 * math.sqrt(size - 1) if bool(flag) and size > 1 else 1.0
 
 

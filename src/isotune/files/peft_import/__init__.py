@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import peft
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
@@ -65,6 +66,11 @@ def import_peft(directory: str | os.PathLike[str], base_model: nn.Module) -> Pef
     if kind not in _METHODS:
         raise AdapterFileError(
             f"{folder} holds an adapter of type {kind!r}; only {', '.join(_METHODS)} of PEFT are imported."
+        )
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise AdapterFileError(
+            f"{folder} holds an adapter of type {kind!r}, which the installed PEFT {peft.__version__} lacks, and "
+            "its own layers say what the file means: pip install -U peft."
         )
     groups, build = _METHODS[kind]
     with refused(f"{folder / CONFIG_FILE}: "):

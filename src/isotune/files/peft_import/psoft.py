@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.psoft.layer import Linear as PeftPsoftLinear
 from torch import Tensor, nn
 
 from isotune.errors import AdapterFileError
@@ -123,6 +122,8 @@ def import_psoft(source: Source) -> PeftModel:
 
 def _computed_by_peft(source: Source, name: str) -> _Subspace:
     """PEFT's own layer on this weight, with its own singular vectors, and the trained tensors in it."""
+    from peft.tuners.psoft.layer import Linear as PeftPsoftLinear  # PEFT has it from 0.19 on
+
     config, what = source.config, f"{source.folder}: {name!r}"
     with refused(f"{what}: PEFT's layer cannot be made of this file and base: "):
         layer = PeftPsoftLinear(source.base.get_submodule(name), ADAPTER, config)

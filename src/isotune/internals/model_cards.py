@@ -1,0 +1,35 @@
+"""The cards that PEFT and transformers write for a model after, or in place of, those of its adapters."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+
+def install_cards(write: Callable[[Path, Any], None]) -> None:
+    """Have `write(folder, peft_config)` follow where PEFT writes a card, and precede an upload; more calls do nothing.
+
+    `PeftModel.push_to_hub` saves the model and then writes transformers' empty template, or the card that the
+    repository has, over what was saved; a Trainer's `push_to_hub` replaces the card and lets PEFT add to it.
+    """
+    if hasattr(PeftModel.create_or_update_model_card, "__wrapped__"):
+        return
+    create, upload = PeftModel.create_or_update_model_card, PeftModel._upload_modified_files
+
+    @functools.wraps(create)
+    def create_or_update_model_card(self: Any, output_dir: str) -> None:
+        create(self, output_dir)
+        write(Path(output_dir), self.peft_config)
+
+    @functools.wraps(upload)
+    def upload_modified_files(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        write(Path(working_dir), self.peft_config)
+        return upload(self, working_dir, *args, **kwargs)
+
+    own: Any = PeftModel
+    own.create_or_update_model_card = create_or_update_model_card
+    own._upload_modified_files = upload_modified_files

@@ -105,6 +105,7 @@ def axolotl(folder: Path) -> None:
             datasets=[{"path": str(folder / "data.json"), "ds_type": "json", "type": "alpaca"}],
             dataset_prepared_path=str(out / "prepared"),
             output_dir=str(out),
+            seed=0,
             sequence_len=500,
             gradient_accumulation_steps=1,
             max_steps=STEPS,
@@ -134,7 +135,11 @@ def axolotl(folder: Path) -> None:
     out, log = folder / "oft", folder / "oft.log"
     file = write("oft-nf4.yml", nf4, out, oft_block_size=8)
     command("axolotl", "train", file, "--launcher", "python", log=log)
-    check_trained("OFT on NF4", out / f"checkpoint-{STEPS}", nf4)
+    checkpoint = out / f"checkpoint-{STEPS}"
+    check_trained("OFT on NF4", checkpoint, nf4)
+    whole = folder / "oft-merged"
+    command("isotune", "export", checkpoint, "--base", base, "--to", "merged", "-o", whole, log=log)
+    check_same("OFT merged into the base as it was before NF4", logits(whole), logits(base, checkpoint))
 
 
 def ms_swift(folder: Path) -> None:

@@ -7,6 +7,7 @@
 #             Needs no network and no virtual environment, only what is installed for $(PYTHON); `make gpu GPU=--dry-run`
 #             tries it on a CPU, `make gpu GPU='--only step --minutes 3'` measures a part
 # make lowest   a covering part of the tests under the oldest libraries that isotune supports (requirements/lowest.txt)
+# make trainers TOOL=axolotl   a real training by another tool (axolotl, ms-swift, llamafactory), in an environment of its own
 # make release-check   wheel and sdist as they would be published, installed anew, and the README's example run with them
 # make docs   build the documentation into site/
 # make constraints   resolve constraints.txt anew for every Python from 3.10 on, keeping the versions that still fit;
@@ -18,9 +19,10 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 LOWEST := .venv-lowest
+TRAINERS := .venv-$(TOOL)
 RELEASE := build/release
 
-.PHONY: demo test quick product lowest gpu lint docs constraints release-check clean
+.PHONY: demo test quick product lowest trainers gpu lint docs constraints release-check clean
 
 demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/isotune train demo
@@ -45,6 +47,9 @@ lowest: $(LOWEST)/.test
 	ISOTUNE_TESTS=quick $(ALONE) $(LOWEST)/bin/python -m pytest $(WORKERS) -m "not slow and not matrix" \
 		tests/test_contract.py tests/test_versions.py tests/tuner/test_register.py tests/files/test_adapter_file.py \
 		tests/files/test_portability.py tests/test_user_paths.py
+
+trainers: $(TRAINERS)/.trainers
+	$(ALONE) PYTHONPATH=src $(TRAINERS)/bin/python tests/integrations/run_trainers.py $(TOOL)
 
 gpu:
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --minutes 8 -o runs/gpu.json $(GPU)
@@ -97,9 +102,15 @@ $(LOWEST)/.test: pyproject.toml requirements/lowest.txt
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/lowest.txt
 	touch $@
 
+$(TRAINERS)/.trainers: requirements/trainers-$(TOOL).txt
+	$(PYTHON) -m venv $(TRAINERS)
+	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
 $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist site runs .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv* build dist site runs .mypy_cache .ruff_cache .hypothesis

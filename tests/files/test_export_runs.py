@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from helpers import counted, randomize, some_tokens, tiny_llama
 from isotune import OFTConfig, PsoftConfig, cli, get_peft_model
-from isotune.files.export_runs import adapter_folders, export_lora_runs
+from isotune.files.export_merged import export_merged
+from isotune.files.export_runs import adapter_folders, export_lora_runs, only_adapter
 
 
 @pytest.fixture
@@ -109,3 +110,24 @@ def test_a_base_that_cannot_be_loaded_is_reported_for_each(runs: Path) -> None:
     assert len(result.failed) == 5
     with pytest.raises(ValueError, match="is not a folder"):
         export_lora_runs(runs.parent / "nothing", runs.parent / "out")
+
+
+def test_an_adapter_with_checkpoints_in_its_folder_is_itself(runs: Path) -> None:
+    shutil.copytree(runs / "checkpoint-40", runs / "checkpoint-30", dirs_exist_ok=True)
+    for file in (runs / "checkpoint-40").iterdir():
+        shutil.copy(file, runs)
+    assert only_adapter(runs) == str(runs)
+    assert only_adapter(runs / "other") == str(runs / "other/final")
+    (runs / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds 5 adapters; give the folder of one"):
+        only_adapter(runs)
+
+
+def test_a_model_that_transformers_cannot_save_names_the_way_out(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", refuse)
+    with pytest.raises(ValueError, match="--base FULL"):
+        export_merged(runs / "checkpoint-40", runs.parent / "merged")
+    assert not (runs.parent / "merged").exists()

@@ -60,11 +60,21 @@ def export_merged(
             if isinstance(inner, MeanPooled):
                 inner.save_for_others(folder)
             else:
-                inner.save_pretrained(str(folder))
+                _save(inner, folder)
         if named:
             with suppress(OSError, ValueError):
                 sources.append(resolve_base(str(named)))
         copy_tokenizer(sources, folder)
+
+
+def _save(model: Any, folder: Path) -> None:
+    try:
+        model.save_pretrained(str(folder))
+    except NotImplementedError as error:
+        raise ValueError(
+            "transformers cannot save this model as it was loaded, as it cannot save one that is stored in 4 bits "
+            f"({error or type(error).__name__}). Give the base that it was quantised from: --base FULL."
+        ) from error
 
 
 @contextmanager

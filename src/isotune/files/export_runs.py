@@ -46,12 +46,14 @@ def adapter_folders(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def only_adapter(directory: str | os.PathLike[str]) -> str:
-    """The folder of the one adapter that a directory, such as a finished run's, holds at any depth.
+    """The folder of the one adapter that a directory, such as a finished run's, is or holds at any depth.
 
     Raises:
         ValueError: there is no such directory, or no adapter or several in it.
     """
     found = adapter_folders(directory)
+    if Path() in found:  # whatever checkpoints are in it
+        return os.fspath(directory)
     if len(found) > 1:
         names = ", ".join(str(Path(directory) / path) for path in found)
         raise ValueError(f"{directory} holds {len(found)} adapters; give the folder of one: {names}.")

@@ -125,6 +125,27 @@ def tiny_bert(dtype: torch.dtype = torch.float32, layers: int = 2, **options: An
     return _seeded(lambda: BertForSequenceClassification(config), dtype)
 
 
+def tiny_unet(seed: int = 0, **options: Any) -> Any:
+    """A random UNet of diffusers with one block of cross attention on each side; equal seeds give equal weights."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+    }
+    sizes = {"sample_size": 8, "cross_attention_dim": 32, "attention_head_dim": 8, "norm_num_groups": 8}
+    return UNet2DConditionModel(**{**blocks, **sizes, **options}).eval()
+
+
+INNER_ATTENTION = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+"""Options of `tiny_unet` with the cross attention in the inner blocks, as SDXL has it."""
+
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "opt": tiny_opt,
     "llama": tiny_llama,

@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from helpers import layers_of, randomize, relative_error, trainable
+from helpers import layers_of, randomize, relative_error, tiny_unet, trainable
 from isotune import OFTConfig, PsoftConfig, get_peft_model
 
 diffusers = pytest.importorskip("diffusers")
@@ -33,19 +33,7 @@ def method(request: pytest.FixtureRequest) -> str:
 
 def make_unet(seed: int = 0) -> Any:
     """A random UNet with one block of cross attention on each side; equal seeds give equal weights."""
-    torch.manual_seed(seed)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    ).eval()
+    return tiny_unet(seed)
 
 
 def some_latents(count: int = 2) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from chats import chat_tokenizer, conversations, judged, preferences
-from helpers import make_tokenizer, tiny_bert, tiny_llama
+from helpers import make_tokenizer, tiny_bert, tiny_llama, tiny_unet
 
 GUIDES = Path(__file__).parents[1] / "docs" / "guides"
 
@@ -85,18 +85,8 @@ def test_lightning(hub: Path) -> None:
 
 
 def test_diffusion(hub: Path) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
-    unet.save_pretrained(hub / "stable-diffusion-v1-5/stable-diffusion-v1-5/unet")
+    pytest.importorskip("diffusers")
+    tiny_unet().save_pretrained(hub / "stable-diffusion-v1-5/stable-diffusion-v1-5/unet")
     assert run("diffusion")["half"].shape == (2, 4, 8, 8)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from helpers import randomize, relative_error, tiny_bert
+from helpers import INNER_ATTENTION, randomize, relative_error, tiny_bert, tiny_unet
 from isotune import HRAConfig, LoraXsConfig, OFTConfig, PsoftConfig, cli, get_peft_model
 from isotune.files.diffusion.lora import export_lora_file
 from isotune.methods.config import IsotuneConfig
@@ -23,7 +23,6 @@ TARGETS = ["to_q", "to_out.0", "conv1", "conv_shortcut", "proj_in", "linear_1"]
 
 
 def unet(sdxl: bool = False) -> Any:
-    torch.manual_seed(0)
     more: dict[str, Any] = {}
     if sdxl:
         more = {
@@ -31,17 +30,7 @@ def unet(sdxl: bool = False) -> Any:
             "addition_time_embed_dim": 4,
             "projection_class_embeddings_input_dim": 32,
         }
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-        norm_num_groups=8,
-        **more,
-    ).eval()
+    return tiny_unet(**INNER_ATTENTION, **more)
 
 
 def flux() -> Any:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from test_lycoris import DATA, Base, updates_of
+from torch import nn
 from typer.testing import CliRunner
 
-from helpers import layers_of, randomize, relative_error
+from helpers import INNER_ATTENTION, layers_of, randomize, relative_error, tiny_unet
 from isotune import BOFTConfig, HRAConfig, OFTConfig, PsoftConfig, cli, get_peft_model
 from isotune.files.diffusion.rotations import export_rotation
 from isotune.files.diffusion.single import import_single
@@ -22,27 +23,12 @@ from isotune.tuner.state import adapted_layers
 
 diffusers = pytest.importorskip("diffusers")
 
-DATA = Path(__file__).parents[1] / "data/lycoris"
 TARGETS = ["to_q", "proj_in", "conv1"]
 SERIES = {"use_cayley_neumann": True, "num_cayley_neumann_terms": 3}
 
 
 def unet() -> Any:
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    ).eval()
-
-
-def updates_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: layer.get_delta_weight("default") for name, layer in adapted_layers(model, "default")}
+    return tiny_unet(**INNER_ATTENTION)
 
 
 def trained(base: nn.Module, config: IsotuneConfig) -> nn.Module:
@@ -117,15 +103,6 @@ def test_a_rotation_taken_in_part_is_written_so(form: Any, config: IsotuneConfig
     assert all(relative_error(update, whole[name]) > 0.1 for name, update in updates_of(model).items())
     export_rotation(model, tmp_path / "a.safetensors", form)
     check_same(model, import_single(tmp_path / "a.safetensors", unet()))
-
-
-class Base(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 16)
-        self.conv = nn.Conv2d(2, 16, 3)
-        self.point = nn.Conv2d(6, 16, 1)
-        self.load_state_dict(load_file(DATA / "base.safetensors"))
 
 
 CASES = ["diag-oft", "diag-oft-bounded", "diag-oft-rescaled", "boft", "boft-bounded-rescaled"]

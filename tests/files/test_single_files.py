@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from helpers import relative_error
+from helpers import relative_error, tiny_unet
 from isotune import cli
 from isotune.errors import AdapterFileError
 from isotune.files.adapter import describe
@@ -40,19 +40,7 @@ LAYERS = {
 
 
 def unet(seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    ).eval()
+    return tiny_unet(seed)
 
 
 def seeded(*shape: int, scale: float = 0.1) -> Tensor:

@@ -203,15 +203,24 @@ def _factored(module: str, layer: Layer, adapter_name: str, rank: int | None, en
             f"The adapted module {module!r} is a {kind}, and only linear layers can be exported as LoRA; export the "
             "merged model instead (--to merged)."
         )
+    return factors_of(module, layer, adapter_name, rank, energy)
+
+
+def factors_of(module: str, layer: Layer, adapter_name: str, rank: int | None, energy: float | None) -> Factored:
+    """The change of any layer's W, (out, in), as two factors, exact where that needs no more than the rank asked for.
+
+    Raises:
+        ValueError: a rotation, whose change has full rank, and neither rank nor energy is given.
+    """
     if layer.supports_lora_conversion(adapter_name):
         return truncate_product(*layer.low_rank(adapter_name), rank=rank, energy=energy)
     if rank is None and energy is None:
         raise ValueError(
-            f"The adapter rotates all inputs of {module!r}, so its update has full rank. Give a rank (--rank 64) or "
-            "the share of the update to keep (--energy 0.99) for the best LoRA adapter, whose error is reported; or "
-            "export the merged model, which is exact (--to merged)."
+            f"The adapter rotates all {layer.adapter(adapter_name).side}s of {module!r}, so its update has full rank. "
+            "Give a rank (--rank 64) or the share of the update to keep (--energy 0.99) for the best LoRA adapter, "
+            "whose error is reported; or export the merged model, which is exact (--to merged)."
         )
-    return truncate(layer.host.stored(layer.get_delta_weight(adapter_name)), rank=rank, energy=energy)
+    return truncate(layer.host.seen(layer.get_delta_weight(adapter_name)), rank=rank, energy=energy)
 
 
 def _lora_config(config: IsotuneConfig, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> LoraConfig:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from isotune.files.adapter import ADAPTER, config_of, describe, named_base
 from isotune.files.diffusion.names import original_names
-from isotune.files.export_lora import ExportedLayer, LoraExport
+from isotune.files.export_lora import ExportedLayer, LoraExport, factors_of
 from isotune.methods.checks import require_choice
-from isotune.subspace.lowrank import Factored, check_truncation, pad_rank, truncate, truncate_product
+from isotune.subspace.lowrank import Factored, check_truncation, pad_rank
 from isotune.tuner.layer import Layer
 from isotune.tuner.state import KEY_PREFIX, adapted_layers
 
@@ -166,11 +166,4 @@ def _factors(name: str, layer: Layer, adapter_name: str, rank: int | None, energ
             f"The adapted module {name!r} is a {type(module).__name__} that LoRA files have no form for; linear layers "
             "and convolutions without groups have one. Export the merged model instead (--to merged)."
         )
-    if layer.supports_lora_conversion(adapter_name):
-        return truncate_product(*layer.low_rank(adapter_name), rank=rank, energy=energy)
-    if rank is None and energy is None:
-        raise ValueError(
-            f"The adapter rotates one side of {name!r}, so its update has full rank. Give a rank (--rank 64) or the "
-            "share of the update to keep (--energy 0.99) for the best LoRA adapter, whose error is reported."
-        )
-    return truncate(layer.host.seen(layer.get_delta_weight(adapter_name)), rank=rank, energy=energy)
+    return factors_of(name, layer, adapter_name, rank, energy)

@@ -169,6 +169,8 @@ class Given(threading.local):
     """
 
     tensors: tuple[Tensor, ...] | None = None
+    made: tuple[tuple[object, ...], Any] | None = None
+    """What the form has made of them for its layer, behind the values that it was made of."""
 
     def __reduce__(self) -> tuple[type[Given], tuple[()]]:
         return Given, ()
@@ -190,7 +192,7 @@ class Call:
         """Take back what was given: from now on parameters may change."""
         given, self._given = self._given or (), None
         for one in given:
-            one.tensors = None
+            one.tensors = one.made = None
 
 
 class SharedEvaluation:

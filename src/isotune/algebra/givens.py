@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from isotune.algebra.constants import made_once
-from isotune.algebra.factors import BlockDiagonal, Chain, refuse_double_backward
+from isotune.algebra.factors import BlockDiagonal, Chain, Nested, refuse_double_backward
 from isotune.algebra.recording import is_exported
 
 LEVELS = 5
@@ -48,7 +48,7 @@ def givens_chain(n: int) -> Chain:
     """The factors of the tree on n coordinates, the one that acts first in front.
 
     One for the coarsest grids; each other grid has one for its whole blocks, if any, and one for the incomplete block
-    at its end, if any.
+    at its end, if any. Where that leaves a dense matrix and whole blocks of the finest grid, both are one factor.
     """
     chain: list[BlockDiagonal] = []
     widths = _widths(n)
@@ -63,6 +63,8 @@ def givens_chain(n: int) -> Chain:
         if rest > 1:
             own.append(BlockDiagonal(rest, slice(whole * _LEAF * step, n, step)))
         chain = own + chain
+    if dense == 1 and n > _LEAF and n % _LEAF == 0:
+        return (Nested(_LEAF, n // _LEAF),)
     return tuple(chain)
 
 

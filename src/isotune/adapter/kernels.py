@@ -168,7 +168,7 @@ def linear_with_update(
 
 
 def decoding_kernels(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[Tensor, Tensor]) -> Any:
-    """What multiplies few tokens x (..., in) by W and an update of it in two launches, where it can; else None."""
+    """What multiplies one token x (..., in) by W and an update of it in two launches, where it can; else None."""
     kernels = kernels_for(x, "decoding_kernels")
     flat = None if kernels is None else x.reshape(-1, x.shape[-1])
     biases = bias is None or (bias.dtype == x.dtype and bias.is_contiguous())

@@ -68,14 +68,39 @@ def givens_chain(n: int) -> Chain:
     return tuple(chain)
 
 
+class _Pairs(torch.autograd.Function):
+    """`rotation_pairs` with a backward of four operations, by the result alone; differentiable twice."""
+
+    @staticmethod
+    def forward(angles: Tensor) -> Tensor:
+        return _pairs(angles)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (pairs,) = ctx.saved_tensors
+        (on, minus), (plus, on_too) = (row.unbind(-1) for row in gradient.unbind(-2))
+        turned = plus - minus
+        less, minus_sine = pairs[..., 0, :].unbind(-1)
+        return torch.addcmul(torch.addcmul(turned, turned, less), on + on_too, minus_sine)
+
+
+def _pairs(angles: Tensor) -> Tensor:
+    sine, less = torch.sin(angles), -2 * torch.sin(0.5 * angles).square()
+    return torch.stack([less, -sine, sine, less], -1).view(*angles.shape, 2, 2)
+
+
 def rotation_pairs(angles: Tensor) -> Tensor:
     """G − I of the rotations x_i ↦ c x_i + s x_j, x_j ↦ −s x_i + c x_j, on row vectors, by angles (...) in radians.
 
     Returns:
         (..., 2, 2), [[c − 1, −s], [s, c − 1]]; c − 1 is computed without cancellation.
     """
-    sine, less = torch.sin(angles), -2 * torch.sin(0.5 * angles).square()
-    return torch.stack([less, -sine, sine, less], -1).view(*angles.shape, 2, 2)
+    result: Tensor = _pairs(angles) if is_exported() else _Pairs.apply(angles)  # type: ignore[no-untyped-call]
+    return result
 
 
 def givens_blocks(pairs: Tensor, n: int) -> tuple[Tensor, ...]:

@@ -48,7 +48,10 @@ MAY_IMPORT_PEFT = (
     "internals.peft_hooks",
     "internals.peft_quantisation",
 )
-KERNELS = ("algebra.block_kernels", "algebra.elimination_kernels")
+KERNELS = tuple(
+    f"algebra.{name}"
+    for name in ("launching", "block_kernels", "elimination_kernels", "decoding_kernels", "gain_kernels")
+)
 OUTER = ("experiments", "report", "cli", "__main__", "integrations")
 STANDARD = set(sys.stdlib_module_names)
 

@@ -44,7 +44,7 @@ def test_a_layer_with_its_update(inner: int, out: int, rank: int, biased: bool, 
     x, weight = random(1, inner, dtype=dtype), random(out, inner, dtype=dtype, size=inner**-0.5)
     down, up = random(rank, inner, dtype=dtype, size=inner**-0.5), random(out, rank, dtype=dtype)
     bias = random(out, dtype=dtype) if biased else None
-    assert decoding_kernels.can_multiply(x, weight, down, up)
+    assert decoding_kernels.can_multiply(x, weight, bias, down, up)
     found = linear_with_update(x, weight, bias, down, up)
     assert found.dtype == dtype
     coordinates = (x.double() @ down.double().T).to(dtype)
@@ -67,16 +67,18 @@ def test_rows_with_a_stride() -> None:
 def test_what_they_do_not_take() -> None:
     x, weight, down, up = (random(*s, dtype=torch.bfloat16) for s in ((1, 64), (32, 64), (16, 64), (32, 16)))
     can = decoding_kernels.can_multiply
-    assert can(x, weight, down, up)
-    assert can(x, nn.Parameter(weight), down, up)
-    assert not can(random(2, 64, dtype=torch.bfloat16), weight, down, up)
-    assert not can(x[:0], weight, down, up)
-    assert not can(x.float(), weight.float(), down.float(), up.float())
-    assert not can(x, weight.half(), down, up)
-    assert not can(x, weight.t().contiguous().t(), down, up)
-    assert not can(x, weight, random(520, 640, dtype=torch.bfloat16), up)
+    bias = random(32, dtype=torch.bfloat16)
+    assert can(x, weight, None, down, up)
+    assert can(x, nn.Parameter(weight), nn.Parameter(bias), down, up)
+    assert not can(x, weight, bias.float(), down, up)
+    assert not can(random(2, 64, dtype=torch.bfloat16), weight, None, down, up)
+    assert not can(x[:0], weight, None, down, up)
+    assert not can(x.float(), weight.float(), None, down.float(), up.float())
+    assert not can(x, weight.half(), None, down, up)
+    assert not can(x, weight.t().contiguous().t(), None, down, up)
+    assert not can(x, weight, None, random(520, 64, dtype=torch.bfloat16), random(32, 520, dtype=torch.bfloat16))
     with torch.enable_grad():
-        assert not can(x, weight, down, up)
+        assert not can(x, weight, None, down, up)
 
 
 def decoder(method: str, bias: bool) -> Any:

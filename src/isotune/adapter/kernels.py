@@ -169,10 +169,10 @@ def linear_with_update(
 
 def decoding_kernels(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[Tensor, Tensor]) -> Any:
     """What multiplies one token x (..., in) by W and an update of it in two launches, where it can; else None."""
-    kernels = kernels_for(x, "decoding_kernels")
-    flat = None if kernels is None else x.reshape(-1, x.shape[-1])
-    biases = bias is None or (bias.dtype == x.dtype and bias.is_contiguous())
-    return kernels if flat is not None and biases and kernels.can_multiply(flat, weight, *factors) else None
+    kernels = None if torch.is_grad_enabled() else kernels_for(x, "decoding_kernels")
+    if kernels is None or x.numel() != x.shape[-1]:
+        return None
+    return kernels if kernels.can_multiply(x.reshape(1, -1), weight, bias, *factors) else None
 
 
 class _RotatedLinear(torch.autograd.Function):

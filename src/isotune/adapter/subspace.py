@@ -167,7 +167,7 @@ class SubspaceAdapter(Adapter):
         update, factors = self._scaled(tensors[0], x.dtype), self.factors(x.dtype, x.device)
         if kernels := decoding_kernels(x, weight, bias, factors):
             down, up = self._absorbed(tensors[0], update, factors)
-            rows: Tensor | None = kernels.linear_with_update(x.reshape(-1, x.shape[-1]), weight, bias, down, up)
+            rows: Tensor | None = kernels.linear_with_update(x.reshape(1, -1), weight, bias, down, up)
             if rows is not None:
                 return rows.view(*x.shape[:-1], rows.shape[-1])
         return linear_with_update(x, update, factors, weight, bias, on_input=on_input)
@@ -180,7 +180,9 @@ class SubspaceAdapter(Adapter):
             return kept
         down, up = factors
         found = (update.mT @ down, up) if down.shape[1] <= up.shape[0] else (down, up @ update.mT)
-        if given.tensors is not None and given.tensors[0] is difference:
+        # In the capture of a CUDA graph no number exists before the graph is replayed.
+        captured = difference.is_cuda and torch.cuda.is_current_stream_capturing()
+        if given.tensors is not None and given.tensors[0] is difference and not captured:
             given.made = sources, found
         return found
 

@@ -81,20 +81,20 @@ def _product(
     tl.store(y + row, total.to(y.dtype.element_ty), mask=there)
 
 
-def can_multiply(x: Tensor, weight: Tensor, *factors: Tensor) -> bool:
-    """Say whether the kernels take x (1, in), W (out, in) and other matrices, with no graph recorded."""
-    if x.shape[0] != 1 or x.dtype not in DTYPES or torch.is_grad_enabled() or not work():
+def can_multiply(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> bool:
+    """Say whether the kernels take x (1, in), W (out, in), b (out,) or None and the factors, with no graph recorded."""
+    if x.shape[0] != 1 or x.dtype not in DTYPES or down.shape[0] > LARGEST_RANK or torch.is_grad_enabled():
         return False
-    return are_rows(x, x, weight, *factors) and all(min(factor.shape) <= LARGEST_RANK for factor in factors)
+    return work() and are_rows(x, x, weight, down, up) and (bias is None or are_rows(x, bias[None]))
 
 
 def linear_with_update(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor | None:
     """x Wᵀ + b + (x downᵀ) upᵀ, summed in float32 and rounded once, x downᵀ by itself.
 
     Args:
-        x: (1, in), as `can_multiply` takes it with the others but b.
+        x: (1, in), as `can_multiply` takes it with the others.
         weight: (out, in).
-        bias: (out,), contiguous, or None.
+        bias: (out,), or None.
         down, up: (r, in) and (out, r).
 
     Returns:

@@ -52,7 +52,7 @@ def can_scale(rows: Tensor, gradient: Tensor, gain: Tensor) -> bool:
     """Say whether the kernel takes these: two (tokens, out) of a dtype, and (out,) in float32; no graph recorded."""
     if not work() or torch.is_grad_enabled() or rows.dtype not in DTYPES or gain.dtype != torch.float32:
         return False
-    return are_rows(rows, rows, gradient) and gain.is_contiguous()
+    return are_rows(rows, rows, gradient) and are_rows(gain, gain[None]) and gain.device == rows.device
 
 
 def gain_backward(rows: Tensor, gradient: Tensor, gain: Tensor) -> Tensor | None:

@@ -63,8 +63,8 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
 
     from isotune.experiments import angles, loop, measure, methods
     from isotune.files.base_model import quiet
-    from isotune.methods.card import write_card
     from isotune.methods.config import IsotuneConfig
+    from isotune.model_card import write_card
 
     began = time.perf_counter()
     set_seed(run.seed)  # the new head and the adapter start alike in every run of this seed

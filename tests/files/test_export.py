@@ -166,6 +166,20 @@ def test_a_folder_exports_as_its_model_does(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "lora", "merged"]
 
 
+@pytest.mark.parametrize("labels", [["law", "sports"], ["law", "sports", "arts"], None])
+def test_the_names_of_classes_that_lie_beside_an_adapter_go_along(labels: list[str] | None, tmp_path: Path) -> None:
+    """As recipes write them; those of another number of classes, which are another model's, do not."""
+    model, base = adapted("bert", tmp_path)
+    model.save_pretrained(tmp_path / "adapter")
+    if labels is not None:
+        BertConfig(id2label=dict(enumerate(labels))).save_pretrained(tmp_path / "adapter")
+    export_merged(tmp_path / "adapter", tmp_path / "merged", base=str(base))
+    found = BertConfig.from_pretrained(tmp_path / "merged")
+    expected = ["law", "sports"] if labels == ["law", "sports"] else ["LABEL_0", "LABEL_1"]
+    assert found.id2label == dict(enumerate(expected))
+    assert found.label2id == {name: i for i, name in enumerate(expected)}
+
+
 @pytest.mark.parametrize(("bias", "expected"), [("all", "all"), ("isotune_only", "lora_only")])
 def test_trained_biases_go_along(bias: str, expected: str, tmp_path: Path) -> None:
     model, base = adapted("bert", tmp_path, bias=bias)

@@ -88,6 +88,8 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     peak = measure.peak_memory()  # before what follows, which is no part of the run
     with storing(f"the trained weights in {run.folder}"):
         saved = _save(run.method, outcome.model, run.folder / "adapter")
+        if "labels" in task.about() and hasattr(outcome.model, "peft_config"):  # which name classes the base does not
+            outcome.model.config.save_pretrained(str(run.folder / "adapter"))
     write_json(run.folder / "predictions.json", outcome.predictions)
     metric = run.recipe.metric
     config = getattr(outcome.model, "peft_config", {}).get("default")

@@ -22,6 +22,7 @@ from isotune.files.pooled import ENCODER, MeanPooledEncoder, head_of, load_encod
 from isotune.internals.peft_quantisation import get_quantization_kwargs
 from isotune.internals.safetensors_files import readable
 from isotune.internals.transformers_state import forget_quantisation
+from isotune.json_files import json_object
 from isotune.methods import METHODS
 from isotune.methods.config import IsotuneConfig, type_of
 from isotune.tuner.backends import adapt
@@ -303,21 +304,33 @@ def named_base(
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code, **gguf_of(path)}
     try:
         with quiet():
-            model: nn.Module
+            pooled = False
             if names and loader is transformers.AutoModelForSequenceClassification:
                 settings = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
                 own = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(settings), None)
-                if f"{getattr(own, 'base_model_prefix', '')}." != ENCODER:
-                    return MeanPooledEncoder(load_encoder(path, **options), classes).eval()
-            if classes:  # the head of the file's size, whose numbers the adapter brings
+                pooled = f"{getattr(own, 'base_model_prefix', '')}." != ENCODER
+            if classes and not pooled:  # the head of the file's size, whose numbers the adapter brings
                 options |= {"num_labels": classes, "ignore_mismatched_sizes": True}
-            model = loader.from_pretrained(path, **options)
-        if gguf_of(path):
+            model: Any = load_encoder(path, **options) if pooled else loader.from_pretrained(path, **options)
+        if gguf_of(path) and not pooled:
             forget_quantisation(model)
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"The base model {name!r} cannot be loaded by {loader.__name__}: {lines[0]}") from error
-    return model.eval()
+    if labels := _labels_of(Path(directory), classes):
+        model.config.id2label = labels
+        model.config.label2id = {label: index for index, label in labels.items()}
+    whole: nn.Module = MeanPooledEncoder(model, classes) if pooled else model
+    return whole.eval()
+
+
+def _labels_of(folder: Path, classes: int) -> dict[int, str]:
+    """The names of the classes in a config.json beside an adapter, as recipes write one; empty if it is of others."""
+    file = folder / "config.json"
+    named = json_object(file).get("id2label") if classes and file.is_file() else None
+    found = named if isinstance(named, dict) else {}
+    labels = {i: found[str(i)] for i in range(classes) if isinstance(found.get(str(i)), str)}
+    return labels if len(labels) == len(found) == classes else {}
 
 
 def rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:

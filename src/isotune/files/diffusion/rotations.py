@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import isqrt
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from isotune.algebra.cayley import bound_entries
 from isotune.algebra.skew import skew_from_vector
-from isotune.files.diffusion.lora import new_file, placed, stems_of, write_file
+from isotune.files.diffusion.lora import Component, new_file, placed, stems_of, write_file
 from isotune.methods.boft import BOFTOperator
 from isotune.methods.checks import require_choice
 from isotune.methods.oft import OFTOperator
@@ -30,6 +31,7 @@ def export_rotation(
     adapter_name: str = "default",
     base: nn.Module | str | None = None,
     *,
+    component: Component | None = None,
     trust_remote_code: bool = False,
 ) -> int:
     """Write an OFT or BOFT adapter as a file that computes the same in kohya's scripts or LyCORIS.
@@ -47,6 +49,7 @@ def export_rotation(
         form: "kohya" or "lycoris".
         adapter_name: which adapter of a model.
         base: for a folder: the base model, or its name; by default what the adapter's config names.
+        component: as for `export_lora_file`.
         trust_remote_code: run code that the base model's repository carries.
 
     Returns:
@@ -60,10 +63,10 @@ def export_rotation(
     require_choice("form", form, ["kohya", "lycoris"])
     path = new_file(file)
     layers, whole, adapter_name = placed(model_or_dir, adapter_name, base, trust_remote_code)
-    if form == "lycoris" and not type(whole).__module__.startswith("diffusers."):
+    if form == "lycoris" and component is None and not type(whole).__module__.startswith("diffusers."):
         stems = {name: "lycoris_" + name.removeprefix(KEY_PREFIX).replace(".", "_") for name in layers}
     else:
-        stems = stems_of(whole, list(layers), "kohya")
+        stems = stems_of(whole, list(layers), "kohya", component)
     write = _kohya if form == "kohya" else _lycoris
     tensors = {f"{stems[n]}.{key}": t for n, x in layers.items() for key, t in write(n, x, adapter_name).items()}
     write_file(path, tensors)
@@ -136,6 +139,12 @@ def _lycoris(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
             "has all factors that a power of 2 of blocks allows. Export the merged model (--to merged)."
         )
     skew = skew_from_vector(own, size)
+    if skew.ndim == 3 and size > len(skew):
+        raise ValueError(
+            f"The adapter on {name!r} has {len(skew)} blocks of {size}; LyCORIS reads diag-oft with at least as many "
+            f"blocks as one has rows, and cannot load others. Train with blocks of at most {isqrt(len(skew) * size)}, "
+            "or export the merged model (--to merged)."
+        )
     if skew.ndim == 4:  # the order in which LyCORIS takes the coordinates of a block
         order = torch.arange(size).view(2, size // 2).T.flatten()
         skew = skew[..., order, :][..., order]

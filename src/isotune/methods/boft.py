@@ -112,7 +112,7 @@ class BOFTOperator(RotationAdapter):
     """
 
     evaluated = ("generator",)
-    beside = ("output_gain",)
+    beside = near_one = ("output_gain",)
     recompute = True
 
     def __init__(

@@ -19,6 +19,9 @@ from isotune.experiments.measure import kept_by_batch
 from isotune.experiments.recipe import RecipeError, validate
 from isotune.experiments.run import Run
 from isotune.experiments.tables import DataError
+
+pytest.importorskip("trl")
+
 from isotune.experiments.tasks.commonsense import first_choice
 from isotune.experiments.tasks.language import SftLoop
 from isotune.experiments.tasks.math import final_number, same_expression

@@ -29,7 +29,7 @@ def warnings_of(model: nn.Module, passes: int = 3) -> list[str]:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(passes):
-            model(input_ids=some_tokens())
+            model.train()(input_ids=some_tokens())
     return [str(one.message) for one in seen if issubclass(one.category, IsotuneWarning)]
 
 
@@ -41,7 +41,8 @@ def test_it_is_said_once(method: str, dtype: torch.dtype) -> None:
     assert warnings_of(model) == []  # float32
     model.to(dtype)
     with torch.no_grad():
-        assert warnings_of(model) == []  # nothing is trained
+        assert warnings_of(model) == []
+    model.eval()(input_ids=some_tokens())  # nothing is trained, and a warning is an error here
     (said,) = warnings_of(model)
     assert said.startswith(f"{names} of an adapter ")
     assert f" trained in {str(dtype).removeprefix('torch.')}, " in said

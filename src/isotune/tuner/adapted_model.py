@@ -178,7 +178,7 @@ class AdaptedModel:
             shared.apart = apart or is_zero3
         if any(partitioned):
             self._gather_with_layers()
-        elif not (self.warned or apart) and torch.is_grad_enabled():
+        elif torch.is_grad_enabled() and not (self.warned or apart) and self.model is not None and self.model.training:
             experts = [layer for layer in self.layers if isinstance(layer, ExpertsLayer)]
             several = [one for layer in experts for one in layer.isotune_operator.values()]
             self.warned = warn_of_rounded([*(shared.members[0] for shared in self.evaluations), *several])

@@ -13,15 +13,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import peft
+import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftConfig
+from peft.utils import save_and_load
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from isotune import PsoftConfig, get_peft_model
 from isotune.methods import METHODS
 from isotune.methods.rotation import RotationConfig
 from isotune.tuner.layer import Layer
+
+transformers_takes_peft = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION)
+    or not hasattr(save_and_load, "_maybe_shard_state_dict_for_tp"),
+    reason="transformers' own add_adapter and load_adapter ask for a later PEFT; see docs/internals.md",
+)
+has_pefts_psoft = pytest.mark.skipif(not hasattr(peft, "PsoftConfig"), reason="PEFT has PSOFT from 0.19 on")
+
 
 QUICK = os.environ.get("ISOTUNE_TESTS", "all") == "quick"
 """Whether this run is `make quick`: few random examples a property, and gradients checked along random directions."""

@@ -11,7 +11,17 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from helpers import OPTIONS_FOR_TINY, layers_of, randomize, relative_error, tiny_gpt2, tiny_llama, tiny_opt, trainable
+from helpers import (
+    OPTIONS_FOR_TINY,
+    layers_of,
+    randomize,
+    relative_error,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_opt,
+    trainable,
+    transformers_takes_peft,
+)
 from isotune import get_peft_model
 from isotune.methods import METHODS
 
@@ -94,6 +104,7 @@ def test_mixed_batches_and_generation(method: str) -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
+@transformers_takes_peft
 def test_transformers_adds_and_loads_it(method: str, tmp_path: Path) -> None:
     model = tiny_opt()
     model.add_adapter(config(method), adapter_name="mine")

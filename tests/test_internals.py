@@ -18,6 +18,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -25,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import isotune
 import isotune.internals
+from helpers import has_pefts_psoft
 from isotune.internals import ddp, offloading, peft_state, quantised_state, torch_state, transformers_state
 from isotune.internals.peft_hooks import HAS_HOOKS
 from isotune.internals.peft_quantisation import get_quantization_kwargs, is_forward_only, resolve_quantization_backend
@@ -56,6 +58,7 @@ def test_the_page_lists_all_functions_and_no_others() -> None:
 
 
 def overridden() -> Iterator[tuple[type, str]]:
+    pytest.importorskip("trl", reason="the library's modules are looked through, those of recipes too")
     """Private methods of isotune's classes that a class of another library has too."""
     for module in pkgutil.walk_packages(isotune.__path__, "isotune."):
         if module.name.startswith(("isotune.report", "isotune.__main__", "isotune.integrations.")):
@@ -212,11 +215,11 @@ def test_peft_says_how_a_model_is_quantised() -> None:
     """Under 0.18 and 0.19 it cannot, and refuses a module by naming the version that can."""
     assert get_quantization_kwargs(nn.Linear(2, 2)).keys() <= {"get_apply_tensor_subclass"}
     assert not is_forward_only(None)
-    if hasattr(peft.utils, "resolve_quantization_backend"):
-        assert resolve_quantization_backend(nn.Linear(2, 2)) is None
-    else:
+    assert resolve_quantization_backend(nn.Linear(2, 2)) is None
+    if not hasattr(peft.utils, "resolve_quantization_backend"):
+        packed = type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})(2, 2)
         with pytest.raises(ValueError, match=r"peft>=0\.20"):
-            resolve_quantization_backend(nn.Linear(2, 2))
+            resolve_quantization_backend(packed)
 
 
 def test_peft_moves_an_adapter_by_the_method_that_is_overridden() -> None:
@@ -262,10 +265,20 @@ def test_the_enumeration_has_the_methods() -> None:
     assert peft.PeftType("ISOTUNE_PSOFT") is peft.PeftType.ISOTUNE_PSOFT  # type: ignore[attr-defined]
 
 
+@has_pefts_psoft
 def test_the_basis_of_pefts_psoft() -> None:
     model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 6)), peft.PsoftConfig(r=2, target_modules=["0"]))
     down, up = peft_state.psoft_basis(model.base_model.model[0], "default")
     assert (down.shape, up.shape) == ((2, 8), (6, 2))
+
+
+SINCE = {
+    "utils.resolve_quantization_backend": "0.20",
+    "utils.get_quantization_kwargs": "0.20",
+    "utils.quantization_utils.ForwardOnlyQuantizationBackend": "0.20",
+    "tuners.psoft.layer.Linear": "0.19",
+}
+"""Those that PEFT has not always had -> the version from which on it has."""
 
 
 @pytest.mark.parametrize(
@@ -286,8 +299,9 @@ def test_the_basis_of_pefts_psoft() -> None:
 )
 def test_undocumented_names_of_peft(name: str) -> None:
     module, _, attribute = name.rpartition(".")
-    assert hasattr(importlib.import_module(f"peft.{module}"), attribute)
     assert attribute in TEXT
+    if Version(peft.__version__) >= Version(SINCE.get(name, "0")):
+        assert hasattr(importlib.import_module(f"peft.{module}"), attribute)
 
 
 # -- torch -------------------------------------------------------------------------------------------------------------

@@ -182,7 +182,15 @@ def test_annotations_resolve(name: str) -> None:
     """`typing.get_type_hints` of everything, as documentation and command-line tools ask for it."""
     if name.endswith("__main__"):
         pytest.skip("runs the command")
-    needed = {"experiments.tasks.language": "trl", "integrations.axolotl": "axolotl", "integrations.ms_swift": "swift"}
+    needed = {
+        "algebra.block_kernels": "triton",
+        "algebra.elimination_kernels": "triton",
+        "experiments.tasks.commonsense": "trl",
+        "experiments.tasks.language": "trl",
+        "experiments.tasks.math": "trl",
+        "integrations.axolotl": "axolotl",
+        "integrations.ms_swift": "swift",
+    }
     if library := needed.get(name.removeprefix("isotune.")):
         pytest.importorskip(library)
     module = importlib.import_module(name)

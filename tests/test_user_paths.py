@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, TaskType
-from peft.utils import save_and_load
 from torch import nn
 
 from helpers import (
@@ -22,6 +21,7 @@ from helpers import (
     snapshot,
     some_tokens,
     trainable,
+    transformers_takes_peft,
 )
 from isotune import PsoftConfig, get_peft_model
 
@@ -66,11 +66,6 @@ def train(model: nn.Module, steps: int = 12, lr: float = 0.02) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
-
-
-takes_this_peft = pytest.mark.skipif(
-    not hasattr(save_and_load, "_maybe_shard_state_dict_for_tp"), reason="transformers' add_adapter needs PEFT 0.19"
-)
 
 
 @pytest.fixture
@@ -345,7 +340,7 @@ def test_status(trained: Any) -> None:
 # -- transformers' own integration ---------------------------------------------------------------------------------
 
 
-@takes_this_peft
+@transformers_takes_peft
 def test_transformers_add_adapter_save_and_load(family: str, tmp_path: Path) -> None:
     model = FAMILIES[family]()
     expected = logits(model)
@@ -373,7 +368,7 @@ def test_transformers_add_adapter_save_and_load(family: str, tmp_path: Path) -> 
     assert torch.equal(logits(model), adapted)
 
 
-@takes_this_peft
+@transformers_takes_peft
 def test_transformers_loads_a_peft_file(trained: Any, family: str, tmp_path: Path) -> None:
     trained.save_pretrained(tmp_path)
     model = FAMILIES[family]()
@@ -381,7 +376,7 @@ def test_transformers_loads_a_peft_file(trained: Any, family: str, tmp_path: Pat
     torch.testing.assert_close(logits(model), logits(trained), rtol=1e-4, atol=1e-4)
 
 
-@takes_this_peft
+@transformers_takes_peft
 def test_transformers_from_pretrained_finds_the_adapter(
     family: str, tmp_path: Path, saved_base: dict[str, Path]
 ) -> None:
@@ -396,7 +391,7 @@ def test_transformers_from_pretrained_finds_the_adapter(
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
 
 
-@takes_this_peft
+@transformers_takes_peft
 def test_transformers_refuses_another_base_at_the_first_forward(trained: Any, family: str, tmp_path: Path) -> None:
     """Its own loader tells nobody that it has loaded, so the base is looked at where it is first used."""
     trained.save_pretrained(tmp_path)

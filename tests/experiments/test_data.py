@@ -144,7 +144,7 @@ def test_fingerprint_tells_data_apart(folder: Path) -> None:
 
 
 def test_an_unreachable_hub_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
+    datasets = pytest.importorskip("datasets")
 
     def fail(*_: object, **__: object) -> None:
         raise ConnectionError("offline\nmore")
@@ -158,7 +158,7 @@ def test_an_unreachable_hub_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_hub_rows_are_read_by_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
+    datasets = pytest.importorskip("datasets")
 
     tables = {
         "train": [{"text": "a", "label": 0}, {"text": "b", "label": 1}],

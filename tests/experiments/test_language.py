@@ -19,6 +19,9 @@ from isotune.experiments.measure import kept_by_batch
 from isotune.experiments.recipe import RecipeError, validate
 from isotune.experiments.run import Run
 from isotune.experiments.tables import DataError
+
+pytest.importorskip("trl")
+
 from isotune.experiments.tasks.commonsense import first_choice
 from isotune.experiments.tasks.language import SftLoop
 from isotune.experiments.tasks.math import final_number, same_expression
@@ -196,6 +199,7 @@ def test_the_loss_without_the_logits_of_the_questions_is_that_of_trl(
     torch.testing.assert_close(task.loss(loaded, batch).detach(), trl * (counted or learnt) / learnt)
     if Version(transformers.__version__).release >= (5, 23):  # before, choosing positions copied the hidden states,
         # which so small a vocabulary does not outweigh
+        loaded, _ = task.build()  # a model that no trainer has given a sparing loss of its own, as TRL 1.9 does
         assert kept_by_batch(loaded, batch, task.loss) < kept_by_batch(loaded, batch, lambda model, b: model(**b).loss)
 
 

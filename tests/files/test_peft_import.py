@@ -16,7 +16,7 @@ from transformers import AutoModel, BertModel, OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
 import isotune_cli as cli
-from helpers import tiny_bert
+from helpers import has_pefts_psoft, tiny_bert
 from isotune import PeftModel, PsoftConfig, get_peft_model
 from isotune.errors import AdapterFileError
 from isotune.files.adapter import describe
@@ -41,6 +41,8 @@ def output(model: nn.Module) -> Tensor:
 
 def saved_psoft(base: nn.Module, folder: Path, **options: Any) -> Tensor:
     """Train-like an adapter of PEFT's own PSOFT, save it, and return its output."""
+    if not hasattr(peft, "PsoftConfig"):
+        pytest.skip("PEFT has PSOFT from 0.19 on")
     model = peft.get_peft_model(base, peft.PsoftConfig(**{"r": 6, "target_modules": TARGETS, **options}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -221,6 +223,9 @@ def saved_rotation(config: peft.PeftConfig, folder: Path, base: nn.Module | None
             parameter.add_(torch.randn_like(parameter) * 0.1)
     wanted = net_output(model)
     model.save_pretrained(folder)
+    stored = load_file(folder / "adapter_model.safetensors")
+    if getattr(config, "bias", "none") != "none" and not any(name.endswith(".bias") for name in stored):
+        pytest.skip("PEFT before 0.21 leaves trained biases out of its file")
     return wanted
 
 
@@ -396,7 +401,10 @@ class Convolution(nn.Module):
     ids=lambda config: f"{config.peft_type.value} {min(config.target_modules)}",
 )
 def test_layers_that_are_not_linear_are_refused(config: peft.PeftConfig, tmp_path: Path) -> None:
-    peft.get_peft_model(Convolution(), config).save_pretrained(tmp_path)
+    try:
+        peft.get_peft_model(Convolution(), config).save_pretrained(tmp_path)
+    except ValueError as error:
+        pytest.skip(f"PEFT {peft.__version__} has no such adapter: {error}")
     with pytest.raises(AdapterFileError, match=r"only adapters on nn.Linear are imported.*Train it anew"):
         import_peft(tmp_path, Convolution())
 
@@ -440,6 +448,7 @@ def test_rotation_refusals(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@has_pefts_psoft
 def test_import_on_a_real_encoder(tmp_path: Path) -> None:
     from isotune.files.base_model import resolve_base
 

@@ -144,7 +144,10 @@ def test_a_vector_that_the_options_do_not_have(option: str, tmp_path: Path) -> N
 def test_tensors_of_another_kind(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
     key = f"{PREFIX}0.isotune_operator.{FIRST[method]}"
     folder = saved(tmp_path, METHODS[method]())
-    edit(folder, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
+    try:
+        edit(folder, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
+    except KeyError:
+        pytest.skip(f"this safetensors cannot store {dtype}")
     kind = str(dtype).removeprefix("torch.")
     for load in LOADERS:
         with pytest.raises(AdapterFileError, match=rf"{FIRST[method]}' is stored as {kind} in .*{tmp_path.name}"):

@@ -242,7 +242,12 @@ def test_no_tokens_and_tokens_of_another_device() -> None:
     experts = model.base_model.model.model.layers[0].mlp.experts
     assert experts(torch.randn(0, HIDDEN), torch.zeros(0, 2, dtype=torch.long), torch.rand(0, 2)).shape == (0, HIDDEN)
     x, weights = torch.randn(3, HIDDEN), torch.rand(3, 2)
-    found = experts(x, torch.tensor([[0, EXPERTS], [EXPERTS, 2], [0, 2]]), weights)
+    places = torch.tensor([[0, EXPERTS], [EXPERTS, 2], [0, 2]])
+    try:
+        model_of("mixtral").model.layers[0].mlp.experts(x, places, weights)
+    except RuntimeError:
+        pytest.skip("the experts of this transformers take no such numbers themselves")
+    found = experts(x, places, weights)
     alone = experts(x[:1], torch.tensor([[0, EXPERTS]]), weights[:1])
     torch.testing.assert_close(found[:1], alone)
 
@@ -252,6 +257,8 @@ def test_half_precision_folds_in_float32() -> None:
     half = copy.deepcopy(wide).bfloat16()
     assert all(p.dtype == torch.bfloat16 for n, p in half.named_parameters() if "experts.gate" in n)
     assert relative_error(logits(half).detach(), logits(wide).detach()) < 5e-2
+    with pytest.warns(IsotuneWarning, match="input_scale and output_scale .* trained in bfloat16"):
+        logits(half.train())
     layer, exact = layers_of(half)[0], layers_of(wide)[0]
     found = layer.host.stored(layer.get_delta_weight("default"))
     assert found.dtype == torch.float32

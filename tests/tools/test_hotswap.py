@@ -26,6 +26,7 @@ from helpers import (
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
+    transformers_takes_peft,
 )
 from isotune import get_peft_model, hotswap_adapter
 from isotune.errors import AdapterFileError, BaseMismatchError
@@ -198,6 +199,7 @@ def test_a_quantised_base(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert_same_places(before, state(model))
 
 
+@transformers_takes_peft
 def test_a_model_of_transformers_and_a_scale(tmp_path: Path) -> None:
     first, second = (saved(tmp_path / str(seed), psoft(target_modules=["c_attn"]), seed, tiny_gpt2) for seed in (1, 2))
     model = tiny_gpt2()

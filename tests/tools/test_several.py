@@ -23,6 +23,7 @@ from helpers import (
     tiny_bert,
     tiny_llama,
     tiny_opt,
+    transformers_takes_peft,
 )
 from isotune import HRAConfig, OFTConfig, PsoftConfig, add_adapter, get_peft_model, load_adapter
 from isotune.methods import METHODS
@@ -216,6 +217,7 @@ def test_train_one_switch_save_both_and_reload_both(tmp_path: Path) -> None:
     assert relative_error(logits_of(again, "subspace"), subspace) < 1e-6
 
 
+@transformers_takes_peft
 def test_transformers_itself_holds_adapters_of_different_methods(tmp_path: Path) -> None:
     model = tiny_llama()
     model.add_adapter(PsoftConfig(r=8, target_modules=["q_proj"]), adapter_name="subspace")

@@ -274,7 +274,7 @@ REFUSED: list[Any] = [
     pytest.param(with_integers, {}, "'third'.*int8", id="integers"),
     pytest.param(with_vector, {}, "'third'.*shape", id="vector"),
     pytest.param(with_conv, {}, "'third'.*ConvTranspose2d.*Supported", id="module type"),
-    pytest.param(as_it_is, {"target_modules": ["nothing"]}, "nothing", id="no match"),
+    pytest.param(as_it_is, {"target_modules": ["nothing"]}, "nothing|No modules were targeted", id="no match"),
     pytest.param(as_it_is, {"target_modules": None}, "target_modules", id="no default"),
 ]
 
@@ -411,6 +411,29 @@ def test_a_weight_whose_parametrisation_was_removed_is_taken(method: str, host: 
     expected = model(x)
     assert relative_error(only(model).get_base_layer()(x), expected) > 1e-3
     torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["classifier", "out_proj", "weight", "bias"])
+def test_an_adapter_called_like_a_part_of_a_saved_module_is_refused(name: str) -> None:
+    """PEFT would not save it, or under a wrong name, or raise a KeyError after the training."""
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out_proj = nn.Linear(24, 3)
+
+    base = nn.ModuleDict({"query": nn.Linear(24, 24), "classifier": Head()})
+    options = {"r": 4, "target_modules": ["query"]}
+    said = f"adapter name '{name}' is not allowed: 'classifier'"
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=said):
+        get_peft_model(base, PsoftConfig(modules_to_save=["classifier"], **options), name)
+    assert_unchanged(base, before)
+    model = get_peft_model(base, PsoftConfig(modules_to_save=["classifier"], **options))
+    with pytest.raises(ValueError, match=said):
+        model.add_adapter(name, PsoftConfig(**options))
+    assert list(model.peft_config) == ["default"]
+    model.add_adapter("other", PsoftConfig(**options))
 
 
 def test_a_refusal_with_modules_to_save_leaves_no_wrapper() -> None:

@@ -36,10 +36,20 @@ class _Hooks(BaseTuner):
         return self.model(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter into the model; one that is added leaves what was trainable before as it was."""
+        """Put an adapter into the model; one that is added leaves what was trainable before as it was.
+
+        Raises:
+            ValueError: nothing matches it, also where an adapter before it has matched something.
+        """
         added = any(isinstance(module, BaseTunerLayer) for module in model.modules())
         before = {parameter: parameter.requires_grad for parameter in model.parameters()} if added else {}
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        modules, parameters = self.targeted_module_names, self.targeted_parameter_names
+        self.targeted_module_names, self.targeted_parameter_names = [], []
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self.targeted_module_names = list(dict.fromkeys(modules + self.targeted_module_names))
+            self.targeted_parameter_names = list(dict.fromkeys(parameters + self.targeted_parameter_names))
         for parameter, flag in before.items():
             parameter.requires_grad_(flag)
 

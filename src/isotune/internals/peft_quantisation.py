@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import peft.utils
-from torch import Tensor, nn
+from torch import nn
 
-from isotune.internals.torch_state import is_symbolic
+_LIBRARIES = {"aqlm", "awq", "bitsandbytes", "eetq", "gptqmodel", "hqq", "torchao"}
+"""The packages whose layers and tensors PEFT reads from 0.20 on."""
 
 
 def get_quantization_kwargs(model: nn.Module) -> dict[str, Any]:
@@ -26,13 +27,12 @@ def resolve_quantization_backend(module: nn.Module, **kwargs: Any) -> Any:
     """
     resolve: Callable[..., Any] | None = getattr(peft.utils, "resolve_quantization_backend", None)
     if resolve is None:
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.is_floating_point() and is_symbolic(weight):
-            return None  # a model without numbers yet
+        kinds = (*type(module).__mro__, type(module._parameters.get("weight")))
+        if not any(kind.__module__.partition(".")[0] in _LIBRARIES for kind in kinds):
+            return None
         raise ValueError(
-            f"{type(module).__name__} is no layer of ordinary weights, and PEFT {peft.__version__} cannot read or "
-            "write quantised ones. Install a later one, pip install -U 'peft>=0.20', or exclude the module with "
-            "exclude_modules."
+            f"{type(module).__name__} is quantised, and PEFT {peft.__version__} cannot read or write such weights. "
+            "Install a later one, pip install -U 'peft>=0.20', or exclude the module with exclude_modules."
         )
     return resolve(module, **kwargs)
 

@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 
-def set_active_of(wrapper: Any, names: Any) -> None:
-    """Set the active adapters of a ModulesToSaveWrapper; the public `set_adapter` also sets requires_grad."""
+def set_active_of(wrapper: Any, names: Any, disabled: bool = False) -> None:
+    """Set the active adapters of a ModulesToSaveWrapper; the public `set_adapter` also sets requires_grad.
+
+    Args:
+        wrapper: around a saved module.
+        names: the active adapters.
+        disabled: whether it calls the original module all the same, as PEFT 0.18 has it for other active adapters.
+    """
     wrapper._active_adapter = names
+    wrapper._disable_adapters = disabled
 
 
 def psoft_basis(layer: Any, adapter_name: str) -> tuple[Any, Any]:

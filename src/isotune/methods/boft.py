@@ -112,7 +112,7 @@ class BOFTOperator(RotationAdapter):
     """
 
     evaluated = ("generator",)
-    beside = ("output_gain",)
+    beside = near_one = ("output_gain",)
 
     def __init__(
         self, width: int, out_features: int, block_size: int, stages: int, dropout: tuple[float, float] = (0, 1)

@@ -161,6 +161,44 @@ def require_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
         raise ValueError(f"{name}={shown(value)} is not one of {', '.join(map(repr, choices))}.{hint}")
 
 
+_OF_LORA = {
+    "ensure_weight_tying": "A module in modules_to_save is trained for itself, also where the base ties it to another; "
+    "name both, such as modules_to_save=['embed_tokens', 'lm_head'], to train both.",
+    "trainable_token_indices": "To train the rows of some tokens, train the whole embedding, "
+    "modules_to_save=['embed_tokens'], or rotate it, target_modules=['embed_tokens'].",
+}
+"""Option of PEFT's LoRA that no method here has -> what to do in its place."""
+
+
+def require_options(config: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Refuse options that a configuration does not have, before Python does.
+
+    Args:
+        config: the name of its class.
+        given: by name.
+        known: the names that it has.
+
+    Raises:
+        ValueError: one of LoRA's that somebody means to use here; the message says what to do.
+        TypeError: any other, such as a misspelt one; the message points to the nearest. PEFT knows it by its words, by
+            which it leaves out of a file what only later versions know.
+
+    Example:
+        >>> require_options("PsoftConfig", {"psoft_alhpa": 8}, ["r", "psoft_alpha"])
+        Traceback (most recent call last):
+        TypeError: PsoftConfig got an unexpected keyword argument 'psoft_alhpa'. Did you mean 'psoft_alpha'?
+    """
+    names = tuple(known)
+    for name, value in given.items():
+        if name in names:
+            continue
+        if value and name in _OF_LORA:
+            raise ValueError(f"{name}={shown(value)} is not allowed: it is an option of LoRA alone. {_OF_LORA[name]}")
+        near = get_close_matches(name, names, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(names)}."
+        raise TypeError(f"{config} got an unexpected keyword argument {name!r}. {hint}")
+
+
 def require_expressions(name: str, given: str | Mapping[str, Any]) -> None:
     """Refuse an option that is no regular expression, or a dictionary by module with such a key.
 

@@ -20,7 +20,7 @@ from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
 from isotune.errors import AdapterFileError
 from isotune.internals.safetensors_files import readable
 from isotune.json_files import json_object
-from isotune.methods.checks import check_types, require, require_expressions, shown
+from isotune.methods.checks import check_types, require, require_expressions, require_options, shown
 from isotune.methods.checks import require_choice as require_choice
 from isotune.methods.checks import require_positive_integer as require_positive_integer
 from isotune.model_card import WEIGHTS, update_list, write_card
@@ -87,6 +87,11 @@ class IsotuneConfig(PeftConfig):
 
     origin: ClassVar[str | None] = None
     """The folder or repository that the configuration was read from, whose tensors then come next; never written."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """A configuration before its options are set; those that there are not are refused here."""
+        require_options(cls.__name__, options, config_fields(cls))
+        return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

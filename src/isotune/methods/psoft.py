@@ -109,6 +109,8 @@ class PsoftOperator(SubspaceAdapter):
     """
 
     evaluated = ("generator", "input_scale", "output_scale")
+    near_one = ("input_scale", "output_scale")
+    """Parameters that start at 1, where half precision is too coarse to train them."""
 
     def __init__(
         self,

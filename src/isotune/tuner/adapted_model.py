@@ -29,6 +29,7 @@ from isotune.subspace.pinning import MAX_RESIDUAL
 from isotune.tuner.experts_layer import ExpertsLayer
 from isotune.tuner.layer import Layer
 from isotune.tuner.placing import place_adapter
+from isotune.tuner.rounding import warn_of_rounded
 
 _KEY = "_isotune"
 _SAME_WEIGHT = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -47,6 +48,8 @@ class AdaptedModel:
         self.layers: list[Layer] = []
         self.evaluations: list[SharedEvaluation] = []
         self.built = False
+        self.warned = False
+        """Whether it was said that parameters are too coarse to be trained."""
         # Weakly: what holds a parameter would keep it whole beside the shards that take its place.
         self.trainable: MutableMapping[nn.Parameter, bool] = WeakTensorKeyDictionary()
         self.surroundings: list[nn.Module] = []
@@ -175,6 +178,10 @@ class AdaptedModel:
             shared.apart = apart or is_zero3
         if any(partitioned):
             self._gather_with_layers()
+        elif torch.is_grad_enabled() and not (self.warned or apart) and self.model is not None and self.model.training:
+            experts = [layer for layer in self.layers if isinstance(layer, ExpertsLayer)]
+            several = [one for layer in experts for one in layer.isotune_operator.values()]
+            self.warned = warn_of_rounded([*(shared.members[0] for shared in self.evaluations), *several])
 
     def end(self) -> None:
         """It has returned or raised."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -96,15 +97,16 @@ def saved_modules_routed(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
         return given, {**named, "adapter_names": known}
 
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    active = [wrapper.active_adapter for wrapper in wrappers]
+    active = [(wrapper.active_adapter, wrapper.disable_adapters) for wrapper in wrappers]
+    disabled = any(isinstance(module, BaseTunerLayer) and module.disable_adapters for module in model.modules())
     handles = [wrapper.register_forward_pre_hook(name_adapters, with_kwargs=True) for wrapper in wrappers]
     for wrapper in wrappers:
         # A wrapper that has nothing saved for the active adapter returns before it looks at the names.
-        set_active_of(wrapper, list(wrapper.modules_to_save)[:1])
+        set_active_of(wrapper, list(wrapper.modules_to_save)[:1], disabled)
     try:
         yield
     finally:
-        for wrapper, names in zip(wrappers, active, strict=True):
-            set_active_of(wrapper, names)
+        for wrapper, before in zip(wrappers, active, strict=True):
+            set_active_of(wrapper, *before)
         for handle in handles:
             handle.remove()

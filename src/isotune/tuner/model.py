@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from isotune.adapter.evaluation import is_recorded
 from isotune.errors import AdapterFileError
-from isotune.internals.peft_hooks import Tuner
+from isotune.internals.peft_hooks import HAS_HOOKS, Tuner
 from isotune.internals.peft_quantisation import get_quantization_kwargs
 from isotune.internals.quantised_state import keep_readable
 from isotune.methods.config import IsotuneConfig, SubspaceConfig
@@ -68,6 +69,7 @@ class IsotuneModel(Tuner):
         for module in model.modules():
             keep_readable(module)  # those without an adapter too: the gradient of earlier layers passes through them
         try:
+            _refuse_names_of_saved(model, self.peft_config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             _refuse_several_places(model)
             own = AdaptedModel.attach(model)
@@ -171,7 +173,10 @@ class IsotuneModel(Tuner):
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        return inject_experts(model, peft_config, adapter_name)
+        names = inject_experts(model, peft_config, adapter_name)
+        if not HAS_HOOKS:
+            self.targeted_parameter_names += names
+        return names
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         while isinstance(child, Layer):
@@ -323,6 +328,24 @@ def _refuse_loading_by_one(model: nn.Module) -> None:
         "parameters. Turn it off, by fsdp_cpu_ram_efficient_loading: false in accelerate's configuration file "
         "(accelerate launch has it on by default); or use a method that rotates all inputs, such as OFT."
     )
+
+
+def _refuse_names_of_saved(model: nn.Module, configs: Mapping[str, IsotuneConfig]) -> None:
+    """Refuse an adapter that is called like a part of a saved module: PEFT tells the two apart by name alone.
+
+    It would leave that part out of the file, or write it under a wrong name.
+    """
+    saved = {name for config in configs.values() for name in config.modules_to_save or ()}
+    for name, module in model.named_modules():
+        if any(f".{name}".endswith(f".{own}") for own in saved):
+            original: nn.Module = getattr(module, "original_module", module)
+            tensors = itertools.chain(original.named_parameters(), original.named_buffers())
+            parts = {part for key, _ in tensors for part in f"{name}.{key}".split(".")}
+            if called := parts & configs.keys():
+                raise ValueError(
+                    f"The adapter name {min(called)!r} is not allowed: {name!r}, which is to be saved with an adapter "
+                    "(modules_to_save), has a part of that name, and PEFT would not save it. Choose another name."
+                )
 
 
 def _refuse_several_places(model: nn.Module) -> None:

@@ -1,0 +1,42 @@
+"""Trained factors that start at 1, in a dtype that is too coarse there for an optimiser's steps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from isotune.errors import IsotuneWarning
+from isotune.internals.deepspeed_state import takes_gradients
+
+
+def warn_of_rounded(adapters: Iterable[Any]) -> bool:
+    """Say that factors which are to be trained will not move, if they are in half precision; whether it was said.
+
+    Where ZeRO trains copies of its own in float32, they do.
+
+    Args:
+        adapters: of a model that is to be trained; one of each kind is enough.
+    """
+    for adapter in adapters:
+        names = tuple(name for name in getattr(adapter, "near_one", ()) if _is_rounded(getattr(adapter, name)))
+        if not names or takes_gradients(adapter):
+            continue
+        dtype, verb = adapter.get_parameter(names[0]).dtype, "is" if len(names) == 1 else "are"
+        warnings.warn(
+            f"{' and '.join(names)} of an adapter ({type(adapter).__name__}, {adapter.describe()}) {verb} trained in "
+            f"{str(dtype).removeprefix('torch.')}, and start at 1, where an optimiser's step of less "
+            f"than {torch.finfo(dtype).eps / 4:.1g} is rounded away, so they may never move. Make what is trained "
+            "float32 before the first step: for p in model.parameters(): if p.requires_grad: p.data = p.data.float()",
+            IsotuneWarning,
+            stacklevel=2,
+        )
+        return True
+    return False
+
+
+def _is_rounded(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16)

@@ -183,6 +183,6 @@ def hardware() -> dict[str, Any]:
 
 def check_extras() -> None:
     """Check that the packages which training needs are installed."""
-    missing = [name for name in ("accelerate", "sklearn") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("accelerate", "sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise RecipeError(f"training needs {' and '.join(missing)}: pip install 'isotune[train]'")

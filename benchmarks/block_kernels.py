@@ -75,7 +75,7 @@ class Timer:
 class Twin(BlockDiagonal):
     """The factor as it is without kernels."""
 
-    def _kernels(self, blocks: Tensor, *rows: Tensor) -> Any:
+    def kernels(self, blocks: Tensor, *rows: Tensor) -> Any:
         return None
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from isotune import cli
+import isotune_cli as cli
 from isotune.experiments import models, tasks
 from isotune.experiments.files import read_object
 from isotune.experiments.recipe import Recipe

@@ -61,9 +61,9 @@ def overridden() -> Iterator[tuple[type, str]]:
     pytest.importorskip("trl", reason="the library's modules are looked through, those of recipes too")
     """Private methods of isotune's classes that a class of another library has too."""
     for module in pkgutil.walk_packages(isotune.__path__, "isotune."):
-        if module.name.startswith(("isotune.report", "isotune.cli", "isotune.__main__", "isotune.integrations.")):
+        if module.name.startswith(("isotune.report", "isotune.__main__", "isotune.integrations.")):
             continue
-        if module.name.endswith("_kernels") and importlib.util.find_spec("triton") is None:
+        if module.name.endswith(("_kernels", ".launching")) and importlib.util.find_spec("triton") is None:
             continue
         for own in vars(importlib.import_module(module.name)).values():
             if inspect.isclass(own) and own.__module__ == module.name:

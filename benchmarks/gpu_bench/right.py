@@ -38,7 +38,7 @@ def run_tests(note: Note, folder: Path, limit: float = LIMIT) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} of tests")
     root = Path(__file__).parents[2]
-    # Wide, for the reasons of skipped tests to stay in their lines; what the caller has beside this is found there, too.
+    # Wide, for the reasons of skipped tests to stay in their lines.
     paths = [str(root / "src"), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "COLUMNS": "2000", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     options = ["-o", "addopts=", "-p", "no:cacheprovider", "-vv", "-rfE", "--tb=short", "--color=no"]

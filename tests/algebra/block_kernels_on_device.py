@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from isotune.algebra import acceleration, block_kernels
+from helpers import relative_error
+from isotune.algebra import acceleration, block_kernels, launching
 from isotune.algebra.block_kernels import rotate_blocks, rotate_blocks_backward
-from isotune.algebra.factors import BlockDiagonal, LowRank, apply_chain, chain_backward, chain_forward
+from isotune.algebra.factors import BlockDiagonal, LowRank, Nested, apply_chain, chain_backward, chain_forward
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -56,7 +57,7 @@ def _kernels_are_taken(monkeypatch: pytest.MonkeyPatch) -> Any:
     torch.manual_seed(0)
     with torch.no_grad():
         yield
-    assert not block_kernels._failed
+    assert not launching._failed
 
 
 def make(tokens: int, count: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,17 +109,18 @@ def test_backward(tokens: int, count: int, size: int, dtype: torch.dtype) -> Non
     x, gradient, blocks = make(tokens, count, size, dtype)
     before = x.clone(), gradient.clone()
     of_x, of_blocks = twin_gradients(x, gradient, blocks)
-    grad_x, grad_blocks = rotate_blocks_backward(x, gradient, blocks, needs_x=True)
+    grad_x, grad_blocks, none = rotate_blocks_backward(x, gradient, blocks, needs_x=True)
+    assert none is None
     assert grad_x.dtype == grad_blocks.dtype == dtype
     assert_rounded_once(grad_x, of_x, size)
     assert_rounded_once(grad_blocks, of_blocks, tokens)
     assert torch.equal(x, before[0])
     assert torch.equal(gradient, before[1])
-    none, same = rotate_blocks_backward(x, gradient, blocks, needs_x=False)
+    none, same, _ = rotate_blocks_backward(x, gradient, blocks, needs_x=False)
     assert none is None
     assert torch.equal(same, grad_blocks)
     assert torch.equal(gradient, before[1])
-    written, same = rotate_blocks_backward(x, gradient, blocks, needs_x=True, in_place=True)
+    written, same, _ = rotate_blocks_backward(x, gradient, blocks, needs_x=True, in_place=True)
     assert written is gradient
     assert torch.equal(gradient, grad_x)
     assert torch.equal(same, grad_blocks)
@@ -134,7 +136,9 @@ def test_rows_with_a_stride(size: int, dtype: torch.dtype) -> None:
     y = rotate_blocks(x, blocks)
     assert torch.equal(y, rotate_blocks(whole[0], blocks))
     for found, expected in zip(
-        rotate_blocks_backward(x, gradient, blocks, True), rotate_blocks_backward(*whole, blocks, True), strict=True
+        rotate_blocks_backward(x, gradient, blocks, True)[:2],
+        rotate_blocks_backward(*whole, blocks, True)[:2],
+        strict=True,
     ):
         assert torch.equal(found, expected)
     rotate_blocks(x, blocks, in_place=True)
@@ -154,7 +158,7 @@ def test_no_rotation_changes_no_bit(size: int, dtype: torch.dtype) -> None:
 def test_rows_divided_among_programs(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, gradient, blocks = make(400, 3, 16, torch.float32)
     monkeypatch.setattr(block_kernels, "PROGRAMS", programs)
-    grad_x, grad_blocks = rotate_blocks_backward(x, gradient, blocks, True)
+    grad_x, grad_blocks, _ = rotate_blocks_backward(x, gradient, blocks, True)
     of_x, of_blocks = twin_gradients(x, gradient, blocks)
     assert_rounded_once(grad_x, of_x, 16)
     assert_rounded_once(grad_blocks, of_blocks, 400)
@@ -200,6 +204,41 @@ def test_in_a_chain_with_other_factors() -> None:
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize(("tokens", "count"), [(1, 5), (17, 2), (77, 24)])
+def test_a_dense_matrix_on_the_first_columns(tokens: int, count: int, size: int, dtype: torch.dtype) -> None:
+    """Both factors in one pass, in either direction, and the same as one after the other without kernels."""
+    x, gradient, blocks = make(tokens, count, size, dtype)
+    dense = (0.3 * torch.randn(1, count, count, device=DEVICE)).to(dtype)
+    before = x.clone(), gradient.clone()
+    nested, tensors = Nested(size, count), [dense, blocks]
+    exact = [tensor.double() for tensor in tensors]
+
+    def assert_near(found: Tensor, expected: Tensor) -> None:
+        assert found.dtype == dtype
+        assert relative_error(found, expected) < 4 * torch.finfo(dtype).eps
+
+    y = nested.apply(x, tensors)
+    assert_near(y, chain_forward(x.double(), nested.parts, exact))
+    of_x, of_tensors = chain_backward(x.double(), gradient.double(), nested.parts, exact, needs_x=True)
+    grad_x, grads = nested.backward(x, gradient, tensors, needs_x=True)
+    for found, expected in zip((grad_x, *grads), (of_x, *of_tensors), strict=True):
+        assert_near(found, expected)
+    none, same = nested.backward(x, gradient, tensors, needs_x=False)
+    assert none is None
+    assert all(map(torch.equal, same, grads))
+    assert torch.equal(x, before[0])
+    assert torch.equal(gradient, before[1])
+    written, _ = nested.backward(x, gradient, tensors, needs_x=True, in_place=True)
+    assert written is gradient
+    assert torch.equal(gradient, grad_x)
+    assert nested.apply(x, tensors, in_place=True) is x
+    assert torch.equal(x, y)
+    still = [torch.zeros_like(tensor) for tensor in tensors]
+    assert torch.equal(nested.apply(x, still), x)
+
+
 def test_what_they_do_not_take() -> None:
     x, gradient, blocks = make(5, 3, 16, torch.float32)
     can = block_kernels.can_rotate
@@ -225,16 +264,16 @@ def test_a_triton_that_cannot_run_is_replaced(monkeypatch: pytest.MonkeyPatch) -
 
     for name in ("_rotate", "_rotate_backward"):
         monkeypatch.setattr(block_kernels, name, Broken())
-    monkeypatch.setattr(block_kernels, "_failed", False)
+    monkeypatch.setattr(launching, "_failed", False)
     x, gradient, blocks = make(5, 3, 16, torch.float32)
     factor, exact = BlockDiagonal(16), twin_gradients(x, gradient, blocks)
     with pytest.warns(UserWarning, match="Failed to find C compiler"):
         assert_rounded_once(factor.apply(x, [blocks]), twin(x, blocks), 16)
     assert factor.apply(x, [blocks]).shape == x.shape  # without a second warning
-    monkeypatch.setattr(block_kernels, "_failed", False)
+    monkeypatch.setattr(launching, "_failed", False)
     with pytest.warns(UserWarning, match="Failed to find C compiler"):
         grad_x, (grad_blocks,) = factor.backward(x, gradient, [blocks], True, in_place=True)
-    monkeypatch.setattr(block_kernels, "_failed", False)
+    monkeypatch.setattr(launching, "_failed", False)
     for found, expected, terms in zip((grad_x, grad_blocks), exact, (16, 5), strict=True):
         assert_rounded_once(found, expected, terms)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isotune.algebra import acceleration, block_kernels, elimination_kernels
+from isotune.algebra import acceleration, elimination_kernels, launching
 from isotune.algebra.cayley import orthogonal_difference
 from isotune.algebra.elimination_kernels import can_eliminate, cayley_by_elimination
 from isotune.algebra.skew import skew_from_vector, skew_size, vector_from_skew
@@ -34,7 +34,7 @@ def _kernels_are_taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(acceleration, "DEVICE", DEVICE)
     torch.manual_seed(0)
     yield
-    assert not block_kernels._failed
+    assert not launching._failed
 
 
 def skew(count: int, n: int, norm: float) -> Tensor:
@@ -130,14 +130,14 @@ def test_a_triton_that_cannot_run_is_replaced(n: int, monkeypatch: pytest.Monkey
 
     for name in ("_whole", "_others"):
         monkeypatch.setattr(elimination_kernels, name, Broken())
-    monkeypatch.setattr(block_kernels, "_failed", False)
+    monkeypatch.setattr(launching, "_failed", False)
     entries = torch.randn(3, skew_size(n), device=DEVICE) / n
     expected = exact(skew_from_vector(entries, n))
     with pytest.warns(UserWarning, match="Failed to find C compiler"):
         found = orthogonal_difference(entries, n)
     for each in (found, orthogonal_difference(entries, n)):  # the second time without a warning
         torch.testing.assert_close(each.double(), expected, rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr(block_kernels, "_failed", False)
+    monkeypatch.setattr(launching, "_failed", False)
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

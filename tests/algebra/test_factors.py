@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from isotune.algebra.factors import (
     Chain,
     Factor,
     LowRank,
+    Nested,
     apply_chain,
     chain_backward,
     chain_forward,
@@ -37,6 +39,7 @@ FACTORS: dict[str, Factor] = {
     "a stop past the end": BlockDiagonal(3, slice(0, 20, 4)),
     "permuted": BlockDiagonal(4, order=ORDER),
     "low rank": LowRank(),
+    "nested": Nested(3, N // 3),
 }
 LONG = ["permuted", "low rank", "every second column", "all columns", "adjacent columns"]
 
@@ -46,6 +49,8 @@ def random_tensors(factor: Factor, dtype: torch.dtype = torch.float64) -> list[T
     if isinstance(factor, BlockDiagonal):
         count = len(range(N)[factor.columns or slice(None)]) // factor.size
         shapes = [(count, factor.size, factor.size)]
+    elif isinstance(factor, Nested):
+        shapes = [(1, N // 3, N // 3), (N // 3, 3, 3)]
     else:
         shapes = [(N, 2), (2, N)]
     return [(0.5 * torch.randn(shape, dtype=dtype)).requires_grad_() for shape in shapes]
@@ -60,7 +65,7 @@ def dense(chain: Chain, tensors: Sequence[Tensor]) -> Tensor:
     """(I + D₁)(I + D₂) … in full, differentiably."""
     matrix = torch.eye(N, dtype=tensors[0].dtype)
     rest = list(tensors)
-    for factor in chain:
+    for factor in itertools.chain.from_iterable(whole.parts for whole in chain):
         eye = torch.eye(N, dtype=matrix.dtype)
         if isinstance(factor, LowRank):
             matrix = matrix @ (eye + rest.pop(0) @ rest.pop(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import assert_equal_with_gradients
-from isotune.algebra.factors import apply_chain, transpose_chain
+from isotune.algebra.factors import BlockDiagonal, apply_chain, transpose_chain
 from isotune.algebra.givens import givens_blocks, givens_chain, pair_penalty, rotation_pairs
 
 SIZES = [2, 3, 4, 31, 32, 33, 34, 64, 65, 100, 1000, 1024, 1025, 4097]
@@ -152,7 +153,8 @@ def test_the_tree_is_folded_into_few_factors(n: int) -> None:
     # At most two for every five levels: the whole blocks of a grid and the incomplete one at its end.
     assert len(chain) <= 2 * math.ceil(math.log2(n) / 5)
     blocks = givens_blocks(torch.zeros(n - 1, 2, 2), n)
-    for factor, own in zip(chain, blocks, strict=True):
+    for factor, own in zip(itertools.chain.from_iterable(whole.parts for whole in chain), blocks, strict=True):
+        assert isinstance(factor, BlockDiagonal)
         covered = len(range(n)[factor.columns or slice(None)])
         assert own.shape == (covered // factor.size, factor.size, factor.size)
         assert covered % factor.size == 0
@@ -171,7 +173,7 @@ def test_the_transposed_tree_undoes_it(n: int) -> None:
 def test_leading_dimensions_are_trees_by_themselves(n: int) -> None:
     pairs = torch.randn(2, 3, n - 1, 2, 2, dtype=torch.float64)
     together = givens_blocks(pairs, n)
-    assert len(together) == len(givens_chain(n))
+    assert len(together) == sum(factor.count for factor in givens_chain(n))
     for i in range(2):
         for j in range(3):
             for all_blocks, own in zip(together, givens_blocks(pairs[i, j], n), strict=True):

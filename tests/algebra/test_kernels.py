@@ -14,8 +14,11 @@ import pytest
 import torch
 from packaging.version import Version
 
-CASES = ("block_kernels_on_device.py", "elimination_kernels_on_device.py")
-MODULES = {"isotune.algebra.block_kernels", "isotune.algebra.elimination_kernels"}
+CASES = ("block_kernels_on_device.py", "elimination_kernels_on_device.py", "layer_kernels_on_device.py")
+MODULES = {
+    f"isotune.algebra.{name}"
+    for name in ("launching", "block_kernels", "elimination_kernels", "decoding_kernels", "gain_kernels")
+}
 INSTALLED = importlib.util.find_spec("triton") is not None
 LOOPS = INSTALLED and (
     Version(importlib.metadata.version("triton")) >= Version("3.7") or Version(np.__version__) < Version("2.4")

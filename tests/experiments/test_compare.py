@@ -17,7 +17,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from isotune.cli import app
 from isotune.experiments import execute, registry
 from isotune.experiments.compare import Options, compare, grid, parse, plan, rates, split_methods
 from isotune.experiments.compare import whole_number as read_number
@@ -28,6 +27,7 @@ from isotune.experiments.recipe import Recipe, RecipeError, validate
 from isotune.experiments.run import Run
 from isotune.experiments.schedule import Schedule
 from isotune.experiments.table import table
+from isotune_cli import app
 
 # What depends on the speed and the state of the machine.
 MEASURED = ("seconds", "train_seconds", "tokens_per_second", "peak_memory_bytes", "hardware", "phase")

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from helpers import WORDS, make_tokenizer, tiny_llama
 from isotune import PsoftConfig, get_peft_model
-from isotune.cli import app
 from isotune.experiments.evaluate import evaluate, table
+from isotune_cli import app
 
 runner = CliRunner()
 TASK = """

@@ -471,7 +471,7 @@ def test_training_says_nothing_that_is_not_ours(tiny: dict[str, Any], tmp_path: 
     command = [
         sys.executable,
         "-c",
-        "from isotune.cli import main; main()",
+        "from isotune_cli import main; main()",
         "train",
         str(tmp_path / "tiny.yaml"),
     ]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
+import isotune_cli as cli
 from helpers import FAMILIES, layers_of, some_tokens, tiny_llama
-from isotune import cli
 from isotune.experiments import registry
 from isotune.experiments.files import write_json
 from isotune.experiments.measure import Kept

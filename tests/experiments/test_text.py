@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import isotune_cli as cli
 from comparisons import METHODS, write_comparison
-from isotune import cli
 from isotune.experiments.data import load
 from isotune.experiments.files import read_json
 from isotune.experiments.loading import load as load_recipe

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+import isotune_cli as cli
 from helpers import INNER_ATTENTION, randomize, relative_error, tiny_bert, tiny_unet
-from isotune import HRAConfig, LoraXsConfig, OFTConfig, PsoftConfig, cli, get_peft_model
+from isotune import HRAConfig, LoraXsConfig, OFTConfig, PsoftConfig, get_peft_model
 from isotune.files.diffusion.lora import export_lora_file
 from isotune.methods.config import IsotuneConfig
 from isotune.tuner.state import adapted_layers

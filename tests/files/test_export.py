@@ -29,8 +29,9 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+import isotune_cli as cli
 from helpers import DROPOUT, LORA, as_trained, layers_of, randomize, relative_error, tiny_llama
-from isotune import BOFTConfig, GOFTConfig, OFTConfig, PeftModel, PsoftConfig, QGOFTConfig, cli, get_peft_model
+from isotune import BOFTConfig, GOFTConfig, OFTConfig, PeftModel, PsoftConfig, QGOFTConfig, get_peft_model
 from isotune.errors import IsotuneWarning
 from isotune.files.export_lora import export_lora
 from isotune.files.export_merged import export_merged

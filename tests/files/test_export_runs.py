@@ -13,8 +13,9 @@ import torch
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
+import isotune_cli as cli
 from helpers import counted, randomize, some_tokens, tiny_llama
-from isotune import OFTConfig, PsoftConfig, cli, get_peft_model
+from isotune import OFTConfig, PsoftConfig, get_peft_model
 from isotune.files.export_merged import export_merged
 from isotune.files.export_runs import adapter_folders, export_lora_runs, only_adapter
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, BertModel, OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
+import isotune_cli as cli
 from helpers import has_pefts_psoft, tiny_bert
-from isotune import PeftModel, PsoftConfig, cli, get_peft_model
+from isotune import PeftModel, PsoftConfig, get_peft_model
 from isotune.errors import AdapterFileError
 from isotune.files.adapter import describe
 from isotune.files.peft_import import import_peft

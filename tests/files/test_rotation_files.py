@@ -14,8 +14,9 @@ from test_lycoris import DATA, Base, updates_of
 from torch import nn
 from typer.testing import CliRunner
 
+import isotune_cli as cli
 from helpers import INNER_ATTENTION, layers_of, randomize, relative_error, tiny_unet
-from isotune import BOFTConfig, HRAConfig, OFTConfig, PsoftConfig, cli, get_peft_model
+from isotune import BOFTConfig, HRAConfig, OFTConfig, PsoftConfig, get_peft_model
 from isotune.files.diffusion.rotations import export_rotation
 from isotune.files.diffusion.single import import_single
 from isotune.methods.config import IsotuneConfig

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+import isotune_cli as cli
 from helpers import relative_error, tiny_unet
-from isotune import cli
 from isotune.errors import AdapterFileError
 from isotune.files.adapter import describe
 from isotune.files.diffusion.names import original_names, resolve

@@ -17,8 +17,8 @@ import pytest
 from typer.testing import CliRunner
 
 import isotune
+import isotune_cli as cli
 from comparisons import METHODS, ablation_methods, write_comparison
-from isotune import cli
 from isotune.report.figures import PALETTES
 from isotune.report.page import render
 from isotune.report.results import read

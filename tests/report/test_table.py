@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import isotune_cli as cli
 from comparisons import METHODS, write_comparison
-from isotune import cli
 from isotune.report.results import read
 from isotune.report.table import comma_separated, latex, markdown
 

@@ -39,13 +39,6 @@ class Evaluable(Protocol):
     given: Given
     """What compiled code finds of an evaluation that was made before it."""
 
-    @property
-    def recompute(self) -> bool:
-        """Whether backward evaluates again, and the steps in between are not kept."""
-
-    def without_parameters(self) -> Evaluable:
-        """A copy that evaluates what it is given, and holds nothing."""
-
 
 def wide(names: Sequence[str], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
     """Parameters by name, in float32 at least: in half there is no factorisation, and a small rotation is lost."""
@@ -73,12 +66,11 @@ class _Evaluated(torch.autograd.Function):
         ctx: Any, operator: Evaluable, dtype: torch.dtype | None, count: int, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.count, ctx.dtype, ctx.names = count, dtype, operator.names_read()
+        ctx.count = count
         ctx.leaves = [stacked.requires_grad_() for stacked in _stack([p.detach() for p in parameters], count)]
-        ctx.operator = operator.without_parameters()  # so that a graph keeps no model alive
-        with torch.set_grad_enabled(not operator.recompute), hidden_from_hooks(), without_autocast(ctx.leaves[0]):
-            results = cast(operator.evaluate(wide(ctx.names, ctx.leaves)), dtype)
-        ctx.results = None if operator.recompute else results
+        with torch.enable_grad(), hidden_from_hooks(), without_autocast(ctx.leaves[0]):
+            results = cast(operator.evaluate(wide(operator.names_read(), ctx.leaves)), dtype)
+        ctx.results = results
         return tuple(one for result in results for one in result.detach().unbind(0))
 
     @staticmethod
@@ -89,15 +81,11 @@ class _Evaluated(torch.autograd.Function):
         # An operator that had no part in the loss has no gradient: a zero would let an optimiser's momentum and weight
         # decay move it.
         used = [any(g is not None for g in own) for own in zip(*kinds, strict=True)]
-        results = ctx.results
-        if results is None:
-            with torch.enable_grad(), hidden_from_hooks(), without_autocast(ctx.leaves[0]):
-                results = cast(ctx.operator.evaluate(wide(ctx.names, ctx.leaves)), ctx.dtype)
         stacked = []
-        for result, kind in zip(results, kinds, strict=True):
+        for result, kind in zip(ctx.results, kinds, strict=True):
             zero = torch.zeros_like(result[0]) if any(g is None for g in kind) else None
             stacked.append(torch.stack([zero if g is None else g for g in kind]))  # type: ignore[misc]
-        found = torch.autograd.grad(results, ctx.leaves, stacked, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(ctx.results, ctx.leaves, stacked, retain_graph=True, allow_unused=True)
         flat: list[Tensor | None] = []
         for gradient in found:
             rows = [None] * count if gradient is None else gradient.unbind(0)
@@ -169,6 +157,8 @@ class Given(threading.local):
     """
 
     tensors: tuple[Tensor, ...] | None = None
+    made: tuple[tuple[object, ...], Any] | None = None
+    """What the form has made of them for its layer, behind the values that it was made of."""
 
     def __reduce__(self) -> tuple[type[Given], tuple[()]]:
         return Given, ()
@@ -190,7 +180,7 @@ class Call:
         """Take back what was given: from now on parameters may change."""
         given, self._given = self._given or (), None
         for one in given:
-            one.tensors = None
+            one.tensors = one.made = None
 
 
 class SharedEvaluation:

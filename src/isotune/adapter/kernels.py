@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isotune.algebra.acceleration import kernels_for
 from isotune.algebra.factors import Chain, chain_backward, chain_forward, refuse_double_backward
 from isotune.algebra.recording import is_exported
 from isotune.parallel.tensor_parallel import Share
@@ -166,6 +167,14 @@ def linear_with_update(
     return result
 
 
+def decoding_kernels(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[Tensor, Tensor]) -> Any:
+    """What multiplies one token x (..., in) by W and an update of it in two launches, where it can; else None."""
+    kernels = None if torch.is_grad_enabled() else kernels_for(x, "decoding_kernels")
+    if kernels is None or x.numel() != x.shape[-1]:
+        return None
+    return kernels if kernels.can_multiply(x.reshape(1, -1), weight, bias, *factors) else None
+
+
 class _RotatedLinear(torch.autograd.Function):
     """diag(gain) applied to chain(x) Wᵀ, plus bias, for a frozen W and bias; keeps x alone.
 
@@ -194,15 +203,23 @@ class _RotatedLinear(torch.autograd.Function):
         x, gain, *tensors = ctx.saved_tensors
         flat, grad = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         weight, grad_gain = ctx.weight.to(x.dtype), None
-        scratch: Tensor | None = None
         if ctx.needs_input_grad[1]:
-            scratch = torch.mm(chain_forward(flat, ctx.chain, tensors), weight.t())
-            grad_gain = scratch.mul_(grad).sum(0, dtype=gain.dtype)
+            grad, grad_gain = _gain_backward(torch.mm(chain_forward(flat, ctx.chain, tensors), weight.t()), grad, gain)
         elif gain is not None:
-            scratch = torch.empty_like(grad)  # in the dtype of the layer, which the gain's is wider than
-        inner = torch.mm(grad if gain is None else torch.mul(grad, gain, out=scratch), weight)
+            grad = torch.mul(grad, gain, out=torch.empty_like(grad))  # in its dtype, which the gain's is wider than
+        inner = torch.mm(grad, weight)
         grad_x, grads = chain_backward(flat, inner, ctx.chain, tensors, ctx.needs_input_grad[0], in_place=True)
         return None if grad_x is None else grad_x.reshape(x.shape), grad_gain, None, None, *grads
+
+
+def _gain_backward(rows: Tensor, gradient: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `rows`, in whose place it is, and of their gain from that of gain ⊙ rows."""
+    if (kernels := kernels_for(rows, "gain_kernels")) and kernels.can_scale(rows, gradient, gain):
+        found: Tensor | None = kernels.gain_backward(rows, gradient, gain)
+        if found is not None:
+            return rows, found
+    grad_gain = rows.mul_(gradient).sum(0, dtype=gain.dtype)
+    return torch.mul(gradient, gain, out=rows), grad_gain
 
 
 def rotated_linear(

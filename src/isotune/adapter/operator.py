@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from isotune.adapter.evaluation import Given, SharedEvaluation, evaluate_alone
 from isotune.algebra.means import Means
-from isotune.internals.torch_state import without_parameters
 from isotune.parallel.sharding import gathered, is_partitioned, is_whole
 from isotune.parallel.tensor_parallel import Division
 
@@ -33,8 +32,6 @@ class Adapter(nn.Module, ABC):
     """Names of the parameters that `evaluate` reads; an attribute of such a name may also be None."""
     beside: ClassVar[tuple[str, ...]] = ()
     """Names of those that act as they are, and may differ in shape between layers; given after what is evaluated."""
-    recompute = False
-    """Whether `evaluate` takes many small steps, which backward runs again in the place of keeping what they give."""
     averages: Means = {}  # noqa: RUF012
     """Parameter name -> how it is averaged over several adapters; a method with a name missing has no mean."""
     orthogonal = True
@@ -108,10 +105,6 @@ class Adapter(nn.Module, ABC):
     def names_read(self) -> tuple[str, ...]:
         """The names that go with `parameters_read`."""
         return tuple(name for name in self.evaluated if getattr(self, name) is not None)
-
-    def without_parameters(self) -> Adapter:
-        """A copy that can evaluate given parameters and holds none."""
-        return without_parameters(self)
 
     def tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """What `evaluate` gives, and the parameters beside it, from the evaluation shared with the other layers.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.adapter.evaluation import autocasts
-from isotune.adapter.kernels import linear_with_update, subspace_update
+from isotune.adapter.kernels import decoding_kernels, linear_with_update, subspace_update
 from isotune.adapter.operator import Adapter, FrozenLinear
 from isotune.adapter.placement import Placement, filling
 from isotune.parallel.tensor_parallel import Division
@@ -164,7 +165,26 @@ class SubspaceAdapter(Adapter):
             and (x.requires_grad or not torch.is_grad_enabled())
         )
         update, factors = self._scaled(tensors[0], x.dtype), self.factors(x.dtype, x.device)
+        if kernels := decoding_kernels(x, weight, bias, factors):
+            down, up = self._absorbed(tensors[0], update, factors)
+            rows: Tensor | None = kernels.linear_with_update(x.reshape(1, -1), weight, bias, down, up)
+            if rows is not None:
+                return rows.view(*x.shape[:-1], rows.shape[-1])
         return linear_with_update(x, update, factors, weight, bias, on_input=on_input)
+
+    def _absorbed(self, difference: Tensor, update: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """down and up, the smaller one times s·(M − I): kept until a call ends, where `difference` serves as long."""
+        given, sources = self.given, (difference, self.placement, self.scale)
+        if given.made is not None and all(map(operator.is_, given.made[0], sources)):
+            kept: tuple[Tensor, Tensor] = given.made[1]
+            return kept
+        down, up = factors
+        found = (update.mT @ down, up) if down.shape[1] <= up.shape[0] else (down, up @ update.mT)
+        # In the capture of a CUDA graph no number exists before the graph is replayed.
+        captured = difference.is_cuda and torch.cuda.is_current_stream_capturing()
+        if given.tensors is not None and given.tensors[0] is difference and not captured:
+            given.made = sources, found
+        return found
 
     def fold(
         self,

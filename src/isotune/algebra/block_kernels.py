@@ -13,15 +13,15 @@ What the zeros beside the blocks cost in multiplications is little against readi
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import Parameter
+
+from isotune.algebra.launching import are_rows, launch, tiles, work
 
 SIZES = {torch.bfloat16: (8, 16, 32, 64), torch.float16: (8, 16, 32, 64), torch.float32: (8, 16, 32)}
 """Dtype -> b for which the kernels are taken; `benchmarks/block_kernels.py` measures whether they gain.
@@ -60,11 +60,25 @@ def _block_tile(blocks, columns, n, block_stride, row_stride, column_stride, SIZ
     return tl.load(blocks + places, mask=own, other=0.0)
 
 
+@triton.jit
+def _firsts(firsts, rows, columns, inside, n, SIZE: tl.constexpr):
+    """Where what belongs to the first column of each block lies, (tokens, n / b), and which columns those are."""
+    return firsts + rows.to(tl.int64) * (n // SIZE) + columns // SIZE, inside & (columns % SIZE == 0)
+
+
+@triton.jit
+def _with_firsts(tile, firsts, rows, columns, inside, n, SIZE: tl.constexpr):
+    """A tile with something added to the first column of each block, rounded as if that had been stored."""
+    places, first = _firsts(firsts, rows, columns, inside, n, SIZE)
+    return (tile.to(tl.float32) + tl.load(places, mask=first, other=0.0).to(tl.float32)).to(tile.dtype)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _rotate(
     x,
     blocks,
     y,
+    firsts,
     tokens,
     n,
     x_stride,
@@ -75,6 +89,7 @@ def _rotate(
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
+    HAS_FIRSTS: tl.constexpr,
 ):
     """y = x (I + D) on one tile."""
     columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
@@ -82,6 +97,8 @@ def _rotate(
     inside = (rows < tokens) & (columns[None, :] < n)
     matrix = _block_tile(blocks, columns, n, block_stride, row_stride, column_stride, SIZE)
     tile = tl.load(x + rows.to(tl.int64) * x_stride + columns[None, :], mask=inside, other=0.0)
+    if HAS_FIRSTS:
+        tile = _with_firsts(tile, firsts, rows, columns[None, :], inside, n, SIZE)
     result = tile.to(tl.float32) + tl.dot(tile, matrix, input_precision="ieee")
     tl.store(y + rows.to(tl.int64) * y_stride + columns[None, :], result.to(tile.dtype), mask=inside)
 
@@ -93,6 +110,8 @@ def _rotate_backward(
     blocks,
     grad_x,
     sums,
+    firsts,
+    grad_firsts,
     tokens,
     n,
     steps,
@@ -106,6 +125,7 @@ def _rotate_backward(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     NEEDS_X: tl.constexpr,
+    HAS_FIRSTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """The gradient of x on `steps` tiles below each other, and what they add to those of the blocks."""
@@ -119,54 +139,19 @@ def _rotate_backward(
         inside = (rows < tokens) & (across < n)
         x_tile = tl.load(x + rows.to(tl.int64) * x_stride + across, mask=inside, other=0.0)
         g_tile = tl.load(gradient + rows.to(tl.int64) * gradient_stride + across, mask=inside, other=0.0)
+        if HAS_FIRSTS:
+            x_tile = _with_firsts(x_tile, firsts, rows, across, inside, n, SIZE)
         total = tl.dot(tl.trans(x_tile), g_tile, total, input_precision="ieee")
         if NEEDS_X:
             result = g_tile.to(tl.float32) + tl.dot(g_tile, transposed, input_precision="ieee")
             tl.store(grad_x + rows.to(tl.int64) * grad_x_stride + across, result.to(g_tile.dtype), mask=inside)
+            if HAS_FIRSTS:
+                places, first = _firsts(grad_firsts, rows, across, inside, n, SIZE)
+                tl.store(places, result.to(g_tile.dtype), mask=first)
     # Of all pairs of columns of the tile, those within one block; sums (splits, n / b, b, b) is contiguous.
     own = (down // SIZE == across // SIZE) & (down < n) & (across < n)
     places = tl.program_id(1).to(tl.int64) * n * SIZE + down * SIZE + across % SIZE
     tl.store(sums + places, total.to(sums.dtype.element_ty), mask=own)
-
-
-_failed = False
-_compiled: dict[tuple[Any, ...], Any] = {}
-"""What Triton has compiled, by all that it compiles anew for: its own look for that takes longer than a launch."""
-_DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
-"""Whether what is compiled takes the arguments of the kernel as they are."""
-
-
-def launch(kernel: Any, grid: tuple[int, ...], given: tuple[Any, ...], **options: Any) -> bool:
-    """Start a kernel on the device of its first argument; False where Triton cannot, which is said once."""
-    global _failed
-    device = given[0].device
-    key = kernel, device, *options.values(), *map(_kind, given, getattr(kernel, "arg_names", ()))
-    known = _compiled.get(key)
-    try:
-        if known is None or not _DIRECT or device.index != torch.cuda.current_device():
-            with torch.cuda.device_of(given[0]):  # type: ignore[no-untyped-call]
-                known = kernel[grid](*given, **options)
-            if known is not None:  # as from Triton's interpreter
-                _compiled[key] = known
-        else:
-            known[(*grid, 1, 1)[:3]](*given)
-    except Exception as error:  # no C compiler, a GPU or a driver that this Triton does not know, …
-        _failed = True
-        warnings.warn(f"Triton cannot run here, plain torch is used instead: {error}", stacklevel=2)
-        return False
-    return True
-
-
-def _kind(argument: Any, name: str) -> Any:
-    """What a kernel is compiled for of one argument."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    return argument < 2**31 if name in ("tokens", "steps") else argument
-
-
-def work() -> bool:
-    """Whether Triton has started all kernels that it was given."""
-    return not _failed
 
 
 def can_rotate(blocks: Tensor, *rows: Tensor) -> bool:
@@ -175,25 +160,20 @@ def can_rotate(blocks: Tensor, *rows: Tensor) -> bool:
     Tensors without values and other subclasses of torch.Tensor are not for them, nor is what torch.compile traces:
     inductor makes kernels of its own from plain operations.
     """
-    if _failed or torch.is_grad_enabled() or blocks.shape[-1] not in SIZES.get(blocks.dtype, ()):
+    if not work() or torch.is_grad_enabled() or blocks.shape[-1] not in SIZES.get(blocks.dtype, ()):
         return False
-    if type(blocks) is not Tensor and type(blocks) is not Parameter:
-        return False
-    for tensor in rows:
-        plain = type(tensor) is Tensor and tensor.dtype == blocks.dtype and tensor.device == blocks.device
-        if not plain or tensor.stride(1) != 1 or len(tensor) == 0:
-            return False
-    return True
+    return (type(blocks) is Tensor or type(blocks) is Parameter) and are_rows(blocks, *rows)
 
 
 def _tiles(x: Tensor, size: int, tiling: Tiling) -> tuple[int, int, int]:
     """The width of a tile, the number of tiles side by side, and the rows of each."""
-    width = max(size, 128 // x.element_size())
-    rows = FEW_ROWS if len(x) <= FEW_ROWS else tiling.rows * 2 // x.element_size()
-    return width, triton.cdiv(x.shape[1], width), rows
+    tokens, n = x.shape
+    itemsize = x.element_size()
+    width = max(size, 128 // itemsize)
+    return width, tiles(n, width), FEW_ROWS if tokens <= FEW_ROWS else tiling.rows * 2 // itemsize
 
 
-def rotate_blocks(x: Tensor, blocks: Tensor, in_place: bool = False) -> Tensor | None:
+def rotate_blocks(x: Tensor, blocks: Tensor, in_place: bool = False, firsts: Tensor | None = None) -> Tensor | None:
     """x (I + D) for block-diagonal D, its sum taken in float32 and rounded once, so that D = 0 changes no bit.
 
     An entry that is infinite or not a number may reach all columns of its row's tile, not those of its block alone.
@@ -202,22 +182,29 @@ def rotate_blocks(x: Tensor, blocks: Tensor, in_place: bool = False) -> Tensor |
         x: (tokens, n), as `can_rotate` takes it.
         blocks: (n / b, b, b), of any strides: D transposed is a view.
         in_place: write to x.
+        firsts: (tokens, n / b), contiguous, to be added to the first column of each block of x before; or None.
 
     Returns:
         (tokens, n), or None where Triton cannot run; x is unchanged then.
     """
     y = x if in_place else x.new_empty(x.shape)
-    size = blocks.shape[-1]
+    (tokens, n), size = x.shape, blocks.shape[-1]
     width, side_by_side, rows = _tiles(x, size, FORWARD)
-    given = (x, blocks, y, len(x), x.shape[1], x.stride(0), y.stride(0), *blocks.stride(), size, width, rows)
-    grid = side_by_side, triton.cdiv(len(x), rows)
+    sizes = size, width, rows, firsts is not None
+    given = x, blocks, y, x if firsts is None else firsts, tokens, n, x.stride(0), y.stride(0), *blocks.stride(), *sizes
+    grid = side_by_side, tiles(tokens, rows)
     return y if launch(_rotate, grid, given, num_warps=FORWARD.warps, num_stages=FORWARD.stages) else None
 
 
 def rotate_blocks_backward(
-    x: Tensor, gradient: Tensor, blocks: Tensor, needs_x: bool, in_place: bool = False
-) -> tuple[Tensor | None, Tensor] | None:
-    """The gradients of x and of the blocks from that of x (I + D), in one pass over both.
+    x: Tensor,
+    gradient: Tensor,
+    blocks: Tensor,
+    needs_x: bool,
+    in_place: bool = False,
+    firsts: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor | None] | None:
+    """The gradients of x, the blocks and what is added to first columns from that of x (I + D), in one pass over both.
 
     Sums over tokens are taken in float32 and in an order that the shapes alone decide.
 
@@ -226,22 +213,28 @@ def rotate_blocks_backward(
         blocks: (n / b, b, b), of any strides.
         needs_x: whether the gradient of x is asked for.
         in_place: write it to `gradient`.
+        firsts: as in `rotate_blocks`.
 
     Returns:
-        (tokens, n) or None, and (n / b, b, b) in the dtype of x; None where Triton cannot run, and then nothing is
-        written to.
+        (tokens, n) or None, (n / b, b, b) in the dtype of x, and (tokens, n / b) where there are firsts and the
+        gradient of x is asked for; None where Triton cannot run, and then nothing is written to.
     """
     grad_x = gradient if in_place or not needs_x else gradient.new_empty(gradient.shape)
-    count, size, _ = blocks.shape
+    (tokens, n), (count, size, _) = x.shape, blocks.shape
     width, side_by_side, rows = _tiles(x, size, BACKWARD)
     if side_by_side < PROGRAMS and width // 2 >= max(size, 16):
-        width, side_by_side = width // 2, triton.cdiv(x.shape[1], width // 2)
-    tiles = triton.cdiv(len(x), rows)
-    steps = triton.cdiv(tiles, triton.cdiv(PROGRAMS, side_by_side))
-    splits = triton.cdiv(tiles, steps)
+        width, side_by_side = width // 2, tiles(n, width // 2)
+    below = tiles(tokens, rows)
+    # Not split where that would give each multiprocessor less than one and a half: sums of splits are two launches.
+    steps = tiles(below, max(1, PROGRAMS // side_by_side))
+    splits = tiles(below, steps)
     sums = x.new_empty(splits, count, size, size, dtype=x.dtype if splits == 1 else torch.float32)
     strides = x.stride(0), gradient.stride(0), grad_x.stride(0), *blocks.stride()
-    given = x, gradient, blocks, grad_x, sums, len(x), x.shape[1], steps, *strides, size, width, rows, needs_x
-    if not launch(_rotate_backward, (side_by_side, splits), (*given, BACKWARD.stages), num_warps=BACKWARD.warps):
+    grad_firsts = firsts if firsts is None or not needs_x else torch.empty_like(firsts)
+    first_columns = (x, x) if firsts is None else (firsts, grad_firsts)
+    given = x, gradient, blocks, grad_x, sums, *first_columns, tokens, n, steps
+    options = size, width, rows, needs_x, firsts is not None, BACKWARD.stages
+    if not launch(_rotate_backward, (side_by_side, splits), (*given, *strides, *options), num_warps=BACKWARD.warps):
         return None
-    return grad_x if needs_x else None, sums[0] if splits == 1 else sums.sum(0).to(x.dtype)
+    total = sums[0] if splits == 1 else sums.sum(0).to(x.dtype)
+    return (grad_x, total, grad_firsts) if needs_x else (None, total, None)

@@ -8,11 +8,15 @@ small ones. Higher stages are the same on permuted coordinates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from isotune.algebra.constants import made_once
-from isotune.algebra.factors import BlockDiagonal, Chain
+from isotune.algebra.factors import BlockDiagonal, Chain, refuse_double_backward
+from isotune.algebra.recording import is_exported
 
 MAX_BLOCK = 64
 """Largest folded block: beyond it the extra multiplications outweigh what the larger products gain."""
@@ -60,11 +64,13 @@ def butterfly_blocks(stages: Tensor, size: int) -> tuple[Tensor, ...]:
 
     Source: Liu et al., BOFT (ICLR 2024), section 4.
     """
-    groups = reversed(_groups(size, stages.shape[-4]))
-    return tuple(_fold([stages[..., stage, :, :, :] for stage in group], size, group.start) for group in groups)
+    each = stages.unbind(-4)
+    return tuple(
+        _fold(each[group.start : group.stop], size, group.start) for group in reversed(_groups(size, len(each)))
+    )
 
 
-def _fold(stages: list[Tensor], size: int, before: int) -> Tensor:
+def _fold(stages: Sequence[Tensor], size: int, before: int) -> Tensor:
     """M − I of consecutive stages as blocks of size · 2^(len − 1), in the order of `butterfly_chain`.
 
     Blocks grow from the lowest stage on, so that only the last doubling works on tensors of the final size.
@@ -87,19 +93,55 @@ def _double(blocks: Tensor, stage: Tensor) -> Tensor:
     """Join neighbouring blocks C, (..., 2k, S, S), by a stage E that acts before them: C + E + E C, (..., k, 2S, 2S).
 
     Each (2h, 2h) of E, (..., k, S / h, 2h, 2h), joins a chunk of h coordinates of one block with the same chunk of the
-    next. Both are written out as dense blocks of the doubled size: one batched product of these takes less time than
-    many products of chunks, and no chunk has to be moved.
+    next. Differentiable once.
     """
-    *leading, count, _, size, _ = stage.shape
-    width = blocks.shape[-1]
-    eye = torch.eye(2, dtype=blocks.dtype, device=blocks.device)
-    joined = (blocks.view(*leading, count, 2, width, 1, width) * eye[:, None, :, None]).reshape(
-        -1, 2 * width, 2 * width
-    )
-    (places,) = _places(width, size // 2, stage.device)
-    spread = stage.new_zeros(len(joined), 4 * width * width).index_copy(-1, places, stage.reshape(len(joined), -1))
-    spread = spread.view(joined.shape)
-    return torch.baddbmm(joined + spread, spread, joined).view(*leading, count, 2 * width, 2 * width)
+    if is_exported():
+        joined, spread = _written_out(blocks, stage)
+        result = torch.baddbmm(joined + spread, spread, joined)
+    else:
+        result = _Doubled.apply(blocks, stage)  # type: ignore[no-untyped-call]
+    return result.view(*stage.shape[:-3], *result.shape[-2:])
+
+
+def _written_out(blocks: Tensor, stage: Tensor) -> tuple[Tensor, Tensor]:
+    """C and E as dense blocks of the doubled size, (all, 2S, 2S).
+
+    One batched product of these takes less time than many products of chunks, and no chunk has to be moved.
+    """
+    width, half = blocks.shape[-1], stage.shape[-1] // 2
+    sides = _sides(blocks.dtype, blocks.device)[0][:, None, :, None]
+    joined = (blocks.view(*stage.shape[:-3], 2, width, 1, width) * sides).view(-1, 2 * width, 2 * width)
+    (places,) = _places(width, half, stage.device)
+    spread = stage.new_zeros(len(joined), 4 * width * width).index_copy_(-1, places, stage.reshape(len(joined), -1))
+    return joined, spread.view(joined.shape)
+
+
+class _Doubled(torch.autograd.Function):
+    """C + E + E C of the written out, which are made again for backward: kept is what they are made of."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: Tensor, stage: Tensor) -> Tensor:
+        ctx.save_for_backward(blocks, stage)
+        joined, spread = _written_out(blocks, stage)
+        return torch.baddbmm(joined + spread, spread, joined)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        refuse_double_backward()
+        blocks, stage = ctx.saved_tensors
+        joined, spread = _written_out(blocks, stage)
+        width = blocks.shape[-1]
+        (places,) = _places(width, stage.shape[-1] // 2, stage.device)
+        of_stage = torch.baddbmm(gradient, gradient, joined.mT).flatten(1).index_select(-1, places)
+        of_joined = torch.baddbmm(gradient, spread.mT, gradient).view(-1, 2, width, 2, width)
+        of_blocks = of_joined.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+        return of_blocks.reshape(blocks.shape), of_stage.view(stage.shape)
+
+
+@made_once
+def _sides(dtype: torch.dtype, device: torch.device) -> tuple[Tensor]:
+    """The identity on two neighbouring blocks."""
+    return (torch.eye(2, dtype=dtype, device=device),)
 
 
 @made_once

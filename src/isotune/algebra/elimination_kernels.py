@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isotune.algebra import block_kernels
+from isotune.algebra.launching import launch, power_of_two, tiles, work
 
 BLOCK = 64
 """Matrices up to this size are in the registers of one program; larger ones are eliminated by blocks of it."""
@@ -178,7 +178,7 @@ def _polish(half, defect, result, n, blocks, SIZE: tl.constexpr, DEPTH: tl.const
 def can_eliminate(generator: Tensor) -> bool:
     """Say whether the kernels take this batch (count, n, n): contiguous float32 with values, and not an empty one."""
     return (
-        block_kernels.work()
+        work()
         and type(generator) is Tensor
         and generator.dtype == torch.float32
         and generator.is_contiguous()
@@ -200,31 +200,27 @@ def cayley_by_elimination(generator: Tensor) -> Tensor | None:
     """
     count, n, _ = generator.shape
     if n <= BLOCK:
-        size = max(8, triton.next_power_of_2(n))
+        size = power_of_two(n, least=8)
         result, matrices = torch.empty_like(generator), MATRICES[size]
         given = generator, result, count, n, size, matrices
-        started = block_kernels.launch(_whole, (triton.cdiv(count, matrices),), given, num_warps=WARPS[size])
+        started = launch(_whole, (tiles(count, matrices),), given, num_warps=WARPS[size])
         return result if started else None
-    blocks = triton.cdiv(n, BLOCK)
+    blocks = tiles(n, BLOCK)
     source, target = -generator, torch.empty_like(generator)
     panel = generator.new_empty(count, BLOCK, n)
     options = {"num_warps": PRODUCT_WARPS}
     for k in range(blocks):
         started = (
-            block_kernels.launch(_diagonal, (count,), (source, panel, n, k, BLOCK), num_warps=WARPS[BLOCK])
-            and block_kernels.launch(
-                _row, (count * (blocks - 1),), (source, panel, n, k, blocks, BLOCK, DEPTH), **options
-            )
-            and block_kernels.launch(
-                _others, (count * blocks**2,), (source, target, panel, n, k, blocks, BLOCK, DEPTH), **options
-            )
+            launch(_diagonal, (count,), (source, panel, n, k, BLOCK), num_warps=WARPS[BLOCK])
+            and launch(_row, (count * (blocks - 1),), (source, panel, n, k, blocks, BLOCK, DEPTH), **options)
+            and launch(_others, (count * blocks**2,), (source, target, panel, n, k, blocks, BLOCK, DEPTH), **options)
         )
         if not started:
             return None
         source, target = target, source
     result = torch.empty_like(generator)
     for first in (True, False):
-        if not block_kernels.launch(
+        if not launch(
             _polish, (count * blocks**2,), (source, target, result, n, blocks, BLOCK, DEPTH, first), **options
         ):
             return None

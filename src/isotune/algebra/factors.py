@@ -35,6 +35,11 @@ class Factor(ABC):
 
     count: ClassVar[int]
 
+    @property
+    def parts(self) -> Chain:
+        """The factors that it consists of, each of which is transposed for itself."""
+        return (self,)
+
     @abstractmethod
     def apply(self, x: Tensor, tensors: Sequence[Tensor], in_place: bool = False) -> Tensor:
         """x (I + D) for x (tokens, n): a new tensor, or with `in_place` x itself if it is contiguous."""
@@ -83,7 +88,7 @@ class BlockDiagonal(Factor):
             x = x if x.stride(1) == 1 else x.contiguous()  # each product would copy columns that lie apart
         return x.reshape(x.shape[0], x.shape[1] // self.size, self.size).transpose(0, 1)
 
-    def _kernels(self, blocks: Tensor, *rows: Tensor) -> Any:
+    def kernels(self, blocks: Tensor, *rows: Tensor) -> Any:
         """The kernels for these tensors, where there are some; else None."""
         if self.permuted or self.columns is not None:
             return None
@@ -91,7 +96,7 @@ class BlockDiagonal(Factor):
         return kernels if kernels is not None and kernels.can_rotate(blocks, *rows) else None
 
     def apply(self, x: Tensor, tensors: Sequence[Tensor], in_place: bool = False) -> Tensor:
-        if kernels := self._kernels(tensors[0], x):
+        if kernels := self.kernels(tensors[0], x):
             rotated: Tensor | None = kernels.rotate_blocks(x, tensors[0], in_place)
             if rotated is not None:
                 return rotated
@@ -116,13 +121,64 @@ class BlockDiagonal(Factor):
     def backward(
         self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor], needs_x: bool, in_place: bool = False
     ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        if (needs_x or self.size < 16) and (kernels := self._kernels(tensors[0], x, gradient)):
+        if (needs_x or self.size < 16) and (kernels := self.kernels(tensors[0], x, gradient)):
             found = kernels.rotate_blocks_backward(x, gradient, tensors[0], needs_x, in_place)
             if found is not None:
                 return found[0], (found[1],)
         own = self._blocks(gradient)
         grads = (torch.bmm(self._blocks(x).mT, own),)
         return self._add(gradient, torch.bmm(own, tensors[0].mT), in_place) if needs_x else None, grads
+
+
+class Nested(Factor):
+    """A dense D on the first coordinate of each block, (1, n / b, n / b), and then the blocks, (n / b, b, b).
+
+    The same as two `BlockDiagonal`, which it is where there are no kernels; these add the first to x as they read it.
+
+    Args:
+        size: b.
+        blocks: n / b.
+    """
+
+    count = 2
+
+    def __init__(self, size: int, blocks: int) -> None:
+        self.size = size
+        self.coarse = BlockDiagonal(blocks, slice(0, size * blocks, size))
+        self.fine = BlockDiagonal(size)
+
+    @property
+    def parts(self) -> Chain:
+        return self.coarse, self.fine
+
+    def _firsts(self, x: Tensor) -> Tensor:
+        return x[:, :: self.size].contiguous()
+
+    def apply(self, x: Tensor, tensors: Sequence[Tensor], in_place: bool = False) -> Tensor:
+        dense, blocks = tensors
+        if kernels := self.fine.kernels(blocks, x):
+            rotated: Tensor | None = kernels.rotate_blocks(x, blocks, in_place, torch.mm(self._firsts(x), dense[0]))
+            if rotated is not None:
+                return rotated
+        return chain_forward(x, self.parts, tensors, in_place)
+
+    def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        raise NotImplementedError("The transposed map acts in the other order: it is that of the parts.")
+
+    def backward(
+        self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor], needs_x: bool, in_place: bool = False
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        dense, blocks = tensors
+        if kernels := self.fine.kernels(blocks, x, gradient):
+            firsts = self._firsts(x)
+            found = kernels.rotate_blocks_backward(x, gradient, blocks, True, in_place, torch.mm(firsts, dense[0]))
+            if found is not None:
+                grad_x, grad_blocks, grad_firsts = found
+                if needs_x:
+                    grad_x[:, :: self.size].add_(torch.mm(grad_firsts, dense[0].t()))
+                grads = torch.mm(firsts.t(), grad_firsts).unsqueeze(0), grad_blocks
+                return grad_x if needs_x else None, grads
+        return chain_backward(x, gradient, self.parts, tensors, needs_x, in_place)
 
 
 class LowRank(Factor):
@@ -162,9 +218,8 @@ def split_tensors(chain: Chain, tensors: Sequence[Tensor]) -> list[Sequence[Tens
     return parts
 
 
-def chain_forward(x: Tensor, chain: Chain, tensors: Sequence[Tensor]) -> Tensor:
-    """x (I + D₁) (I + D₂) … for x (tokens, n), without a graph."""
-    in_place = False
+def chain_forward(x: Tensor, chain: Chain, tensors: Sequence[Tensor], in_place: bool = False) -> Tensor:
+    """x (I + D₁) (I + D₂) … for x (tokens, n), without a graph; `in_place` may overwrite it."""
     for factor, own in zip(chain, split_tensors(chain, tensors), strict=True):
         x = factor.apply(x, own, in_place)
         in_place = not is_exported()  # what a factor has made is nobody else's
@@ -234,5 +289,6 @@ def apply_chain(x: Tensor, chain: Chain, tensors: Sequence[Tensor]) -> Tensor:
 
 def transpose_chain(chain: Chain, tensors: Sequence[Tensor]) -> tuple[Chain, tuple[Tensor, ...]]:
     """The chain of the transposed map, differentiably: ((I + D₁)(I + D₂))ᵀ = (I + D₂ᵀ)(I + D₁ᵀ)."""
-    pairs = list(zip(chain, split_tensors(chain, tensors), strict=True))[::-1]
+    parts = tuple(part for factor in chain for part in factor.parts)
+    pairs = list(zip(parts, split_tensors(parts, tensors), strict=True))[::-1]
     return tuple(factor for factor, _ in pairs), tuple(t for factor, own in pairs for t in factor.transposed(own))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from isotune.algebra.constants import made_once
-from isotune.algebra.factors import BlockDiagonal, Chain, refuse_double_backward
+from isotune.algebra.factors import BlockDiagonal, Chain, Nested, refuse_double_backward
 from isotune.algebra.recording import is_exported
 
 LEVELS = 5
@@ -48,7 +48,7 @@ def givens_chain(n: int) -> Chain:
     """The factors of the tree on n coordinates, the one that acts first in front.
 
     One for the coarsest grids; each other grid has one for its whole blocks, if any, and one for the incomplete block
-    at its end, if any.
+    at its end, if any. Where that leaves a dense matrix and whole blocks of the finest grid, both are one factor.
     """
     chain: list[BlockDiagonal] = []
     widths = _widths(n)
@@ -63,7 +63,34 @@ def givens_chain(n: int) -> Chain:
         if rest > 1:
             own.append(BlockDiagonal(rest, slice(whole * _LEAF * step, n, step)))
         chain = own + chain
+    if dense == 1 and n > _LEAF and n % _LEAF == 0:
+        return (Nested(_LEAF, n // _LEAF),)
     return tuple(chain)
+
+
+class _Pairs(torch.autograd.Function):
+    """`rotation_pairs` with a backward of four operations, by the result alone; differentiable twice."""
+
+    @staticmethod
+    def forward(angles: Tensor) -> Tensor:
+        return _pairs(angles)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (pairs,) = ctx.saved_tensors
+        (on, minus), (plus, on_too) = (row.unbind(-1) for row in gradient.unbind(-2))
+        turned = plus - minus
+        less, minus_sine = pairs[..., 0, :].unbind(-1)
+        return torch.addcmul(torch.addcmul(turned, turned, less), on + on_too, minus_sine)
+
+
+def _pairs(angles: Tensor) -> Tensor:
+    sine, less = torch.sin(angles), -2 * torch.sin(0.5 * angles).square()
+    return torch.stack([less, -sine, sine, less], -1).view(*angles.shape, 2, 2)
 
 
 def rotation_pairs(angles: Tensor) -> Tensor:
@@ -72,8 +99,8 @@ def rotation_pairs(angles: Tensor) -> Tensor:
     Returns:
         (..., 2, 2), [[c − 1, −s], [s, c − 1]]; c − 1 is computed without cancellation.
     """
-    sine, less = torch.sin(angles), -2 * torch.sin(0.5 * angles).square()
-    return torch.stack([less, -sine, sine, less], -1).view(*angles.shape, 2, 2)
+    result: Tensor = _pairs(angles) if is_exported() else _Pairs.apply(angles)  # type: ignore[no-untyped-call]
+    return result
 
 
 def givens_blocks(pairs: Tensor, n: int) -> tuple[Tensor, ...]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-
-_M = TypeVar("_M", bound=torch.nn.Module)
 
 
 def backward_pass() -> int | None:
@@ -55,10 +52,3 @@ def common_store() -> Any:
 
 GROUPED_PRODUCT: Any = getattr(torch.ops.aten, "_grouped_mm", None)
 """The operation that the experts of a mixture are computed with; None in torch 2.6, which does not have it."""
-
-
-def without_parameters(module: _M) -> _M:
-    """Copy a module without the parameters that it registers itself; torch has no copy that leaves them out."""
-    other = copy.copy(module)
-    other._parameters = {}
-    return other

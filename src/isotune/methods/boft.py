@@ -113,7 +113,6 @@ class BOFTOperator(RotationAdapter):
 
     evaluated = ("generator",)
     beside = near_one = ("output_gain",)
-    recompute = True
 
     def __init__(
         self, width: int, out_features: int, block_size: int, stages: int, dropout: tuple[float, float] = (0, 1)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from isotune.cli.shared import Base, Trust, say
+from isotune_cli.shared import Base, Trust, say
 
 
 def evaluate_adapter(

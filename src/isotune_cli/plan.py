@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from isotune.cli.shared import Json, say
+from isotune_cli.shared import Json, say
 
 
 def plan(

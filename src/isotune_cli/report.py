@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from isotune.cli.shared import say
+from isotune_cli.shared import say
 
 
 def report_results(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from isotune.cli.shared import say
+from isotune_cli.shared import say
 
 
 def recipes() -> None:

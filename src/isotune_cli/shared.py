@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from isotune.experiments.text import printable
-
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the base model's repository carries.")]
 Base = Annotated[
     str | None, typer.Option(help="Base model: folder, Hub name or package:NAME. Default: what the adapter names.")
@@ -23,6 +21,8 @@ Out = Annotated[str, typer.Option("--output", "-o", help="A new folder to write.
 
 def say(text: str, *, err: bool = False, nl: bool = True) -> None:
     """Print text, with what is not printable in it, such as a terminal's escape sequences, written as escapes."""
+    from isotune.experiments.text import printable
+
     typer.echo(printable(text, keep="\n\t"), err=err, nl=nl)
 
 

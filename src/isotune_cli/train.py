@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from isotune.cli.shared import Overrides
+from isotune_cli.shared import Overrides
 
 
 def train(

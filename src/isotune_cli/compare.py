@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from isotune.cli.shared import Overrides, say
+from isotune_cli.shared import Overrides, say
 
 
 def compare(

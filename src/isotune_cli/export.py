@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from isotune.cli.shared import Base, Out, Trust, say
+from isotune_cli.shared import Base, Out, Trust, say
 
 
 def export_adapter(

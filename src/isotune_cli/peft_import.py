@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from isotune.cli.shared import Base, Out, Trust, say
+from isotune_cli.shared import Base, Out, Trust, say
 
 
 def import_adapter(

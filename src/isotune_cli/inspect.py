@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from isotune.cli.shared import Base, Json, Trust, say
+from isotune_cli.shared import Base, Json, Trust, say
 
 
 def inspect_adapter(

@@ -73,7 +73,8 @@ release-check: $(VENV)/.release
 	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv $(RELEASE)
 	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		"$$(ls dist/*.whl)[language]"
 	cd $(RELEASE) && bin/isotune --help >/dev/null && bin/python $(CURDIR)/tests/pythons/readme.py
 
 # One virtual environment, grown as targets ask for more; a stamp is older than the files that it was made from when

@@ -153,6 +153,15 @@ def tiny_unet(seed: int = 0, **options: Any) -> Any:
     return UNet2DConditionModel(**{**blocks, **sizes, **options}).eval()
 
 
+def tiny_text_encoder(projected: bool = False) -> Any:
+    """A random text encoder of CLIP with two layers, with a projection as the second one of SDXL has it."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(CLIPTextConfig(vocab_size=40, **sizes)).eval()
+
+
 INNER_ATTENTION = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),

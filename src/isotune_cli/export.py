@@ -17,7 +17,8 @@ def export_adapter(
     to: Annotated[
         str,
         typer.Option(
-            help="lora: an ordinary PEFT LoRA folder. merged: a plain model. kohya, lycoris: a rotation as one file."
+            help="lora: an ordinary PEFT LoRA folder. merged: a plain model. peft: PEFT's own OFT or BOFT. "
+            "kohya, lycoris: a rotation as one file."
         ),
     ],
     output: Out,
@@ -31,18 +32,32 @@ def export_adapter(
     names: Annotated[
         str | None, typer.Option(help="diffusers or kohya: one LoRA file of a model of diffusers, with these names.")
     ] = None,
+    component: Annotated[
+        str | None,
+        typer.Option(help="text_encoder, text_encoder_1 or _2: which one of its pipeline the base of one file is."),
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write an adapter, or all checkpoints in a folder, in a form that needs no isotune."""
-    if to not in ("lora", "merged", "kohya", "lycoris"):
-        raise ValueError(f"--to {to} is not one of lora, merged, kohya, lycoris")
+    if to not in ("lora", "merged", "peft", "kohya", "lycoris"):
+        raise ValueError(f"--to {to} is not one of lora, merged, peft, kohya, lycoris")
     if to != "lora" and (rank is not None or energy is not None or uniform_rank or names is not None):
         raise ValueError("--rank, --energy, --uniform-rank and --names are for --to lora; all others are exact.")
+    if component is not None and names is None and to not in ("kohya", "lycoris"):
+        raise ValueError("--component is for one file of a diffusion tool: --to lora with --names, kohya or lycoris.")
+    part: Any = component
     if to in ("kohya", "lycoris"):
         from isotune.files.diffusion.rotations import export_rotation
 
         form: Any = to
-        count = export_rotation(directory, output, form, base=base, trust_remote_code=trust_remote_code)
+        count = export_rotation(directory, output, form, base=base, component=part, trust_remote_code=trust_remote_code)
+        say(f"wrote {output}: {count} layers, exact")
+        return
+    if to == "peft":
+        from isotune.files.export_peft import export_peft
+        from isotune.files.export_runs import only_adapter
+
+        count = export_peft(only_adapter(directory), output, base=base, trust_remote_code=trust_remote_code)
         say(f"wrote {output}: {count} layers, exact")
         return
     if names is not None:
@@ -52,7 +67,14 @@ def export_adapter(
 
         kept: Any = names
         report = export_lora_file(
-            directory, output, kept, base=base, rank=rank, energy=energy, trust_remote_code=trust_remote_code
+            directory,
+            output,
+            kept,
+            base=base,
+            component=part,
+            rank=rank,
+            energy=energy,
+            trust_remote_code=trust_remote_code,
         )
         say(f"wrote {output}: {report}")
         return

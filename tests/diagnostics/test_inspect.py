@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
+import isotune_cli as cli
 from helpers import DROPOUT, LORA, Chain, as_trained, layers_of, randomize
 from isotune import (
     BOFTConfig,
@@ -21,7 +23,6 @@ from isotune import (
     PeftModel,
     PsoftConfig,
     QGOFTConfig,
-    cli,
     get_peft_model,
 )
 from isotune.diagnostics.inspect import inspect
@@ -210,3 +211,11 @@ def test_rotations_of_all_inputs(config: RotationConfig, free: bool, tmp_path: P
     assert "width" in report.summary()
     assert all(layer.update_norm is None for layer in alone.layers)
     assert "width" in alone.summary()
+
+
+def test_a_picture_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_trained("oft", nn.Sequential(nn.Linear(12, 12)), "0").save_pretrained(tmp_path / "adapter")
+    report = inspect(tmp_path / "adapter", nn.Sequential(nn.Linear(12, 12)))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"isotune\[report\]"):
+        save_png(report, tmp_path / "a.png")

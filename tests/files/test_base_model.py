@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from isotune.errors import AdapterFileError
 from isotune.files.base_model import diffusers_class, gguf_of, pipeline_of, resolve_base
+from isotune.files.diffusion.single import with_config
 
 PACKAGE = """
 calls = []
@@ -48,3 +50,6 @@ def test_a_damaged_description_of_a_diffusers_model_is_named(content: str, tmp_p
         diffusers_class(str(tmp_path))
     with pytest.raises(ValueError, match=r"model_index\.json .*again"):
         pipeline_of(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(AdapterFileError, match=r"adapter_config\.json .*again"):
+        with_config(tmp_path / "adapter_model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import isotune_cli as cli
-from helpers import INNER_ATTENTION, randomize, relative_error, tiny_bert, tiny_unet
+from helpers import INNER_ATTENTION, randomize, relative_error, tiny_bert, tiny_text_encoder, tiny_unet
 from isotune import HRAConfig, LoraXsConfig, OFTConfig, PsoftConfig, get_peft_model
 from isotune.files.diffusion.lora import export_lora_file
+from isotune.files.diffusion.rotations import export_rotation
 from isotune.methods.config import IsotuneConfig
 from isotune.tuner.state import adapted_layers
 
@@ -120,12 +122,145 @@ def test_a_rotation_by_its_best_rank(names: Any, tmp_path: Path) -> None:
 def test_a_transformer(make: Any, tmp_path: Path) -> None:
     model = get_peft_model(make(), PsoftConfig(r=4, target_modules=["to_q", "add_k_proj", "proj_mlp"]))
     randomize(model, std=0.2)
-    with pytest.raises(ValueError, match=r"join several layers into one.*--names diffusers"):
-        export_lora_file(model, tmp_path / "lora.safetensors", "kohya")
     export_lora_file(model, tmp_path / "lora.safetensors", "diffusers")
     found, expected = updates_by_diffusers(tmp_path / "lora.safetensors", make()), updates_of(model)
     assert found.keys() == expected.keys()
     assert all(relative_error(found[name], update) < 1e-4 for name, update in expected.items())
+
+
+IMAGE_QKV = ["to_q", "to_k", "to_v"]
+
+
+def by_slices(file: Path, names: dict[str, list[str]], base: Any) -> dict[str, Tensor]:
+    """Module -> change of its weight, as its rows of the change of kohya's layer."""
+    stored, found = load_file(file), {}
+    for stem, modules in names.items():
+        up, down, alpha = (stored[f"lora_unet_{stem}.{key}"] for key in ("lora_up.weight", "lora_down.weight", "alpha"))
+        change = up @ down * (alpha / len(down))
+        rows = [base.get_submodule(module).weight.shape[0] for module in modules]
+        assert sum(rows) == len(change)
+        found |= {m: part for m, part in zip(modules, change.split(rows), strict=True) if part.any()}
+    assert {f"lora_unet_{stem}" for stem in names} == {key.split(".")[0] for key in stored}
+    return found
+
+
+def test_kohyas_joined_layers_of_flux(tmp_path: Path) -> None:
+    """As diffusers takes them apart, but for the single blocks, whose widths it has of the real model alone."""
+    double = ["to_q", "to_v", "add_k_proj", "to_out.0", "to_add_out", "net.0.proj", "net.2", "norm1.linear"]
+    options: dict[str, Any] = {"r": 4, "target_modules": rf"transformer_blocks.*({'|'.join(double)})"}
+    model = get_peft_model(flux(), PsoftConfig(**options, rank_pattern={"to_v": 3}))
+    randomize(model, std=0.2)
+    expected = updates_of(model)
+    assert export_lora_file(model, tmp_path / "lora.safetensors", "kohya").error == 0
+    stored = load_file(tmp_path / "lora.safetensors")
+    assert len(stored["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]) == 7
+    state = diffusers.FluxPipeline.lora_state_dict(stored)
+    base = flux()
+    base.load_lora_adapter(state, prefix="transformer")
+    base.fuse_lora()
+    base.unload_lora()
+    plain = flux()
+    for name, update in expected.items():
+        found = base.get_submodule(name).weight - plain.get_submodule(name).weight
+        assert relative_error(found, update) < 1e-4, name
+    assert torch.equal(base.get_submodule("transformer_blocks.0.attn.to_k").weight,
+                       plain.get_submodule("transformer_blocks.0.attn.to_k").weight)  # fmt: skip
+
+
+def test_kohyas_joined_layers_of_fluxs_single_blocks(tmp_path: Path) -> None:
+    targets = r"single_transformer_blocks.*(to_q|to_v|proj_mlp|proj_out|norm\.linear)|x_embedder"
+    model = get_peft_model(flux(), HRAConfig(r=4, target_modules=targets))
+    randomize(model, std=0.2)
+    export_lora_file(model, tmp_path / "lora.safetensors", "kohya")
+    block = "single_transformer_blocks.0"
+    linear = [f"{block}.attn.to_q", f"{block}.attn.to_k", f"{block}.attn.to_v", f"{block}.proj_mlp"]
+    names = {"single_blocks_0_linear1": linear, "single_blocks_0_linear2": [f"{block}.proj_out"]}
+    names |= {"single_blocks_0_modulation_lin": [f"{block}.norm.linear"], "img_in": ["x_embedder"]}
+    found, expected = by_slices(tmp_path / "lora.safetensors", names, flux()), updates_of(model)
+    assert found.keys() == expected.keys()
+    assert all(relative_error(found[name], update) < 1e-5 for name, update in expected.items())
+
+
+def test_kohyas_joined_layers_of_sd3(tmp_path: Path) -> None:
+    """The weights of the original layers, with the change of the file, become by diffusers' own conversion ours."""
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers as convert
+
+    wide = r"transformer_blocks.*(to_q|to_k|to_v|add_._proj|to_out.0|to_add_out|net.0.proj|net.2)"
+    model = get_peft_model(sd3(), PsoftConfig(r=4, target_modules=wide, exclude_modules=["add_k_proj"]))
+    randomize(model, std=0.2)
+    export_lora_file(model, tmp_path / "lora.safetensors", "kohya")
+    stored = load_file(tmp_path / "lora.safetensors")
+    assert len(stored["lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight"]) == 12
+    changes = {stem: stored[f"{stem}.lora_up.weight"] @ stored[f"{stem}.lora_down.weight"]
+               for stem in {key.split(".")[0] for key in stored}}  # fmt: skip
+    found = convert(_original_sd3(sd3(), changes))
+    expected = updates_of(model)
+    assert len(expected) > 15
+    for name, weight in sd3().state_dict().items():
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and ("attn" in name or "ff" in name):
+            change = expected.get(module, torch.zeros_like(weight))
+            assert (found[name] - change).abs().max() < 1e-5 * max(1.0, float(change.abs().max())), name
+
+
+def _original_sd3(base: Any, changes: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint in the original layout that is zero but for the changes."""
+    width, blocks = base.config.num_attention_heads * base.config.attention_head_dim, len(base.transformer_blocks)
+    zero = torch.zeros(1, 1)
+    around = ["pos_embed", *(f"{name}.{kind}" for kind in ("weight", "bias") for name in (
+        "x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "context_embedder", "y_embedder.mlp.0",
+        "y_embedder.mlp.2", "final_layer.linear"))]  # fmt: skip
+    state = dict.fromkeys(around, zero)
+    state |= {f"final_layer.adaLN_modulation.1.{kind}": torch.zeros(2, 1) for kind in ("weight", "bias")}
+    for i in range(blocks):
+        for side in ("x_block", "context_block"):
+            sizes = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.fc1": (4 * width, width)}
+            sizes |= {"mlp.fc2": (width, 4 * width), "adaLN_modulation.1": (6 * width, width)}
+            for layer, (rows, columns) in sizes.items():
+                stem = f"lora_unet_joint_blocks_{i}_{side}_{layer.replace('.', '_')}"
+                weight = changes.pop(stem, torch.zeros(rows, columns))
+                assert weight.shape == (rows, columns)
+                state[f"joint_blocks.{i}.{side}.{layer}.weight"] = weight
+                state[f"joint_blocks.{i}.{side}.{layer}.bias"] = torch.zeros(rows)
+    assert not changes
+    return state
+
+
+def test_what_kohya_has_no_layer_for(tmp_path: Path) -> None:
+    model = get_peft_model(flux(), PsoftConfig(r=2, target_modules=["to_q", "norm_out.linear"]))
+    with pytest.raises(ValueError, match=r"no layer for 'norm_out\.linear'.*--names diffusers"):
+        export_lora_file(model, tmp_path / "lora.safetensors", "kohya")
+    rotation = get_peft_model(flux(), OFTConfig(oft_block_size=8, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"no layer for 'transformer_blocks\.0\.attn\.to_q'.* alone"):
+        export_rotation(rotation, tmp_path / "oft.safetensors", "kohya")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_1", "text_encoder_2"])
+@pytest.mark.parametrize("names", ["diffusers", "kohya"])
+def test_a_text_encoder(names: Any, component: Any, tmp_path: Path) -> None:
+    encoder = functools.partial(tiny_text_encoder, projected=component == "text_encoder_2")
+    model = get_peft_model(encoder(), PsoftConfig(r=4, target_modules=["q_proj", "out_proj", "fc1"]))
+    randomize(model, std=0.2)
+    export_lora_file(model, tmp_path / "lora.safetensors", names, component=component)
+    stored = load_file(tmp_path / "lora.safetensors")
+    start = {"text_encoder": "lora_te_", "text_encoder_1": "lora_te1_", "text_encoder_2": "lora_te2_"}[component]
+    where = component.removesuffix("_1")
+    assert all(
+        key.startswith(f"{where}.text_model." if names == "diffusers" else f"{start}text_model_") for key in stored
+    )
+    pipeline: Any = diffusers.StableDiffusionXLPipeline
+    state, alphas = pipeline.lora_state_dict(stored)
+    base, plain = encoder(), encoder()
+    pipeline.load_lora_into_text_encoder(state, network_alphas=alphas, text_encoder=base, prefix=where)
+    ids = torch.arange(3, 11)[None]
+    with torch.no_grad():
+        found, expected, before = (m(input_ids=ids).last_hidden_state for m in (base, model, plain))
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(before, expected) > 1e-2
+    for wrong in (None, "unet"):
+        with pytest.raises(ValueError, match=r"component=.*text_encoder_2 \(--component\)"):
+            export_lora_file(model, tmp_path / "other.safetensors", names, component=wrong)  # type: ignore[arg-type]
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -144,6 +279,23 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert "must be a new file" in done.output
     assert CliRunner().invoke(cli.app, [*arguments, "--uniform-rank"]).exit_code == 2
+
+
+def test_the_command_on_a_text_encoder(tmp_path: Path) -> None:
+    tiny_text_encoder().save_pretrained(tmp_path / "base")
+    base = type(tiny_text_encoder()).from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, PsoftConfig(r=4, target_modules=["q_proj"]))
+    randomize(model, std=0.2)
+    model.save_pretrained(tmp_path / "ours")
+    arguments = ["export", str(tmp_path / "ours"), "-o", str(tmp_path / "lora.safetensors"), "--to", "lora"]
+    arguments += ["--component", "text_encoder_2"]
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 2  # an ordinary folder knows no component
+    done = CliRunner().invoke(cli.app, [*arguments, "--names", "kohya"])
+    assert done.exit_code == 0, done.output
+    up = load_file(tmp_path / "lora.safetensors")[
+        "lora_te2_text_model_encoder_layers_1_self_attn_q_proj.lora_up.weight"
+    ]
+    assert up.shape == (32, 4)
 
 
 def test_what_has_no_form(tmp_path: Path) -> None:

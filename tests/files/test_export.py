@@ -14,10 +14,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -32,7 +34,7 @@ from typer.testing import CliRunner
 import isotune_cli as cli
 from helpers import DROPOUT, LORA, as_trained, layers_of, randomize, relative_error, tiny_llama
 from isotune import BOFTConfig, GOFTConfig, OFTConfig, PeftModel, PsoftConfig, QGOFTConfig, get_peft_model
-from isotune.errors import IsotuneWarning
+from isotune.errors import AdapterFileError, IsotuneWarning
 from isotune.files.export_lora import export_lora
 from isotune.files.export_merged import export_merged
 from isotune.methods.config import IsotuneConfig
@@ -166,6 +168,39 @@ def test_a_folder_exports_as_its_model_does(tmp_path: Path) -> None:
     assert (output(BertForSequenceClassification.from_pretrained(tmp_path / "merged")) - expected).abs().max() < 1e-5
     assert (tmp_path / "merged/tokenizer.json").read_text() == "{}"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "lora", "merged"]
+
+
+@pytest.mark.parametrize("labels", [["law", "sports"], None])
+def test_the_names_of_classes_that_lie_beside_an_adapter_go_along(labels: list[str] | None, tmp_path: Path) -> None:
+    """As recipes write them."""
+    model, base = adapted("bert", tmp_path)
+    model.save_pretrained(tmp_path / "adapter")
+    if labels is not None:
+        (tmp_path / "adapter/labels.json").write_text(json.dumps({"id2label": dict(enumerate(labels))}))
+    export_merged(tmp_path / "adapter", tmp_path / "merged", base=str(base))
+    found = BertConfig.from_pretrained(tmp_path / "merged")
+    expected = labels or ["LABEL_0", "LABEL_1"]
+    assert found.id2label == dict(enumerate(expected))
+    assert found.label2id == {name: i for i, name in enumerate(expected)}
+
+
+@pytest.mark.skipif(Version(peft.__version__) < Version("0.19"), reason="transformers asks for PEFT 0.18.2 here")
+def test_transformers_reads_a_folder_with_the_names_of_classes_as_an_adapters(tmp_path: Path) -> None:
+    model, _ = adapted("bert", tmp_path)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter/labels.json").write_text('{"id2label": {"0": "law", "1": "sports"}}')
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert (output(whole) - output(model)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("content", ["nonsense", "{}", '{"id2label": {"0": "a"}}', '{"id2label": {"0": "a", "1": 2}}'])
+def test_names_of_classes_that_do_not_fit_are_refused(content: str, tmp_path: Path) -> None:
+    model, base = adapted("bert", tmp_path)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter/labels.json").write_text(content)
+    with pytest.raises(AdapterFileError, match=r"labels\.json (is damaged|should name the 2 classes)"):
+        export_merged(tmp_path / "adapter", tmp_path / "merged", base=str(base))
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize(("bias", "expected"), [("all", "all"), ("isotune_only", "lora_only")])

@@ -15,7 +15,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import isotune_cli as cli
-from helpers import INNER_ATTENTION, layers_of, randomize, relative_error, tiny_unet
+from helpers import INNER_ATTENTION, layers_of, randomize, relative_error, tiny_text_encoder, tiny_unet
 from isotune import BOFTConfig, HRAConfig, OFTConfig, PsoftConfig, get_peft_model
 from isotune.files.diffusion.rotations import export_rotation
 from isotune.files.diffusion.single import import_single
@@ -138,6 +138,33 @@ def test_lycoris_itself_reads_it(case: str, tmp_path: Path) -> None:
             name = lora.lora_name.removeprefix("lycoris_")
             change = lora.get_merged_weight(multiplier=1)[0] - base.get_submodule(name).weight
             assert relative_error(change, updates_of(model)[name]) < 1e-5
+
+
+@pytest.mark.parametrize(("form", "side"), [("kohya", "input"), ("lycoris", "output")])
+def test_a_text_encoder(form: Any, side: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"oft_block_size": 4, "side": side, "target_modules": ["q_proj", "fc1"]}
+    model = trained(tiny_text_encoder(), OFTConfig(**options))
+    file = tmp_path / "a.safetensors"
+    assert export_rotation(model, file, form, component="text_encoder_1") == 4
+    assert all(key.startswith("lora_te1_text_model_encoder_layers_") for key in load_file(file))
+    check_same(model, import_single(file, tiny_text_encoder()))
+
+
+@pytest.mark.parametrize("config", [OFTConfig(oft_block_size=8), BOFTConfig(boft_block_size=8)], ids=["oft", "gain"])
+def test_lycoris_has_as_many_blocks_as_one_has_rows(config: IsotuneConfig, tmp_path: Path) -> None:
+    model = get_peft_model(Base(), dataclasses.replace(config, side="output", target_modules=["linear"]))
+    with pytest.raises(ValueError, match=r"'.*linear' has 2 blocks of 8; .*blocks of at most 4, or export the merged"):
+        export_rotation(model, tmp_path / "a.safetensors", "lycoris")
+    assert not list(tmp_path.iterdir())
+
+
+def test_why_lycoris_cannot_load_more_rows_than_blocks(tmp_path: Path) -> None:
+    """Where it could one day, the refusal above is to go."""
+    lycoris = pytest.importorskip("lycoris")
+    tensors = {"lycoris_linear.oft_blocks": 0.1 * torch.ones(2, 8, 8), "lycoris_linear.alpha": torch.tensor(9.0)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(RuntimeError, match="size of tensor"), torch.no_grad():
+        lycoris.create_lycoris_from_weights(1.0, str(tmp_path / "a.safetensors"), Base())
 
 
 def test_layers_of_several_widths(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from helpers import (
     tiny_llama,
     trainable,
 )
-from isotune import get_peft_model
+from isotune import evaluated_once, get_peft_model
+from isotune.algebra import acceleration
 
 WITH_ADAPTERS = pytest.mark.parametrize("method", WITH_LORA)
 
@@ -155,6 +156,31 @@ def test_decoding_with_a_static_cache(method: str) -> None:
 
 
 @CUDA_ALONE
+@pytest.mark.parametrize("method", ["psoft", "lora_xs"])
+def test_one_token_by_its_kernels(method: str) -> None:
+    """Decoded in bfloat16 in a call, the logits of each token are those of plain products, to rounding."""
+    model = decoder(method).bfloat16()
+    tokens = some_tokens(1, 12).to(DEVICE)
+
+    @torch.no_grad()
+    def logits() -> Tensor:
+        cache, found = model(input_ids=tokens[:, :4], use_cache=True).past_key_values, []
+        for index in range(4, 12):
+            state = model(input_ids=tokens[:, index : index + 1], past_key_values=cache, use_cache=True)
+            cache = state.past_key_values
+            found.append(state.logits)
+        return torch.cat(found).float()
+
+    with evaluated_once(model):
+        found = logits()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(acceleration, "DEVICE", "none")
+        expected = logits()
+    assert not torch.equal(found, expected)
+    assert relative_error(found, expected) < 3e-2
+
+
+@CUDA_ALONE
 @WITH_ADAPTERS
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_a_training_step_waits_for_nothing(method: str, precision: str) -> None:
@@ -204,7 +230,7 @@ def test_ten_decoded_tokens_wait_for_nothing(method: str, generating: bool) -> N
 
 @METHOD
 def test_memory_does_not_grow_with_the_steps(method: str) -> None:
-    """After 80 steps as much is allocated as after 20, passes without gradients among them."""
+    """After 200 steps as much is allocated as after 20, passes without gradients among them."""
     model, x = chain(method), torch.randn(5, 12, device=DEVICE)
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-3)
 
@@ -218,7 +244,7 @@ def test_memory_does_not_grow_with_the_steps(method: str) -> None:
         return live_memory()
 
     after_twenty = steps(20)
-    assert steps(60) <= after_twenty  # less where garbage of another test went
+    assert steps(180) <= after_twenty  # less where garbage of another test went
 
 
 @pytest.mark.parametrize(("method", "mode"), [("psoft", "default"), ("oft", "reduce-overhead")])

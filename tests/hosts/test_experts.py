@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from exports import asked_elsewhere
 from helpers import (
     assert_unchanged,
     counted,
@@ -35,6 +36,7 @@ from isotune.algebra.factors import apply_chain
 from isotune.errors import AdapterFileError, BaseMismatchError, IsotuneWarning
 from isotune.files.adapter import describe
 from isotune.files.export_lora import export_lora
+from isotune.files.export_merged import export_merged
 from isotune.hosts import ExpertsHost
 from isotune.methods import METHODS
 from isotune.tuner.experts_layer import ExpertsLayer
@@ -458,6 +460,26 @@ def test_other_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="experts"):
         export_lora(tmp_path / "adapter", tmp_path / "lora", base=model_of("mixtral"))
     assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.slow
+def test_the_merged_export_is_read_without_isotune(family: str, method: str, tmp_path: Path) -> None:
+    model = adapted(family, method)
+    with torch.no_grad():
+        expected = logits(model)
+        assert relative_error(expected, logits(model_of(family))) > 1e-2
+    model_of(family).save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    export_merged(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "base"))
+    save_file({"input_ids": some_tokens(), "expected": expected.contiguous()}, tmp_path / "batch.safetensors")
+    (error,) = asked_elsewhere(place=str(tmp_path), base=None, loader="AutoModelForCausalLM", labels=[])
+    assert error < 1e-4
+    before = snapshot(model)
+    export_merged(model, tmp_path / "live")
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), expected)
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("live", "merged")]
+    torch.testing.assert_close(*files)
 
 
 # -- quantised bases -------------------------------------------------------------------------------------------------

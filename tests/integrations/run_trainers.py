@@ -9,13 +9,15 @@ FOLDER, which stays, or to a temporary one. Ends with 1 if a check fails.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import tiny
 import torch
 import yaml
 
-import isotune  # noqa: F401 (PEFT then knows its adapters)
+from isotune.methods import METHODS  # PEFT then knows isotune's adapters
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
@@ -39,15 +41,26 @@ def check(name: str, good: bool, found: str) -> None:
         failures.append(name)
 
 
-def command(name: str, *words: str | Path, log: Path, answers: str = "", fails: bool = False) -> str:
-    """What a command printed; it must end with 0, or with something else where it `fails`."""
+def command(
+    name: str, *words: str | Path, log: Path, answers: str = "", terminal: bool = False, fails: bool = False
+) -> str:
+    """What a command printed; it must end with 0, or with something else where it `fails`.
+
+    `answers` are what it reads: from a pipe, or from a terminal where it asks for one.
+    """
     program = [sys.executable, "-m", "isotune"] if name == "isotune" else [str(Path(sys.executable).parent / name)]
     path = os.pathsep.join([str(ROOT / "src"), str(log.parent), os.environ.get("PYTHONPATH", "")])
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "PYTHONPATH": path}
-    with log.open("a", encoding="utf-8") as file:
+    with log.open("a", encoding="utf-8") as file, contextlib.ExitStack() as ends:
+        given: dict[str, Any] = {"input": answers}
+        if terminal:
+            keyboard, given = (pair := os.openpty())[0], {"stdin": pair[1]}
+            for end in pair:
+                ends.callback(os.close, end)
+            os.write(keyboard, answers.encode())
         done = subprocess.run(
             [*program, *map(str, words)],
-            input=answers,
+            **given,
             stdout=file,
             stderr=subprocess.STDOUT,
             text=True,
@@ -73,16 +86,31 @@ def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
     return model.eval()(torch.arange(6, 46).reshape(2, 20)).logits
 
 
-def check_trained(name: str, folder: Path, base: Path) -> torch.Tensor:
-    """That all steps were done, lowered the loss and moved the model; its adapted logits."""
+def check_trained(name: str, folder: Path, base: Path, start: float | None = None) -> torch.Tensor:
+    """That all steps were done, lowered the loss, from `start` if known, and moved the model; its adapted logits."""
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     losses = [float(entry["loss"]) for entry in state["log_history"] if "loss" in entry]
     good = len(losses) == STEPS and losses[-1] < losses[0] - 0.5
-    check(f"{name} trained", good, f"{len(losses)} steps, loss {losses[0]:.2f} to {losses[-1]:.2f}")
+    good &= start is None or math.isclose(losses[0], start, rel_tol=1e-3)
+    check(f"{name} trained", good, f"{len(losses)} steps, loss {losses[0]:.4g} to {losses[-1]:.4g}")
     adapted = logits(base, folder)
     moved = float((adapted - logits(base)).abs().max())
     check(f"{name} read on its base", moved > 0.05, f"adapted - base {moved:.2g} of {float(adapted.abs().max()):.2g}")
     return adapted
+
+
+def without(package: str, folder: Path) -> None:
+    """Have an empty module stand for a package that is imported and not used, if it is not installed."""
+    if importlib.util.find_spec(package) is None:
+        (folder / f"{package}.py").touch()
+
+
+def check_asked(name: str, adapted: list[str], merged: list[str], base: list[str]) -> None:
+    """That the adapted model gives the answers of the merged one, and not those of the base."""
+    same = sum(a == b for a, b in zip(adapted, merged, strict=True))
+    changed = sum(a != b for a, b in zip(adapted, base, strict=True))
+    good = same == len(adapted) > 0 and changed > 0
+    check(name, good, f"{same} of {len(adapted)} answers as the merged model's, {changed} not as the base's")
 
 
 def check_same(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -92,17 +120,17 @@ def check_same(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def axolotl(folder: Path) -> None:
-    """PSOFT trained and merged both ways; OFT trained on a base in NF4."""
+    """PSOFT trained, merged both ways and asked; PSOFT by DPO; OFT trained on a base in NF4."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     base, nf4 = folder / "base", folder / "nf4"
 
-    def write(example: str, base: Path, out: Path, **block: Any) -> Path:
+    def write(example: str, base: Path, out: Path, more: Mapping[str, Any] | None = None, **block: Any) -> Path:
         given = yaml.safe_load((ROOT / "examples/axolotl" / example).read_text(encoding="utf-8"))
         given["isotune"].update(block)
+        given["datasets"] = [{"path": str(folder / "data.json"), "ds_type": "json", "type": "alpaca"}]
         given.update(
             base_model=str(base),
-            datasets=[{"path": str(folder / "data.json"), "ds_type": "json", "type": "alpaca"}],
             dataset_prepared_path=str(out / "prepared"),
             output_dir=str(out),
             seed=0,
@@ -115,8 +143,9 @@ def axolotl(folder: Path) -> None:
             lr_scheduler="constant",
             bf16=False,
             tf32=False,
+            **(more or {}),
         )
-        path = folder / example
+        path = folder / f"{out.name}.yml"
         path.write_text(yaml.safe_dump(given), encoding="utf-8")
         return path
 
@@ -128,6 +157,30 @@ def axolotl(folder: Path) -> None:
     check_same("PSOFT merged by axolotl merge-lora", logits(out / "merged"), adapted)
     command("isotune", "export", out, "--to", "merged", "-o", folder / "psoft-merged", log=log)
     check_same("PSOFT merged by isotune export", logits(folder / "psoft-merged"), adapted)
+
+    without("gradio", folder)  # imported for every inference, used for a page in a browser alone
+    talks = []
+    alone = {"adapter": None, "isotune": None, "plugins": None}
+    which = {"adapted": (base, {"lora_model_dir": str(out)}), "merged": (out / "merged", alone), "bare": (base, alone)}
+    for name, (model, more) in which.items():
+        file, talk = write("psoft.yml", model, folder / f"chat-{name}", more), folder / f"chat-{name}.jsonl"
+        asked = [f"{row['instruction']}\n/save {talk}\n/new\n" for row in tiny.rows()[:4]]
+        answers = "".join(["/set temperature 0\n", "/set max_new_tokens 8\n", *asked, "/quit\n"])
+        words = ("inference", file, "--launcher", "python", "--chat")
+        command("axolotl", *words, log=folder / f"chat-{name}.log", answers=answers, terminal=True)
+        messages = [json.loads(line)["messages"] for line in talk.read_text(encoding="utf-8").splitlines()]
+        talks.append([own[-1]["content"][0]["text"] for own in messages])
+    check_asked("PSOFT asked by axolotl inference", *talks)
+
+    out, log = folder / "dpo", folder / "dpo.log"
+    pairs = {"path": str(folder / "pairs.json"), "ds_type": "json", "split": "train", "type": "chatml"}
+    file = write("psoft.yml", base, out, {"rl": "dpo", "datasets": [pairs]}, r=8)
+    command("axolotl", "train", file, "--launcher", "python", log=log)
+    adapted = check_trained("PSOFT by DPO", out / f"checkpoint-{STEPS}", base, start=math.log(2))
+    page = (out / "README.md").read_text(encoding="utf-8")
+    check("the card after DPO", "[TRL]" in page and "ISOTUNE_PSOFT" in page, "TRL's and isotune's part")
+    command("isotune", "export", out, "--to", "merged", "-o", folder / "dpo-merged", log=log)
+    check_same("PSOFT by DPO merged by isotune export", logits(folder / "dpo-merged"), adapted)
 
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bits, device_map="cpu").save_pretrained(nf4)
@@ -143,11 +196,12 @@ def axolotl(folder: Path) -> None:
 
 
 def ms_swift(folder: Path) -> None:
-    """PSOFT and OFT trained; PSOFT merged and asked by ms-swift itself."""
+    """Every method trained; PSOFT merged and asked by ms-swift itself."""
     base = folder / "base"
     plugin = ROOT / "src/isotune/integrations/ms_swift.py"
-    options = {"psoft": {"r": 8}, "oft": {"oft_block_size": 8}}
-    for method, given in options.items():
+    sizes = {"oft": {"oft_block_size": 8}, "boft": {"boft_block_size": 4}, "goft": {}, "qgoft": {}}
+    for method in METHODS:
+        given = sizes.get(method, {"r": 8})
         out, log = folder / method, folder / f"{method}.log"
         words = {
             "model": base,
@@ -182,16 +236,12 @@ def ms_swift(folder: Path) -> None:
         asked = ("--val_dataset", f"{folder / 'chat.jsonl'}#4", "--max_new_tokens", "8", "--temperature", "0")
         command("swift", "infer", *words_of_model, *kind, *asked, "--result_path", result, log=folder / f"{name}.log")
         said.append([json.loads(line)["response"] for line in result.read_text(encoding="utf-8").splitlines()])
-    same = sum(a == b for a, b in zip(said[0], said[1], strict=True))
-    changed = sum(a != b for a, b in zip(said[0], said[2], strict=True))
-    good = same == len(said[0]) == 4 and changed > 0
-    check("PSOFT asked by swift infer", good, f"{same} of 4 answers as the merged model's, {changed} not as the base's")
+    check_asked("PSOFT asked by swift infer", *said)
 
 
 def llamafactory(folder: Path) -> None:
     """PEFT's OFT trained, imported and merged; what LLaMA-Factory itself refuses of it."""
-    if importlib.util.find_spec("torchaudio") is None:
-        (folder / "torchaudio.py").touch()  # imported for every model, used for sound alone
+    without("torchaudio", folder)  # imported for every model, used for sound alone
     base, out, log = folder / "base", folder / "oft", folder / "oft.log"
     (folder / "dataset_info.json").write_text(json.dumps({"sums": {"file_name": "data.json"}}), encoding="utf-8")
     model = {"model_name_or_path": str(base), "template": "alpaca", "finetuning_type": "oft"}

@@ -57,6 +57,17 @@ def test_another_adapter_is_left_alone_and_a_trainer_gets_the_configuration() ->
         plugin.load_adapter(tiny_llama(), settings(lora_model_dir="x", rl="dpo"), config_only=True)
 
 
+def test_the_card_of_a_trainer_of_trl_s_gets_our_part_again(tmp_path: Path) -> None:
+    model, _ = IsotunePlugin().load_adapter(tiny_llama(), settings())
+    model.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("---\ntags:\n- dpo\n---\nTrained with TRL.\n")
+    IsotunePlugin().post_train(settings(output_dir=str(tmp_path), local_rank=0), model)
+    text = (tmp_path / "README.md").read_text()
+    assert "Trained with TRL." in text
+    assert "ISOTUNE_PSOFT" in text
+    assert "- dpo\n" in text
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

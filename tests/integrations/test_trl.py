@@ -19,6 +19,7 @@ from helpers import OPTIONS_FOR_TINY, layers_of, randomize, relative_error, tiny
 from isotune import get_peft_model
 from isotune.errors import IsotuneWarning
 from isotune.methods import METHODS
+from isotune.model_card import write_cards
 
 trl = pytest.importorskip("trl")
 pytest.importorskip("datasets")
@@ -338,6 +339,36 @@ def test_reward_model(method: str, chat: Any, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.01
     assert_only_the_adapter_moved(trainer.model, judge_model())
     assert_saved_and_loaded(trainer, tmp_path / "saved", judge_model)
+
+
+# -- cards ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_card_of_a_saved_folder_is_trl_s_with_isotune_s_part(method: str, chat: Any, tmp_path: Path) -> None:
+    """TRL's push_to_hub writes its card again after saving, without our part; the guide's class puts it back."""
+
+    class Trainer(trl.SFTTrainer):
+        def create_model_card(self, *given: Any, **options: Any) -> None:
+            super().create_model_card(*given, **options)
+            write_cards(Path(self.args.output_dir), self.model.peft_config)
+
+    def of_trl_and_ours() -> tuple[bool, bool]:
+        text = (tmp_path / "README.md").read_text()
+        return "trained using [TRL]" in text, f"ISOTUNE_{method.upper()}" in text
+
+    for kind, kept in ((trl.SFTTrainer, False), (Trainer, True)):
+        trainer = kind(
+            model=tiny_llama(),
+            args=arguments(trl.SFTConfig, tmp_path, max_steps=1, save_strategy="steps", save_steps=1),
+            train_dataset=conversations(),
+            processing_class=chat,
+            peft_config=config(method),
+        )
+        trainer.train()
+        trainer.save_model()
+        assert of_trl_and_ours() == (True, True)
+        trainer.create_model_card(model_name="mine")  # as push_to_hub does between saving and uploading
+        assert of_trl_and_ours() == (True, kept)
 
 
 # -- what else TRL does to a model ---------------------------------------------------------------------------------

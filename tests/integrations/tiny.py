@@ -25,7 +25,7 @@ def rows() -> list[dict[str, str]]:
 
 
 def write(folder: Path) -> None:
-    """Write FOLDER/base, FOLDER/data.json (Alpaca) and FOLDER/chat.jsonl (messages)."""
+    """Write the model as FOLDER/base; data.json (Alpaca), chat.jsonl (messages) and pairs.json (preferences)."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = [f"{row['instruction']} {row['output']} system user assistant\n" for row in rows()]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -55,6 +55,8 @@ def write(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder / "base")
     fast.save_pretrained(folder / "base")
     (folder / "data.json").write_text(json.dumps(rows()), encoding="utf-8")
+    pairs = [{"instruction": r["instruction"], "chosen": r["output"], "rejected": "I do not know."} for r in rows()]
+    (folder / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
     chats = [
         {"messages": [{"role": "user", "content": r["instruction"]}, {"role": "assistant", "content": r["output"]}]}
         for r in rows()

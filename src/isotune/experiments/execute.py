@@ -62,9 +62,10 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     from transformers import set_seed
 
     from isotune.experiments import angles, loop, measure, methods
+    from isotune.files.adapter import LABELS_FILE
     from isotune.files.base_model import quiet
-    from isotune.methods.card import write_card
     from isotune.methods.config import IsotuneConfig
+    from isotune.model_card import write_card
 
     began = time.perf_counter()
     set_seed(run.seed)  # the new head and the adapter start alike in every run of this seed
@@ -88,6 +89,8 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     peak = measure.peak_memory()  # before what follows, which is no part of the run
     with storing(f"the trained weights in {run.folder}"):
         saved = _save(run.method, outcome.model, run.folder / "adapter")
+    if labels := task.about().get("labels"):
+        write_json(run.folder / "adapter" / LABELS_FILE, {"id2label": {str(i): name for i, name in enumerate(labels)}})
     write_json(run.folder / "predictions.json", outcome.predictions)
     metric = run.recipe.metric
     config = getattr(outcome.model, "peft_config", {}).get("default")
@@ -180,6 +183,6 @@ def hardware() -> dict[str, Any]:
 
 def check_extras() -> None:
     """Check that the packages which training needs are installed."""
-    missing = [name for name in ("accelerate", "sklearn") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("accelerate", "sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise RecipeError(f"training needs {' and '.join(missing)}: pip install 'isotune[train]'")

@@ -22,6 +22,7 @@ from isotune.files.pooled import ENCODER, MeanPooledEncoder, head_of, load_encod
 from isotune.internals.peft_quantisation import get_quantization_kwargs
 from isotune.internals.safetensors_files import readable
 from isotune.internals.transformers_state import forget_quantisation
+from isotune.json_files import json_object
 from isotune.methods import METHODS
 from isotune.methods.config import IsotuneConfig, type_of
 from isotune.tuner.backends import adapt
@@ -31,6 +32,9 @@ from isotune.tuner.state import KEY_PREFIX, check_values
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+LABELS_FILE = "labels.json"
+"""In an adapter's folder, {"id2label": {"0": NAME, …}}: the classes of the head that is saved with it. A config.json,
+where transformers keeps them, would make the folder one of a whole model to it."""
 ADAPTER = "default"
 """Name given to an adapter that is loaded or imported without one, as PEFT does."""
 
@@ -303,21 +307,44 @@ def named_base(
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code, **gguf_of(path)}
     try:
         with quiet():
-            model: nn.Module
+            pooled = False
             if names and loader is transformers.AutoModelForSequenceClassification:
                 settings = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
                 own = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(settings), None)
-                if f"{getattr(own, 'base_model_prefix', '')}." != ENCODER:
-                    return MeanPooledEncoder(load_encoder(path, **options), classes).eval()
-            if classes:  # the head of the file's size, whose numbers the adapter brings
+                pooled = f"{getattr(own, 'base_model_prefix', '')}." != ENCODER
+            if classes and not pooled:  # the head of the file's size, whose numbers the adapter brings
                 options |= {"num_labels": classes, "ignore_mismatched_sizes": True}
-            model = loader.from_pretrained(path, **options)
-        if gguf_of(path):
+            model: Any = load_encoder(path, **options) if pooled else loader.from_pretrained(path, **options)
+        if gguf_of(path) and not pooled:
             forget_quantisation(model)
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"The base model {name!r} cannot be loaded by {loader.__name__}: {lines[0]}") from error
-    return model.eval()
+    if labels := _labels_of(Path(directory), classes):
+        model.config.id2label = labels
+        model.config.label2id = {label: index for index, label in labels.items()}
+    whole: nn.Module = MeanPooledEncoder(model, classes) if pooled else model
+    return whole.eval()
+
+
+def _labels_of(folder: Path, classes: int) -> dict[int, str]:
+    """The names of the classes that lie beside an adapter; empty if there are none.
+
+    Raises:
+        AdapterFileError: the file is damaged, or names other classes than the head in the adapter has.
+    """
+    file = folder / LABELS_FILE
+    if not (classes and file.is_file()):
+        return {}
+    found = json_object(file, AdapterFileError).get("id2label")
+    named = found if isinstance(found, dict) else {}
+    labels = {i: named[str(i)] for i in range(classes) if isinstance(named.get(str(i)), str)}
+    if not len(labels) == len(named) == classes:
+        raise AdapterFileError(
+            f"{file} should name the {classes} classes of the adapter's head, and holds {found!r}; correct it, or "
+            "remove it."
+        )
+    return labels
 
 
 def rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:

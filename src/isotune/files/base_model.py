@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import json
 import shutil
 import tempfile
 import warnings
@@ -16,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from isotune.errors import IsotuneWarning
+from isotune.json_files import json_object
 
 _TOKENIZER_FILES = [
     "tokenizer.json",
@@ -104,27 +104,12 @@ def _model_of(package: str) -> Path:
     return kept
 
 
-def _object_of(file: Path) -> dict[str, Any]:
-    """The content of a JSON file that holds an object.
-
-    Raises:
-        ValueError: it holds something else, or no JSON.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read ({type(error).__name__}); download or copy it again.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object; download or copy it again.")
-    return content
-
-
 def pipeline_of(name: str) -> dict[str, Path] | None:
     """The folders of the models of a pipeline of diffusers, by component; None for what is no such folder."""
     index = Path(name).expanduser() / "model_index.json"
     if not index.is_file():
         return None
-    parts = {part: index.parent / part for part in _object_of(index)}
+    parts = {part: index.parent / part for part in json_object(index)}
     return {part: folder for part, folder in parts.items() if (folder / "config.json").is_file()}
 
 
@@ -135,7 +120,7 @@ def diffusers_class(path: str) -> Any:
         ValueError: diffusers is not installed, or has no such model.
     """
     config = Path(path) / "config.json"
-    name = _object_of(config).get("_class_name") if config.is_file() else None
+    name = json_object(config).get("_class_name") if config.is_file() else None
     if name is None:
         return None
     try:

@@ -138,20 +138,11 @@ def export_lora(
         1 layers, rank 2, exact
     """
     check_truncation(rank, energy)
-    if isinstance(model_or_dir, nn.Module):
-        config, origin = config_of(model_or_dir, adapter_name), None
-        model: Any = model_or_dir
-        model = model.get_base_model() if isinstance(model, PeftModel) else model
-        layers = dict(adapted_layers(model_or_dir, adapter_name))
-        state = get_peft_model_state_dict(model_or_dir, adapter_name=adapter_name)
-        extras = {k: tensor for k, tensor in state.items() if ".isotune_" not in k}
-    else:
+    origin = None
+    if not isinstance(model_or_dir, nn.Module):
         origin = origin_of(model_or_dir, {"rank": rank, "energy": energy, "uniform_rank": uniform_rank})
-        file = describe(model_or_dir)
-        config, extras, adapter_name = file.config, file.extras, ADAPTER
-        model = named_base(model_or_dir, base, trust_remote_code=trust_remote_code)
-        layers = file.place(model)
-    extras = {k.removeprefix(KEY_PREFIX): tensor for k, tensor in extras.items()}
+    own = opened(model_or_dir, adapter_name, base, trust_remote_code=trust_remote_code)
+    model, config, layers, extras, adapter_name = own.model, own.config, own.layers, own.extras, own.adapter_name
     head: dict[str, Tensor] = {}
     if isinstance(model, MeanPooled):  # what others load is the encoder, with the head beside it
         head = {f"linear.{k.rpartition('.')[2]}": extras.pop(k) for k in list(extras) if k.startswith(f"{HEAD}.")}
@@ -181,6 +172,43 @@ def export_lora(
         content = {**report.to_dict(), "origin": origin}
         (folder / LORA_REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter with its layers on their weights."""
+
+    model: Any
+    """The base model, in which a live adapter is."""
+    config: IsotuneConfig
+    layers: dict[str, Layer]
+    extras: dict[str, Tensor]
+    """Saved modules, trained biases and embeddings, by their names in the base."""
+    adapter_name: str
+    """In the layers."""
+
+
+def opened(
+    model_or_dir: nn.Module | str | os.PathLike[str],
+    adapter_name: str,
+    base: nn.Module | str | None,
+    *,
+    trust_remote_code: bool = False,
+) -> Opened:
+    """The adapter of a live model, or of a folder on the base that it names; as for `export_lora`."""
+    if isinstance(model_or_dir, nn.Module):
+        config, layers = config_of(model_or_dir, adapter_name), dict(adapted_layers(model_or_dir, adapter_name))
+        model: Any = model_or_dir
+        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        state = get_peft_model_state_dict(model_or_dir, adapter_name=adapter_name)
+        extras = {k: tensor for k, tensor in state.items() if ".isotune_" not in k}
+    else:
+        file = describe(model_or_dir)
+        config, extras, adapter_name = file.config, file.extras, ADAPTER
+        model = named_base(model_or_dir, base, trust_remote_code=trust_remote_code)
+        layers = file.place(model)
+    extras = {k.removeprefix(KEY_PREFIX): tensor for k, tensor in extras.items()}
+    return Opened(model, config, layers, extras, adapter_name)
 
 
 def origin_of(directory: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Any]:

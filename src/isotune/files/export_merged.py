@@ -90,7 +90,8 @@ def _merged_and_bare(model: nn.Module, adapter_name: str) -> Iterator[None]:
             layer.merge(adapter_names=[adapter_name])
             undo.callback(layer.unmerge)
         warn_of_requantising(merged_here)
-        for name, module in list(model.named_modules()):
+        # The innermost first: one layer holds another where several parameters of a module of experts are adapted.
+        for name, module in reversed(list(model.named_modules())):
             if isinstance(module, Layer):
                 plain = module.base_layer
             elif isinstance(module, ModulesToSaveWrapper):

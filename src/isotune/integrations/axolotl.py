@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from pydantic import BaseModel, Field, model_validator
 from transformers import PreTrainedModel
 
 from isotune.integrations import config_from, require_unset
 from isotune.methods.config import IsotuneConfig
+from isotune.model_card import WEIGHTS, write_card
 
 ADAPTER = "isotune"
 _READ = ("lora_model_dir", "lora_on_cpu", "lora_modules_to_save", "peft_autocast_adapter_dtype")
@@ -115,6 +117,12 @@ class IsotunePlugin(BasePlugin):  # type: ignore[misc]
             adapted = get_peft_model(model, config, **kwargs)
         adapted.print_trainable_parameters()
         return adapted, config
+
+    def post_train(self, cfg: Any, model: PreTrainedModel | PeftModel) -> None:
+        """Put isotune's part into the card of the output folder, which TRL's trainers have just written anew."""
+        folder = Path(cfg.output_dir)
+        if cfg.adapter == ADAPTER and not cfg.local_rank and (folder / WEIGHTS).is_file():
+            write_card(folder, PeftConfig.from_pretrained(str(folder)))
 
 
 def _task_of(model: PreTrainedModel) -> str:

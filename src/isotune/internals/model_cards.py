@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
 
-def install_cards(write: Callable[[Path, Any], None]) -> None:
-    """Have `write(folder, peft_config)` follow where PEFT writes a card, and precede an upload; more calls do nothing.
+def install_cards(write: Callable[[Path, Any, Iterable[str]], None], tags_of: Callable[[Path], set[str]]) -> None:
+    """Have `write(folder, peft_config, tags)` follow where PEFT writes a card, and precede an upload; once is enough.
 
+    The tags are those that `tags_of(folder)` finds before: PEFT drops the ones that are not its own.
     `PeftModel.push_to_hub` saves the model and then writes transformers' empty template, or the card that the
     repository has, over what was saved; a Trainer's `push_to_hub` replaces the card and lets PEFT add to it.
     """
@@ -22,12 +23,13 @@ def install_cards(write: Callable[[Path, Any], None]) -> None:
 
     @functools.wraps(create)
     def create_or_update_model_card(self: Any, output_dir: str) -> None:
+        tags = tags_of(Path(output_dir))
         create(self, output_dir)
-        write(Path(output_dir), self.peft_config)
+        write(Path(output_dir), self.peft_config, tags)
 
     @functools.wraps(upload)
     def upload_modified_files(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        write(Path(working_dir), self.peft_config)
+        write(Path(working_dir), self.peft_config, ())
         return upload(self, working_dir, *args, **kwargs)
 
     own: Any = PeftModel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -20,10 +19,11 @@ from isotune.adapter.operator import Adapter
 from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
 from isotune.errors import AdapterFileError
 from isotune.internals.safetensors_files import readable
-from isotune.methods.card import WEIGHTS, update_list, write_card
+from isotune.json_files import json_object
 from isotune.methods.checks import check_types, require, require_expressions, require_options, shown
 from isotune.methods.checks import require_choice as require_choice
 from isotune.methods.checks import require_positive_integer as require_positive_integer
+from isotune.model_card import WEIGHTS, update_list, write_card
 from isotune.subspace.pinning import pin_width
 
 FORMAT_VERSION = 2
@@ -177,14 +177,7 @@ class IsotuneConfig(PeftConfig):
         Raises:
             AdapterFileError: it is no JSON object, or one that is nested too deeply.
         """
-        try:
-            content = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                raise ValueError("it holds no object")
-        except (RecursionError, ValueError) as error:
-            reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-            raise AdapterFileError(f"{path_json_file} is damaged: {reason}. Copy or save the adapter again.") from error
-        return content
+        return json_object(path_json_file, AdapterFileError)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and where the adapter's tensors are there too, its card, README.md.

@@ -108,12 +108,14 @@ def save_png(report: AdapterReport, path: str | os.PathLike[str]) -> None:
         path: ends in .png.
 
     Raises:
-        ValueError: the name does not end in .png.
+        ValueError: the name does not end in .png, or matplotlib is missing.
     """
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"{path} does not end in .png; only that format is written.")
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("the picture needs matplotlib: pip install 'isotune[report]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -13,7 +13,7 @@ from isotune.internals.enumeration import add_member
 from isotune.internals.model_cards import install_cards
 from isotune.internals.peft_hooks import install_hooks
 from isotune.methods import METHODS
-from isotune.methods.card import write_cards
+from isotune.model_card import tags_of, write_cards
 from isotune.tuner.model import IsotuneModel
 
 
@@ -29,7 +29,7 @@ def peft_type_of(method: str) -> PeftType:
 def register() -> None:
     """Make every method known to PEFT; more calls change nothing."""
     install_hooks()
-    install_cards(write_cards)
+    install_cards(write_cards, tags_of)
     prefix = IsotuneModel.prefix
     for method, config in METHODS.items():
         kind = peft_type_of(method)

@@ -12,14 +12,17 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from isotune.files.adapter import ADAPTER, config_of, describe, named_base
+from isotune.files.diffusion.fused import join, original_layers
 from isotune.files.diffusion.names import original_names
 from isotune.files.export_lora import ExportedLayer, LoraExport, factors_of
-from isotune.methods.checks import require_choice
+from isotune.methods.checks import require, require_choice
 from isotune.subspace.lowrank import Factored, check_truncation, pad_rank
 from isotune.tuner.layer import Layer
 from isotune.tuner.state import KEY_PREFIX, adapted_layers
 
 Names = Literal["diffusers", "kohya"]
+Component = Literal["text_encoder", "text_encoder_1", "text_encoder_2"]
+_KOHYA = {"text_encoder": "lora_te_", "text_encoder_1": "lora_te1_", "text_encoder_2": "lora_te2_"}
 
 
 def export_lora_file(
@@ -29,24 +32,30 @@ def export_lora_file(
     adapter_name: str = "default",
     base: nn.Module | str | None = None,
     *,
+    component: Component | None = None,
     rank: int | None = None,
     energy: float | None = None,
     trust_remote_code: bool = False,
 ) -> LoraExport:
-    """Write an adapter on a UNet or transformer of diffusers as a LoRA file for diffusers, ComfyUI or kohya's scripts.
+    """Write an adapter on a part of a pipeline as a LoRA file for diffusers, ComfyUI or kohya's scripts.
+
+    The parts are UNets and transformers of diffusers, and CLIP's text encoders.
 
     Exact for PSOFT, LoRA-XS and HRA, and the best of a rank or energy for rotations, as `export_lora`. On a convolution
     the lower factor has its kernel, stride and padding, and the upper one is 1 × 1. Every layer's scale is 1: all
-    have the largest rank, filled up with zeros, and kohya's alpha is that rank.
+    have the largest rank, filled up with zeros, and kohya's alpha is that rank. Where an original layer of FLUX or SD3
+    has the outputs of several of diffusers' (queries, keys and values), its factors are theirs as blocks on a
+    diagonal, and its rank is the sum of their ranks.
 
     Args:
         model_or_dir: a model with isotune adapters, or the folder of a saved one.
         file: a new .safetensors file.
         names: "diffusers": unet.MODULE.lora_A.weight (transformer.MODULE… on others), for `load_lora_weights`; "kohya":
-            lora_unet_MODULE.lora_down.weight, with the original names of blocks on a UNet of SDXL, which ComfyUI and
-            diffusers read too.
+            lora_unet_MODULE.lora_down.weight, with the original names on SDXL, FLUX and SD3, which ComfyUI and, but
+            for SD3, diffusers read too.
         adapter_name: which adapter of a model.
         base: for a folder: the base model, or its name; by default what the adapter's config names.
+        component: which text encoder of its pipeline the base is: the only one, or the first or the second.
         rank: the largest rank.
         energy: share of each layer's ‖ΔW‖²_F to keep.
         trust_remote_code: run code that the base model's repository carries.
@@ -55,8 +64,8 @@ def export_lora_file(
         Each layer's rank and error.
 
     Raises:
-        ValueError: the file exists, the base is no model of diffusers, the adapter holds more than rotations or
-            subspaces, or its update has full rank and neither rank nor energy is given.
+        ValueError: the file exists, the base is no such model, a layer of it has no such name, the adapter holds more
+            than rotations or subspaces, or its update has full rank and neither rank nor energy is given.
 
     Source: diffusers 0.42, loaders/lora_conversion_utils.py and loaders/peft.py; kohya sd-scripts, networks/lora.py;
     ComfyUI, comfy/lora.py (model_lora_keys_unet).
@@ -65,21 +74,26 @@ def export_lora_file(
     check_truncation(rank, energy)
     path = new_file(file)
     layers, whole, adapter_name = placed(model_or_dir, adapter_name, base, trust_remote_code)
-    stems = stems_of(whole, list(layers), names)
+    stems = stems_of(whole, list(layers), names, component, joined=True)
     found = {name: _factors(name, layer, adapter_name, rank, energy) for name, layer in layers.items()}
+    if names == "kohya" and original_layers(whole):
+        factors = join({name.removeprefix(KEY_PREFIX): own for name, own in found.items()}, whole)
+        kernels = dict.fromkeys(factors, torch.Size())
+    else:
+        factors = {stems[name]: (own.up, own.down) for name, own in found.items()}
+        kernels = {stems[name]: layer.host.weight.shape[2:] for name, layer in layers.items()}
     tensors: dict[str, Tensor] = {}
-    widest = max(len(own.down) for own in found.values())
-    for name, own in found.items():
+    widest = max(len(down) for _, down in factors.values())
+    for stem, own in factors.items():
         # diffusers takes one layer's rank or alpha for that of others, so all have the same, filled up with zeros.
-        up, down = pad_rank(own.up, own.down, widest)
-        weight = layers[name].host.weight
-        if weight.ndim > 2:
-            down, up = down.reshape(-1, *weight.shape[1:]), up.reshape(*up.shape, *[1] * (weight.ndim - 2))
+        up, down = pad_rank(*own, widest)
+        if kernel := kernels[stem]:
+            down, up = down.reshape(widest, -1, *kernel), up.reshape(*up.shape, *[1] * len(kernel))
         if names == "diffusers":
-            tensors |= {f"{stems[name]}.lora_A.weight": down, f"{stems[name]}.lora_B.weight": up}
+            tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
         else:
-            tensors |= {f"{stems[name]}.lora_down.weight": down, f"{stems[name]}.lora_up.weight": up}
-            tensors[f"{stems[name]}.alpha"] = torch.tensor(float(widest))
+            tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+            tensors[f"{stem}.alpha"] = torch.tensor(float(widest))
     write_file(path, tensors)
     return LoraExport(tuple(ExportedLayer(name, len(own.down), own.missing, own.norm) for name, own in found.items()))
 
@@ -137,22 +151,54 @@ def placed(
     return layers, whole, adapter_name
 
 
-def stems_of(base: nn.Module, modules: list[str], names: Names) -> dict[str, str]:
-    """Module name -> what its keys begin with."""
+def stems_of(
+    base: nn.Module, modules: list[str], names: Names, component: Component | None = None, *, joined: bool = False
+) -> dict[str, str]:
+    """Module name -> what its keys begin with.
+
+    Args:
+        base: the model.
+        modules: those that are adapted.
+        names: whose.
+        component: which text encoder the base is; None if it is none.
+        joined: whether several modules may have one name, that of the layer which they are parts of.
+
+    Raises:
+        ValueError: a base or a module for which there are no such names, or a component that does not fit it.
+    """
     modules_of = {name: name.removeprefix(KEY_PREFIX) for name in modules}
     is_unet = hasattr(base, "down_blocks") and hasattr(base, "mid_block")
-    if not type(base).__module__.startswith("diffusers."):
+    kind = f"{type(base).__module__}.{type(base).__qualname__}"
+    is_text = type(base).__name__ in ("CLIPTextModel", "CLIPTextModelWithProjection")
+    if not (is_text or kind.startswith("diffusers.")):
         raise ValueError(
-            f"The base is a {type(base).__module__}.{type(base).__qualname__}; LoRA files with these names are written "
-            "for models of diffusers. Export an ordinary LoRA folder (--to lora without --names), or the merged model."
+            f"The base is a {kind}; files with these names are written for models of diffusers and CLIP's text "
+            "encoders. Export an ordinary LoRA folder (--to lora without --names), or the merged model."
         )
+    if is_text or component is not None:
+        require(
+            component in _KOHYA if is_text else component is None,
+            "component",
+            component,
+            f"the base is a {kind}; a text encoder needs one of {', '.join(_KOHYA)} (--component), and others none",
+        )
+    if component is not None:
+        start = _KOHYA[component] if names == "kohya" else f"{component.removesuffix('_1')}."
+        # transformers 5 has taken "text_model." out of the names of CLIP's text encoder; files keep it.
+        full = {name: own if own.startswith("text_") else f"text_model.{own}" for name, own in modules_of.items()}
+        return {name: start + (own.replace(".", "_") if names == "kohya" else own) for name, own in full.items()}
     if names == "diffusers":
         return {name: f"{'unet' if is_unet else 'transformer'}.{own}" for name, own in modules_of.items()}
     if not is_unet:
-        raise ValueError(
-            f"kohya's names for a {type(base).__qualname__} join several layers into one; export with diffusers' names "
-            "(--names diffusers), which ComfyUI reads for such models too."
-        )
+        known = {part: stem for stem, parts in original_layers(base).items() for part in parts} if joined else {}
+        nameless = [own for own in modules_of.values() if own not in known]
+        if nameless:
+            raise ValueError(
+                f"kohya's files have no layer for {nameless[0]!r} of a {type(base).__qualname__} alone. Export it as "
+                "LoRA with diffusers' names (--to lora --names diffusers), which ComfyUI reads for such models too, or "
+                "the merged model (--to merged)."
+            )
+        return {name: known[own] for name, own in modules_of.items()}
     # SDXL, which kohya trains on the original code; SD 1 and 2 on diffusers' names.
     original = original_names(base) if getattr(base, "add_embedding", None) is not None else {}
     return {name: "lora_unet_" + original.get(own, own).replace(".", "_") for name, own in modules_of.items()}

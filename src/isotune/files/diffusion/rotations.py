@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import isqrt
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from isotune.algebra.cayley import bound_entries
 from isotune.algebra.skew import skew_from_vector
-from isotune.files.diffusion.lora import new_file, placed, stems_of, write_file
+from isotune.files.diffusion.lora import Component, new_file, placed, stems_of, write_file
 from isotune.methods.boft import BOFTOperator
 from isotune.methods.checks import require_choice
 from isotune.methods.oft import OFTOperator
@@ -30,6 +31,7 @@ def export_rotation(
     adapter_name: str = "default",
     base: nn.Module | str | None = None,
     *,
+    component: Component | None = None,
     trust_remote_code: bool = False,
 ) -> int:
     """Write an OFT or BOFT adapter as a file that computes the same in kohya's scripts or LyCORIS.
@@ -47,6 +49,7 @@ def export_rotation(
         form: "kohya" or "lycoris".
         adapter_name: which adapter of a model.
         base: for a folder: the base model, or its name; by default what the adapter's config names.
+        component: as for `export_lora_file`.
         trust_remote_code: run code that the base model's repository carries.
 
     Returns:
@@ -60,10 +63,10 @@ def export_rotation(
     require_choice("form", form, ["kohya", "lycoris"])
     path = new_file(file)
     layers, whole, adapter_name = placed(model_or_dir, adapter_name, base, trust_remote_code)
-    if form == "lycoris" and not type(whole).__module__.startswith("diffusers."):
+    if form == "lycoris" and component is None and not type(whole).__module__.startswith("diffusers."):
         stems = {name: "lycoris_" + name.removeprefix(KEY_PREFIX).replace(".", "_") for name in layers}
     else:
-        stems = stems_of(whole, list(layers), "kohya")
+        stems = stems_of(whole, list(layers), "kohya", component)
     write = _kohya if form == "kohya" else _lycoris
     tensors = {f"{stems[n]}.{key}": t for n, x in layers.items() for key, t in write(n, x, adapter_name).items()}
     write_file(path, tensors)
@@ -88,21 +91,21 @@ def _operator(name: str, layer: Layer, adapter_name: str, side: str, form: str) 
     return operator
 
 
-def _generators(operator: OFTOperator | BOFTOperator) -> Tensor:
+def generators_of(operator: OFTOperator | BOFTOperator) -> Tensor:
     """The generators at the scale in use, within COFT's bound: (blocks or 1, …) of OFT, (m, blocks, …) of BOFT."""
     own = operator.in_part("generator", operator.generator.detach().float())
     bound = operator.generator_bound if isinstance(operator, OFTOperator) else None
     return own if bound is None else bound_entries(own, bound)
 
 
-def _gain(operator: OFTOperator | BOFTOperator) -> Tensor | None:
+def gain_of(operator: OFTOperator | BOFTOperator) -> Tensor | None:
     """The gain at the scale in use."""
     return None if operator.gain is None else operator.in_part("output_gain", operator.gain.detach().float())
 
 
 def _kohya(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
     operator = _operator(name, layer, adapter_name, "input", "kohya")
-    own = _generators(operator)
+    own = generators_of(operator)
     if isinstance(operator, OFTOperator) and operator.neumann_terms == _KOHYA_TERMS:
         # kohya turns a convolution's kernels by R, where a linear layer's rows are turned by Rᵀ.
         return {"oft_R.weight": -own if layer.host.weight.ndim > 2 else own}
@@ -113,14 +116,14 @@ def _kohya(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
                 f"kohya computes the one of {_KOHYA_TERMS}, or the exact transform. Export with --to merged."
             )
         own = own.expand(operator.blocks, -1)[None]
-    gain = _gain(operator)
+    gain = gain_of(operator)
     scale = torch.ones(layer.out_features) if gain is None else gain
     return {"boft_R": -skew_from_vector(own, operator.block_size), "boft_s": scale[:, None]}
 
 
 def _lycoris(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
     operator = _operator(name, layer, adapter_name, "output", "LyCORIS")
-    own, size, gain = _generators(operator), operator.block_size, _gain(operator)
+    own, size, gain = generators_of(operator), operator.block_size, gain_of(operator)
     if isinstance(operator, OFTOperator):
         if operator.neumann_terms is not None:
             raise ValueError(
@@ -136,6 +139,12 @@ def _lycoris(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
             "has all factors that a power of 2 of blocks allows. Export the merged model (--to merged)."
         )
     skew = skew_from_vector(own, size)
+    if skew.ndim == 3 and size > len(skew):
+        raise ValueError(
+            f"The adapter on {name!r} has {len(skew)} blocks of {size}; LyCORIS reads diag-oft with at least as many "
+            f"blocks as one has rows, and cannot load others. Train with blocks of at most {isqrt(len(skew) * size)}, "
+            "or export the merged model (--to merged)."
+        )
     if skew.ndim == 4:  # the order in which LyCORIS takes the coordinates of a block
         order = torch.arange(size).view(2, size // 2).T.flatten()
         skew = skew[..., order, :][..., order]

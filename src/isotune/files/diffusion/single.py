@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from isotune.algebra.skew import skew_order, skew_size, vector_from_skew
 from isotune.errors import AdapterFileError
-from isotune.files.adapter import ADAPTER, new_directory, refused
+from isotune.files.adapter import ADAPTER, new_directory, read_config, refused
 from isotune.files.base_model import load_base, pipeline_of
 from isotune.files.diffusion.layer import AdaptedModule, Parameters, block_options, butterfly_options, targets_of
 from isotune.files.diffusion.lycoris import import_butterfly, import_diagonal
@@ -283,5 +282,4 @@ def with_config(file: str | os.PathLike[str]) -> Path | None:
     folder = Path(file).parent
     if Path(file).name != "adapter_model.safetensors" or not (folder / "adapter_config.json").is_file():
         return None
-    content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return folder if isinstance(content, dict) and "peft_type" in content else None
+    return folder if "peft_type" in read_config(folder) else None

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from helpers import METHODS, configured, some_tokens, tiny_bert, tiny_llama
-from isotune import PsoftConfig, get_peft_model
+from isotune import OFTConfig, PsoftConfig, get_peft_model
 from isotune.errors import AdapterFileError
-from isotune.methods.card import write_card
+from isotune.model_card import write_card
 
 TARGETS = ["q_proj", "v_proj"]
 
@@ -110,6 +110,25 @@ def test_a_users_own_text_and_figures_stay(base: nn.Module, tmp_path: Path) -> N
     text = (tmp_path / "README.md").read_text()
     assert "| accuracy | 0.8125 |" in text
     assert text.index("What I did.") < text.index("# PSOFT adapter") < text.index("Below.")
+
+
+def test_a_users_own_tags_stay_and_those_of_another_method_go(base: nn.Module, tmp_path: Path) -> None:
+    def tags() -> set[str]:
+        return set(ModelCard.load(tmp_path / "README.md").data.tags)
+
+    (tmp_path / "README.md").write_text("---\ntags:\n- legal\n- base_model:adapter:x/y\n---\nWhat I did.\n")
+    adapted(base).save_pretrained(tmp_path)
+    assert tags() == {"legal", "isotune", "psoft", "transformers"}
+    get_peft_model(tiny_llama(), OFTConfig(oft_block_size=8, target_modules=TARGETS)).save_pretrained(tmp_path)
+    assert tags() == {"legal", "isotune", "oft", "transformers"}
+
+
+def test_the_versions_of_other_libraries_stay_beside_peft_s(base: nn.Module, tmp_path: Path) -> None:
+    versions = "### Framework versions\n\n- Transformers 5.0\n- Tokenizers 0.22\n"
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\n---\nWhat I did.\n\n{versions}")
+    adapted(base).save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text.index("### Framework versions") < text.index("- PEFT") < text.index("- Transformers 5.0")
 
 
 def test_named_adapters_have_cards_of_their_own_and_a_list(base: nn.Module, tmp_path: Path) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from yaml import YAMLError
+
+from isotune.json_files import json_object
 
 REQUIRES = "pip install isotune, and `import isotune` before the adapter is loaded"
 """What is missing where PEFT alone says KeyError: 'ISOTUNE_…'."""
@@ -22,7 +23,9 @@ _COUNTERS = ("running_mean", "running_var", "num_batches_tracked")
 _TEMPLATE = "[More Information Needed]"
 _BEGIN, _END = "<!-- isotune: this part is written anew at every save -->", "<!-- /isotune -->"
 _BLOCK = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END) + "\n?", re.DOTALL)
-_FRAMEWORK = re.compile(r"\n*### Framework versions\n+(- PEFT [^\n]*\n?)+")
+_FRAMEWORK = re.compile(r"\n*### Framework versions\n+(- PEFT [^\n]*(\n|\Z))+(?!- )")
+"""The part of PEFT's that names nothing but PEFT."""
+_KIND = re.compile(r"\bISOTUNE_(\w+)")
 _HEADER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 _HUB_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
 _TASKS = {
@@ -35,7 +38,7 @@ _TASKS = {
 }
 
 
-def write_card(folder: Path, config: Any, figures: Mapping[str, float] | None = None) -> None:
+def write_card(folder: Path, config: Any, figures: Mapping[str, float] | None = None, tags: Iterable[str] = ()) -> None:
     """Write what an adapter folder holds into its README.md; text of the user's own there stays as it is.
 
     PEFT's template of empty headings is replaced. What an earlier call wrote is replaced too, but for its figures,
@@ -45,22 +48,39 @@ def write_card(folder: Path, config: Any, figures: Mapping[str, float] | None = 
         folder: with adapter_model.safetensors.
         config: the adapter's, an IsotuneConfig.
         figures: what was measured, such as {"test accuracy": 0.81}.
+        tags: more of them, beside the ones that the card has.
     """
-    _write(folder, lambda text: _block(folder, config, _table(figures) if figures else _kept_table(text)), config)
+    table = _table(figures) if figures else None
+    _write(folder, lambda text: _block(folder, config, table or _kept_table(text)), config, tags=tags)
 
 
-def write_cards(folder: Path, configs: Mapping[str, Any]) -> None:
-    """Write the card of a folder that a model was saved into, over the one that PEFT or transformers writes.
+def write_cards(folder: Path, configs: Mapping[str, Any], tags: Iterable[str] = ()) -> None:
+    """Write the card of a folder that a model was saved into, into the one that PEFT, transformers or TRL writes.
+
+    A trainer of TRL's writes its own card anew between saving and uploading. One that keeps isotune's part calls this
+    in its `create_model_card`, after TRL's, for `self.args.output_dir` and `self.model.peft_config`.
 
     Args:
         folder: the model's, with the adapter called "default", and one folder for each other adapter.
-        configs: of all adapters by name; where the one called "default" is of another library, nothing is written.
+        configs: of all adapters by name, `model.peft_config`; where the one called "default" is of another library,
+            nothing is written.
+        tags: more of them for the card.
     """
     own = {name: config for name, config in configs.items() if hasattr(config, "isotune_format")}
     if "default" in own and (folder / WEIGHTS).is_file():
-        write_card(folder, own["default"])
+        write_card(folder, own["default"], tags=tags)
     elif own and ("default" in own or "default" not in configs):
-        _write(folder, lambda _: _list(folder), *own.values())
+        _write(folder, lambda _: _list(folder), *own.values(), tags=tags)
+
+
+def tags_of(folder: Path) -> set[str]:
+    """The tags of a folder's card, without those that say which base and method it was of."""
+    path = folder / CARD
+    if not path.is_file():
+        return set()
+    card = _read(path)
+    stale = {kind.lower().replace("_", "") for kind in _KIND.findall(card.text)}
+    return {tag for tag in card.data.get("tags") or () if not tag.startswith("base_model:")} - stale
 
 
 def update_list(folder: Path) -> None:
@@ -70,16 +90,22 @@ def update_list(folder: Path) -> None:
         path.write_text(_BLOCK.sub(lambda _: _list(folder), text), encoding="utf-8")
 
 
-def _write(folder: Path, block_of: Callable[[str], str], *configs: Any) -> None:
+def _read(path: Path) -> Any:
+    """A card, or an empty one of a file that is not there."""
     from huggingface_hub import ModelCard
 
-    path = folder / CARD
     card = ModelCard("---\nlibrary_name: peft\n---\n")  # an empty one would be warned of
     if path.is_file():
         try:
             card = ModelCard.load(path)
         except (YAMLError, ValueError):  # PEFT writes a base that was named by a Path as an object of Python's
             card.text = _HEADER.sub("", path.read_text(encoding="utf-8"))
+    return card
+
+
+def _write(folder: Path, block_of: Callable[[str], str], *configs: Any, tags: Iterable[str] = ()) -> None:
+    path = folder / CARD
+    more, card = {*tags, *tags_of(folder)}, _read(path)
     text = "" if _TEMPLATE in card.text else card.text
     block = block_of(text)
     if _BLOCK.search(text):
@@ -91,9 +117,8 @@ def _write(folder: Path, block_of: Callable[[str], str], *configs: Any) -> None:
     data["library_name"] = "peft"
     bases = {_hub_name(config) for config in configs}
     base = bases.pop() if len(bases) == 1 else None
-    tags = {tag for tag in data.get("tags") or () if not tag.startswith("base_model:")}
-    tags |= {"isotune", *(type(config).__name__.removesuffix("Config").lower() for config in configs)}
-    data["tags"] = sorted(tags | ({f"base_model:adapter:{base}"} if base else set()))
+    more |= {"isotune", *(type(config).__name__.removesuffix("Config").lower() for config in configs)}
+    data["tags"] = sorted(more | ({f"base_model:adapter:{base}"} if base else set()))
     data["base_model"] = base
     tasks = {_TASKS.get(_task(config)) for config in configs}
     task = tasks.pop() if len(tasks) == 1 else None
@@ -164,7 +189,7 @@ def _task(config: Any) -> str:
 def _list(folder: Path) -> str:
     rows = ""
     for path in sorted(folder.glob("*/adapter_config.json")):
-        kind = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
+        kind = json_object(path).get("peft_type")
         rows += f"| [{path.parent.name}]({path.parent.name}/{CARD}) | {kind} |\n"
     return f"""{_BEGIN}
 {_LIST}

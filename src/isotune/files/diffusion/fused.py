@@ -1,0 +1,109 @@
+"""kohya's names on FLUX and SD3, whose original layers hold several of diffusers' each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from isotune.subspace.lowrank import Factored
+
+_FLUX_AROUND = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in_in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in_out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in_in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in_out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in_in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in_out_layer": "time_text_embed.guidance_embedder.linear_2",
+}
+_FLUX_DOUBLE = {
+    "img_attn_qkv": "attn.to_q attn.to_k attn.to_v",
+    "txt_attn_qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "img_attn_proj": "attn.to_out.0",
+    "txt_attn_proj": "attn.to_add_out",
+    "img_mlp_0": "ff.net.0.proj",
+    "img_mlp_2": "ff.net.2",
+    "txt_mlp_0": "ff_context.net.0.proj",
+    "txt_mlp_2": "ff_context.net.2",
+    "img_mod_lin": "norm1.linear",
+    "txt_mod_lin": "norm1_context.linear",
+}
+_FLUX_SINGLE = {
+    "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
+    "linear2": "proj_out",
+    "modulation_lin": "norm.linear",
+}
+_SD3_JOINT = {
+    "x_block_attn_qkv": "attn.to_q attn.to_k attn.to_v",
+    "x_block_attn2_qkv": "attn2.to_q attn2.to_k attn2.to_v",
+    "context_block_attn_qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "x_block_attn_proj": "attn.to_out.0",
+    "x_block_attn2_proj": "attn2.to_out.0",
+    "context_block_attn_proj": "attn.to_add_out",
+    "x_block_mlp_fc1": "ff.net.0.proj",
+    "x_block_mlp_fc2": "ff.net.2",
+    "context_block_mlp_fc1": "ff_context.net.0.proj",
+    "context_block_mlp_fc2": "ff_context.net.2",
+}
+"""Name in the original code, with underscores -> modules of diffusers whose outputs it has, one after the other."""
+
+
+def original_layers(base: nn.Module) -> dict[str, tuple[str, ...]]:
+    """kohya's name of each original layer of FLUX or SD3, and the modules that it is made of; else nothing.
+
+    Layers whose rows the two orders differently (the last modulations) are left out.
+
+    Source: diffusers 0.42, loaders/lora_conversion_utils.py (_convert_kohya_flux_lora_to_diffusers) and
+    loaders/single_file_utils.py (convert_sd3_transformer_checkpoint_to_diffusers); kohya sd-scripts,
+    networks/lora_flux.py and networks/lora_sd3.py, which put lora_unet_ before the original names.
+    """
+    kinds = {"FluxTransformer2DModel": _flux, "SD3Transformer2DModel": _sd3}
+    kind = kinds.get(type(base).__name__)
+    if kind is None or not type(base).__module__.startswith("diffusers."):
+        return {}
+    return {f"lora_unet_{name}": modules for name, modules in kind(base)}
+
+
+def join(found: Mapping[str, Factored], base: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors of each original layer: those of its parts as blocks on a diagonal, which is exact; ranks add up.
+
+    Args:
+        found: module of the base -> its factors.
+        base: of FLUX or SD3.
+
+    Returns:
+        kohya's name -> (up, down).
+    """
+    joined = {}
+    for stem, parts in original_layers(base).items():
+        downs = [found[part].down for part in parts if part in found]
+        if downs:
+            ups = [found[part].up if part in found else downs[0].new_zeros(_outputs(base, part), 0) for part in parts]
+            joined[stem] = torch.block_diag(*ups), torch.cat(downs)  # type: ignore[no-untyped-call]
+    return joined
+
+
+def _outputs(base: nn.Module, module: str) -> int:
+    return len(base.get_submodule(module).get_parameter("weight"))
+
+
+def _flux(base: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for name, module in _FLUX_AROUND.items():
+        yield name, (module,)
+    yield from _blocks(base, "double_blocks", "transformer_blocks", _FLUX_DOUBLE)
+    yield from _blocks(base, "single_blocks", "single_transformer_blocks", _FLUX_SINGLE)
+
+
+def _sd3(base: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
+    yield from _blocks(base, "joint_blocks", "transformer_blocks", _SD3_JOINT)
+
+
+def _blocks(
+    base: nn.Module, original: str, blocks: str, table: Mapping[str, str]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for i in range(len(base.get_submodule(blocks))):  # type: ignore[arg-type]
+        for name, modules in table.items():
+            yield f"{original}_{i}_{name}", tuple(f"{blocks}.{i}.{module}" for module in modules.split())

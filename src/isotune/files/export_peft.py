@@ -1,0 +1,140 @@
+"""A rotation of inputs as an adapter of PEFT's own OFT or BOFT, which needs no isotune."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from peft import BOFTConfig, OFTConfig
+from safetensors.torch import save_file
+from torch import nn
+
+from isotune.algebra.skew import skew_from_vector
+from isotune.files.adapter import WEIGHTS_FILE, new_directory
+from isotune.files.diffusion.rotations import gain_of, generators_of
+from isotune.files.export_lora import opened
+from isotune.files.pooled import MeanPooled
+from isotune.methods.boft import BOFTOperator
+from isotune.methods.oft import OFTOperator
+from isotune.tuner.layer import Layer
+from isotune.tuner.state import KEY_PREFIX
+
+_INSTEAD = "Export it as LoRA (--to lora), or merged (--to merged)."
+
+
+@torch.no_grad()
+def export_peft(
+    model_or_dir: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    adapter_name: str = "default",
+    base: nn.Module | str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> int:
+    """Write an OFT, COFT or BOFT adapter as a folder of PEFT's own OFT or BOFT, the same function.
+
+    PEFT's OFT has the exact transform and the series of isotune's num_cayley_neumann_terms=2 or more; its BOFT has one
+    factor where its CUDA extension is not built. The bound of COFT is applied to the generators for good, and so is a
+    scale that is set. Saved modules and trained biases are written as they are.
+
+    Args:
+        model_or_dir: a model with isotune adapters, or the folder of a saved one.
+        out: the folder to write; it appears only when it is complete. adapter_model.safetensors in it has the names of
+            PEFT's single files, base_model.model.MODULE.oft_R.weight, or .boft_R and .boft_s.
+        adapter_name: which adapter of a model.
+        base: for a folder: the base model, or its name; by default what the adapter's config names.
+        trust_remote_code: run code that the base model's repository carries.
+
+    Returns:
+        How many layers were written.
+
+    Raises:
+        ValueError: `out` is not empty, there is no such adapter or base, or PEFT has no such rotation or takes no such
+            layer; says what to do.
+
+    Source: PEFT 0.21.2, tuners/oft/layer.py and tuners/boft/layer.py.
+    """
+    own = opened(model_or_dir, adapter_name, base, trust_remote_code=trust_remote_code)
+    if isinstance(own.model, MeanPooled):
+        raise ValueError(f"PEFT cannot load an adapter on a mean-pooled classifier of isotune's. {_INSTEAD}")
+    operators = {name: _operator(name, layer, own.adapter_name) for name, layer in own.layers.items()}
+    first = next(iter(operators.values()))
+    oft = isinstance(first, OFTOperator)
+    tensors = {f"{KEY_PREFIX}{key}": tensor for key, tensor in own.extras.items()}
+    for name, operator in operators.items():
+        generators = generators_of(operator)
+        if isinstance(operator, OFTOperator):
+            # PEFT's exact transform is the inverse of the one that its series approaches.
+            series = operator.neumann_terms is not None
+            tensors[f"{KEY_PREFIX}{name}.oft_R.weight"] = generators if series else -generators
+        else:
+            gain = gain_of(operator)
+            assert gain is not None
+            tensors[f"{KEY_PREFIX}{name}.boft_R"] = -skew_from_vector(generators, operator.block_size)
+            tensors[f"{KEY_PREFIX}{name}.boft_s"] = gain[:, None]
+    config = own.config
+    shared: dict[str, Any] = {
+        "target_modules": sorted(own.layers),
+        "bias": config.bias.replace("isotune", "oft" if oft else "boft"),
+        "modules_to_save": config.modules_to_save and list(dict.fromkeys(config.modules_to_save)),
+        "task_type": config.task_type,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "revision": config.revision,
+        "auto_mapping": config.auto_mapping,
+        "inference_mode": True,
+    }
+    theirs = OFTConfig(**shared, **_oft_fields(operators)) if oft else BOFTConfig(**shared, **_boft_fields(operators))
+    with new_directory(out) as folder:
+        # Cloned: safetensors refuses tensors that share memory.
+        stored = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+        save_file(stored, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        theirs.save_pretrained(str(folder))
+    return len(operators)
+
+
+def _operator(name: str, layer: Layer, adapter_name: str) -> OFTOperator | BOFTOperator:
+    """The operator of a layer, if PEFT has one that computes the same."""
+    operator, module = layer.adapter(adapter_name), layer.get_base_layer()
+    if not isinstance(operator, OFTOperator | BOFTOperator) or operator.side != "input":
+        turned = getattr(operator, "side", None)
+        raise ValueError(
+            f"The adapter on {name!r} is a {type(operator).__name__}{f' on the {turned}s' if turned else ''}; PEFT's "
+            f"own OFT and BOFT rotate inputs. {_INSTEAD}"
+        )
+    if not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"The adapted module {name!r} is a {type(module).__name__}; PEFT's own rotations compute the same on "
+            f"linear layers alone. {_INSTEAD}"
+        )
+    if isinstance(operator, OFTOperator) and operator.neumann_terms == 1:
+        raise ValueError(f"The series of num_cayley_neumann_terms=1 on {name!r} is none of PEFT's. {_INSTEAD}")
+    if isinstance(operator, BOFTOperator) and len(operator.generator) > 1:
+        raise ValueError(
+            f"The adapter on {name!r} is a butterfly of {len(operator.generator)} factors, which PEFT reads only where "
+            f"its CUDA extension is built; without it, it has one. {_INSTEAD}"
+        )
+    return operator
+
+
+def _oft_fields(operators: dict[str, Any]) -> dict[str, Any]:
+    first = next(iter(operators.values()))
+    terms = first.neumann_terms
+    series = {"use_cayley_neumann": False} if terms is None else {"num_cayley_neumann_terms": terms + 2}
+    return {**_sizes(operators, "oft_block_size", "r"), **series, "block_share": len(first.generator) < first.blocks}
+
+
+def _boft_fields(operators: dict[str, Any]) -> dict[str, Any]:
+    return _sizes(operators, "boft_block_size", "boft_block_num")
+
+
+def _sizes(operators: dict[str, Any], by_size: str, by_count: str) -> dict[str, int]:
+    """PEFT's one size of all blocks, or one number of blocks of all layers."""
+    sizes = {operator.block_size for operator in operators.values()}
+    counts = {operator.size // operator.block_size for operator in operators.values()}
+    if len(sizes) > 1 and len(counts) > 1:
+        raise ValueError(
+            f"The layers have blocks of {', '.join(map(str, sorted(sizes)))}, and PEFT's configuration holds one size, "
+            f"or one number of blocks. {_INSTEAD}"
+        )
+    return {by_size: sizes.pop(), by_count: 0} if len(sizes) == 1 else {by_size: 0, by_count: counts.pop()}

@@ -1,0 +1,29 @@
+"""Reading a JSON file that holds an object, as every configuration does."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def json_object(file: str | os.PathLike[str], error: type[ValueError] = ValueError) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        file: its path.
+        error: what to raise.
+
+    Raises:
+        ValueError: as `error`: it is no JSON, or holds no object or one that is nested too deeply; names the file.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise error(f"{file} is damaged: it is nested too deeply. Copy or save it again.") from None
+    except ValueError as found:
+        raise error(f"{file} is damaged: {found}. Copy or save it again.") from found
+    if not isinstance(content, dict):
+        raise error(f"{file} is damaged: it holds no JSON object. Copy or save it again.")
+    return content

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from isotune_cli.chat import chat
 from isotune_cli.compare import compare
 from isotune_cli.evaluate import evaluate_adapter
 from isotune_cli.export import export_adapter
@@ -45,6 +46,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "compare": compare,
     "recipes": recipes,
+    "chat": chat,
     "eval": evaluate_adapter,
     "inspect": inspect_adapter,
     "report": report_results,

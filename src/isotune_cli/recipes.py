@@ -1,12 +1,19 @@
-"""Listing the packaged recipes."""
+"""Showing the packaged recipes."""
 
 from __future__ import annotations
+
+from typing import Annotated
+
+import typer
 
 from isotune_cli.shared import say
 
 
-def recipes() -> None:
-    """List the packaged recipes with model, data, metric and the parameters of the adapter."""
-    from isotune.experiments.suites import listing
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="One, to print it whole, or the beginning of several.")] = None,
+) -> None:
+    """List the packaged recipes with data, metric and the parameters of the adapter, or print one to start from."""
+    from isotune.experiments.loading import packaged
+    from isotune.experiments.suites import listing, whole
 
-    say(listing())
+    say(whole(name) if name in packaged() else listing(name or ""))

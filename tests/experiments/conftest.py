@@ -83,3 +83,25 @@ def tiny(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
         "train": {"epochs": 2, "batch_size": 8, "lr": 0.02, "lr_head": 0.01, "max_length": 16},
         "output": str(tmp_path / "run"),
     }
+
+
+@pytest.fixture
+def language_adapter(tmp_path: Path) -> Path:
+    """An adapter that has learnt something, beside its base model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from helpers import make_tokenizer, tiny_llama
+    from isotune import PsoftConfig, get_peft_model
+
+    base = tmp_path / "base"
+    tiny_llama().save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    config = PsoftConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    return tmp_path / "adapter"

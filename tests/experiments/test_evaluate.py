@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import TaskType
 from typer.testing import CliRunner
 
-from helpers import WORDS, make_tokenizer, tiny_llama
-from isotune import PsoftConfig, get_peft_model
+from helpers import WORDS
 from isotune.experiments.evaluate import evaluate, table
 from isotune_cli import app
 
@@ -47,26 +45,10 @@ def test_the_table_names_metric_filter_and_standard_error() -> None:
     ]
 
 
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    """An adapter that has learnt something, beside its base model."""
-    base = tmp_path / "base"
-    tiny_llama().save_pretrained(base)
-    make_tokenizer().save_pretrained(base)
-    from transformers import AutoModelForCausalLM
-
-    config = PsoftConfig(r=4, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter))
-    model.save_pretrained(str(tmp_path / "adapter"))
-    return tmp_path / "adapter"
-
-
 @pytest.mark.slow
-def test_the_adapted_model_is_what_is_scored(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_adapted_model_is_what_is_scored(
+    language_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an optional extra")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,7 +60,7 @@ def test_the_adapted_model_is_what_is_scored(adapter: Path, tmp_path: Path, monk
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
     output = tmp_path / "scores.json"
-    found = evaluate(str(adapter), ["tiny"], include=str(tmp_path / "tasks"), output=str(output))
+    found = evaluate(str(language_adapter), ["tiny"], include=str(tmp_path / "tasks"), output=str(output))
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
@@ -93,9 +75,9 @@ def test_the_adapted_model_is_what_is_scored(adapter: Path, tmp_path: Path, monk
         return right / len(rows)
 
     before = accuracy(base)
-    after = accuracy(PeftModel.from_pretrained(base, str(adapter)).eval())
+    after = accuracy(PeftModel.from_pretrained(base, str(language_adapter)).eval())
     assert before != after  # else the adapter need not have been there
     assert found["tiny"]["acc"] == pytest.approx(after)
     assert json.loads(output.read_text())["results"] == found
     with pytest.raises(ValueError, match="has no task 'no_such_task'"):
-        evaluate(str(adapter), ["no_such_task"])
+        evaluate(str(language_adapter), ["no_such_task"])

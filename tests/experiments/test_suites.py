@@ -19,6 +19,7 @@ from helpers import VOCABULARY, WORDS, make_tokenizer, tiny_llama
 from isotune.experiments import paper, reload, suites
 from isotune.experiments.budget import adapter_parameters
 from isotune.experiments.loading import load, packaged
+from isotune.experiments.recipe import RecipeError
 from isotune.experiments.tables import DataError
 from isotune.experiments.train import train as run
 
@@ -313,7 +314,7 @@ def test_vtab_has_three_groups_whose_means_are_averaged() -> None:
 def test_the_papers_35_tasks_are_recipes_with_its_parameters_and_a_figure_beside_them() -> None:
     tasks = [name for suite in paper.MODELS for names in suites.groups(suite).values() for name in names]
     assert len(tasks) == 6 + 19 + 2 + 8
-    listed = {line.split()[0]: line for line in suites.listing().splitlines()}
+    listed = {line.split()[0]: line for line in suites.listing().splitlines()[:-2]}
     assert set(listed) == {"recipe", *packaged()}
     for name in tasks:
         recipe = load(name)
@@ -321,11 +322,25 @@ def test_the_papers_35_tasks_are_recipes_with_its_parameters_and_a_figure_beside
         assert count is not None
         figure = paper.figures(name)["psoft"]
         assert count == pytest.approx(1e6 * figure.parameters, rel=0.06)  # the paper rounds 0.0811 to 0.08
-        for shown in (recipe.model, recipe.metric, f"{count:,}", recipe.description):
+        for shown in (recipe.metric, f"{count:,}"):
             assert shown in listed[name]
     # 36 layers of the encoder, r (r − 1) / 2 + 2 r each; a model of one's own is not known beforehand.
     assert adapter_parameters(load("demo")) == 36 * (46 * 45 // 2 + 2 * 46)
     assert adapter_parameters(load("demo", ["model=my/model"])) is None
+
+
+def test_recipes_are_listed_by_suite_in_a_hundred_columns_and_printed_whole(tmp_path: Path) -> None:
+    for prefix in ("", "glue/", "vtab/"):
+        lines = suites.listing(prefix).splitlines()
+        assert max(map(len, lines)) <= 100
+        assert [line.split()[0] for line in lines[1:-2]] == [name for name in packaged() if name.startswith(prefix)]
+    assert "of microsoft/deberta-v3-base" in suites.listing("glue/")
+    with pytest.raises(RecipeError, match=r"no recipe 'glu/'; there are arc/, .*demo, glue/.*did you mean"):
+        suites.listing("glu/")
+    for name in packaged():
+        file = tmp_path / "mine.yaml"
+        file.write_text(suites.whole(name), encoding="utf-8")
+        assert load(str(file), ["output=x"]) == load(name, ["output=x"])
 
 
 SHORT = ["train.gradient_accumulation=2", "train.max_length=128", "max_new_tokens=4", "dtype=float32"]

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from isotune.experiments.files import write_json
+from isotune.experiments.language import language_model
 from isotune.experiments.text import aligned
-from isotune.files.adapter import named_base, read_config
-from isotune.files.base_model import gguf_of, quiet, resolve_base
+from isotune.files.base_model import quiet
 
 
 def evaluate(
@@ -48,12 +48,9 @@ def evaluate(
         raise ValueError("evaluation needs lm-evaluation-harness: pip install 'isotune[eval]'")
     if not tasks:
         raise ValueError("name at least one task, as --tasks gsm8k,arc_easy")
-    import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    from peft import PeftModel
-    from transformers import AutoTokenizer
 
     manager = TaskManager(include_path=include)
     unknown = [name for name in tasks if not manager.match_tasks([name])]
@@ -62,16 +59,9 @@ def evaluate(
             f"lm-evaluation-harness has no task {unknown[0]!r}: `lm_eval ls tasks` lists its tasks, "
             "and --include FOLDER adds your own"
         )
-    raw = read_config(directory)
-    if raw.get("task_type") != "CAUSAL_LM":
-        raise ValueError(f"{directory} is an adapter for {raw.get('task_type')}; the harness scores language models")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = resolve_base(str(base or raw.get("base_model_name_or_path")))
+    model, tokenizer, name = language_model(directory, base, trust_remote_code=trust_remote_code)
     with quiet():
-        model = PeftModel.from_pretrained(named_base(directory, base, trust_remote_code=trust_remote_code), directory)
-        source = directory if (Path(directory) / "tokenizer_config.json").exists() else name
-        tokenizer = AutoTokenizer.from_pretrained(source, **gguf_of(source))
-        harness = HFLM(pretrained=model.to(device).eval(), tokenizer=tokenizer, batch_size=batch_size, device=device)
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=model.device.type)
         found = simple_evaluate(
             model=harness, tasks=list(tasks), num_fewshot=few_shot, limit=limit, task_manager=manager, log_samples=False
         )

@@ -79,8 +79,8 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
     if not path.exists():
         if path.suffix in {".yaml", ".yml"}:
             raise RecipeError(f"there is no recipe file {source}")
-        given = f"there is no recipe {source!r}: give a YAML file or one of {', '.join(known)}"
-        raise RecipeError(given + meant(source, known))
+        listed = f"there is no recipe {source!r}: `isotune recipes` lists them, and a YAML file is given by its path"
+        raise RecipeError(listed + meant(source, known))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

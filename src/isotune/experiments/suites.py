@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import fmean
 
+import yaml
+
 from isotune.experiments.budget import adapter_parameters
 from isotune.experiments.loading import load, packaged
-from isotune.experiments.recipe import Recipe
+from isotune.experiments.recipe import Recipe, RecipeError, meant
 from isotune.experiments.text import aligned
 
 _BESIDE = ("mnli", "qqp", "all")
@@ -46,15 +48,32 @@ def means(suite: str, scores: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def listing() -> str:
-    """The packaged recipes as a table: name, model, data, metric, parameters of the adapter, and description."""
-    lines = [("recipe", "model", "data", "metric", "adapter", "description")]
-    for name in packaged():
+def listing(prefix: str = "") -> str:
+    """The packaged recipes whose names begin with `prefix` as a table, of up to 100 columns for one suite.
+
+    Raises:
+        RecipeError: there is none; the message says which suites there are.
+    """
+    chosen = [name for name in packaged() if name.startswith(prefix)]
+    if not chosen:
+        suites = dict.fromkeys(name.partition("/")[0] + "/" * ("/" in name) for name in packaged())
+        raise RecipeError(f"there is no recipe {prefix!r}; there are {', '.join(suites)}" + meant(prefix, packaged()))
+    lines = [("recipe", "data", "metric", "adapter")]
+    models = dict.fromkeys(load(name).model for name in chosen)
+    for name in chosen:
         recipe = load(name)
         count = adapter_parameters(recipe)
-        shown = "" if count is None else f"{count:,}"
-        lines.append((name, recipe.model, _source(recipe), recipe.metric, shown, recipe.description))
-    return "\n".join(line.rstrip() for line in aligned(lines, "<<<<><"))
+        lines.append((name, _source(recipe), recipe.metric, "" if count is None else f"{count:,}"))
+    table = [line.rstrip() for line in aligned(lines, "<<<>")]
+    about = f"{len(chosen)} recipes of {', '.join(models)}" if prefix else f"{len(chosen)} recipes"
+    return "\n".join([*table, "", f"{about}; `isotune recipes NAME` prints one whole."])
+
+
+def whole(name: str) -> str:
+    """A packaged recipe as the YAML that `isotune train` takes, below what it is."""
+    raw = packaged()[name]
+    text: str = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=100)
+    return f"# isotune recipes {name} > mine.yaml; isotune train mine.yaml\n{text}".rstrip()
 
 
 def _source(recipe: Recipe) -> str:

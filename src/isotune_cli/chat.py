@@ -1,0 +1,36 @@
+"""Talking to a base model and to an adapter on it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from isotune_cli.shared import Base, Trust, say
+
+
+def chat(
+    directory: Annotated[str, typer.Argument(help="The folder of an adapter of a language model.")],
+    question: Annotated[str | None, typer.Argument(help="One question; without it you are asked for them.")] = None,
+    base: Base = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="The most of an answer.")] = 256,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Ask the base model and the adapter on it the same questions, side by side."""
+    from isotune.experiments.language import Chat, language_model
+
+    model, tokenizer, _ = language_model(directory, base, trust_remote_code=trust_remote_code)
+    talk = Chat(model, tokenizer, new_tokens)
+    asked = [question] if question is not None else iter(_typed, None)
+    for one in asked:
+        assert one is not None
+        for side, answer in talk.ask(one).items():
+            say(f"{side + ':':8} {answer}")
+
+
+def _typed() -> str | None:
+    """What is asked next; None at the end of what is typed."""
+    try:
+        return input("you:     ")
+    except EOFError:
+        return None

@@ -23,7 +23,8 @@ def chat(
     talk = Chat(model, tokenizer, new_tokens)
     asked = [question] if question is not None else iter(_typed, None)
     for one in asked:
-        assert one is not None
+        if not one:
+            continue
         for side, answer in talk.ask(one).items():
             say(f"{side + ':':8} {answer}")
 
@@ -31,6 +32,6 @@ def chat(
 def _typed() -> str | None:
     """What is asked next; None at the end of what is typed."""
     try:
-        return input("you:     ")
+        return input("you:     ").strip()
     except EOFError:
         return None

@@ -58,6 +58,18 @@ def test_the_command(language_adapter: Path) -> None:
     assert once.stdout.splitlines()[1].split()[1:] == asked.stdout.splitlines()[1].split()[1:]
 
 
+def test_nothing_and_too_much_are_refused(language_adapter: Path) -> None:
+    talk = Chat(*language_model(str(language_adapter))[:2], new_tokens=5)
+    talk.model.config.max_position_embeddings = 7
+    for question, said in (("", "no words"), ("w1 w2 w3 w4", "exceed the 7")):
+        with pytest.raises(ValueError, match=said):
+            talk.ask(question)
+    assert talk.ask("w1").keys() == {"base", "adapter"}
+    asked = runner.invoke(app, ["chat", str(language_adapter), "--new-tokens", "4"], input="\n  \nw5\n")
+    assert asked.exit_code == 0, asked.output
+    assert asked.stdout.count("adapter:") == 1
+
+
 def test_what_is_no_language_model_is_refused(language_adapter: Path, tmp_path: Path) -> None:
     config = language_adapter / "adapter_config.json"
     raw = json.loads(config.read_text())

@@ -71,6 +71,15 @@ class Chat:
             given = self.tokenizer.apply_chat_template(turns, **options)
         else:
             given = self.tokenizer(question, return_tensors="pt")
+        room = getattr(self.model.config, "max_position_embeddings", None)
+        length = given["input_ids"].shape[1]
+        if not length:
+            raise ValueError("The question has no words; ask something.")
+        if room is not None and length + self.new_tokens > room:
+            raise ValueError(
+                f"The conversation has {length} tokens, and with {self.new_tokens} more for an answer it would exceed "
+                f"the {room} that the model reads; begin anew, or allow fewer with --new-tokens."
+            )
         given = given.to(self.model.device)
         given.pop("token_type_ids", None)
         with quiet(), torch.inference_mode():

@@ -121,7 +121,9 @@ def _oft_fields(operators: dict[str, Any]) -> dict[str, Any]:
     first = next(iter(operators.values()))
     terms = first.neumann_terms
     series = {"use_cayley_neumann": False} if terms is None else {"num_cayley_neumann_terms": terms + 2}
-    return {**_sizes(operators, "oft_block_size", "r"), **series, "block_share": len(first.generator) < first.blocks}
+    # Of a layer of one block nobody can tell.
+    shared = any(len(operator.generator) < operator.blocks for operator in operators.values())
+    return {**_sizes(operators, "oft_block_size", "r"), **series, "block_share": shared}
 
 
 def _boft_fields(operators: dict[str, Any]) -> dict[str, Any]:

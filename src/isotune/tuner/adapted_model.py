@@ -181,7 +181,7 @@ class AdaptedModel:
         elif torch.is_grad_enabled() and not (self.warned or apart) and self.model is not None and self.model.training:
             experts = [layer for layer in self.layers if isinstance(layer, ExpertsLayer)]
             several = [one for layer in experts for one in layer.isotune_operator.values()]
-            self.warned = warn_of_rounded([*(shared.members[0] for shared in self.evaluations), *several])
+            self.warned = warn_of_rounded([*(one for shared in self.evaluations for one in shared.members), *several])
 
     def end(self) -> None:
         """It has returned or raised."""

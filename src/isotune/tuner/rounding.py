@@ -16,16 +16,19 @@ from isotune.internals.deepspeed_state import takes_gradients
 def warn_of_rounded(adapters: Iterable[Any]) -> bool:
     """Say that factors which are to be trained will not move, if they are in half precision; whether it was said.
 
-    Where ZeRO trains copies of its own in float32, they do.
+    Where ZeRO trains copies of its own in float32, they do; and under FSDP what a pass sees is not what is trained, so
+    that nothing is said where there are several processes.
 
     Args:
-        adapters: of a model that is to be trained; one of each kind is enough.
+        adapters: of a model that is to be trained.
     """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False
     for adapter in adapters:
         names = tuple(name for name in getattr(adapter, "near_one", ()) if _is_rounded(getattr(adapter, name)))
         if not names or takes_gradients(adapter):
             continue
-        dtype, verb = adapter.get_parameter(names[0]).dtype, "is" if len(names) == 1 else "are"
+        dtype, verb = getattr(adapter, names[0]).dtype, "is" if len(names) == 1 else "are"
         warnings.warn(
             f"{' and '.join(names)} of an adapter ({type(adapter).__name__}, {adapter.describe()}) {verb} trained in "
             f"{str(dtype).removeprefix('torch.')}, and start at 1, where an optimiser's step of less "

@@ -87,7 +87,8 @@ def join(found: Mapping[str, Factored], base: nn.Module) -> dict[str, tuple[Tens
 
 
 def _outputs(base: nn.Module, module: str) -> int:
-    return len(base.get_submodule(module).get_parameter("weight"))
+    # Not the rows of its weight, which quantised layers hold packed.
+    return int(base.get_submodule(module).out_features)  # type: ignore[arg-type]
 
 
 def _flux(base: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:

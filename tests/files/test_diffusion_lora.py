@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import isotune_cli as cli
 from helpers import INNER_ATTENTION, randomize, relative_error, tiny_bert, tiny_text_encoder, tiny_unet
 from isotune import HRAConfig, LoraXsConfig, OFTConfig, PsoftConfig, get_peft_model
+from isotune.files.diffusion.fused import _outputs
 from isotune.files.diffusion.lora import export_lora_file
 from isotune.files.diffusion.rotations import export_rotation
 from isotune.methods.config import IsotuneConfig
@@ -305,3 +306,10 @@ def test_what_has_no_form(tmp_path: Path) -> None:
     biased = get_peft_model(unet(), HRAConfig(r=2, target_modules=["to_q"], bias="isotune_only"))
     with pytest.raises(ValueError, match="modules or biases"):
         export_lora_file(biased, tmp_path / "a.safetensors", "kohya")
+
+
+def test_a_joined_layer_of_which_a_packed_part_is_not_adapted() -> None:
+    """Its rows are those of the layer, whatever form its weight is kept in."""
+    layer = nn.Linear(6, 10)
+    layer.weight = nn.Parameter(torch.zeros(30, 1))
+    assert _outputs(nn.Sequential(layer), "0") == 10

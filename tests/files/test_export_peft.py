@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -121,3 +122,15 @@ def test_a_layer_that_peft_does_not_rotate_alike(tmp_path: Path) -> None:
     model = get_peft_model(tiny_gpt2(), OFTConfig(oft_block_size=8, target_modules=["c_attn"]))
     with pytest.raises(ValueError, match=r"is a Conv1D; .*linear layers alone"):
         export_peft(model, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_shared_blocks_beside_a_layer_of_one_block(shared: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    config = OFTConfig(target_modules=["0", "2"], oft_block_size=8, block_share=shared)
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    randomize(model)
+    export_peft(model, tmp_path / "peft")
+    x = torch.randn(5, 8)
+    assert relative_error(peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()(x), model(x)) < 1e-5

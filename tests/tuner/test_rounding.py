@@ -80,3 +80,10 @@ def test_a_half_base_leaves_the_parameters_in_float32() -> None:
     assert warnings_of(model) == []
     unwanted = get_peft_model(tiny_llama().bfloat16(), NEAR_ONE["boft"][0], autocast_adapter_dtype=False)
     assert len(warnings_of(unwanted)) == 1
+
+
+def test_a_frozen_first_layer_hides_nothing() -> None:
+    model = get_peft_model(tiny_llama(), PsoftConfig(r=4, target_modules=["q_proj", "v_proj"])).to(torch.bfloat16)
+    for parameter in layers_of(model)[0].isotune_operator.parameters():
+        parameter.requires_grad_(False)
+    assert len(warnings_of(model)) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, MutableMapping
@@ -181,7 +182,9 @@ class AdaptedModel:
         elif torch.is_grad_enabled() and not (self.warned or apart) and self.model is not None and self.model.training:
             experts = [layer for layer in self.layers if isinstance(layer, ExpertsLayer)]
             several = [one for layer in experts for one in layer.isotune_operator.values()]
-            self.warned = warn_of_rounded([*(one for shared in self.evaluations for one in shared.members), *several])
+            # One that is trained of each kind: this is looked at in every pass, and a frozen one says nothing.
+            trained = (filter(_is_trained, shared.members) for shared in self.evaluations)
+            self.warned = warn_of_rounded([*(one for own in trained for one in itertools.islice(own, 1)), *several])
 
     def end(self) -> None:
         """It has returned or raised."""
@@ -338,6 +341,10 @@ def _keeps_its_basis(layer: Layer, adapter: SubspaceAdapter) -> bool:
             return False
         adapter.placement = replace(placement, down=now.down, up=now.up)
     return True
+
+
+def _is_trained(adapter: Any) -> bool:
+    return any(parameter.requires_grad for parameter in adapter.parameters_read())
 
 
 def _begin(module: nn.Module, args: Any) -> None:

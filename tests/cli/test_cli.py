@@ -30,8 +30,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
 def test_recipes_lists_what_train_takes() -> None:
     done = runner.invoke(cli.app, ["recipes"])
     assert done.exit_code == 0
-    rows = [line.split()[0] for line in done.output.splitlines()]
-    assert rows == ["recipe", *packaged()]
+    table, last = done.output.strip().split("\n\n")
+    assert [line.split()[0] for line in table.splitlines()] == ["recipe", *packaged()]
+    assert last.startswith(f"{len(packaged())} recipes; ")
 
 
 def test_train_hands_recipe_and_overrides_over(called: list[Recipe]) -> None:

@@ -53,10 +53,7 @@ class BOFTConfig(BlockRotationConfig):
         share = self.boft_dropout_factors
         require(0.0 < share <= 1.0, "boft_dropout_factors", share, "it must be in (0, 1]")
         if share < 1.0 and not self.boft_dropout:
-            raise ValueError(
-                "boft_dropout_factors has no effect with boft_dropout=0; set boft_dropout, or leave "
-                "boft_dropout_factors at 1."
-            )
+            raise ValueError("boft_dropout_factors has no effect with boft_dropout=0; set both, or leave it at 1.")
         for name in ("boft_block_size", "boft_block_num"):
             require_positive_integer(name, getattr(self, name) or 1)  # 0: derived from the other
         if self.boft_block_size and self.boft_block_num:

@@ -68,10 +68,7 @@ class PsoftConfig(SubspaceConfig):
         require_number("psoft_svd_lowrank_niter", self.psoft_svd_lowrank_niter or 0)
         require_number("random_seed", self.random_seed)
         if self.use_cayley_neumann and not self.psoft_orth:
-            raise ValueError(
-                "use_cayley_neumann=True has no effect with psoft_orth=False; set use_cayley_neumann=False or "
-                "psoft_orth=True."
-            )
+            raise ValueError("use_cayley_neumann=True has no effect with psoft_orth=False; change one of them.")
         require_positive_integer("num_cayley_neumann_terms", self.num_cayley_neumann_terms)
         bound = self.cayley_neumann_eps
         if bound is not None:

@@ -331,13 +331,22 @@ def _refuse_loading_by_one(model: nn.Module) -> None:
 
 
 def _refuse_names_of_saved(model: nn.Module, configs: Mapping[str, IsotuneConfig]) -> None:
-    """Refuse an adapter that is called like a part of a saved module: PEFT tells the two apart by name alone.
+    """Refuse saved modules within one another, and an adapter that is called like a part of one.
 
-    It would leave that part out of the file, or write it under a wrong name.
+    PEFT tells adapters and parts apart by name alone: it would leave such a part out of the file, write it under a
+    wrong name, or end with a KeyError when the trained adapter is saved.
     """
-    saved = {name for config in configs.values() for name in config.modules_to_save or ()}
+    asked = {name for config in configs.values() for name in config.modules_to_save or ()}
+    saved: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if any(f".{name}".endswith(f".{own}") for own in saved):
+        if any(f".{name}".endswith(f".{own}") for own in asked):
+            if outer := next((other for other in saved if name.startswith(f"{other}.")), None):
+                inner = name.replace(".original_module.", ".")
+                raise ValueError(
+                    f"{inner!r} lies within {outer!r}, and PEFT cannot save both with adapters (modules_to_save). Name "
+                    f"only one of them, the same in every adapter: {outer!r} holds the other."
+                )
+            saved[name] = module
             original: nn.Module = getattr(module, "original_module", module)
             tensors = itertools.chain(original.named_parameters(), original.named_buffers())
             parts = {part for key, _ in tensors for part in f"{name}.{key}".split(".")}

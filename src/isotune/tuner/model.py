@@ -337,24 +337,25 @@ def _refuse_names_of_saved(model: nn.Module, configs: Mapping[str, IsotuneConfig
     wrong name, or end with a KeyError when the trained adapter is saved.
     """
     asked = {name for config in configs.values() for name in config.modules_to_save or ()}
-    saved: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if any(f".{name}".endswith(f".{own}") for own in asked):
-            if outer := next((other for other in saved if name.startswith(f"{other}.")), None):
-                inner = name.replace(".original_module.", ".")
-                raise ValueError(
-                    f"{inner!r} lies within {outer!r}, and PEFT cannot save both with adapters (modules_to_save). Name "
-                    f"only one of them, the same in every adapter: {outer!r} holds the other."
-                )
-            saved[name] = module
-            original: nn.Module = getattr(module, "original_module", module)
-            tensors = itertools.chain(original.named_parameters(), original.named_buffers())
-            parts = {part for key, _ in tensors for part in f"{name}.{key}".split(".")}
-            if called := parts & configs.keys():
-                raise ValueError(
-                    f"The adapter name {min(called)!r} is not allowed: {name!r}, which is to be saved with an adapter "
-                    "(modules_to_save), has a part of that name, and PEFT would not save it. Choose another name."
-                )
+    saved = {
+        name: module for name, module in model.named_modules() if any(f".{name}".endswith(f".{own}") for own in asked)
+    }
+    for name, outer in itertools.product(saved, saved):
+        if name.startswith(f"{outer}."):
+            inner = name.replace(".original_module.", ".")
+            raise ValueError(
+                f"{inner!r} lies within {outer!r}, and PEFT cannot save both with adapters (modules_to_save). Name "
+                f"only one of them, the same in every adapter: {outer!r} holds the other."
+            )
+    for name, module in saved.items():
+        original: nn.Module = getattr(module, "original_module", module)
+        tensors = itertools.chain(original.named_parameters(), original.named_buffers())
+        parts = {part for key, _ in tensors for part in f"{name}.{key}".split(".")}
+        if called := parts & configs.keys():
+            raise ValueError(
+                f"The adapter name {min(called)!r} is not allowed: {name!r}, which is to be saved with an adapter "
+                "(modules_to_save), has a part of that name, and PEFT would not save it. Choose another name."
+            )
 
 
 def _refuse_several_places(model: nn.Module) -> None:

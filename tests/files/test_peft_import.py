@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 import isotune_cli as cli
 from helpers import has_pefts_psoft, tiny_bert
 from isotune import PeftModel, PsoftConfig, get_peft_model
-from isotune.errors import AdapterFileError
+from isotune.errors import AdapterFileError, IsotuneWarning
 from isotune.files.adapter import describe
 from isotune.files.peft_import import import_peft
 
@@ -248,10 +249,35 @@ def with_butterfly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft_boft, "FastBlockDiag", BlockDiagonal)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.OFTConfig(r=0, oft_block_size=4, target_modules=["up"], bias="all"),
+        peft.BOFTConfig(boft_block_size=4, target_modules=["up"], bias="boft_only"),
+        peft.HRAConfig(r=4, target_modules=["up"], bias="hra_only"),
+    ],
+    ids=lambda config: str(config.peft_type.value),
+)
+def test_biases_that_an_earlier_peft_did_not_save_are_missed_aloud(config: peft.PeftConfig, tmp_path: Path) -> None:
+    model = peft.get_peft_model(net(), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if not key.endswith(".bias")}, file)
+    with pytest.warns(IsotuneWarning, match=r"biases were trained, and adapter_model.safetensors holds none"):
+        imported = import_peft(tmp_path, net())
+    theirs = peft.PeftModel.from_pretrained(net(), tmp_path)
+    assert distance(net_output(imported), net_output(theirs), net_output(net())) < 1e-5
+
+
 def check_import(folder: Path, wanted: Tensor, kind: str, **expected: Any) -> None:
     """The imported adapter, its saved folder, and the merged model give what PEFT gives."""
     before = net_output(net())
-    model = import_peft(folder / "theirs", net())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*biases were trained")
+        model = import_peft(folder / "theirs", net())
     config = model.peft_config["default"]
     assert {name: getattr(config, name) for name in expected} == expected
     assert distance(net_output(model), wanted, before) < 1e-5

@@ -335,21 +335,31 @@ def _refuse_loading_by_one(model: nn.Module) -> None:
 
 
 def _refuse_names_of_saved(model: nn.Module, configs: Mapping[str, IsotuneConfig]) -> None:
-    """Refuse an adapter with the name of a part of a saved module, since PEFT would confuse the two.
+    """Refuse saved modules inside one another, and an adapter with the name of a part of one.
 
-    It would leave that part out of the file, or write it under a wrong name.
+    PEFT would confuse their names: it would leave a part out of the file, write it under a wrong name, or fail with a
+    KeyError when the trained adapter is saved.
     """
-    saved = {name for config in configs.values() for name in config.modules_to_save or ()}
-    for name, module in model.named_modules():
-        if any(f".{name}".endswith(f".{own}") for own in saved):
-            original: nn.Module = getattr(module, "original_module", module)
-            tensors = itertools.chain(original.named_parameters(), original.named_buffers())
-            parts = {part for key, _ in tensors for part in f"{name}.{key}".split(".")}
-            if called := parts & configs.keys():
-                raise ValueError(
-                    f"The adapter name {min(called)!r} is not allowed: {name!r}, which modules_to_save saves with an "
-                    "adapter, has a part of that name, and PEFT would not save it. Choose another name."
-                )
+    asked = {name for config in configs.values() for name in config.modules_to_save or ()}
+    saved = {
+        name: module for name, module in model.named_modules() if any(f".{name}".endswith(f".{own}") for own in asked)
+    }
+    for name, outer in itertools.product(saved, saved):
+        if name.startswith(f"{outer}."):
+            inner = name.replace(".original_module.", ".")
+            raise ValueError(
+                f"{inner!r} lies within {outer!r}, and PEFT cannot save both with adapters (modules_to_save). Name "
+                f"only one of them, the same one in every adapter: {outer!r} contains the other."
+            )
+    for name, module in saved.items():
+        original: nn.Module = getattr(module, "original_module", module)
+        tensors = itertools.chain(original.named_parameters(), original.named_buffers())
+        parts = {part for key, _ in tensors for part in f"{name}.{key}".split(".")}
+        if called := parts & configs.keys():
+            raise ValueError(
+                f"The adapter name {min(called)!r} is not allowed: {name!r}, which modules_to_save saves with an "
+                "adapter, has a part of that name, and PEFT would not save it. Choose another name."
+            )
 
 
 def _refuse_several_places(model: nn.Module) -> None:

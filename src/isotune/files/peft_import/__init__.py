@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import peft
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from isotune.errors import AdapterFileError
+from isotune.errors import AdapterFileError, IsotuneWarning
 from isotune.files.adapter import (
     ADAPTER,
     CONFIG_FILE,
@@ -77,6 +79,7 @@ def import_peft(directory: str | os.PathLike[str], base_model: nn.Module) -> Pef
         theirs = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(str(folder))
     layers, extras = read_layers(folder, groups)
     model = build(Source(folder, theirs, layers, base_model))
+    _warn_of_lost_biases(folder, model, extras)
     if extras:
         done: Any = set_peft_model_state_dict(model, {**get_peft_model_state_dict(model), **extras})
         if done.unexpected_keys:
@@ -86,6 +89,19 @@ def import_peft(directory: str | os.PathLike[str], base_model: nn.Module) -> Pef
             )
     model.peft_config[ADAPTER].base_model_name_or_path = theirs.base_model_name_or_path
     return model
+
+
+def _warn_of_lost_biases(folder: Path, model: nn.Module, stored: Iterable[str]) -> None:
+    """Say that biases were trained, by the configuration, and are not in the file."""
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and name.endswith(".bias")]
+    if trained and not any(name.endswith(".bias") for name in stored):
+        warnings.warn(
+            f"{folder / CONFIG_FILE} says that biases were trained, and {WEIGHTS_FILE} holds none: PEFT below 0.21 "
+            f"does not save them. {len(trained)} biases are those of the base model, as when PEFT loads this folder. "
+            "If you have the trained model, save it again with PEFT 0.21 or later.",
+            IsotuneWarning,
+            stacklevel=3,
+        )
 
 
 def convert_peft(

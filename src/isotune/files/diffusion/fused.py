@@ -1,4 +1,4 @@
-"""kohya's names on FLUX and SD3, whose original layers hold several of diffusers' each."""
+"""kohya's names on FLUX and SD3, where one original layer combines several of diffusers' layers."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ _SD3_JOINT = {
     "x_block_adaLN_modulation_1": "norm1.linear",
     "context_block_adaLN_modulation_1": "norm1_context.linear",
 }
-"""Name in the original code, with underscores -> modules of diffusers whose outputs it has, one after the other."""
+"""Name in the original code, with underscores -> the diffusers modules whose concatenated outputs it has."""
 
 
 def original_layers(base: nn.Module) -> dict[str, tuple[str, ...]]:
-    """kohya's name of each original layer of FLUX or SD3, and the modules that it is made of; else nothing.
+    """kohya's name of each original layer of FLUX or SD3 -> the modules it combines; empty for other models.
 
     Source: diffusers 0.42, loaders/lora_conversion_utils.py (_convert_kohya_flux_lora_to_diffusers) and
     loaders/single_file_utils.py (convert_sd3_transformer_checkpoint_to_diffusers); kohya sd-scripts,
@@ -78,11 +78,11 @@ def original_layers(base: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def join(found: Mapping[str, Factored], base: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """The factors of each original layer: those of its parts as blocks on a diagonal, which is exact; ranks add up.
+    """Join the factors of each original layer's parts, exactly, as blocks on a diagonal; their ranks add up.
 
     Args:
         found: module of the base -> its factors.
-        base: of FLUX or SD3.
+        base: a FLUX or SD3 transformer.
 
     Returns:
         kohya's name -> (up, down).
@@ -95,13 +95,13 @@ def join(found: Mapping[str, Factored], base: nn.Module) -> dict[str, tuple[Tens
             up: Tensor = torch.block_diag(*ups)  # type: ignore[no-untyped-call]
             around = base.get_submodule(parts[0].rpartition(".")[0])
             if type(around).__name__ == "AdaLayerNormContinuous":
-                up = torch.cat(up.chunk(2)[::-1])  # its rows are scales, then shifts; the original's the reverse
+                up = torch.cat(up.chunk(2)[::-1])  # its rows are scales, then shifts; the original has the reverse
             joined[stem] = up, torch.cat(downs)
     return joined
 
 
 def _outputs(base: nn.Module, module: str) -> int:
-    # Not the rows of its weight, which quantised layers hold packed.
+    # Not the rows of the weight, which is packed in quantised layers.
     return int(base.get_submodule(module).out_features)  # type: ignore[arg-type]
 
 

@@ -1,1 +1,1 @@
-"""The run-time form of an adapter: an operator placed on a host. It knows torch, `algebra` and `subspace`."""
+"""The run-time form of an adapter: an operator placed on a host. It depends on torch, `algebra` and `subspace`."""

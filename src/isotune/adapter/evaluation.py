@@ -1,8 +1,8 @@
-"""Evaluating operators: a pure function of their parameters, done once for all layers of a forward pass.
+"""Evaluating operators: a pure function of their parameters, called once for all layers of a forward pass.
 
-An evaluation is a value: the tensors of M, and the parameters that they were made from. It is never changed, and used
-only while it still says the truth about the parameters in hand. So threads, replicas, interrupted and nested calls, and
-steps between or within forward passes need no rule of their own.
+An evaluation is a value: the tensors of M, and the parameters they were computed from. It is never changed, and is used
+only while it is still true of the current parameters. So threads, replicas, interrupted and nested calls, and optimiser
+steps between or within forward passes need no rules of their own.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from isotune.parallel.sharding import is_sharded, shape_of
 
 
 class Evaluable(Protocol):
-    """What an evaluation needs to know of an operator."""
+    """What an evaluation needs from an operator."""
 
     def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Map parameters, each with any same leading dimensions, to the tensors of M."""
+        """Map parameters, all with the same leading dimensions, to the tensors of M."""
 
     def batch_key(self) -> Hashable:
         """Operators of one class with equal keys and parameter shapes are evaluated in one batch."""
@@ -34,31 +34,31 @@ class Evaluable(Protocol):
         """The parameters that `evaluate` reads."""
 
     def names_read(self) -> tuple[str, ...]:
-        """Their names."""
+        """The names of these parameters."""
 
     given: Given
-    """What compiled code finds of an evaluation that was made before it."""
+    """The tensors that compiled code takes from an earlier evaluation."""
 
 
 def wide(names: Sequence[str], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Parameters by name, in float32 at least: in half there is no factorisation, and a small rotation is lost."""
+    """Parameters by name, at least float32: half precision has no factorisations and loses small rotations."""
     found = (parameter.to(torch.promote_types(parameter.dtype, torch.float32)) for parameter in parameters)
     return dict(zip(names, found, strict=True))
 
 
 def cast(tensors: tuple[Tensor, ...], dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-    """Tensors in a dtype, or as they are."""
+    """Cast tensors to a dtype; None leaves them as they are."""
     return tensors if dtype is None else tuple(tensor.to(dtype) for tensor in tensors)
 
 
 class _Evaluated(torch.autograd.Function):
-    """The tensors of M from the parameters of `count` like operators, as one node that holds the graph within.
+    """The tensors of M from the parameters of `count` alike operators, as one node that holds the graph inside.
 
-    Such a node may be passed backward many times, which an ordinary graph, freed by the first, may not: two losses of
-    one forward pass share it. And what it holds is seen neither by checkpointing, which would have to find the same
-    saved tensors when it runs a part of the model again, nor by offloading.
+    Unlike an ordinary graph, which the first backward pass frees, such a node supports many backward passes: two losses
+    of one forward pass share it. Its contents are hidden from offloading and from checkpointing, which would otherwise
+    have to find the same saved tensors when it reruns a part of the model.
 
-    All tensors of one kind come together: (first of operator 1, first of operator 2, …, second of operator 1, …).
+    Tensors of one kind are grouped: (first of operator 1, first of operator 2, …, second of operator 1, …).
     """
 
     @staticmethod
@@ -78,8 +78,8 @@ class _Evaluated(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         count: int = ctx.count
         kinds = [gradients[i : i + count] for i in range(0, len(gradients), count)]
-        # An operator that had no part in the loss has no gradient: a zero would let an optimiser's momentum and weight
-        # decay move it.
+        # An operator that does not affect the loss gets no gradient: with zeros, momentum and weight decay would still
+        # move it.
         used = [any(g is not None for g in own) for own in zip(*kinds, strict=True)]
         stacked = []
         for result, kind in zip(ctx.results, kinds, strict=True):
@@ -94,23 +94,23 @@ class _Evaluated(torch.autograd.Function):
 
 
 def hidden_from_hooks() -> AbstractContextManager[Any]:
-    """A scope in which hooks from outside see nothing of what is saved for backward; benchmarks replace it to count.
+    """A scope that hides saved tensors from outer hooks; benchmarks replace it to count activation memory.
 
-    What the pack hook gives must not be the tensor itself: an output saved by its own node would be a cycle that no
-    garbage collector sees.
+    The pack hook must not return the tensor itself: an output saved by its own node would be a reference cycle that the
+    garbage collector cannot see.
     """
     return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda tensor: tensor)
 
 
 def _stack(parameters: Sequence[Tensor], count: int) -> list[Tensor]:
-    """One tensor for each parameter name, of all operators, from the list of all of the first name, the second, …"""
+    """Stack all operators' parameters into one tensor per name; they come as all of the first name, the second, …"""
     return [torch.stack(tuple(parameters[i : i + count])) for i in range(0, len(parameters), count)]
 
 
 def evaluate_alone(
     operator: Evaluable, parameters: tuple[Tensor, ...], dtype: torch.dtype | None
 ) -> tuple[Tensor, ...]:
-    """The tensors of M of one operator, from parameters in hand."""
+    """Evaluate one operator from these parameters."""
     tracked = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
     if not tracked or is_recorded():
         with without_autocast(parameters[0]):
@@ -120,24 +120,24 @@ def evaluate_alone(
 
 
 def is_recorded() -> bool:
-    """Whether torch.compile or torch.jit.trace records, which cannot follow a node that holds a graph."""
+    """Whether torch.compile or torch.jit.trace is recording, which cannot follow a node that holds a graph."""
     return torch.compiler.is_compiling() or is_exported()
 
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """The tensors of M of several like operators, and the parameters that they were made from."""
+    """The tensors of M of several alike operators, and the parameters they were computed from."""
 
     tensors: tuple[Tensor, ...]
     parameters: tuple[Tensor, ...]
     versions: tuple[int, ...]
     values: tuple[Tensor, ...] = ()
-    """Copies of the parameters, stacked; none with gradients, where an evaluation serves one forward pass."""
+    """Stacked copies of the parameters; empty with gradients, where an evaluation serves only one forward pass."""
     call: Call | None = None
-    """The call of `generate` that it was made in."""
+    """The call of `generate` in which it was made."""
 
     def is_of(self, slot: int, parameters: Sequence[Tensor]) -> bool:
-        """Whether these very parameters were read, and have not been written to since with a trace."""
+        """Whether these parameter objects were read, and their versions have not changed since."""
         count = len(self.parameters) // len(parameters)
         places = range(slot, len(self.parameters), count)
         return all(
@@ -150,22 +150,22 @@ _Results = dict[tuple[torch.dtype | None, bool], _Evaluation]
 
 
 class Given(threading.local):
-    """The tensors of M of one operator that compiled code reads in this thread, made before; None outside of a call.
+    """One operator's tensors of M, made in advance for compiled code in this thread; None outside of a call.
 
-    Compiled code takes them as inputs, and asks of them no more than their shapes: the next call's are others. Each
-    operator has its own, since neither a slot nor a call may become a part of the code.
+    Compiled code takes them as inputs and is guarded only by their shapes, since the next call has other tensors. Each
+    operator has its own, since neither a slot nor a call may become part of the code.
     """
 
     tensors: tuple[Tensor, ...] | None = None
     made: tuple[tuple[object, ...], Any] | None = None
-    """What the form has made of them for its layer, behind the values that it was made of."""
+    """What the form has derived from them for its layer, preceded by the values it was derived from."""
 
     def __reduce__(self) -> tuple[type[Given], tuple[()]]:
         return Given, ()
 
 
 class Call:
-    """A call of `generate`, or a loop that is alike: a time in which parameters do not change, in one thread."""
+    """A call of `generate` or a similar loop in one thread, during which parameters do not change."""
 
     def __init__(self) -> None:
         self._given: set[Given] | None = set()
@@ -177,65 +177,65 @@ class Call:
             self._given.add(operator.given)
 
     def end(self) -> None:
-        """Take back what was given: from now on parameters may change."""
+        """Take the tensors back, since parameters may change from now on."""
         given, self._given = self._given or (), None
         for one in given:
             one.tensors = one.made = None
 
 
 class SharedEvaluation:
-    """The one evaluation of operators of the same class, key, shapes and device, for a forward pass of their model.
+    """The shared evaluation of operators of the same class, key, shapes and device, for a forward pass of their model.
 
-    The first layer of a pass that asks has all of them evaluated. A layer that is called by itself, outside of a pass
-    of the model, is evaluated alone. What writes to parameters without a trace (`parameter.data`) is seen by the next
-    pass, which evaluates afresh; only without gradients, an evaluation of before serves again: on a CPU where the
-    parameters have the same values, elsewhere within one call of `generate`.
+    The first layer that asks in a pass has all of them evaluated. A layer called by itself, outside of a pass of the
+    model, is evaluated alone. Writing to `parameter.data` leaves no trace but is noticed by the next pass, which
+    evaluates afresh. Only without gradients is an earlier evaluation reused: on a CPU if the parameters have the same
+    values, elsewhere within one call of `generate`.
 
     Args:
-        members: at least one, all of them alike; the caller gives each its slot.
+        members: one or more alike operators; the caller gives each its slot.
     """
 
     def __init__(self, members: Sequence[Evaluable]) -> None:
         self.members = tuple(members)
         self.apart = False
-        """Whether each operator is to be evaluated in its own layer, since the parameters are not here all at once."""
+        """Whether to evaluate each operator in its own layer, since the parameters are not all here at once."""
         self._here = _Here()
         self._again: tuple[int, _Results] = (-1, {})
         self._kept: Mapping[torch.dtype | None, _Evaluation] = {}
         self._traced: tuple[Tensor, ...] | None = None
 
     def is_given(self) -> bool:
-        """Whether compiled code has its tensors already."""
+        """Whether compiled code already has the tensors of all members."""
         return all(given_to(member) is not None for member in self.members)
 
     def begin(self, call: Call | None = None) -> None:
-        """A forward pass of the model begins in this thread, maybe within a call of `generate`."""
+        """Begin a forward pass of the model in this thread, possibly within a call of `generate`."""
         if is_recorded():
-            # A part that checkpointing will trace again must not be the first to ask, and a graph drops what it does
-            # not need.
+            # A part that checkpointing will trace again must not be the first to ask; a graph drops what it does not
+            # need.
             self._traced = self._untracked(self._stacked(), None)
             return
         self._again = (-1, {})
         self._here.results, self._here.call = {}, call
 
     def end(self) -> None:
-        """It is over."""
+        """End the forward pass."""
         self._traced = None
         if not is_recorded():
             self._here.results = None
 
     def tensors(self, operator: Evaluable, slot: int, dtype: torch.dtype | None) -> tuple[Tensor, ...] | None:
-        """The tensors of the operator in a slot, or None where it must be evaluated alone."""
+        """The tensors of the operator in a slot, or None if it must be evaluated alone."""
         if is_recorded():
             given = given_to(operator)
             if given is not None and given[0].dtype == dtype:
                 return given
-            # Where a block is compiled by itself, neither its slot nor the batch may become a part of the code.
+            # If a block is compiled by itself, neither its slot nor the batch may become part of the code.
             if self._traced is None:
                 return None
             return tuple(one if dtype is None else one.to(dtype) for one in self._traced[slot :: len(self.members)])
         results = self._results()
-        if results is None or self.apart or self.members[slot] is not operator:  # a replica of DataParallel is another
+        if results is None or self.apart or self.members[slot] is not operator:  # a replica of DataParallel
             return None
         parameters = operator.parameters_read()
         tracked = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
@@ -257,7 +257,7 @@ class SharedEvaluation:
         return tensors
 
     def _results(self) -> _Results | None:
-        """The evaluations of the pass that runs in this thread; in backward, of what is run again there."""
+        """The evaluations of this thread's forward pass; during backward, those for the parts that are rerun."""
         running = backward_pass()
         if running is None:
             return self._here.results
@@ -270,8 +270,8 @@ class SharedEvaluation:
     def _kept_or_made(
         self, dtype: torch.dtype | None, flat: tuple[Tensor, ...], versions: tuple[int, ...]
     ) -> _Evaluation:
-        """An evaluation without gradients: of an earlier pass if it still holds."""
-        # Tensors of inference mode could not be saved for backward by a later pass with gradients.
+        """An evaluation without gradients, reusing one of an earlier pass if it still holds."""
+        # Not in inference mode, whose tensors a later pass with gradients could not save for backward.
         with torch.inference_mode(False), torch.no_grad():
             kept = self._kept.get(dtype)
             if kept is not None and self._is_true(kept, flat, versions):
@@ -283,7 +283,7 @@ class SharedEvaluation:
         return found
 
     def _is_true(self, kept: _Evaluation, flat: tuple[Tensor, ...], versions: tuple[int, ...]) -> bool:
-        """Whether an evaluation of an earlier pass still holds; a GPU is not waited for."""
+        """Whether an evaluation of an earlier pass still holds, without waiting for a GPU."""
         if is_symbolic(flat[0]):
             return False
         if flat[0].device.type == "cpu":
@@ -299,23 +299,23 @@ class SharedEvaluation:
         return _stack(self._parameters(), len(self.members))
 
     def _untracked(self, values: Sequence[Tensor], dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-        """All tensors from stacked parameters, by the operations themselves."""
+        """All tensors from stacked parameters, by plain operations instead of one node."""
         operator = self.members[0]
         with without_autocast(values[0]):
             results = cast(operator.evaluate(wide(operator.names_read(), values)), dtype)
-        # Not by unbind, whose list of results a trace can neither keep nor make again for a checkpointed part.
+        # Not unbind: a trace can neither keep its list of results nor recompute it for a checkpointed part.
         return tuple(result[slot] for result in results for slot in range(len(self.members)))
 
 
 class _Here(threading.local):
-    """What belongs to the forward pass that runs in a thread."""
+    """The state of the forward pass that is running in this thread."""
 
     results: _Results | None = None
     call: Call | None = None
 
 
 def given_to(operator: Evaluable) -> tuple[Tensor, ...] | None:
-    """What compiled code may use of an operator and not compute: without gradients, within a call."""
+    """The tensors of an operator that compiled code may use without computing them: in a call, without gradients."""
     return None if torch.is_grad_enabled() or is_exported() else operator.given.tensors
 
 
@@ -324,13 +324,13 @@ def _is(one: object, other: object) -> bool:
 
 
 def share_evaluations(operators: Iterable[Evaluable]) -> list[tuple[SharedEvaluation, list[Evaluable]]]:
-    """Put operators that one evaluation can serve together.
+    """Group operators that can share one evaluation.
 
     Args:
-        operators: of one adapter name, in the order in which the model has them.
+        operators: the operators of one adapter, in the model's order.
 
     Returns:
-        One pair for each distinct class, key, parameter shapes, dtypes and device: the evaluation and its members.
+        One pair of evaluation and members for each distinct class, key, parameter shapes, dtypes and device.
     """
     groups: dict[Hashable, list[Evaluable]] = {}
     for operator in operators:
@@ -341,25 +341,25 @@ def share_evaluations(operators: Iterable[Evaluable]) -> list[tuple[SharedEvalua
 
 
 def autocasts(tensor: Tensor) -> bool:
-    """Whether autocast is on where the tensor is; the meta device has none, and torch refuses to say so."""
+    """Whether autocast is on for the tensor's device; the meta device has none, and torch raises if asked."""
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer computes with an input."""
+    """The dtype in which a linear layer computes with this input."""
     return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
 def cast_by_autocast(x: Tensor) -> Tensor:
-    """An input in the dtype in which a linear layer computes with it."""
+    """Cast an input to the dtype in which a linear layer computes with it."""
     return x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x) else x
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """A scope without autocast where the tensor is."""
+    """A scope without autocast on the tensor's device."""
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def keep_mask(probability: float, like: Tensor, *shape: int) -> Tensor:
-    """1 for what stays and 0 for what is dropped with this probability, of a shape, in the dtype of `like`."""
+    """A random mask of this shape, 0 with this probability and 1 otherwise, with the dtype and device of `like`."""
     return (torch.rand(*shape, device=like.device) >= probability).to(like.dtype)

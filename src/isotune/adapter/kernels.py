@@ -1,4 +1,4 @@
-"""The autograd nodes of both forms: each keeps as little as can be for backward, and can be differentiated once."""
+"""The autograd nodes of both forms: each saves as little as possible for backward, and can be differentiated once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from isotune.parallel.tensor_parallel import Share
 
 
 def _frozen_linear(flat: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """flat Wᵀ + b, (..., out), without a graph, for flat (tokens, in) that was of `shape`; and (tokens, out) of it.
+    """flat Wᵀ + b without a graph, as (..., out) and as a view (tokens, out); flat is (tokens, in), from `shape`.
 
-    The result is allocated in its final shape and filled through the view: one that was a view itself could not be
-    changed in place by what follows, such as ReLU(inplace=True).
+    The result is allocated in its final shape and filled through the view: if it were a view itself, later operations
+    such as ReLU(inplace=True) could not change it in place.
     """
     result = flat.new_empty(*shape[:-1], weight.shape[0])
     rows = result.view(len(flat), weight.shape[0])
@@ -30,10 +30,10 @@ def _frozen_linear(flat: Tensor, shape: Sequence[int], weight: Tensor, bias: Ten
 
 
 class _SubspaceUpdate(torch.autograd.Function):
-    """residual + ((x downᵀ) D) upᵀ, keeping only x downᵀ (tokens × r) for backward.
+    """residual + ((x downᵀ) D) upᵀ, saving only x downᵀ (tokens × r) for backward.
 
-    Where x or residual is tensor-parallel, down or up holds this process's columns or rows, and what each finds in the
-    r coordinates is a part of their sum. Once that is summed, everything else is whole.
+    If x or residual is tensor-parallel, down or up holds this process's columns or rows, and each process has one
+    summand of the r coordinates. Once these are summed, everything else is complete.
     """
 
     @staticmethod
@@ -84,10 +84,10 @@ def subspace_update(
 
     Args:
         x: (..., in), or with `of_x` this process's share of its columns.
-        difference: M − I times the scale, filled up with zeros as the factors are.
+        difference: M − I times the scale, padded with zeros like the factors.
         residual: (..., out), the layer's own output, or with `of_residual` this process's share of its columns.
         factors: down (r or more, in) and up (out, r or more), in the dtype of `residual` and cut to the shares.
-        of_x, of_residual: the shares.
+        of_x, of_residual: this process's shares under tensor parallelism; None for whole tensors.
 
     Returns:
         residual + ((x downᵀ) D) upᵀ, differentiable once.
@@ -102,8 +102,8 @@ def subspace_update(
 class _LinearSubspaceUpdate(torch.autograd.Function):
     """x Wᵀ + b and its subspace update in one node, for a frozen plain linear layer.
 
-    With the layer inside, the update is accumulated by the matrix product itself instead of in a pass of its own.
-    `on_input` adds the update to x, not to y, which is cheaper where in < out: with up = W downᵀ,
+    With the layer inside, the matrix product itself accumulates the update, which needs no pass of its own. `on_input`
+    adds the update to x instead of y, which is cheaper if in < out: with up = W downᵀ,
     x Wᵀ + u D upᵀ = (x + u D down) Wᵀ.
     """
 
@@ -150,15 +150,15 @@ def linear_with_update(
     *,
     on_input: bool,
 ) -> Tensor:
-    """x Wᵀ + b with its subspace update, for frozen W and b whose dtype x has.
+    """x Wᵀ + b with its subspace update, for frozen W and b of the same dtype as x.
 
     Args:
         x: (..., in).
-        difference: M − I times the scale, filled up with zeros as the factors are.
+        difference: M − I times the scale, padded with zeros like the factors.
         factors: down (r or more, in) and up (out, r or more), in the dtype of x.
         weight: W, (out, in).
         bias: (out,), or None.
-        on_input: add the update to x, which is the same only where up = W downᵀ.
+        on_input: add the update to x, which is only equivalent if up = W downᵀ.
 
     Returns:
         (..., out), differentiable once.
@@ -168,7 +168,7 @@ def linear_with_update(
 
 
 def decoding_kernels(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[Tensor, Tensor]) -> Any:
-    """What multiplies one token x (..., in) by W and an update of it in two launches, where it can; else None."""
+    """The kernels that multiply one token x (..., in) by W and its update in two launches, if available; else None."""
     kernels = None if torch.is_grad_enabled() else kernels_for(x, "decoding_kernels")
     if kernels is None or x.numel() != x.shape[-1]:
         return None
@@ -176,15 +176,14 @@ def decoding_kernels(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tu
 
 
 class _RotatedLinear(torch.autograd.Function):
-    """diag(gain) applied to chain(x) Wᵀ, plus bias, for a frozen W and bias; keeps x alone.
+    """diag(gain) applied to chain(x) Wᵀ, plus bias, for a frozen W and bias; saves only x.
 
-    The gradient of a gain needs chain(x) Wᵀ once more. Keeping it would cost tokens × out; computing it again costs one
-    product.
+    The gradient of a gain needs chain(x) Wᵀ again. Saving it would cost tokens × out; recomputing it costs one product.
     """
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        # Not named: a trace takes a function that is given as many arguments as its signature has for one without ctx.
+        # Unnamed arguments: a trace takes a forward called with as many arguments as it names for one without ctx.
         x, gain, chain, (weight, bias), *tensors = given
         ctx.save_for_backward(x, gain, *tensors)
         ctx.chain, ctx.weight = chain, weight
@@ -192,8 +191,8 @@ class _RotatedLinear(torch.autograd.Function):
         bias = None if bias is None else bias.to(x.dtype)
         result, rows = _frozen_linear(rotated, x.shape, weight.to(x.dtype), bias)
         if gain is not None:
-            # The gain stays in float32, which the product is rounded from once; a gain of one changes no bit. Beside a
-            # bias it is what the gain adds to what the layer itself computes.
+            # The gain stays in float32, so the product is rounded once and a gain of one changes no bit. With a bias,
+            # add what the gain changes in the layer's own output.
             rows.mul_(gain) if bias is None else rows.addcmul_(rows - bias, (gain - 1).to(x.dtype))
         return result
 
@@ -206,14 +205,14 @@ class _RotatedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad, grad_gain = _gain_backward(torch.mm(chain_forward(flat, ctx.chain, tensors), weight.t()), grad, gain)
         elif gain is not None:
-            grad = torch.mul(grad, gain, out=torch.empty_like(grad))  # in its dtype, which the gain's is wider than
+            grad = torch.mul(grad, gain, out=torch.empty_like(grad))  # in grad's dtype; the gain's is wider
         inner = torch.mm(grad, weight)
         grad_x, grads = chain_backward(flat, inner, ctx.chain, tensors, ctx.needs_input_grad[0], in_place=True)
         return None if grad_x is None else grad_x.reshape(x.shape), grad_gain, None, None, *grads
 
 
 def _gain_backward(rows: Tensor, gradient: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `rows`, in whose place it is, and of their gain from that of gain ⊙ rows."""
+    """The gradients of `rows`, written in their place, and of their gain, from that of gain ⊙ rows."""
     if (kernels := kernels_for(rows, "gain_kernels")) and kernels.can_scale(rows, gradient, gain):
         found: Tensor | None = kernels.gain_backward(rows, gradient, gain)
         if found is not None:
@@ -229,13 +228,13 @@ def rotated_linear(
 
     Args:
         x: (..., in).
-        gain: (out,), in float32 at least, or None.
+        gain: (out,), at least float32, or None.
         chain, tensors: as in `isotune.algebra.factors.apply_chain`, on `in` coordinates.
-        weight: W, (out, in), not trained; of any dtype, it is multiplied in that of x.
+        weight: W, (out, in), not trained, of any dtype; multiplied in the dtype of x.
         bias: (out,), not trained, or None.
 
     Returns:
-        (..., out); differentiable once. For backward x itself is kept, and nothing else of that size.
+        (..., out); differentiable once. For backward, x itself is saved and nothing else of that size.
     """
     result: Tensor = _RotatedLinear.apply(x, gain, chain, (weight, bias), *tensors)  # type: ignore[no-untyped-call]
     return result

@@ -1,4 +1,4 @@
-"""The adapter: a trainable operator in one form on one frozen layer; here its parameters and what they become."""
+"""The base class of adapters: a trainable operator in one form on one frozen layer."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from isotune.parallel.sharding import gathered, is_partitioned, is_whole
 from isotune.parallel.tensor_parallel import Division
 
 FrozenLinear = tuple[Tensor, Tensor | None]
-"""Weight (out, in) and bias (out,) of a frozen layer that multiplies by them and does nothing more."""
+"""Weight (out, in) and bias (out,) or None of a frozen layer that only computes x Wᵀ + b."""
 
 
 class Adapter(nn.Module, ABC):
-    """A trainable operator M on row vectors, x ↦ x M, the identity when training starts, in its form on one layer.
+    """A trainable operator M on row vectors, x ↦ x M, in its form on one layer; the identity when training starts.
 
-    A method's subclass registers its parameters and says how they become the tensors by which M acts. What those
-    tensors do to a layer is the form's part, in `SubspaceAdapter` and `RotationAdapter`.
+    A method's subclass registers parameters and maps them to the tensors by which M acts. What these tensors do to a
+    layer is defined by the form, `SubspaceAdapter` or `RotationAdapter`.
 
     Args:
         size: n of the n × n map.
     """
 
     evaluated: ClassVar[tuple[str, ...]]
-    """Names of the parameters that `evaluate` reads; an attribute of such a name may also be None."""
+    """Names of the parameters that `evaluate` reads; such an attribute may also be None."""
     beside: ClassVar[tuple[str, ...]] = ()
-    """Names of those that act as they are, and may differ in shape between layers; given after what is evaluated."""
+    """Names of parameters that act directly and may differ in shape between layers; they follow the evaluated ones."""
     averages: Means = {}  # noqa: RUF012
-    """Parameter name -> how it is averaged over several adapters; a method with a name missing has no mean."""
+    """Parameter name -> how to average it over several adapters; a method that lacks a name has no mean."""
     orthogonal = True
-    """Whether M, without vectors that scale it, is orthogonal at every value of the parameters."""
+    """Whether M, without its scaling vectors, is orthogonal for all values of the parameters."""
     additive: ClassVar[bool]
-    """Whether the form adds an output of its own, or else rotates one side of the layer."""
+    """Whether the form adds an output of its own; if not, it rotates one side of the layer."""
     side: Literal["input", "output"] | None = None
     """Whether M rotates the inputs, W' = W Mᵀ, or the outputs without the bias, W' = M W; None for an update."""
 
@@ -45,9 +45,9 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         self.size = size
         self.dropout = 0.0
-        """Probability of a random mask in training, where the method or the form has one."""
+        """Probability of dropout in training, if the method or the form has it."""
         self.shared: SharedEvaluation | None = None
-        """The evaluation that this adapter shares with those of other layers, set by the model-level object."""
+        """The evaluation shared with the adapters of other layers, set by the model-level object."""
         self.slot = -1
         self.given = Given()
 
@@ -55,37 +55,37 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Map parameters, each with any same leading dimensions, to the tensors of M with these dimensions in front."""
+        """Map parameters, all with the same leading dimensions, to the tensors of M with these dimensions in front."""
 
     @abstractmethod
     def batch_key(self) -> Hashable:
         """Adapters of one class with equal keys and parameter shapes are evaluated in one batch."""
 
     def complete(self, tensors: tuple[Tensor, ...], drop: bool = False) -> tuple[Tensor, ...]:
-        """Make what acts on a layer of what `evaluate` gave; with `drop` parts of M are the identity at random."""
+        """Turn the result of `evaluate` into what acts on a layer; with `drop`, random parts of M are the identity."""
         return tensors
 
     def penalty(self) -> Tensor | None:
-        """What training adds to the loss, a scalar that is already weighted; None where there is no regulariser."""
+        """The weighted regulariser to add to the loss, a scalar; None if there is none."""
         return None
 
     def full_parameter(self, name: str) -> Tensor:
-        """A gathered parameter in float32 or wider, for `penalty`; under FSDP2 every process must ask for it.
+        """A gathered parameter, at least float32, for `penalty`; under FSDP2 every process must call this.
 
         Raises:
-            ValueError: DeepSpeed ZeRO-3 has partitioned it, so that what is gathered here would have no gradient.
+            ValueError: DeepSpeed ZeRO-3 has partitioned the parameter, so a gathered copy would have no gradient.
         """
         own = self.get_parameter(name)
         if is_partitioned(own):
             raise ValueError(
-                "The regulariser of an adapter needs its parameters after the forward pass, when DeepSpeed ZeRO-3 has "
-                "taken them away. Set regularizer_weight to 0, or use ZeRO-2 or FSDP2."
+                "The regulariser of an adapter needs its parameters after the forward pass, but DeepSpeed ZeRO-3 has "
+                "taken them away by then. Set regularizer_weight=0, or use ZeRO-2 or FSDP2."
             )
         parameter = gathered(own)
         return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
     def randomize_parameters(self) -> None:
-        """Move every parameter off the identity at random, for tests that need a trained-looking adapter."""
+        """Move every parameter away from the identity at random, for tests that need an adapter as if trained."""
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.add_(torch.randn_like(parameter) * (0.5 / self.size**0.5))
@@ -93,57 +93,58 @@ class Adapter(nn.Module, ABC):
     def parameters_read(self) -> tuple[Tensor, ...]:
         """The parameters that `evaluate` reads, in the order of `evaluated`.
 
-        By attribute: in a replica of nn.DataParallel, and while FSDP has gathered them, they are nowhere else.
+        They are read as attributes: in a replica of nn.DataParallel, and while FSDP has gathered them, they are nowhere
+        else.
         """
         found = (getattr(self, name) for name in self.evaluated)
         return tuple(parameter for parameter in found if parameter is not None)
 
     def in_part(self, name: str, parameter: Tensor) -> Tensor:
-        """A parameter as it acts at the scale in use."""
+        """A parameter as it acts at the current scale."""
         return parameter
 
     def names_read(self) -> tuple[str, ...]:
-        """The names that go with `parameters_read`."""
+        """The names of `parameters_read`."""
         return tuple(name for name in self.evaluated if getattr(self, name) is not None)
 
     def tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """What `evaluate` gives, and the parameters beside it, from the evaluation shared with the other layers.
+        """The result of `evaluate`, from the evaluation shared with other layers, and the parameters in `beside`.
 
         Args:
-            dtype: of the result; the computation itself is in float32 at least.
+            dtype: dtype of the result; the computation itself is at least float32.
         """
         found = None if self.shared is None else self.shared.tensors(self, self.slot, dtype)
         if found is not None:
             return (*found, *(getattr(self, name) for name in self.beside)) if self.beside else found
-        # Called as a module, so that whoever owns the parameters (accelerate, ZeRO-3, …) brings them for it.
+        # Called as a module, so that the parameters' owner (accelerate, ZeRO-3, …) brings them here.
         return self(dtype)  # type: ignore[no-any-return]
 
     def forward(self, dtype: torch.dtype | None = None, at: Tensor | None = None) -> tuple[Tensor, ...]:
         """The tensors of M, evaluated for this adapter alone.
 
         Args:
-            dtype: of the result.
-            at: which operators, where the parameters are those of many, (many, …); None for all.
+            dtype: dtype of the result.
+            at: indices of operators, if the parameters are those of many, (many, …); None for all.
 
         Raises:
-            RuntimeError: DeepSpeed ZeRO-3 has partitioned the parameters and nobody has gathered them.
+            RuntimeError: DeepSpeed ZeRO-3 has partitioned the parameters and they are not gathered.
         """
         parameters = self.parameters_read()
         if not torch.compiler.is_compiling() and any(is_partitioned(p) and not is_whole(p) for p in parameters):
             raise RuntimeError(
-                "The parameters of an adapter are partitioned by DeepSpeed ZeRO-3 and gathered in forward passes of "
-                "the whole model only. Call the engine that deepspeed.initialize returned, or gather them with "
+                "The parameters of an adapter are partitioned by DeepSpeed ZeRO-3 and only gathered in forward passes "
+                "of the whole model. Call the engine that deepspeed.initialize returned, or gather them with "
                 "deepspeed.zero.GatheredParameters."
             )
         if at is not None:
             parameters = tuple(parameter.index_select(0, at) for parameter in parameters)
         parameters = tuple(map(self.in_part, self.names_read(), parameters))
-        # Copies: whoever has brought the parameters for this call may take their numbers away after it.
+        # Copies, since the owner that brought the parameters for this call may take them away afterwards.
         beside = (self.in_part(name, getattr(self, name)).clone() for name in self.beside)
         return (*evaluate_alone(self, parameters, dtype), *beside)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of one layer must not bring the whole model along; the copy of a model shares evaluations anew.
+        # Copying one layer must not copy the whole model; a copied model groups its evaluations again.
         return {**self.__dict__, "shared": None, "slot": -1}
 
     @abstractmethod
@@ -160,11 +161,11 @@ class Adapter(nn.Module, ABC):
         """x M for x of shape (..., n)."""
 
     def is_identity(self) -> bool:
-        """Whether M is the identity to the last bit of every tensor, as before training."""
+        """Whether M is exactly the identity, as before training."""
         return not any(bool(tensor.any()) for tensor in evaluate_alone(self, self.parameters_read(), None))
 
     def is_untrained(self) -> bool:
-        """Whether nothing has been learnt yet, so that nothing is lost if the base is exchanged."""
+        """Whether nothing has been learnt yet, so that nothing is lost if the base is replaced."""
         return self.is_identity()
 
     # -- the form: tensors -> what they do to a layer ------------------------------------------------------------------
@@ -182,15 +183,15 @@ class Adapter(nn.Module, ABC):
 
         Args:
             x: (..., in).
-            tensors: what `tensors` gives.
+            tensors: the result of `tensors`.
             host: the layer below: the frozen one, or one that already has other adapters.
-            bias: of the frozen layer; None where it has none.
-            division: how tensor parallelism has split the layer's inputs and outputs; None where it has not.
+            bias: the frozen layer's bias; None if it has none.
+            division: how tensor parallelism splits the layer's inputs and outputs; None if it does not.
         """
 
     @abstractmethod
     def fused(self, x: Tensor, tensors: tuple[Tensor, ...], linear: FrozenLinear) -> Tensor | None:
-        """The output on a frozen layer that is x Wᵀ + b and nothing more, in one node; None where that is not right."""
+        """The output on a frozen layer that only computes x Wᵀ + b, in one node; None if that does not apply."""
 
     @abstractmethod
     def fold(
@@ -202,48 +203,48 @@ class Adapter(nn.Module, ABC):
         rows: Tensor | None = None,
         at: Tensor | None = None,
     ) -> Tensor:
-        """The matrix with the adapter in it, differentiably, in its own dtype, which should be float32 at least.
+        """Fold the adapter into a matrix, differentiably, in its own dtype, which should be at least float32.
 
         Args:
-            matrix: (out, in): W, or what other adapters have made of it; (experts, out, in) for experts.
-            tensors: what `tensors` gives, or for experts the call of the adapter with `at`.
-            drop: use the random masks of training; nobody who reads the weights does.
-            rows: where `matrix` holds some rows only (an embedding's look-up): these rows of W itself, up to a factor.
+            matrix: (out, in), W or what other adapters have made of it; (experts, out, in) for experts.
+            tensors: the result of `tensors`, or for experts of calling the adapter with `at`.
+            drop: whether to apply dropout; never when weights are merged or read.
+            rows: if `matrix` holds only some rows (an embedding's look-up), these rows of W itself, up to a factor.
             at: which rows of W, or which experts, `matrix` holds; None for all.
         """
 
     @abstractmethod
     def low_rank(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Exact factors of the change of W (out, in), up (out, r) and down (r, in), float32 at least.
+        """Exact factors of the update of W (out, in): up (out, r) and down (r, in), at least float32.
 
         Raises:
-            ValueError: the change has no low rank.
+            ValueError: the update is not of low rank.
         """
 
     @property
     @abstractmethod
     def has_low_rank(self) -> bool:
-        """Whether `low_rank` has an answer."""
+        """Whether the update has low rank, so that `low_rank` works."""
 
     def check_scale(self, scale: float) -> None:
-        """Refuse by a ValueError what `set_scale` cannot do."""
+        """Refuse, by a ValueError, a scale that `set_scale` cannot set."""
 
     @abstractmethod
     def set_scale(self, scale: float) -> None:
-        """Take `scale` of the configured adapter: 0 is the frozen layer, 1 what was trained.
+        """Scale the adapter relative to its configuration: 0 gives the frozen layer, 1 the adapter as trained.
 
         Raises:
-            ValueError: a scale that the method has not, as `check_scale` says.
+            ValueError: the method does not support this scale, as `check_scale` says.
         """
 
     @property
     @abstractmethod
     def relative_scale(self) -> float:
-        """The scale in use over the configured one."""
+        """The current scale divided by the configured one."""
 
     @property
     def form_key(self) -> Hashable:
-        """What the form depends on besides M: adapters of equal keys, of the operator and the form, compute alike."""
+        """What the form depends on besides M; adapters with equal `batch_key` and `form_key` compute alike."""
         return ()
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Where a subspace update acts on one frozen layer: a value made by one function, and exchanged whole."""
+"""Where a subspace update acts on one frozen layer: a value made by one function and replaced as a whole."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ _SAMPLES = 32
 
 
 def filling(rank: int) -> int:
-    """How many rows and columns of zeros fill a rank up to one that matrix products like."""
+    """The number of zero rows and columns that pad a rank to one at which matrix products are fast."""
     return 0 if rank < _ALIGNMENT else -rank % _ALIGNMENT
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What tells that a tensor was replaced or written to, for as long as nothing has moved it."""
+    """A record by which replacing or writing to a tensor is noticed, as long as nothing has moved it."""
 
     tensor: int
-    """Its identity."""
+    """The tensor's id."""
     version: int
     address: int
     sample: tuple[float, ...]
-    """Some of its numbers, of one on a CPU, where a look costs nothing: `tensor.data` leaves no other trace."""
+    """Some values of a tensor on a CPU, where reading them is cheap: writes to `tensor.data` leave no other trace."""
 
     def is_of(self, tensor: Tensor) -> bool:
-        """Whether nobody has replaced the tensor or written to it since."""
+        """Whether this is still the marked tensor, and it has not been written to since."""
         if self.tensor != id(tensor) or self.version != version_of(tensor) or self.address != _address(tensor):
             return False
         return not self.sample or self.sample == _sample(tensor)
 
     @classmethod
     def of(cls, tensor: Tensor, *, sampled: bool = True) -> Mark:
-        """The mark of a tensor now."""
+        """The mark of a tensor in its current state."""
         return cls(id(tensor), version_of(tensor), _address(tensor), _sample(tensor) if sampled else ())
 
 
 def _address(tensor: Tensor) -> int:
-    """Where the numbers of a tensor lie; 0 for one that has none of its own."""
+    """The memory address of a tensor's values; 0 if it has none of its own."""
     return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta else 0
 
 
 def _sample(tensor: Tensor) -> tuple[float, ...]:
-    """Some numbers of a tensor that is on a CPU and has them."""
+    """Some values of a contiguous tensor on a CPU; empty for any other."""
     if not _address(tensor) or tensor.device.type != "cpu" or not tensor.is_contiguous():
         return ()
     flat = tensor.detach().view(-1)
@@ -62,9 +62,9 @@ def _sample(tensor: Tensor) -> tuple[float, ...]:
 class Placement:
     """The two factors of a subspace update on one weight W, and what they were made from.
 
-    With V (r, in) the orthonormal basis, σᵢ = ‖W vᵢ‖ and p the power of the method: down = Σᵖ V, up = W Vᵀ Σ^(−p).
-    Both are in the dtype of W, and filled up with zeros to a rank that matrix products like. For the experts of a
-    mixture, all have one more dimension in front.
+    With the orthonormal basis V (r, in), σᵢ = ‖W vᵢ‖ and the method's power p: down = Σᵖ V, up = W Vᵀ Σ^(−p). Both have
+    the dtype of W and are padded with zeros to a rank at which matrix products are fast. For the experts of a mixture,
+    all have one more leading dimension.
     """
 
     down: Tensor
@@ -72,14 +72,15 @@ class Placement:
     up: Tensor
     """(out, r or more)."""
     stored: tuple[Tensor, ...]
-    """Copies of the pins or bases that the file holds, one for each expert, by which a load is noticed."""
+    """Copies of the stored pins or bases, one per expert, by which a load is noticed."""
     pins: tuple[Mark, ...]
+    """Marks of the stored buffers."""
     weight: Mark
-    """Of the frozen weight that `up` was made with."""
+    """Mark of the frozen weight from which `up` was made."""
     residual: float = 0.0
-    """How far the weight is from the one that the pin was made on."""
+    """How far the weight is from the one the pin was made on."""
     is_principal: bool = False
-    """Whether V was solved or taken over here, so that other adapters of equal options may take it."""
+    """Whether V is the principal basis, so that other adapters with equal options may share it."""
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -87,11 +88,11 @@ class Placement:
         return self.down, self.up
 
     def marked(self, pins: tuple[Mark, ...], weight: Mark) -> Placement:
-        """The same, of tensors that have moved without a change."""
+        """The same placement with new marks, after tensors have moved without changing."""
         return replace(self, pins=pins, weight=weight)
 
     def moved(self, change: Callable[[Tensor], Tensor]) -> Placement | None:
-        """With the factors moved or cast; None if they have no values then, or get some that they had not."""
+        """The placement with its factors moved or cast; None if they move to or from the meta device."""
         down, up = change(self.down), change(self.up)
         return None if down.is_meta != self.down.is_meta else replace(self, down=down, up=up)
 
@@ -109,10 +110,10 @@ def place(
     """Make the factors of an update for a basis on a weight.
 
     Args:
-        basis: V, (..., r, in), float32 or wider, orthonormal rows.
-        matrix: W, (..., out, in); its dtype and device become those of the factors.
-        stored: the buffers that the file holds: the pin or V itself, one for each expert.
-        weight: the frozen parameter that `matrix` was read from.
+        basis: V, (..., r, in), at least float32, with orthonormal rows.
+        matrix: W, (..., out, in), whose dtype and device the factors take.
+        stored: the stored buffers: the pin or V itself, one per expert.
+        weight: the frozen parameter from which `matrix` was read.
         power: p, how the singular values are split.
         residual, principal: as in `Placement`.
 
@@ -120,7 +121,7 @@ def place(
         The placement.
 
     Source: Wu et al., PSOFT (ICLR 2026), equations 6–8; Meng et al., PiSSA (2024), for the even split;
-        Balazy et al., LoRA-XS (2024), for all of them on the side of the input.
+        Balazy et al., LoRA-XS (2024), for all singular values on the input side.
     """
     basis = basis.to(device=matrix.device, dtype=torch.promote_types(matrix.dtype, torch.float32))
     with without_autocast(matrix):

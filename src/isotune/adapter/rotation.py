@@ -17,18 +17,18 @@ from isotune.parallel.tensor_parallel import Division, Share
 
 
 class RotationAdapter(Adapter):
-    """An operator on all inputs or all outputs of a layer, a chain of factors because n × n is too large to form.
+    """An operator on all inputs or outputs of a layer, as a chain of factors, since n × n is too large to form.
 
     Args:
-        size: n, the width of the side that is rotated.
-        chain: the factors whose tensors `complete` returns, the one that acts first in front.
+        size: n, the width of the rotated side.
+        chain: the factors whose tensors `complete` returns, in the order in which they act.
     """
 
     additive = False
     divisible = True
-    """Whether the parameters can be multiplied by a scale and give a part of the rotation."""
+    """Whether multiplying the parameters by a scale gives that part of the rotation."""
     generator_bound: float | None = None
-    """The Frobenius norm down to which `evaluate` scales each generator."""
+    """The Frobenius norm to which `evaluate` limits each generator."""
 
     def __init__(self, size: int, chain: Chain) -> None:
         super().__init__(size)
@@ -38,11 +38,11 @@ class RotationAdapter(Adapter):
 
     @property
     def gain(self) -> nn.Parameter | None:
-        """Trained factors of the layer's outputs, (out,), where the method has them, beside what is evaluated."""
+        """Trainable factors of the layer's outputs, (out,), if the method has them."""
         return None
 
     def _acting(self, tensors: tuple[Tensor, ...], drop: bool = False) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """The tensors of the chain, with `drop` some blocks the identity at random; and the gain, if there is one."""
+        """The tensors of the chain (with `drop`, random blocks are the identity), and the gain or None."""
         count = len(tensors) - len(self.beside)
         return self.complete(tensors[:count], drop), tensors[count] if self.beside else None
 
@@ -89,11 +89,11 @@ class RotationAdapter(Adapter):
                 return result
         if division is not None:
             share, bias = division.of_output(result), division.bias_of(result, bias)
-        # What the adapter adds to the output, so that one that changes nothing changes no bit.
+        # Computed as an addition to the output, so that an adapter that changes nothing changes no bit.
         own = result if bias is None else result - bias.to(result.dtype)
         if self.side == "output":
             chain, tensors = transpose_chain(self.chain, [tensor.to(result.dtype) for tensor in tensors])
-            with without_autocast(result):  # which would cast what a host gives in float32, as bitsandbytes' do
+            with without_autocast(result):  # which would cast float32 outputs, such as bitsandbytes'
                 turned = _on_all(share, own, chain, tensors)
             result = turned if bias is None else result + (turned - own)
             own = turned
@@ -102,7 +102,7 @@ class RotationAdapter(Adapter):
         return result + own * ((gain if share is None else share.of(gain)) - 1).to(result.dtype)
 
     def fused(self, x: Tensor, tensors: tuple[Tensor, ...], linear: FrozenLinear) -> Tensor | None:
-        """The chain, the product with W and the gain in one node; None for a rotation of outputs, which needs none."""
+        """The chain, the product with W and the gain in one node; None for a rotation of outputs."""
         if self.side == "output":
             return None
         x = cast_by_autocast(x)
@@ -137,11 +137,11 @@ class RotationAdapter(Adapter):
         return apply_chain(matrix.mT, chain, tensors).mT
 
     def low_rank(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """For reflections, M = I + L R: W Rᵀ and Lᵀ, or L and R W."""
+        """The factors for reflections, M = I + L R: W Rᵀ and Lᵀ, or L and R W."""
         if not self.has_low_rank:
             raise ValueError(
-                f"This method rotates all {self.side}s of a layer, so its update has full rank and is no LoRA adapter; "
-                "export the merged model instead (--to merged)."
+                f"This method rotates all {self.side}s of a layer, so its update has full rank and cannot be a LoRA "
+                "adapter; export the merged model instead (--to merged)."
             )
         left, right = self.chain_tensors()
         if self.side == "output":
@@ -150,7 +150,7 @@ class RotationAdapter(Adapter):
 
     @property
     def has_low_rank(self) -> bool:
-        """Whether M − I is a product of two thin matrices; all other rotations turn every direction."""
+        """Whether M − I is a product of two thin matrices; all other rotations change every direction."""
         return [type(factor) for factor in self.chain] == [LowRank] and not self.beside
 
     @property
@@ -159,11 +159,11 @@ class RotationAdapter(Adapter):
         return self.side
 
     def tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """As of any adapter; one that acts in part is evaluated for itself."""
+        """As in `Adapter.tensors`; at a scale other than 1 the adapter is evaluated on its own."""
         return super().tensors(dtype) if self._scale == 1.0 else self(dtype)
 
     def in_part(self, name: str, parameter: Tensor) -> Tensor:
-        """A generator, an angle or a gain, of which what differs from the identity is multiplied by the scale."""
+        """A generator, an angle or a gain, with its difference from the identity multiplied by the scale."""
         if self._scale == 1.0:
             return parameter
         parameter = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -172,32 +172,32 @@ class RotationAdapter(Adapter):
         return 1 + self._scale * (parameter - 1) if name in self.beside else self._scale * parameter
 
     def check_scale(self, scale: float) -> None:
-        """Refuse a part of what cannot be divided.
+        """Refuse a scale that this rotation does not support.
 
         Raises:
-            ValueError: reflections at another scale than 0 and 1, or a scale that is not finite.
+            ValueError: the scale is not finite, or the scale of reflections is neither 0 nor 1.
         """
         if not (math.isfinite(scale) and (self.divisible or scale in (0.0, 1.0))):
             allowed = "any finite number" if self.divisible else "only 0 or 1, as reflections have no parts"
-            raise ValueError(f"The scale of this adapter can be {allowed}, and {scale} was given.")
+            raise ValueError(f"The scale of this adapter can be {allowed}, but {scale} was given.")
 
     def set_scale(self, scale: float) -> None:
-        """Multiply generators, angles and what gains differ from 1 by `scale`, so that every part is a rotation."""
+        """Multiply generators, angles and the differences of gains from 1 by `scale`, which keeps M a rotation."""
         self.check_scale(scale)
         self._scale = scale
 
     @property
     def relative_scale(self) -> float:
-        """The scale in use."""
+        """The current scale."""
         return self._scale
 
     def describe(self) -> str:
-        """The width and the side that is rotated."""
+        """The width and the rotated side."""
         return f"rotation of {self.size} {self.side}s"
 
 
 def _on_all(share: Share | None, x: Tensor, chain: Chain, tensors: Sequence[Tensor]) -> Tensor:
-    """The chain on x, or on the whole of which x is this process's share: a rotation mixes those of all processes."""
+    """Apply the chain to x, or if x is a share, to the whole tensor: a rotation mixes the shares of all processes."""
     if share is None:
         return apply_chain(x, chain, tensors)
     return share.of(apply_chain(share.joined(x), chain, tensors))

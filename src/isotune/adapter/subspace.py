@@ -17,19 +17,19 @@ from isotune.adapter.placement import Placement, filling
 from isotune.parallel.tensor_parallel import Division
 
 _WIDE = (torch.float32, torch.float64)
-"""In these small differences of numbers survive; in half precision they are rounded away."""
+"""Dtypes in which small differences survive; half precision rounds them away."""
 
 
 class SubspaceBasis(nn.Module):
-    """What a file holds of the subspace of one adapter on one layer: the pin S = V Ω, (r, p), or V itself.
+    """The stored basis of one adapter on one layer: the pin S = V Ω, (r, p), or V itself.
 
-    It stays float32 whatever the model is cast to. Zero stands for "not found yet": no basis and no sketch of one is.
+    It stays float32 whatever the model is cast to. All zeros mean that no subspace has been found yet.
 
     Args:
         rank: r.
-        in_features: columns of W.
+        in_features: number of columns of W.
         pin_width: p; None stores V itself.
-        device: of the buffer.
+        device: device of the buffer.
     """
 
     pin: Tensor | None
@@ -51,7 +51,7 @@ class SubspaceBasis(nn.Module):
 
     @torch.no_grad()
     def record(self, value: Tensor) -> None:
-        """Write down a pin or a basis."""
+        """Store a pin or a basis."""
         if self.stored.is_meta:
             setattr(self, "basis" if self.embedded else "pin", torch.empty_like(self.stored, device=value.device))
         self.stored.copy_(value)
@@ -65,7 +65,7 @@ class SubspaceBasis(nn.Module):
 
 
 class SubspaceAdapter(Adapter):
-    """An operator on r coordinates, of which M − I is formed, (r, r), as an update of the principal subspace.
+    """An operator on the r coordinates of the principal subspace, in the form of an update; M − I is (r, r).
 
     Args:
         size: r.
@@ -76,18 +76,18 @@ class SubspaceAdapter(Adapter):
     def __init__(self, size: int) -> None:
         super().__init__(size)
         self.configured_scale = self.scale = 1.0
-        """s, by which M − I is multiplied, as configured and as in use."""
+        """s, by which M − I is multiplied: as configured, and currently."""
         self.power = 0.0
-        """How the singular values are split between the two factors."""
+        """How the singular values are split between the two factors: the power p of `Placement`."""
         self.placement: Placement | None = None
-        """Where the update acts; None until placed, by whoever adapts or loads the model."""
+        """Where the update acts; None until the adapter is placed."""
 
     @abstractmethod
     def difference_of(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Map parameters, each with any same leading dimensions, to M − I of shape (..., r, r)."""
+        """Map parameters, all with the same leading dimensions, to M − I of shape (..., r, r)."""
 
     def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor]:
-        """M − I, filled up with zeros to the size of the factors, (..., r or more, r or more)."""
+        """M − I, padded with zeros to the size of the factors, (..., r or more, r or more)."""
         difference, zeros = self.difference_of(parameters), filling(self.size)
         return (nn.functional.pad(difference, (0, zeros, 0, zeros)) if zeros else difference,)
 
@@ -96,7 +96,7 @@ class SubspaceAdapter(Adapter):
         return self._own(self.tensors(dtype)[0])
 
     def _own(self, difference: Tensor) -> Tensor:
-        """M − I without the zeros that fill it up."""
+        """M − I without its zero padding."""
         return difference[..., : self.size, : self.size]
 
     def matrix(self) -> Tensor:
@@ -114,7 +114,7 @@ class SubspaceAdapter(Adapter):
         return difference if self.scale == 1.0 else difference * self.scale
 
     def factors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """down (r or more, in) and up (out, r or more), where and as an input needs them.
+        """down (r or more, in) and up (out, r or more), in this dtype and on this device.
 
         Raises:
             ValueError: the adapter is not placed.
@@ -122,8 +122,8 @@ class SubspaceAdapter(Adapter):
         placement = self.placement
         if placement is None:
             raise ValueError(
-                "The subspace of an adapter is not placed on its layer yet: call the whole model once, not the layer "
-                "alone, so that all subspaces are found on the base's weights."
+                "The subspace of an adapter is not placed on its layer yet: call the whole model once instead of the "
+                "layer alone, so that all subspaces are found on the base's weights."
             )
         down, up = placement.down, placement.up
         if down.dtype == dtype and down.device == device:
@@ -138,7 +138,7 @@ class SubspaceAdapter(Adapter):
         bias: Tensor | None,
         division: Division | None,
     ) -> Tensor:
-        """host(x) + s·((x downᵀ)(M − I)) upᵀ, in the dtype of what the host gives."""
+        """host(x) + s·((x downᵀ)(M − I)) upᵀ, in the dtype of the host's output."""
         result = host(x)
         if self.dropout:
             x = nn.functional.dropout(x, self.dropout, self.training)
@@ -152,12 +152,12 @@ class SubspaceAdapter(Adapter):
         return subspace_update(x.to(dtype), self._scaled(tensors[0], dtype), result, (down, up), of_x, of_result)
 
     def fused(self, x: Tensor, tensors: tuple[Tensor, ...], linear: FrozenLinear) -> Tensor | None:
-        """x Wᵀ + b with its update; None where its input is to be dropped, or is not in the dtype of W."""
+        """x Wᵀ + b with its update; None under autocast, with dropout, or if x does not have the dtype of W."""
         weight, bias = linear
         if x.dtype != weight.dtype or (self.dropout and self.training) or autocasts(x):
             return None
-        # Adding the update to the input saves work where in < out. It needs ∂L/∂x, which a first layer does not
-        # compute, and in half precision a small update would be rounded away in x, so both add it to the output.
+        # Adding the update to the input saves work if in < out. But it needs ∂L/∂x, which a first layer does not
+        # compute, and half precision would round a small update away in x; in both cases it is added to the output.
         on_input = (
             not self.power
             and weight.shape[1] < weight.shape[0]
@@ -173,14 +173,14 @@ class SubspaceAdapter(Adapter):
         return linear_with_update(x, update, factors, weight, bias, on_input=on_input)
 
     def _absorbed(self, difference: Tensor, update: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """down and up, the smaller one times s·(M − I): kept until a call ends, where `difference` serves as long."""
+        """down and up, the smaller one times s·(M − I); kept until a call ends, if `difference` lasts that long."""
         given, sources = self.given, (difference, self.placement, self.scale)
         if given.made is not None and all(map(operator.is_, given.made[0], sources)):
             kept: tuple[Tensor, Tensor] = given.made[1]
             return kept
         down, up = factors
         found = (update.mT @ down, up) if down.shape[1] <= up.shape[0] else (down, up @ update.mT)
-        # In the capture of a CUDA graph no number exists before the graph is replayed.
+        # While a CUDA graph is captured, nothing has a value until the graph is replayed.
         captured = difference.is_cuda and torch.cuda.is_current_stream_capturing()
         if given.tensors is not None and given.tensors[0] is difference and not captured:
             given.made = sources, found
@@ -202,8 +202,8 @@ class SubspaceAdapter(Adapter):
             down, up = down.index_select(0, at), up.index_select(0, at)
         if rows is None:
             return matrix + (up @ update.mT) @ down
-        # Rows of up = W downᵀ, divided where the singular values are split; so that whatever the look-up multiplies the
-        # rows of W by, it multiplies their update by too.
+        # Recomputed from the rows (up = W downᵀ, divided if the singular values are split), so that any factor by which
+        # the look-up multiplies rows of W also multiplies their update.
         up = rows @ (down / down.square().sum(1, keepdim=True)).mT
         return torch.addmm(matrix, up @ update.mT, down)
 
@@ -215,16 +215,16 @@ class SubspaceAdapter(Adapter):
 
     @property
     def has_low_rank(self) -> bool:
-        """Always."""
+        """True: a subspace update has rank r."""
         return True
 
     def set_scale(self, scale: float) -> None:
-        """Multiply the configured scale of the update by `scale`; with 0 the layer is the base's."""
+        """Multiply the configured scale of the update by `scale`; 0 gives the base's layer."""
         self.scale = self.configured_scale * scale
 
     @property
     def relative_scale(self) -> float:
-        """The scale in use over the configured one."""
+        """The current scale divided by the configured one."""
         return self.scale / self.configured_scale
 
     @property

@@ -1,4 +1,4 @@
-"""Where the kernels in Triton are taken."""
+"""Choosing where the Triton kernels are used."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ DEVICE = "cuda"
 
 @functools.cache
 def load(name: str) -> Any:
-    """A module of kernels by its name in `isotune.algebra`; None where Triton is missing or does not load."""
+    """Import a module of kernels by its name in `isotune.algebra`; None if Triton is missing or does not load."""
     try:
         return importlib.import_module(f"isotune.algebra.{name}")
-    except Exception:  # what an installation that fits neither this Python nor this torch raises is not foreseeable
+    except Exception:  # a Triton that does not fit this Python or torch may raise anything
         return None
 
 
 def kernels_for(tensor: Tensor, name: str) -> Any:
-    """The module of kernels for a tensor; None where there is none, as on a CPU and in all that is traced."""
+    """The module of kernels for a tensor; None if there is none, as on a CPU and in traced code."""
     if tensor.device.type != DEVICE or torch.compiler.is_compiling() or is_exported():
         return None
     return load(name)

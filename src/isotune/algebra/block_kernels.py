@@ -1,14 +1,14 @@
-"""Rotation by blocks in Triton: x (I + D), and both of its gradients, with one read and one write of x.
+"""Block rotations in Triton: x (I + D) and both of its gradients, with one read and one write of x.
 
-Imported only where a GPU's tensors are met, for Triton is not installed everywhere. Plain torch in
-`isotune.algebra.factors` is the twin that these kernels are tested against, and the way where they cannot run.
+Imported only for tensors on a GPU, since Triton is not installed everywhere. Plain torch in `isotune.algebra.factors`
+is the reference that these kernels are tested against, and is used where they cannot run.
 
-A program takes a tile of rows by `WIDTH` columns, which holds one block or several side by side: as a block-diagonal
+A program processes a tile of rows by `WIDTH` columns, which holds one or more blocks side by side: as a block-diagonal
 matrix they are one operand of tensor cores, and a row of the tile is at least 128 bytes of memory whatever b is.
-What the zeros beside the blocks cost in multiplications is little against reading x.
+Multiplying the zeros beside the blocks costs little compared to reading x.
 """
 
-# Triton reads the annotations of its kernels' parameters, and knows its own alone.
+# Triton reads the annotations of its kernels' parameters, and knows only its own.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from torch.nn import Parameter
 from isotune.algebra.launching import are_rows, launch, tiles, work
 
 SIZES = {torch.bfloat16: (8, 16, 32, 64), torch.float16: (8, 16, 32, 64), torch.float32: (8, 16, 32)}
-"""Dtype -> b for which the kernels are taken; `benchmarks/block_kernels.py` measures whether they gain.
+"""Dtype -> block sizes b for which the kernels are used; `benchmarks/block_kernels.py` measures whether they pay.
 
-Float32 is multiplied without tensor cores, which would round to TF32; b = 64 has too few registers for that.
+Float32 is multiplied without tensor cores, which would round to TF32; for b = 64 there are too few registers for that.
 """
 
 
 @dataclass
 class Tiling:
-    """How a kernel divides its work, for b of every size."""
+    """How a kernel divides its work, for all b."""
 
     rows: int
-    """Of a tile of 16-bit numbers; half as many of float32."""
+    """Rows of a tile of 16-bit numbers; half as many for float32."""
     warps: int
     stages: int
     """Tiles in flight in a loop over rows."""
@@ -44,11 +44,11 @@ class Tiling:
 FORWARD = Tiling(rows=64, warps=4, stages=1)
 BACKWARD = Tiling(rows=64, warps=4, stages=3)
 PROGRAMS = 128
-"""Backward takes narrower tiles, and then splits the rows, until there are so many programs, about one for each
-multiprocessor of an H100: sums over splits are launches of their own. The same on every device, so that sums are added
-in the same order."""
+"""Backward narrows the tiles and then splits the rows until there are this many programs, about one per multiprocessor
+of an H100; sums over splits need launches of their own. The same on every device, so that sums are added in the same
+order."""
 FEW_ROWS = 16
-"""The rows of the smallest tile that tensor cores take, for decoding."""
+"""Rows of the smallest tile that tensor cores support, for decoding."""
 
 
 @triton.jit
@@ -62,13 +62,13 @@ def _block_tile(blocks, columns, n, block_stride, row_stride, column_stride, SIZ
 
 @triton.jit
 def _firsts(firsts, rows, columns, inside, n, SIZE: tl.constexpr):
-    """Where what belongs to the first column of each block lies, (tokens, n / b), and which columns those are."""
+    """Addresses of the entries for each block's first column, (tokens, n / b), and a mask of those columns."""
     return firsts + rows.to(tl.int64) * (n // SIZE) + columns // SIZE, inside & (columns % SIZE == 0)
 
 
 @triton.jit
 def _with_firsts(tile, firsts, rows, columns, inside, n, SIZE: tl.constexpr):
-    """A tile with something added to the first column of each block, rounded as if that had been stored."""
+    """A tile with values added to the first column of each block, rounded as if the sum had been stored."""
     places, first = _firsts(firsts, rows, columns, inside, n, SIZE)
     return (tile.to(tl.float32) + tl.load(places, mask=first, other=0.0).to(tl.float32)).to(tile.dtype)
 
@@ -128,7 +128,7 @@ def _rotate_backward(
     HAS_FIRSTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The gradient of x on `steps` tiles below each other, and what they add to those of the blocks."""
+    """The gradient of x on `steps` tiles below each other, and their contribution to the gradients of the blocks."""
     columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     across, down = columns[None, :], columns[:, None]
     if NEEDS_X:
@@ -148,17 +148,17 @@ def _rotate_backward(
             if HAS_FIRSTS:
                 places, first = _firsts(grad_firsts, rows, across, inside, n, SIZE)
                 tl.store(places, result.to(g_tile.dtype), mask=first)
-    # Of all pairs of columns of the tile, those within one block; sums (splits, n / b, b, b) is contiguous.
+    # Only pairs of columns within one block; sums (splits, n / b, b, b) is contiguous.
     own = (down // SIZE == across // SIZE) & (down < n) & (across < n)
     places = tl.program_id(1).to(tl.int64) * n * SIZE + down * SIZE + across % SIZE
     tl.store(sums + places, total.to(sums.dtype.element_ty), mask=own)
 
 
 def can_rotate(blocks: Tensor, *rows: Tensor) -> bool:
-    """Say whether the kernels take these tensors: blocks (n / b, b, b) and others (tokens, n), with no graph recorded.
+    """Whether the kernels support these tensors: blocks (n / b, b, b) and others (tokens, n), with no graph recorded.
 
-    Tensors without values and other subclasses of torch.Tensor are not for them, nor is what torch.compile traces:
-    inductor makes kernels of its own from plain operations.
+    They do not support tensors without values or subclasses of torch.Tensor, and are not used in code that
+    torch.compile traces, where inductor makes its own kernels from plain operations.
     """
     if not work() or torch.is_grad_enabled() or blocks.shape[-1] not in SIZES.get(blocks.dtype, ()):
         return False
@@ -166,7 +166,7 @@ def can_rotate(blocks: Tensor, *rows: Tensor) -> bool:
 
 
 def _tiles(x: Tensor, size: int, tiling: Tiling) -> tuple[int, int, int]:
-    """The width of a tile, the number of tiles side by side, and the rows of each."""
+    """The width of a tile, the number of tiles side by side, and the rows of a tile."""
     tokens, n = x.shape
     itemsize = x.element_size()
     width = max(size, 128 // itemsize)
@@ -174,18 +174,18 @@ def _tiles(x: Tensor, size: int, tiling: Tiling) -> tuple[int, int, int]:
 
 
 def rotate_blocks(x: Tensor, blocks: Tensor, in_place: bool = False, firsts: Tensor | None = None) -> Tensor | None:
-    """x (I + D) for block-diagonal D, its sum taken in float32 and rounded once, so that D = 0 changes no bit.
+    """x (I + D) for block-diagonal D, summed in float32 and rounded once, so that D = 0 changes no bit.
 
-    An entry that is infinite or not a number may reach all columns of its row's tile, not those of its block alone.
+    An infinite or NaN entry may affect all columns of its row in the tile, not just those of its block.
 
     Args:
-        x: (tokens, n), as `can_rotate` takes it.
-        blocks: (n / b, b, b), of any strides: D transposed is a view.
+        x: (tokens, n), as supported by `can_rotate`.
+        blocks: (n / b, b, b), of any strides, so that D transposed is a view.
         in_place: write to x.
-        firsts: (tokens, n / b), contiguous, to be added to the first column of each block of x before; or None.
+        firsts: (tokens, n / b), contiguous, added to the first column of each block of x beforehand; or None.
 
     Returns:
-        (tokens, n), or None where Triton cannot run; x is unchanged then.
+        (tokens, n), or None if Triton cannot run; x is then unchanged.
     """
     y = x if in_place else x.new_empty(x.shape)
     (tokens, n), size = x.shape, blocks.shape[-1]
@@ -204,20 +204,20 @@ def rotate_blocks_backward(
     in_place: bool = False,
     firsts: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None] | None:
-    """The gradients of x, the blocks and what is added to first columns from that of x (I + D), in one pass over both.
+    """The gradients of x, the blocks and `firsts` from that of x (I + D), in one pass over both.
 
-    Sums over tokens are taken in float32 and in an order that the shapes alone decide.
+    Sums over tokens are taken in float32, in an order that depends only on the shapes.
 
     Args:
-        x, gradient: (tokens, n), as `can_rotate` takes them.
+        x, gradient: (tokens, n), as supported by `can_rotate`.
         blocks: (n / b, b, b), of any strides.
-        needs_x: whether the gradient of x is asked for.
+        needs_x: whether the gradient of x is needed.
         in_place: write it to `gradient`.
         firsts: as in `rotate_blocks`.
 
     Returns:
-        (tokens, n) or None, (n / b, b, b) in the dtype of x, and (tokens, n / b) where there are firsts and the
-        gradient of x is asked for; None where Triton cannot run, and then nothing is written to.
+        (tokens, n) or None, (n / b, b, b) in the dtype of x, and (tokens, n / b) if there are firsts and the gradient
+        of x is needed; None if Triton cannot run, and then nothing is changed.
     """
     grad_x = gradient if in_place or not needs_x else gradient.new_empty(gradient.shape)
     (tokens, n), (count, size, _) = x.shape, blocks.shape
@@ -225,7 +225,7 @@ def rotate_blocks_backward(
     if side_by_side < PROGRAMS and width // 2 >= max(size, 16):
         width, side_by_side = width // 2, tiles(n, width // 2)
     below = tiles(tokens, rows)
-    # Not split where that would give each multiprocessor less than one and a half: sums of splits are two launches.
+    # Not split if that gave each multiprocessor less than one and a half programs: summing splits takes two launches.
     steps = tiles(below, max(1, PROGRAMS // side_by_side))
     splits = tiles(below, steps)
     sums = x.new_empty(splits, count, size, size, dtype=x.dtype if splits == 1 else torch.float32)

@@ -1,8 +1,8 @@
 """Butterfly products of block-diagonal matrices, folded into block-diagonal matrices with larger blocks.
 
-Stage i of a butterfly with blocks of size b sees the coordinates as chunks of b/2 and joins chunks 2^(i−1) apart; the
-stage with the largest stride acts first. The lowest stages together never leave b · 2^(stages − 1) adjacent
-coordinates: their product is block-diagonal again, and one product with larger blocks is faster than several with
+Stage i of a butterfly with blocks of size b divides the coordinates into chunks of b/2 and joins chunks 2^(i−1) apart;
+the stage with the largest stride acts first. The lowest stages together stay within b · 2^(stages − 1) adjacent
+coordinates, so their product is block-diagonal again, and one product with larger blocks is faster than several with
 small ones. Higher stages are the same on permuted coordinates.
 """
 
@@ -19,7 +19,7 @@ from isotune.algebra.factors import BlockDiagonal, Chain, refuse_double_backward
 from isotune.algebra.recording import is_exported
 
 MAX_BLOCK = 64
-"""Largest folded block: beyond it the extra multiplications outweigh what the larger products gain."""
+"""Largest folded block; beyond it the extra multiplications outweigh the gain of larger products."""
 
 
 def _groups(size: int, stages: int) -> list[range]:
@@ -31,7 +31,7 @@ def _groups(size: int, stages: int) -> list[range]:
 
 
 def butterfly_chain(n: int, size: int, stages: int) -> Chain:
-    """The factors of the butterfly on n coordinates, the one that acts first in front.
+    """The factors of the butterfly on n coordinates, in the order in which they act.
 
     Args:
         n: a multiple of b · 2^(m − 1).
@@ -55,8 +55,8 @@ def butterfly_blocks(stages: Tensor, size: int) -> tuple[Tensor, ...]:
     """The blocks of `butterfly_chain` from those of all stages.
 
     Args:
-        stages: (..., m, n / b, b, b), D = R − I of each block: the stage of adjacent coordinates, which acts last, in
-            front; within a stage in the order of the first coordinate of each block.
+        stages: (..., m, n / b, b, b), D = R − I of each block. The stage of adjacent coordinates, which acts last,
+            comes first; within a stage, blocks are ordered by their first coordinate.
         size: b.
 
     Returns:
@@ -73,7 +73,7 @@ def butterfly_blocks(stages: Tensor, size: int) -> tuple[Tensor, ...]:
 def _fold(stages: Sequence[Tensor], size: int, before: int) -> Tensor:
     """M − I of consecutive stages as blocks of size · 2^(len − 1), in the order of `butterfly_chain`.
 
-    Blocks grow from the lowest stage on, so that only the last doubling works on tensors of the final size.
+    Blocks grow from the lowest stage up, so that only the last doubling works on tensors of the final size.
     """
     leading, count = stages[0].shape[:-3], stages[0].shape[-3]
     inner = 2**before
@@ -106,7 +106,7 @@ def _double(blocks: Tensor, stage: Tensor) -> Tensor:
 def _written_out(blocks: Tensor, stage: Tensor) -> tuple[Tensor, Tensor]:
     """C and E as dense blocks of the doubled size, (all, 2S, 2S).
 
-    One batched product of these takes less time than many products of chunks, and no chunk has to be moved.
+    One batched product of these is faster than many products of chunks, and no chunk has to be moved.
     """
     width, half = blocks.shape[-1], stage.shape[-1] // 2
     sides = _sides(blocks.dtype, blocks.device)[0][:, None, :, None]
@@ -117,7 +117,7 @@ def _written_out(blocks: Tensor, stage: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Doubled(torch.autograd.Function):
-    """C + E + E C of the written out, which are made again for backward: kept is what they are made of."""
+    """C + E + E C of the dense blocks, which backward recomputes from the saved arguments."""
 
     @staticmethod
     def forward(ctx: Any, blocks: Tensor, stage: Tensor) -> Tensor:
@@ -146,9 +146,9 @@ def _sides(dtype: torch.dtype, device: torch.device) -> tuple[Tensor]:
 
 @made_once
 def _places(width: int, half: int, device: torch.device) -> tuple[Tensor]:
-    """Where the entries of the (2h, 2h) matrices of a stage lie in a doubled block of two times `width` coordinates.
+    """Positions of the entries of a stage's (2h, 2h) matrices in a doubled block of 2 · `width` coordinates.
 
-    Row side · S + chunk · h + i of it, for each chunk and each row (side, i) of the chunk's matrix.
+    Row (side, i) of a chunk's matrix is row side · S + chunk · h + i of the block.
     """
     rows = torch.arange(2 * width, device=device).view(2, -1, half).transpose(0, 1).reshape(-1, 2 * half)
     return ((rows[:, :, None] * (2 * width) + rows[:, None, :]).flatten(),)

@@ -1,7 +1,7 @@
 """The Cayley transform R = (I + Q)(I − Q)⁻¹ of a skew-symmetric generator, exact and by a Neumann series.
 
 Everything is returned as the difference R − I: near the identity, where training starts and mostly stays, the
-difference keeps its own relative precision, while R itself would lose it to the leading one.
+difference keeps its relative precision, which R itself would lose to the leading one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from isotune.algebra.skew import skew_from_vector, skew_positions, skew_size
 
 
 def _by_kernels(generator: Tensor) -> Tensor | None:
-    """R − I of matrices (count, n, n) in Triton, which a CUDA graph can hold; None where that is not for them."""
+    """R − I of matrices (count, n, n) in Triton, which a CUDA graph can capture; None if that is not supported."""
     kernels = kernels_for(generator, "elimination_kernels")
     if kernels is None or not kernels.can_eliminate(generator):
         return None
@@ -28,21 +28,21 @@ def _by_kernels(generator: Tensor) -> Tensor | None:
 def _solve(generator: Tensor) -> Tensor:
     """R − I of matrices (count, n, n) by factorisation.
 
-    On a GPU it cannot be captured in a CUDA graph: the libraries that factorise allocate memory. It is the way of
-    float64 there, and of float32 without Triton.
+    On a GPU this cannot be captured in a CUDA graph, because the libraries that factorise allocate memory; it is used
+    there for float64, and for float32 without Triton.
 
-    A solve costs no more than an inverse and is accurate for small and large Q alike. It is (R − I)ᵀ = (I + Q)⁻¹(−2Q)
-    that is solved: as Q is skew, both sides are the transposes of what is at hand, which is the column order that
-    LAPACK wants, so nothing is copied to be reordered. I + Q is never singular (its eigenvalues are 1 ± iθ), so the
-    check for that, which would make a GPU wait, is left out. Factor and solve are called apart: torch.linalg.solve_ex
-    measured up to three times slower on a CPU.
+    A solve costs no more than an inverse and is accurate for small and large Q alike. The system solved is
+    (R − I)ᵀ = (I + Q)⁻¹(−2Q): since Q is skew, both sides are transposes of available matrices, which is the column
+    order that LAPACK expects, so nothing is copied to be reordered. I + Q is never singular (its eigenvalues are
+    1 ± iθ), so the check for that, which would make a GPU wait, is left out. Factorisation and solve are separate
+    calls: torch.linalg.solve_ex measured up to three times slower on a CPU.
     """
     minus = -generator
     minus.diagonal(dim1=-2, dim2=-1).fill_(1)
     factor = torch.linalg.lu_factor_ex(minus.mT, check_errors=False)
     difference = torch.linalg.lu_solve(factor.LU, factor.pivots, (2 * generator).mT).mT
-    # The error grows with the condition of I − Q, which is that of Q. One Newton–Schulz step R ← ½ R (3 I − RᵀR)
-    # squares it.
+    # The error grows with the condition number of I − Q, which grows with ‖Q‖. One Newton–Schulz step
+    # R ← ½ R (3 I − RᵀR) squares it.
     rotation = difference.clone(memory_format=torch.contiguous_format)
     rotation.diagonal(dim1=-2, dim2=-1).add_(1)
     defect = torch.baddbmm(difference, difference.mT, rotation)  # RᵀR − I
@@ -50,22 +50,22 @@ def _solve(generator: Tensor) -> Tensor:
 
 
 _SMALL = range(2, 12)
-"""Block sizes for which LAPACK's solves of many blocks take 1.5 to 3 times as long on a CPU as `_eliminate`."""
+"""Block sizes at which LAPACK's solves of many blocks take 1.5 to 3 times as long on a CPU as `_eliminate`."""
 
 
 def _eliminate(generator: Tensor) -> Tensor:
     """R − I of many small matrices (count, n, n) by Gauss–Jordan elimination of all at once, in float64.
 
-    No pivots are searched: the symmetric part of I − Q is I, and so every pivot is at least 1. That bounds the growth
-    of rounding errors by about ‖Q‖², which float64 has to spare. The matrices lie along the last dimension, so that
-    each operation runs over many of them.
+    No pivoting is needed: the symmetric part of I − Q is I, so every pivot is at least 1. That bounds the growth of
+    rounding errors by about ‖Q‖², for which float64 has enough digits. The matrices lie along the last dimension, so
+    that each operation runs over many of them.
     """
     n = generator.shape[-1]
     work = -generator.double().permute(1, 2, 0).contiguous()
     work.diagonal(dim1=0, dim2=1).fill_(1)
     eye = torch.eye(n, dtype=work.dtype)[..., None]
     for k in range(n):
-        # The unit column in place of column k turns into that of the inverse by the same operations as all others.
+        # A unit column replaces column k and becomes the inverse's by the same operations as the other columns.
         column = work[:, k].clone()
         work[:, k] = eye[k]
         row = work[k] / column[k]
@@ -77,11 +77,10 @@ def _eliminate(generator: Tensor) -> Tensor:
 
 
 class _CayleyOfEntries(torch.autograd.Function):
-    """R − I from the free entries of Q, with a backward that needs the result and nothing else.
+    """R − I from the free entries of Q, with a backward that needs only the result.
 
     dR = ½ (R + I) dQ (R + I), so ∂L/∂Q = 2 Hᵀ G Hᵀ with H = ½ (R + I) = I + ½ (R − I), of which the skew part counts.
-    Where torch is told to round products to TF32, the gradient is rounded, as those of all layers are; R never is where
-    Triton runs.
+    If torch rounds products to TF32, the gradient is rounded like those of all layers; R is not, where Triton runs.
     """
 
     @staticmethod
@@ -109,9 +108,9 @@ class _CayleyOfEntries(torch.autograd.Function):
 
 
 def neumann_difference(generator: Tensor, terms: int) -> Tensor:
-    """Truncated Cayley–Neumann transform less the identity, (I + Q)(I + Q + … + Qᵏ) − I.
+    """The truncated Cayley–Neumann transform minus the identity, (I + Q)(I + Q + … + Qᵏ) − I.
 
-    Each further term is closer to the exact transform for ‖Q‖₂ < 1; beyond that the series diverges.
+    For ‖Q‖₂ < 1, each further term comes closer to the exact transform; beyond that the series diverges.
 
     Args:
         generator: Q, (..., n, n).
@@ -126,8 +125,8 @@ def neumann_difference(generator: Tensor, terms: int) -> Tensor:
     Source: Qiu et al., OFTv2 (2025), with the series written in one sign.
     """
     if terms < 1:
-        raise ValueError(f"The Neumann series needs at least 1 term, got {terms}.")
-    # Horner's rule on what is left when the identity is taken out: (I+Q)(I+…+Qᵏ) − I = 2Q + 2Q² + … + 2Qᵏ + Qᵏ⁺¹.
+        raise ValueError(f"The Neumann series needs at least 1 term, but {terms} was given.")
+    # Horner's rule on the series without the identity: (I+Q)(I+…+Qᵏ) − I = 2Q + 2Q² + … + 2Qᵏ + Qᵏ⁺¹.
     total = 2 * generator + generator @ generator
     for _ in range(terms - 1):
         total = 2 * generator + generator @ total
@@ -135,16 +134,16 @@ def neumann_difference(generator: Tensor, terms: int) -> Tensor:
 
 
 def bound_entries(entries: Tensor, bound: float) -> Tensor:
-    """Scale Q down to Frobenius norm `bound` where it exceeds it, with the gradient of doing so.
+    """Scale Q down to Frobenius norm `bound` if it exceeds it; differentiable.
 
     Args:
-        entries: (..., n(n − 1)/2), the free entries of Q, each matrix bounded by itself.
-        bound: the largest norm allowed; below 1 it bounds ‖Q‖₂ too and so makes the Neumann series converge.
+        entries: (..., n(n − 1)/2), the free entries of Q; each matrix is bounded on its own.
+        bound: the largest norm; if below 1, it also bounds ‖Q‖₂, so that the Neumann series converges.
 
     Returns:
         (..., n(n − 1)/2).
     """
-    norm = 2**0.5 * torch.linalg.vector_norm(entries, dim=-1, keepdim=True)  # each entry stands in Q twice
+    norm = 2**0.5 * torch.linalg.vector_norm(entries, dim=-1, keepdim=True)  # Q has each entry twice
     bounded: Tensor = entries * (bound / norm.clamp_min(bound))
     return bounded
 
@@ -180,8 +179,8 @@ def orthogonal_difference(
     if is_exported():
         generator = skew_from_vector(entries, n)
         minus = torch.eye(n, dtype=entries.dtype, device=entries.device) - generator
-        # The singular values of I − Q are 1 at least, so from here it converges for every Q, and in 40 steps for ‖Q‖ up
-        # to about 1,000.
+        # The singular values of I − Q are at least 1, so from this start the iteration converges for every Q, and for
+        # ‖Q‖ up to about 1,000 in 40 steps.
         start = minus.mT / minus.square().sum((-2, -1), keepdim=True)
         return 2 * generator @ inverse_by_products(minus, start, steps=40)
     result: Tensor = _CayleyOfEntries.apply(entries, n)  # type: ignore[no-untyped-call]

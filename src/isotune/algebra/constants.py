@@ -1,4 +1,4 @@
-"""Tensors of indices that depend on sizes alone, made once for each device."""
+"""Constant tensors that depend only on sizes, made once per device."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _T = TypeVar("_T", bound=tuple[Tensor, ...])
 
 
 def made_once(make: Callable[..., _T]) -> Callable[..., _T]:
-    """Keep what a function of sizes and, last, a device gives, so that no pass spends kernels on it again.
+    """Cache the result of a function of sizes and, as the last argument, a device, so that it is computed only once.
 
-    What is made while operations are recorded belongs to the record, and is not kept: by torch.compile, under
-    FakeTensorMode, and in the capture of a CUDA graph, where no number exists before the graph is replayed.
+    Results made while operations are being recorded belong to the recording and are not cached: under torch.compile or
+    FakeTensorMode, and while a CUDA graph is captured, when nothing has a value until the graph is replayed.
     """
     kept: dict[tuple[int | torch.device, ...], _T] = {}
 
@@ -25,7 +25,7 @@ def made_once(make: Callable[..., _T]) -> Callable[..., _T]:
         recorded = torch.compiler.is_compiling() or type(torch.empty(0, device=given[-1])) is not Tensor
         known = None if recorded else kept.get(given)
         if known is None:
-            with torch.inference_mode(False):  # a tensor of inference mode could not be saved for backward later
+            with torch.inference_mode(False):  # inference tensors could not be saved for backward later
                 known = make(*given)
             if not recorded and not (known[0].is_cuda and torch.cuda.is_current_stream_capturing()):
                 kept[given] = known

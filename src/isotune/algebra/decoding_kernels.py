@@ -1,12 +1,12 @@
-"""A frozen linear layer and a low-rank update of it on one token in Triton, as in decoding: two launches in all.
+"""A frozen linear layer with a low-rank update on one token in Triton, as in decoding, in two launches.
 
-Imported only where a GPU's tensors are met, as `isotune.algebra.block_kernels` is; plain torch in
-`isotune.adapter.kernels` is the twin. With one token a layer takes the time of reading its weight, and the products of
-an update that of their launches. So x downᵀ is one launch, whose programs read a row of down each where cuBLAS would
-split the sum and take two; and the rest is added to x Wᵀ before that is rounded, as it is stored.
+Imported only for tensors on a GPU, like `isotune.algebra.block_kernels`; plain torch in `isotune.adapter.kernels` is
+the reference. For one token, a layer takes as long as reading its weight, and the products of an update as long as
+their launches. So x downᵀ is one launch, whose programs each read a row of down (cuBLAS would split the sum and need
+two), and the rest is added to x Wᵀ before that is rounded and stored.
 """
 
-# Triton reads the annotations of its kernels' parameters, and knows its own alone.
+# Triton reads the annotations of its kernels' parameters, and knows only its own.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from isotune.algebra.launching import are_rows, launch, power_of_two, tiles, wor
 
 DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_RANK = 512
-"""Of the update, whose coordinates are in the registers of each program."""
+"""Largest rank of the update, whose coordinates each program holds in registers."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a kernel reads a matrix: `rows` of it by `step` columns at a time, `stages` of such tiles in flight."""
+    """How a kernel reads a matrix: in tiles of `rows` by `step` columns, `stages` of them in flight."""
 
     rows: int
     step: int
@@ -35,7 +35,7 @@ class Tiling:
     stages: int
 
 
-# The fastest of eight and of four on an H100 at the shapes of Llama 3.1 8B (docs/speed.md).
+# The fastest of eight and of four tilings on an H100 at the shapes of Llama 3.1 8B (docs/speed.md).
 LAYER = Tiling(rows=4, step=1024, warps=4, stages=3)
 DOWN = Tiling(rows=1, step=4096, warps=8, stages=1)
 
@@ -59,7 +59,7 @@ def _product(
     BIASED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """y = x matrixᵀ + bias + coordinates upᵀ on some rows of matrix; RANK 0 leaves the update out."""
+    """y = x matrixᵀ + bias + coordinates upᵀ on some rows of matrix; RANK 0 omits the update."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < out
     matrix += row[:, None].to(tl.int64) * matrix_stride
@@ -82,23 +82,23 @@ def _product(
 
 
 def can_multiply(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> bool:
-    """Say whether the kernels take x (1, in), W (out, in), b (out,) or None and the factors, with no graph recorded."""
+    """Whether the kernels support x (1, in), W (out, in), b (out,) or None, and the factors, with no graph recorded."""
     if x.shape[0] != 1 or x.dtype not in DTYPES or down.shape[0] > LARGEST_RANK or torch.is_grad_enabled():
         return False
     return work() and are_rows(x, x, weight, down, up) and (bias is None or are_rows(x, bias[None]))
 
 
 def linear_with_update(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor | None:
-    """x Wᵀ + b + (x downᵀ) upᵀ, summed in float32 and rounded once, x downᵀ by itself.
+    """x Wᵀ + b + (x downᵀ) upᵀ, summed in float32; x downᵀ and the result are each rounded once.
 
     Args:
-        x: (1, in), as `can_multiply` takes it with the others.
+        x: (1, in), as supported by `can_multiply` with the others.
         weight: (out, in).
         bias: (out,), or None.
         down, up: (r, in) and (out, r).
 
     Returns:
-        (1, out), or None where Triton cannot run.
+        (1, out), or None if Triton cannot run.
     """
     coordinates = x.new_empty(1, down.shape[0])
     if not _launch(x, down, coordinates, DOWN):
@@ -118,7 +118,7 @@ def _launch(
 ) -> bool:
     inner, out = x.shape[1], y.shape[1]
     rank, stride = (0, 0) if up is None else (up.shape[1], up.stride(0))
-    others = (x if one is None else one for one in (bias, coordinates, up))  # the kernel reads none that is not given
+    others = (x if one is None else one for one in (bias, coordinates, up))  # x stands for None; it is not read
     options = tiling.rows, min(tiling.step, power_of_two(inner)), power_of_two(rank) if rank else 0, bias is not None
     given = x, matrix, y, *others, inner, out, rank, matrix.stride(0), stride, *options, tiling.stages
     return launch(_product, (tiles(out, tiling.rows),), given, num_warps=tiling.warps)

@@ -11,7 +11,7 @@ from isotune.algebra.recording import is_exported
 
 
 class _ScaledDifference(torch.autograd.Function):
-    """The same with few passes over memory, of which only the arguments are kept."""
+    """`scaled_difference` with few passes over memory, saving only its arguments."""
 
     @staticmethod
     def forward(difference: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -38,11 +38,11 @@ class _ScaledDifference(torch.autograd.Function):
 def scaled_difference(difference: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     """diag(α) R diag(β) − I from N = R − I, as diag(α) N diag(β) + diag((α − 1) + α(β − 1)).
 
-    So written, a result near zero keeps its own relative precision.
+    In this form, a result near zero keeps its relative precision.
 
     Args:
         difference: N, (..., n, n).
-        alpha, beta: (..., n), the factors of the rows and of the columns.
+        alpha, beta: (..., n), the factors of the rows and columns.
 
     Returns:
         (..., n, n), differentiable twice.

@@ -1,19 +1,19 @@
 """The Cayley transform in Triton: Gauss–Jordan elimination of many skew-symmetric matrices at once, in float32.
 
-Imported only where a GPU's tensors are met, as `isotune.algebra.block_kernels` is. The factorisation in
-`isotune.algebra.cayley` is the way where they cannot run; cuBLAS and MAGMA take milliseconds for a few hundred small
-ones, and they allocate memory, so that no CUDA graph can hold them.
+Imported only for tensors on a GPU, like `isotune.algebra.block_kernels`. The factorisation in `isotune.algebra.cayley`
+is used where these kernels cannot run; cuBLAS and MAGMA take milliseconds for a few hundred small matrices, and
+allocate memory, so that no CUDA graph can capture them.
 
-R − I = 2 ((I − Q)⁻¹ − I), and it is T = (I − Q)⁻¹ − I that is computed, in the place of −Q: before and after each step
-of the elimination the matrix is held less the identity. So nothing small is added to a one, and a small rotation keeps
-its relative precision. No pivots are searched: the symmetric part of I − Q is I, and so every pivot is at least 1. That
-bounds the growth of rounding errors by about ‖Q‖². One Newton–Schulz step, D ← D − ½ (I + D)(D + Dᵀ + DᵀD), squares
-what they take from orthogonality.
+R − I = 2 ((I − Q)⁻¹ − I). What is computed, in the place of −Q, is T = (I − Q)⁻¹ − I: before and after each step of the
+elimination, the matrix is stored minus the identity. So nothing small is added to a one, and a small rotation keeps its
+relative precision. No pivoting is needed: the symmetric part of I − Q is I, so every pivot is at least 1. That bounds
+the growth of rounding errors by about ‖Q‖². One Newton–Schulz step, D ← D − ½ (I + D)(D + Dᵀ + DᵀD), squares the
+resulting orthogonality error.
 
-No product is rounded to TF32, whatever torch is told to do with its own.
+No product is rounded to TF32, whatever torch's own setting.
 """
 
-# Triton reads the annotations of its kernels' parameters, and knows its own alone.
+# Triton reads the annotations of its kernels' parameters, and knows only its own.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ from torch import Tensor
 from isotune.algebra.launching import launch, power_of_two, tiles, work
 
 BLOCK = 64
-"""Matrices up to this size are in the registers of one program; larger ones are eliminated by blocks of it."""
+"""Matrices up to this size fit the registers of one program; larger ones are eliminated in blocks of this size."""
 MATRICES = {8: 8, 16: 2, 32: 1, 64: 1}
-"""Padded size -> matrices of one program."""
+"""Padded size -> matrices per program."""
 WARPS = {8: 1, 16: 1, 32: 1, 64: 4}
-"""Padded size -> warps of one program."""
+"""Padded size -> warps per program."""
 DEPTH = 16
 """Terms of a product that are in registers at a time: without tensor cores a thread holds all of its operands."""
 PRODUCT_WARPS = 4
 LARGEST = 4096
-"""Beyond, rounding errors and one program for the diagonal block are not what anybody has measured."""
+"""Largest size for which rounding errors, and the time of one program per diagonal block, have been measured."""
 
 
 @triton.jit
 def _tiles(start, first, count, n, size, SIZE: tl.constexpr, MATRICES: tl.constexpr):
     """(MATRICES, SIZE, SIZE) of `count` matrices (n, n), zero beyond `size` rows and columns.
 
-    They are loaded as pieces of 4 × 8, the last two dimensions, so that Triton gives a warp such a piece whatever n is:
-    with its own choice, a row of 32 for most n, sums along rows take three times as many shuffles and spill registers.
+    They are loaded in pieces of 4 × 8, the last two dimensions, so that Triton gives each warp such a piece whatever n
+    is: with its own choice, a row of 32 for most n, sums along rows need three times as many shuffles and spill
+    registers.
     """
     matrices = first + tl.arange(0, MATRICES)[:, None, None, None, None]
     rows = 4 * tl.arange(0, SIZE // 4)[None, :, None, None, None] + tl.arange(0, 4)[None, None, None, :, None]
@@ -55,14 +56,14 @@ def _tiles(start, first, count, n, size, SIZE: tl.constexpr, MATRICES: tl.conste
 
 @triton.jit
 def _eliminate(tile, n, SIZE: tl.constexpr):
-    """(I + A)⁻¹ − I of tiles A (matrices, SIZE, SIZE), of which n rows and columns are not zero."""
+    """(I + A)⁻¹ − I of tiles A (matrices, SIZE, SIZE) whose first n rows and columns may be nonzero."""
     rows, columns = tl.arange(0, SIZE)[None, :, None], tl.arange(0, SIZE)[None, None, :]
     for k in range(n):
         column = tl.sum(tl.where(columns == k, tile, 0.0), 2, keep_dims=True)
         row = tl.sum(tl.where(rows == k, tile, 0.0), 1, keep_dims=True)
         excess = tl.sum(tl.where(columns == k, row, 0.0), 2, keep_dims=True)  # of the pivot over 1
         inverse = 1.0 / (1.0 + excess)
-        # The unit column in place of column k turns into that of the inverse by the same operations as all others.
+        # A unit column replaces column k and becomes the inverse's by the same operations as the other columns.
         row = tl.where(columns == k, inverse, row * inverse)
         cleared = tl.where(columns == k, 0.0, tile) - column * row
         tile = tl.where(rows == k, tl.where(columns == k, -excess * inverse, row), cleared)
@@ -107,7 +108,7 @@ def _product(
 
 @triton.jit(do_not_specialize=["k"])
 def _diagonal(source, panel, n, k, SIZE: tl.constexpr):
-    """Block k of the diagonal eliminated by itself, F = (I + A_kk)⁻¹ − I, into block k of the panel (SIZE, n)."""
+    """Eliminate block k of the diagonal, F = (I + A_kk)⁻¹ − I, into block k of the panel (SIZE, n)."""
     matrix, size = tl.program_id(0), tl.minimum(n - k * SIZE, SIZE)
     tile = _tiles(source + k * SIZE * (n + 1), matrix, tl.num_programs(0), n, size, SIZE, 1)
     rows, columns = tl.arange(0, SIZE)[None, :, None], tl.arange(0, SIZE)[None, None, :]
@@ -133,9 +134,9 @@ def _row(source, panel, n, k, blocks, SIZE: tl.constexpr, DEPTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["k", "blocks"])
 def _others(source, target, panel, n, k, blocks, SIZE: tl.constexpr, DEPTH: tl.constexpr):
-    """Block (i, j) after step k, U being the panel: U_j in row k, else A_ij − A_ik U_j, and −A_ik − A_ik F for j = k.
+    """Block (i, j) after step k with the panel U: U_j in row k, else A_ij − A_ik U_j, and −A_ik − A_ik F for j = k.
 
-    It is written to another matrix: the blocks A_ik are still read by others.
+    It is written to another matrix, since other programs still read the blocks A_ik.
     """
     matrix = (tl.program_id(0) // (blocks * blocks)).to(tl.int64)
     i, j = tl.program_id(0) // blocks % blocks, tl.program_id(0) % blocks
@@ -176,7 +177,7 @@ def _polish(half, defect, result, n, blocks, SIZE: tl.constexpr, DEPTH: tl.const
 
 
 def can_eliminate(generator: Tensor) -> bool:
-    """Say whether the kernels take this batch (count, n, n): contiguous float32 with values, and not an empty one."""
+    """Whether the kernels support this batch (count, n, n): contiguous float32 with values, and not empty."""
     return (
         work()
         and type(generator) is Tensor
@@ -190,13 +191,13 @@ def can_eliminate(generator: Tensor) -> bool:
 def cayley_by_elimination(generator: Tensor) -> Tensor | None:
     """R − I for R = (I + Q)(I − Q)⁻¹, in float32 throughout.
 
-    Up to n = 64 one launch, beyond three for every 64 columns, two for the polishing step and one for −Q.
+    This takes one launch up to n = 64; beyond, three for every 64 columns, two for the polishing step and one for −Q.
 
     Args:
-        generator: Q (count, n, n), skew-symmetric, as `can_eliminate` takes it.
+        generator: Q (count, n, n), skew-symmetric, as supported by `can_eliminate`.
 
     Returns:
-        (count, n, n), or None where Triton cannot run.
+        (count, n, n), or None if Triton cannot run.
     """
     count, n, _ = generator.shape
     if n <= BLOCK:

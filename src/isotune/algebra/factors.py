@@ -1,8 +1,8 @@
-"""Linear maps of row vectors as chains of structured factors I + D, applied without ever forming the whole matrix.
+"""Linear maps of row vectors as chains of structured factors I + D, applied without forming the whole matrix.
 
-A factor says how a few tensors act on x (tokens, n). A chain applies one after the other and saves only its input for
-backward: intermediate results are computed again from it, which is cheaper than storing tokens × n for each factor.
-D and not I + D is stored, so that a small rotation keeps its relative precision and D = 0 changes no bit.
+A factor defines how a few tensors act on x (tokens, n). A chain applies its factors one after the other and saves only
+its input for backward: recomputing intermediate results is cheaper than storing tokens × n for each factor. D is stored
+instead of I + D, so that a small rotation keeps its relative precision and D = 0 changes no bit.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from isotune.algebra.recording import is_exported
 
 
 def refuse_double_backward() -> None:
-    """Raise a RuntimeError where a backward pass is itself being recorded.
+    """Raise a RuntimeError if a backward pass is itself being recorded.
 
-    What a node keeps of its forward is not connected to the graph, so a second derivative would be silently wrong.
+    What a node saves in its forward is not connected to the graph, so a second derivative would be silently wrong.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "An adapted layer can be differentiated once; create_graph=True through it is not supported. "
-            "Compute second derivatives on the merged model, or by finite differences of gradients."
+            "An adapted layer can only be differentiated once; create_graph=True is not supported. Compute second "
+            "derivatives on the merged model, or by finite differences of gradients."
         )
 
 
@@ -37,7 +37,7 @@ class Factor(ABC):
 
     @property
     def parts(self) -> Chain:
-        """The factors that it consists of, each of which is transposed for itself."""
+        """The factors it consists of, each of which can be transposed on its own."""
         return (self,)
 
     @abstractmethod
@@ -46,7 +46,7 @@ class Factor(ABC):
 
     @abstractmethod
     def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The tensors, differentiably, with which the same factor is x ↦ x (I + D)ᵀ."""
+        """The tensors, differentiably, with which the same factor computes x ↦ x (I + D)ᵀ."""
 
     @abstractmethod
     def backward(
@@ -56,12 +56,12 @@ class Factor(ABC):
 
 
 class BlockDiagonal(Factor):
-    """D is block-diagonal on all or some of the columns, in their order or permuted; its tensor is (blocks, b, b).
+    """D is block-diagonal on all or some columns, in their order or permuted; its tensor is (blocks, b, b).
 
     Args:
         size: b.
-        columns: slice of the columns that the blocks cover; None for all of them.
-        order: (n,), a permutation: position -> column; None for the columns as they are. Excludes `columns`.
+        columns: slice of the columns that the blocks cover; None for all.
+        order: (n,), a permutation, position -> column; None keeps the order. Excludes `columns`.
     """
 
     count = 1
@@ -80,16 +80,16 @@ class BlockDiagonal(Factor):
         return self._orders[device]
 
     def _blocks(self, x: Tensor) -> Tensor:
-        """The columns as (blocks, tokens, b), a view where they lie in order."""
+        """The columns as (blocks, tokens, b), a view if they are in order."""
         if self.permuted:
             x = x.index_select(1, self._order(x.device)[0])
         elif self.columns is not None:
             x = x[:, self.columns]
-            x = x if x.stride(1) == 1 else x.contiguous()  # each product would copy columns that lie apart
+            x = x if x.stride(1) == 1 else x.contiguous()  # or each product would copy strided columns
         return x.reshape(x.shape[0], x.shape[1] // self.size, self.size).transpose(0, 1)
 
     def kernels(self, blocks: Tensor, *rows: Tensor) -> Any:
-        """The kernels for these tensors, where there are some; else None."""
+        """The kernels for these tensors, or None if there are none."""
         if self.permuted or self.columns is not None:
             return None
         kernels = kernels_for(blocks, "block_kernels")
@@ -103,7 +103,7 @@ class BlockDiagonal(Factor):
         return self._add(x, torch.bmm(self._blocks(x), tensors[0]), in_place)
 
     def _add(self, x: Tensor, blocks: Tensor, in_place: bool) -> Tensor:
-        """x plus (blocks, tokens, b) on the columns that they cover."""
+        """Add (blocks, tokens, b) to x on the columns that they cover."""
         update = blocks.transpose(0, 1)
         if self.permuted:
             update = update.flatten(1).index_select(1, self._order(x.device)[1])
@@ -131,9 +131,10 @@ class BlockDiagonal(Factor):
 
 
 class Nested(Factor):
-    """A dense D on the first coordinate of each block, (1, n / b, n / b), and then the blocks, (n / b, b, b).
+    """A dense D on the first coordinates of all blocks, (1, n / b, n / b), followed by the blocks, (n / b, b, b).
 
-    The same as two `BlockDiagonal`, which it is where there are no kernels; these add the first to x as they read it.
+    Equivalent to two `BlockDiagonal` factors, which are used if there are no kernels; the kernels add the first
+    factor's result to x as they read it.
 
     Args:
         size: b.
@@ -163,7 +164,7 @@ class Nested(Factor):
         return chain_forward(x, self.parts, tensors, in_place)
 
     def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        raise NotImplementedError("The transposed map acts in the other order: it is that of the parts.")
+        raise NotImplementedError("The transposed map acts in the other order; transpose the parts.")
 
     def backward(
         self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor], needs_x: bool, in_place: bool = False
@@ -210,7 +211,7 @@ Chain = tuple[Factor, ...]
 
 
 def split_tensors(chain: Chain, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """The tensors of each factor, from those of all in order."""
+    """Split the tensors of a chain into those of each factor."""
     parts, start = [], 0
     for factor in chain:
         parts.append(tensors[start : start + factor.count])
@@ -222,7 +223,7 @@ def chain_forward(x: Tensor, chain: Chain, tensors: Sequence[Tensor], in_place: 
     """x (I + D₁) (I + D₂) … for x (tokens, n), without a graph; `in_place` may overwrite it."""
     for factor, own in zip(chain, split_tensors(chain, tensors), strict=True):
         x = factor.apply(x, own, in_place)
-        in_place = not is_exported()  # what a factor has made is nobody else's
+        in_place = not is_exported()  # a factor's result belongs to this chain alone
     return x
 
 
@@ -231,7 +232,7 @@ def chain_backward(
 ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
     """The gradients of x, if needed, and of all tensors in order; x (tokens, n) is the input of the chain.
 
-    With `in_place` the gradient, contiguous, may be overwritten.
+    With `in_place`, the gradient (contiguous) may be overwritten.
     """
     parts = split_tensors(chain, tensors)
     inputs = [x]
@@ -248,15 +249,15 @@ def chain_backward(
 
 
 class _Chain(torch.autograd.Function):
-    """A chain that keeps its input and its tensors."""
+    """A chain that saves its input and its tensors for backward."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        # Not named: a trace takes a function that is given as many arguments as its signature has for one without ctx.
+        # Unnamed arguments: a trace takes a forward called with as many arguments as it names for one without ctx.
         x, chain, *tensors = given
         ctx.save_for_backward(x, *tensors)
         ctx.chain = chain
-        # Detached: a view made in here could not be changed in place by what follows, such as ReLU(inplace=True).
+        # Detached: if this were a view, later operations such as ReLU(inplace=True) could not change it in place.
         return chain_forward(x.reshape(-1, x.shape[-1]), chain, tensors).reshape(x.shape).detach()
 
     @staticmethod
@@ -275,11 +276,11 @@ def apply_chain(x: Tensor, chain: Chain, tensors: Sequence[Tensor]) -> Tensor:
 
     Args:
         x: (..., n).
-        chain: the factors, the one that acts first in front; at least one.
-        tensors: of all factors in order, in the dtype of x.
+        chain: one or more factors, in the order in which they act.
+        tensors: the tensors of all factors in order, in the dtype of x.
 
     Returns:
-        The shape of x; differentiable once. For backward x itself is kept, so layers that read the same x share it.
+        The shape of x; differentiable once. For backward, x itself is saved, so layers with the same input share it.
     """
     if is_exported():
         return chain_forward(x.reshape(-1, x.shape[-1]), chain, tensors).reshape(x.shape)

@@ -1,10 +1,10 @@
-"""The backward pass of trained factors of a layer's outputs in Triton: one read and one write in the place of three.
+"""The backward pass of a layer's output gain in Triton: one read and one write instead of three.
 
-Imported only where a GPU's tensors are met, as `isotune.algebra.block_kernels` is; plain torch in
-`isotune.adapter.kernels` is the twin.
+Imported only for tensors on a GPU, like `isotune.algebra.block_kernels`; plain torch in `isotune.adapter.kernels` is
+the reference.
 """
 
-# Triton reads the annotations of its kernels' parameters, and knows its own alone.
+# Triton reads the annotations of its kernels' parameters, and knows only its own.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _backward(
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The sums over all tokens of some columns, in one order whatever the GPU."""
+    """The sums over all tokens of some columns, in the same order on every GPU."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     factor = tl.load(gain + column, mask=column < out, other=0.0)
     total = tl.zeros((ROWS, COLUMNS), gain.dtype.element_ty)
@@ -49,14 +49,14 @@ def _backward(
 
 
 def can_scale(rows: Tensor, gradient: Tensor, gain: Tensor) -> bool:
-    """Say whether the kernel takes these: two (tokens, out) of a dtype, and (out,) in float32; no graph recorded."""
+    """Whether the kernel supports these: two (tokens, out) of one dtype, and (out,) in float32; no graph recorded."""
     if not work() or torch.is_grad_enabled() or rows.dtype not in DTYPES or gain.dtype != torch.float32:
         return False
     return are_rows(rows, rows, gradient) and are_rows(gain, gain[None]) and gain.device == rows.device
 
 
 def gain_backward(rows: Tensor, gradient: Tensor, gain: Tensor) -> Tensor | None:
-    """The gradient of a gain of `rows`, and in their place that of what was multiplied by it.
+    """The gradient of a gain from that of gain ⊙ rows; the gradient of `rows` is written in their place.
 
     Args:
         rows: (tokens, out), overwritten by gradient ⊙ gain.
@@ -64,7 +64,7 @@ def gain_backward(rows: Tensor, gradient: Tensor, gain: Tensor) -> Tensor | None
         gain: (out,).
 
     Returns:
-        (out,), Σ gradient ⊙ rows over the tokens; None where Triton cannot run, and then nothing is written to.
+        (out,), Σ gradient ⊙ rows over the tokens; None if Triton cannot run, and then nothing is changed.
     """
     (tokens, out), sums = rows.shape, torch.empty_like(gain)
     given = rows, gradient, gain, sums, tokens, out, rows.stride(0), gradient.stride(0), ROWS, COLUMNS, STAGES

@@ -1,13 +1,13 @@
 """Trees of Givens rotations: n − 1 pairs that reach every coordinate, folded into a few small dense blocks.
 
-Level l rotates the pairs (i, i + s) with s = 2^(l−1), i = 0, 2s, 4s, …, as far as i + s < n. The lowest levels never
-leave a block of adjacent coordinates, and the levels above touch only the first coordinate of each such block; so the
+Level l rotates the pairs (i, i + s) with s = 2^(l−1), i = 0, 2s, 4s, …, as long as i + s < n. The lowest levels stay
+within blocks of adjacent coordinates, and the levels above touch only the first coordinate of each such block; so the
 tree is a product of block-diagonal matrices, one for every `LEVELS` levels, each on a `2^LEVELS` times coarser grid.
-The coarsest grids together have few coordinates, and become one dense matrix.
+The coarsest grids together have few coordinates and become one dense matrix.
 
-Within a block most entries are zero, and the others are products of entries of the pairs along one way through the
-tree: row j > 0, whose lowest bit is that of level l, ends there and has the columns of its pair alone; the way from the
-top to column i then goes down the levels below, by the side of each pair on which i lies.
+Within a block most entries are zero, and the others are products of the pairs' entries along one path through the
+tree: row j > 0, whose lowest set bit is that of level l, ends there and has only the columns of its pair; the path from
+the top to column i then descends the levels below, on the side of each pair where i lies.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from isotune.algebra.factors import BlockDiagonal, Chain, Nested, refuse_double_
 from isotune.algebra.recording import is_exported
 
 LEVELS = 5
-"""Levels folded into one block: 32 × 32 blocks are where a matrix product begins to pay."""
+"""Levels folded into one block; from blocks of 32 × 32 on, a matrix product pays."""
 
 _LEAF = 2**LEVELS
 _DENSE = 1024
-"""Coordinates of the coarsest grids that are joined into one matrix."""
+"""Most coordinates of a grid that is joined with the coarser ones into one matrix."""
 
 
 def _widths(n: int) -> list[int]:
-    """The number of coordinates on each grid, from the finest, as long as there is a pair."""
+    """The number of coordinates on each grid, finest first, as long as there are pairs."""
     widths = [n] if n > 1 else []
     while widths and (coarser := -(-widths[-1] // _LEAF)) > 1:
         widths.append(coarser)
@@ -40,15 +40,16 @@ def _widths(n: int) -> list[int]:
 
 
 def _joined(widths: list[int]) -> int:
-    """The first grid of those that become one dense matrix together; the number of grids where none do."""
+    """The first of the grids that together become one dense matrix; the number of grids if none do."""
     return next((grid for grid, width in enumerate(widths) if grid > 0 and width <= _DENSE), len(widths))
 
 
 def givens_chain(n: int) -> Chain:
-    """The factors of the tree on n coordinates, the one that acts first in front.
+    """The factors of the tree on n coordinates, in the order in which they act.
 
-    One for the coarsest grids; each other grid has one for its whole blocks, if any, and one for the incomplete block
-    at its end, if any. Where that leaves a dense matrix and whole blocks of the finest grid, both are one factor.
+    The coarsest grids share one factor; each other grid has one for its whole blocks, if any, and one for the
+    incomplete block at its end, if any. If that leaves just a dense matrix and whole blocks of the finest grid, the two
+    are one factor.
     """
     chain: list[BlockDiagonal] = []
     widths = _widths(n)
@@ -69,7 +70,7 @@ def givens_chain(n: int) -> Chain:
 
 
 class _Pairs(torch.autograd.Function):
-    """`rotation_pairs` with a backward of four operations, by the result alone; differentiable twice."""
+    """`rotation_pairs` with a backward of four operations that needs only the result; differentiable twice."""
 
     @staticmethod
     def forward(angles: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ def givens_blocks(pairs: Tensor, n: int) -> tuple[Tensor, ...]:
         if whole:
             own.append(blocks if rest == 0 else blocks[..., :whole, :, :])
         if rest > 1:
-            # Copied out of the filled-up block, which would otherwise be kept for backward.
+            # Copied out of the padded block, which would otherwise be saved for backward.
             own.append(_cut(blocks[..., whole:, :, :], rest))
         found = own + found
     if dense == len(widths):
@@ -143,12 +144,12 @@ def _cut(blocks: Tensor, size: int) -> Tensor:
     """The first rows and columns of square blocks, copied."""
     surplus = size - blocks.shape[-1]
     if surplus and is_exported():
-        return blocks[..., :size, :size]  # ONNX has no padding by less than nothing
+        return blocks[..., :size, :size]  # ONNX has no negative padding
     return pad(blocks, (0, surplus, 0, surplus)) if surplus else blocks
 
 
 def _join(top: Tensor, blocks: Tensor) -> Tensor:
-    """(I + T) on the first coordinates of K blocks, and then the blocks I + B, as one matrix less the identity.
+    """(I + T) on the first coordinates of K blocks, then the blocks I + B, as one matrix minus the identity.
 
     Args:
         top: T, (..., K, K).
@@ -167,13 +168,13 @@ def _join(top: Tensor, blocks: Tensor) -> Tensor:
 
 @made_once
 def _ways(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """How pairs and blocks of all grids on n coordinates correspond.
+    """How the pairs and the blocks of all grids on n coordinates correspond.
 
     Returns:
-        Which entry of all pairs, row by row, and after them a zero, multiplies on the way to leaf i at level l of a
-        block, for row 0 and row 1 of the pair: (2 · blocks · LEVELS · 32,). Where row and leaf of each way lie in a
-        block: ((LEVELS + 1) · 32,). And which of the entries of all pairs of all blocks, (2, blocks, 31, 2), belongs to
-        each entry of each pair: (4 (n − 1),).
+        Indices into the entries of all pairs, row by row, followed by a zero: the entry that multiplies on the path to
+        leaf i at level l of a block, for rows 0 and 1 of the pair, (2 · blocks · LEVELS · 32,). Positions in a block of
+        the row and leaf of each path, ((LEVELS + 1) · 32,). And indices into the entries of all pairs of all blocks,
+        (2, blocks, 31, 2), for each entry of each pair, (4 (n − 1),).
     """
     entries, places, inverse = [], [], []
     counts = [len(range(2**level, n, 2 ** (level + 1))) for level in range((n - 1).bit_length())]
@@ -203,10 +204,10 @@ def _ways(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 @made_once
 def _units(levels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What the identity is on each way to leaf i: of row 0 and row 1 of a pair at a level, and above the levels below.
+    """The identity's entries on each path to leaf i: those of a pair's rows at each level, and from there down.
 
     Returns:
-        (2, levels, 2^levels) and (levels, 2^levels): whether the leaf is on the row's own side; and whether all its
+        (2, levels, 2^levels) and (levels, 2^levels): whether the leaf is on the row's own side, and whether all its
         bits below the level are zero.
     """
     leaves = torch.arange(2**levels, device=device)
@@ -216,10 +217,10 @@ def _units(levels: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _fold(pairs: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """M − I of all blocks of all grids, (..., blocks, 32, 32), from the pairs; and what its backward reads.
+    """M − I of all blocks of all grids, (..., blocks, 32, 32), from the pairs, and the tensors needed for backward.
 
-    With p the product along a way from the top, u the same for the identity and a = G − I at one level, what is added
-    up is the difference q = p − u, by q ← q (a + 1) + u a, so that small rotations lose no digits.
+    With p the product along a path from the top, u the same for the identity and a = G − I at one level, the difference
+    q = p − u is accumulated by q ← q (a + 1) + u a, so that small rotations lose no digits.
     """
     entries, places, _ = _ways(n, pairs.device)
     own, above = (unit.to(pairs.dtype) for unit in _units(LEVELS, pairs.device))
@@ -230,14 +231,14 @@ def _fold(pairs: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     ways = [torch.zeros_like(less[..., 0, :]), less[..., 0, :]]
     for level in range(1, LEVELS):
         ways.append(torch.addcmul(less[..., level, :], ways[-1], go_on[..., level, :]))
-    before = torch.stack(ways[:-1], -2)  # q on the levels below each
+    before = torch.stack(ways[:-1], -2)  # q of the levels below each
     values = torch.cat([torch.addcmul(ends, stop, before), ways[-1].unsqueeze(-2)], -2).flatten(-2)
     blocks = values.new_zeros(*values.shape[:-1], _LEAF * _LEAF).index_copy_(-1, places, values)
     return blocks.view(*blocks.shape[:-1], _LEAF, _LEAF), full, before + above
 
 
 class _Blocks(torch.autograd.Function):
-    """`_fold` with a backward of few operations, whatever the number of pairs."""
+    """`_fold` with a backward of few operations, however many pairs there are."""
 
     @staticmethod
     def forward(ctx: Any, pairs: Tensor, n: int) -> Tensor:
@@ -258,7 +259,7 @@ class _Blocks(torch.autograd.Function):
         ways = [values[..., LEVELS, :]]
         for level in range(LEVELS - 1, 0, -1):
             ways.append(torch.addcmul(ended[..., level, :], ways[-1], go_on[..., level, :]))
-        # Of each way to a leaf at a level; a pair's entry has all leaves on its side.
+        # For each path to a leaf at a level; a pair's entry sums over all leaves on its side.
         each = torch.stack([torch.stack(ways[::-1], -2), ends], -4) * before.unsqueeze(-4)
         of_pairs = [each[..., level, :].unflatten(-1, (-1, 2, 2**level)).sum(-1) for level in range(LEVELS)]
         flat = torch.cat(of_pairs, -2).flatten(-4)
@@ -266,7 +267,7 @@ class _Blocks(torch.autograd.Function):
 
 
 def pair_penalty(pairs: Tensor) -> Tensor:
-    """Σ (a₁b₁ + a₂b₂)² over matrices [[a₁, b₁], [a₂, b₂]], (..., 2, 2): how far their columns are from orthogonal.
+    """Σ (a₁b₁ + a₂b₂)² over matrices [[a₁, b₁], [a₂, b₂]], (..., 2, 2), which is 0 if their columns are orthogonal.
 
     Source: Ma et al., GOFT (ICML 2024), the regulariser of qGOFT.
     """

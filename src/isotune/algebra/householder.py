@@ -1,4 +1,4 @@
-"""Products of Householder reflections in compact form: two thin matrices, never an n × n one.
+"""Products of Householder reflections in compact form: two thin matrices instead of an n × n one.
 
 Directions are `vectors`, (..., r, n), of any length; M = I + left · right with left (..., n, r) and right (..., r, n).
 """
@@ -15,7 +15,7 @@ from isotune.algebra.recording import inverse_by_products, is_exported
 
 
 class _UnitRows(torch.autograd.Function):
-    """Rows over their norms, and a backward of few operations: du = (dv − u (u · dv)) / ‖v‖."""
+    """Rows divided by their norms, with a backward of few operations: du = (dv − u (u · dv)) / ‖v‖."""
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class _UnitRows(torch.autograd.Function):
 
 
 def _unit_rows(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row divided by its norm; and the norms, (..., r, 1), 1 of a zero row."""
+    """Each row divided by its norm, and the norms, (..., r, 1), which are 1 for zero rows."""
     largest = vectors.abs().amax(-1, keepdim=True)
     largest = largest + (largest == 0)
     scaled = vectors / largest  # so that no square overflows or vanishes
@@ -43,7 +43,7 @@ def _unit_rows(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unit_rows(vectors: Tensor) -> Tensor:
-    """Each row divided by its norm, differentiable once; a zero row stays zero: its reflection is the identity."""
+    """Each row divided by its norm, differentiable once; a zero row stays zero, so its reflection is the identity."""
     if is_exported():
         return _unit_rows(vectors)[0]
     units: Tensor = _UnitRows.apply(vectors)  # type: ignore[no-untyped-call]
@@ -51,10 +51,10 @@ def unit_rows(vectors: Tensor) -> Tensor:
 
 
 def reflections(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Left and right of the product of reflections M = H_r ⋯ H₂ H₁, H_i = I − 2 u_i u_iᵀ.
+    """Left and right factors of the product of reflections M = H_r ⋯ H₂ H₁, H_i = I − 2 u_i u_iᵀ.
 
-    On row vectors, x M; a weight W becomes W Mᵀ = W H₁ H₂ ⋯ H_r. With the units U (n, r), H₁ ⋯ H_r = I − U T Uᵀ, where
-    T is upper triangular and T⁻¹ = ½ I + the strict upper triangle of UᵀU.
+    M acts on row vectors, x M; a weight W becomes W Mᵀ = W H₁ H₂ ⋯ H_r. With the unit directions U (n, r),
+    H₁ ⋯ H_r = I − U T Uᵀ, where T is upper triangular and T⁻¹ = ½ I + the strict upper triangle of UᵀU.
 
     Source: Yuan et al., HRA (NeurIPS 2024), equation 5; the compact form is that of Puglisi (1992).
     """
@@ -63,7 +63,7 @@ def reflections(vectors: Tensor) -> tuple[Tensor, Tensor]:
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     upper = -0.5 * eye - gram.triu(1)
     if is_exported():
-        # I + upper · 2I is strictly triangular, so its powers vanish and the iteration ends at the inverse itself.
+        # I + upper · 2I is strictly triangular, so its powers vanish and the iteration ends at the exact inverse.
         steps = (int(upper.shape[-1]) - 1).bit_length()
         left = inverse_by_products(upper, (-2 * eye).expand_as(upper), steps) @ units
     else:
@@ -72,10 +72,10 @@ def reflections(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_pairs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """leftᵀ right, both (..., r, n), in terms of each pair's sum and half difference.
+    """leftᵀ right, both (..., r, n), expressed in each pair's sum and half difference.
 
-    Training starts with equal pairs, whose reflections cancel. In terms of the vectors themselves they would cancel
-    only up to rounding, which in half precision is more than a small rotation; in these terms each product is small.
+    Training starts with equal pairs, whose reflections cancel. Expressed in the vectors themselves, they would cancel
+    only up to rounding, which in half precision exceeds a small rotation; expressed like this, each product is small.
     """
     readers, writers = _mixed(left, 1.0, 0.5), _mixed(right, 0.5, 1.0)
     return readers.mT, writers
@@ -90,7 +90,7 @@ def _mixed(rows: Tensor, of_sum: float, of_difference: float) -> Tensor:
 
 
 def orthonormal_reflection(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Left and right of M = I − 2 U Uᵀ, r commuting reflections, with U from the Gram-Schmidt process.
+    """Left and right factors of M = I − 2 U Uᵀ, r commuting reflections, with U from the Gram-Schmidt process.
 
     The directions must be linearly independent, so r ≤ n.
 
@@ -105,6 +105,6 @@ def reflection_penalty(vectors: Tensor) -> Tensor:
 
     Source: Yuan et al., HRA (NeurIPS 2024), equation 7.
     """
-    units, _ = _unit_rows(vectors)  # as torch differentiates it: a penalty has a second derivative
+    units, _ = _unit_rows(vectors)  # differentiated by torch itself: a penalty has a second derivative
     gram = units @ units.mT
     return (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).square().sum()

@@ -1,6 +1,6 @@
-"""Starting kernels in Triton with little of the host's time, which is what a step of short sequences waits for.
+"""Launching Triton kernels with little host time, for which steps with short sequences wait.
 
-Imported by the modules of kernels only, for Triton is not installed everywhere.
+Imported only by the modules of kernels, since Triton is not installed everywhere.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from torch.nn import Parameter
 
 _failed = False
 _compiled: dict[tuple[Any, ...], Any] = {}
-"""What Triton has compiled, by all that it compiles anew for: its own look for that takes longer than a launch."""
+"""Compiled kernels by everything that Triton specialises on; Triton's own lookup takes longer than a launch."""
 _VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 _DIRECT = _VERSION >= (3, 3)
-"""Whether what is compiled takes the arguments of the kernel as they are."""
+"""Whether a compiled kernel can be called with the kernel's own arguments."""
 
 
 def tiles(length: int, size: int) -> int:
-    """How many tiles of a size cover a length; Triton's own cdiv takes the host as long as a small launch."""
+    """The number of tiles of a size that cover a length; Triton's own cdiv takes as long as a small launch."""
     return -(-length // size)
 
 
 def power_of_two(number: int, least: int = 1) -> int:
-    """The first power of two from a number and from `least`, itself one, on."""
+    """The smallest power of two that is at least a number and at least `least`, itself a power of two."""
     return max(least, 1 << (number - 1).bit_length())
 
 
 def launch(kernel: Any, grid: tuple[int, ...], given: tuple[Any, ...], **options: Any) -> bool:
-    """Start a kernel on the device of its first argument; False where Triton cannot, which is said once."""
+    """Launch a kernel on the device of its first argument; if Triton cannot, warn and return False."""
     global _failed
     device = given[0].device
     key = kernel, device, *options.values(), *map(_kind, given, getattr(kernel, "arg_names", ()))
@@ -41,21 +41,21 @@ def launch(kernel: Any, grid: tuple[int, ...], given: tuple[Any, ...], **options
         if known is None or not _DIRECT or device.index != torch.cuda.current_device():
             with torch.cuda.device_of(given[0]):  # type: ignore[no-untyped-call]
                 known = kernel[grid](*given, **options)
-            if known is not None:  # as from Triton's interpreter
+            if known is not None:  # Triton's interpreter returns None
                 _compiled[key] = known
         else:
             _start(known, (*grid, 1, 1)[:3], device.index, given)
-    except Exception as error:  # no C compiler, a GPU or a driver that this Triton does not know, …
+    except Exception as error:  # no C compiler, a GPU or driver that this Triton does not know, …
         _failed = True
-        warnings.warn(f"Triton cannot run here, plain torch is used instead: {error}", stacklevel=2)
+        warnings.warn(f"Triton cannot run here, so plain torch is used instead: {error}", stacklevel=2)
         return False
     return True
 
 
 def _start(compiled: Any, grid: tuple[int, ...], device: int, given: tuple[Any, ...]) -> None:
-    """Start what is compiled on the current stream of a device, the current one."""
+    """Launch a compiled kernel on the current stream of this device, which must be the current one."""
     hook = triton.knobs.runtime.launch_enter_hook if _VERSION >= (3, 4) else True
-    if getattr(hook, "calls", hook):  # somebody measures, and is to be told
+    if getattr(hook, "calls", hook):  # a profiler wants to be notified
         compiled[grid](*given)
     else:
         stream = triton.runtime.driver.active.get_current_stream(device)
@@ -63,19 +63,19 @@ def _start(compiled: Any, grid: tuple[int, ...], device: int, given: tuple[Any, 
 
 
 def _kind(argument: Any, name: str) -> Any:
-    """What a kernel is compiled for of one argument."""
+    """What a kernel is specialised on for one argument."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     return argument < 2**31 if name in ("tokens", "steps") else argument
 
 
 def work() -> bool:
-    """Whether Triton has started all kernels that it was given."""
+    """Whether Triton has not failed to launch any kernel so far."""
     return not _failed
 
 
 def are_rows(like: Tensor, *rows: Tensor) -> bool:
-    """Whether kernels read these as (tokens, n): plain tensors of a dtype and device, with neighbours in a row."""
+    """Whether kernels can read these as (tokens, n): plain tensors of one dtype and device, with contiguous rows."""
     for tensor in rows:
         plain = type(tensor) is Tensor or type(tensor) is Parameter
         if not plain or tensor.dtype != like.dtype or tensor.device != like.device:

@@ -1,4 +1,4 @@
-"""What differs where the operations that run now are written down to be run elsewhere."""
+"""Special cases for export, where operations are recorded to be run elsewhere."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 
 def is_exported() -> bool:
-    """Whether torch.export or torch.jit.trace records, for a place where only plain operations exist.
+    """Whether torch.export or torch.jit.trace is recording, for a format that only has plain operations.
 
-    Then nodes of autograd written in Python are left out: what is recorded is never differentiated, and neither ONNX
-    nor TorchScript knows them.
+    Autograd nodes written in Python are then avoided: the recording is never differentiated, and neither ONNX nor
+    TorchScript knows them.
     """
     exporting = getattr(torch.compiler, "is_exporting", bool)  # not before torch 2.7
     return bool(exporting()) or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def inverse_by_products(matrix: Tensor, start: Tensor, steps: int) -> Tensor:
-    """A⁻¹ by Newton's iteration X ← X (2I − A X), for formats that have no factorisation.
+    """A⁻¹ by Newton's iteration X ← X (2I − A X), for formats without factorisations.
 
     Args:
         matrix: A, (..., n, n).
-        start: the first X, with all eigenvalues of I − A X below 1; each step squares them.
-        steps: how many.
+        start: the first X, such that all eigenvalues of I − A X are below 1 in modulus; each step squares them.
+        steps: number of iterations.
     """
     twice = 2 * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     for _ in range(steps):

@@ -11,7 +11,7 @@ from isotune.algebra.constants import made_once
 
 
 def skew_size(n: int) -> int:
-    """Number of free entries of an n × n skew-symmetric matrix.
+    """The number of free entries of an n × n skew-symmetric matrix.
 
     Example:
         >>> skew_size(4)
@@ -21,7 +21,7 @@ def skew_size(n: int) -> int:
 
 
 def skew_order(entries: int) -> int:
-    """Size n of the skew-symmetric matrix with so many free entries, the inverse of `skew_size` for n ≥ 1.
+    """The size n of a skew-symmetric matrix with this many free entries, the inverse of `skew_size` for n ≥ 1.
 
     Example:
         >>> skew_order(6)
@@ -32,7 +32,7 @@ def skew_order(entries: int) -> int:
 
 @made_once
 def skew_positions(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the strict upper triangle, row by row, and its mirror image lie in a flattened n × n matrix."""
+    """Positions of the strict upper triangle, row by row, and of its mirror image in a flattened n × n matrix."""
     rows, columns = torch.triu_indices(n, n, offset=1, device=device).unbind(0)
     return rows * n + columns, columns * n + rows
 
@@ -67,5 +67,5 @@ def skew_from_vector(entries: Tensor, n: int) -> Tensor:
 
 
 def vector_from_skew(matrix: Tensor) -> Tensor:
-    """Read the strict upper triangle of (..., n, n), row by row, the inverse of `skew_from_vector`."""
+    """Read the strict upper triangle of (..., n, n), row by row; the inverse of `skew_from_vector`."""
     return matrix.flatten(-2).index_select(-1, skew_positions(matrix.shape[-1], matrix.device)[0])

@@ -115,7 +115,7 @@ def test_adapters_of_two_sides_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"different sides \(input and output\)"):
         model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")
     model.save_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="side='output' and not 'input'"):
+    with pytest.raises(ValueError, match="side='output' instead of 'input'"):
         hotswap_adapter(model, tmp_path / "b", "a")
 
 

@@ -377,7 +377,7 @@ def test_a_weight_that_is_computed_from_others_is_refused(method: str, host: str
     model, x = seeded_host(host), HOSTS_OF_12[host][1]()
     COMPUTED[norm](model.layer)
     expected, before = model.eval()(x), snapshot(model)
-    with pytest.raises(ValueError, match=r"'layer'.*is no parameter.*remove_parametrizations.*exclude_modules"):
+    with pytest.raises(ValueError, match=r"'layer'.*is not a parameter.*remove_parametrizations.*exclude_modules"):
         get_peft_model(model, configured(method, ["layer"]))
     assert_unchanged(model, before)
     assert torch.equal(model(x), expected)
@@ -394,7 +394,7 @@ def test_a_weight_that_is_computed_later_is_not_merged_into(method: str, host: s
     COMPUTED[norm](only(model).get_base_layer())
     expected, before = model.eval()(x), snapshot(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match=r"is no parameter.*remove_parametrizations"):
+        with pytest.raises(ValueError, match=r"is not a parameter.*remove_parametrizations"):
             merge()
         assert_unchanged(model, before)
         assert torch.equal(model(x), expected)

@@ -37,15 +37,15 @@ def host_for(module: nn.Module, name: str = "", backend: Backend | None = None, 
     Args:
         module: the frozen layer.
         name: its name in the model, for the message.
-        backend: of a quantised layer: how its weight is read and written.
-        parameter: of a module of experts: the name of the one that is adapted.
+        backend: for a quantised layer, how its weight is read and written.
+        parameter: for a module of experts, the name of the adapted parameter.
 
     Returns:
-        The host around it.
+        The host around the module.
 
     Raises:
-        ValueError: no host takes such a layer, its weight is not a floating-point matrix, or tensor parallelism has
-            split it in a way that no adapter follows.
+        ValueError: no host supports this layer, its weight is not a floating-point matrix, or tensor parallelism has
+            split it in a way that adapters do not support.
     """
     refuse_other_splits(module, name, packed=parameter is not None or backend is not None)
     if parameter is not None:

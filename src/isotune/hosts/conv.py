@@ -11,10 +11,10 @@ _DIMENSIONS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
 
 
 class ConvHost(Host):
-    """A convolution, whatever its kernel, stride, padding, padding mode, dilation and groups.
+    """A convolution with any kernel, stride, padding, padding mode, dilation and groups.
 
-    W is (out_channels, in_channels / groups · kernel elements). Adapters change W, from which the layer's own forward
-    then computes: rotating the input instead would have to rotate each patch, and neighbouring patches overlap.
+    W is (out_channels, in_channels / groups · kernel elements). Adapters change W, which the layer's own forward then
+    uses: rotating the input instead would mean rotating each patch, and neighbouring patches overlap.
     """
 
     kinds = tuple(f"torch.nn.{kind.__name__}" for kind in _DIMENSIONS)
@@ -23,11 +23,11 @@ class ConvHost(Host):
 
     @property
     def dimensions(self) -> int:
-        """Of the weight: two, and those of the kernel."""
+        """The number of dimensions of the weight: two, plus those of the kernel."""
         return next(count for kind, count in _DIMENSIONS.items() if isinstance(self.module, kind))
 
     def seen(self, weight: Tensor) -> Tensor:
-        """All dimensions but the first as one."""
+        """The weight with all dimensions but the first flattened."""
         return weight.flatten(1)
 
     def stored(self, matrix: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class _Rows(TorchFunctionMode):
-    """Sees which rows an embedding looks up."""
+    """Records which rows an embedding looks up."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,10 +39,10 @@ class _Rows(TorchFunctionMode):
 
 
 class EmbeddingHost(Host):
-    """y = the rows of W that x names; W is (num_embeddings, embedding_dim), so adapters change the vectors.
+    """An embedding, y = the rows of W indexed by x; W is (num_embeddings, embedding_dim), so adapters change vectors.
 
-    The adapters see only the rows that are looked up. padding_idx and scale_grad_by_freq mean for their gradients what
-    they mean for the embedding's own: padding has none, and that of a token is divided by its number in the batch.
+    The adapters only process the rows that are looked up. padding_idx and scale_grad_by_freq affect their gradients as
+    they do the embedding's own: padding has none, and a token's gradient is divided by its count in the batch.
     """
 
     kinds = ("torch.nn.Embedding",)
@@ -51,7 +51,7 @@ class EmbeddingHost(Host):
     sides = ("input",)
 
     def check(self) -> None:
-        """Refuse max_norm, too."""
+        """Also refuse max_norm."""
         super().check()
         if getattr(self.module, "max_norm", None) is not None:
             raise ValueError(
@@ -70,16 +70,16 @@ class EmbeddingHost(Host):
         return folded.to(found.dtype).view(found.shape)
 
     def _look_up(self, base_layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The embedding's output, and which row of W each of its vectors is (a multiple of)."""
+        """The embedding's output, and the row of W of which each output vector is a multiple."""
         if base_layer is self.module and type(self.module).forward is nn.Embedding.forward:
             return base_layer(x, *args, **kwargs), x.reshape(-1)
-        with _Rows() as seen:  # learned positions, for one, look up other rows than they are given
+        with _Rows() as seen:  # learned positions, for example, look up other rows than given
             found: Tensor = base_layer(x, *args, **kwargs)
         tokens = x if seen.found is None else seen.found
         return found, tokens.reshape(-1)
 
     def _gradient_factor(self, tokens: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """(tokens, 1), or None where every gradient counts once."""
+        """A factor for each token's gradient, (tokens, 1); None if all are 1."""
         padding, by_frequency = self.module.padding_idx, self.module.scale_grad_by_freq
         if padding is None and not by_frequency:
             return None

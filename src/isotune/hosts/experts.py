@@ -1,4 +1,4 @@
-"""The experts of a mixture as hosts: a parameter (experts, out, in) or (experts, in, out), one W an expert."""
+"""The experts of a mixture as hosts: a parameter (experts, out, in) or (experts, in, out), with one W per expert."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from isotune.parallel.sharding import shape_of
 
 
 class ExpertsHost(Host):
-    """One parameter of a module of experts; `matrix` and all that takes or gives one has the experts in front.
+    """One parameter of a module of experts; all its matrices have a leading dimension of experts.
 
-    Adapters change the parameter, from which the module's own forward then computes, so every implementation of it is
-    right. Only the experts that some token is sent to are folded.
+    Adapters change the parameter, which the module's own forward then uses, so every implementation works. Only experts
+    that receive tokens are folded.
 
     Args:
-        module: of transformers' kind: its attribute `is_transposed` says how the weights are laid out.
-        name: of the parameter in the model, for messages.
-        parameter: its name in the module.
+        module: a module as in transformers, whose attribute `is_transposed` says how the weights are laid out.
+        name: name of the parameter in the model, for messages.
+        parameter: name of the parameter in the module.
     """
 
     folds = True
@@ -33,22 +33,22 @@ class ExpertsHost(Host):
         super().__init__(module, name)
 
     def check(self) -> None:
-        """Refuse a module that does not say how its weights are laid out, too."""
+        """Also refuse a module that does not say how its weights are laid out."""
         super().check()
         if not hasattr(self.module, "is_transposed"):
             raise ValueError(
                 f"The layout of {self.name!r} is not known: its module, a {type(self.module).__module__}."
-                f"{type(self.module).__qualname__}, does not say by is_transposed whether the weight of an expert is "
-                "(out, in) or (in, out). Take it out of target_parameters."
+                f"{type(self.module).__qualname__}, has no attribute is_transposed, which says whether an expert's "
+                "weight is (out, in) or (in, out). Take it out of target_parameters."
             )
 
     @property
     def experts(self) -> int:
-        """How many there are."""
+        """The number of experts."""
         return shape_of(self.weight)[0]
 
     def folded(self, fold: Fold, arguments: tuple[Any, ...]) -> Tensor:
-        """The parameter, changed for those experts that are reached."""
+        """The parameter with the adapters folded in for the experts that receive tokens."""
         weight, reached = self.weight, self._reached(arguments)
         if reached is None:
             return super().folded(fold, arguments).contiguous()
@@ -59,7 +59,7 @@ class ExpertsHost(Host):
         return folded if len(reached) == self.experts else weight.index_copy(0, reached, folded)
 
     def _reached(self, arguments: tuple[Any, ...]) -> Tensor | None:
-        """Which experts the router sends tokens to; None for all, where that cannot be known."""
+        """The experts to which the router sends tokens; None for all, if that cannot be known."""
         integers = (torch.int64, torch.int32)
         found = [value for value in arguments if isinstance(value, Tensor) and value.dtype in integers]
         if len(found) != 1 or is_symbolic(found[0]) or torch.compiler.is_compiling():

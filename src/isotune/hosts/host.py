@@ -1,4 +1,4 @@
-"""What every host is: a frozen layer seen as a matrix W of shape (out, in)."""
+"""The base class of hosts: a frozen layer seen as a matrix W of shape (out, in)."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from isotune.parallel.tensor_parallel import mesh_of, split_like
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Fold = Callable[..., Tensor]
-"""fold(matrix, rows, at) -> matrix with the active adapters in it, in its own dtype; the others as in Adapter.fold."""
+"""fold(matrix, rows, at) -> matrix with the active adapters in it, in its own dtype; rows and at as in Adapter.fold."""
 
 
 class Kept(NamedTuple):
-    """What `Host.restore` puts back."""
+    """What `Host.restore` restores."""
 
     weight: Tensor
-    """What `Host.weight` was."""
+    """The former `Host.weight`."""
     module: nn.Module | None = None
-    """A copy of the layer that holds what else belongs to the weight, where there is more."""
+    """A copy of the layer that holds whatever else belongs to the weight, if anything does."""
 
 
 class Host:
@@ -45,18 +45,17 @@ class Host:
 
     kinds: ClassVar[tuple[str, ...]]
     modules: ClassVar[tuple[type[nn.Module], ...]] = ()
-    """Classes whose instances this is the host of without being asked for by a parameter's name or a back end."""
+    """Module classes that this host is chosen for, unless a parameter's name or a back end decides."""
     quantised: ClassVar[bool] = False
-    """Whether W is packed: `matrix` makes it anew at each call, and `set_matrix` rounds it."""
+    """Whether W is packed: `matrix` dequantises it at each call, and `set_matrix` rounds it."""
     sides: ClassVar[tuple[str, ...]] = ("input", "output")
-    """Which sides of it a rotation can act on."""
+    """The sides of the layer that can be rotated."""
     folds: ClassVar[bool] = False
-    """Whether adapters act on W (or rows of it) at each call, since W does not multiply the input as it is."""
+    """Whether adapters act on W (or rows of it) at each call, since the layer does not simply multiply by W."""
     multiplies = False
-    """Whether the module is x Wᵀ + b by its parameters weight and bias and nothing more, so that this may be computed
-    in its place."""
+    """Whether the module only computes x Wᵀ + b from its weight and bias, so that this may be computed in its place."""
     parameter = "weight"
-    """The name of the parameter."""
+    """Name of the parameter that holds W."""
     transposed = False
     """Whether the parameter is Wᵀ."""
 
@@ -75,38 +74,38 @@ class Host:
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Whether it is an instance of `modules`."""
+        """Whether this is the host for a module."""
         return isinstance(module, cls.modules)
 
     @property
     def dimensions(self) -> int:
-        """How many the parameter has."""
+        """The number of dimensions of the parameter."""
         return 2
 
     def check(self) -> None:
-        """Refuse a layer that adapters cannot act on, as the class says."""
+        """Refuse a layer that adapters cannot act on, by the errors of the class."""
         module, name = self.module, self.name or type(self.module).__name__
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         if self.parameter not in dict(module.named_parameters(recurse=False, remove_duplicate=False)):
             raise ValueError(
-                f"The weight of {name!r}, a {kind}, is no parameter: it is computed from others, as weight_norm and "
-                "parametrizations do, so no adapter can be merged into it. Remove the parametrisation first "
+                f"The weight of {name!r}, a {kind}, is not a parameter: it is computed from others, as by weight_norm "
+                "and parametrizations, so no adapter can be merged into it. Remove the parametrisation first "
                 "(torch.nn.utils.parametrize.remove_parametrizations), or exclude the module with exclude_modules."
             )
         weight, shape = self.weight, shape_of(self.weight)
-        # A library's own class, as torchao's, names the dtype that its numbers were packed from.
+        # A library's own tensor class, such as torchao's, reports the dtype its values were packed from.
         if hasattr(weight, "__tensor_flatten__") and not type(weight).__module__.startswith("torch."):
             raise ValueError(
-                f"The weight of {name!r} is a {type(weight).__module__}.{type(weight).__qualname__}, which only linear "
-                "layers can have. Load the base model without quantising it, or choose others in target_modules and "
-                "target_parameters."
+                f"The weight of {name!r} is a {type(weight).__module__}.{type(weight).__qualname__}, which is only "
+                "supported in linear layers. Load the base model without quantising it, or choose others in "
+                "target_modules and target_parameters."
             )
         if len(shape) != self.dimensions or weight.dtype not in _DTYPES:
             raise ValueError(
-                f"The weight of {name!r}, a {kind}, has shape {tuple(shape)} and dtype {weight.dtype}; "
-                f"{self.dimensions} dimensions and floating-point numbers of 16 bits or more are needed. A layer "
-                "packed or quantised by this library cannot be adapted: load the base model unquantised or quantised "
-                "by another (see the guide on quantised bases), or exclude the layer with exclude_modules."
+                f"The weight of {name!r}, a {kind}, has shape {tuple(shape)} and dtype {weight.dtype}; it must have "
+                f"{self.dimensions} dimensions and floating-point numbers of 16 bits or more. A layer packed or "
+                "quantised by this library cannot be adapted: load the base model unquantised or quantised by another "
+                "library (see the guide on quantised bases), or exclude the layer with exclude_modules."
             )
 
     @property
@@ -116,47 +115,47 @@ class Host:
         return weight
 
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of W, which need not be here as a whole."""
+        """The shape of W, even if this process holds only a part of it."""
         *_, rows, columns = self.seen(torch.empty(shape_of(self.weight), device="meta")).shape
         return rows, columns
 
     def matrix(self) -> Tensor:
         """W in its own dtype, without a graph: a view of the parameter unless it is gathered or `quantised`.
 
-        Where it is spread over processes, every one that has a part must ask.
+        If it is sharded or partitioned, every process that holds a part must call this.
         """
         return self.seen(gathered(self.weight).detach())
 
     def seen(self, weight: Tensor) -> Tensor:
-        """A weight in the module's own layout as W."""
+        """Convert a weight from the module's own layout to W, (out, in)."""
         return weight.mT if self.transposed else weight
 
     def stored(self, matrix: Tensor) -> Tensor:
-        """A matrix (out, in) in the module's own layout."""
+        """Convert a matrix (out, in) to the module's own layout."""
         return matrix.mT if self.transposed else matrix
 
     def call_folded(self, base_layer: nn.Module, fold: Fold, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output with adapters in its weight, for a host that `folds`.
 
         Args:
-            base_layer: what stands in the model for the host: the module itself, or another tuner's layer around it.
-            fold: puts the adapters in.
-            x, args, kwargs: of the layer's forward.
+            base_layer: the module itself, or another tuner's layer around it.
+            fold: folds the adapters into a matrix.
+            x, args, kwargs: arguments of the layer's forward.
 
         Raises:
-            ValueError: DeepSpeed ZeRO-3 gathers the weight at the calls of the module.
+            ValueError: DeepSpeed ZeRO-3 gathers the weight when the module is called.
         """
         module = self.module
         forward: Callable[..., Any] = base_layer
         if is_partitioned(self.weight) and not is_bare(module):
             raise ValueError(
-                f"Adapters on {self.name!r} put another weight into it at each call, and DeepSpeed ZeRO-3 gathers the "
-                "original alone. Leave it out of target_modules or target_parameters, or use ZeRO-2 or FSDP2."
+                f"Adapters on {self.name!r} replace its weight at each call, but DeepSpeed ZeRO-3 only gathers the "
+                "original. Leave it out of target_modules or target_parameters, or use ZeRO-2 or FSDP2."
             )
         if base_layer is module and is_offloaded(module):
-            # What accelerate has put around it would bring the base's weight a second time.
+            # accelerate's wrapper would bring the base's weight a second time.
             forward = partial(type(module).forward, module)
-        # Another thread would find the weight of this one in the module.
+        # Otherwise another thread would find this thread's weight in the module.
         with nullcontext() if torch.compiler.is_compiling() else self._in_use, brought(module):
             weight = self.folded(fold, (*args, *kwargs.values()))
             with _attribute_of(module, self.parameter, weight):
@@ -168,37 +167,38 @@ class Host:
         return self.stored(fold(widen(self.seen(self.weight)))).to(self.weight.dtype)
 
     def check_merge(self) -> None:
-        """Refuse what `set_matrix` cannot do.
+        """Refuse a layer into which `set_matrix` cannot write.
 
         Raises:
-            ValueError: this process holds a part of the weight only, not counting the parts of tensor parallelism; or
-                the weight has been parametrised since.
+            ValueError: this process holds only a part of the weight, except under tensor parallelism; or the weight has
+                been parametrised since.
         """
         self.check()
         if not is_whole(self.weight) and mesh_of(self.module) is None:
             raise ValueError(
-                f"The weight of {self.name!r} is spread over several processes, and nothing can be merged into a part "
-                "of it; nothing was merged. Save the adapter, and merge it into the base model loaded in one process."
+                f"The weight of {self.name!r} is spread over several processes, and no adapter can be merged into a "
+                "part of it, so nothing was merged. Save the adapter, and merge it into the base model loaded in one "
+                "process."
             )
 
     def set_matrix(self, matrix: Tensor) -> None:
-        """Put `matrix` (out, in) in the place of W, as a new parameter: whoever shares the old one keeps it."""
+        """Replace W by `matrix` (out, in), as a new parameter; modules that share the old one keep it."""
         before = self.weight
         weight = self.stored(matrix).contiguous().to(before.device, before.dtype)
         weight = weight if mesh_of(self.module) is None else split_like(weight, before)
         setattr(self.module, self.parameter, nn.Parameter(weight, requires_grad=before.requires_grad))
 
     def keep(self) -> Kept:
-        """What `restore` needs to undo a `set_matrix` to come."""
+        """Save what `restore` needs to undo a later `set_matrix`."""
         return Kept(self.weight)
 
     def restore(self, kept: Kept) -> None:
-        """Put back the very parameter object, so ties are ties again, on the layer's device and in its dtype."""
+        """Put the same parameter object back, so that ties are restored, on the layer's device and in its dtype."""
         original, current = kept.weight, self.weight
         assert isinstance(original, nn.Parameter)
         if original.device != current.device or original.dtype != current.dtype:  # moved or cast meanwhile
             moved = original.data.to(current.device, current.dtype)
-            if mesh_of(self.module) is not None:  # a DTensor takes no other data
+            if mesh_of(self.module) is not None:  # a DTensor's data cannot be replaced
                 original = nn.Parameter(moved, requires_grad=original.requires_grad)
             else:
                 original.data = moved
@@ -207,7 +207,7 @@ class Host:
 
 @contextmanager
 def _attribute_of(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
-    """A block in which a module's attribute has a value, which its forward finds before the parameter of that name."""
+    """Within this block, give a module an attribute that its forward finds before the parameter of the same name."""
     held = vars(module)
     before = {name: held[name]} if name in held else {}  # FSDP1 and replicas of DataParallel keep the weight here
     held[name] = value
@@ -219,5 +219,5 @@ def _attribute_of(module: nn.Module, name: str, value: Tensor) -> Iterator[None]
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """The tensor in float32 at least, itself if it is that wide."""
+    """The tensor in at least float32; itself if it is wide enough."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -12,12 +12,12 @@ from isotune.hosts.host import Host
 
 
 def _conv1d() -> Any:
-    # transformers stays unimported: a module of its class can exist only if somebody else has imported it.
+    # transformers need not be imported: a module of its class only exists if it already is.
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
 
 
 class LinearHost(Host):
-    """y = x Wᵀ + b; the weight is stored as W (nn.Linear) or as Wᵀ (Conv1D)."""
+    """A linear layer, y = x Wᵀ + b; the weight is stored as W (nn.Linear) or as Wᵀ (Conv1D)."""
 
     kinds = ("torch.nn.Linear", "transformers.pytorch_utils.Conv1D")
     modules = (nn.Linear,)
@@ -30,14 +30,15 @@ class LinearHost(Host):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Also Conv1D."""
+        """Whether a module is an nn.Linear or a Conv1D."""
         return isinstance(module, (*cls.modules, _conv1d()))
 
     def check(self) -> None:
-        """Refuse a layer that is never called, too."""
+        """Also refuse a layer that is never called."""
         super().check()
         if isinstance(self.module, NonDynamicallyQuantizableLinear):
             raise ValueError(
                 f"The target module {self.name!r} is the output projection of torch's nn.MultiheadAttention, which "
-                "reads its weight and never calls it, so an adapter would do nothing. Exclude it with exclude_modules."
+                "reads its weight and never calls it, so an adapter would have no effect. Exclude it with "
+                "exclude_modules."
             )

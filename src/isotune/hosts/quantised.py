@@ -1,4 +1,4 @@
-"""A linear layer whose weight a library has quantised, whichever the library."""
+"""A linear layer whose weight has been quantised, by any supported library."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from isotune.internals.quantised_state import copy_of, copy_to_write, exchange_w
 
 
 class Backend(Protocol):
-    """How one library's weights are read and written; PEFT's quantisation back ends are of this kind."""
+    """How one library's weights are read and written; PEFT's quantisation back ends have this interface."""
 
     @property
     def backend_name(self) -> str:
-        """Of the library and its kind of numbers, for messages."""
+        """The name of the library and its number format, for messages."""
 
     @property
     def supports_merge(self) -> bool:
@@ -34,12 +34,12 @@ class Backend(Protocol):
 
 
 def _cannot_write(peft_layer: Any, matrix: Tensor) -> None:
-    """Stands where `supports_merge` is False."""
+    """Placeholder where `supports_merge` is False."""
 
 
 @dataclass(frozen=True)
 class Functions:
-    """A back end for a library that PEFT has none for or cannot read."""
+    """A back end for a library that PEFT does not support or cannot read."""
 
     backend_name: str
     get_base_weight: Callable[[Any], Tensor]
@@ -48,27 +48,27 @@ class Functions:
 
 
 def functions_for(module: nn.Module, name: str = "") -> Functions | None:
-    """The back end of a layer quantised by optimum-quanto, which PEFT has none for; None for any other module.
+    """The back end for a layer quantised by optimum-quanto, which PEFT does not support; None for any other module.
 
     Args:
-        module: any.
+        module: any module.
         name: its name in the model, for messages.
 
     Raises:
-        ValueError: such a layer is not frozen, or rounds its activations too.
+        ValueError: the layer is not frozen, or its activations are quantised too.
     """
-    # The library stays unimported: a module of its class can exist only if somebody else has imported it.
+    # The library need not be imported: a module of its class only exists if it already is.
     quanto: Any = sys.modules.get("optimum.quanto")
     if quanto is None or not isinstance(module, quanto.QLinear):
         return None
     if module.activation_qtype is not None:
         raise ValueError(
-            f"{name!r} is quantised by optimum-quanto with its activations, which adapters would have to pass through; "
-            "quantise weights only, or exclude the module with exclude_modules."
+            f"{name!r} is quantised by optimum-quanto including its activations, which adapters do not support; "
+            "quantise only weights, or exclude the module with exclude_modules."
         )
     if not module.frozen:
         raise ValueError(
-            f"{name!r} is quantised by optimum-quanto and not frozen yet: call optimum.quanto.freeze(model) first."
+            f"{name!r} is quantised by optimum-quanto but not frozen yet: call optimum.quanto.freeze(model) first."
         )
     return Functions("optimum-quanto", lambda layer: layer.weight.dequantize(), True, _write_quanto)
 
@@ -82,9 +82,9 @@ def _write_quanto(peft_layer: Any, matrix: Tensor) -> None:
 
 @torch.no_grad()
 def product_with_identity(layer: Any, rows: int = 256) -> Tensor:
-    """W of a library whose kernels only multiply: what they make of the rows of an identity matrix, some at a time.
+    """W from a kernel that can only multiply: its products with rows of the identity matrix, a few at a time.
 
-    That is exact whatever the kernel and its layout: each number is a weight plus zeros.
+    This is exact whatever the kernel and its layout, since each result is one weight plus zeros.
     """
     numbers: Tensor = layer.scales
     bias, layer.bias = layer.bias, None
@@ -101,7 +101,7 @@ def product_with_identity(layer: Any, rows: int = 256) -> Tensor:
 
 
 class QuantisedHost(Host):
-    """A linear layer with packed weights: W is what they dequantise to, and only the layer's own forward uses them."""
+    """A linear layer with packed weights: W is the dequantised weight; the layer's own forward uses the packed one."""
 
     kinds = ("linear layers quantised by bitsandbytes", "torchao", "optimum-quanto", "hqq", "gptqmodel", "aqlm")
     quantised = True
@@ -112,22 +112,22 @@ class QuantisedHost(Host):
         keep_readable(module)
 
     def check(self) -> None:
-        """Nothing: `matrix` refuses what cannot be read."""
+        """Check nothing: `matrix` refuses a weight that cannot be read."""
 
     @property
     def weight(self) -> Tensor:
-        """The packed numbers."""
+        """The packed weight."""
         return packed(self.module)
 
     def shape(self) -> tuple[int, int]:
-        """As the layer says, whose weight is packed."""
+        """The shape of W as the layer states it, since its weight is packed."""
         return int(self.module.out_features), int(self.module.in_features)  # type: ignore[arg-type]
 
     def matrix(self) -> Tensor:
-        """W as (out, in), dequantised anew at each call.
+        """W as (out, in), dequantised at each call.
 
         Raises:
-            ValueError: the library cannot.
+            ValueError: the library cannot dequantise it.
         """
         try:
             matrix = self.backend.get_base_weight(self.module).detach()
@@ -140,7 +140,7 @@ class QuantisedHost(Host):
         if matrix.shape != (self.out_features, self.in_features):
             raise ValueError(
                 f"The weight of {self.name!r}, quantised by {self.backend.backend_name}, dequantises to "
-                f"{tuple(matrix.shape)}, and the layer is {self.out_features} × {self.in_features}; exclude the module "
+                f"{tuple(matrix.shape)}, but the layer is {self.out_features} × {self.in_features}; exclude the module "
                 "with exclude_modules."
             )
         return matrix
@@ -149,28 +149,28 @@ class QuantisedHost(Host):
         """Refuse a library that cannot write back."""
         if not self.backend.supports_merge:
             raise ValueError(
-                f"{self.name!r} is quantised by {self.backend.backend_name}, into which a changed weight cannot be "
+                f"{self.name!r} is quantised by {self.backend.backend_name}, to which a changed weight cannot be "
                 "written back, so adapters cannot be merged into it; nothing was merged. Use the model with the "
                 "adapter unmerged, or export the adapter as LoRA. A torchao model must be loaded by transformers with "
-                "a TorchAoConfig, which says how to quantise again."
+                "a TorchAoConfig, which says how to quantise it again."
             )
 
     def set_matrix(self, matrix: Tensor) -> None:
         """Quantise `matrix` as the layer was, in new tensors."""
         bias = getattr(self.module, "bias", None)
         copied = copy_to_write(self.module)
-        holder = SimpleNamespace(base_layer=copied, get_base_layer=lambda: copied)  # as of PEFT's layers
+        holder = SimpleNamespace(base_layer=copied, get_base_layer=lambda: copied)  # like one of PEFT's layers
         self.backend.set_base_weight(holder, matrix)
         exchange_weight(self.module, holder.base_layer)
         if bias is not None:
-            self.module.bias = bias  # HQQ's comes back without
+            self.module.bias = bias  # HQQ drops it
 
     def keep(self) -> Kept:
-        """The weight and all that belongs to it."""
+        """Save the weight and everything that belongs to it."""
         return Kept(self.weight, copy_of(self.module))
 
     def restore(self, kept: Kept) -> None:
-        """The very same tensors, on the device where the layer is now."""
+        """Put the same tensors back, on the layer's current device."""
         assert kept.module is not None
         device = self.weight.device
         if packed(kept.module).device != device:

@@ -1,4 +1,4 @@
-"""Every place where isotune reads what another library keeps to itself, as docs/internals.md lists them.
+"""Every place where isotune uses private parts of other libraries, as listed in docs/internals.md.
 
-A function here says in one sentence what it reads and which public way is missing. It imports nothing of isotune.
+Each function says in one sentence what it uses and which public way is missing. Nothing of isotune is imported here.
 """

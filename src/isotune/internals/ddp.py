@@ -1,4 +1,4 @@
-"""What DistributedDataParallel reads of the modules that it wraps."""
+"""Private attributes that DistributedDataParallel reads on the modules it wraps."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _WITHIN_PEFT = "base_model.model."
 
 
 def ignore_buffers(model: nn.Module, names: Sequence[str]) -> None:
-    """Have DistributedDataParallel leave these buffers of a model alone, in place of those that were named before.
+    """Have DistributedDataParallel ignore these buffers of a model, instead of those named in an earlier call.
 
-    It would send all buffers from the first process to the others at every step; those of an adapter never change.
+    It would send all buffers from the first process to the others at every step, but an adapter's never change.
 
     Args:
-        model: which is wrapped itself, or as the base model of a PeftModel.
-        names: of its buffers; none undoes it.
+        model: the model that is wrapped, itself or as the base model of a PeftModel.
+        names: names of its buffers; an empty list undoes it.
     """
     before: set[str] = model.__dict__.pop(_OWN, set())
     ignored = set(model.__dict__.pop(_IGNORED, ())) - before

@@ -1,4 +1,4 @@
-"""What DeepSpeed ZeRO writes on parameters and modules."""
+"""Private attributes that DeepSpeed ZeRO sets on parameters and modules."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor, nn
 
 
 def is_partitioned(tensor: Tensor) -> bool:
-    """Whether the tensor is a parameter of DeepSpeed ZeRO-3: empty but for the times when it is gathered."""
+    """Whether the tensor is a parameter of DeepSpeed ZeRO-3, which is empty except while it is gathered."""
     return hasattr(tensor, "ds_id")
 
 
 def is_gathered(parameter: Any) -> bool:
-    """Whether all elements of a partitioned parameter are here now; there is no public question."""
+    """Whether all elements of a partitioned parameter are here now; there is no public query."""
     return bool(parameter.ds_status.name == "AVAILABLE")
 
 
 def full_shape(parameter: Any) -> torch.Size:
-    """The shape of a partitioned parameter with all its elements; its own is that of nothing."""
+    """The full shape of a partitioned parameter, whose own shape is that of an empty tensor."""
     return torch.Size(parameter.ds_shape)
 
 
 def gathering(parameters: Iterable[Tensor]) -> Any:
-    """A block in which partitioned parameters are here; every process must enter it."""
+    """A context in which partitioned parameters are gathered; every process must enter it."""
     return _zero().GatheredParameters(list(parameters))
 
 
 def gather_with(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Have ZeRO-3 gather parameters of other modules too when it gathers those of `module`, forward and backward.
+    """Have ZeRO-3 gather parameters of other modules whenever it gathers those of `module`, forward and backward.
 
     Args:
-        module: whose forward reads them.
-        parameters: those that are not partitioned are left out; what is registered already stays so.
+        module: the module whose forward reads them.
+        parameters: the parameters; those not partitioned are skipped, and earlier ones stay registered.
     """
     for parameter in parameters:
         if is_partitioned(parameter):
@@ -43,10 +43,10 @@ def gather_with(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
 
 
 def takes_gradients(model: nn.Module) -> bool:
-    """Whether ZeRO has linked the parameters of a model to its own copies, and empties `.grad` before an optimiser."""
+    """Whether ZeRO has linked a model's parameters to its own copies, and so empties `.grad` before optimiser steps."""
     return any(hasattr(parameter, "_hp_mapping") for parameter in model.parameters())
 
 
 def _zero() -> Any:
-    # Only who has imported DeepSpeed can have partitioned a parameter, so isotune never imports it.
+    # A parameter can only be partitioned if DeepSpeed has been imported, so isotune never imports it.
     return sys.modules["deepspeed"].zero

@@ -1,4 +1,4 @@
-"""A further member for PEFT's enumeration `PeftType`, which is complete when `register_peft_method` asks for one."""
+"""Adding members to PEFT's enumeration `PeftType`, which `register_peft_method` requires and nothing public allows."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ Member = TypeVar("Member", bound=enum.Enum)
 
 
 def add_member(enumeration: type[Member], name: str) -> Member:
-    """Add a member whose value is its own name to an enumeration of strings; one that is there is returned as it is.
+    """Add a member whose value is its own name to an enumeration of strings; an existing member is returned as it is.
 
     Every Python from 3.10 to 3.14 keeps three tables on the class: `_member_map_` for E[name], `_member_names_` for
     iteration, and `_value2member_map_` for E(name), thus for unpickling and copying. E.NAME is an ordinary attribute.
 
     Raises:
-        TypeError: the members of `enumeration` are no strings.
-        ValueError: `name` is no upper-case identifier, or the class has an attribute of this name that is no member.
-        RuntimeError: this version of Python finds the new member by name, value or attribute no longer.
+        TypeError: the members of `enumeration` are not strings.
+        ValueError: `name` is not an upper-case identifier, or is an attribute of the class but not a member.
+        RuntimeError: this version of Python does not find the new member by name, value or attribute.
 
     >>> class Colour(str, enum.Enum):
     ...     RED = "RED"
@@ -29,7 +29,7 @@ def add_member(enumeration: type[Member], name: str) -> Member:
     if name in enumeration.__members__:
         return enumeration[name]
     if not issubclass(enumeration, str):
-        raise TypeError(f"{enumeration.__name__} is no enumeration of strings; derive it from str and enum.Enum.")
+        raise TypeError(f"{enumeration.__name__} is not an enumeration of strings; derive it from str and enum.Enum.")
     if not (name.isidentifier() and name.isupper()) or hasattr(enumeration, name):
         raise ValueError(
             f"{name!r} cannot be a member of {enumeration.__name__}; give an unused upper-case identifier."
@@ -41,5 +41,5 @@ def add_member(enumeration: type[Member], name: str) -> Member:
     enumeration._value2member_map_[name] = member
     enumeration._member_names_.append(name)
     if not (enumeration[name] is enumeration(name) is getattr(enumeration, name) is list(enumeration)[-1] is member):
-        raise RuntimeError(f"This version of Python does not take {name} as a member of {enumeration.__name__}.")
+        raise RuntimeError(f"This version of Python does not accept {name} as a member of {enumeration.__name__}.")
     return member

@@ -1,4 +1,4 @@
-"""The cards that PEFT and transformers write for a model after, or in place of, those of its adapters."""
+"""The model cards that PEFT and transformers write after, or instead of, those of a model's adapters."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from peft import PeftModel
 
 
 def install_cards(write: Callable[[Path, Any, Iterable[str]], None], tags_of: Callable[[Path], set[str]]) -> None:
-    """Have `write(folder, peft_config, tags)` follow where PEFT writes a card, and precede an upload; once is enough.
+    """Have `write(folder, peft_config, tags)` called after PEFT writes a card and before an upload; idempotent.
 
-    The tags are those that `tags_of(folder)` finds before: PEFT drops the ones that are not its own.
-    `PeftModel.push_to_hub` saves the model and then writes transformers' empty template, or the card that the
-    repository has, over what was saved; a Trainer's `push_to_hub` replaces the card and lets PEFT add to it.
+    The tags are those that `tags_of(folder)` finds beforehand, since PEFT drops tags that are not its own.
+    `PeftModel.push_to_hub` saves the model and then overwrites its card with transformers' empty template or the card
+    of the repository; a Trainer's `push_to_hub` replaces the card and lets PEFT add to it.
     """
     if hasattr(PeftModel.create_or_update_model_card, "__wrapped__"):
         return

@@ -1,4 +1,4 @@
-"""How accelerate and diffusers move weights in and out around a module's forward."""
+"""Private attributes by which accelerate and diffusers move weights in and out around a module's forward."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import nn
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Say whether accelerate keeps what a module holds elsewhere between its calls."""
+    """Whether accelerate keeps a module's tensors elsewhere between its calls."""
     hook: Any = module.__dict__.get("_hf_hook")
     return any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
 
 
 def is_managed(module: nn.Module) -> bool:
-    """Say whether accelerate or diffusers brings, casts or removes what a module holds around its forward."""
+    """Whether accelerate or diffusers moves, casts or removes a module's tensors around its forward."""
     return "_diffusers_hook" in module.__dict__ or is_offloaded(module)
 
 
 @contextmanager
 def brought(module: nn.Module) -> Iterator[None]:
-    """A block in which a module's own parameters are here, where accelerate keeps them elsewhere between its calls."""
+    """Within this block, have a module's own parameters here, even if accelerate keeps them elsewhere between calls."""
     hook: Any = module.__dict__.get("_hf_hook")
     if hook is None or not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         yield

@@ -13,9 +13,9 @@ _NO_KERNEL = {
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The names of the aten operations that do work while it is entered, on any device: none of views and allocations.
+    """Records the names of the aten operations that do work within its scope, without views and allocations.
 
-    Of those that autograd runs in backward too. Each is a kernel or, as a factorisation, a few.
+    Those that autograd runs in backward are included. Each is one kernel, or a few, as for a factorisation.
     """
 
     def __init__(self) -> None:

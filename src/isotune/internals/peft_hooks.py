@@ -1,8 +1,8 @@
-"""What a tuner decides about its file: methods of it from PEFT 0.21 on, and functions of PEFT's before.
+"""A tuner's control over its adapter file: methods of the tuner from PEFT 0.21 on, functions of PEFT before.
 
-`Tuner` has the methods under every version. Before 0.21 PEFT selects the tensors of an adapter by the prefix in their
-names, whatever the tuner says, and asks for no check of a file. So `install_hooks` puts functions around the two public
-ones that save and load, which do for a tuner that derives from `Tuner` what PEFT 0.21 does, and pass on all others.
+`Tuner` has the methods under every version. Before 0.21, PEFT selects an adapter's tensors by the prefix in their names
+whatever the tuner says, and has no check of a file. So `install_hooks` wraps the two public functions that save and
+load: for tuners derived from `Tuner` they do what PEFT 0.21 does, and for all others what they did before.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from torch import Tensor, nn
 from isotune.internals.torch_state import uncompiled
 
 HAS_HOOKS = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
-"""Whether PEFT asks the tuner itself, thus from 0.21 on."""
+"""Whether PEFT calls the tuner's own methods, as it does from 0.21 on."""
 
-# Asked for only where it is needed: a later PEFT may be without it.
+# Only looked up if needed: a later PEFT may not have it.
 _insert_name: Any = None if HAS_HOOKS else save_and_load._insert_adapter_name_into_state_dict
 _loading: ContextVar[tuple[Any, type[Any]] | None] = ContextVar("loading", default=None)
 
 
 class _Hooks(BaseTuner):
-    """The methods by which PEFT 0.21 asks a tuner about its file, for those before it."""
+    """The methods by which PEFT 0.21 lets a tuner control its file, for earlier versions."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model, its hooks included, which PEFT before 0.21 passes by."""
+        """Call the model including its hooks, which PEFT before 0.21 bypasses."""
         return self.model(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter into the model; one that is added leaves what was trainable before as it was.
+        """Put an adapter into the model; adding another one leaves what was trainable unchanged.
 
         Raises:
-            ValueError: nothing matches it, also where an adapter before it has matched something.
+            ValueError: no module matches this adapter, even if one matched an earlier adapter.
         """
         added = any(isinstance(module, BaseTunerLayer) for module in model.modules())
         before = {parameter: parameter.requires_grad for parameter in model.parameters()} if added else {}
@@ -95,9 +95,9 @@ else:
 
 
 def install_hooks() -> None:
-    """Have PEFT before 0.21 ask a `Tuner` about its file; more calls, and any call under a later PEFT, change nothing.
+    """Let a `Tuner` control its file under PEFT before 0.21; repeated calls, or any under a later PEFT, do nothing.
 
-    Whoever has imported one of the two functions by name before has it exchanged, too.
+    The two functions are also replaced in modules that have already imported them by name.
     """
     if HAS_HOOKS or save_and_load._insert_adapter_name_into_state_dict is _insert:
         return
@@ -129,7 +129,7 @@ def _get_peft_model_state_dict(
     state_dict = model.state_dict() if state_dict is None else state_dict
     if tuner is None:
         return original(model, state_dict, adapter_name, save_embedding_layers=save_embedding_layers)
-    # PEFT's part: saved modules and embeddings. What follows is the tuner's.
+    # PEFT's part: saved modules and embeddings. The tuner's part follows.
     others = {key: tensor for key, tensor in state_dict.items() if tuner.prefix not in key}
     saved = original(model, others, adapter_name, save_embedding_layers=save_embedding_layers)
     unwanted = [name for name in model.peft_config if name != adapter_name]

@@ -1,4 +1,4 @@
-"""How PEFT reads and writes quantised weights: public from 0.20 on, and missing before."""
+"""PEFT's reading and writing of quantised weights, which is public from 0.20 on and missing before."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _LIBRARIES = {"aqlm", "awq", "bitsandbytes", "eetq", "gptqmodel", "hqq", "torcha
 
 
 def get_quantization_kwargs(model: nn.Module) -> dict[str, Any]:
-    """What PEFT finds on a model about how it was quantised; nothing before PEFT 0.20."""
+    """What PEFT finds out about how a model was quantised; empty before PEFT 0.20."""
     found: Callable[..., dict[str, Any]] | None = getattr(peft.utils, "get_quantization_kwargs", None)
     return {} if found is None else found(model)
 
 
 def resolve_quantization_backend(module: nn.Module, **kwargs: Any) -> Any:
-    """PEFT's back end for a quantised module; None if it has none for it.
+    """PEFT's back end for a quantised module, or None.
 
     Raises:
         ValueError: PEFT is older than 0.20.
@@ -32,12 +32,12 @@ def resolve_quantization_backend(module: nn.Module, **kwargs: Any) -> Any:
             return None
         raise ValueError(
             f"{type(module).__name__} is quantised, and PEFT {peft.__version__} cannot read or write such weights. "
-            "Install a later one, pip install -U 'peft>=0.20', or exclude the module with exclude_modules."
+            "Install a later version, pip install -U 'peft>=0.20', or exclude the module with exclude_modules."
         )
     return resolve(module, **kwargs)
 
 
 def is_forward_only(backend: Any) -> bool:
-    """Whether a back end says that the weights of its library cannot be dequantised."""
+    """Whether a back end declares that its library's weights cannot be dequantised."""
     utils = sys.modules.get("peft.utils.quantization_utils")
     return utils is not None and isinstance(backend, utils.ForwardOnlyQuantizationBackend)

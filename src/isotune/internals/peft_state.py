@@ -1,4 +1,4 @@
-"""What PEFT keeps on its layers and wrappers under private names."""
+"""Private attributes of PEFT's layers and wrappers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def set_active_of(wrapper: Any, names: Any, disabled: bool = False) -> None:
-    """Set the active adapters of a ModulesToSaveWrapper; the public `set_adapter` also sets requires_grad.
+    """Set the active adapters of a ModulesToSaveWrapper; the public `set_adapter` would also set requires_grad.
 
     Args:
-        wrapper: around a saved module.
+        wrapper: the wrapper around a saved module.
         names: the active adapters.
-        disabled: whether it calls the original module all the same, as PEFT 0.18 has it for other active adapters.
+        disabled: whether it calls the original module anyway, as in PEFT 0.18 for other active adapters.
     """
     wrapper._active_adapter = names
     wrapper._disable_adapters = disabled

@@ -1,4 +1,4 @@
-"""The mode of files that safetensors writes, which only their owner could read."""
+"""The mode of files written by safetensors, which only their owner could read."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 
 def readable(*files: Path) -> None:
-    """Give files the mode that any new file has here; safetensors 0.8 makes them 0600, whatever the umask.
+    """Give files the usual mode of a new file here; safetensors 0.8 makes them 0600, whatever the umask.
 
     Args:
-        files: those that are there; others are passed over, and so are those of another owner.
+        files: the files; missing ones and those of another owner are skipped.
     """
     for file in files:
         if not file.is_file():
             continue
-        # The umask can only be read by setting it, for all threads: a new file shows it.
+        # Reading the umask means setting it, for all threads; a new file shows it instead.
         trial = file.with_name(f".{file.name}.{os.getpid()}.mode")
         try:
             trial.touch(exist_ok=False)

@@ -1,4 +1,4 @@
-"""What torch knows and says nowhere in its public interface."""
+"""State of torch that its public interface does not show."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def backward_pass() -> int | None:
-    """Identify the backward pass that is running in this thread, as torch's own checkpointing does; else None."""
+    """The id of the backward pass running in this thread, found as torch's own checkpointing does; otherwise None."""
     number = torch._C._current_graph_task_id()
     return None if number == -1 else number
 
 
 def version_of(tensor: Tensor) -> int:
-    """Count how often a tensor was written to in place; tensors of inference mode do not count and give 0."""
+    """The number of in-place writes to a tensor; 0 for inference tensors, which do not count them."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def is_symbolic(tensor: Tensor) -> bool:
-    """Say whether a tensor has no values to compute with, as on the meta device or under FakeTensorMode."""
+    """Whether a tensor has no values, as on the meta device or under FakeTensorMode."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def is_bare(module: torch.nn.Module) -> bool:
-    """Say whether calling a module runs its class's own forward and nothing else: no hooks, no replaced forward."""
+    """Whether calling a module runs just its class's own forward: no hooks, no replaced forward."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return not any(hooks) and "forward" not in module.__dict__
 
 
 def remove_hooks(module: torch.nn.Module, *hooks: Any) -> None:
-    """Take functions off the hooks of a module: a copy of it has the functions, and other handles than the original."""
+    """Remove functions from a module's hooks, even in a copy, to which the original's handles do not apply."""
     for table in (module._forward_pre_hooks, module._forward_hooks, module._load_state_dict_post_hooks):
         for key in [key for key, hook in table.items() if hook in hooks]:
             del table[key]
@@ -40,15 +40,15 @@ def remove_hooks(module: torch.nn.Module, *hooks: Any) -> None:
 
 
 def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
-    """The module that torch.compile has wrapped, or the module itself; the wrapper has no public attribute for it."""
+    """The module wrapped by torch.compile, or the module itself; the wrapper has no public attribute for it."""
     inner: torch.nn.Module = getattr(model, "_orig_mod", model)
     return inner
 
 
 def common_store() -> Any:
-    """The key-value store by which the processes of the default group found each other; public ones are made anew."""
+    """The key-value store through which the default group's processes met; public functions only create new ones."""
     return torch.distributed.distributed_c10d._get_default_store()
 
 
 GROUPED_PRODUCT: Any = getattr(torch.ops.aten, "_grouped_mm", None)
-"""The operation that the experts of a mixture are computed with; None in torch 2.6, which does not have it."""
+"""The operation that computes the experts of a mixture; None in torch 2.6, which lacks it."""

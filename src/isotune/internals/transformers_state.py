@@ -1,4 +1,4 @@
-"""What transformers writes on its models and their modules."""
+"""Private attributes that transformers sets on its models and their modules."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import nn
 
 
 def is_tensor_parallel(module: nn.Module) -> bool:
-    """Whether transformers has put its tensor parallelism around the forward of a module; there is no public sign."""
+    """Whether transformers has wrapped a module's forward for tensor parallelism; there is no public query."""
     return bool(module.__dict__.get("_is_hooked"))
 
 
 def attention_of(config: Any) -> str | None:
-    """The implementation of attention that a model computes with; public is only how to set it."""
+    """The attention implementation that a model uses; publicly it can only be set."""
     name: str | None = getattr(config, "_attn_implementation", None)
     return name
 
 
 def forget_quantisation(model: Any) -> Any:
-    """Take the mark of quantisation off a model loaded from GGUF as full weights, which Trainer would not train."""
+    """Remove the mark of quantisation from a model loaded from GGUF in full precision, which Trainer would refuse."""
     quantiser = getattr(model, "hf_quantizer", None)  # transformers 5.6 marks no such model
     if quantiser is not None:
         quantiser.remove_quantization_config(model)

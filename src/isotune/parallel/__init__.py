@@ -1,1 +1,1 @@
-"""Several processes: work that one does for all, weights that are sharded, partitioned or tensor-parallel."""
+"""Several processes: work that one does for all, and weights that are sharded, partitioned or tensor-parallel."""

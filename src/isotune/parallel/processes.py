@@ -1,4 +1,4 @@
-"""Several processes: one finds what all need, weights that are spread over them are gathered, replicas stay equal."""
+"""Several processes: one computes what all need, and the gradients of replicas are averaged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from isotune.internals.torch_state import common_store
 from isotune.parallel.sharding import in_group, is_sharded
 
 WAIT = timedelta(seconds=60)
-"""How long processes wait for each other before each computes for itself."""
+"""How long processes wait for each other before each computes on its own."""
 
 _MET: Counter[str] = Counter()
 _COUNTED_IN = 1 << 16
@@ -30,7 +30,7 @@ def several() -> bool:
 
 
 def loaded_by_one() -> bool:
-    """Whether transformers loads weights in one process of a machine alone, for accelerate to send later."""
+    """Whether transformers loads weights in just one process per machine, for accelerate to send later."""
     switches = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
     return in_group() and all(
         os.environ.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on") for name in switches
@@ -38,13 +38,13 @@ def loaded_by_one() -> bool:
 
 
 def one_for_all(name: str, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """What `make` gives, computed by the first process of the default group and sent to the others.
+    """Compute `make` in the first process of the default group and send the result to the others.
 
-    Not every program builds its model in all processes at once: one may do so alone, or before the others. So no
-    process waits for another longer than `WAIT`; if one is missing then, everyone who comes computes for itself.
+    Not every program builds its model in all processes at once: one process may do so alone, or before the others. So
+    no process waits for another longer than `WAIT`; if one is missing by then, each computes on its own.
 
     Args:
-        name: what is computed; equal in processes exactly when `make` would give the same.
+        name: what is computed; equal in two processes if and only if `make` gives the same result.
         make: the computation.
 
     Returns:
@@ -62,17 +62,17 @@ def one_for_all(name: str, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         try:
             made = make()
         except BaseException:
-            store.set(f"{place}/decision", "")  # the others will see for themselves what is wrong
+            store.set(f"{place}/decision", "")  # the others will find the error themselves
             raise
         _wait(store, [f"{place}/{other}" for other in others], WAIT)
-        # A process has added 1, and another 1 if it has left; what is added here makes it stay.
+        # A process adds 1 when it arrives and 1 when it leaves; what is added here makes it stay.
         here = [store.add(f"{place}/{other}", _COUNTED_IN) == _COUNTED_IN + 1 for other in others]
         shapes = [(list(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for tensor in made]
         store.set(f"{place}/decision", json.dumps(shapes) if all(here) else "")
         return _sent(made) if all(here) else made
     arrived = store.add(f"{place}/{rank}", 1)
     while arrived > _COUNTED_IN and _wait(store, [f"{kind}/{_MET[name] + 1}/coming"], WAIT):
-        # The first process has been here without this one, and is at the next meeting by now.
+        # The first process was here without this one, and is at the next meeting by now.
         _MET[name] += 1
         place = f"{kind}/{_MET[name]}"
         arrived = store.add(f"{place}/{rank}", 1)
@@ -88,7 +88,7 @@ def one_for_all(name: str, make: Callable[[], list[Tensor]]) -> list[Tensor]:
 def _wait(store: Any, keys: list[str], limit: timedelta) -> bool:
     try:
         store.wait(keys, limit)
-    except RuntimeError:  # what a store raises when the time is over
+    except RuntimeError:  # a store raises this on timeout
         return False
     return True
 
@@ -106,15 +106,15 @@ def _sent(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def sample_of(weight: Tensor, count: int = 64) -> list[float]:
-    """A few entries, by which processes see that they hold the same weight; none of one that they hold together.
+    """A few entries by which processes recognise equal weights; empty for a sharded or partitioned weight.
 
     Args:
-        weight: of any shape; of a quantised one the packed numbers are taken.
-        count: about how many.
+        weight: a weight of any shape; if quantised, packed values are taken.
+        count: roughly how many entries.
     """
     if is_sharded(weight):
         return []
-    while hasattr(weight, "__tensor_flatten__"):  # quantised: the tensor inside that holds the numbers
+    while hasattr(weight, "__tensor_flatten__"):  # quantised: the tensor inside that holds the values
         weight = getattr(weight, weight.__tensor_flatten__()[0][0])
     flat = weight.detach().reshape(-1)
     chosen: list[float] = flat[:: max(1, flat.numel() // count)][:count].float().tolist()
@@ -128,7 +128,7 @@ def average_gradients(parameters: nn.Module | Iterable[Tensor]) -> None:
     counts as zero, unless all processes lack it.
 
     Args:
-        parameters: or a module, for those of it that are trained; what is sharded is left to its owner.
+        parameters: the parameters, or a module whose trainable parameters are meant; sharded ones are left to FSDP.
     """
     if not several():
         return

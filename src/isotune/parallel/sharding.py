@@ -11,16 +11,16 @@ from torch import distributed as dist
 
 from isotune.internals.deepspeed_state import full_shape, gather_with, gathering, is_gathered, is_partitioned
 
-__all__ = ["gather_with", "is_partitioned"]  # for those who import them from here
+__all__ = ["gather_with", "is_partitioned"]  # re-exported
 
 
 def in_group() -> bool:
-    """Whether this process works in a group, possibly of itself alone."""
+    """Whether this process belongs to a process group, possibly as its only member."""
     return dist.is_available() and dist.is_initialized()
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether the tensor is spread over processes (there may be one only), by FSDP2 or by ZeRO-3."""
+    """Whether the tensor is sharded by FSDP2 or partitioned by ZeRO-3, even over a single process."""
     if is_partitioned(tensor) or not in_group():
         return is_partitioned(tensor)
     from torch.distributed.tensor import DTensor
@@ -29,7 +29,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def is_wrapped_by_fsdp(model: nn.Module) -> bool:
-    """Whether FSDP1 or FSDP2 gathers parameters around parts of a model, so that not all of them are there at once."""
+    """Whether FSDP1 or FSDP2 gathers the parameters of a model part by part, so that not all are here at once."""
     if not in_group():
         return False
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -43,24 +43,24 @@ def is_whole(tensor: Tensor) -> bool:
 
 
 def shape_of(tensor: Tensor) -> torch.Size:
-    """The shape of the tensor with all its elements."""
+    """The full shape of the tensor."""
     return full_shape(tensor) if is_partitioned(tensor) else tensor.shape
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The tensor with all its elements, for which every process that has a part must ask; without a graph in ZeRO-3."""
+    """The whole tensor; every process that holds a part must call this. Without a graph under ZeRO-3."""
     if is_whole(tensor):
         return tensor
     if is_partitioned(tensor):
         with whole([tensor]):
-            return tensor.data  # what the parameter loses at the end of the block, this keeps
+            return tensor.data  # stays valid when the parameter is emptied at the end of the block
     full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     return full
 
 
 @contextmanager
 def whole(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """A block in which those parameters that ZeRO-3 has partitioned are here; every process must enter it."""
+    """Within this block, gather the parameters that ZeRO-3 has partitioned; every process must enter it."""
     absent = [parameter for parameter in parameters if is_partitioned(parameter) and not is_whole(parameter)]
     with gathering(absent) if absent else nullcontext():
         yield

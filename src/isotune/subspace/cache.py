@@ -1,4 +1,4 @@
-"""Principal subspaces kept on disk between processes."""
+"""A cache of principal subspaces on disk, shared between processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from isotune.subspace.result import Subspace
 
 DEFAULT_MAX_BYTES = 4 * 2**30
 AGREEMENT = 1e-3
-"""How far an entry may be from what the weight says, relative to the weight: a share of each singular value squared."""
+"""Largest deviation of an entry from its weight, as a share of each squared singular value."""
 
 _SUFFIX = ".safetensors"
 _TEMPORARY = ".partial"
@@ -34,17 +34,17 @@ _ABANDONED_SECONDS = 3600.0
 
 
 class SubspaceCache:
-    """Principal subspaces on disk, one safetensors file each, the least recently used dropped first.
+    """Principal subspaces on disk, one safetensors file each; the least recently used are dropped first.
 
-    Several processes may share a directory, and so may other programs: what is removed is recognised by its name and
-    by its content as written here. An entry that is damaged, or that is not of the weight it is asked for, counts as
-    absent and is removed. What is no regular file (a pipe, a socket, a folder) is never opened. A directory that
-    cannot be written is no error: nothing is kept.
+    Processes and other programs may share a directory: only files whose names and contents show that they were written
+    here are removed. An entry that is damaged, or does not belong to the weight it is requested for, counts as absent
+    and is removed. Anything but a regular file (a pipe, a socket, a folder) is never opened. If the directory cannot be
+    written, nothing is cached and no error is raised.
 
     Args:
-        directory: by default the environment's ISOTUNE_CACHE, else ~/.cache/isotune/subspaces; "off" or "0" in the
-            environment turns the cache off.
-        max_bytes: by default the environment's ISOTUNE_CACHE_BYTES, else 4 GiB.
+        directory: by default the environment variable ISOTUNE_CACHE, or else ~/.cache/isotune/subspaces; "off" or "0"
+            in the environment turns the cache off.
+        max_bytes: by default the environment variable ISOTUNE_CACHE_BYTES, or else 4 GiB.
 
     Raises:
         ValueError: ISOTUNE_CACHE_BYTES is not a whole number of bytes.
@@ -57,8 +57,8 @@ class SubspaceCache:
         given = os.environ.get("ISOTUNE_CACHE_BYTES", "").strip() or str(DEFAULT_MAX_BYTES)
         if max_bytes is None and not given.isdecimal():
             raise ValueError(
-                f"ISOTUNE_CACHE_BYTES is {given!r}; give a whole number of bytes, such as {DEFAULT_MAX_BYTES}, or "
-                "unset it"
+                f"ISOTUNE_CACHE_BYTES={given!r} is not allowed; set it to a whole number of bytes, such as "
+                f"{DEFAULT_MAX_BYTES}, or unset it."
             )
         self.max_bytes = int(given) if max_bytes is None else max_bytes
 
@@ -68,14 +68,14 @@ class SubspaceCache:
         """The subspace stored under a key.
 
         Args:
-            key: as `subspace_key` makes it.
+            key: the key, from `subspace_key`.
             shape: (r, in) of the basis.
-            weight: W, (out, in), on whose device the result is put. With it, an entry that `spans` finds to be of
+            weight: W, (out, in), whose device the result is put on. If given, an entry that by `spans` belongs to
                 another weight counts as absent.
-            tolerance: as for `spans`.
+            tolerance: as in `spans`.
 
         Returns:
-            The subspace, or None for no such entry, a damaged one, or one of another weight.
+            The subspace, or None if there is no such entry, or it is damaged or belongs to another weight.
         """
         if self.directory is None:
             return None
@@ -85,19 +85,19 @@ class SubspaceCache:
                 return None
             found = _read(path, shape, "cpu" if weight is None else weight.device)
             if weight is not None and not spans(found, weight, tolerance):
-                raise ValueError(f"{path} is not of this weight")  # caught below, as are all that `_read` finds
+                raise ValueError(f"{path} belongs to another weight")  # caught below, like all errors of `_read`
         except (FileNotFoundError, PermissionError, RuntimeError):
-            return None  # RuntimeError: safetensors opens a file twice, and this one was evicted in between
+            return None  # RuntimeError: safetensors opens a file twice, and it was evicted in between
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
         with contextlib.suppress(OSError):
-            os.utime(path)  # the file's time is its last use, which eviction goes by
+            os.utime(path)  # eviction goes by the file's time, its last use
         return found
 
     def put(self, key: str, subspace: Subspace) -> None:
-        """Store a subspace that is no larger than the bound, then drop the least recently used entries beyond it."""
+        """Store a subspace if it fits into `max_bytes`, then drop the least recently used entries beyond that."""
         if self.directory is None:
             return
         tensors = {name: getattr(subspace, name).detach().cpu().contiguous() for name in _TENSORS}
@@ -113,7 +113,7 @@ class SubspaceCache:
         temporary = self.directory / f"{key}.{uuid.uuid4().hex}{_TEMPORARY}"
         try:
             if entry.exists() and not entry.is_file():
-                return  # somebody else's pipe or folder
+                return  # another program's pipe or folder
             self.directory.mkdir(parents=True, exist_ok=True)
             save_file(tensors, temporary, metadata=metadata)
             readable(temporary)
@@ -155,7 +155,7 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def _is_entry(path: Path) -> bool:
-    """Whether a file was written by `SubspaceCache.put`, by its header."""
+    """Whether, by its header, a file was written by `SubspaceCache.put`."""
     try:
         with safe_open(path, framework="pt") as file:
             return set(file.keys()) == set(_TENSORS) and set(file.metadata() or {}) >= _METADATA
@@ -177,15 +177,15 @@ def _read(path: Path, shape: tuple[int, int], device: torch.device | str) -> Sub
 
 @torch.no_grad()
 def spans(subspace: Subspace, weight: Tensor, tolerance: float = 0.0) -> bool:
-    """Whether a subspace can be the principal one of a weight, by one product with it.
+    """Whether a subspace can be the principal one of a weight, checked by one product with it.
 
-    With B the basis and σ the singular values, B must have orthonormal rows, and (W Bᵀ)ᵀ(W Bᵀ) must be diag(σ²) with
-    σ descending: both to within `AGREEMENT`, where row i counts in units of σᵢ, or σ₁ / 100 if that is more.
+    The basis B must have orthonormal rows, and (W Bᵀ)ᵀ(W Bᵀ) must be diag(σ²) with descending singular values σ, both
+    to within `AGREEMENT`, where row i is measured in units of σᵢ, or σ₁ / 100 if that is larger.
 
     Args:
-        subspace: on the weight's device.
+        subspace: the subspace, on the weight's device.
         weight: W, (out, in), of any floating dtype.
-        tolerance: the sine of the angle to which the subspace was solved; its square is added to what is allowed.
+        tolerance: the sine of the angle to which the subspace was solved; 4 times its square is added to `AGREEMENT`.
 
     Source: Golub and Van Loan, Matrix Computations, 4th ed., section 8.1.2 (Rayleigh-Ritz).
     """

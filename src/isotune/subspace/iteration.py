@@ -12,21 +12,21 @@ from isotune.subspace.pinning import gaussian
 from isotune.subspace.precision import exact_product, full_precision, spares_float64
 
 ENERGY_TOLERANCE = 1e-5
-"""Where the gap at the cut is too small to fix the subspace: how far from optimal the captured energy may be."""
+"""How far from optimal the captured energy may be if the gap at the cut is too small to determine the subspace."""
 
 _MAX_APPLICATIONS = 60
-# Rounds in bfloat16 end here: the sine of the angle that its rounding leaves room for, with a margin.
+# Rounds in bfloat16 end at this sine of the angle, which its rounding can reach with a margin.
 _COARSE_ANGLE = 0.3
 # Below this many multiplications per product, converting the weight costs more than the products save.
 _COARSE_WORK = 2e8
-# Float32 adds up so many squares at a time where float64 is spared; the sums themselves are added in float64.
+# The number of squares added up in float32 where float64 is spared; their sums are added in float64.
 _ROWS = 1024
 
 
 def block_size(rank: int) -> int:
-    """How many vectors "lowrank" iterates on: about twice the rank, so that the cut never sets the speed.
+    """The number of vectors that "lowrank" iterates on: about twice the rank, so that the cut never limits the speed.
 
-    A multiple of 16, for which the matrix products at 4096 x 4096 took 7 % less time on two cores.
+    It is a multiple of 16, for which matrix products at 4096 × 4096 took 7 % less time on two cores.
     """
     return -(-(2 * rank + 8) // 16) * 16
 
@@ -34,27 +34,28 @@ def block_size(rank: int) -> int:
 def iterate(
     matrix: Tensor, rank: int, tolerance: float, seed: int, weight: Tensor
 ) -> tuple[tuple[Tensor, Tensor] | None, int]:
-    """Chebyshev-filtered subspace iteration with Rayleigh-Ritz; None if the tolerance was not reached in the budget.
+    """Chebyshev-filtered subspace iteration with Rayleigh-Ritz; None if the tolerance is not reached within the budget.
 
-    Each round multiplies a block of about 2 rank vectors by a Chebyshev polynomial of WᵀW that is small on the
-    unwanted end of the spectrum, [0, θ_b], and grows fastest beyond it: 2 to 4 times fewer products than powers.
+    Each round multiplies a block of about 2 · rank vectors by a Chebyshev polynomial of WᵀW that is small on the
+    unwanted end of the spectrum, [0, θ_b], and grows fastest beyond it; this needs 2 to 4 times fewer products than
+    powers.
 
-    Where the device multiplies bfloat16 much faster, the first rounds use it: a rounded product only makes a slightly
-    worse start for the next round. The residuals that decide are always those of a round in full precision.
+    If the device multiplies bfloat16 much faster, the first rounds use it: a rounded product only gives the next round
+    a slightly worse start. The residuals that decide are always those of a round in full precision.
 
-    Where float64 is slow (`spares_float64`), only matrices of block × block are in it. A round waits for such a device
-    twice: for the eigenvalues, and for the residuals.
+    If float64 is slow (`spares_float64`), only block × block matrices use it. A round then waits for the device twice:
+    for the eigenvalues and for the residuals.
 
     Args:
         matrix: W in float32 or float64, scaled.
-        rank, tolerance, seed: as for `principal_subspace`.
-        weight: W as it was given, if it has the values of `matrix`, else `matrix`: what a dtype of 16 bits may spare.
+        rank, tolerance, seed: as in `principal_subspace`.
+        weight: W as it was given, if it has the same values as `matrix`, else `matrix`; 16-bit values save work.
 
     Returns:
         The basis (rank, in) and the singular values (rank,), and the number of products with WᵀW.
     """
     wide = matrix.shape[0] < matrix.shape[1]
-    tall = matrix.T if wide else matrix  # iterate on the short side; the long side comes with the last product
+    tall = matrix.T if wide else matrix  # iterate on the short side; the last product gives the long side
     short = tall.shape[1]
     block = min(short, block_size(rank))
     energy_tolerance = min(ENERGY_TOLERANCE, 10.0 * tolerance**2)
@@ -72,7 +73,7 @@ def iterate(
         image = _product(working, vectors, narrow)
         values, rotation = torch.linalg.eigh(_gram(image, high))
         values = values.flip(0).clamp_min(0.0)
-        # In float64 or in parts, as are all products but those with the weight: no setting of the process rounds them.
+        # In float64 or in parts, like all products but those with the weight, so that no global setting rounds them.
         rotation = rotation.flip(1).to(high)
         vectors, image = (exact_product(part.to(high), rotation).to(tall.dtype) for part in (vectors, image))
         applied = _product(working.T, image, narrow)
@@ -81,14 +82,14 @@ def iterate(
         ritz, residuals = torch.stack([values, errors.double()]).cpu()
         previous, relative = relative, relative_residual(ritz, residuals, rank)
         if coarse:
-            # The rounding of bfloat16 is where its rounds stop to gain.
+            # Rounds in bfloat16 stop gaining at its rounding error.
             if relative > 0.5 * previous or angle_bound(ritz, residuals, rank) <= _COARSE_ANGLE:
                 coarse, working = False, full
                 relative = math.inf
         else:
-            # Residuals that have fallen to rounding and no further: no more can be known of a cut between such close
-            # values, and the energy decides. Residuals that merely fall slowly (a flat spectrum) prove nothing, as
-            # larger eigenvalues may still be missing; those run into the budget and the exact solver.
+            # If residuals have fallen to rounding and no further, no more can be known about a cut between such close
+            # values, and the energy decides. Residuals that merely fall slowly (a flat spectrum) prove nothing, since
+            # larger eigenvalues may still be missing; these cases use up the budget and go to the exact solver.
             rounding = 32.0 * torch.finfo(matrix.dtype).eps * math.sqrt(rank * float(ritz[0] / ritz[rank - 1]))
             at_rounding = 0.5 * previous < relative <= rounding
             at_rounding = at_rounding and missing_energy(ritz, residuals, rank) <= energy_tolerance
@@ -108,7 +109,7 @@ def iterate(
 
 
 def _rounds_cheaply(matrix: Tensor, block: int) -> bool:
-    """Say whether products in bfloat16 are several times faster here than in the dtype of `matrix`."""
+    """Whether products in bfloat16 are several times faster here than in the dtype of `matrix`."""
     if matrix.dtype != torch.float32 or matrix.numel() * block < _COARSE_WORK:
         return False
     if matrix.device.type == "cpu":
@@ -118,12 +119,12 @@ def _rounds_cheaply(matrix: Tensor, block: int) -> bool:
 
 
 def _product(matrix: Tensor, block: Tensor, narrow: bool) -> Tensor:
-    """`matrix` @ `block` in the precision of `matrix`, as the dtype of `block`; `narrow` as for `exact_product`."""
+    """`matrix` @ `block` in the precision of `matrix`, in the dtype of `block`; `narrow` as in `exact_product`."""
     return exact_product(matrix, block.to(matrix.dtype), narrow=narrow).to(block.dtype)
 
 
 def _gram(block: Tensor, high: torch.dtype) -> Tensor:
-    """blockᵀ block in float64, of products in `high`."""
+    """blockᵀ block in float64, from products in `high`."""
     if high == torch.float64:
         return block.to(high).T @ block.to(high)
     total = torch.zeros(block.shape[1], block.shape[1], dtype=torch.float64, device=block.device)

@@ -1,4 +1,4 @@
-"""The best approximation of a matrix by one of low rank, as two factors, with its error."""
+"""The best low-rank approximation of a matrix, as two factors, with its error."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from isotune.subspace.solvers import principal_subspace
 
 _FIRST_GUESS = 64
 _SMALL = 1024
-"""Up to this side, all singular vectors at once cost less than one guess of a rank after the other."""
+"""Up to this side, all singular vectors at once cost less than guessing one rank after the other."""
 _TOLERANCE = 1e-3
 
 
 class Factored(NamedTuple):
-    """up (out, k) and down (k, in), what their product leaves out, ‖Δ − up · down‖_F, and the whole, ‖Δ‖_F."""
+    """up (out, k) and down (k, in), the error ‖Δ − up · down‖_F of their product, and the norm ‖Δ‖_F."""
 
     up: Tensor
     down: Tensor
@@ -29,7 +29,7 @@ def check_truncation(rank: int | None, energy: float | None) -> None:
     """Refuse a rank below 1, a share of the energy that is not between 0 and 1, or both at once.
 
     Raises:
-        ValueError: names the value and what is allowed.
+        ValueError: a value is not allowed; names it and what is allowed.
     """
     if rank is not None and energy is not None:
         raise ValueError(f"rank={rank} and energy={energy} are both given; give one of them.")
@@ -40,18 +40,18 @@ def check_truncation(rank: int | None, energy: float | None) -> None:
 
 
 def truncate(matrix: Tensor, *, rank: int | None = None, energy: float | None = None) -> Factored:
-    """The best approximation Δ ≈ up · down in the Frobenius norm, of a given rank or of the least rank for an energy.
+    """The best approximation Δ ≈ up · down in the Frobenius norm, of a given rank or the smallest rank for an energy.
 
     Args:
         matrix: Δ, (out, in).
-        rank: k; more than the smaller side of Δ means that side.
-        energy: share of ‖Δ‖²_F that up · down holds at least, below 1.
+        rank: k; limited to the smaller side of Δ.
+        energy: the least share of ‖Δ‖²_F that up · down must hold, below 1.
 
     Returns:
-        The factors in float32 at least, down with orthonormal rows. A zero matrix gives zeros of rank 1.
+        The factors, at least float32, down with orthonormal rows. A zero matrix gives zeros of rank 1.
 
     Raises:
-        ValueError: neither or both of rank and energy, or values that are not allowed, or Δ is not finite.
+        ValueError: neither or both of rank and energy are given, a value is not allowed, or Δ is not finite.
 
     Example:
         >>> import torch
@@ -67,14 +67,14 @@ def truncate(matrix: Tensor, *, rank: int | None = None, energy: float | None = 
     """
     check_truncation(rank, energy)
     if rank is None and energy is None:
-        raise ValueError("Give rank=... or energy=..., which say how good the approximation is to be.")
+        raise ValueError("Neither rank nor energy is given; give one of them to set the quality of the approximation.")
     wide = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
     norm, limit = _norm(wide), min(wide.shape)
     if norm == 0.0:
         return Factored(wide.new_zeros(len(wide), 1), wide.new_zeros(1, wide.shape[1]), 0.0, 0.0)
     guess = rank or (limit if limit <= _SMALL else _FIRST_GUESS)
     while True:
-        # Past a third of the directions the exact answer is as cheap.
+        # Beyond a third of the directions, the exact answer is as cheap.
         guess = limit if 3 * guess > limit else guess
         down = principal_subspace(wide, guess, tolerance=_TOLERANCE, name="the update").basis
         up = exact_product(wide, down.T)
@@ -88,10 +88,10 @@ def truncate(matrix: Tensor, *, rank: int | None = None, energy: float | None = 
 
 
 def truncate_product(up: Tensor, down: Tensor, *, rank: int | None = None, energy: float | None = None) -> Factored:
-    """`truncate` of Δ = up · down, from its factors (out, r) and (r, in) alone; without rank and energy, Δ itself.
+    """`truncate` Δ = up · down, given only its factors (out, r) and (r, in); without rank and energy, return them.
 
     Raises:
-        ValueError: values that are not allowed.
+        ValueError: a value is not allowed.
 
     Source: Golub and Van Loan, Matrix Computations, 4th ed., section 5.2: with up = Q₁R₁ and downᵀ = Q₂R₂ the singular
     vectors of R₁R₂ᵀ, at most r × r, give those of Δ.
@@ -115,13 +115,13 @@ def truncate_product(up: Tensor, down: Tensor, *, rank: int | None = None, energ
 
 
 def pad_rank(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors of the same product, (out, rank) and (rank, in), filled up with zeros."""
+    """Factors of the same product, padded with zeros to (out, rank) and (rank, in)."""
     filling = rank - len(down)
     return torch.nn.functional.pad(up, (0, filling)), torch.nn.functional.pad(down, (0, 0, 0, filling))
 
 
 def _least(kept: Tensor, energy: float) -> int:
-    """The first count whose share reaches the energy, or all, where rounding keeps the last from it."""
+    """The first count whose share reaches the energy, or all if rounding keeps the last from reaching it."""
     return min(len(kept), int((kept < energy).sum()) + 1)
 
 

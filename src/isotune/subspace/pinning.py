@@ -1,9 +1,9 @@
 """Pinning: a small sketch of a basis, from which the same basis is found again on the same or a similar weight.
 
-Singular vectors are fixed only up to signs and rotations among near-equal singular values, so a basis cannot be
-recomputed; and storing it whole is what an adapter is meant to avoid. Its sketch S = V Ω with a fixed Gaussian Ω holds
-slightly more numbers than the rotation to any other basis of the same span has, and the surplus tells how much of V
-that span does not hold.
+Singular vectors are determined only up to signs and rotations among near-equal singular values, so a basis cannot be
+recomputed, and storing it whole is what an adapter is meant to avoid. Its sketch S = V Ω with a fixed Gaussian Ω holds
+slightly more numbers than a rotation to any other basis of the same span, and the surplus shows how much of V lies
+outside that span.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from isotune.subspace.precision import doubled
 
 CANDIDATE_TOLERANCE = 1e-4
-"""How closely the subspaces of pinned adapters are solved: what remains is the error of an update after loading."""
+"""How precisely the subspaces of pinned adapters are solved, which limits the error of an update after loading."""
 
 MAX_RESIDUAL = 0.03
-"""The residual of `recover` above which the base is not the one that the basis was pinned on.
+"""The residual of `recover` above which the base is not the one the basis was pinned on.
 
-Measured at ranks 32 to 128 on all 36 linear layers of all-MiniLM-L6-v2 and 42 of Gemma 3 270M, each layer by itself:
+Measured at ranks 32 to 128 on all 36 linear layers of all-MiniLM-L6-v2 and 42 of Gemma 3 270M, each layer on its own:
 the same weights under another driver or solver, at most 8e-6; rounded to bfloat16, at most 4e-3 (the update off by at
 most 1e-2); to 8 bits, at most 1.5e-2 (4e-2); to 4 bits in blocks of 64, at least 4.7e-2 (0.2 to 0.5); another layer or
 a random weight, at least 0.67.
@@ -30,18 +30,18 @@ a random weight, at least 0.67.
 
 
 def pin_width(rank: int, in_features: int) -> int:
-    """Say how many columns p the pin of a basis (rank, in_features) has.
+    """The number of columns p of the pin of a basis (rank, in_features).
 
-    Part of the file format: r + max(8, r // 4), and never more than in_features, where the pin is as good as V itself.
+    This is part of the file format: r + max(8, r // 4), and at most in_features, where the pin is as good as V itself.
     """
     return min(in_features, rank + max(8, rank // 4))
 
 
 def candidate_rank(rank: int, in_features: int, out_features: int) -> int:
-    """Say how many right singular vectors k of the base `recover` should be given.
+    """The number k of the base's right singular vectors to give to `recover`.
 
-    More than r, so that a group of near-equal singular values that straddles the cut at r lies inside; fewer than p, so
-    that what is left of p can measure the residual.
+    It is more than r, so that a group of near-equal singular values across the cut at r is included, and less than p,
+    so that the rest of p can measure the residual.
     """
     return min(in_features, out_features, rank + max(4, rank // 8))
 
@@ -49,12 +49,12 @@ def candidate_rank(rank: int, in_features: int, out_features: int) -> int:
 def pin(basis: Tensor, *, seed: int = 0, oversampling: int | None = None) -> Tensor:
     """Sketch a basis V with orthonormal rows as S = V Ω.
 
-    Ω holds the standard normal numbers of numpy's `RandomState(seed)`, whose stream is frozen.
+    Ω holds standard normal numbers from numpy's `RandomState(seed)`, whose stream is frozen.
 
     Args:
         basis: V, (r, in), r ≤ in.
-        seed: of Ω, (in, p).
-        oversampling: p − r at most; None for that of `pin_width`.
+        seed: seed of Ω, (in, p).
+        oversampling: largest p − r; None for that of `pin_width`.
 
     Returns:
         S, (r, p), float32, on the device of the basis.
@@ -75,32 +75,32 @@ def pin(basis: Tensor, *, seed: int = 0, oversampling: int | None = None) -> Ten
     _check_matrix(basis, "the basis", "(r, in) with r ≤ in")
     rank, width = basis.shape
     if oversampling is not None and oversampling < 0:
-        raise ValueError(f"oversampling is {oversampling}; give 0 or more columns beyond the rank, or None")
+        raise ValueError(f"oversampling={oversampling} is not allowed; it must be at least 0, or None.")
     columns = pin_width(rank, width) if oversampling is None else min(width, rank + oversampling)
     return _sketch(doubled(basis.detach()), columns, seed).float().to(basis.device)
 
 
 def recover(pin: Tensor, candidates: Tensor, *, seed: int = 0) -> tuple[Tensor, float]:
-    """Find the basis V that a pin was made of in the span of the base's own singular vectors V'.
+    """Find the basis V from which a pin was made in the span of the base's own singular vectors V'.
 
     V' Ω has full rank, so S = T (V' Ω) has one least-squares solution T, and V is the orthonormal polar factor of T V':
-    the nearest basis in the span. The part of V outside the span has a Gaussian sketch independent of V' Ω, which
-    leaves E‖S − T V' Ω‖² = (p − k) ‖V⊥‖². A T whose rows are not orthonormal counts as well, in the same units; it is
-    all there is to measure with k ≥ p. Where p = k = in, the pin holds all of V, and every base passes.
+    the nearest basis in the span. The part of V outside the span has a Gaussian sketch independent of V' Ω, so that
+    E‖S − T V' Ω‖² = (p − k) ‖V⊥‖². The deviation of T's rows from orthonormality also counts, in the same units; for
+    k ≥ p nothing else can be measured. If p = k = in, the pin determines V completely, and every base passes.
 
     Args:
         pin: S, (r, p), from the function `pin`.
         candidates: V', (k, in), the base's leading right singular vectors, orthonormal rows, k from `candidate_rank`.
-        seed: as for the function `pin`.
+        seed: as in the function `pin`.
 
     Returns:
         V, (r, in), orthonormal rows, in the dtype and on the device of the candidates; and the residual, an estimate of
         the root mean square over V's rows of the sine of the angle between the pinned V and the span of V', from 0
-        (rounding: about 1e-5) to about 1 (another base). Above `MAX_RESIDUAL` V is not to be trusted; the caller
+        (rounding: about 1e-5) to about 1 (another base). Above `MAX_RESIDUAL`, V should not be trusted; the caller
         decides.
 
     Raises:
-        ValueError: shapes that do not fit (r ≤ k ≤ in, r ≤ p ≤ in), or numbers that are not finite.
+        ValueError: the shapes do not fit (r ≤ k ≤ in, r ≤ p ≤ in), or the values are not finite.
 
     Source: Golub and Van Loan, Matrix Computations, 4th ed., section 9.4.3, for the polar factor.
     """
@@ -109,8 +109,8 @@ def recover(pin: Tensor, candidates: Tensor, *, seed: int = 0) -> tuple[Tensor, 
     (rank, columns), (count, width) = pin.shape, candidates.shape
     if not rank <= count or columns > width:
         raise ValueError(
-            f"a pin of shape {tuple(pin.shape)} does not fit candidates of shape {tuple(candidates.shape)}: it needs "
-            f"at least {rank} candidates, of length {columns} or more; was it pinned on a layer of another size?"
+            f"A pin of shape {tuple(pin.shape)} does not fit candidates of shape {tuple(candidates.shape)}: it needs "
+            f"at least {rank} candidates of length {columns} or more. Was it pinned on a layer of another size?"
         )
     span = doubled(candidates.detach())
     sketch = _sketch(span, columns, seed).cpu()
@@ -122,7 +122,7 @@ def recover(pin: Tensor, candidates: Tensor, *, seed: int = 0) -> tuple[Tensor, 
 
 
 def _sketch(basis: Tensor, columns: int, seed: int) -> Tensor:
-    """V Ω in float64, computed where V is: a CPU that feeds a GPU takes longer for it than the solver for V."""
+    """V Ω in float64, computed on V's device: on the CPU beside a GPU it would take longer than solving for V."""
     return basis @ gaussian(basis.shape[1], columns, seed).to(basis.device)
 
 
@@ -133,8 +133,8 @@ def _residual(stored: Tensor, sketch: Tensor, mixing: Tensor) -> float:
     if surplus <= 0:
         return float(defect)
     outside = torch.linalg.matrix_norm(stored - mixing @ sketch) / (surplus * rank) ** 0.5
-    # A part of size ε outside the span reaches T through the least squares as noise of ε √c a row, so that T Tᵀ is off
-    # by about ε √(2 c) + ε² c. Solved for ε, the defect is in the same units, and no louder unless T itself is wrong.
+    # A part of size ε outside the span enters T through least squares as noise of ε √c per row, so that T Tᵀ is off by
+    # about ε √(2 c) + ε² c. Solved for ε, the defect is in the same units, and no larger unless T itself is wrong.
     c = count / max(surplus - 1, 1)
     within = (2.0 * defect / ((2.0 * c) ** 0.5 + (2.0 * c + 4.0 * c * defect).sqrt())).clamp_max(1.0)
     return float(torch.maximum(outside, within))
@@ -142,12 +142,12 @@ def _residual(stored: Tensor, sketch: Tensor, mixing: Tensor) -> float:
 
 def _check_matrix(matrix: Tensor, what: str, shape: str) -> None:
     if matrix.dim() != 2 or not 0 < matrix.shape[0] <= matrix.shape[1]:
-        raise ValueError(f"{what} has shape {tuple(matrix.shape)}; give a matrix {shape}")
+        raise ValueError(f"{what} has shape {tuple(matrix.shape)}; give a matrix {shape}.")
     if not bool(torch.isfinite(matrix).all()):
-        raise ValueError(f"{what} holds NaN or infinity; the file or the base it comes from is damaged")
+        raise ValueError(f"{what} holds NaN or infinity, so the file or base it is from is damaged; load another copy.")
 
 
 @lru_cache(maxsize=8)
 def gaussian(rows: int, columns: int, seed: int) -> Tensor:
-    """Standard normal numbers, float64, the same on every version and device: numpy's policy freezes this stream."""
+    """Standard normal numbers, float64, the same in every version and on every device: numpy freezes this stream."""
     return torch.from_numpy(np.random.RandomState(seed).standard_normal((rows, columns)))

@@ -1,4 +1,4 @@
-"""Float32 products in full precision, whatever the process has set for speed."""
+"""Float32 products in full precision, whatever speed settings the process has."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 _FULL = ("none", "ieee", "highest")
 _CHUNK = 2**24
-"""Elements of a matrix that are widened at a time."""
+"""Elements of a matrix that are converted to float64 at a time."""
 _DEPTH = 1024
-"""Terms of a sum that a tensor core adds up by itself: it cuts off where float32 rounds, so long sums would drift."""
+"""Terms that a tensor core adds up on its own: it truncates where float32 rounds, so longer sums would drift."""
 
 
 def reduces_float32(device: torch.device | str = "cpu") -> bool:
-    """Say whether products of float32 matrices may be rounded to TF32 or bfloat16 in this process.
+    """Whether products of float32 matrices may be rounded to TF32 or bfloat16 in this process.
 
-    Torch has two interfaces for this, `torch.set_float32_matmul_precision` and, from 2.9, `fp32_precision` attributes
-    of `torch.backends`; it raises where the first is asked after the second was used. Both are only read here.
+    Torch has two interfaces for this, `torch.set_float32_matmul_precision` and, from 2.9, the `fp32_precision`
+    attributes of `torch.backends`; it raises if the first is read after the second was used. Both are only read here.
     """
     try:
         precisions = [torch.get_float32_matmul_precision()]
@@ -33,30 +33,30 @@ def reduces_float32(device: torch.device | str = "cpu") -> bool:
 
 
 def spares_float64(device: torch.device) -> bool:
-    """Say whether float64 is kept to small matrices on a device: consumer GPUs have it at 1/64 of float32's speed."""
+    """Whether to use float64 only for small matrices on a device: on consumer GPUs it has 1/64 of float32's speed."""
     return device.type == "cuda"
 
 
 def doubled(matrix: Tensor) -> Tensor:
-    """A matrix in float64, on the CPU where its device has none."""
+    """A matrix in float64, moved to the CPU if its device has no float64."""
     return (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
 
 
 def full_precision(matrix: Tensor) -> Tensor:
-    """A matrix whose products are at least as accurate as float32's: itself, or in float64 where `reduces_float32`.
+    """A matrix whose products are at least as accurate as float32's: itself, or float64 if `reduces_float32`.
 
-    A setting of the process is never changed for it, since other threads multiply under the same one.
+    The process's settings are never changed for this, since other threads multiply under them too.
     """
     return matrix.double() if matrix.dtype == torch.float32 and reduces_float32(matrix.device) else matrix
 
 
 def exact_product(left: Tensor, right: Tensor, *, narrow: bool = False) -> Tensor:
-    """left @ right of two matrices, or stacks of them, of one dtype and device, rounded no more than by float32.
+    """left @ right of two matrices, or stacks of them, of one dtype and device, with no more rounding than float32's.
 
     Args:
         left: a matrix.
         right: the thinner of the two, of which copies are made.
-        narrow: whether the numbers of `left` came from a dtype of at most 16 bits, which TF32 leaves as they are.
+        narrow: whether the values of `left` come from a dtype of at most 16 bits, which TF32 represents exactly.
     """
     exact = left.dtype != torch.float32 or not reduces_float32(left.device)
     if exact or left.device.type == "mps":  # which has neither float64 nor a faster float32
@@ -70,7 +70,7 @@ def exact_product(left: Tensor, right: Tensor, *, narrow: bool = False) -> Tenso
 
 
 def rows_in_parts(matrix: Tensor) -> tuple[Tensor, ...]:
-    """The rows of a matrix in parts that are small enough to be widened one after the other."""
+    """The rows of a matrix in parts small enough to be converted to float64 one after the other."""
     return torch.split(matrix, max(1, _CHUNK // max(1, matrix.shape[1])))
 
 
@@ -84,14 +84,14 @@ def _product_of_parts(left: Tensor, right: Tensor, *, narrow: bool) -> Tensor:
     for columns, rows in zip(torch.split(left, _DEPTH, -1), torch.split(right, _DEPTH, -2), strict=True):
         thin = _parts(rows)
         for index, part in enumerate([columns] if narrow else _parts(columns)):
-            # The products left out are 2⁻²⁷ of the whole: beyond float32.
+            # The omitted products are 2⁻²⁷ of the whole, beyond float32.
             found = part @ torch.cat(thin[: len(thin) - index], dim=-1)
             total += torch.unflatten(found, -1, (-1, right.shape[-1])).sum(-2)
     return total
 
 
 def _parts(matrix: Tensor) -> list[Tensor]:
-    """Three matrices whose sum is the given one to the bit: float32's 24 digits, 8 in each, as bfloat16 has."""
+    """Three matrices that add up to the given one exactly: float32's 24 bits, 8 in each, as in bfloat16."""
     high = matrix.bfloat16().float()
     rest = matrix - high
     middle = rest.bfloat16().float()
@@ -100,7 +100,7 @@ def _parts(matrix: Tensor) -> list[Tensor]:
 
 @contextlib.contextmanager
 def without_autocast(device: torch.device) -> Iterator[None]:
-    """Compute in the dtypes that are given, on the CPU and on a device, inside of an autocast region too."""
+    """Turn autocast off within this block, on the CPU and on a device."""
     with contextlib.ExitStack() as stack:
         for kind in {"cpu", device.type}:
             stack.enter_context(torch.autocast(kind, enabled=False))

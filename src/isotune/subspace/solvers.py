@@ -25,11 +25,11 @@ SOLVER_VERSION = 2
 """Part of every cache key: raise it whenever a solver's result changes by more than rounding."""
 
 # Singular values below this share of the largest are rounding noise of the weight itself: their directions are
-# nobody's, so they are replaced by directions that depend on the others only (see `_complete`).
+# arbitrary, so they are replaced by directions that depend only on the others (see `_complete`).
 _NEGLIGIBLE = {torch.float32: 2e-6, torch.float64: 1e-13}
 _PROGRESS_DELAY_SECONDS = 3.0
 _LARGEST_FULL = 2048
-"""The largest shorter side that "auto" gives to the exact solver on a GPU for its speed."""
+"""The largest shorter side at which "auto" may choose the exact solver on a GPU for its speed."""
 
 
 def principal_subspace(
@@ -43,21 +43,20 @@ def principal_subspace(
 ) -> Subspace:
     """Find the leading right singular vectors of a weight.
 
-    The result is deterministic, independent of the global random state and of every setting of the process and, up to
-    rounding, of the number of threads. Directions whose singular value is rounding noise (a rank-deficient or zero
-    weight) are filled in by a fixed rule that depends only on the directions above them, so that they too are the same
-    everywhere.
+    The result is deterministic: it depends neither on the global random state nor on the process's settings nor, up to
+    rounding, on the number of threads. Directions whose singular values are rounding noise (in a rank-deficient or zero
+    weight) are filled in by a fixed rule that depends only on the directions above them, so that they are the same
+    everywhere too.
 
     Args:
         weight: W, (out, in), of any floating dtype, layout and device.
         rank: r, from 1 to min(out, in).
-        solver: "full" is exact; "lowrank" iterates until the sine of the largest angle to the true subspace is at most
-            `tolerance`, or, where the singular values at the cut are too close for single precision to tell their
-            vectors apart, until the captured energy is within min(1e-5, 10 `tolerance`²) of the largest possible, and
-            computes the exact answer if it gets to neither; "auto" takes the cheaper one for this shape, rank and
-            device.
+        solver: "full" is exact. "lowrank" iterates until the sine of the largest angle to the true subspace is at most
+            `tolerance`; or, if the singular values at the cut are too close for single precision to separate, until
+            the captured energy is within min(1e-5, 10 `tolerance`²) of the largest possible; if it reaches neither, it
+            computes the exact answer. "auto" takes the cheaper one for this shape, rank and device.
         tolerance: the sine of an angle, in (0, 1).
-        seed: of the fixed Gaussian block that "lowrank" starts from.
+        seed: seed of the fixed Gaussian block from which "lowrank" starts.
         name: begins every error message.
 
     Returns:
@@ -91,10 +90,10 @@ def principal_subspace(
         largest = float(torch.maximum(-lowest, highest))
         if not math.isfinite(largest):
             raise ValueError(
-                f"{name}: the weight holds NaN or infinity, and a principal subspace needs finite numbers; "
+                f"{name}: the weight holds NaN or infinity, but a principal subspace needs finite numbers; "
                 f"check how the base model was loaded"
             )
-        # A power of two costs no accuracy, and keeps squares away from overflow and underflow.
+        # Scaling by a power of two costs no accuracy, and prevents overflow and underflow of squares.
         exponent = math.frexp(largest)[1]
         scaled = abs(exponent) > 16
         if scaled:
@@ -118,23 +117,23 @@ def principal_subspaces(
 ) -> list[Subspace]:
     """Find the principal subspaces of many weights, solving equal weights once.
 
-    `solver`, `tolerance` and `seed` are as for `principal_subspace`.
+    `solver`, `tolerance` and `seed` are as in `principal_subspace`.
 
     Args:
         requests: the weights and their ranks.
-        cache: keeps results on disk between processes; None for none. Weights on a CUDA device are always solved:
-            that takes less time than to find out which entry is theirs.
-        progress: None shows one bar over all weights if the work takes more than a few seconds, True at once, False
-            never.
+        cache: keeps results on disk between processes; None turns it off. Weights on a CUDA device are always solved,
+            which takes less time than finding their cache entry.
+        progress: None shows one progress bar over all weights if the work takes more than a few seconds, True shows it
+            at once, False never.
 
     Returns:
-        One for each request, in their order. Requests whose weights are equal, on the same device, and whose ranks are
-        equal get the very same object.
+        One subspace per request, in order. Requests with equal ranks and equal weights on the same device get the same
+        object.
 
     Raises:
-        ValueError: as `principal_subspace`, beginning with the request's name.
+        ValueError: as in `principal_subspace`, beginning with the request's name.
     """
-    # tqdm reads its own switch only where nothing is passed, and then only once, at its import.
+    # tqdm reads its own switch only if nothing is passed, and then only once, when imported.
     off = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
     solved = EqualWeights()
     results: list[Subspace] = []
@@ -174,21 +173,21 @@ def _found_or_solved(
 
 
 def worth_hashing(device: torch.device) -> bool:
-    """Say whether naming a weight for the cache costs less than solving it.
+    """Whether computing a weight's cache key costs less than solving it.
 
-    Not on a GPU: the H100's host took 0.1 to 0.4 s to copy and hash a weight of 4096 × 4096 to 14336 × 4096 that the
-    GPU solves in 0.02 to 0.04 s at rank 46 and in 0.12 s at rank 352.
+    It does not on a GPU: an H100's host took 0.1 to 0.4 s to copy and hash weights of 4096 × 4096 to 14336 × 4096,
+    which the GPU solves in 0.02 to 0.04 s at rank 46 and in 0.12 s at rank 352.
     """
     return device.type != "cuda"
 
 
 def subspace_key(weight: Tensor, rank: int, solver: str, tolerance: float, seed: int) -> str:
-    """Name a principal subspace by everything that it depends on, `SOLVER_VERSION` included.
+    """The cache key of a principal subspace, made from everything it depends on, including `SOLVER_VERSION`.
 
-    `rank`, `solver`, `tolerance` and `seed` are as for `principal_subspace`.
+    `rank`, `solver`, `tolerance` and `seed` are as in `principal_subspace`.
 
     Args:
-        weight: W; its shape, dtype and bytes in row-major order count.
+        weight: W, of which the shape, the dtype and the bytes in row-major order count.
 
     Returns:
         64 hexadecimal digits (blake2b).
@@ -204,19 +203,19 @@ def _check_request(weight: Tensor, rank: int, solver: str, tolerance: float, nam
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.numel() == 0:
         given = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(
-            f"{name}: got {given}, and a principal subspace needs a non-empty matrix (out, in); reshape the weight "
+            f"{name}: got {given}, but a principal subspace needs a non-empty matrix (out, in); reshape the weight "
             f"to two dimensions first"
         )
     if not weight.is_floating_point() or weight.is_meta:
         given = "a meta tensor without data" if weight.is_meta else f"dtype {weight.dtype}"
         raise ValueError(
-            f"{name}: got {given}, and a principal subspace needs real floating numbers; load or dequantise the "
+            f"{name}: got {given}, but a principal subspace needs real floating numbers; load or dequantise the "
             f"weight first"
         )
     allowed = min(weight.shape)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= allowed:
         raise ValueError(
-            f"{name}: rank is {rank!r}, and a weight of shape {tuple(weight.shape)} allows integers from 1 to "
+            f"{name}: rank is {rank!r}, but a weight of shape {tuple(weight.shape)} allows integers from 1 to "
             f"{allowed}; choose a smaller rank, or leave this layer out"
         )
     if solver not in SOLVERS:
@@ -229,7 +228,7 @@ def _check_request(weight: Tensor, rank: int, solver: str, tolerance: float, nam
 
 
 def _solve(matrix: Tensor, rank: int, solver: str, tolerance: float, seed: int, original: Tensor) -> Subspace:
-    # By rows: as accurate as float64 over everything, without converting a large weight.
+    # By rows: as accurate as float64 throughout, without converting a large weight.
     total = float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
     if solver == "auto":
         solver = cheaper_solver(matrix.shape[0], matrix.shape[1], rank, matrix.device)
@@ -251,16 +250,16 @@ def _full(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The exact top right singular vectors (rank, in) and values (rank,), in float64.
 
     For single precision: eigenvectors of the smaller Gram matrix in float64. Squaring costs half of float64's digits,
-    which leaves more than single precision had: against a float64 SVD of weights with a condition of 1e6 it is
-    closer than the float32 SVD, and 1.2 to 1.6 times faster (benchmarks/subspace.py). Float64 has no digits to give
-    away, so there it is the SVD itself.
+    which leaves more than single precision has: for weights with a condition number of 1e6, the result is closer to a
+    float64 SVD than the float32 SVD is, and 1.2 to 1.6 times faster (benchmarks/subspace.py). For float64, which has
+    no digits to spare, it is the SVD itself.
     """
     if matrix.dtype == torch.float64:
         _, values, basis = torch.linalg.svd(matrix, full_matrices=False)
         return basis[:rank], values[:rank]
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if wide else matrix
-    # By rows, so that never all of a large weight lies there once more in float64.
+    # By rows, so that there is never a whole float64 copy of a large weight.
     parts = rows_in_parts(tall)
     gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=matrix.device)
     for part in parts:
@@ -269,15 +268,15 @@ def _full(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     eigenvalues, vectors = torch.linalg.eigh(gram)
     values = eigenvalues[-rank:].flip(0).clamp_min(0.0).sqrt()
     top = vectors[:, -rank:].flip(1)
-    # QR takes the strong directions out of the weak ones in turn, which dividing by the singular value would not.
+    # QR removes the strong directions from the weak ones in turn; dividing by the singular value would not.
     return (torch.linalg.qr(torch.cat([part.double() @ top for part in parts])).Q.T if wide else top.T), values
 
 
 def _complete(basis: Tensor, values: Tensor, negligible: float) -> Tensor:
-    """Replace the directions whose singular value is rounding noise by ones that everybody would choose alike.
+    """Replace directions whose singular values are rounding noise by directions that are the same everywhere.
 
-    They are a fixed Gaussian block, made orthogonal to the directions kept, and to one another in order: a function of
-    the span of the kept ones alone, the same whatever the rank asked for.
+    These are a fixed Gaussian block, made orthogonal to the kept directions and to one another in order: they depend
+    only on the span of the kept ones, whatever rank is requested.
     """
     rank, width = basis.shape
     kept = int((values > negligible * values[0]).sum())
@@ -290,12 +289,12 @@ def _complete(basis: Tensor, values: Tensor, negligible: float) -> Tensor:
 
 
 def cheaper_solver(out_features: int, in_features: int, rank: int, device: torch.device | str = "cpu") -> str:
-    """Say which solver "auto" takes, "full" or "lowrank", by the cost model of a device.
+    """The solver that "auto" takes, "full" or "lowrank", by the cost model of a device.
 
-    Fitted by benchmarks/subspace.py: operations on two CPU cores, and seconds on an NVIDIA H100 for bfloat16 weights
-    of 1024 to 14336 rows and columns at ranks 46 and 352 (the fit is within 20 % of each). GPUs for consumers have
-    float64, in which "full" squares the weight, at a fiftieth of that card's speed or less: on a GPU "full" ends at
-    sides of 2048, unless the block of "lowrank" were most of the weight.
+    The models were fitted with benchmarks/subspace.py: operations on two CPU cores, and seconds on an NVIDIA H100 for
+    bfloat16 weights of 1024 to 14336 rows and columns at ranks 46 and 352 (within 20 % of each measurement). Consumer
+    GPUs have at most a fiftieth of that card's float64 speed, in which "full" squares the weight, so on a GPU "full" is
+    limited to sides of 2048, unless the block of "lowrank" would be most of the weight.
     """
     short, long = sorted((out_features, in_features))
     block = block_size(rank)

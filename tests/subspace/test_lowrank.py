@@ -95,7 +95,7 @@ def test_padding_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "Give rank"),
+        ({}, "Neither rank nor energy"),
         ({"rank": 3, "energy": 0.5}, "both given"),
         ({"rank": 0}, "at least 1"),
         ({"rank": True}, "at least 1"),

@@ -203,7 +203,7 @@ def test_refusals(pinned: Tensor, candidates: Tensor, words: str) -> None:
 def test_pin_refuses_what_is_no_basis() -> None:
     with pytest.raises(ValueError, match="r ≤ in"):
         pin(torch.ones(5, 4))
-    with pytest.raises(ValueError, match="oversampling is -1"):
+    with pytest.raises(ValueError, match="oversampling=-1"):
         pin(torch.eye(4), oversampling=-1)
 
 

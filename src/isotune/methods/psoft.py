@@ -80,7 +80,7 @@ class PsoftConfig(SubspaceConfig):
             allowed = "it must be between 0 and 1, where the series converges"
             require(0.0 < bound < 1.0, "cayley_neumann_eps", bound, allowed)
         if self.psoft_orth and any(self.scale_of(key) != 1.0 for key in ("", *self.alpha_pattern, *self.rank_pattern)):
-            message = "psoft_alpha differs from r, so angles and norms of the principal weights are not preserved."
+            message = "psoft_alpha differs from r, so angles and norms of the principal weights are not strictly kept."
             warnings.warn(f"{message} Leave it at None for the strict method.", IsotuneWarning, stacklevel=3)
 
     @property

@@ -43,7 +43,7 @@ def seeds(comparison: Comparison, looks: Looks) -> Section | None:
         90 + 30 * len(shown),
     )
     text = "" if best is None else f"Best on average: {best.title}, {comparison.shown(best.mean)}."
-    return Section("quality", "Quality", text, [figure])
+    return Section("quality", "Quality", text, [figure], named=True)
 
 
 def forgetting(comparison: Comparison, looks: Looks) -> Section | None:
@@ -80,6 +80,5 @@ def forgetting(comparison: Comparison, looks: Looks) -> Section | None:
         layout,
         90 + 30 * len(found),
     )
-    return Section(
-        "forgetting", "Forgetting", "How much worse the model became at text it was not trained on.", [figure]
-    )
+    about_it = "How much worse the model became at text it was not trained on."
+    return Section("forgetting", "Forgetting", about_it, [figure], named=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from isotune.experiments.chart import draw
 from isotune.experiments.records import Training, number
 from isotune.experiments.registry import entry
 from isotune.experiments.text import aligned, printable
@@ -82,36 +83,11 @@ def training_rows(training: Training) -> list[Row]:
 
 
 def chart(training: Training, path: Path) -> None:
-    """Draw the scores of a training as bars into a PNG of 1,280 × about 640 pixels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    metric = training.metric
-    rows = training_rows(training)
-    found = [row for row in rows if "trainable_parameters" in row or row["label"] == "majority class"]
-    figure = Figure(figsize=(8, 1.2 + 0.7 * len(found)), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)  # no window, no global state: charts may be drawn in any process
-    axes = figure.subplots()
-    colours = ["#b9c0c9"] * (len(found) - 1) + ["#2f6db5"]
-    bars = axes.barh([row["label"] for row in found], [row["mean"] for row in found], color=colours)
-    for bar, row in zip(bars, found, strict=True):
-        trained = row.get("trainable_parameters")
-        note = f"  {shown_score(metric, row)}"
-        note += "" if trained is None else f"   {trained:,.0f} trainable parameters"
-        # Inside a long bar, beside a short one, so the text never leaves the axes.
-        long = row["mean"] > 0.5
-        axes.text(
-            row["mean"] - 0.01 if long else row["mean"],
-            bar.get_y() + bar.get_height() / 2,
-            note.strip() if long else note,
-            va="center",
-            ha="right" if long else "left",
-            color="white" if long and row is found[-1] else "#1d2733",
-            fontsize=11,
-        )
-    axes.invert_yaxis()
-    axes.set_xlim(min(0.0, *(row["mean"] for row in found)), 1)
-    axes.set_xlabel(f"test {metric.replace('_', ' ')}")
-    axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    """Draw the scores of a training, each with its interval over the test examples; as `draw`."""
+    rows = [row for row in training_rows(training) if "trainable_parameters" in row]
+    runs = [run for run in training.records if run.chosen and run.score is not None]
+    shown = [
+        {**row, "title": row["label"], "score": shown_score(training.metric, row), "interval": run.interval}
+        for row, run in zip(rows, runs, strict=True)
+    ]
+    draw(training.metric, training.data, shown, path)

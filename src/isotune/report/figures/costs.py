@@ -72,10 +72,11 @@ def _against(
         shown = f"{comparison.shown(score)} {comparison.shown_error(variant.standard_error)}"
         text = hover(safe(variant.title), show(cost), shown)
         data.append(marks(variant, [cost], [score], text, marker=marker, error_y=bars))
+    ends = [score + sign * (v.standard_error or 0.0) for _, score, v in points for sign in (-1, 1)]
     logarithmic = min(values) > 0 and max(values) / min(values) > 8
     layout = {
         "xaxis": axis(name, **_ticks(values, show, logarithmic=logarithmic)),
-        "yaxis": scores(comparison, f"test {comparison.metric_name}", [score for _, score, _ in points]),
+        "yaxis": scores(comparison, f"test {comparison.metric_name}", ends),
         "meta": {"labels": _labels(points, members, logarithmic=logarithmic)},
     }
     listed = ", ".join(f"{v.title} ({show(cost)}, {comparison.shown(score)})" for cost, score, v in front)

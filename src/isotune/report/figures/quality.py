@@ -25,8 +25,9 @@ def seeds(comparison: Comparison, looks: Looks) -> Section | None:
             above = [ends[1] - score if ends else 0 for _, score, ends in found]
             points["error_x"] = error(above, 1, 0, "@muted", symmetric=False, arrayminus=below)
         data += [points, mean(comparison, looks, variant, along="x", at=row, text=[safe(variant.title)])]
+    reached = [end for v in shown for r in v.runs for end in (r.score, *(r.interval or ())) if end is not None]
     layout = {
-        "xaxis": scores(comparison, f"test {comparison.metric_name}"),
+        "xaxis": scores(comparison, f"test {comparison.metric_name}", reached),
         "yaxis": names([variant.title for variant in shown]),
     }
     best = comparison.best

@@ -76,11 +76,14 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
     if source in known:
         return known[source], f"packaged recipe {source}"
     path = Path(source)
-    if not path.exists():
+    if len(source) > 1000 or not path.exists():  # no file system has a name of such length
         if path.suffix in {".yaml", ".yml"}:
-            raise RecipeError(f"there is no recipe file {source}")
-        listed = f"there is no recipe {source!r}: `isotune recipes` lists them, and a YAML file is given by its path"
-        raise RecipeError(listed + meant(source, known))
+            raise RecipeError(f"there is no recipe file {source}; `isotune init` writes one")
+        nearest = meant(source, known)
+        raise RecipeError(
+            f"there is no recipe {shown(source)}{nearest or ';'} `isotune recipes` lists all, and a YAML file is given "
+            "by its path"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

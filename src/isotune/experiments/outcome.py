@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -93,6 +94,7 @@ class MethodResult:
         """The method in `comparison.json`: scores by seed, and the means of the measures over its seeds."""
         return {
             "label": self.label,
+            "title": self.title,
             "method": dict(self.method),
             "lr": self.lr,
             "lr_tried": list(self.tried),
@@ -103,6 +105,7 @@ class MethodResult:
             "scores": {str(run.seed): run.score for run in self.runs},
             "failed": self.failed,
             "validation_score": self._mean(run.validation.get(run.metric) for run in self.runs),
+            "untrained_score": self._mean(run.untrained.get(run.metric) for run in self.runs),
             **{name: self._measure(name) for name in MEASURES},
         }
 
@@ -152,3 +155,14 @@ def method_result(
         search=search,
         failed=failed,
     )
+
+
+def with_titles(found: Sequence[MethodResult]) -> list[MethodResult]:
+    """The same, where methods that differ in what no title says, such as a training setting, have labels for titles."""
+    titles = [one.title for one in found]
+    return [
+        dataclasses.replace(one, title=one.label.replace(":", " ").replace("+", " "))
+        if titles.count(one.title) > 1
+        else one
+        for one in found
+    ]

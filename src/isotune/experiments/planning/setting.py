@@ -93,7 +93,7 @@ class Setting:
     utilization: float | None = None
 
     def __post_init__(self) -> None:
-        require_choice("method", self.method, [name for name in registry.entries() if name != "head"])
+        require_choice("method", self.method, registry.entries())
         for name in ("devices", "batch", "sequence"):
             require_positive_integer(name, getattr(self, name))
         if self.sharding is None:

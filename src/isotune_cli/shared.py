@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import json
 import logging
@@ -127,7 +128,9 @@ def _one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt as stop:
         say("interrupted: run the same command again to continue", err=True)
         raise typer.Exit(130) from stop
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            raise
         said = f"error: {error}"
         if _is_unreachable(error):
             said += (

@@ -14,6 +14,7 @@ from isotune.experiments.planning.show import size
 from isotune.experiments.recipe import Recipe, Train
 from isotune.experiments.schedule import Schedule
 from isotune.experiments.text import aligned
+from isotune.files.base_model import gguf_of, resolve_base
 
 
 def preview(schedule: Schedule) -> dict[str, Any]:
@@ -35,9 +36,11 @@ def preview(schedule: Schedule) -> dict[str, Any]:
             batch=processes.share_of(settings.batch_size // settings.gradient_accumulation),
             sequence=settings.max_length,
             checkpointing=settings.gradient_checkpointing,
+            new_head=True,
         )
         built = None
-        if task.peft_type != "CAUSAL_LM":  # whose class its configuration names, so that no weights need be loaded
+        # The class of a language model is named by its configuration, so that no weights need be loaded.
+        if task.peft_type != "CAUSAL_LM" or gguf_of(resolve_base(recipe.model)):
             model, head = task.build()
             built = Built(model.to("meta"), recipe.dtype, head, task.peft_type)
         found = estimate(setting, built)

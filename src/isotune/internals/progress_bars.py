@@ -10,7 +10,7 @@ from tqdm.std import tqdm
 _TQDMS = {name: getattr(tqdm, name) for name in ("display", "clear", "close")}
 _SECONDS = 10
 """At least between two lines of one bar."""
-_FORMAT = "{desc}{percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+_FORMAT = "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 def show_progress(how: Literal["bars", "lines", "none"]) -> None:

@@ -97,8 +97,6 @@ def estimate(setting: Setting, built: Built | None = None) -> Estimate:
     Raises:
         ValueError: no such model or method, options that do not fit, or a model that cannot be followed.
     """
-    if built is None:  # what a configuration describes has no new head
-        require_choice("method", setting.method, [name for name in registry.entries() if name != "head"])
     with quiet():
         with torch.device("meta"):
             built = built or _build(setting)
@@ -199,10 +197,11 @@ def _build(setting: Setting) -> Built:
 def _let_attention_be_followed(model: Any) -> None:
     import transformers
 
-    if attention_of(model.config) == "sdpa":
-        # No masks are made for it either: whether one is needed cannot be read off tensors without numbers.
-        transformers.AttentionInterface.register(_ATTENTION, attention)
-        model.set_attn_implementation(_ATTENTION)
+    # No masks are made for it either: whether one is needed cannot be read off tensors without numbers.
+    transformers.AttentionInterface.register(_ATTENTION, attention)
+    for part in model.modules():  # an encoder inside of a classifier has a configuration of its own
+        if isinstance(part, transformers.PreTrainedModel) and attention_of(part.config) == "sdpa":
+            part.set_attn_implementation(_ATTENTION)
 
 
 def _adapted(built: Built, setting: Setting) -> nn.Module:

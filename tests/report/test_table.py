@@ -130,5 +130,5 @@ def test_the_command_writes_each_format(folder: Path, tmp_path: Path) -> None:
         assert path.read_text() == done.stdout
     done = run(cli.app, ["report", str(folder), "--format", "pdf"])
     assert (done.exit_code, "html, md, csv, latex" in done.output) == (2, True)
-    done = run(cli.app, ["report", str(tmp_path)])
+    done = run(cli.app, ["report", str(tmp_path / "new")])
     assert (done.exit_code, "isotune compare" in done.output) == (2, True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from isotune.experiments.chart import draw
-from isotune.experiments.records import Training, number
-from isotune.experiments.registry import entry
+from isotune.experiments.records import number
 from isotune.experiments.text import aligned, printable
 
 Row = Mapping[str, Any]
@@ -24,15 +23,16 @@ _COLUMNS = (
 """Heading, key of a row, how a number is written, and in which unit."""
 
 
-def table(metric: str, rows: Sequence[Row]) -> str:
-    """Methods as lines of text, one each as `comparison.json` holds them, then what failed.
+def table(result: Mapping[str, Any]) -> str:
+    """What an experiment came to, as `Schedule.result` makes it, as lines of text, and after them what failed.
 
     What a row does not have is left empty, and a column that none has is left out.
     """
+    metric, rows = result["metric"], rows_of(result)
     lines = [("", metric.replace("_", " "), "seeds", "lr", *(heading for heading, _, _, _ in _COLUMNS))]
     for row in rows:
         seeds, lr = row.get("seeds"), row.get("lr")
-        cells = [str(row["label"]), shown_score(metric, row), "" if seeds is None else str(seeds)]
+        cells = [str(row["title"]), shown_score(metric, row), "" if seeds is None else str(seeds)]
         cells.append("" if lr is None else f"{lr:g}" + ("*" if row.get("lr_at_border") else ""))
         for _, key, form, unit in _COLUMNS:
             value = row.get(key)
@@ -43,7 +43,23 @@ def table(metric: str, rows: Sequence[Row]) -> str:
     shown = [head, "-" * len(head), *body]
     if any(row.get("lr_at_border") for row in rows):
         shown.append("* the best of the rates tried is the lowest or the highest; a better one may lie beyond")
-    return "\n".join([*shown, *(f"{row['label']} failed: {row['failed']}" for row in rows if row.get("failed"))])
+    return "\n".join([*shown, *(f"{row['title']} failed: {row['failed']}" for row in rows if row.get("failed"))])
+
+
+def rows_of(result: Mapping[str, Any]) -> list[Row]:
+    """The rows of an experiment: what needs no training, its methods, and what a training has saved."""
+    metric, methods = result["metric"], result["rows"]
+    majority = number(result["data"].get("majority_accuracy"))
+    rows: list[Row] = []
+    if metric == "accuracy" and majority is not None:
+        rows.append({"title": "majority class", "mean": majority})
+    untrained = (row["untrained_score"] for row in methods)
+    rows += [{"title": "untrained head", "mean": score} for score in untrained if score is not None]
+    rows += methods
+    for name, how in (("reloaded", "reloaded in a new process"), ("merged", "merged into the base")):
+        if name in result.get("saved", {}):
+            rows.append({"title": f"{methods[-1]['title']}, {how}", "mean": result["saved"][name][metric]})
+    return rows
 
 
 def shown_score(metric: str, row: Row) -> str:
@@ -56,38 +72,7 @@ def shown_score(metric: str, row: Row) -> str:
     return f"{scale * row['mean']:.{digits}f}{spread}{unit}"
 
 
-def of_training(training: Training) -> str:
-    """The table of a training."""
-    return table(training.metric, training_rows(training))
-
-
-def training_rows(training: Training) -> list[Row]:
-    """The rows of a training: what needs no training, each method at its best rate, and the saved adapter."""
-    metric = training.metric
-    majority = number(training.data.get("majority_accuracy"))
-    chosen = [run for run in training.records if run.chosen and run.score is not None]
-    rows: list[Row] = []
-    if metric == "accuracy" and majority is not None:
-        rows.append({"label": "majority class", "mean": majority})
-    rows += [{"label": "untrained head", "mean": run.untrained[metric]} for run in chosen if metric in run.untrained]
-    title = ""
-    for run in chosen:
-        name = str(run.method.get("name"))
-        title = "head alone" if name == "head" else entry(name).title_of(run.method)
-        measures = {key: getattr(run, key) for _, key, _, _ in _COLUMNS}
-        rows.append({"label": title, "mean": run.score, "lr": run.lr, **measures})
-    for name, how in (("reloaded", "reloaded in a new process"), ("merged", "merged into the base")):
-        if metric in training.saved.get(name, {}):
-            rows.append({"label": f"{title}, {how}", "mean": training.saved[name][metric]})
-    return rows
-
-
-def chart(training: Training, path: Path) -> None:
-    """Draw the scores of a training, each with its interval over the test examples; as `draw`."""
-    rows = [row for row in training_rows(training) if "trainable_parameters" in row]
-    runs = [run for run in training.records if run.chosen and run.score is not None]
-    shown = [
-        {**row, "title": row["label"], "score": shown_score(training.metric, row), "interval": run.interval}
-        for row, run in zip(rows, runs, strict=True)
-    ]
-    draw(training.metric, training.data, shown, path)
+def chart(result: Mapping[str, Any], path: Path) -> None:
+    """Draw the scores of the methods of an experiment, as `Schedule.result` makes it; as `draw`."""
+    rows = [{**row, "score": shown_score(result["metric"], row)} for row in result["rows"] if row["mean"] is not None]
+    draw(result["metric"], result["data"], rows, path)

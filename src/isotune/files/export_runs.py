@@ -41,7 +41,7 @@ def adapter_folders(directory: str | os.PathLike[str]) -> list[Path]:
     inside = [file.parent.relative_to(root) for file in root.rglob(CONFIG_FILE)]
     found = [path for path in inside if not any(part.startswith(".") for part in path.parts)]  # no half-written ones
     if not found:
-        raise ValueError(f"Neither {root} nor a folder in it has an {CONFIG_FILE}, so there is no adapter to export.")
+        raise ValueError(f"Neither {root} nor a folder in it has an {CONFIG_FILE}, so there is no adapter.")
     return sorted(found, key=_natural)
 
 

@@ -29,6 +29,7 @@ def test_the_demo_trains_reloads_and_merges(tmp_path: Path) -> None:
     for name in ("reloaded", "merged"):
         assert result["saved"][name] == {"accuracy": result["metrics"]["accuracy"], "changed": 0}
     assert (tmp_path / "run" / "chart.png").stat().st_size > 5_000
-    for shown in ("majority class", "untrained head", "head only", "PSOFT r=46, merged into the base"):
+    for shown in ("majority class", "untrained head", "head only", "PSOFT r=46, reloaded", "PSOFT r=46, merged"):
         assert shown in done.stdout
+    assert all(len(line) <= 100 for line in done.stdout.splitlines())
     assert_exports(tmp_path / "run", "psoft", tmp_path / "exported")

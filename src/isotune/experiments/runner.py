@@ -42,8 +42,8 @@ def carry_out(schedule: Schedule, engine: Engine) -> dict[str, Any]:
     bar = processes.bar(total, min(total, done), "comparing", "run", hidden=schedule.training)
     try:
         for run, record in _runs(schedule, engine):
-            processes.say(_line(run, record))
             bar.update()
+            processes.say(_line(run, record))
             if processes.is_main():
                 write_json(path, schedule.result())
     except KeyboardInterrupt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ _COLUMNS = (
     ("kept", "kept_bytes", "{:,.1f} MiB", 2**20),
 )
 """Heading, key of a row, how a number is written, and in which unit."""
+WIDTH = 100
+_LEFT_OUT = ("file", "peak", "adapter", "kept", "time")
+"""The columns that are left out one after the other where a line would have more than WIDTH characters."""
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -39,11 +42,19 @@ def table(result: Mapping[str, Any]) -> str:
             cells.append("" if value is None else form.format(value / unit))
         lines.append(tuple(cells))
     used = [i for i in range(len(lines[0])) if i < 2 or any(line[i] for line in lines[1:])]
-    head, *body = aligned([[printable(line[i]) for i in used] for line in lines], "<" + ">" * (len(used) - 1))
+    head, *body = _aligned(lines, used)
+    for heading in _LEFT_OUT:
+        if len(head) > WIDTH and (column := lines[0].index(heading)) in used:
+            used.remove(column)
+            head, *body = _aligned(lines, used)
     shown = [head, "-" * len(head), *body]
     if any(row.get("lr_at_border") for row in rows):
         shown.append("* the best of the rates tried is the lowest or the highest; a better one may lie beyond")
     return "\n".join([*shown, *(f"{row['title']} failed: {row['failed']}" for row in rows if row.get("failed"))])
+
+
+def _aligned(lines: Sequence[tuple[str, ...]], used: Sequence[int]) -> list[str]:
+    return aligned([[printable(line[i]) for i in used] for line in lines], "<" + ">" * (len(used) - 1))
 
 
 def rows_of(result: Mapping[str, Any]) -> list[Row]:
@@ -56,9 +67,8 @@ def rows_of(result: Mapping[str, Any]) -> list[Row]:
     untrained = (row["untrained_score"] for row in methods)
     rows += [{"title": "untrained head", "mean": score} for score in untrained if score is not None]
     rows += methods
-    for name, how in (("reloaded", "reloaded in a new process"), ("merged", "merged into the base")):
-        if name in result.get("saved", {}):
-            rows.append({"title": f"{methods[-1]['title']}, {how}", "mean": result["saved"][name][metric]})
+    for name, found in result.get("saved", {}).items():
+        rows.append({"title": f"{methods[-1]['title']}, {name}", "mean": found[metric]})
     return rows
 
 

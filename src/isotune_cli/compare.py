@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from isotune_cli.shared import Overrides, Result
+from isotune_cli.shared import Overrides, Result, command_line
 from isotune_cli.train import DryRun
 
 
@@ -72,7 +70,7 @@ def compare(
         match_params=comparing.whole_number(match_params) if match_params is not None else None,
         threads=threads or max(1, engines.processors() // jobs),
         keep_adapters=keep_adapters,
-        command=shlex.join(["isotune", *sys.argv[1:]]),
+        command=command_line(),
     )
     schedule = comparing.plan(recipe, loaded, options, folder)
     if dry_run:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import warnings
@@ -82,6 +83,11 @@ def command(function: Callable[..., Result | None]) -> Callable[..., None]:
     called.__annotations__ = {**hints, **shared}
     called.__name__, called.__doc__ = function.__name__, function.__doc__
     return called
+
+
+def command_line() -> str:
+    """What was typed, for a record that says how to repeat it."""
+    return shlex.join(["isotune", *sys.argv[1:]])
 
 
 def say(text: str, *, err: bool = False) -> None:

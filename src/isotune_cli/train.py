@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from isotune_cli.shared import Overrides, Result
+from isotune_cli.shared import Overrides, Result, command_line
 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be trained, and what it needs; train and write nothing.")
@@ -28,5 +28,5 @@ def train(
     if dry_run:
         found = preview.preview(training.plan(loaded))
         return Result(preview.to_text(found), found)
-    result = training.train(loaded)
+    result = training.train(loaded, command_line())
     return Result(table.table(result), result) if processes.is_main() else None

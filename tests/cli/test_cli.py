@@ -34,7 +34,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     seen: list[Recipe] = []
     result = {"metric": "accuracy", "data": {}, "rows": [{"title": "PSOFT", "mean": 0.5, "untrained_score": None}]}
 
-    def note(recipe: Recipe) -> dict[str, Any]:
+    def note(recipe: Recipe, command: str) -> dict[str, Any]:
+        assert command.startswith("isotune ")
         seen.append(recipe)
         return result
 
@@ -98,7 +99,7 @@ def test_missing_data_are_one_line_before_any_model_is_looked_for(
 def test_what_is_raised_sets_the_exit_code(
     monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, said: str
 ) -> None:
-    def fail(recipe: Recipe) -> None:
+    def fail(recipe: Recipe, command: str) -> None:
         raise raised
 
     monkeypatch.setattr(train_module, "train", fail)
@@ -107,7 +108,7 @@ def test_what_is_raised_sets_the_exit_code(
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(recipe: Recipe) -> None:
+    def fail(recipe: Recipe, command: str) -> None:
         raise KeyError("a bug")
 
     monkeypatch.setattr(train_module, "train", fail)
@@ -143,7 +144,7 @@ def test_version() -> None:
 def test_json_is_all_there_is_on_stdout(called: list[Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     result = {"metric": "accuracy", "data": {"\u202e": "ü"}, "rows": []}
 
-    def talk(recipe: Recipe) -> dict[str, Any]:
+    def talk(recipe: Recipe, command: str) -> dict[str, Any]:
         processes.say("a line about progress")
         return result
 
@@ -170,7 +171,7 @@ def test_quiet_and_verbose(
         monkeypatch.setenv(name, "error")
     inner = train_module.train
 
-    def talk(recipe: Recipe) -> dict[str, Any]:
+    def talk(recipe: Recipe, command: str) -> dict[str, Any]:
         processes.say("ours")
         logging.getLogger("another.library").info("theirs")
         with quiet():
@@ -178,7 +179,7 @@ def test_quiet_and_verbose(
             warnings.warn("a warning", IsotuneWarning, stacklevel=1)
         for _ in tqdm(range(2), desc="a bar", disable=False):
             pass
-        return inner(recipe)
+        return inner(recipe, command)
 
     monkeypatch.setattr(train_module, "train", talk)
     seen: list[str] = []
@@ -233,7 +234,7 @@ def test_a_network_that_is_not_there_is_said_with_what_to_do(monkeypatch: pytest
     class ConnectError(Exception):
         pass
 
-    def fail(recipe: Recipe) -> None:
+    def fail(recipe: Recipe, command: str) -> None:
         try:
             raise ConnectError("[Errno -2] Name or service not known")
         except ConnectError as error:

@@ -13,10 +13,11 @@ from isotune.experiments.runner import carry_out
 from isotune.experiments.schedule import Schedule, Variant
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
+def train(recipe: Recipe, command: str = "") -> dict[str, Any]:
     """Train and score a recipe, and write and return what `comparison.json` in its output folder then holds.
 
-    Continues where an earlier call with the same recipe stopped. Where that had finished, nothing is trained.
+    Continues where an earlier call with the same recipe stopped. Where that had finished, nothing is trained. `command`
+    is what repeats the training, for the record.
 
     Raises:
         RecipeError: a value is wrong, or the folder holds something else.
@@ -25,6 +26,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         TrainingDiverged: the loss is no longer a number.
     """
     schedule = plan(recipe)
+    schedule.details = {"command": command}
     return carry_out(schedule, ThisProcess(schedule.task))
 
 

@@ -1,12 +1,12 @@
 """Orthogonal and principal-subspace fine-tuning for PyTorch models, hosted by Hugging Face PEFT.
 
-Importing it registers the methods with PEFT, so that everything PEFT, transformers, TRL and diffusers do with an
-adapter works with isotune's configurations.
+Importing it registers the methods with PEFT, so that PEFT, transformers, TRL and diffusers handle isotune's
+configurations like any other adapter's.
 """
 
 from isotune.versions import check_versions
 
-check_versions()  # before anything imports a library that may be too old for it
+check_versions()  # before anything below imports a library that may be too old
 
 from peft import PeftModel, get_peft_model
 

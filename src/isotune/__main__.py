@@ -1,4 +1,4 @@
-"""`python -m isotune`, which is also what launchers of several processes are given."""
+"""Entry point of `python -m isotune`, which launchers of several processes also use."""
 
 from isotune_cli import main
 

@@ -1,10 +1,10 @@
-"""What isotune raises and warns with; everything is a ValueError or a UserWarning, so callers need not import it."""
+"""Exceptions and warnings of isotune: all are ValueErrors or UserWarnings, so callers need not import them."""
 
 from __future__ import annotations
 
 
 class IsotuneWarning(UserWarning):
-    """The category of every warning that isotune itself gives, so that one filter silences or raises them."""
+    """Category of every warning that isotune itself issues, so that one filter silences or raises them all."""
 
 
 class BaseMismatchError(ValueError):
@@ -16,4 +16,4 @@ class AdapterFileError(ValueError):
 
 
 class UnsupportedVersionError(ValueError, ImportError):
-    """A library that isotune stands on is too old."""
+    """A library that isotune depends on is too old."""

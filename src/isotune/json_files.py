@@ -9,14 +9,15 @@ from typing import Any
 
 
 def json_object(file: str | os.PathLike[str], error: type[ValueError] = ValueError) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read a JSON file that holds an object.
 
     Args:
-        file: its path.
-        error: what to raise.
+        file: path of the file.
+        error: the exception class to raise.
 
     Raises:
-        ValueError: as `error`: it is no JSON, or holds no object or one that is nested too deeply; names the file.
+        ValueError: or `error`, if the file is not valid JSON, does not hold an object or is nested too deeply; names
+            the file.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -25,5 +26,5 @@ def json_object(file: str | os.PathLike[str], error: type[ValueError] = ValueErr
     except ValueError as found:
         raise error(f"{file} is damaged: {found}. Copy or save it again.") from found
     if not isinstance(content, dict):
-        raise error(f"{file} is damaged: it holds no JSON object. Copy or save it again.")
+        raise error(f"{file} is damaged: it does not hold a JSON object. Copy or save it again.")
     return content

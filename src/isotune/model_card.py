@@ -1,4 +1,4 @@
-"""The page that a saved adapter brings along: README.md of its folder, which the Hub shows."""
+"""The model card of a saved adapter: the README.md in its folder, which the Hub shows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from yaml import YAMLError
 from isotune.json_files import json_object
 
 REQUIRES = "pip install isotune, and `import isotune` before the adapter is loaded"
-"""What is missing where PEFT alone says KeyError: 'ISOTUNE_…'."""
+"""What to do where PEFT alone fails with KeyError: 'ISOTUNE_…'."""
 
 CARD = "README.md"
 WEIGHTS = "adapter_model.safetensors"
@@ -24,7 +24,7 @@ _TEMPLATE = "[More Information Needed]"
 _BEGIN, _END = "<!-- isotune: this part is written anew at every save -->", "<!-- /isotune -->"
 _BLOCK = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END) + "\n?", re.DOTALL)
 _FRAMEWORK = re.compile(r"\n*### Framework versions\n+(- PEFT [^\n]*(\n|\Z))+(?!- )")
-"""The part of PEFT's that names nothing but PEFT."""
+"""The section of PEFT's card that lists only PEFT's own version."""
 _KIND = re.compile(r"\bISOTUNE_(\w+)")
 _HEADER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 _HUB_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
@@ -39,32 +39,32 @@ _TASKS = {
 
 
 def write_card(folder: Path, config: Any, figures: Mapping[str, float] | None = None, tags: Iterable[str] = ()) -> None:
-    """Write what an adapter folder holds into its README.md; text of the user's own there stays as it is.
+    """Describe an adapter in the README.md of its folder, leaving the user's own text as it is.
 
-    PEFT's template of empty headings is replaced. What an earlier call wrote is replaced too, but for its figures,
-    which stay until others are given.
+    PEFT's template of empty headings is replaced, and so is the text of an earlier call, except for its figures, which
+    stay until new ones are given.
 
     Args:
-        folder: with adapter_model.safetensors.
-        config: the adapter's, an IsotuneConfig.
-        figures: what was measured, such as {"test accuracy": 0.81}.
-        tags: more of them, beside the ones that the card has.
+        folder: the folder with adapter_model.safetensors.
+        config: the adapter's configuration, an IsotuneConfig.
+        figures: measured results, such as {"test accuracy": 0.81}.
+        tags: tags to add to those of the card.
     """
     table = _table(figures) if figures else None
     _write(folder, lambda text: _block(folder, config, table or _kept_table(text)), config, tags=tags)
 
 
 def write_cards(folder: Path, configs: Mapping[str, Any], tags: Iterable[str] = ()) -> None:
-    """Write the card of a folder that a model was saved into, into the one that PEFT, transformers or TRL writes.
+    """Add isotune's part to the card that PEFT, transformers or TRL wrote for a saved model.
 
-    A trainer of TRL's writes its own card anew between saving and uploading. One that keeps isotune's part calls this
-    in its `create_model_card`, after TRL's, for `self.args.output_dir` and `self.model.peft_config`.
+    TRL's trainers rewrite their card between saving and uploading. A trainer that is to keep isotune's part calls this
+    in its `create_model_card`, after TRL's, with `self.args.output_dir` and `self.model.peft_config`.
 
     Args:
-        folder: the model's, with the adapter called "default", and one folder for each other adapter.
-        configs: of all adapters by name, `model.peft_config`; where the one called "default" is of another library,
-            nothing is written.
-        tags: more of them for the card.
+        folder: the model's folder, which holds the adapter called "default" and one folder for each other adapter.
+        configs: configurations of all adapters by name, `model.peft_config`; if the one called "default" belongs to
+            another library, nothing is written.
+        tags: tags to add to those of the card.
     """
     own = {name: config for name, config in configs.items() if hasattr(config, "isotune_format")}
     if "default" in own and (folder / WEIGHTS).is_file():
@@ -74,7 +74,7 @@ def write_cards(folder: Path, configs: Mapping[str, Any], tags: Iterable[str] = 
 
 
 def tags_of(folder: Path) -> set[str]:
-    """The tags of a folder's card, without those that say which base and method it was of."""
+    """The tags of a folder's card, without those that name its base model and method."""
     path = folder / CARD
     if not path.is_file():
         return set()
@@ -84,21 +84,21 @@ def tags_of(folder: Path) -> set[str]:
 
 
 def update_list(folder: Path) -> None:
-    """Write the list of adapters in a folder anew, if its card is one that `write_cards` began."""
+    """Update the list of adapters in a folder's card, if `write_cards` has put one there."""
     path = folder / CARD
     if path.is_file() and _LIST in (text := path.read_text(encoding="utf-8")):
         path.write_text(_BLOCK.sub(lambda _: _list(folder), text), encoding="utf-8")
 
 
 def _read(path: Path) -> Any:
-    """A card, or an empty one of a file that is not there."""
+    """Read a card; a missing file gives an empty one."""
     from huggingface_hub import ModelCard
 
-    card = ModelCard("---\nlibrary_name: peft\n---\n")  # an empty one would be warned of
+    card = ModelCard("---\nlibrary_name: peft\n---\n")  # without a header, huggingface_hub would warn
     if path.is_file():
         try:
             card = ModelCard.load(path)
-        except (YAMLError, ValueError):  # PEFT writes a base that was named by a Path as an object of Python's
+        except (YAMLError, ValueError):  # PEFT writes a base given as a Path as a Python object
             card.text = _HEADER.sub("", path.read_text(encoding="utf-8"))
     return card
 
@@ -138,7 +138,7 @@ def _block(folder: Path, config: Any, table: str) -> str:
     loader = _TASKS.get(_task(config), ("", "AutoModel"))[1]
     numbers, layers = _counted(folder, config)
     source = base or local or "BASE_MODEL"
-    if loader == "AutoModelForSequenceClassification":  # with a head of the file's size, on the class that was trained
+    if loader == "AutoModelForSequenceClassification":  # needs a head of the saved size and the class that was trained
         imports = "import isotune, peft\nfrom isotune.files.adapter import named_base"
         load = f'named_base("THIS_FOLDER", "{source}")'
     else:
@@ -149,7 +149,7 @@ def _block(folder: Path, config: Any, table: str) -> str:
 | | |
 |---|---|
 | method | {name} ({config.peft_type.value}), by [isotune](https://pypi.org/project/isotune/) |
-| size | {sizes or "of its layers"}; {layers} adapted layers |
+| size | {sizes or "set by the width of each layer"}; {layers} adapted layers |
 | trainable parameters | {numbers:,} |
 | base model | {shown} |
 {table}
@@ -177,7 +177,7 @@ def _kept_table(text: str) -> str:
 
 
 def _hub_name(config: Any) -> str | None:
-    """The base model's name where it is one of the Hub's, and no place on the machine of the training."""
+    """The base model's name on the Hub; None for a path on the machine it was trained on."""
     name = str(config.base_model_name_or_path or "")
     return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else None
 
@@ -197,23 +197,23 @@ def _list(folder: Path) -> str:
 | folder | method |
 |---|---|
 {rows}
-Loading those of isotune needs it: {REQUIRES}. Without it PEFT says `KeyError: 'ISOTUNE_…'`.
+Loading isotune's adapters needs isotune: {REQUIRES}. Without it PEFT says `KeyError: 'ISOTUNE_…'`.
 {_END}
 """
 
 
 def _counted(folder: Path, config: Any) -> tuple[int, int]:
-    """How many numbers of the file are trained, and how many layers it adapts.
+    """The number of trainable parameters in the file and of the layers that it adapts.
 
-    A file also holds what is not trained: bases and pins, counters of saved modules, the embeddings of a vocabulary
-    that has grown.
+    A file also holds tensors that are not trained: bases and pins, counters of saved modules, the embeddings of an
+    extended vocabulary.
     """
     layers, count = set(), 0
     if not (folder / WEIGHTS).is_file():
         return 0, 0
     saved = {f".{name}." for name in config.modules_to_save or ()}
     with safe_open(folder / WEIGHTS, framework="pt") as opened:
-        for key in opened.keys():  # noqa: SIM118 (no dictionary)
+        for key in opened.keys():  # noqa: SIM118 (not a dictionary)
             layer, own, rest = key.partition(".isotune_")
             layers |= {layer} if own else set()
             trained = rest.startswith("operator.") if own else key.endswith(".bias") and config.bias != "none"

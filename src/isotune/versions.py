@@ -1,4 +1,4 @@
-"""The versions of other libraries that isotune runs on, asked before any of them is imported."""
+"""Versions of the libraries that isotune depends on, checked before any of them is imported."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from importlib.metadata import PackageNotFoundError, version
 from isotune.errors import IsotuneWarning, UnsupportedVersionError
 
 MINIMUM_VERSIONS = {"torch": "2.6", "peft": "0.18", "transformers": "5.6"}
-"""The lowest that isotune runs on; pyproject.toml says the same."""
+"""Lowest supported version of each library; must agree with pyproject.toml."""
 UNTESTED_VERSIONS = {"peft": "0.22"}
-"""From where on nobody has run the tests; pyproject.toml allows them."""
+"""First version of each library that the tests have not been run with; pyproject.toml allows it."""
 
 
 def check_versions() -> None:
-    """Refuse libraries that are too old for isotune, and say so once for those that are newer than what was tested.
+    """Refuse libraries that are too old for isotune, and warn about those newer than any it was tested with.
 
     Raises:
-        UnsupportedVersionError: a version below the minimum; it is both a ValueError and an ImportError.
+        UnsupportedVersionError: a version is below the minimum; this is both a ValueError and an ImportError.
     """
     for name, minimum in MINIMUM_VERSIONS.items():
         try:
             found: str | None = version(name)
-        except PackageNotFoundError:  # copied in without a package; importing it says if it is missing
+        except PackageNotFoundError:  # may be on the path without metadata; if not, importing it will fail clearly
             continue
-        if found is None:  # what an interrupted uninstall leaves has no version
+        if found is None:  # an interrupted uninstall leaves metadata without a version
             continue
         if _numbers(found) < _numbers(minimum):
             raise UnsupportedVersionError(
@@ -35,7 +35,7 @@ def check_versions() -> None:
         limit = UNTESTED_VERSIONS.get(name)
         if limit is not None and _numbers(found) >= _numbers(limit):
             warnings.warn(
-                f"isotune was tested with {name} below {limit}, and {found} is installed; if something fails, "
+                f"isotune was tested with {name} below {limit}, and {found} is installed. If something fails, run "
                 f"pip install '{name}<{limit}'.",
                 IsotuneWarning,
                 stacklevel=2,
@@ -43,6 +43,6 @@ def check_versions() -> None:
 
 
 def _numbers(found: str) -> tuple[int, ...]:
-    """The release of a version, (0, 22, 1) of 0.22.1.dev0; what comes before and after a release counts as it."""
+    """The release part of a version, (0, 22, 1) for 0.22.1.dev0; pre- and post-releases count as the release."""
     release = re.match(r"(?:\d+!)?([\d.]*\d)", found)
     return tuple(map(int, release[1].split("."))) if release else ()

@@ -104,9 +104,9 @@ def test_ranks_of_known_spectra() -> None:
 
 
 def test_refused_shapes() -> None:
-    with pytest.raises(ValueError, match="same rows"):
+    with pytest.raises(ValueError, match="equally many rows"):
         geometry.angle_change(torch.zeros(3, 2), torch.zeros(4, 2))
-    with pytest.raises(ValueError, match="same rows"):
+    with pytest.raises(ValueError, match="equally many rows"):
         geometry.norm_change(torch.zeros(3), torch.zeros(3))
     with pytest.raises(ValueError, match="at least 2"):
         geometry.angle_change(torch.zeros(3, 2), torch.zeros(3, 2), max_rows=1)

@@ -124,7 +124,7 @@ def test_table_is_aligned_and_ends_with_the_summary(tmp_path: Path) -> None:
     assert len({len(line) for line in rows}) == 1
     assert lines[-1] == report.summary()
     assert "4 layers of rank 3 to 4" in lines[-1]
-    assert f"{report.parameters:,} trained parameters" in lines[-1]
+    assert f"{report.parameters:,} trainable parameters" in lines[-1]
     assert report.parameters == 2 * (3 + 3 + 3) + 2 * (6 + 4 + 4)
 
 

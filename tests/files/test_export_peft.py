@@ -109,7 +109,7 @@ print(float((found - load_file("expected.safetensors")["logits"]).abs().max()))
         (HRAConfig(r=2, target_modules=TARGETS), "rotate inputs"),
         (OFTConfig(oft_block_size=8, side="output", target_modules=TARGETS), "OFTOperator on the outputs"),
         (BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=2, target_modules=TARGETS), "butterfly of 2 factors"),
-        (OFTConfig(oft_block_size=8, block_size_pattern={"q_proj": 4}, target_modules=TARGETS), "blocks of 4, 8, and"),
+        (OFTConfig(oft_block_size=8, block_size_pattern={"q_proj": 4}, target_modules=TARGETS), "blocks of 4, 8, but"),
     ],
 )
 def test_refusals(config: IsotuneConfig, said: str, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_refusals(config: IsotuneConfig, said: str, tmp_path: Path) -> None:
 
 def test_a_layer_that_peft_does_not_rotate_alike(tmp_path: Path) -> None:
     model = get_peft_model(tiny_gpt2(), OFTConfig(oft_block_size=8, target_modules=["c_attn"]))
-    with pytest.raises(ValueError, match=r"is a Conv1D; .*linear layers alone"):
+    with pytest.raises(ValueError, match=r"is a Conv1D; .*only on linear layers"):
         export_peft(model, tmp_path / "theirs")
 
 

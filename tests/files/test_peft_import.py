@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 import isotune_cli as cli
 from helpers import has_pefts_psoft, tiny_bert
 from isotune import PeftModel, PsoftConfig, get_peft_model
-from isotune.errors import AdapterFileError
+from isotune.errors import AdapterFileError, IsotuneWarning
 from isotune.files.adapter import describe
 from isotune.files.peft_import import import_peft
 
@@ -167,7 +168,7 @@ def test_import_refusals(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match=r"has a isotune\.tuner\.layer\.Linear.*plain base"):
         import_peft(tmp_path / "theirs", get_peft_model(opt(), PsoftConfig(r=2)).get_base_model())
     peft.get_peft_model(opt(), peft.LoraConfig(r=2)).save_pretrained(tmp_path / "lora")
-    with pytest.raises(AdapterFileError, match="'LORA'; only PSOFT"):
+    with pytest.raises(AdapterFileError, match="'LORA'; only PEFT's PSOFT"):
         import_peft(tmp_path / "lora", opt())
     tensors = load_file(tmp_path / "theirs/adapter_model.safetensors")
     first = min(tensors)
@@ -176,7 +177,7 @@ def test_import_refusals(tmp_path: Path) -> None:
         import_peft(tmp_path / "theirs", opt())
     kept = {k: v for k, v in tensors.items() if ".layers.0.fc1." not in k}
     save_file(kept, tmp_path / "theirs/adapter_model.safetensors")
-    with pytest.raises(AdapterFileError, match=r"disagree on 'model.decoder.layers.0.fc1'"):
+    with pytest.raises(AdapterFileError, match=r"disagree on whether 'model.decoder.layers.0.fc1'"):
         import_peft(tmp_path / "theirs", opt())
     save_file(
         {**tensors, "base_model.model.head.weight": torch.zeros(2)}, tmp_path / "theirs/adapter_model.safetensors"
@@ -248,10 +249,35 @@ def with_butterfly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft_boft, "FastBlockDiag", BlockDiagonal)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.OFTConfig(r=0, oft_block_size=4, target_modules=["up"], bias="all"),
+        peft.BOFTConfig(boft_block_size=4, target_modules=["up"], bias="boft_only"),
+        peft.HRAConfig(r=4, target_modules=["up"], bias="hra_only"),
+    ],
+    ids=lambda config: str(config.peft_type.value),
+)
+def test_biases_that_an_earlier_peft_did_not_save_are_missed_aloud(config: peft.PeftConfig, tmp_path: Path) -> None:
+    model = peft.get_peft_model(net(), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if not key.endswith(".bias")}, file)
+    with pytest.warns(IsotuneWarning, match=r"biases were trained, but adapter_model.safetensors holds none"):
+        imported = import_peft(tmp_path, net())
+    theirs = peft.PeftModel.from_pretrained(net(), tmp_path)
+    assert distance(net_output(imported), net_output(theirs), net_output(net())) < 1e-5
+
+
 def check_import(folder: Path, wanted: Tensor, kind: str, **expected: Any) -> None:
     """The imported adapter, its saved folder, and the merged model give what PEFT gives."""
     before = net_output(net())
-    model = import_peft(folder / "theirs", net())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*biases were trained")
+        model = import_peft(folder / "theirs", net())
     config = model.peft_config["default"]
     assert {name: getattr(config, name) for name in expected} == expected
     assert distance(net_output(model), wanted, before) < 1e-5
@@ -405,7 +431,7 @@ def test_layers_that_are_not_linear_are_refused(config: peft.PeftConfig, tmp_pat
         peft.get_peft_model(Convolution(), config).save_pretrained(tmp_path)
     except ValueError as error:
         pytest.skip(f"PEFT {peft.__version__} has no such adapter: {error}")
-    with pytest.raises(AdapterFileError, match=r"only adapters on nn.Linear are imported.*Train it anew"):
+    with pytest.raises(AdapterFileError, match=r"only adapters on nn.Linear can be imported.*Train it again"):
         import_peft(tmp_path, Convolution())
 
 
@@ -440,7 +466,7 @@ def test_rotation_refusals(tmp_path: Path) -> None:
     saved_rotation(peft.BOFTConfig(target_modules=["up"]), tmp_path / "boft")
     file = tmp_path / "boft/adapter_model.safetensors"
     save_file({"base_model.model.up.boft_R": torch.zeros(1, 8, 4, 4)}, file)
-    refused(tmp_path / "boft", r"'boft_s' of 2 dimensions for 'up', and holds none")
+    refused(tmp_path / "boft", r"'boft_s' of 2 dimensions for 'up', but holds none")
     save_file({"base_model.model.up.boft_R": torch.zeros(1, 4, 8, 8)}, file)
     refused(tmp_path / "boft", "size mismatch")
     save_file({"base_model.model.up.boft_R": torch.zeros(5, 8, 4, 4)}, file)

@@ -195,12 +195,12 @@ def test_refusals(tmp_path: Path) -> None:
     for config, form, match in (
         (HRAConfig(r=2, target_modules=TARGETS), "kohya", "hold OFT and BOFT on the inputs"),
         (PsoftConfig(r=2, target_modules=TARGETS), "lycoris", "hold OFT and BOFT on the outputs"),
-        (LYCORIS["oft"], "kohya", "OFTOperator on the outputs; files of kohya hold OFT and BOFT on the inputs"),
+        (LYCORIS["oft"], "kohya", "OFTOperator on the outputs; kohya files can only hold OFT and BOFT on the inputs"),
         (KOHYA["exact"][0], "lycoris", "hold OFT and BOFT on the outputs"),
         (
             OFTConfig(oft_block_size=8, use_cayley_neumann=True, target_modules=TARGETS),
             "kohya",
-            "computes the one of 3",
+            "supports only 3",
         ),
         (OFTConfig(oft_block_size=8, **SERIES, side="output", target_modules=TARGETS), "lycoris", "exact transform"),
         (

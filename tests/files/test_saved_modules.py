@@ -37,9 +37,9 @@ def test_embeddings_and_heads(tied: bool, saved: list[str], tmp_path: Path) -> N
     [
         (
             {"ensure_weight_tying": True},
-            r"ensure_weight_tying=True .* LoRA alone.*modules_to_save=\['embed_tokens', 'lm_",
+            r"ensure_weight_tying=True .* only LoRA .*modules_to_save=\['embed_tokens', 'lm_",
         ),
-        ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices=\[1, 2\] .* LoRA alone.*whole embedding"),
+        ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices=\[1, 2\] .* only LoRA .*whole embedding"),
     ],
 )
 @pytest.mark.parametrize("method", METHODS)

@@ -317,16 +317,16 @@ def test_refusals(tmp_path: Path) -> None:
         {"lora_unet_a_c.oft_R.weight": weight, "unet.a.c.oft_R.weight": weight.clone()},
         "same layer as another: a.c, a_c",
     )
-    refused({"lora_unet_a_c.oft_R.weight": torch.ones(2, 28)}, "no blocks of its 8 inputs")
-    refused({"lora_unet_a_c.oft_R.weight": torch.ones(1, 27)}, "no blocks of its 8 inputs")
-    refused({"lora_unet_a_c.oft_R.scaled_oft": torch.tensor(True)}, "together are no method")
+    refused({"lora_unet_a_c.oft_R.weight": torch.ones(2, 28)}, "does not fit blocks of its 8 inputs")
+    refused({"lora_unet_a_c.oft_R.weight": torch.ones(1, 27)}, "does not fit blocks of its 8 inputs")
+    refused({"lora_unet_a_c.oft_R.scaled_oft": torch.tensor(True)}, "do not make a known method")
     refused({"lora_unet_a_c.oft_R.weight": weight * torch.nan}, "oft_R.weight")
     lora = {"lora_unet_a_c.lora_up.weight": torch.ones(2), "lora_unet_a_c.oft_R.weight": weight}
-    refused(lora, r"lora_up\.weight \(1\).*no rotation that is imported")
+    refused(lora, r"lora_up\.weight \(1\).*not a rotation that can be imported")
     refused({"lora_unet_a_c.oft_R.weight": weight, "lora_unet_a_c.dora_scale": torch.ones(8)}, r"dora_scale \(1\)")
     boft = {"lora_unet_a_c.boft_R": torch.ones(1, 2, 4, 4), "lora_unet_a_c.boft_s": torch.ones(8, 1)}
     refused({**boft, "unet.a.b.oft_R.weight": weight}, "mixes methods .*BOFT on 'a_c', OFT on 'a.b'")
-    refused({**boft, "lora_unet_a_c.oft_R.weight": weight}, "together are no method")
+    refused({**boft, "lora_unet_a_c.oft_R.weight": weight}, "do not make a known method")
     refused({"lora_unet_a_c.boft_R": torch.ones(1, 2, 4, 4)}, "boft_s of 2 dimensions.*holds none")
     refused({**boft, "lora_unet_a_c.boft_s": torch.ones(9, 1)}, "do not fit its weight, 8 × 8")
     two = {"lora_unet_a_c.oft_R.weight": weight, "lora_te1_a_c.oft_R.weight": weight.clone()}
@@ -392,7 +392,7 @@ def test_the_command_on_a_pipeline(tmp_path: Path) -> None:
     assert relative_error(layer.get_delta_weight("default").double(), change) < 1e-5
     tensors["lora_te2_x.oft_R.weight"] = weight.clone()
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(AdapterFileError, match=r"holds text_encoder_2, and the pipeline in .* has text_encoder, unet"):
+    with pytest.raises(AdapterFileError, match=r"holds text_encoder_2, but the pipeline in .* has text_encoder, unet"):
         convert_single(tmp_path / "a.safetensors", tmp_path / "other", str(tmp_path / "sd"))
     assert not (tmp_path / "other").exists()
 

@@ -426,10 +426,10 @@ def test_several_adapters(family: str) -> None:
     [
         (PsoftConfig(r=25, target_parameters=BOTH), r"r=25 is too large .*down_proj"),
         (BOFTConfig(target_parameters=BOTH), "gains"),
-        (OFTConfig(oft_block_size=8, module_dropout=0.1, target_parameters=BOTH), "Dropout of an operator"),
+        (OFTConfig(oft_block_size=8, module_dropout=0.1, target_parameters=BOTH), "Dropout of blocks"),
         (PsoftConfig(r=4, psoft_dropout=0.1, target_parameters=BOTH), "psoft_dropout=0.1"),
         (PsoftConfig(r=4, target_parameters=["gate.weight"]), "3 dimensions"),
-        (PsoftConfig(r=4, target_parameters=["q_proj.weight"], target_modules=["q_proj"]), "as a layer already"),
+        (PsoftConfig(r=4, target_parameters=["q_proj.weight"], target_modules=["q_proj"]), "adapted as a layer"),
     ],
 )
 def test_what_is_refused_leaves_the_model_as_it_was(options: Any, said: str) -> None:
@@ -449,7 +449,7 @@ def test_other_refusals(tmp_path: Path) -> None:
     model.add_adapter("other", config("psoft"))
     with pytest.raises(ValueError, match="cannot mix default, other"):
         model(input_ids=some_tokens(), adapter_names=["default", "other"])
-    with pytest.raises(ValueError, match="no mean of adapters on experts"):
+    with pytest.raises(ValueError, match="cannot be averaged yet"):
         model.base_model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mean")
     with pytest.raises(ValueError, match="cannot be scaled"):
         layers_of(model)[0].set_scale("default", 0.5)

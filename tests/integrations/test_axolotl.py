@@ -53,7 +53,7 @@ def test_another_adapter_is_left_alone_and_a_trainer_gets_the_configuration() ->
     model, config = plugin.load_adapter(tiny_llama(), settings(), config_only=True)
     assert model is None
     assert config.r == 8
-    with pytest.raises(ValueError, match="lora_model_dir='x' is not read"):
+    with pytest.raises(ValueError, match="lora_model_dir='x' has no effect"):
         plugin.load_adapter(tiny_llama(), settings(lora_model_dir="x", rl="dpo"), config_only=True)
 
 
@@ -71,7 +71,7 @@ def test_the_card_of_a_trainer_of_trl_s_gets_our_part_again(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"adapter": "lora"}, "adapter: isotune alone"),
+        ({"adapter": "lora"}, "only has an effect with adapter: isotune"),
         ({"isotune": None}, "needs a block"),
         ({"isotune": {"method": "oft", "oft_blok_size": 8}}, "Did you mean 'oft_block_size'"),
         ({"lora_r": 8}, "lora_r=8 is not allowed"),

@@ -139,7 +139,7 @@ def test_merging_into_divided_weights(processes: Any, method: str) -> None:
 def test_dropout_in_training_is_refused(processes: Any) -> None:
     for method in tensor_worker.DROPOUTS:
         for found in processes[1]:
-            assert "drift apart. Set its dropout to 0" in found[f"dropout {method}"]
+            assert "diverge in training. Set its dropout to 0" in found[f"dropout {method}"]
 
 
 def test_weights_that_only_hooks_know_to_be_divided_are_refused() -> None:

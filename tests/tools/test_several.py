@@ -238,7 +238,7 @@ def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
     from peft import LoraConfig
 
     model = adapt(tiny_opt(), target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="LoraConfig is not a configuration of isotune's"):
+    with pytest.raises(ValueError, match="LoraConfig is not one of isotune's configurations"):
         add_adapter(model, "lora", LoraConfig())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="its own add_adapter"):
         add_adapter(tiny_opt(), "other", psoft())  # type: ignore[arg-type]

@@ -187,5 +187,5 @@ def test_saved_modules_are_not_averaged() -> None:
 )
 def test_methods_without_a_mean_are_refused(method: str, options: dict[str, Any]) -> None:
     model = pair(method, **options)
-    with pytest.raises(ValueError, match="has no mean of its own kind"):
+    with pytest.raises(ValueError, match="has no mean of the same form"):
         model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")

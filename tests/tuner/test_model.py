@@ -413,14 +413,15 @@ def test_a_weight_whose_parametrisation_was_removed_is_taken(method: str, host: 
     torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-4, atol=1e-5)
 
 
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out_proj = nn.Linear(24, 3)
+
+
 @pytest.mark.parametrize("name", ["classifier", "out_proj", "weight", "bias"])
 def test_an_adapter_called_like_a_part_of_a_saved_module_is_refused(name: str) -> None:
     """PEFT would not save it, or under a wrong name, or raise a KeyError after the training."""
-
-    class Head(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.out_proj = nn.Linear(24, 3)
 
     base = nn.ModuleDict({"query": nn.Linear(24, 24), "classifier": Head()})
     options = {"r": 4, "target_modules": ["query"]}
@@ -434,6 +435,27 @@ def test_an_adapter_called_like_a_part_of_a_saved_module_is_refused(name: str) -
         model.add_adapter(name, PsoftConfig(**options))
     assert list(model.peft_config) == ["default"]
     model.add_adapter("other", PsoftConfig(**options))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(["classifier", "out_proj"], None), (["classifier"], ["out_proj"]), (["out_proj"], ["classifier"])],
+)
+def test_saved_modules_within_one_another_are_refused(first: list[str], second: list[str] | None) -> None:
+    """PEFT would raise a KeyError when the trained adapter is saved."""
+    base = nn.ModuleDict({"query": nn.Linear(24, 24), "classifier": Head()})
+    said = r"'classifier\.out_proj' lies within 'classifier', and PEFT cannot save both"
+    if second is None:
+        before = snapshot(base)
+        with pytest.raises(ValueError, match=said):
+            get_peft_model(base, psoft(target_modules=["query"], modules_to_save=first))
+        assert_unchanged(base, before)
+        return
+    model = get_peft_model(base, psoft(target_modules=["query"], modules_to_save=first))
+    with pytest.raises(ValueError, match=said):
+        model.add_adapter("other", psoft(target_modules=["query"], modules_to_save=second))
+    assert list(model.peft_config) == ["default"]
+    model.add_adapter("other", psoft(target_modules=["query"], modules_to_save=first))
 
 
 def test_a_refusal_with_modules_to_save_leaves_no_wrapper() -> None:

@@ -93,7 +93,7 @@ def test_fused_as_diffusers_does(method: str, host: str, inner: str, order: int)
         merged = [name for one in tuned(model) if one.merged for name in one.merged_adapters]
         if beside and "style" in merged and "mine" not in merged:
             for part in (model, *(one for one in tuned(model) if hasattr(one, "isotune_operator"))):
-                with pytest.raises(ValueError, match="something else than it does unmerged"):
+                with pytest.raises(ValueError, match="would not act on it as it does unmerged"):
                     outputs(part, x)
             continue
         assert error_of_update(outputs(model, x), expected, base) < 1e-4

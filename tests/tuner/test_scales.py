@@ -177,7 +177,7 @@ def test_the_mean_is_of_what_was_trained(method: str) -> None:
         pytest.skip("has no mean")
     model = as_trained(method, seeded_host("linear"), "layer")
     only(model).set_scale("default", 0.5)
-    with pytest.raises(ValueError, match=r"'default' acts at the scale 0\.5 in 'layer'"):
+    with pytest.raises(ValueError, match=r"'default' has the scale 0\.5 in 'layer'"):
         model.add_weighted_adapter(["default"], [1.0], "mean")
     assert list(model.peft_config) == ["default"]
 

@@ -1,1 +1,1 @@
-"""What an adapter does to the weights: angles, norms and a report of an adapter folder."""
+"""Measuring what an adapter does to the weights: angles, norms, and a report on an adapter folder."""

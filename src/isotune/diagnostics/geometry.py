@@ -1,4 +1,4 @@
-"""Diagnostics of an adapter: how orthogonal, how far it turns, what it keeps of a weight's geometry, and its rank."""
+"""Measures of an adapter: its orthogonality, rotation angles and rank, and how far it preserves a weight's geometry."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ import torch
 from torch import Tensor
 
 MAX_ROWS = 2048
-"""Above so many rows, `angle_change` looks at this many evenly spaced ones: pairs grow with the square."""
+"""The most rows that `angle_change` compares; of more, it takes evenly spaced ones, since pairs grow quadratically."""
 
 
 class Change(NamedTuple):
-    """How far a quantity with many values moved."""
+    """How far a quantity with many values changed."""
 
     largest: float
     mean: float
 
 
 def orthogonality_error(matrix: Tensor) -> float:
-    """Largest absolute entry of RᵀR − I.
+    """The largest absolute entry of RᵀR − I.
 
     Args:
         matrix: R, (n, n), or the blocks on its diagonal, (blocks, b, b).
 
     Returns:
-        A number without a unit; about 1e-6 is what single precision leaves of an exactly orthogonal matrix.
+        A dimensionless number; about 1e-6 for an orthogonal matrix in single precision.
     """
     wide = _wide(matrix)
     return float((wide.mT @ wide - torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)).abs().max())
 
 
 def rotation_angles(matrix: Tensor) -> Tensor:
-    """Angles by which an orthogonal matrix turns its invariant planes, largest first.
+    """The angles by which an orthogonal matrix rotates its invariant planes, largest first.
 
     Args:
-        matrix: R, (n, n), orthogonal, or nearly so as with a truncated Neumann series; or the blocks on its diagonal,
+        matrix: R, (n, n), orthogonal or, as with a truncated Neumann series, nearly so; or the blocks on its diagonal,
             (blocks, b, b).
 
     Returns:
@@ -47,23 +47,23 @@ def rotation_angles(matrix: Tensor) -> Tensor:
 
 
 def angle_change(before: Tensor, after: Tensor, *, max_rows: int = MAX_ROWS) -> Change:
-    """How far the angles between the rows of a matrix moved, over all pairs of rows.
+    """How far the angles between the rows of a matrix changed, over all pairs of rows.
 
     Args:
         before: (out, n).
-        after: (out, m); n and m may differ, as only the rows' inner products count.
-        max_rows: above this many rows, that many evenly spaced ones stand for all; memory grows with its square.
+        after: (out, m); n and m may differ, since only the rows' inner products matter.
+        max_rows: the most rows to compare; of more, that many evenly spaced ones. Memory grows with its square.
 
     Returns:
         Largest and mean absolute change, radians. Rows that are zero before or after have no angle and are left out;
-        with fewer than two rows left nothing moved.
+        with fewer than two rows left, both are 0.
 
     Raises:
         ValueError: the numbers of rows differ, or max_rows is below 2.
     """
     _check_rows(before, after)
     if max_rows < 2:
-        raise ValueError(f"max_rows is {max_rows}; a pair of rows needs at least 2.")
+        raise ValueError(f"max_rows={max_rows} is not allowed; it must be at least 2, since angles need pairs of rows.")
     if before.shape[0] > max_rows:
         chosen = spaced(before.shape[0], max_rows).to(before.device)
         before, after = before[chosen], after[chosen]
@@ -94,19 +94,19 @@ def pairwise_angles(matrix: Tensor) -> Tensor:
 
 
 def spaced(count: int, most: int) -> Tensor:
-    """At most `most` evenly spaced ones of `count` row numbers, the first and the last among them."""
+    """At most `most` evenly spaced indices of `count` rows, including the first and the last."""
     return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long()
 
 
 def norm_change(before: Tensor, after: Tensor) -> Change:
-    """How far the norms of the rows of a matrix moved, relative to what they were.
+    """How far the norms of the rows of a matrix changed, relative to the norms before.
 
     Args:
         before: (out, n).
         after: (out, m).
 
     Returns:
-        Largest and mean of |‖after‖ − ‖before‖| / ‖before‖, without a unit. Rows that were zero are left out.
+        Largest and mean of |‖after‖ − ‖before‖| / ‖before‖, dimensionless. Rows that were zero are left out.
 
     Raises:
         ValueError: the numbers of rows differ.
@@ -121,14 +121,14 @@ def norm_change(before: Tensor, after: Tensor) -> Change:
 
 
 def energy_captured(matrix: Tensor, basis: Tensor) -> float:
-    """Share of the squared Frobenius norm of W that lies in a subspace, ‖W Vᵀ‖² / ‖W‖².
+    """The share of W's squared Frobenius norm that lies in a subspace, ‖W Vᵀ‖² / ‖W‖².
 
     Args:
         matrix: W, (out, in).
         basis: V, (r, in), orthonormal rows.
 
     Returns:
-        From 0 to 1; 1 for a zero matrix, which has nothing outside.
+        From 0 to 1; 1 for a zero matrix, which has nothing outside the subspace.
     """
     wide = torch.promote_types(matrix.dtype, torch.float32)
     total = float(torch.linalg.vector_norm(matrix.to(wide), dtype=torch.float64)) ** 2
@@ -144,7 +144,7 @@ def factored_singular_values(up: Tensor, down: Tensor) -> Tensor:
         down: (r, in).
 
     Returns:
-        (min(out, r, in),), float64, descending. Their root sum of squares is ‖ΔW‖_F and the first is ‖ΔW‖₂.
+        (min(out, r, in),), float64, descending. Their root sum of squares is ‖ΔW‖_F, and the first is ‖ΔW‖₂.
 
     Source: Golub and Van Loan, Matrix Computations, 4th ed., section 5.2: with up = Q₁R₁ and downᵀ = Q₂R₂ they are
     those of R₁R₂ᵀ, at most r × r.
@@ -158,10 +158,10 @@ def stable_rank(singular_values: Tensor) -> float:
     """‖ΔW‖_F² / ‖ΔW‖₂²: at least 1, at most the rank, and insensitive to small singular values.
 
     Args:
-        singular_values: of ΔW, (k,), in any order.
+        singular_values: singular values of ΔW, (k,), in any order.
 
     Returns:
-        0 for a zero matrix.
+        The stable rank; 0 for a zero matrix.
 
     Source: Rudelson and Vershynin, Sampling from large matrices (2007), section 1.
     """
@@ -171,16 +171,16 @@ def stable_rank(singular_values: Tensor) -> float:
 
 
 def entropy_rank(singular_values: Tensor) -> float:
-    """exp(−Σ pᵢ ln pᵢ) with pᵢ = σᵢ² / Σ σⱼ²: over how many directions the energy of ΔW is spread.
+    """exp(−Σ pᵢ ln pᵢ) with pᵢ = σᵢ² / Σ σⱼ²: the number of directions over which the energy of ΔW is spread.
 
     Args:
-        singular_values: of ΔW, (k,), in any order.
+        singular_values: singular values of ΔW, (k,), in any order.
 
     Returns:
         From 1 to the rank; 0 for a zero matrix.
 
-    Source: after the effective rank of Roy and Vetterli (2007), who take pᵢ = σᵢ / Σ σⱼ. Here they are squared, so that
-    the shares are of energy, as in `stable_rank` and `energy_captured`; the result is never above theirs.
+    Source: after the effective rank of Roy and Vetterli (2007), who take pᵢ = σᵢ / Σ σⱼ. The squares here make them
+    shares of energy, as in `stable_rank` and `energy_captured`; the result is never above theirs.
     """
     squares = _wide(singular_values).square()
     total = float(squares.sum())
@@ -190,7 +190,7 @@ def entropy_rank(singular_values: Tensor) -> float:
 def _check_rows(before: Tensor, after: Tensor) -> None:
     if before.dim() != 2 or after.dim() != 2 or before.shape[0] != after.shape[0]:
         raise ValueError(
-            f"The shapes are {tuple(before.shape)} and {tuple(after.shape)}; give two matrices with the same rows."
+            f"The shapes are {tuple(before.shape)} and {tuple(after.shape)}; give two matrices with equally many rows."
         )
 
 

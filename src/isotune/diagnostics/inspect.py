@@ -1,4 +1,4 @@
-"""What an adapter has learnt, measured layer by layer."""
+"""Measuring what an adapter has learnt, layer by layer."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from isotune.methods.config import SubspaceConfig
 from isotune.tuner.layer import Layer
 
 MISSING_BASE = (
-    "Not shown, as they need the base model (--base MODEL): energy captured, size and ranks of the update, and how far "
-    "the angles of the principal weights moved."
+    "Not shown without the base model (--base MODEL): energy captured, size and ranks of the update, and how far the "
+    "angles of the principal weights changed."
 )
 
 Range = tuple[float, float]
@@ -29,20 +29,20 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One adapted layer. None stands for what the base model would have to be there for, or what does not exist."""
+    """Measurements of one adapted layer; None where a value needs the base model or does not exist."""
 
     module: str
     rank: int
-    """Of the principal subspace; for a rotation of all inputs their number."""
+    """Rank of the principal subspace, or the number of inputs that a rotation acts on."""
     orthogonality_error: float
-    """Largest entry of |RᵀR − I|; large on purpose for a free matrix."""
+    """Largest entry of |RᵀR − I|; large by design for a free matrix."""
     largest_angle: float | None
-    """Largest rotation angle of R, degrees; None for a free matrix and where it would take too long."""
+    """Largest rotation angle of R, degrees; None for a free matrix or if it would take too long."""
     alpha: Range | None
     """Smallest and largest entry."""
     beta: Range | None
     base_residual: float | None = None
-    """How far this base is from the one trained on: about 1e-5 for the same (the adapter's pin says)."""
+    """How far this base is from the one the adapter was trained on, by its pin: about 1e-5 for the same base."""
     energy: float | None = None
     """Share of ‖W‖_F² in the principal subspace."""
     update_norm: float | None = None
@@ -51,7 +51,7 @@ class LayerReport:
     """‖ΔW‖_F / ‖W‖_F."""
     stable_rank: float | None = None
     entropy_rank: float | None = None
-    """Of ΔW, as isotune.diagnostics.geometry defines them."""
+    """Ranks of ΔW as defined in isotune.diagnostics.geometry."""
     angle_moved_largest: float | None = None
     angle_moved_mean: float | None = None
     """Change of the angles between the rows of the principal weight P V, or of W under a rotation, degrees."""
@@ -59,17 +59,17 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """A whole adapter."""
+    """Measurements of a whole adapter."""
 
     directory: str
     method: str
     base: str | None
-    """None if no base model was looked at."""
+    """The base model; None if none was used."""
     parameters: int
     """Trainable parameters in the adapted layers."""
     layers: list[LayerReport]
     subspaces: bool = True
-    """Whether the method acts on principal subspaces, or else rotates all inputs."""
+    """Whether the method acts on principal subspaces; if not, it rotates all inputs."""
 
     def summary(self) -> str:
         """One line about all layers."""
@@ -77,7 +77,7 @@ class AdapterReport:
         shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         parts = [
             f"{self.method}: {len(self.layers)} layers of {'rank' if self.subspaces else 'width'} {shown}, "
-            f"{self.parameters:,} trained parameters",
+            f"{self.parameters:,} trainable parameters",
             f"orthogonality error at most {_most(self.layers, 'orthogonality_error'):.1e}",
         ]
         if any(layer.largest_angle is not None for layer in self.layers):
@@ -88,7 +88,7 @@ class AdapterReport:
                 parts.append(f"principal subspaces hold {min(energies):.0%} to {max(energies):.0%} of the energy")
             parts.append(f"update at most {_most(self.layers, 'relative_norm'):.1%} of the weight")
             what = "principal weights" if self.subspaces else "weights"
-            parts.append(f"angles of {what} moved by at most {_most(self.layers, 'angle_moved_largest'):.2g}°")
+            parts.append(f"angles of {what} changed by at most {_most(self.layers, 'angle_moved_largest'):.2g}°")
         return "; ".join(parts) + "."
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,18 +100,18 @@ class AdapterReport:
 def inspect(
     directory: str | os.PathLike[str], base: nn.Module | str | None = None, *, trust_remote_code: bool = False
 ) -> AdapterReport:
-    """Measure an isotune adapter folder, with its base model where there is one.
+    """Measure an isotune adapter folder, with its base model if there is one.
 
     Args:
         directory: the adapter's folder.
-        base: the base model or its name; by default what the adapter's config names, and if that cannot be loaded the
-            report holds what the file alone says.
-        trust_remote_code: run code that the base model's repository carries.
+        base: the base model or its name; by default the one that the adapter's configuration names. If that cannot be
+            loaded, the report is limited to what the file alone shows.
+        trust_remote_code: whether to run code from the base model's repository.
 
     Raises:
-        AdapterFileError: the folder is not a sound isotune adapter.
-        BaseMismatchError: the base is another one than the adapter was trained on.
-        ValueError: a base that was asked for cannot be loaded.
+        AdapterFileError: the folder is not a valid isotune adapter.
+        BaseMismatchError: the base is not the one the adapter was trained on.
+        ValueError: the base that was asked for cannot be loaded.
     """
     file = describe(directory)
     raw = read_config(directory)

@@ -1,4 +1,4 @@
-"""What `isotune inspect` and the record of a run both measure of one adapted layer."""
+"""Measurements of one adapted layer that `isotune inspect` and the records of runs share."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from isotune.diagnostics import geometry
 from isotune.tuner.layer import Layer
 
 MAX_DENSE = 1536
-"""Largest width at which a decomposition of an n × n matrix for each layer is still quick."""
+"""Largest width n at which decomposing one n × n matrix per layer is still quick."""
 
 
 class Turn(NamedTuple):
-    """How an operator turns its space."""
+    """How an operator rotates its space."""
 
     orthogonality_error: float
-    """Largest entry of |RᵀR − I|; large on purpose for a free matrix."""
+    """Largest entry of |RᵀR − I|; large by design for a free matrix."""
     angles: Tensor | None
-    """(n,), float64, radians, largest first; None for a free matrix and where it would take too long."""
+    """(n,), float64, radians, largest first; None for a free matrix or if it would take too long."""
 
 
 @torch.no_grad()
 def turn(operator: Adapter, *, max_dense: int = MAX_DENSE) -> Turn:
-    """The orthogonality error and the rotation angles of an operator, without the vectors that scale it.
+    """The orthogonality error and the rotation angles of an operator, ignoring its scaling vectors.
 
     Args:
-        operator: of a subspace, or of all inputs or outputs.
-        max_dense: above this n a chain of factors that must be multiplied out to find its angles gets none.
+        operator: an operator on a subspace, or on all inputs or outputs.
+        max_dense: largest n at which a chain of factors is multiplied out to find its angles.
     """
     if isinstance(operator, SubspaceAdapter):
         generator = getattr(operator, "generator", None)
@@ -61,16 +61,16 @@ def _plus_identity(difference: Tensor) -> Tensor:
 
 @torch.no_grad()
 def turned_weights(layer: Layer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """The weight whose rows a method turns, before and after, float32 at least.
+    """The weight whose rows a method rotates, before and after, at least float32.
 
     Args:
-        layer: of a model.
+        layer: a layer of a model.
         adapter_name: one of its adapters.
 
     Returns:
-        The principal weight P = W Vᵀ in the coordinates of its subspace, (out, r) each; W under a rotation of all
-        inputs, (out, in) each; or Wᵀ under one of all outputs. Angles between rows and norms of rows are those of P V
-        and of W or Wᵀ.
+        For a subspace, the principal weight P = W Vᵀ in the subspace's coordinates, (out, r) each; for a rotation of
+        all inputs, W, (out, in) each; for a rotation of all outputs, Wᵀ. The angles between rows and the norms of rows
+        are those of P V, W or Wᵀ.
     """
     weight, side = layer.unmerged_matrix().float(), layer.adapter(adapter_name).side
     if side is not None:
@@ -83,5 +83,5 @@ def turned_weights(layer: Layer, adapter_name: str) -> tuple[Tensor, Tensor]:
 
 
 def basis_of(down: Tensor) -> Tensor:
-    """V (r, in) with orthonormal rows, float32, from the down factor of an update, which may carry singular values."""
+    """V (r, in) with orthonormal rows, float32, from an update's down factor, which may include singular values."""
     return nn.functional.normalize(down.float(), dim=1)

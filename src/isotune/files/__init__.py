@@ -1,1 +1,1 @@
-"""Adapter folders and base models: reading, writing, exporting, and importing those of PEFT itself."""
+"""Adapter folders and base models: reading, writing, exporting, and importing PEFT's own adapters."""

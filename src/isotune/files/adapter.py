@@ -33,10 +33,10 @@ from isotune.tuner.state import KEY_PREFIX, check_values
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 LABELS_FILE = "labels.json"
-"""In an adapter's folder, {"id2label": {"0": NAME, …}}: the classes of the head that is saved with it. A config.json,
-where transformers keeps them, would make the folder one of a whole model to it."""
+"""Names of the classes of the head saved in an adapter's folder: {"id2label": {"0": NAME, …}}. transformers keeps them
+in config.json, but with that file it would take the folder for a whole model."""
 ADAPTER = "default"
-"""Name given to an adapter that is loaded or imported without one, as PEFT does."""
+"""Name of an adapter that is loaded or imported without one, as in PEFT."""
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -49,14 +49,14 @@ _AUTO_CLASSES = {
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What an isotune adapter folder holds, without its base model."""
+    """The content of an isotune adapter folder, without its base model."""
 
     directory: Path
     config: IsotuneConfig
     layers: dict[str, dict[str, Tensor]]
     """Module name -> its tensors, named as in the layer: "isotune_operator.generator", "isotune_form.pin", …"""
     extras: dict[str, Tensor]
-    """All other tensors by their name in the file: saved modules, trained biases, embeddings."""
+    """All other tensors by name in the file: saved modules, trained biases, embeddings."""
 
     def operator(self, module: str) -> Adapter:
         """The trained operator of a module, by its name in the file.
@@ -67,7 +67,7 @@ class AdapterFile:
         self._refuse_experts()
         with self._misfit(module):
             tensors = self._tensors(module, "isotune_operator.")
-            with torch.device("meta"):  # nothing is allocated of a size that the configuration alone declares
+            with torch.device("meta"):  # a size that only the configuration claims must not be allocated
                 trial = self.config.operator_of(module, tensors)
             trial.load_state_dict(tensors, assign=True)
             operator = self.config.operator_of(module, tensors)
@@ -75,18 +75,18 @@ class AdapterFile:
         return operator
 
     def place(self, base: nn.Module) -> dict[str, Layer]:
-        """Build the adapted layers on the weights of a base model, which itself stays as it is.
+        """Build the adapted layers on the weights of a base model, which itself stays unchanged.
 
         Args:
-            base: a plain model. Where its modules are the adapter's but for what precedes their names (an encoder
-                alone, for an adapter trained on it with a head), they are found all the same.
+            base: a plain model. Modules whose names differ only in what precedes them are found too, such as those of
+                an encoder alone for an adapter trained on the encoder with a head.
 
         Returns:
             Module name in the file -> layer, whose adapter is called "default".
 
         Raises:
-            AdapterFileError: a module is not there, or the tensors do not fit it.
-            BaseMismatchError: this is another base than the one trained on.
+            AdapterFileError: the base model lacks a module, or the tensors do not fit it.
+            BaseMismatchError: this is not the base model the adapter was trained on.
         """
         self._refuse_experts()
         modules, quantisation = dict(base.named_modules()), get_quantization_kwargs(base)
@@ -97,7 +97,7 @@ class AdapterFile:
         return layers
 
     def build(self, module: str, layer: Layer) -> Layer:
-        """Add the adapter of a module in the file to a layer as "default", its form not placed yet; returns the layer.
+        """Add a module's adapter from the file to a layer, as "default" and not placed yet, and return the layer.
 
         Raises:
             AdapterFileError: the tensors do not fit the layer.
@@ -122,12 +122,12 @@ class AdapterFile:
 
     def _misfit(self, module: str) -> contextlib.AbstractContextManager[None]:
         return refused(
-            f"{self.directory}: the tensors of {module!r} are not what {CONFIG_FILE} says (",
+            f"{self.directory}: the tensors of {module!r} do not fit {CONFIG_FILE} (",
             "). Check that the two files belong together, or save the adapter again.",
         )
 
     def _find(self, name: str, modules: Mapping[str, nn.Module]) -> str:
-        """The name in the base of a module of the file, or of the only one that ends alike."""
+        """The base model's name of a module in the file, or of the only one with the same ending."""
         found: list[str] = []
         for number in range(name.count(".") + 1):
             tail = name.split(".", number)[-1]
@@ -137,21 +137,21 @@ class AdapterFile:
         if len(found) != 1:
             raise AdapterFileError(
                 f"{self.directory}: the adapter is on a module {name!r}, which this base model does not have. Give the "
-                "base model that it was trained on."
+                "base model the adapter was trained on."
             )
         return found[0]
 
 
 @contextlib.contextmanager
 def refused(before: str, after: str = "") -> Iterator[None]:
-    """Say what it is about when a library or a configuration refuses something: `before`, the reason, `after`."""
+    """Turn an error of a library or a configuration into an AdapterFileError: `before`, the reason, `after`."""
     try:
         yield
     except AdapterFileError:
         raise
     except (IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         lines = str(error).splitlines()
-        reason = lines[-1].strip() if lines[0].endswith(":") else lines[0]  # torch lists what does not fit
+        reason = lines[-1].strip() if lines[0].endswith(":") else lines[0]  # torch lists the mismatches below
         raise AdapterFileError(before + reason + after) from error
 
 
@@ -159,7 +159,8 @@ def describe(directory: str | os.PathLike[str]) -> AdapterFile:
     """Read an isotune adapter folder without its base model.
 
     Raises:
-        AdapterFileError: no such folder, a file missing or damaged, weights in a pickle, or another method's adapter.
+        AdapterFileError: there is no such folder, a file is missing or damaged, the weights are a pickle, or the
+            adapter is not one of isotune's.
     """
     folder = Path(directory)
     kinds = {f"ISOTUNE_{name.upper()}": config for name, config in METHODS.items()}
@@ -167,7 +168,7 @@ def describe(directory: str | os.PathLike[str]) -> AdapterFile:
     if kind not in kinds:
         hint = " `isotune import` converts it." if f"ISOTUNE_{kind}" in kinds else ""
         raise AdapterFileError(
-            f"{folder} holds an adapter of type {kind!r}; isotune's own are {', '.join(kinds)}.{hint}"
+            f"{folder} holds an adapter of type {kind!r}; isotune's own types are {', '.join(kinds)}.{hint}"
         )
     config = kinds[kind].from_pretrained(str(folder))
     layers, extras = read_layers(folder, ("isotune_operator", "isotune_form"))
@@ -178,14 +179,14 @@ def describe(directory: str | os.PathLike[str]) -> AdapterFile:
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of an adapter folder's adapter_config.json, whatever the method.
+    """Read an adapter folder's adapter_config.json, whatever the method.
 
     Raises:
-        AdapterFileError: no such folder, or no such file, or not JSON.
+        AdapterFileError: there is no such folder or no such file, or the file is not JSON.
     """
     folder = Path(directory)
     if not folder.is_dir():
-        raise AdapterFileError(f"{folder} is not a folder; give the one that save_pretrained wrote.")
+        raise AdapterFileError(f"{folder} is not a folder; give an adapter's folder, as save_pretrained wrote it.")
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise AdapterFileError(f"{folder} has no {CONFIG_FILE}, so it is not an adapter that save_pretrained wrote.")
@@ -193,17 +194,17 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_layers(folder: Path, groups: tuple[str, ...]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """The tensors of an adapter folder: those of its adapted layers, by module, and the rest.
+    """Read the tensors of an adapter folder: those of its adapted layers by module, and the rest.
 
     Args:
-        folder: the adapter's.
-        groups: what follows a module's name where the tensor is the adapter's.
+        folder: the adapter's folder.
+        groups: name parts that follow a module's name if the tensor belongs to the adapter.
 
     Returns:
-        Module name -> name behind it -> tensor; and name in the file -> tensor.
+        Module name -> rest of the name -> tensor; and name in the file -> tensor.
 
     Raises:
-        AdapterFileError: no such file, or damaged, or a pickle, or without an adapted layer.
+        AdapterFileError: the file is missing, damaged or a pickle, or holds no adapted layer.
     """
     path = folder / WEIGHTS_FILE
     if not path.is_file():
@@ -233,7 +234,7 @@ def read_layers(folder: Path, groups: tuple[str, ...]) -> tuple[dict[str, dict[s
 
 @contextlib.contextmanager
 def new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write into that becomes `out` when the block ends well, and vanishes otherwise.
+    """A folder to write into, which is renamed to `out` when the block succeeds and deleted when it fails.
 
     Raises:
         ValueError: `out` exists and is not an empty folder.
@@ -256,7 +257,7 @@ def config_of(model: nn.Module, adapter_name: str) -> IsotuneConfig:
     """The configuration of an isotune adapter on a PeftModel, or on a model with injected adapters.
 
     Raises:
-        ValueError: there is no such adapter, or it is not isotune's; names those there are.
+        ValueError: there is no such adapter, or it is not isotune's; names those the model has.
     """
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
@@ -269,16 +270,16 @@ def config_of(model: nn.Module, adapter_name: str) -> IsotuneConfig:
 def named_base(
     directory: str | os.PathLike[str], base: nn.Module | str | None = None, *, trust_remote_code: bool = False
 ) -> nn.Module:
-    """The base model of an adapter folder: `base` itself, or loaded with the class that the adapter was trained on.
+    """The base model of an adapter folder: `base` itself, or one loaded with the class the adapter was trained on.
 
     Args:
-        directory: the adapter's folder; of its config `task_type`, `auto_mapping` and, for the model that it names
-            itself, `revision` are looked at. AutoModel loads what has no task type and no class of transformers' own.
-        base: the base model, or its name as in `resolve_base`; None for the one that the adapter's config names.
-        trust_remote_code: run code that the base model's repository carries.
+        directory: the adapter's folder. Its configuration's `task_type` and `auto_mapping` choose the class, AutoModel
+            if neither does; `revision` applies if the base model is the one that the configuration names.
+        base: the base model, or its name as in `resolve_base`; None for the one that the configuration names.
+        trust_remote_code: whether to run code from the base model's repository.
 
     Returns:
-        The model; one that is loaded in evaluation mode, on the CPU, in the dtype of its file.
+        The model; if loaded here, it is in evaluation mode, on the CPU and in the dtype of its file.
 
     Raises:
         ValueError: no model is named, there is no such model, or it cannot be loaded; says why.
@@ -293,14 +294,14 @@ def named_base(
     name = str(base or config.get("base_model_name_or_path") or "")
     if not name:
         raise ValueError(
-            f"{directory} does not name its base model; give it: base=... in Python, --base on the command line."
+            f"{directory} does not name its base model; give it with base=... in Python or --base on the command line."
         )
     path = resolve_base(name)
     if diffusers_class(path) is not None:
         return load_base(name)
     mapping = config.get("auto_mapping") or {}
     loader = getattr(transformers, _AUTO_CLASSES.get(str(config.get("task_type")), "AutoModel"))
-    # The file says which module to import; only transformers' own, as a file must not choose what code runs.
+    # The file names a module to import: only transformers' own are, since a file must not choose what code runs.
     if str(mapping.get("parent_library", "")).split(".")[0] == "transformers":
         loader = getattr(transformers, str(mapping.get("base_model_class")), loader)
     revision = config.get("revision") if name == config.get("base_model_name_or_path") else None
@@ -312,7 +313,7 @@ def named_base(
                 settings = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
                 own = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(settings), None)
                 pooled = f"{getattr(own, 'base_model_prefix', '')}." != ENCODER
-            if classes and not pooled:  # the head of the file's size, whose numbers the adapter brings
+            if classes and not pooled:  # a head of the saved size, whose values come with the adapter
                 options |= {"num_labels": classes, "ignore_mismatched_sizes": True}
             model: Any = load_encoder(path, **options) if pooled else loader.from_pretrained(path, **options)
         if gguf_of(path) and not pooled:
@@ -328,10 +329,10 @@ def named_base(
 
 
 def _labels_of(folder: Path, classes: int) -> dict[int, str]:
-    """The names of the classes that lie beside an adapter; empty if there are none.
+    """The class names stored beside an adapter; empty if there are none.
 
     Raises:
-        AdapterFileError: the file is damaged, or names other classes than the head in the adapter has.
+        AdapterFileError: the file is damaged, or its names do not match the classes of the adapter's head.
     """
     file = folder / LABELS_FILE
     if not (classes and file.is_file()):
@@ -341,14 +342,14 @@ def _labels_of(folder: Path, classes: int) -> dict[int, str]:
     labels = {i: named[str(i)] for i in range(classes) if isinstance(named.get(str(i)), str)}
     if not len(labels) == len(named) == classes:
         raise AdapterFileError(
-            f"{file} should name the {classes} classes of the adapter's head, and holds {found!r}; correct it, or "
+            f"{file} should name the {classes} classes of the adapter's head, but holds {found!r}; correct it, or "
             "remove it."
         )
     return labels
 
 
 def rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:
-    """The pattern for those modules whose rank is not the default; anchored, as one name may end in another.
+    """The rank pattern of the modules whose rank is not the default, anchored, since one name may end in another.
 
     Example:
         >>> rank_pattern({"layers.0.q": 4, "layers.0.k": 8}, 8)

@@ -1,4 +1,4 @@
-"""Finding base models: a folder, a Hub name, or the model inside a package."""
+"""Finding and loading base models: from a folder, from the Hub, or from an installed package."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _TOKENIZER_FILES = [
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what the libraries say about a head that is new on purpose, and their loading bars.
+    """Silence other libraries' warnings about a deliberately new head, and their loading bars.
 
     Not where the logger "isotune" is at DEBUG, as `isotune --verbose` has it.
     """
@@ -49,7 +49,7 @@ def quiet() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.simplefilter("default", IsotuneWarning)  # the noise is the other libraries'
+        warnings.simplefilter("default", IsotuneWarning)  # isotune's own warnings still show
         try:
             yield
         finally:
@@ -59,22 +59,22 @@ def quiet() -> Iterator[None]:
 
 
 def resolve_base(name: str) -> str:
-    """The folder or Hub name that `name` stands for.
+    """Resolve a base model's name to a folder or a Hub name.
 
     Args:
         name: a folder with a config.json or one GGUF file, a Hub name such as "facebook/opt-125m", or "package:NAME"
-            for the model of an installed package: the folder `model` beside its `__init__`, or the GGUF file that its
-            function `assemble` writes, kept under ~/.cache/isotune/models.
+            for the model in an installed package: the folder `model` beside its `__init__`, or the GGUF file that its
+            function `assemble` writes, which is kept under ~/.cache/isotune/models.
 
     Raises:
-        ValueError: there is no such folder or package, or no model in it.
+        ValueError: there is no such folder or package, or it holds no model.
     """
     if name.startswith("package:"):
         return str(_model_of(name.removeprefix("package:")))
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not gguf_of(str(folder)):
-            raise ValueError(f"The folder {name!r} holds no model: there is no config.json in it.")
+            raise ValueError(f"The folder {name!r} holds no model: there is no config.json and no single GGUF file.")
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"There is no folder {name!r}; give a model's folder, a Hub name, or package:NAME.")
@@ -82,14 +82,14 @@ def resolve_base(name: str) -> str:
 
 
 def gguf_of(path: str) -> dict[str, str]:
-    """What `from_pretrained` must be given besides for a folder with one GGUF file and no config.json: its name."""
+    """The option of `from_pretrained` that names the GGUF file of a folder with just one and no config.json."""
     files = list(Path(path).glob("*.gguf"))
     alone = len(files) == 1 and not (Path(path) / "config.json").is_file()
     return {"gguf_file": files[0].name} if alone else {}
 
 
 def _model_of(package: str) -> Path:
-    """The folder of the model in a package; what its function `assemble` puts together is made once, then kept."""
+    """The folder of the model in a package; a model made by the package's `assemble` is made once and kept."""
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
@@ -105,14 +105,14 @@ def _model_of(package: str) -> Path:
     kept = Path("~/.cache/isotune/models").expanduser() / package
     if not gguf_of(str(kept)):
         kept.mkdir(parents=True, exist_ok=True)
-        # Under a name that is no model's until it is whole: another process may look for it, and this one be stopped.
+        # Elsewhere until it is complete: another process may look for it, and this one may be stopped.
         with tempfile.TemporaryDirectory(dir=kept) as place:
             Path(assemble(Path(place) / "model.gguf")).replace(kept / "model.gguf")
     return kept
 
 
 def pipeline_of(name: str) -> dict[str, Path] | None:
-    """The folders of the models of a pipeline of diffusers, by component; None for what is no such folder."""
+    """The folders of the models in a diffusers pipeline, by component; None if the folder is not a pipeline."""
     index = Path(name).expanduser() / "model_index.json"
     if not index.is_file():
         return None
@@ -121,7 +121,7 @@ def pipeline_of(name: str) -> dict[str, Path] | None:
 
 
 def diffusers_class(path: str) -> Any:
-    """The class of a model that diffusers saved in this folder; None if another library did.
+    """The class of the model that diffusers saved in this folder; None if another library saved it.
 
     Raises:
         ValueError: diffusers is not installed, or has no such model.
@@ -133,19 +133,22 @@ def diffusers_class(path: str) -> Any:
     try:
         diffusers = importlib.import_module("diffusers")
     except ImportError as error:
-        raise ValueError(f"The base model in {path} is one of diffusers: pip install diffusers") from error
+        raise ValueError(f"The base model in {path} needs diffusers: pip install diffusers") from error
     found = getattr(diffusers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
-        raise ValueError(f"{config} names the class {name!r}, which is no model of the installed diffusers.")
+        raise ValueError(
+            f"{config} names the class {name!r}, which is not a model of the installed diffusers; a later version may "
+            "have it: pip install -U diffusers"
+        )
     return found
 
 
 def load_base(name: str, *, trust_remote_code: bool = False) -> nn.Module:
-    """A base model by itself, loaded with the class that its own folder names, in evaluation mode on the CPU.
+    """Load a base model with the class that its own folder names, in evaluation mode on the CPU.
 
     Args:
-        name: as in `resolve_base`; also the folder of one model of diffusers.
-        trust_remote_code: run code that the model's repository carries.
+        name: as in `resolve_base`, or the folder of a single diffusers model.
+        trust_remote_code: whether to run code from the model's repository.
 
     Raises:
         ValueError: there is no such model, or it cannot be loaded; says why.
@@ -170,7 +173,7 @@ def load_base(name: str, *, trust_remote_code: bool = False) -> nn.Module:
 
 
 def copy_tokenizer(sources: list[str], folder: Path) -> None:
-    """Copy the tokeniser of the first folder or Hub name that has one; one that cannot be reached has none."""
+    """Copy the tokeniser of the first folder or Hub name that has one; unreachable names are skipped."""
     from transformers.utils.hub import cached_files
 
     for source in sources:

@@ -1,4 +1,4 @@
-"""An adapter as an ordinary LoRA folder, which needs no isotune."""
+"""Exporting an adapter as an ordinary LoRA folder, which needs no isotune."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ from isotune.tuner.layer import Layer
 from isotune.tuner.state import KEY_PREFIX, adapted_layers
 
 LORA_REPORT = "isotune_export.json"
-"""The file in a LoRA folder that says each layer's rank and error."""
+"""The file in a LoRA folder that records each layer's rank and error."""
 
 
 @dataclass(frozen=True)
 class ExportedLayer:
-    """What became of one adapted layer in a LoRA folder."""
+    """One exported layer of a LoRA folder."""
 
     name: str
     rank: int
-    """Rows of A, without what was filled up with zeros."""
+    """Rows of A, not counting zero padding."""
     missing: float
-    """‖ΔW − B A‖_F; 0 where the factors are exact."""
+    """‖ΔW − B A‖_F; 0 if the factors are exact."""
     norm: float
     """‖ΔW‖_F."""
 
@@ -59,13 +59,13 @@ class ExportedLayer:
 
 @dataclass(frozen=True)
 class LoraExport:
-    """What `export_lora` wrote."""
+    """The result of `export_lora`."""
 
     layers: tuple[ExportedLayer, ...]
 
     @property
     def rank(self) -> int:
-        """The largest rank, which a server must have room for."""
+        """The largest rank, which a server must support."""
         return max(layer.rank for layer in self.layers)
 
     @property
@@ -87,7 +87,7 @@ class LoraExport:
         return f"{len(self.layers)} layers, {ranks}, {exact}{worst}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers and names for JSON."""
+        """The ranks, errors and norms for JSON."""
         layers = {x.name: {"rank": x.rank, "error": x.error, "update_norm": x.norm} for x in self.layers}
         return {"rank": self.rank, "error": self.error, "layers": layers}
 
@@ -105,25 +105,25 @@ def export_lora(
 ) -> LoraExport:
     """Write an adapter as an ordinary PEFT LoRA folder, which plain PEFT loads without isotune.
 
-    An update of low rank (PSOFT, HRA) is written exactly, at its own rank, unless `rank` or `energy` asks for less. A
-    rotation of all inputs (OFT, BOFT, GOFT, qGOFT), BOFT with its gain, changes W by a matrix of full rank: one of the
-    two says how good its best approximation is to be.
+    An update of low rank (PSOFT, LoRA-XS, HRA) is written exactly, at its own rank, unless `rank` or `energy` asks for
+    less. A rotation of all inputs (OFT, BOFT, GOFT, qGOFT) changes W by a matrix of full rank; `rank` or `energy` then
+    sets how good the best approximation is to be.
 
     B is (out, r) and A is (r, in) with lora_alpha = r, so the scaling is 1 in every layer. Saved modules, trained
-    biases and embeddings are written as they are. The file LORA_REPORT in the folder holds each layer's error.
+    biases and embeddings are written as they are. The file LORA_REPORT in the folder records each layer's error.
 
-    Of a classifier on the mean of an encoder's hidden states, which isotune's recipes train on a sentence-transformers
-    model, the factors are those of the encoder, and the folder is one of sentence-transformers that holds the head.
+    A classifier on the mean of an encoder's hidden states, as isotune's recipes train it on a sentence-transformers
+    model, is written as the factors of its encoder, in a sentence-transformers folder that holds the head.
 
     Args:
-        model_or_dir: a model with isotune adapters, merged or not, or the folder of a saved one.
+        model_or_dir: a model with isotune adapters, merged or not, or the folder of a saved adapter.
         out: the folder to write; it appears only when it is complete.
-        adapter_name: which adapter of a model.
-        base: for a folder: the base model, or its name; by default what the adapter's config names.
-        rank: the largest rank; a layer with a smaller side has that.
+        adapter_name: the adapter of a model to export.
+        base: for a folder, the base model or its name; by default the one that the adapter's configuration names.
+        rank: the largest rank; a layer whose smaller side is below it has that side as its rank.
         energy: choose each layer's rank so that B A has at least this share of ‖ΔW‖²_F, such as 0.999.
-        uniform_rank: fill all layers up to one rank with zeros, for servers that know one rank and one alpha only.
-        trust_remote_code: run code that the base model's repository carries.
+        uniform_rank: pad all layers to one rank with zeros, for servers that support only one rank and one alpha.
+        trust_remote_code: whether to run code from the base model's repository.
 
     Raises:
         ValueError: `out` is not empty, there is no such adapter or base, the adapter does not fit the base, or its
@@ -144,7 +144,7 @@ def export_lora(
     own = opened(model_or_dir, adapter_name, base, trust_remote_code=trust_remote_code)
     model, config, layers, extras, adapter_name = own.model, own.config, own.layers, own.extras, own.adapter_name
     head: dict[str, Tensor] = {}
-    if isinstance(model, MeanPooled):  # what others load is the encoder, with the head beside it
+    if isinstance(model, MeanPooled):  # other libraries load the encoder, with the head beside it
         head = {f"linear.{k.rpartition('.')[2]}": extras.pop(k) for k in list(extras) if k.startswith(f"{HEAD}.")}
         extras = {k.removeprefix(ENCODER): tensor for k, tensor in extras.items()}
         layers = {k.removeprefix(ENCODER): layer for k, layer in layers.items()}
@@ -176,16 +176,16 @@ def export_lora(
 
 @dataclass(frozen=True)
 class Opened:
-    """An adapter with its layers on their weights."""
+    """An adapter whose layers are placed on the base model's weights."""
 
     model: Any
-    """The base model, in which a live adapter is."""
+    """The base model; a live adapter is still in it."""
     config: IsotuneConfig
     layers: dict[str, Layer]
     extras: dict[str, Tensor]
-    """Saved modules, trained biases and embeddings, by their names in the base."""
+    """Saved modules, trained biases and embeddings, by name in the base model."""
     adapter_name: str
-    """In the layers."""
+    """The adapter's name in the layers."""
 
 
 def opened(
@@ -195,7 +195,7 @@ def opened(
     *,
     trust_remote_code: bool = False,
 ) -> Opened:
-    """The adapter of a live model, or of a folder on the base that it names; as for `export_lora`."""
+    """Open an adapter of a live model, or of a folder on its base model; arguments as in `export_lora`."""
     if isinstance(model_or_dir, nn.Module):
         config, layers = config_of(model_or_dir, adapter_name), dict(adapted_layers(model_or_dir, adapter_name))
         model: Any = model_or_dir
@@ -212,10 +212,10 @@ def opened(
 
 
 def origin_of(directory: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells whether an adapter folder would be exported to the same LoRA folder again, for JSON.
+    """Hashes and options that tell whether exporting a folder again would give the same LoRA folder, for JSON.
 
     Raises:
-        AdapterFileError: there is no adapter.
+        AdapterFileError: the folder holds no adapter.
     """
     read_config(directory)
     files = [Path(directory) / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
@@ -224,7 +224,7 @@ def origin_of(directory: str | os.PathLike[str], options: Mapping[str, Any]) -> 
 
 
 def _factored(module: str, layer: Layer, adapter_name: str, rank: int | None, energy: float | None) -> Factored:
-    """The change of a layer's W as two factors, exact where that needs no more than the rank asked for."""
+    """The update of a linear layer's W as two factors, exact if the requested rank allows it."""
     if layer.host.folds:
         kind = type(layer.get_base_layer()).__name__
         raise ValueError(
@@ -235,10 +235,10 @@ def _factored(module: str, layer: Layer, adapter_name: str, rank: int | None, en
 
 
 def factors_of(module: str, layer: Layer, adapter_name: str, rank: int | None, energy: float | None) -> Factored:
-    """The change of any layer's W, (out, in), as two factors, exact where that needs no more than the rank asked for.
+    """The update of any layer's W, (out, in), as two factors, exact if the requested rank allows it.
 
     Raises:
-        ValueError: a rotation, whose change has full rank, and neither rank nor energy is given.
+        ValueError: the adapter is a rotation, whose update has full rank, and neither rank nor energy is given.
     """
     if layer.supports_lora_conversion(adapter_name):
         return truncate_product(*layer.low_rank(adapter_name), rank=rank, energy=energy)
@@ -252,7 +252,7 @@ def factors_of(module: str, layer: Layer, adapter_name: str, rank: int | None, e
 
 
 def _lora_config(config: IsotuneConfig, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> LoraConfig:
-    rank = max(ranks.values())  # servers compare r with the rank they have room for, and some read no pattern
+    rank = max(ranks.values())  # servers compare r with the largest rank they support, and some ignore patterns
     other = rank_pattern(ranks, rank)
     return LoraConfig(
         r=rank,

@@ -1,4 +1,4 @@
-"""An adapter as a plain model with its update merged in, which needs no isotune."""
+"""Exporting an adapter as a plain model with the update merged in, which needs no isotune."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def export_merged(
     *,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write a plain transformers model with the adapter's update in its weights, with the tokeniser where there is one.
+    """Write a plain transformers model with the adapter's update in its weights, and the tokeniser if there is one.
 
-    A classifier on the mean of an encoder's hidden states, which isotune's recipes train on a sentence-transformers
-    model, is written as such a folder, whose `encode` gives the logits; AutoModel reads its encoder.
+    A classifier on the mean of an encoder's hidden states, as isotune's recipes train it on a sentence-transformers
+    model, is written as a sentence-transformers folder, whose `encode` gives the logits; AutoModel reads its encoder.
 
-    `out`, `adapter_name`, `base` and `trust_remote_code` are as for `export_lora`.
+    `out`, `adapter_name`, `base` and `trust_remote_code` are as in `export_lora`.
 
     Args:
-        model_or_dir: a model with isotune adapters, which is left as it was, or the folder of a saved one.
+        model_or_dir: a model with isotune adapters, which is left as it was, or the folder of a saved adapter.
 
     Raises:
         ValueError: `out` is not empty, there is no such adapter or base, the adapter does not fit the base, the model
@@ -47,7 +47,7 @@ def export_merged(
     if isinstance(model_or_dir, nn.Module):
         model = model_or_dir
     else:
-        describe(model_or_dir)  # its messages are clearer than what PEFT finds while loading
+        describe(model_or_dir)  # its error messages are clearer than PEFT's on loading
         plain = named_base(model_or_dir, base, trust_remote_code=trust_remote_code)
         model, adapter_name = PeftModel.from_pretrained(plain, os.fspath(model_or_dir)), ADAPTER
         sources.append(os.fspath(model_or_dir))
@@ -73,14 +73,14 @@ def _save(model: Any, folder: Path) -> None:
         model.save_pretrained(str(folder))
     except NotImplementedError as error:
         raise ValueError(
-            "transformers cannot save this model as it was loaded, as it cannot save one that is stored in 4 bits "
-            f"({error or type(error).__name__}). Give the base that it was quantised from: --base FULL."
+            "transformers cannot save this model in the form it was loaded in, such as quantised to 4 bits "
+            f"({error or type(error).__name__}). Give the base model it was quantised from: --base FULL."
         ) from error
 
 
 @contextmanager
 def _merged_and_bare(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """For the time of the block: the update in the weights, and the model's own modules in the places of wrappers."""
+    """Within this block, merge the update into the weights and replace all wrappers by the model's own modules."""
     for name, module in model.named_modules():
         if isinstance(module, Layer) and module.merged and module.merged_adapters != [adapter_name]:
             raise ValueError(f"{name!r} has {module.merged_adapters} merged; call unmerge_adapter() first.")
@@ -90,7 +90,7 @@ def _merged_and_bare(model: nn.Module, adapter_name: str) -> Iterator[None]:
             layer.merge(adapter_names=[adapter_name])
             undo.callback(layer.unmerge)
         warn_of_requantising(merged_here)
-        # The innermost first: one layer holds another where several parameters of a module of experts are adapted.
+        # The innermost first: layers on several parameters of one module of experts are nested.
         for name, module in reversed(list(model.named_modules())):
             if isinstance(module, Layer):
                 plain = module.base_layer

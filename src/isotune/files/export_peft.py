@@ -1,4 +1,4 @@
-"""A rotation of inputs as an adapter of PEFT's own OFT or BOFT, which needs no isotune."""
+"""Exporting a rotation of inputs as an adapter of PEFT's own OFT or BOFT, which needs no isotune."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from isotune.methods.oft import OFTOperator
 from isotune.tuner.layer import Layer
 from isotune.tuner.state import KEY_PREFIX
 
-_INSTEAD = "Export it as LoRA (--to lora), or merged (--to merged)."
+_INSTEAD = "Export it as LoRA (--to lora) or merged (--to merged) instead."
 
 
 @torch.no_grad()
@@ -32,32 +32,32 @@ def export_peft(
     *,
     trust_remote_code: bool = False,
 ) -> int:
-    """Write an OFT, COFT or BOFT adapter as a folder of PEFT's own OFT or BOFT, the same function.
+    """Write an OFT, COFT or BOFT adapter as a folder of PEFT's own OFT or BOFT that computes the same function.
 
     PEFT's OFT has the exact transform and the series of isotune's num_cayley_neumann_terms=2 or more; its BOFT has one
-    factor where its CUDA extension is not built. The bound of COFT is applied to the generators for good, and so is a
-    scale that is set. Saved modules and trained biases are written as they are.
+    factor unless its CUDA extension is built. COFT's bound and a scale that is set are applied to the generators for
+    good. Saved modules and trained biases are written as they are.
 
     Args:
-        model_or_dir: a model with isotune adapters, or the folder of a saved one.
-        out: the folder to write; it appears only when it is complete. adapter_model.safetensors in it has the names of
-            PEFT's single files, base_model.model.MODULE.oft_R.weight, or .boft_R and .boft_s.
-        adapter_name: which adapter of a model.
-        base: for a folder: the base model, or its name; by default what the adapter's config names.
-        trust_remote_code: run code that the base model's repository carries.
+        model_or_dir: a model with isotune adapters, or the folder of a saved adapter.
+        out: the folder to write; it appears only when it is complete. Its adapter_model.safetensors uses PEFT's names,
+            base_model.model.MODULE.oft_R.weight, or .boft_R and .boft_s.
+        adapter_name: the adapter of a model to export.
+        base: for a folder, the base model or its name; by default the one that the adapter's configuration names.
+        trust_remote_code: whether to run code from the base model's repository.
 
     Returns:
-        How many layers were written.
+        The number of layers written.
 
     Raises:
-        ValueError: `out` is not empty, there is no such adapter or base, or PEFT has no such rotation or takes no such
-            layer; says what to do.
+        ValueError: `out` is not empty, there is no such adapter or base, or PEFT does not have this rotation or
+            support this layer; says what to do.
 
     Source: PEFT 0.21.2, tuners/oft/layer.py and tuners/boft/layer.py.
     """
     own = opened(model_or_dir, adapter_name, base, trust_remote_code=trust_remote_code)
     if isinstance(own.model, MeanPooled):
-        raise ValueError(f"PEFT cannot load an adapter on a mean-pooled classifier of isotune's. {_INSTEAD}")
+        raise ValueError(f"PEFT cannot load an adapter on isotune's mean-pooled classifier. {_INSTEAD}")
     operators = {name: _operator(name, layer, own.adapter_name) for name, layer in own.layers.items()}
     first = next(iter(operators.values()))
     oft = isinstance(first, OFTOperator)
@@ -65,7 +65,7 @@ def export_peft(
     for name, operator in operators.items():
         generators = generators_of(operator)
         if isinstance(operator, OFTOperator):
-            # PEFT's exact transform is the inverse of the one that its series approaches.
+            # PEFT's exact transform is the inverse of the one its series approaches.
             series = operator.neumann_terms is not None
             tensors[f"{KEY_PREFIX}{name}.oft_R.weight"] = generators if series else -generators
         else:
@@ -94,7 +94,7 @@ def export_peft(
 
 
 def _operator(name: str, layer: Layer, adapter_name: str) -> OFTOperator | BOFTOperator:
-    """The operator of a layer, if PEFT has one that computes the same."""
+    """The operator of a layer, refused unless PEFT has one that computes the same."""
     operator, module = layer.adapter(adapter_name), layer.get_base_layer()
     if not isinstance(operator, OFTOperator | BOFTOperator) or operator.side != "input":
         turned = getattr(operator, "side", None)
@@ -104,15 +104,15 @@ def _operator(name: str, layer: Layer, adapter_name: str) -> OFTOperator | BOFTO
         )
     if not isinstance(module, nn.Linear):
         raise ValueError(
-            f"The adapted module {name!r} is a {type(module).__name__}; PEFT's own rotations compute the same on "
-            f"linear layers alone. {_INSTEAD}"
+            f"The adapted module {name!r} is a {type(module).__name__}; PEFT's own rotations compute the same only on "
+            f"linear layers. {_INSTEAD}"
         )
     if isinstance(operator, OFTOperator) and operator.neumann_terms == 1:
-        raise ValueError(f"The series of num_cayley_neumann_terms=1 on {name!r} is none of PEFT's. {_INSTEAD}")
+        raise ValueError(f"PEFT has no series with num_cayley_neumann_terms=1, as on {name!r}. {_INSTEAD}")
     if isinstance(operator, BOFTOperator) and len(operator.generator) > 1:
         raise ValueError(
-            f"The adapter on {name!r} is a butterfly of {len(operator.generator)} factors, which PEFT reads only where "
-            f"its CUDA extension is built; without it, it has one. {_INSTEAD}"
+            f"The adapter on {name!r} is a butterfly of {len(operator.generator)} factors; without its CUDA extension, "
+            f"PEFT supports only one. {_INSTEAD}"
         )
     return operator
 
@@ -121,7 +121,7 @@ def _oft_fields(operators: dict[str, Any]) -> dict[str, Any]:
     first = next(iter(operators.values()))
     terms = first.neumann_terms
     series = {"use_cayley_neumann": False} if terms is None else {"num_cayley_neumann_terms": terms + 2}
-    # Of a layer of one block nobody can tell.
+    # In a layer of one block, shared and separate blocks look alike.
     shared = any(len(operator.generator) < operator.blocks for operator in operators.values())
     return {**_sizes(operators, "oft_block_size", "r"), **series, "block_share": shared}
 
@@ -131,12 +131,12 @@ def _boft_fields(operators: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sizes(operators: dict[str, Any], by_size: str, by_count: str) -> dict[str, int]:
-    """PEFT's one size of all blocks, or one number of blocks of all layers."""
+    """PEFT's fields for one size of all blocks, or one number of blocks in all layers."""
     sizes = {operator.block_size for operator in operators.values()}
     counts = {operator.size // operator.block_size for operator in operators.values()}
     if len(sizes) > 1 and len(counts) > 1:
         raise ValueError(
-            f"The layers have blocks of {', '.join(map(str, sorted(sizes)))}, and PEFT's configuration holds one size, "
-            f"or one number of blocks. {_INSTEAD}"
+            f"The layers have blocks of {', '.join(map(str, sorted(sizes)))}, but PEFT's configuration holds only one "
+            f"size or one number of blocks. {_INSTEAD}"
         )
     return {by_size: sizes.pop(), by_count: 0} if len(sizes) == 1 else {by_size: 0, by_count: counts.pop()}

@@ -1,4 +1,4 @@
-"""LoRA folders of all checkpoints in a directory, with one load of the base model."""
+"""Exporting all checkpoints in a directory as LoRA folders, loading the base model once."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from isotune.subspace.lowrank import check_truncation
 
 @dataclass
 class RunsExport:
-    """What became of the adapters of a directory, each by its path within it."""
+    """The outcome for each adapter of a directory, by its path within the directory."""
 
     written: dict[str, LoraExport] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
-    """Exported before, from the same file with the same options."""
+    """Adapters exported before, from the same file with the same options."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Why."""
+    """Path -> reason."""
 
 
 def adapter_folders(directory: str | os.PathLike[str]) -> list[Path]:
-    """The paths, anywhere below a directory, of the folders that hold an adapter, checkpoint-2 before checkpoint-10.
+    """The paths of all adapter folders at any depth below a directory, checkpoint-2 before checkpoint-10.
 
     Raises:
         ValueError: there is no such directory, or no adapter in it.
     """
     root = Path(directory)
     if not root.is_dir():
-        raise ValueError(f"{root} is not a folder; give an adapter's folder, or one that holds several.")
+        raise ValueError(f"{root} is not a folder; give an adapter's folder, or a folder that holds several.")
     inside = [file.parent.relative_to(root) for file in root.rglob(CONFIG_FILE)]
-    found = [path for path in inside if not any(part.startswith(".") for part in path.parts)]  # no half-written ones
+    found = [path for path in inside if not any(part.startswith(".") for part in path.parts)]  # none half-written
     if not found:
-        raise ValueError(f"Neither {root} nor a folder in it has an {CONFIG_FILE}, so there is no adapter.")
+        raise ValueError(f"Neither {root} nor any folder below it has an {CONFIG_FILE}, so there is no adapter here.")
     return sorted(found, key=_natural)
 
 
 def only_adapter(directory: str | os.PathLike[str]) -> str:
-    """The folder of the one adapter that a directory, such as a finished run's, is or holds at any depth.
+    """The only adapter folder at any depth below a directory, such as a finished run's; maybe the directory itself.
 
     Raises:
-        ValueError: there is no such directory, or no adapter or several in it.
+        ValueError: there is no such directory, or it holds no adapter or several.
     """
     found = adapter_folders(directory)
-    if Path() in found:  # whatever checkpoints are in it
+    if Path() in found:  # even if it also holds checkpoints
         return os.fspath(directory)
     if len(found) > 1:
         names = ", ".join(str(Path(directory) / path) for path in found)
@@ -73,14 +73,14 @@ def export_lora_runs(
     """Write every adapter below a directory as a LoRA folder of the same name below `out`.
 
     Each base model is loaded once. An adapter that was exported before, from the same file and with the same options,
-    is skipped, so an interrupted export goes on where it was; one that fails is reported, and the others are written.
+    is skipped, so an interrupted export can be continued; one that fails is reported, and the others are written.
 
-    `rank`, `energy`, `uniform_rank` and `trust_remote_code` are as for `export_lora`.
+    `rank`, `energy`, `uniform_rank` and `trust_remote_code` are as in `export_lora`.
 
     Args:
-        directory: holds adapter folders at any depth, such as the checkpoints of a training.
-        out: where to write; made if it is not there.
-        base: the base model, or its name; by default what each adapter's config names.
+        directory: a directory with adapter folders at any depth, such as the checkpoints of a training run.
+        out: the directory to write into; created if needed.
+        base: the base model, or its name; by default the one that each adapter's configuration names.
 
     Raises:
         ValueError: there is no adapter at all, or the options are not allowed.
@@ -112,12 +112,12 @@ def export_lora_runs(
 
 
 def _natural(path: Path) -> list[int | str]:
-    """Numbers in a name count as numbers: text and digits alternate, so like is compared with like."""
+    """Sort key that compares numbers in a name by value; text and digits alternate, so types always match."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.as_posix())]
 
 
 def _base_of(folder: Path) -> str:
-    """What decides which base model is loaded and how, as a key."""
+    """A key for the base model and the way it is loaded."""
     raw = read_config(folder)
     return json.dumps([raw.get(k) for k in ("base_model_name_or_path", "revision", "task_type", "auto_mapping")])
 
@@ -131,7 +131,7 @@ def _is_done(folder: Path, exported: Path, options: Mapping[str, Any]) -> bool:
         found = None
     if found != origin_of(folder, options):
         raise ValueError(
-            f"{exported} is there already, and not as this adapter and these options give it; remove it, or choose "
-            "another place to write."
+            f"{exported} already exists, but from another adapter or other options; remove it, or choose another place "
+            "to write."
         )
     return True

@@ -1,4 +1,4 @@
-"""What servers need of a LoRA folder, and what in one stands against it."""
+"""What servers require of a LoRA folder, and why they would refuse one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from isotune.methods.config import by_pattern
 from isotune.tuner.state import KEY_PREFIX
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank may be (vllm.config.lora.MaxLoRARanks, 0.22 to 0.33)."""
+"""Allowed values of vLLM's --max-lora-rank (vllm.config.lora.MaxLoRARanks, 0.22 to 0.33)."""
 
 _BOTH = ("vLLM", "llama.cpp")
 _VLLM, _LLAMA_CPP = _BOTH[:1], _BOTH[1:]
@@ -23,7 +23,7 @@ _FACTOR = re.compile(rf"{re.escape(KEY_PREFIX)}(.+)\.lora_([AB])\.weight")
 
 
 def vllm_max_rank(rank: int) -> int | None:
-    """The smallest --max-lora-rank that has room for a LoRA adapter's rank; None above the largest.
+    """The smallest --max-lora-rank that a LoRA adapter's rank fits; None if it is above the largest.
 
     Example:
         >>> vllm_max_rank(46), vllm_max_rank(1000)
@@ -33,16 +33,16 @@ def vllm_max_rank(rank: int) -> int | None:
 
 
 def obstacles(directory: str | os.PathLike[str]) -> dict[str, list[str]]:
-    """Why each of "vLLM" and "llama.cpp" would refuse a LoRA folder or compute something else; nothing if it serves.
+    """Reasons why "vLLM" or "llama.cpp" would refuse a LoRA folder or compute something else.
 
     Args:
-        directory: as `export_lora` or PEFT wrote it.
+        directory: a folder written by `export_lora` or PEFT.
 
     Returns:
-        Server -> reasons, each with what to do.
+        Server -> reasons, each with what to do; an empty list if the server supports the folder.
 
     Raises:
-        AdapterFileError: there is no readable adapter.
+        AdapterFileError: the folder holds no readable adapter.
 
     Source: for vLLM its vllm.lora.peft_helper.PEFTHelper, vllm.lora.utils.parse_fine_tuned_lora_name and
     vllm.config.lora; for llama.cpp convert_lora_to_gguf.py and get_scale in src/llama-adapter.h.
@@ -56,11 +56,11 @@ def obstacles(directory: str | os.PathLike[str]) -> dict[str, list[str]]:
 
 
 def _refusals(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Servers and a reason why these refuse a folder."""
+    """Pairs of servers and a reason why they refuse a folder."""
     if config.get("peft_type") != "LORA":
-        yield _BOTH, f"its type is {config.get('peft_type')!r}, and only LORA is read; export it with --to lora"
+        yield _BOTH, f"its type is {config.get('peft_type')!r}, and only LORA is supported; export it with --to lora"
     if config.get("use_dora"):
-        yield _BOTH, "DoRA is not read"
+        yield _BOTH, "DoRA is not supported; merge it into the base model with PEFT"
     factors = {name: match for name in shapes if (match := _FACTOR.fullmatch(name))}
     others = sorted(name.removeprefix(KEY_PREFIX) for name in shapes.keys() - factors.keys())
     if others:
@@ -81,7 +81,7 @@ def _refusals(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) ->
     if any(own > rank for own in ranks.values()):
         yield (
             _VLLM,
-            f"a layer's rank is above r={rank}, the only one that every version reads; export it with --uniform-rank",
+            f"a layer's rank is above r={rank}, the only one every version reads; export it with --uniform-rank",
         )
     alpha, power = config.get("lora_alpha", rank), 0.5 if config.get("use_rslora") else 1
     patterns = config.get("alpha_pattern") or {}
@@ -94,13 +94,13 @@ def _refusals(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) ->
     if any(scale != alpha / ranks[module] for module, scale in scales.items()):
         yield (
             _LLAMA_CPP,
-            "one alpha is kept for all layers and divided by each layer's own rank, which would scale some wrongly; "
+            "one alpha is used for all layers and divided by each layer's own rank, which would scale some wrongly; "
             "export it with --uniform-rank",
         )
 
 
 def describe_obstacles(directory: str | os.PathLike[str]) -> str:
-    """One line a server, with what it serves the folder, or why not; raises as `obstacles`."""
+    """One line per server: the command or option that serves the folder, or why it cannot; raises as `obstacles`."""
     room = vllm_max_rank(int(read_config(directory).get("r") or 1))
     served_by = {"vLLM": f"--enable-lora --max-lora-rank {room}", "llama.cpp": "convert_lora_to_gguf.py"}
     return "\n".join(

@@ -1,4 +1,4 @@
-"""Classifiers on the mean of an encoder's hidden states, which transformers has no class for, in a form it can load."""
+"""Classifiers on the mean of an encoder's hidden states, which transformers lacks, in forms that others can load."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 ENCODER = "encoder."
-"""What stands before the names of the encoder's modules in the classifier."""
+"""Prefix of the encoder's module names in the classifier."""
 HEAD = "classifier"
-"""The name of the last layer."""
+"""Name of the last layer."""
 
 _PREFIX = "base_model.model."
 _COPIED = ("sentence_bert_config.json", "sentence_transformers_config.json")
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (batch, classes); mean squared error of (batch, 1)."""
+    """Mean cross-entropy for logits (batch, classes), or mean squared error for (batch, 1)."""
     if logits.shape[-1] == 1:
         return nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
     return nn.functional.cross_entropy(logits, labels)
 
 
 class MeanPooled:
-    """What a module with an `encoder`, a `dropout` and a `classifier` computes, and its form for other libraries.
+    """A mean-pooled classifier with an `encoder`, a `dropout` and a `classifier`, and its form for other libraries.
 
     input_ids, attention_mask: (batch, tokens); logits: (batch, classes).
     """
@@ -46,28 +46,28 @@ class MeanPooled:
         return torch.as_tensor((hidden * mask).sum(1) / mask.sum(1).clamp(min=1))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **inputs: Any) -> Any:
-        """A SequenceClassifierOutput: logits, and the mean loss where labels (batch,) are given."""
+        """Return a SequenceClassifierOutput: the logits, and the mean loss if labels (batch,) are given."""
         from transformers.modeling_outputs import SequenceClassifierOutput
 
         for unused in ("output_attentions", "output_hidden_states", "return_dict", "inputs_embeds"):
-            inputs.pop(unused, None)  # PEFT's wrapper passes them whether asked for or not
+            inputs.pop(unused, None)  # PEFT's wrapper always passes them
         logits = self.classifier(self.dropout(self.embed(input_ids, attention_mask, **inputs)))
         loss = None if labels is None else loss_of(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def save_for_others(self, folder: Path) -> None:
-        """Write the encoder as a plain transformers model, and what makes a sentence-transformers folder of it."""
+        """Write the encoder as a plain transformers model, in a complete sentence-transformers folder."""
         self.encoder.save_pretrained(str(folder))
         head = {f"linear.{name}": tensor for name, tensor in self.classifier.state_dict().items()}
         save_sentence_transformer(folder, head, str(getattr(self.encoder, "name_or_path", "")))
 
 
 class MeanPooledEncoder(MeanPooled, nn.Module):
-    """A classifier to load an adapter into that was trained on an encoder with mean pooling.
+    """A mean-pooled classifier for loading an adapter that was trained on one.
 
     Args:
         encoder: a plain transformers model.
-        classes: how many outputs the head has; they are random until an adapter is loaded.
+        classes: number of outputs of the head, which is random until an adapter is loaded.
     """
 
     def __init__(self, encoder: Any, classes: int) -> None:
@@ -82,7 +82,7 @@ class MeanPooledEncoder(MeanPooled, nn.Module):
 
 
 def load_encoder(path: str, **options: Any) -> Any:
-    """A plain encoder without the pooling layer that the mean has no use for."""
+    """Load a plain encoder without its pooling layer, which mean pooling does not use."""
     import transformers
 
     try:
@@ -92,33 +92,33 @@ def load_encoder(path: str, **options: Any) -> Any:
 
 
 def head_of(file: Path) -> tuple[int, set[str]]:
-    """How many classes the head in an adapter file has, and which modules of an encoder it adapts, if any.
+    """The number of classes of the head in an adapter file, and the modules of an encoder that it adapts, if any.
 
     Returns:
-        The number of classes, 0 for no head; and, if this adapter may be of a `MeanPooled` classifier, the names of the
-        adapted modules within its encoder.
+        The number of classes, 0 without a head; and, if the adapter may belong to a `MeanPooled` classifier, the names
+        of the adapted modules within its encoder.
     """
     if not file.is_file():
         return 0, set()
     try:
         with safe_open(file, framework="pt") as opened:
-            keys = {key.removeprefix(_PREFIX): key for key in opened.keys()}  # noqa: SIM118 (no dictionary)
+            keys = {key.removeprefix(_PREFIX): key for key in opened.keys()}  # noqa: SIM118 (not a dictionary)
             heads = [keys[f"{name}.weight"] for name in (HEAD, "score", f"{HEAD}.out_proj") if f"{name}.weight" in keys]
             classes = opened.get_slice(heads[0]).get_shape()[0] if heads else 0
     except SafetensorError:
-        return 0, set()  # what loads the file says so
+        return 0, set()  # loading the file will report the error
     adapted = {key.partition(".isotune_")[0] for key in keys if ".isotune_" in key}
     pooled = f"{HEAD}.weight" in keys and all(name.startswith(ENCODER) for name in adapted)
     return classes, {name.removeprefix(ENCODER) for name in adapted} if pooled else set()
 
 
 def save_sentence_transformer(folder: Path, head: Mapping[str, Tensor], base: str) -> None:
-    """Write beside an encoder, or an adapter of one, what sentence-transformers needs: `encode` then gives the logits.
+    """Write beside an encoder or its adapter what sentence-transformers needs, so that `encode` gives the logits.
 
     Args:
-        folder: with the encoder's own files.
+        folder: the folder with the encoder's own files.
         head: the linear layer's "linear.weight" (classes, hidden) and "linear.bias" (classes,).
-        base: the folder of the base model, whose longest text goes along where it is written there.
+        base: the folder of the base model, whose settings (such as the maximum length) are copied if it has any.
 
     Source: the folders that sentence-transformers 2 to 6 writes and reads.
     """

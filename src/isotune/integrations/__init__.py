@@ -1,4 +1,4 @@
-"""isotune inside other trainers: one file a tool, which that tool imports and nothing in isotune does."""
+"""isotune inside other trainers: one file per tool, imported by that tool and by nothing in isotune."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from isotune.methods.config import IsotuneConfig
 
 
 def config_from(options: Mapping[str, Any]) -> IsotuneConfig:
-    """The configuration that a trainer's own file describes: `method` and the options of that method.
+    """Make the configuration that a trainer's own file describes by `method` and the options of that method.
 
     Args:
-        options: "method", one of isotune's or of its presets ("coft", "psoft_so"), and any field of its configuration.
+        options: "method", the name of a method or preset ("coft", "psoft_so"), and any fields of its configuration.
 
     Raises:
-        ValueError: no such method, no such option or no such value; the message says what is allowed.
+        ValueError: there is no such method or option, or its value is not allowed; the message says what is.
 
     Example:
         >>> config_from({"method": "psoft", "r": 8, "target_modules": "all-linear"}).r
@@ -36,14 +36,14 @@ def config_from(options: Mapping[str, Any]) -> IsotuneConfig:
 
 
 def require_unset(given: Mapping[str, Any], where: str) -> None:
-    """Refuse a trainer's own settings of LoRA, which isotune would not read.
+    """Refuse a trainer's own LoRA settings, which isotune would not read.
 
     Args:
-        given: those that are set, by name.
-        where: they belong instead.
+        given: the settings that are set, by name.
+        where: end of the message, which says where to set such options instead.
 
     Raises:
-        ValueError: names the first.
+        ValueError: a setting is set; names the first.
     """
     for name, value in given.items():
         require(False, name, value, f"it is a setting of another method, which isotune does not read; {where}")

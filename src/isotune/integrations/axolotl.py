@@ -16,7 +16,7 @@ from isotune.model_card import WEIGHTS, write_card
 
 ADAPTER = "isotune"
 _READ = ("lora_model_dir", "lora_on_cpu", "lora_modules_to_save", "peft_autocast_adapter_dtype")
-"""Settings that axolotl names after LoRA or PEFT and means for every adapter."""
+"""Settings that axolotl names after LoRA or PEFT but applies to every adapter."""
 _TASKS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS"}
 
 
@@ -30,10 +30,10 @@ class IsotuneArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_isotune(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Refuse what isotune would not read or axolotl would not do.
+        """Refuse settings that isotune would not read or axolotl would not apply.
 
         Args:
-            data: the whole file.
+            data: the content of the whole file.
 
         Raises:
             ValueError: names the setting and says what to write instead.
@@ -41,7 +41,9 @@ class IsotuneArgs(BaseModel):
         block = data.get("isotune")
         if data.get("adapter") != ADAPTER:
             if block:
-                raise ValueError(f"the block isotune: has an effect with adapter: {ADAPTER} alone; set that.")
+                raise ValueError(
+                    f"the block isotune: only has an effect with adapter: {ADAPTER}; set that, or remove the block."
+                )
             return data
         if not block:
             raise ValueError(f"adapter: {ADAPTER} needs a block isotune: with at least method: psoft (or oft, hra, …).")
@@ -56,52 +58,52 @@ class IsotuneArgs(BaseModel):
         )
         if data.get("load_in_4bit") or data.get("load_in_8bit"):
             raise ValueError(
-                f"axolotl quantises a base for its own adapters alone: with adapter: {ADAPTER}, load_in_4bit and "
-                "load_in_8bit would leave it as it is. Name a base that is stored quantised as base_model, and "
-                "leave both out; isotune's page 'isotune in other tools' says how to store one."
+                f"axolotl quantises the base model only for its own adapters: with adapter: {ADAPTER}, load_in_4bit "
+                "and load_in_8bit would have no effect. Remove both and set base_model to a model that is stored "
+                "quantised; isotune's page 'isotune in other tools' says how to store one."
             )
         if data.get("merge_lora") and data.get("merge_method") != "legacy":
             raise ValueError(
-                "axolotl's default merge reads the two factors of LoRA, which this adapter has not: set "
+                "axolotl's default merge reads LoRA's two factors, which this adapter does not have: set "
                 "merge_method: legacy, or use `isotune export … --to merged`."
             )
         return data
 
 
 class IsotunePlugin(BasePlugin):  # type: ignore[misc]
-    """What axolotl asks of a plugin that brings an adapter."""
+    """The axolotl plugin that adds isotune's adapters."""
 
     def get_input_args(self) -> str:
-        """Where axolotl finds the block of its file."""
+        """The path of the class that describes the block in axolotl's file."""
         return f"{__name__}.{IsotuneArgs.__name__}"
 
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
-        """One adapter, which has no factors as LoRA has, and no restarts as ReLoRA has."""
+        """One adapter, without LoRA's factors and ReLoRA's restarts."""
         return [AdapterCapabilities(name=ADAPTER, lora_like=False, relora=False)]
 
     def load_adapter(
         self, model: PreTrainedModel, cfg: Any, inference: bool = False, config_only: bool = False
     ) -> tuple[PreTrainedModel | PeftModel | None, IsotuneConfig | None] | None:
-        """The model with a new adapter, or with that of `lora_model_dir`.
+        """Put a new adapter, or the one in `lora_model_dir`, on the model.
 
         Args:
-            model: the base.
-            cfg: the whole file, as axolotl checked it.
-            inference: whether the adapter is loaded frozen.
-            config_only: whether a trainer, such as DPO's, adds the adapter by itself and wants its configuration.
+            model: the base model.
+            cfg: the whole file, as checked by axolotl.
+            inference: whether to load the adapter frozen.
+            config_only: whether a trainer, such as DPO's, adds the adapter itself and only needs its configuration.
 
         Returns:
-            The model, None with `config_only`, and the configuration; None for another plugin's adapter.
+            The model (None with `config_only`) and the configuration; None for another plugin's adapter.
 
         Raises:
-            ValueError: a stored adapter is to be trained on by a trainer that makes its own.
+            ValueError: lora_model_dir is set, but the trainer adds a new adapter of its own.
         """
         if cfg.adapter != ADAPTER:
             return None
         if cfg.lora_model_dir and config_only:
             raise ValueError(
-                f"lora_model_dir={cfg.lora_model_dir!r} is not read with rl: {cfg.rl}, whose trainer adds a new one. "
-                "Merge that adapter first (isotune export … --to merged), and name the result as base_model."
+                f"lora_model_dir={cfg.lora_model_dir!r} has no effect with rl: {cfg.rl}, whose trainer adds a new "
+                "adapter. Merge that adapter first (isotune export … --to merged), and set base_model to the result."
             )
         options = {"task_type": _task_of(model), **cfg.isotune.to_dict()}
         if cfg.lora_modules_to_save:
@@ -119,7 +121,7 @@ class IsotunePlugin(BasePlugin):  # type: ignore[misc]
         return adapted, config
 
     def post_train(self, cfg: Any, model: PreTrainedModel | PeftModel) -> None:
-        """Put isotune's part into the card of the output folder, which TRL's trainers have just written anew."""
+        """Add isotune's part to the card of the output folder, which TRL's trainers have just rewritten."""
         folder = Path(cfg.output_dir)
         if cfg.adapter == ADAPTER and not cfg.local_rank and (folder / WEIGHTS).is_file():
             write_card(folder, PeftConfig.from_pretrained(str(folder)))

@@ -1,4 +1,4 @@
-"""isotune's methods in ms-swift: `--external_plugins` takes this file, whose path `python -m` of it prints."""
+"""isotune's methods in ms-swift: pass this file to `--external_plugins`; `python -m` of it prints its path."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from isotune.integrations import config_from, require_unset
 from isotune.methods import METHODS
 
 OPTIONS = "isotune"
-"""The key of `--model_kwargs` below which the options of the method stand; args.json keeps them with the adapter."""
+"""The key of `--model_kwargs` that holds the method's options; ms-swift keeps them in args.json with the adapter."""
 _OTHERS = ("lora", "boft_", "adalora_", "vera_", "fourier_", "reft_", "llamapro_", "use_rslora", "use_dora")
 _TASKS = {"CAUSAL_LM", "SEQ_CLS"}
 
 
 class IsotuneTuner(PeftTuner):  # type: ignore[misc]
-    """One method of isotune as a tuner of ms-swift, which saves and loads it as it does PEFT's."""
+    """One of isotune's methods as an ms-swift tuner, saved and loaded as PEFT's are."""
 
     method = ""
 
     @classmethod
     def prepare_model(cls, args: Any, model: nn.Module) -> PeftModel:
-        """The model with a new adapter.
+        """Put a new adapter on the model.
 
         Args:
             args: ms-swift's arguments; `args.model_kwargs["isotune"]` holds the options of the method.
-            model: the base.
+            model: the base model.
 
         Raises:
-            ValueError: an option that the method does not have, or a setting of another tuner.
+            ValueError: the method does not have an option, or a setting of another tuner is set.
         """
         options = dict((args.model_kwargs or {}).get(OPTIONS, {}))
         require_unset(_changed(args), f"write --model_kwargs '{{\"{OPTIONS}\": {{…}}}}'")
@@ -50,7 +50,7 @@ class IsotuneTuner(PeftTuner):  # type: ignore[misc]
 
 
 def _changed(args: Any) -> Mapping[str, Any]:
-    """The settings of other tuners that are not at their defaults."""
+    """The settings of other tuners that differ from their defaults."""
     found = {}
     for field in fields(TunerArguments):
         default = field.default if field.default_factory is MISSING else field.default_factory()

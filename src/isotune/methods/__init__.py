@@ -1,4 +1,4 @@
-"""The methods: each is one file with a configuration and an operator, and one line here."""
+"""The registry of methods: each method is one file with a configuration and an operator, and one line here."""
 
 from isotune.methods.boft import BOFTConfig
 from isotune.methods.config import IsotuneConfig
@@ -17,7 +17,7 @@ METHODS: dict[str, type[IsotuneConfig]] = {
     "hra": HRAConfig,
     "lora_xs": LoraXsConfig,
 }
-"""Name of the method -> its configuration. The PEFT type is ISOTUNE_ and the name in capitals."""
+"""Name of each method -> its configuration. The PEFT type is ISOTUNE_ followed by the name in capitals."""
 
 __all__ = [
     "METHODS",

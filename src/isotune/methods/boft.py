@@ -1,4 +1,4 @@
-"""BOFT (Liu et al., ICLR 2024, arXiv 2311.06243): a butterfly of block rotations, and a gain for each output."""
+"""BOFT (Liu et al., ICLR 2024, arXiv 2311.06243): a butterfly of block rotations with a gain for each output."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class BOFTConfig(BlockRotationConfig):
     """Configuration of BOFT: y = gain ⊙ (x B_m ⋯ B₂ B₁ Wᵀ) + bias, each B a block rotation at twice the last stride.
 
     Args:
-        boft_block_size: size b of a block; 0: in_features / boft_block_num, or 4 if that is not given either.
-        boft_block_num: number of blocks of a factor; 0: in_features / boft_block_size.
-        boft_n_butterfly_factor: m; 1 is OFT with a gain. b · 2^(m − 1) must divide in_features.
-        butterfly_factor_pattern: module name or regular expression -> its m, where it differs from the others'.
-        boft_dropout: share of the blocks of a factor that are the identity at each training step.
-        boft_dropout_factors: share of the factors to which that happens at each step.
+        boft_block_size: block size b; 0 derives it as in_features / boft_block_num, or 4 if that is 0 too.
+        boft_block_num: number of blocks per factor; 0 derives it as in_features / boft_block_size.
+        boft_n_butterfly_factor: number of factors m; 1 is OFT with a gain. b · 2^(m − 1) must divide in_features.
+        butterfly_factor_pattern: module name or regular expression -> m for these modules.
+        boft_dropout: share of a factor's blocks that are replaced by the identity at each training step.
+        boft_dropout_factors: share of the factors to which boft_dropout applies at each training step.
 
     Raises:
-        ValueError: a value that is not allowed or a combination without effect; the message says what to change.
+        ValueError: a value is not allowed or a combination has no effect; the message says what to change.
     """
 
     peft_bias = "boft_only"
@@ -53,17 +53,17 @@ class BOFTConfig(BlockRotationConfig):
         share = self.boft_dropout_factors
         require(0.0 < share <= 1.0, "boft_dropout_factors", share, "it must be in (0, 1]")
         if share < 1.0 and not self.boft_dropout:
-            raise ValueError("boft_dropout_factors has no effect with boft_dropout=0; set that, or leave this at 1.")
+            raise ValueError("boft_dropout_factors has no effect with boft_dropout=0; set both, or leave it at 1.")
         for name in ("boft_block_size", "boft_block_num"):
-            require_positive_integer(name, getattr(self, name) or 1)  # 0 follows from the other
+            require_positive_integer(name, getattr(self, name) or 1)  # 0: derived from the other
         if self.boft_block_size and self.boft_block_num:
             raise ValueError(
                 f"boft_block_size={self.boft_block_size} and boft_block_num={self.boft_block_num} are both given; set "
-                "one of them to 0, since it follows from the other."
+                "one of them to 0, since each follows from the other."
             )
 
     def block_size_for(self, module: str, width: int) -> int:
-        """The size b of the blocks of a module, of which a side of that width is rotated.
+        """The block size b for a module whose rotated side has this width.
 
         Raises:
             ValueError: the blocks do not divide the width, or the butterfly does not fit.
@@ -81,12 +81,12 @@ class BOFTConfig(BlockRotationConfig):
             raise ValueError(
                 f"boft_n_butterfly_factor={stages} is too large for {module!r} with {width} {self.side}s and blocks of "
                 f"{size}: the size must be even and {size} · 2^(m − 1) must divide {width}, so m may be at most "
-                f"{most}. Choose a smaller m or other blocks, or exclude the module with exclude_modules."
+                f"{most}. Choose a smaller m or another block size, or exclude the module with exclude_modules."
             )
         return size
 
     def factors_for(self, module: str) -> int:
-        """The number m of factors of a module."""
+        """The number m of factors for a module."""
         return int(by_pattern(self.butterfly_factor_pattern, module, self.boft_n_butterfly_factor))
 
     def rotation(self, module: str, width: int, out_features: int) -> BOFTOperator:
@@ -95,20 +95,20 @@ class BOFTConfig(BlockRotationConfig):
         return BOFTOperator(width, out_features, size, self.factors_for(module), dropout)
 
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-        """Blocks times their size, and the length of the gain."""
+        """The number of blocks times their size, and the length of the gain."""
         _, blocks, entries = tensors["generator"].shape
         return blocks * skew_order(entries), len(tensors["output_gain"])
 
 
 class BOFTOperator(RotationAdapter):
-    """M = B_m ⋯ B₂ B₁ with blocks that are Cayley transforms, and the output gain.
+    """M = B_m ⋯ B₂ B₁, whose blocks are Cayley transforms, and the output gain.
 
     Args:
-        width: of the side that is rotated.
-        out_features: of W.
+        width: width of the rotated side.
+        out_features: number of rows of W.
         block_size: b.
         stages: m.
-        dropout: share of the blocks that are the identity in training, and share of the stages where this happens.
+        dropout: share of the blocks replaced by the identity in training, and share of the stages where this applies.
     """
 
     evaluated = ("generator",)
@@ -133,12 +133,12 @@ class BOFTOperator(RotationAdapter):
         return self.block_size, bool(self.dropout)
 
     def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """The folded blocks of `butterfly_chain`; those of all stages where some are to be dropped before."""
+        """The folded blocks of `butterfly_chain`; with dropout, the blocks of all stages, which are folded later."""
         difference = orthogonal_difference(parameters["generator"], self.block_size)
         return (difference,) if self.dropout else butterfly_blocks(difference, self.block_size)
 
     def complete(self, tensors: tuple[Tensor, ...], drop: bool = False) -> tuple[Tensor, ...]:
-        """The folded blocks, with `drop` some of those of the stages zero, so that R = I there."""
+        """The folded blocks; with `drop` some blocks of the stages are first set to zero, so that R = I there."""
         if not self.dropout:
             return tensors
         (difference,) = tensors

@@ -1,4 +1,4 @@
-"""What an option of a configuration may be: its type, read off the annotations, and its range."""
+"""Checks of a configuration's options: their types, taken from the annotations, and their ranges."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from isotune.errors import IsotuneWarning
 
 _SHOWN = 120
-"""Characters of a value in a message."""
+"""How many characters of a value a message shows."""
 _KINDS: dict[Any, tuple[tuple[type, ...], str, str]] = {
     bool: ((bool,), "True or False", "truth values"),
     int: ((int,), "an integer", "integers"),
@@ -24,20 +24,20 @@ _KINDS: dict[Any, tuple[tuple[type, ...], str, str]] = {
     str: ((str,), "a string", "strings"),
     type(None): ((type(None),), "None", "nothing"),
 }
-"""Annotation -> the types of its values, and what one of them is called, and several."""
+"""Annotation -> the types of its values, and what messages call one of them and several."""
 
 _hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
 
 
 def check_types(config: Any) -> None:
-    """Refuse the first option of a dataclass that is not of the type that its annotation says.
+    """Refuse the first option of a dataclass whose value does not have its annotated type.
 
-    An integer is a number too, where it has one as a float; True and False are neither. A set or a tuple may stand for
-    a list. Nothing is converted.
+    An integer counts as a number if it fits a float; True and False do not. A set or a tuple may stand for a list.
+    Nothing is converted.
 
     Args:
         config: a dataclass instance, annotated with bool, int, float, str, None, Literal, list, dict and unions of
-            them; what is annotated otherwise is not looked at.
+            them; other annotations are not checked.
 
     Raises:
         ValueError: names the option, what was given and what is allowed.
@@ -100,22 +100,22 @@ def shown(value: Any) -> str:
     """
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, or a list in a list in a list …
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or very deep nesting
         text = f"<{type(value).__name__}>"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def require(fits: bool, name: str, value: Any, allowed: str) -> None:
-    """Refuse the value of an option unless it fits.
+    """Refuse the value of an option unless it is allowed.
 
     Args:
-        fits: whether it does.
-        name: of the option.
-        value: what was given.
-        allowed: the end of the message.
+        fits: whether the value is allowed.
+        name: name of the option.
+        value: the value that was given.
+        allowed: the end of the message, which says what is allowed.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the value is not allowed.
 
     Example:
         >>> require(False, "eps", -1.0, "it must be above 0")
@@ -127,27 +127,27 @@ def require(fits: bool, name: str, value: Any, allowed: str) -> None:
 
 
 def require_positive_integer(name: str, value: Any) -> None:
-    """`require` an integer above zero."""
+    """`require` an integer of at least 1."""
     fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
     require(fits, name, value, "it must be an integer of at least 1")
 
 
 def require_number(name: str, value: float, below: float = math.inf) -> None:
-    """`require` a number of at least 0, and below another, such as 1 for a probability; so neither infinite nor NaN."""
+    """`require` a finite number of at least 0 and below a limit, such as 1 for a probability."""
     allowed = "a number of at least 0" if below == math.inf else f"in [0, {below:g})"
     require(0.0 <= value < below, name, value, f"it must be {allowed}")
 
 
 def require_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
-    """Refuse what is not one of a few values.
+    """Refuse a value that is not one of a few choices.
 
     Args:
-        name: of the option.
-        value: what was given.
-        allowed: the values.
+        name: name of the option.
+        value: the value that was given.
+        allowed: the choices.
 
     Raises:
-        ValueError: it is none of them; the message lists them and points to the nearest.
+        ValueError: the value is none of them; the message lists the choices and suggests the nearest.
 
     Example:
         >>> require_choice("psoft_svd", "fulll", ["auto", "full", "lowrank"])
@@ -162,26 +162,26 @@ def require_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
 
 
 _OF_LORA = {
-    "ensure_weight_tying": "A module in modules_to_save is trained for itself, also where the base ties it to another; "
-    "name both, such as modules_to_save=['embed_tokens', 'lm_head'], to train both.",
-    "trainable_token_indices": "To train the rows of some tokens, train the whole embedding, "
-    "modules_to_save=['embed_tokens'], or rotate it, target_modules=['embed_tokens'].",
+    "ensure_weight_tying": "A module in modules_to_save is trained on its own, even if the base model ties it to "
+    "another; to train both, name both, such as modules_to_save=['embed_tokens', 'lm_head'].",
+    "trainable_token_indices": "Train the whole embedding instead, with modules_to_save=['embed_tokens'], or rotate "
+    "it, with target_modules=['embed_tokens'].",
 }
-"""Option of PEFT's LoRA that no method here has -> what to do in its place."""
+"""Options of PEFT's LoRA that no method here has -> what to do instead."""
 
 
 def require_options(config: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Refuse options that a configuration does not have, before Python does.
+    """Refuse options that a configuration does not have, with a better message than Python's.
 
     Args:
-        config: the name of its class.
-        given: by name.
-        known: the names that it has.
+        config: name of the configuration's class.
+        given: the given options, by name.
+        known: names of the options that the class has.
 
     Raises:
-        ValueError: one of LoRA's that somebody means to use here; the message says what to do.
-        TypeError: any other, such as a misspelt one; the message points to the nearest. PEFT knows it by its words, by
-            which it leaves out of a file what only later versions know.
+        ValueError: an option of LoRA alone is set; the message says what to do instead.
+        TypeError: any other unknown option, such as a misspelt one; the message suggests the nearest. PEFT recognises
+            the wording of this message, and then drops options of a file that only later versions know.
 
     Example:
         >>> require_options("PsoftConfig", {"psoft_alhpa": 8}, ["r", "psoft_alpha"])
@@ -193,14 +193,14 @@ def require_options(config: str, given: Mapping[str, Any], known: Iterable[str])
         if name in names:
             continue
         if value and name in _OF_LORA:
-            raise ValueError(f"{name}={shown(value)} is not allowed: it is an option of LoRA alone. {_OF_LORA[name]}")
+            raise ValueError(f"{name}={shown(value)} is not allowed: only LoRA has this option. {_OF_LORA[name]}")
         near = get_close_matches(name, names, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(names)}."
         raise TypeError(f"{config} got an unexpected keyword argument {name!r}. {hint}")
 
 
 def require_expressions(name: str, given: str | Mapping[str, Any]) -> None:
-    """Refuse an option that is no regular expression, or a dictionary by module with such a key.
+    """Refuse an invalid regular expression, given as an option or as a key of an option by module.
 
     Raises:
         ValueError: names the option, the expression and what is wrong with it.
@@ -210,26 +210,26 @@ def require_expressions(name: str, given: str | Mapping[str, Any]) -> None:
             re.compile(expression)
         except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(
-                f"{name}={shown(expression)} is not a regular expression ({error}); give a list for plain names."
+                f"{name}={shown(expression)} is not a valid regular expression ({error}); use a list for plain names."
                 if isinstance(given, str)
-                else f"{name} has the key {shown(expression)}, which is neither a module's name nor a regular "
-                f"expression ({error})."
+                else f"{name} has the key {shown(expression)}, which is neither a module name nor a valid "
+                f"regular expression ({error}); correct or remove it."
             ) from None
 
 
 def divisor_for(name: str, value: int, module: str, width: int, adjust: str = "refuse", *, side: str = "input") -> int:
-    """A number if it divides the width of a module, else the nearest divisor, the lower of two, if that is allowed.
+    """Return a number that divides the width of a module, or its nearest divisor, the lower of two, if allowed.
 
     Args:
-        name: of the option.
-        value: at least 1.
-        module: for the message.
-        width: the number of its inputs or outputs.
-        adjust: "refuse" or "nearest".
-        side: which of them it is, for the message.
+        name: name of the option.
+        value: the number, at least 1.
+        module: name of the module, for the message.
+        width: the number of the module's inputs or outputs.
+        adjust: "refuse" raises if the number does not divide the width; "nearest" warns and takes the nearest divisor.
+        side: "input" or "output", for the message.
 
     Raises:
-        ValueError: it does not divide it; the message names the nearest that do.
+        ValueError: the number does not divide the width; the message names the nearest that do.
 
     Example:
         >>> divisor_for("oft_block_size", 32, "q_proj", 768)
@@ -246,7 +246,7 @@ def divisor_for(name: str, value: int, module: str, width: int, adjust: str = "r
     raise ValueError(
         f"{name}={value} does not divide the {width} {side}s of {module!r}; the nearest that do are "
         f"{' or '.join(map(str, around))}. Choose one that divides the width of every adapted module, or exclude this "
-        "one with exclude_modules."
+        "module with exclude_modules."
     )
 
 

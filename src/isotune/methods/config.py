@@ -1,4 +1,4 @@
-"""What every isotune configuration has: targets, the basis in the file, and what is checked at construction."""
+"""Base classes of all configurations: target modules, the basis in the file, and the checks at construction."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from isotune.model_card import WEIGHTS, update_list, write_card
 from isotune.subspace.pinning import pin_width
 
 FORMAT_VERSION = 2
-"""Newest version of the adapter file; docs/adapter-format.md describes each. A file has the lowest that can hold it."""
+"""Newest version of the adapter format (docs/adapter-format.md); each file is given the lowest that can express it."""
 _SEED_LIMIT = 2**32
-"""What numpy's frozen random stream takes as a seed lies below this."""
+"""Seeds of numpy's frozen random stream lie below this."""
 
 
 @dataclass
@@ -42,36 +42,37 @@ class IsotuneConfig(PeftConfig):
         modules_to_save: modules trained in full and stored with the adapter, such as a new classification head.
         layers_to_transform: indices of the layers to adapt.
         layers_pattern: name of the list of layers to which `layers_to_transform` refers.
-        target_parameters: names of parameters to adapt that are no layer's weight: the fused experts of a mixture, such
-            as ["experts.gate_up_proj", "experts.down_proj"]. Layers are then adapted only where target_modules says so.
-        bias: which biases of the base model are trained: "none", "all", or "isotune_only" (those of adapted layers);
-            PEFT's own word for it ("oft_only", "boft_only", "hra_only") is taken for the method that it names.
-        fan_in_fan_out: accepted for compatibility; how a weight is stored is read off the layer itself.
+        target_parameters: names of parameters to adapt that are not the weight of a layer: the fused experts of a
+            mixture, such as ["experts.gate_up_proj", "experts.down_proj"]. Layers are then adapted only if
+            target_modules names them.
+        bias: which biases of the base model to train: "none", "all", or "isotune_only" (those of adapted layers). The
+            method of the same name in PEFT calls the last "oft_only", "boft_only" or "hra_only", which also works.
+        fan_in_fan_out: accepted for compatibility and ignored; the layer itself says how its weight is stored.
         init_weights: True starts at the identity; False starts at a random operator, for tests.
-        isotune_format: version of the adapter file.
-        requires: what whoever reads the file must do first; PEFT alone says KeyError: 'ISOTUNE_…'.
+        isotune_format: version of the adapter format.
+        requires: what must be done before the file is read; PEFT alone fails with KeyError: 'ISOTUNE_…'.
 
     Raises:
-        ValueError: a value outside what is allowed; the message names it.
+        ValueError: a value is not allowed; the message names it.
         AdapterFileError: the file was written by a later version.
     """
 
     title: ClassVar[str] = ""
-    """How the method is written in tables, such as PSOFT; empty: its name in capitals."""
+    """The method's name in tables, such as PSOFT; if empty, the registered name in capitals."""
     usual_learning_rate: ClassVar[float] = 1e-3
-    """The learning rate around which a comparison looks for the best."""
+    """The learning rate around which a comparison searches for the best."""
     size_names: ClassVar[Mapping[str, str]] = {}
-    """Option that sets how large the adapter is -> its letter in papers; a comparison at equal size sets the first."""
+    """Options that set the adapter's size -> their letters in papers; a comparison at equal size sets the first."""
     size_step: ClassVar[int] = 1
-    """What that first option must be a multiple of."""
+    """The first option in `size_names` must be a multiple of this."""
     presets: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {}
-    """Name in a recipe of a method that is this one with some options fixed -> its title and those options."""
+    """Recipe names for this method with some options fixed -> the title and these options."""
 
     method_type: ClassVar[Any] = None
     runtime_fields: ClassVar[tuple[str, ...]] = ()
-    """Known only while a model runs, so never written: the file must mean the same to whoever loads it."""
+    """Fields that apply only at run time and are never written, so that a file means the same to everyone."""
     peft_bias: ClassVar[str] = ""
-    """What PEFT's own method of this name calls bias="isotune_only"."""
+    """The name of bias="isotune_only" in PEFT's own method of the same name."""
 
     target_modules: list[str] | str | None = field(default=None)
     exclude_modules: list[str] | str | None = field(default=None)
@@ -86,10 +87,10 @@ class IsotuneConfig(PeftConfig):
     requires: Literal["import isotune"] = field(default="import isotune")
 
     origin: ClassVar[str | None] = None
-    """The folder or repository that the configuration was read from, whose tensors then come next; never written."""
+    """The folder or repository that the configuration was read from, whose tensors are loaded next; never written."""
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
-        """A configuration before its options are set; those that there are not are refused here."""
+        """Refuse unknown options before the configuration is initialised."""
         require_options(cls.__name__, options, config_fields(cls))
         return super().__new__(cls)
 
@@ -99,7 +100,7 @@ class IsotuneConfig(PeftConfig):
         for name in cls.runtime_fields:
             owner = next(c for c in cls.__mro__ if name in get_annotations(c))
             if owner is not cls:
-                # The type and not its text, which names what the module of the subclass need not know.
+                # The evaluated type: its text may use names that the subclass's module does not import.
                 cls.__annotations__[name] = get_type_hints(owner)[name]
 
     def __post_init__(self) -> None:
@@ -118,12 +119,13 @@ class IsotuneConfig(PeftConfig):
         self.layers_pattern = self.layers_pattern or None
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError(
-                "layers_pattern is set but layers_to_transform is not; it says which of those layers to adapt."
+                "layers_pattern is set but layers_to_transform is not; set layers_to_transform to the indices of the "
+                "layers to adapt, or leave layers_pattern out."
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 "layers_to_transform cannot be used when target_modules is a string (a regular expression or "
-                "'all-linear'); give target_modules as a list, or put the layer numbers into the expression."
+                "'all-linear'); give target_modules as a list, or put the layer indices into the expression."
             )
         for name in ("target_modules", "exclude_modules"):
             modules = getattr(self, name)
@@ -134,17 +136,17 @@ class IsotuneConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Read adapter_config.json of a folder or Hub repository; a local adapter file that is damaged is refused.
+        """Read adapter_config.json from a folder or Hub repository, and refuse a damaged local adapter file.
 
         Args:
             pretrained_model_name_or_path: the folder, or the repository's name.
-            subfolder: of it.
-            kwargs: options that no file stores, such as on_base_mismatch, and those of `huggingface_hub`.
+            subfolder: folder inside it.
+            kwargs: options that are not stored in the file, such as on_base_mismatch, and options of `huggingface_hub`.
 
         Raises:
-            AdapterFileError: adapter_model.safetensors is truncated or no safetensors file, or adapter_config.json is
-                no JSON or holds what is no option's value; names the file.
-            ValueError: an option in `kwargs` that is not allowed.
+            AdapterFileError: adapter_model.safetensors is truncated or not a safetensors file, or adapter_config.json
+                is not valid JSON or holds a value that is not allowed; names the file.
+            ValueError: an option in `kwargs` is not allowed.
         """
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
         file = folder / "adapter_model.safetensors"
@@ -168,26 +170,26 @@ class IsotuneConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """The content of an adapter_config.json.
+        """Read the content of an adapter_config.json.
 
         Args:
-            path_json_file: the file.
-            kwargs: ignored, as by PEFT.
+            path_json_file: path of the file.
+            kwargs: ignored, as in PEFT.
 
         Raises:
-            AdapterFileError: it is no JSON object, or one that is nested too deeply.
+            AdapterFileError: the file does not hold a JSON object, or one that is nested too deeply.
         """
         return json_object(path_json_file, AdapterFileError)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, and where the adapter's tensors are there too, its card, README.md.
+        """Write adapter_config.json and, if the adapter's tensors are in the folder too, its card, README.md.
 
-        PeftModel.save_pretrained calls this last for each adapter, so the card is ours whoever saves: a script, a
-        trainer or push_to_hub.
+        PeftModel.save_pretrained calls this last for each adapter, so the card is written whether a script, a trainer
+        or push_to_hub saves.
 
         Args:
             save_directory: the adapter's folder.
-            kwargs: as for PEFT's.
+            kwargs: as in PEFT.
         """
         super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
@@ -203,12 +205,12 @@ class IsotuneConfig(PeftConfig):
             stored.pop(name, None)
         for name, value in stored.items():
             if isinstance(value, set):
-                stored[name] = sorted(value)  # the same adapter gives the same file
+                stored[name] = sorted(value)  # so that the same adapter always gives the same file
         return stored
 
     @abstractmethod
     def build_operator(self, module: str, in_features: int, out_features: int) -> Adapter:
-        """A new operator for a module of this name whose W is (out_features, in_features), the identity at the start.
+        """A new operator for this module, whose W is (out_features, in_features); the identity at the start.
 
         Raises:
             ValueError: the configuration does not fit a matrix of this shape.
@@ -216,18 +218,18 @@ class IsotuneConfig(PeftConfig):
 
     @abstractmethod
     def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> Adapter:
-        """A new operator into which these tensors of an adapter file fit, where the base's shapes are not known.
+        """A new operator that fits tensors of an adapter file, made without knowing the shapes of the base model.
 
         Args:
-            module: its name in the base model.
-            tensors: of the operator, by the names of its parameters.
+            module: the module's name in the base model.
+            tensors: the operator's tensors, by parameter name.
 
         Raises:
-            KeyError, IndexError, ValueError: they are not tensors of this method.
+            KeyError, IndexError, ValueError: the tensors are not those of this method.
         """
 
     def build_basis(self, module: str, in_features: int, device: torch.device) -> SubspaceBasis | None:
-        """What the file holds of a module's subspace, empty yet; None for a method that has none."""
+        """What the file stores of a module's subspace, still empty; None if the method has no subspace."""
         return None
 
 
@@ -237,20 +239,20 @@ class SubspaceConfig(IsotuneConfig):
 
     Args:
         r: rank of the principal subspace; at most the smaller side of each adapted weight.
-        rank_pattern: module name or regular expression -> rank, where it differs from r.
-        alpha_pattern: module name or regular expression -> alpha, where it differs from the method's own.
-        basis: "pinned" stores what fixes the subspace on the same base (small, checks the base at load);
-            "embedded" stores the subspace itself (exact on any base, larger).
+        rank_pattern: module name or regular expression -> rank for these modules instead of r.
+        alpha_pattern: module name or regular expression -> alpha for these modules instead of the method's own.
+        basis: "pinned" stores just enough to find the subspace again on the same base model, which is checked on
+            loading (small); "embedded" stores the subspace itself (larger, exact on any base model).
         basis_seed: seed of the fixed Gaussian matrix of the pin.
-        on_base_mismatch: "error" refuses a base that a pinned adapter was not trained on, "warn" loads all the same.
-            Not stored in the file.
-        subspace_cache: whether computed subspaces are kept on disk (see ISOTUNE_CACHE). Not stored in the file.
+        on_base_mismatch: "error" refuses to load a pinned adapter on another base model than it was trained on,
+            "warn" loads it anyway. Not stored in the file.
+        subspace_cache: whether to cache computed subspaces on disk (see ISOTUNE_CACHE). Not stored in the file.
     """
 
     runtime_fields: ClassVar[tuple[str, ...]] = ("on_base_mismatch", "subspace_cache")
     size_names = {"r": "r"}  # noqa: RUF012 (declared as a ClassVar above)
     alpha_option: ClassVar[str] = ""
-    """The method's own alpha, by which over r an update is scaled, and which means r where it is None."""
+    """Name of the method's alpha; the update is scaled by alpha / r, and None means r."""
 
     r: int = field(default=32)
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -272,8 +274,8 @@ class SubspaceConfig(IsotuneConfig):
         name, alphas = self.alpha_option, (self._alpha, *self.alpha_pattern.values())
         if name and not all(alpha is None or 0 < alpha < float("inf") for alpha in alphas):
             raise ValueError(
-                f"{name}={self._alpha!r} with alpha_pattern={shown(self.alpha_pattern)} is not allowed; each must be "
-                f"above 0, or {name} None for r."
+                f"{name}={self._alpha!r} with alpha_pattern={shown(self.alpha_pattern)} is not allowed; each alpha "
+                f"must be above 0 and finite, or {name} may be None, which means r."
             )
 
     @property
@@ -282,11 +284,11 @@ class SubspaceConfig(IsotuneConfig):
 
     @property
     def solver(self) -> str:
-        """Which solver finds the subspaces."""
+        """The solver that finds the subspaces: "auto", "full" or "lowrank"."""
         return "auto"
 
     def rank_of(self, module: str) -> int:
-        """The rank for a module by `rank_pattern`, else r.
+        """The rank of a module: from `rank_pattern`, or else r.
 
         Example:
             >>> from isotune import PsoftConfig
@@ -296,12 +298,12 @@ class SubspaceConfig(IsotuneConfig):
         return int(by_pattern(self.rank_pattern, module, self.r))
 
     def scale_of(self, module: str) -> float:
-        """The factor s of the update of a module: alpha / r, both by pattern."""
+        """The factor s of a module's update: alpha / r, each from its pattern if it names the module."""
         alpha = by_pattern(self.alpha_pattern, module, self._alpha)
         return 1.0 if alpha is None else float(alpha) / self.rank_of(module)
 
     def build_basis(self, module: str, in_features: int, device: torch.device) -> SubspaceBasis:
-        """The pin or the basis of a module's subspace, empty yet."""
+        """The pin or the basis of a module's subspace, still empty."""
         rank = self.rank_of(module)
         width = pin_width(rank, in_features) if self.basis == "pinned" else None
         return SubspaceBasis(rank, in_features, width, device)
@@ -322,7 +324,7 @@ class SubspaceConfig(IsotuneConfig):
         return self.operator_of(module, {})
 
     def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> SubspaceAdapter:
-        """The operator of the rank that the configuration says."""
+        """A new operator of the configured rank."""
         adapter = self.subspace_operator(self.rank_of(module))
         adapter.configured_scale = adapter.scale = self.scale_of(module)
         return adapter
@@ -333,12 +335,12 @@ class SubspaceConfig(IsotuneConfig):
 
 
 def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """What a pattern says for a module, by PEFT's rule: a key is its name, the end of it, or a regular expression."""
+    """The entry for a module by PEFT's rule: a key is the module's name, the end of it, or a regular expression."""
     return patterns.get(get_pattern_key(list(patterns), module), default)
 
 
 def type_of(config: Any) -> str:
-    """The PEFT type of any configuration as its file names it, "ISOTUNE_PSOFT"."""
+    """The PEFT type of any configuration as its file names it, such as "ISOTUNE_PSOFT"."""
     kind = getattr(config, "peft_type", config)
     return str(getattr(kind, "value", kind))
 

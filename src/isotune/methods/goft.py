@@ -1,4 +1,4 @@
-"""GOFT and qGOFT (Ma et al., ICML 2024, arXiv 2404.04316): a tree of Givens rotations, strict or nearly orthogonal."""
+"""GOFT and qGOFT (Ma et al., ICML 2024, arXiv 2404.04316): a tree of Givens rotations, exactly or nearly orthogonal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from isotune.methods.rotation import RotationConfig
 
 def _require_pair(module: str, width: int, side: str) -> None:
     if width < 2:
-        raise ValueError(f"The module {module!r} has one {side}, which cannot be rotated; exclude it.")
+        raise ValueError(
+            f"The module {module!r} has one {side}, which cannot be rotated; exclude it with exclude_modules."
+        )
 
 
 @dataclass
@@ -31,20 +33,20 @@ class GOFTConfig(RotationConfig):
         return GOFTOperator(width)
 
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-        """One more than angles."""
+        """One more than the number of angles."""
         return len(tensors["angles"]) + 1, 1
 
 
 @dataclass
 class QGOFTConfig(RotationConfig):
-    """Configuration of qGOFT: each rotation of the tree becomes a free 2 × 2 matrix, kept nearly orthogonal by a loss.
+    """Configuration of qGOFT: GOFT with free 2 × 2 matrices as rotations, kept nearly orthogonal by a loss.
 
     Args:
         regularizer_weight: λ of the loss λ Σ (a₁b₁ + a₂b₂)² over all pairs, which `isotune.regularization_loss`
             returns; 0 for none.
 
     Raises:
-        ValueError: a weight below 0.
+        ValueError: the weight is below 0.
     """
 
     title = "qGOFT"
@@ -60,12 +62,12 @@ class QGOFTConfig(RotationConfig):
         return QGOFTOperator(width, self.regularizer_weight)
 
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-        """One more than pairs."""
+        """One more than the number of pairs."""
         return len(tensors["pairs"]) + 1, 1
 
 
 class GOFTOperator(RotationAdapter):
-    """The tree of rotations by `angles`, (n − 1,): level by level from stride 1, within a level by position."""
+    """The tree of rotations by `angles`, (n − 1,), ordered by level from stride 1, then by position."""
 
     evaluated = ("angles",)
     averages = {"angles": linear_mean}  # noqa: RUF012
@@ -78,7 +80,7 @@ class GOFTOperator(RotationAdapter):
         return self.size
 
     def randomize_parameters(self) -> None:
-        """Angles of all sizes, whatever the width."""
+        """Draw angles of the same size at every width."""
         nn.init.normal_(self.angles, std=0.5)
 
     def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

@@ -20,13 +20,13 @@ class HRAConfig(RotationConfig):
     """Configuration of HRA: y = host(x M), W' = W H₁ H₂ ⋯ H_r with H = I − 2 u uᵀ.
 
     Args:
-        r: number of reflections, even: they start in equal pairs, which cancel.
-        apply_GS: the strict form λ = ∞: orthonormal directions by the Gram-Schmidt process, W' = W (I − 2 U Uᵀ). It is
-            the identity for no U, so it needs init_weights=False, and the model does not start as its base.
+        r: number of reflections; even, since they start in equal pairs, which cancel.
+        apply_GS: the strict form, λ = ∞: orthonormal directions by Gram-Schmidt, W' = W (I − 2 U Uᵀ). No U makes this
+            the identity, so it needs init_weights=False, and training does not start from the base model.
         regularizer_weight: λ of the loss λ ‖I − UᵀU‖²_F, which `isotune.regularization_loss` returns; 0 for none.
 
     Raises:
-        ValueError: a value that is not allowed or a combination without effect; the message says what to change.
+        ValueError: a value is not allowed or a combination has no effect; the message says what to change.
     """
 
     peft_bias = "hra_only"
@@ -42,12 +42,14 @@ class HRAConfig(RotationConfig):
         require_number("regularizer_weight", self.regularizer_weight)
         if self.apply_GS and self.init_weights:
             raise ValueError(
-                "apply_GS=True cannot start at the identity: with orthonormal directions I − 2 U Uᵀ turns each of them "
-                "round. Set init_weights=False to start from random ones all the same, or apply_GS=False with a "
+                "apply_GS=True cannot start at the identity: with orthonormal directions I − 2 U Uᵀ reverses each of "
+                "them. Set init_weights=False to start from random directions anyway, or set apply_GS=False with a "
                 "regularizer_weight, such as 1e-4, to keep the directions nearly orthogonal."
             )
         if self.apply_GS and self.regularizer_weight:
-            raise ValueError("regularizer_weight has no effect with apply_GS=True; set one of them otherwise.")
+            raise ValueError(
+                "regularizer_weight has no effect with apply_GS=True; set regularizer_weight=0 or apply_GS=False."
+            )
         if self.r % 2 and not self.apply_GS:
             near = f"{self.r - 1} or {self.r + 1}" if self.r > 1 else "2"
             raise ValueError(
@@ -58,18 +60,18 @@ class HRAConfig(RotationConfig):
     def rotation(self, module: str, width: int, out_features: int) -> HRAOperator:
         if self.apply_GS and self.r > width:
             raise ValueError(
-                f"r={self.r} is too large for {module!r} with apply_GS=True: of its {width} {self.side}s there are at "
-                f"most {width} orthonormal directions. Choose a smaller r, or exclude the module."
+                f"r={self.r} is too large for {module!r} with apply_GS=True: {width} {self.side}s have at most {width} "
+                f"orthonormal directions. Choose a smaller r, or exclude the module with exclude_modules."
             )
         return HRAOperator(width, self.r, strict=self.apply_GS, regularizer_weight=self.regularizer_weight)
 
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-        """The length of a direction."""
+        """The length of a direction; out_features does not matter."""
         return tensors["vectors"].shape[1], 1
 
 
 class HRAOperator(RotationAdapter):
-    """M = H_r ⋯ H₂ H₁ with the directions `vectors`, (r, n), of any length above 0.
+    """M = H_r ⋯ H₂ H₁ with the directions `vectors`, (r, n), of any nonzero length.
 
     Args:
         size: n.
@@ -93,7 +95,7 @@ class HRAOperator(RotationAdapter):
         return self.strict
 
     def is_identity(self) -> bool:
-        """Whether the directions are equal in pairs."""
+        """Whether the directions are equal in pairs, so that the reflections cancel."""
         return not self.strict and bool(torch.equal(self.vectors[0::2], self.vectors[1::2]))
 
     def penalty(self) -> Tensor | None:
@@ -108,7 +110,7 @@ class HRAOperator(RotationAdapter):
         return orthonormal_reflection(vectors) if self.strict else reflections(vectors)
 
     def in_part(self, name: str, parameter: Tensor) -> Tensor:
-        """The directions as they are: orthonormal ones reflect whatever their lengths."""
+        """The directions unchanged: a reflection does not depend on the length of its direction."""
         return parameter
 
     def complete(self, tensors: tuple[Tensor, ...], drop: bool = False) -> tuple[Tensor, ...]:

@@ -14,24 +14,24 @@ from isotune.methods.checks import require_number
 from isotune.methods.config import SubspaceConfig
 
 _START = 8.0
-"""Standard deviations that no number of a normal sample lies beyond: one in 10¹⁵ does."""
+"""Standard deviations beyond which normal samples practically never lie: about one in 10¹⁵."""
 
 
 @dataclass
 class LoraXsConfig(SubspaceConfig):
     """Configuration of LoRA-XS: W' = W + (lora_alpha / r)·U_r R S_r V_rᵀ, of which only R (r × r) is trained.
 
-    U_r S_r V_rᵀ is the truncated singular value decomposition of W, and the singular values stand on the side of the
-    input, as the paper has them: A = S_r V_rᵀ, B = U_r.
+    U_r S_r V_rᵀ is the truncated singular value decomposition of W. As in the paper, the singular values belong to the
+    input side: A = S_r V_rᵀ, B = U_r.
 
     Args:
         lora_alpha: the update is scaled by lora_alpha / r; None means r.
-        init_std: standard deviation of R at the start. The paper's 1e-5 starts at the base model only to about that
-            size, relative to the output; 0 starts at it bit for bit.
-        init_weights: True starts at N(0, init_std²); False at a random R of a trained one's size, for tests.
+        init_std: standard deviation of R at the start. With the paper's 1e-5 the output first differs from the base
+            model's by about that much, relative to its size; with 0 the two are equal bit for bit.
+        init_weights: True draws R from N(0, init_std²); False draws an R as large as a trained one, for tests.
 
     Raises:
-        ValueError: a value that is not allowed; the message says what to change.
+        ValueError: a value is not allowed; the message says what to change.
     """
 
     title, usual_learning_rate, alpha_option = "LoRA-XS", 2e-3, "lora_alpha"
@@ -50,9 +50,9 @@ class LoraXsConfig(SubspaceConfig):
 
 
 class LoraXsOperator(SubspaceAdapter):
-    """M = I + Rᵀ, R the free matrix `coefficients`, (r, r), of W' = W + s·U R S Vᵀ.
+    """M = I + Rᵀ with the free matrix R, `coefficients`, (r, r), of W' = W + s·U R S Vᵀ.
 
-    Operators act on row vectors, x ↦ x M, and the paper's R on columns, so M − I is its transpose.
+    Operators act on row vectors, x ↦ x M, and the paper's R acts on columns, so M − I is the transpose of R.
 
     Args:
         size: r.
@@ -72,7 +72,7 @@ class LoraXsOperator(SubspaceAdapter):
         return self.size
 
     def is_untrained(self) -> bool:
-        """Whether R is as small as at the start."""
+        """Whether R is still as small as at the start."""
         return bool((self.coefficients.detach().abs() <= _START * self.std).all())
 
     def difference_of(self, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""OFT (Qiu et al., NeurIPS 2023, arXiv 2306.07280) and its second version (2025): rotations of blocks of the inputs."""
+"""OFT (Qiu et al., NeurIPS 2023, arXiv 2306.07280) and OFTv2 (2025): rotations of blocks of the inputs."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ class OFTConfig(BlockRotationConfig):
     """Configuration of OFT: y = host(x M), M block-diagonal with blocks R = (I + Q)(I − Q)⁻¹.
 
     Args:
-        r: number of blocks; 0 or None: in_features / oft_block_size.
-        oft_block_size: size of a block; 0 or None: in_features / r, or 32 if r is not given either.
-        adjust: "refuse" a number that does not divide in_features, or warn and take the "nearest" (lower) that does.
-        module_dropout: share of the blocks that are the identity at each training step.
-        coft: bound the rotation (COFT): the generators' Frobenius norm, over all blocks, is at most eps.
-        eps: that bound; each of the r blocks has eps / √r.
-        block_share: one rotation for all blocks.
-        use_cayley_neumann: the truncated Neumann series in the place of the exact transform.
-        num_cayley_neumann_terms: highest power of the series; each further one is closer to exact.
+        r: number of blocks; 0 or None derives it as in_features / oft_block_size.
+        oft_block_size: block size b; 0 or None derives it as in_features / r, or 32 if r is not given either.
+        adjust: "refuse" raises if the number of blocks or their size does not divide in_features; "nearest" warns and
+            takes the nearest divisor, the lower of two.
+        module_dropout: share of the blocks that are replaced by the identity at each training step.
+        coft: bound the rotation (COFT): the Frobenius norm of the generators of all blocks together is at most eps.
+        eps: the bound of COFT; each of the r blocks is bounded by eps / √r.
+        block_share: share one rotation among all blocks.
+        use_cayley_neumann: use the truncated Neumann series instead of the exact Cayley transform.
+        num_cayley_neumann_terms: highest power of the series; more terms come closer to the exact transform.
 
     Raises:
-        ValueError: a value that is not allowed or a combination without effect; the message says what to change.
+        ValueError: a value is not allowed or a combination has no effect; the message says what to change.
     """
 
     peft_bias = "oft_only"
@@ -57,16 +58,16 @@ class OFTConfig(BlockRotationConfig):
         require_number("module_dropout", self.module_dropout, below=1)
         require_positive_integer("num_cayley_neumann_terms", self.num_cayley_neumann_terms)
         for name, value in (("r", self.r), ("oft_block_size", self.oft_block_size)):
-            require(not value or value > 0, name, value, "give an integer of at least 1, or 0 to derive it")
+            require(not value or value > 0, name, value, "it must be an integer of at least 1, or 0 to derive it")
         require(0 < self.eps < math.inf, "eps", self.eps, "it bounds a norm, so it must be above 0")
         if self.module_dropout and self.block_share:
             raise ValueError(
-                "module_dropout has no effect with block_share=True, where there is one block to drop; set it to 0, or "
-                "block_share to False."
+                "module_dropout has no effect with block_share=True, where there is only one block to drop; set "
+                "module_dropout=0 or block_share=False."
             )
 
     def block_size_for(self, module: str, width: int) -> int:
-        """The size of the blocks of a module, of which a side of that width is rotated.
+        """The block size for a module whose rotated side has this width.
 
         Raises:
             ValueError: r or oft_block_size does not divide the width, or both are given and disagree.
@@ -78,8 +79,8 @@ class OFTConfig(BlockRotationConfig):
         size = width // divisor_for("r", self.r, module, width, self.adjust, side=self.side)
         if self.oft_block_size and self.oft_block_size != size:
             raise ValueError(
-                f"r={self.r} blocks of oft_block_size={self.oft_block_size} do not make the {width} {self.side}s of "
-                f"{module!r}; set one of them to 0, or oft_block_size to {size}."
+                f"r={self.r} blocks of oft_block_size={self.oft_block_size} do not add up to the {width} {self.side}s "
+                f"of {module!r}; set one of the two options to 0, or oft_block_size to {size}."
             )
         return size
 
@@ -95,21 +96,21 @@ class OFTConfig(BlockRotationConfig):
         )
 
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-        """Blocks times their size; with block_share only one block is known, which stands for all."""
+        """The number of blocks times their size; with block_share only the one stored block counts."""
         blocks, entries = tensors["generator"].shape
         width = blocks * skew_order(entries)
         return width, width
 
 
 class OFTOperator(RotationAdapter):
-    """M = blockdiag(R₁, R₂, …), each R the Cayley transform of a skew generator.
+    """M = blockdiag(R₁, R₂, …), each R the Cayley transform of a skew-symmetric generator.
 
     Args:
         block_size: b.
         blocks: number of blocks.
-        shared: one generator for all blocks, with (1, b(b − 1)/2) numbers and not (blocks, b(b − 1)/2).
-        neumann_terms, generator_bound: of `isotune.algebra.cayley.orthogonal_difference`.
-        dropout: share of the blocks that are the identity in training.
+        shared: one generator for all blocks, of shape (1, b(b − 1)/2) instead of (blocks, b(b − 1)/2).
+        neumann_terms, generator_bound: as in `isotune.algebra.cayley.orthogonal_difference`.
+        dropout: share of the blocks replaced by the identity in training.
     """
 
     evaluated = ("generator",)
@@ -141,7 +142,7 @@ class OFTOperator(RotationAdapter):
         return (difference.expand(*difference.shape[:-3], self.blocks, -1, -1),)
 
     def complete(self, tensors: tuple[Tensor, ...], drop: bool = False) -> tuple[Tensor, ...]:
-        """With `drop` some of the blocks zero, so that R = I there."""
+        """The same tensors; with `drop` some blocks are set to zero, so that R = I there."""
         if not (drop and self.dropout):
             return tensors
         (difference,) = tensors

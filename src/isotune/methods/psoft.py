@@ -1,4 +1,4 @@
-"""PSOFT (Wu et al., ICLR 2026, arXiv 2505.11235): an orthogonal map of the principal subspace, and two vectors."""
+"""PSOFT (Wu et al., ICLR 2026, arXiv 2505.11235): a rotation of the principal subspace, scaled by two vectors."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ class PsoftConfig(SubspaceConfig):
     """Configuration of PSOFT: y = host(x) + (psoft_alpha / r)·((x Vᵀ)(M − I)) Pᵀ with M = diag(α) R diag(β).
 
     Args:
-        psoft_alpha: the update is scaled by psoft_alpha / r; None means r. Only then is the geometry strict.
+        psoft_alpha: the update is scaled by psoft_alpha / r; None means r, and only then are the angles and norms of
+            the principal weights strictly preserved.
         psoft_dropout: dropout on the input of the update.
-        ab_svd_init: "psoft_init" reads with orthonormal rows V; "pissa_init" splits the singular values evenly, without
-            any claim about angles.
-        psoft_svd: "full" is exact, "lowrank" iterates until converged, "auto" takes the cheaper for each weight.
-        psoft_svd_lowrank_niter: PEFT's number of power iterations, for its configurations to run: "lowrank" iterates
-            until it has converged here, whatever it says. Not stored in the file.
-        random_seed: PEFT's seed of "lowrank", which has a fixed start here. Not stored in the file.
-        psoft_orth: R orthogonal by the Cayley transform; False trains a free r × r matrix.
-        psoft_mag_a: train α on the side of the input.
-        psoft_mag_b: train β on that of the output; with neither it is PSOFT-SO.
-        use_cayley_neumann: the truncated Neumann series in the place of the exact transform.
-        num_cayley_neumann_terms: highest power of the series; each further one is closer to exact.
-        cayley_neumann_eps: bound in (0, 1) on the Frobenius norm of the generator, with use_cayley_neumann.
+        ab_svd_init: "psoft_init" projects the input with the orthonormal rows of V; "pissa_init" splits the singular
+            values evenly between the two factors, which preserves no angles.
+        psoft_svd: "full" is exact, "lowrank" iterates until it converges, "auto" takes the cheaper for each weight.
+        psoft_svd_lowrank_niter: accepted so that PEFT's configurations run, and ignored: "lowrank" iterates until it
+            converges. Not stored in the file.
+        random_seed: PEFT's seed of "lowrank", ignored, since the start is fixed here. Not stored in the file.
+        psoft_orth: make R orthogonal by the Cayley transform; False trains a free r × r matrix.
+        psoft_mag_a: train α, on the input side.
+        psoft_mag_b: train β, on the output side; without both, the method is PSOFT-SO.
+        use_cayley_neumann: use the truncated Neumann series instead of the exact Cayley transform.
+        num_cayley_neumann_terms: highest power of the series; more terms come closer to the exact transform.
+        cayley_neumann_eps: bound in (0, 1) on the Frobenius norm of the generator; needs use_cayley_neumann.
 
     Raises:
-        ValueError: a value that is not allowed or a combination without effect; the message says what to change.
+        ValueError: a value is not allowed or a combination has no effect; the message says what to change.
     """
 
     runtime_fields = (*SubspaceConfig.runtime_fields, "psoft_svd_lowrank_niter", "random_seed")
@@ -67,7 +68,7 @@ class PsoftConfig(SubspaceConfig):
         require_number("psoft_svd_lowrank_niter", self.psoft_svd_lowrank_niter or 0)
         require_number("random_seed", self.random_seed)
         if self.use_cayley_neumann and not self.psoft_orth:
-            raise ValueError("use_cayley_neumann=True has no effect with psoft_orth=False; set one of them otherwise.")
+            raise ValueError("use_cayley_neumann=True has no effect with psoft_orth=False; change one of them.")
         require_positive_integer("num_cayley_neumann_terms", self.num_cayley_neumann_terms)
         bound = self.cayley_neumann_eps
         if bound is not None:
@@ -79,7 +80,7 @@ class PsoftConfig(SubspaceConfig):
             allowed = "it must be between 0 and 1, where the series converges"
             require(0.0 < bound < 1.0, "cayley_neumann_eps", bound, allowed)
         if self.psoft_orth and any(self.scale_of(key) != 1.0 for key in ("", *self.alpha_pattern, *self.rank_pattern)):
-            message = "psoft_alpha differs from r, so angles and norms of the principal weights are not strictly kept."
+            message = "psoft_alpha differs from r, so angles and norms of the principal weights are not preserved."
             warnings.warn(f"{message} Leave it at None for the strict method.", IsotuneWarning, stacklevel=3)
 
     @property
@@ -100,17 +101,18 @@ class PsoftConfig(SubspaceConfig):
 
 
 class PsoftOperator(SubspaceAdapter):
-    """M = diag(α) R diag(β), R the Cayley transform of a skew generator or a free matrix.
+    """M = diag(α) R diag(β), R the Cayley transform of a skew-symmetric generator, or a free matrix.
 
     Args:
-        orthogonal: False trains R − I itself, (r, r), for r = size.
-        input_scale, output_scale: train α, β, (r,) each.
-        neumann_terms, generator_bound: of `isotune.algebra.cayley.orthogonal_difference`.
+        size: r.
+        orthogonal: whether R is orthogonal; False trains R − I itself, (r, r).
+        input_scale, output_scale: whether to train α and β, (r,) each.
+        neumann_terms, generator_bound: as in `isotune.algebra.cayley.orthogonal_difference`.
     """
 
     evaluated = ("generator", "input_scale", "output_scale")
     near_one = ("input_scale", "output_scale")
-    """Parameters that start at 1, where half precision is too coarse to train them."""
+    """Parameters that start at 1, around which half precision is too coarse for training."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What the configurations of all rotations have: the side of a layer on which they act."""
+"""Base classes for the configurations of all rotations: the side of a layer that is rotated, and block sizes."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ class RotationConfig(IsotuneConfig):
     """Fields shared by the methods that rotate all inputs, or all outputs, of each layer.
 
     Args:
-        side: "input": y = host(x M), merged W' = W Mᵀ; or "output": y = M · host(x), merged W' = M W, the bias left as
-            it is. What is said of a method's inputs is then said of its outputs.
+        side: "input" for y = host(x M), merged W' = W Mᵀ, or "output" for y = M · host(x), merged W' = M W, with the
+            bias unchanged. With "output", what a method's documentation says of inputs applies to outputs.
     """
 
     side: Literal["input", "output"] = field(default="input")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.side == "output":  # an earlier release would rotate the inputs
+        if self.side == "output":  # an earlier release would ignore it and rotate the inputs
             self.isotune_format = max(self.isotune_format, 2)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that the file stores; the side only where it is not the inputs."""
+        """The fields that the file stores; `side` only if it is not "input"."""
         stored = super().to_dict()
         if self.side == "input":
             del stored["side"]
-        else:  # also if it was set after the configuration was made
+        else:  # also if side was set after construction
             stored["isotune_format"] = max(self.isotune_format, 2)
         return stored
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> RotationAdapter:
-        """A new operator on one side of a module, the identity at the start.
+        """A new operator for the configured side of a module, the identity at the start.
 
         Raises:
             ValueError: the configuration does not fit a side of this width.
@@ -48,7 +48,7 @@ class RotationConfig(IsotuneConfig):
         return self._on_side(module, out_features if self.side == "output" else in_features, out_features)
 
     def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> RotationAdapter:
-        """The operator of the widths that the tensors have."""
+        """A new operator of the size that these tensors have."""
         return self._on_side(module, *self.widths_of(tensors))
 
     def _on_side(self, module: str, width: int, out_features: int) -> RotationAdapter:
@@ -58,7 +58,7 @@ class RotationConfig(IsotuneConfig):
 
     @abstractmethod
     def rotation(self, module: str, width: int, out_features: int) -> RotationAdapter:
-        """A new operator on vectors of a width, those of the side that is rotated.
+        """A new operator on vectors of the rotated side's width.
 
         Raises:
             ValueError: the configuration does not fit.
@@ -66,7 +66,7 @@ class RotationConfig(IsotuneConfig):
 
     @abstractmethod
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-        """The width and out_features that go with the tensors of an operator; any where they do not matter."""
+        """The width and out_features that an operator's tensors imply; arbitrary where they do not matter."""
 
 
 @dataclass
@@ -74,7 +74,7 @@ class BlockRotationConfig(RotationConfig):
     """Fields shared by the methods that rotate blocks of coordinates.
 
     Args:
-        block_size_pattern: module name or regular expression -> size of its blocks, where it differs from the others'.
+        block_size_pattern: module name or regular expression -> block size for these modules.
     """
 
     block_size_pattern: dict[str, int] = field(default_factory=dict)
@@ -88,10 +88,10 @@ class BlockRotationConfig(RotationConfig):
                     require_positive_integer(f"{name}[{key!r}]", size)
 
     def own_block_size(self, module: str, width: int) -> int | None:
-        """The size that the pattern says for a module, of which a side of that width is rotated; None for none.
+        """The block size that the pattern gives a module whose rotated side has this width; None if it gives none.
 
         Raises:
-            ValueError: it does not divide the width.
+            ValueError: the size does not divide the width.
         """
         size = by_pattern(self.block_size_pattern, module, None)
         return None if size is None else divisor_for("block_size_pattern", size, module, width, side=self.side)

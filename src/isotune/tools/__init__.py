@@ -1,1 +1,1 @@
-"""Public functions on adapted models, beside what PEFT offers itself."""
+"""Public functions on adapted models, in addition to PEFT's own."""

@@ -1,4 +1,4 @@
-"""Many forward passes with the same parameters: a decoding loop, the steps of a diffusion sampler."""
+"""Sharing one evaluation among many forward passes, as in a decoding loop or a diffusion sampler."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from isotune.tuner.adapted_model import AdaptedModel
 
 @contextmanager
 def evaluated_once(model: nn.Module) -> Iterator[None]:
-    """A block in which parameters do not change, so that its passes without gradients evaluate the operators once.
+    """Evaluate the operators once for all forward passes without gradients in a block where parameters do not change.
 
-    The active adapters are evaluated when the block begins. Passes that torch.compile has compiled, whole models or
-    single blocks, take the result as an input, and a CUDA graph that is captured in the block holds no evaluation. Such
-    a graph reads the memory of the result, so it is replayed in the same block. `generate` of a PeftModel is such a
-    block by itself as long as its first pass, that of the prompt, is not compiled, as transformers leaves it.
+    The active adapters are evaluated when the block begins. Passes compiled by torch.compile, of whole models or single
+    blocks, take the result as an input, and a CUDA graph captured in the block contains no evaluation. Such a graph
+    reads the memory of the result, so replay it in the same block. A PeftModel's `generate` is such a block by itself,
+    as long as its first pass, over the prompt, is not compiled, which is transformers' default.
 
-    Compiled code does not see parameters that are changed within the block all the same, or an adapter that is
-    exchanged in place; begin another block after that. An adapter that is made active within the block is evaluated by
-    its first pass without compilation.
+    Compiled code does not notice parameters that change within the block after all, nor an adapter that is swapped in
+    place; begin another block after that. An adapter that becomes active within the block is evaluated in its first
+    uncompiled pass.
 
     Args:
         model: a PeftModel, or a model with injected adapters, compiled by torch.compile or not.
 
     Raises:
         ValueError: the model has no isotune adapter.
-        BaseMismatchError: it was trained on another base.
+        BaseMismatchError: an adapter was trained on another base.
 
     Example:
         >>> import torch
@@ -44,7 +44,7 @@ def evaluated_once(model: nn.Module) -> Iterator[None]:
     """
     found = [(module, own) for module in uncompiled(model).modules() if (own := AdaptedModel.of(module)) is not None]
     if not found:
-        raise ValueError(f"This {type(model).__name__} has no adapter of isotune's, so there is nothing to evaluate.")
+        raise ValueError(f"This {type(model).__name__} has no isotune adapter to evaluate; give an adapted model.")
     with ExitStack() as calls:
         for module, own in {own: (module, own) for module, own in reversed(found)}.values():
             calls.enter_context(own.calling())
@@ -54,12 +54,12 @@ def evaluated_once(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _evaluate(own: AdaptedModel, model: nn.Module) -> None:
-    """Evaluate as in a pass in which every layer has an input of the dtype of its weight."""
+    """Evaluate as in a pass in which every layer's input has the dtype of its weight."""
     own.begin(model)
     try:
         for layer in own.layers:
             weight = layer.base_weight
-            # The packed weight of a quantised layer does not tell; what is not evaluated now, the first pass asks for.
+            # A packed quantised weight does not show the dtype; the first pass evaluates what is not evaluated here.
             names = layer.active_here() if weight.is_floating_point() else []
             dtype = torch.promote_types(weight.dtype, torch.float32) if layer.host.folds else working_dtype(weight)
             for adapter in map(layer.adapter, names):

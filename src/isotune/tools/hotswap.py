@@ -1,4 +1,4 @@
-"""Exchange a running adapter for another of the same shapes, in the very tensors that the model computes with."""
+"""Swapping a running adapter for another of the same shapes, in the tensors that the model already uses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from isotune.tuner.placing import place_adapter
 from isotune.tuner.state import KEY_PREFIX, adapted_layers, check_tensors
 
 _WHERE = {*(field.name for field in fields(IsotuneConfig)), "rank_pattern", "alpha_pattern", "basis_seed"}
-"""Fields that two adapters of the same function may differ in."""
+"""Fields that may differ between two adapters that are computed alike."""
 
 _FORM = "isotune_form."
 
@@ -36,23 +36,23 @@ def hotswap_adapter(
     *,
     lock: AbstractContextManager[Any] | None = None,
 ) -> None:
-    """Replace an adapter by that of a folder without new modules or tensors, so that a compiled model stays compiled.
+    """Replace an adapter by one from a folder without new modules or tensors, so that a compiled model stays compiled.
 
-    Everything that can fail or takes long (reading, checking, finding the subspaces on this base, which the same pin
-    spares) is done on the side; then the numbers are copied in place, under `lock` if one is given. Until then other
-    threads may go on calling the model. A forward pass that overlaps the copying could see a part of each adapter, so a
-    server holds the same lock around each batch, or swaps between two of them. A swap that is refused changes nothing.
+    Everything that can fail or take long happens beforehand: reading, checking, and finding the subspaces on this base
+    (not needed if the pin is the same). Then the values are copied in place, under `lock` if one is given; until then
+    other threads may call the model. A forward pass during the copying could see parts of both adapters, so a server
+    should hold the same lock around each batch, or swap between batches. A refused swap changes nothing.
 
     Args:
         model: a PeftModel or a model with injected adapters, compiled by torch.compile or not.
-        directory: the folder that save_pretrained wrote, of the same method, modules, shapes and options.
-        adapter_name: which adapter of the model is replaced; it keeps this name, and what is active stays so.
-        lock: entered for the copying alone.
+        directory: a folder written by save_pretrained, with the same method, modules, shapes and options.
+        adapter_name: the adapter of the model to replace; its name and the active adapters stay the same.
+        lock: a context manager entered only for the copying.
 
     Raises:
-        ValueError: there is no such adapter, it is merged, or the file's cannot be swapped in; says why.
+        ValueError: there is no such adapter, it is merged, or the adapter in the folder cannot be swapped in; says why.
         AdapterFileError: the file is damaged or incomplete.
-        BaseMismatchError: it was trained on another base.
+        BaseMismatchError: the new adapter was trained on another base.
 
     Example:
         >>> import tempfile
@@ -104,36 +104,39 @@ def _check(
     given: Mapping[str, Tensor],
     adapter_name: str,
 ) -> None:
-    """Refuse a file whose adapter has other tensors, or is not computed by the very same operations."""
+    """Refuse a file whose adapter has other tensors or is computed by other operations."""
     if type(file.config) is not type(config):
         raise ValueError(
-            f"{file.directory} holds an adapter of type {file.config.peft_type}, and {adapter_name!r} is of type "
-            f"{config.peft_type}. Load it beside with isotune.load_adapter and switch with set_adapter."
+            f"{file.directory} holds an adapter of type {file.config.peft_type}, but {adapter_name!r} is of type "
+            f"{config.peft_type}. Load it as another adapter with isotune.load_adapter and switch with set_adapter."
         )
     missing, more = sorted(layers.keys() - file.layers.keys()), sorted(file.layers.keys() - layers.keys())
     if missing or more:
         raise ValueError(
-            f"{file.directory} adapts other modules than {adapter_name!r}: without {missing[:3] or 'none'}, and "
-            f"{more[:3] or 'none'} besides. Only an adapter of the same modules can be swapped in; load it beside with "
-            "isotune.load_adapter and switch with set_adapter."
+            f"{file.directory} adapts other modules than {adapter_name!r}: it lacks {missing[:3] or 'none'} and adds "
+            f"{more[:3] or 'none'}. Only an adapter of the same modules can be swapped in; load it as another adapter "
+            "with isotune.load_adapter and switch with set_adapter."
         )
     others = sorted(key for key in given.keys() - held.keys() if ".isotune_" not in key)
     if others:
-        raise AdapterFileError(f"{file.directory} holds {others[0]!r}, which {adapter_name!r} has not; load it beside.")
+        raise AdapterFileError(
+            f"{file.directory} holds {others[0]!r}, which {adapter_name!r} does not have; load it as another adapter "
+            "with isotune.load_adapter."
+        )
     where = f"for the adapter {adapter_name!r} of this model; only one of the same shapes can be swapped in"
     check_tensors(held, given, where)
     for name, layer in layers.items():
         new, old = file.operator(name), layer.adapter(adapter_name)
         if (new.batch_key(), new.form_key) != (old.batch_key(), old.form_key):
             different = [
-                f"{option}={getattr(file.config, option)!r} and not {getattr(config, option)!r}"
+                f"{option}={getattr(file.config, option)!r} instead of {getattr(config, option)!r}"
                 for option in config_fields(type(config))
                 if option not in _WHERE and getattr(file.config, option) != getattr(config, option)
             ]
             raise ValueError(
                 f"{file.directory} was trained with other options than {adapter_name!r} ("
                 f"{', '.join(different) or 'another scale of ' + repr(name)}), so the model would compute differently. "
-                "Load it beside with isotune.load_adapter and switch with set_adapter."
+                "Load it as another adapter with isotune.load_adapter and switch with set_adapter."
             )
 
 
@@ -144,7 +147,7 @@ def _place_beside(
     adapter_name: str,
     copies: list[tuple[Tensor, Tensor]],
 ) -> list[tuple[SubspaceAdapter, Placement]]:
-    """Place on this model's weights the bases that are new; what goes into the old tensors is added to `copies`."""
+    """Place the new bases on this model's weights, and add to `copies` what is to be copied into the old tensors."""
     beside: dict[str, Layer] = {}
     for name, layer in layers.items():
         stored = [tensor for key, tensor in file.layers[name].items() if key.startswith(_FORM)]

@@ -1,4 +1,4 @@
-"""OFT on one layer, without a model around it."""
+"""OFT on a single layer, without a model around it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Rotation(NamedTuple):
 
 
 class Linear(layer.Linear):
-    """An OFT adapter on a linear layer: a module to call like the layer itself.
+    """A linear layer with an OFT adapter, called like the layer itself.
 
     Args:
         base_layer: nn.Linear or GPT-2's Conv1D; its parameters are frozen.
-        adapter_name: of the first adapter.
-        r: this, oft_block_size and all further options as in `OFTConfig`.
+        adapter_name: name of the first adapter.
+        r: like oft_block_size and all further options, as in `OFTConfig`.
 
     Raises:
-        ValueError: as `OFTConfig`, or the blocks do not fit the layer.
+        ValueError: as in `OFTConfig`, or the blocks do not fit the layer.
 
     Example:
         >>> layer = Linear(nn.Linear(8, 4), oft_block_size=4)

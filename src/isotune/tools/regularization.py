@@ -1,4 +1,4 @@
-"""The losses that keep nearly orthogonal methods so: qGOFT's pairs of columns, HRA's directions."""
+"""Losses that keep qGOFT's pairs of columns and HRA's directions nearly orthogonal."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def has_regularization(model: nn.Module) -> bool:
 def regularization_loss(model: nn.Module) -> Tensor:
     """The sum of the regularisers of all active adapters, weighted by their `regularizer_weight`.
 
-    To be added to the loss, once for each optimiser step: `loss = loss + isotune.regularization_loss(model)`.
+    Add it to the loss once per optimiser step: `loss = loss + isotune.regularization_loss(model)`.
 
     Returns:
-        A scalar on the device of the adapters, differentiable; 0 where no active adapter has a regulariser.
+        A differentiable scalar on the adapters' device; 0 if no active adapter has a regulariser.
 
     Raises:
         ValueError: DeepSpeed ZeRO-3 has partitioned the parameters of an adapter with a regulariser.
@@ -53,10 +53,10 @@ def regularization_loss(model: nn.Module) -> Tensor:
 
 
 def regularization_callback() -> Any:
-    """A callback for transformers' Trainer (and TRL's) that trains with `regularization_loss`.
+    """Make a callback for transformers' and TRL's trainers that trains with `regularization_loss`.
 
     It adds the regularisers' gradient right before each optimiser step, after the Trainer has averaged over gradient
-    accumulation and clipped; the loss that is logged is that of the task alone.
+    accumulation and clipped; the logged loss is that of the task alone.
     """
     from transformers import TrainerCallback
 
@@ -71,7 +71,7 @@ def add_regularization_gradient(model: nn.Module) -> None:
     """Add the gradient of `regularization_loss` to `.grad`, after the last backward pass before a step.
 
     Raises:
-        ValueError: DeepSpeed ZeRO trains the model, which has taken the gradients away by then.
+        ValueError: the model is trained by DeepSpeed ZeRO, which has taken the gradients away by then.
     """
     with torch.enable_grad():
         loss = regularization_loss(model)
@@ -79,8 +79,8 @@ def add_regularization_gradient(model: nn.Module) -> None:
         return
     if takes_gradients(model):
         raise ValueError(
-            "DeepSpeed has taken the gradients of the parameters away before this callback could add to them. Add "
-            "isotune.regularization_loss(model) to the loss instead, or set regularizer_weight to 0."
+            "DeepSpeed has taken the gradients away before this callback could add to them. Add "
+            "isotune.regularization_loss(model) to the loss instead, or set regularizer_weight=0."
         )
     parameters = [p for name, p in model.named_parameters() if p.requires_grad and ".isotune_operator." in name]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)

@@ -15,9 +15,9 @@ from isotune.tuner.model import IsotuneModel
 
 
 def add_adapter(model: PeftModel, adapter_name: str, config: IsotuneConfig) -> None:
-    """Add an untrained adapter of any isotune method; `model.add_adapter` takes those of the first one's method only.
+    """Add an untrained adapter of any isotune method; `model.add_adapter` accepts only the first adapter's method.
 
-    Everything else is PEFT's own: `set_adapter`, `adapter_names`, `save_pretrained`, `delete_adapter`, …
+    For everything else use PEFT's own functions: `set_adapter`, `adapter_names`, `save_pretrained`, `delete_adapter`, …
 
     Raises:
         ValueError: the model has no isotune adapter, the name is taken, or the adapter does not fit.
@@ -35,16 +35,16 @@ def add_adapter(model: PeftModel, adapter_name: str, config: IsotuneConfig) -> N
 
 
 def load_adapter(model: PeftModel, directory: str | os.PathLike[str], adapter_name: str, **options: Any) -> None:
-    """Load an adapter of any isotune method beside the others, as `model.load_adapter` does for those of one method.
+    """Load an adapter of any isotune method beside the others; `model.load_adapter` accepts only one method.
 
     Args:
-        model: one with an isotune adapter.
-        directory: the folder that save_pretrained wrote for that adapter.
-        adapter_name: a new name.
-        options: of `PeftModel.load_adapter`, such as is_trainable=True.
+        model: a PeftModel with an isotune adapter.
+        directory: the adapter's folder, as written by save_pretrained.
+        adapter_name: a new name for the adapter.
+        options: options of `PeftModel.load_adapter`, such as is_trainable=True.
 
     Raises:
-        ValueError: as `add_adapter`, or the file is damaged or was trained on another base.
+        ValueError: as in `add_adapter`, or the file is damaged or the adapter was trained on another base.
 
     Example:
         >>> import tempfile, torch
@@ -64,15 +64,15 @@ def load_adapter(model: PeftModel, directory: str | os.PathLike[str], adapter_na
 
 @contextmanager
 def _open_to(model: PeftModel, config: IsotuneConfig) -> Iterator[None]:
-    """For the time of the block, let a model with adapters of one isotune method accept one of another."""
+    """Within this block, let a model with adapters of one isotune method accept another method."""
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, IsotuneModel):
         raise ValueError(
-            f"A {type(model).__name__} was given; a PeftModel with an isotune adapter is needed, as get_peft_model "
-            "returns it. A transformers model takes several methods by its own add_adapter and load_adapter."
+            f"A {type(model).__name__} was given; give a PeftModel with an isotune adapter, as get_peft_model returns "
+            "it. A transformers model accepts several methods through its own add_adapter and load_adapter."
         )
     if not isinstance(config, IsotuneConfig):
-        raise ValueError(f"{type(config).__name__} is not a configuration of isotune's, whose layers it would not fit.")
-    # PEFT compares the new adapter's type with that of the first; all isotune methods share one tuner model.
+        raise ValueError(f"{type(config).__name__} is not one of isotune's configurations; give one of those.")
+    # PEFT compares the new adapter's type with the first one's, but all isotune methods share one tuner model.
     first, model.peft_type = model.peft_type, config.peft_type
     try:
         yield

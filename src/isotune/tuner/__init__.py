@@ -1,1 +1,1 @@
-"""Everything that knows PEFT at run time: the tuner layer, the tuner model and their registration."""
+"""What PEFT calls at run time: the tuner layer, the tuner model and their registration."""

@@ -1,4 +1,4 @@
-"""All isotune layers of one model: their evaluations are shared and their subspaces placed here, and nowhere else."""
+"""All isotune layers of one model: the only place where evaluations are shared and subspaces placed."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from isotune.tuner.rounding import warn_of_rounded
 
 _KEY = "_isotune"
 _SAME_WEIGHT = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-"""Relative difference of W downᵀ up to which a weight that was moved or cast counts as the one placed on."""
+"""Relative difference of W downᵀ up to which a moved or cast weight counts as the one the adapter was placed on."""
 
 
 class AdaptedModel:
-    """All isotune layers of one model: evaluates their operators once a forward pass, and places their subspaces.
+    """All isotune layers of one model: evaluates their operators once per forward pass and places their subspaces.
 
-    It hangs on every module that contains all adapted layers, with a hook before and after its forward. A copy of it is
-    empty and finds the layers of the copied model itself.
+    It is attached to every module that contains all adapted layers, with hooks before and after the module's forward. A
+    copy starts empty and finds the layers of the copied model itself.
     """
 
     def __init__(self) -> None:
@@ -50,15 +50,15 @@ class AdaptedModel:
         self.evaluations: list[SharedEvaluation] = []
         self.built = False
         self.warned = False
-        """Whether it was said that parameters are too coarse to be trained."""
-        # Weakly: what holds a parameter would keep it whole beside the shards that take its place.
+        """Whether the warning about parameters in too coarse a dtype has been given."""
+        # Weak references: a strong one would keep the whole parameter alive beside the shards that replace it.
         self.trainable: MutableMapping[nn.Parameter, bool] = WeakTensorKeyDictionary()
         self.surroundings: list[nn.Module] = []
-        """The modules in which accelerate or diffusers would leave a hook to move the layers' weights."""
+        """The modules on which accelerate or diffusers would put a hook that moves the layers' weights."""
         self.homes: list[tuple[nn.Module, str, nn.Module]] = []
-        """Where each layer is: what holds it, under which name; another tuner that wraps it takes its place there."""
+        """Parent, attribute name and layer; a tuner that wraps the layer later replaces it in its parent."""
         self.others: list[BaseTunerLayer] = []
-        """The layers of other tuners in the model."""
+        """Layers of other tuners in the model."""
         self._running = _Running()
 
     def __reduce__(self) -> tuple[type[AdaptedModel], tuple[()]]:
@@ -66,13 +66,13 @@ class AdaptedModel:
 
     @classmethod
     def of(cls, model: nn.Module) -> AdaptedModel | None:
-        """The object that hangs on a model, if there is one."""
+        """The object attached to a model, or None."""
         found: AdaptedModel | None = model.__dict__.get(_KEY)
         return found
 
     @classmethod
     def attach(cls, model: nn.Module) -> AdaptedModel:
-        """Find the layers of a model, and watch the forward passes of it and of what holds all of them."""
+        """Find the layers of a model and hook the forward passes of every module that contains them all."""
         own = cls.of(model) or cls()
         own.build(model)
         names = [name for name, module in model.named_modules() if isinstance(module, Layer)]
@@ -91,7 +91,7 @@ class AdaptedModel:
         return own
 
     def detach(self) -> None:
-        """Undo `attach`: nothing of isotune is left on the model."""
+        """Undo `attach`, leaving nothing of isotune on the model."""
         if self.model is None:
             return
         ignore_buffers(self.model, [])
@@ -100,14 +100,14 @@ class AdaptedModel:
                 remove_hooks(module, _begin, _end, _after_load)
 
     def build(self, model: nn.Module) -> None:
-        """Find the layers, and let those whose operators are alike share their evaluation, by adapter name."""
+        """Find the layers, and group alike operators of each adapter for shared evaluation."""
         self.model = model
         self.layers = [module for module in model.modules() if isinstance(module, Layer)]
         for layer in self.layers:
             layer.owner = self
         self.evaluations = []
         for name in dict.fromkeys(name for layer in self.layers for name in layer.isotune_operator):
-            # The parameters of experts are many operators' already, and only some of them are evaluated at a time.
+            # The parameters of experts already hold many operators, of which only some are evaluated at a time.
             plain = [layer for layer in self.layers if not isinstance(layer, ExpertsLayer)]
             adapters = [layer.adapter(name) for layer in plain if name in layer.isotune_operator]
             for shared, members in share_evaluations(adapters):
@@ -128,12 +128,12 @@ class AdaptedModel:
         self.others = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, Layer)]
 
     def forget(self) -> None:
-        """Find the layers anew before the next forward pass."""
+        """Have the layers found again before the next forward pass."""
         self.evaluations, self.surroundings, self.homes, self.others = [], [], [], []
         self.built = False
 
     def tuners_around(self, layer: nn.Module) -> list[BaseTunerLayer]:
-        """The other tuners' layers that have a layer inside."""
+        """Layers of other tuners that contain this layer."""
         found = [one for one in self._other_tuners() if isinstance(one, nn.Module)]
         return [one for one in found if any(inner is layer for inner in one.modules())]
 
@@ -145,7 +145,7 @@ class AdaptedModel:
     # -- a forward pass ------------------------------------------------------------------------------------------
 
     def begin(self, module: nn.Module) -> None:
-        """A module that holds all layers is called."""
+        """Begin a forward pass of a module that contains all layers."""
         if not is_recorded():
             if not self.built:
                 self.build(self.model or module)
@@ -154,23 +154,23 @@ class AdaptedModel:
                 self._running.looked = self._running.call
             self._running.passing = True
         elif any(shared.is_given() for shared in self.evaluations):
-            return  # other adapters have no part in a pass of compiled code
+            return  # in compiled code, only the adapters that were given their tensors take part
         for shared in self.evaluations:
             shared.begin(self._running.call)
 
     def see(self, layer: nn.Module) -> None:
-        """A layer is called; where no pass runs that has looked at its base, `place_on` does.
+        """Check a layer that is called outside of any checked pass, by `place_on`.
 
         Raises:
-            BaseMismatchError, ValueError: as `place_on`.
+            BaseMismatchError, ValueError: as in `place_on`.
         """
         if not self._running.passing and backward_pass() is None:
             self.place_on(layer)
 
     def _look(self) -> None:
-        """See where weights and parameters are before a pass; within a call of `generate` once."""
-        # Who loads without calling load_state_dict (transformers' own loader), exchanges a base's weights, or adapts a
-        # model before its weights are there, leaves no other moment at which the subspaces could be found.
+        """Check before a pass where weights and parameters are; once per call of `generate`."""
+        # Code that loads without load_state_dict (as transformers' own loader does), replaces the base's weights, or
+        # adapts a model before its weights exist leaves no earlier moment for finding the subspaces.
         self._refuse_others_merged(self.layers)
         self.place()
         apart = self._is_moved_by_others()
@@ -182,31 +182,31 @@ class AdaptedModel:
         elif torch.is_grad_enabled() and not (self.warned or apart) and self.model is not None and self.model.training:
             experts = [layer for layer in self.layers if isinstance(layer, ExpertsLayer)]
             several = [one for layer in experts for one in layer.isotune_operator.values()]
-            # One that is trained of each kind: this is looked at in every pass, and a frozen one says nothing.
+            # One trainable adapter of each kind: this runs in every pass, and a frozen one would reveal nothing.
             trained = (filter(_is_trained, shared.members) for shared in self.evaluations)
             self.warned = warn_of_rounded([*(one for own in trained for one in itertools.islice(own, 1)), *several])
 
     def end(self) -> None:
-        """It has returned or raised."""
+        """End a forward pass, whether it returned or raised."""
         self._running.passing = False
         for shared in self.evaluations:
             shared.end()
 
     @contextmanager
     def calling(self) -> Iterator[None]:
-        """A call of PeftModel's forward or generate, or a loop that is alike, within which parameters do not change."""
+        """A call of PeftModel's forward or generate, or a similar loop, during which parameters do not change."""
         running, outermost = self._running, self._running.call is None
         call = running.call = running.call or Call()
         try:
             yield
         finally:
-            self.end()  # torch runs no hook after a forward that Ctrl-C has left
+            self.end()  # torch runs no hooks after a forward that Ctrl-C interrupts
             if outermost:
                 running.call = None
                 call.end()
 
     def _gather_with_layers(self) -> None:
-        """Have ZeRO-3 gather with each layer the bias that the layer reads itself of the module inside it."""
+        """Have ZeRO-3 gather, with each layer, the bias that the layer itself reads from the module inside it."""
         for layer in self.layers:
             bias = layer.get_base_layer()._parameters.get("bias")
             gather_with(layer, [*layer.isotune_operator.parameters(), *([] if bias is None else [bias])])
@@ -214,10 +214,10 @@ class AdaptedModel:
     # -- placing ---------------------------------------------------------------------------------------------------
 
     def place(self) -> None:
-        """Place every adapter whose stored basis or whose base has changed since, or that never was.
+        """Place every adapter that is not placed yet, or whose stored basis or base weight has changed since.
 
         Raises:
-            BaseMismatchError: as `place_adapter`.
+            BaseMismatchError: as in `place_adapter`.
         """
         stale = dict[str, None]()
         for layer in self.layers:
@@ -228,11 +228,11 @@ class AdaptedModel:
             place_adapter(name, self.layers)
 
     def place_on(self, layer: nn.Module) -> None:
-        """See one layer's base as a pass of the model would when it begins.
+        """Check one layer and place its adapters, as the beginning of a pass does for all layers.
 
         Raises:
-            BaseMismatchError: as `place_adapter`.
-            ValueError: another tuner has merged into it what would not be the same there.
+            BaseMismatchError: as in `place_adapter`.
+            ValueError: another tuner has merged an adapter into the weight, which would change what this one does.
         """
         assert isinstance(layer, Layer)
         self._refuse_others_merged([layer])
@@ -241,10 +241,10 @@ class AdaptedModel:
                 place_adapter(name, [layer])
 
     def place_after_load(self) -> None:
-        """Place what a load has brought, and take an adapter out that does not fit this base.
+        """Place adapters that were just loaded, and remove one that does not fit this base.
 
         Raises:
-            BaseMismatchError: as `place_adapter`; the adapter is gone then and the base as it was.
+            BaseMismatchError: as in `place_adapter`; the adapter is then gone and the base as it was.
         """
         for name in dict.fromkeys(name for layer in self.layers for name in layer.isotune_form):
             try:
@@ -256,7 +256,7 @@ class AdaptedModel:
                 raise
 
     def _is_placed(self, layer: Layer, adapter_name: str) -> bool:
-        """Whether an adapter has a placement that is true; one that is not is taken away."""
+        """Whether an adapter has a valid placement; an invalid one is dropped."""
         adapter = layer.subspace(adapter_name)
         placement, weight = adapter.placement, layer.base_weight
         if placement is None:
@@ -267,7 +267,7 @@ class AdaptedModel:
             return True
         stored = [basis.stored for basis in layer.bases(adapter_name)]
         pins_hold = all(mark.is_of(buffer) for mark, buffer in zip(placement.pins, stored, strict=True))
-        # What diffusers has written to disk holds anything until its module is called.
+        # A buffer that diffusers has offloaded to disk has arbitrary contents until its module is called.
         kept_elsewhere = not pins_hold and any(map(is_managed, layer.modules()))
         if not (pins_hold or kept_elsewhere) and not all(
             torch.equal(buffer.to(known), known) for buffer, known in zip(stored, placement.stored, strict=True)
@@ -275,7 +275,7 @@ class AdaptedModel:
             adapter.placement = None
             return False
         seen = isinstance(weight, nn.Parameter) and not is_sharded(weight)
-        # The update is that of the base's own weight, which is still there as long as another tuner has merged into it.
+        # The update belongs to the base's own weight, which is still kept while another tuner is merged into it.
         weight_holds = not seen or placement.weight.is_of(weight) or any(o.merged for o in layer.other_tuners())
         if not weight_holds and not self._is_moved_by_others() and not _keeps_its_basis(layer, adapter):
             if adapter.is_untrained():
@@ -290,30 +290,30 @@ class AdaptedModel:
         return True
 
     def _refuse_others_merged(self, layers: Iterable[Layer]) -> None:
-        """Refuse to run an adapter on a weight that holds what another tuner adds beside it, and not within it."""
+        """Refuse to run an adapter on a weight into which a tuner around it has merged an update."""
         if not any(other.merged for other in self._other_tuners()):
             return
         for layer in layers:
             names = layer.active_here()
             others = self.tuners_around(layer) if names else []
             if layer.host.folds and not all(layer.adapter(name).additive for name in names):
-                others += layer.tuners_inside()  # a rotation folded into the weight turns that alone
+                others += layer.tuners_inside()  # a rotation folded into the weight rotates only the base's part of it
             merged = [type(other).__name__ for other in others if other.merged]
             if merged:
                 raise ValueError(
-                    f"Another tuner's adapter ({', '.join(merged)}) is merged into the weight of {layer.key!r}, of "
-                    f"which {names[0]!r} would make something else than it does unmerged. Unmerge the other adapter, "
-                    "or disable this one."
+                    f"Another tuner's adapter ({', '.join(merged)}) is merged into the weight of {layer.key!r}, so "
+                    f"{names[0]!r} would not act on it as it does unmerged. Unmerge the other adapter, or disable "
+                    "this one."
                 )
 
     def _is_moved_by_others(self) -> bool:
-        """Whether FSDP, accelerate or diffusers moves weights in and out, so that their marks say nothing."""
+        """Whether FSDP, accelerate or diffusers moves the weights in and out, which makes their marks meaningless."""
         model = self.model
         return model is not None and (is_wrapped_by_fsdp(model) or any(map(is_managed, self.surroundings)))
 
 
 class _Running(threading.local):
-    """The call of PeftModel's forward or generate that runs in a thread."""
+    """The call of PeftModel's forward or generate that is running in this thread."""
 
     call: Call | None = None
     looked: Call | None = None
@@ -322,9 +322,9 @@ class _Running(threading.local):
 
 @torch.no_grad()
 def _keeps_its_basis(layer: Layer, adapter: SubspaceAdapter) -> bool:
-    """Whether the base's weight is the one that an adapter was placed on, moved, cast or rounded since.
+    """Whether the base's weight is still the one an adapter was placed on, apart from a move, cast or rounding.
 
-    On a weight that was rounded the factors are made anew with the same basis.
+    If the weight was rounded, the factors are recomputed from it with the same basis.
     """
     placement, matrix = adapter.placement, layer.unmerged_matrix()
     assert placement is not None
@@ -356,7 +356,7 @@ def _end(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
-    """After any load_state_dict: find the loaded bases on this base model, and refuse one that does not fit."""
+    """After any load_state_dict: place the loaded adapters on this base model, and refuse one that does not fit."""
     own = AdaptedModel.of(model)
     if own is not None:
         if not own.built:
@@ -365,8 +365,8 @@ def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take a refused adapter out of the model that it was injected into, and with the last one all of isotune."""
-    for name, module in reversed(list(model.named_modules())):  # of nested layers the inner one first
+    """Remove a refused adapter from the model it was injected into; with the last adapter, all of isotune goes."""
+    for name, module in reversed(list(model.named_modules())):  # the inner one of nested layers first
         if isinstance(module, Layer) and adapter_name in module.isotune_operator:
             alone, original = len(module.isotune_operator) == 1, module.base_layer
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
@@ -377,7 +377,7 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], original)
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT tells which adapter is active now
+            warnings.simplefilter("ignore")  # PEFT says which adapter is active now
             if isinstance(module, Layer):
                 module.delete_adapter(adapter_name)
             else:

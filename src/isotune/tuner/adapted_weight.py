@@ -1,4 +1,4 @@
-"""A layer's weight as other code reads it: what it says of itself at once, its numbers with the adapters in them."""
+"""A layer's weight for code that reads it: its metadata at no cost, its values with the adapters folded in."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _ABOUT = {
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.stride, Tensor.element_size),
 }
-"""What is answered without the numbers; much code reads no more than a weight's dtype."""
+"""What is answered without computing the values; much code only reads a weight's dtype."""
 
 
 class AdaptedWeight(Tensor):
-    """Stands for a layer's weight: any use of its numbers computes them, with the active adapters folded in."""
+    """A stand-in for a layer's weight: any use of its values computes them, with the active adapters folded in."""
 
     make: Callable[[], Tensor]
 
     @staticmethod
     def of(base: Tensor, make: Callable[[], Tensor]) -> AdaptedWeight:
-        """The stand-in for a base weight; `make` computes the adapted one, differentiably, at each use."""
+        """Make the stand-in for a base weight; `make` computes the adapted weight, differentiably, at each use."""
         weight = base.detach().as_subclass(AdaptedWeight)
         weight.make = make
         return weight
@@ -33,7 +33,7 @@ class AdaptedWeight(Tensor):
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Answer what the base's weight can answer, and give the adapted one to everything else."""
+        """Answer from the base's weight where that suffices, and pass the adapted weight to everything else."""
         with torch._C.DisableTorchFunctionSubclass():
             if func in _ABOUT:
                 return func(*args, **(kwargs or {}))

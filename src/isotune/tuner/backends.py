@@ -1,4 +1,4 @@
-"""Which layer stands around a module, and how the weight of a quantised one is read and written."""
+"""Choosing the layer for a module, and how a quantised module's weight is read and written."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from isotune.internals.peft_quantisation import is_forward_only, resolve_quantiz
 from isotune.tuner.layer import Layer, Linear
 
 _MULTIPLYING = {"gptq": "gptqmodel (gptq)", "awq": "gptqmodel (awq)", "aqlm": "aqlm"}
-"""PEFT's name of a library whose kernels multiply and do nothing else -> how messages call it."""
+"""Libraries whose kernels can only multiply: PEFT's name -> the name in messages."""
 
 
 def adapt(module: nn.Module, key: str = "", **quantisation: Any) -> Layer:
-    """The layer around a module, maybe another tuner's, without adapters yet.
+    """Make a layer, without adapters yet, around a module that may already be another tuner's layer.
 
     Args:
-        quantisation: what PEFT's `get_quantization_kwargs` finds on the model.
+        module: the module to adapt.
+        key: its name in the model, for messages.
+        quantisation: the result of PEFT's `get_quantization_kwargs` for the model.
 
     Raises:
         ValueError: the module cannot be a host.
@@ -30,13 +32,13 @@ def adapt(module: nn.Module, key: str = "", **quantisation: Any) -> Layer:
 
 
 def _backend_of(module: nn.Module, key: str, get_apply_tensor_subclass: Any = None) -> Backend | None:
-    """How the weight of a quantised module is read and written; None for a module that is not quantised."""
+    """How a quantised module's weight is read and written; None if the module is not quantised."""
     own = functions_for(module, key)
     if own is not None:
         return own
     weight = module._parameters.get("weight")
     if type(weight) is nn.Parameter and weight.is_floating_point():
-        return None  # PEFT would import every quantisation library that is installed
+        return None  # PEFT would import every installed quantisation library
     backend: Any = resolve_quantization_backend(
         module, get_apply_tensor_subclass=get_apply_tensor_subclass or _unknown_configuration
     )
@@ -57,14 +59,14 @@ def _backend_of(module: nn.Module, key: str, get_apply_tensor_subclass: Any = No
 
 
 def _refuse_racing(module: Any, key: str) -> None:
-    """Refuse the kernel of AQLM for small codebooks on a CPU: its threads race, and it has no backward."""
+    """Refuse AQLM's CPU kernel for small codebooks: its threads race, and it has no backward."""
     if module.codebook_size == 256 and not module.codes.is_cuda:
         raise ValueError(
-            f"The target module {key!r} is quantised by aqlm with codebooks of 8 bits, whose kernel for a CPU gives "
-            "other results at every call (its threads write to the same numbers) and has no gradient. Move the model "
-            "to a GPU first, take one with codebooks of 16 bits, or exclude the module with exclude_modules."
+            f"The target module {key!r} is quantised by aqlm with codebooks of 8 bits, whose CPU kernel gives "
+            "different results at every call (its threads race) and has no gradient. Move the model to a GPU first, "
+            "use a model with codebooks of 16 bits, or exclude the module with exclude_modules."
         )
 
 
 def _unknown_configuration() -> None:
-    """Stands where the configuration that a torchao model was quantised with is not known."""
+    """Placeholder where the configuration that a torchao model was quantised with is not known."""

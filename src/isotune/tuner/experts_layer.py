@@ -1,4 +1,4 @@
-"""The layer on the experts of a mixture: each expert its own operator, and its own subspace."""
+"""The layer on the experts of a mixture: each expert has its own operator and its own subspace."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from isotune.tuner.mixed_batch import BASE, MixedBatch
 
 
 class ExpertBases(nn.Module):
-    """What the file holds of the subspaces of one adapter on all experts of a parameter, one for each."""
+    """The stored bases of one adapter on the experts of a parameter, one per expert."""
 
     def __init__(self, forms: Sequence[SubspaceBasis]) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class ExpertsLayer(Layer):
     """Adapters on one parameter of a module of experts; layers on several of its parameters are nested.
 
     Args:
-        base_layer: the module, or such a layer on another of its parameters.
+        base_layer: the module of experts, or the layer on another of its parameters.
         key: the parameter's name in the model.
 
     Raises:
@@ -42,17 +42,17 @@ class ExpertsLayer(Layer):
         super().__init__(base_layer, key, parameter=key.rpartition(".")[2])
 
     def _new_adapter(self, config: IsotuneConfig) -> Adapter:
-        """An adapter whose parameters have the experts in front, each with a start of its own.
+        """Make an adapter whose parameters have a leading dimension of experts, each initialised on its own.
 
         Raises:
-            ValueError: the configuration does not fit, or has what has not been written for experts.
+            ValueError: the configuration does not fit, or uses an option that experts do not support.
         """
         adapters = [super(ExpertsLayer, self)._new_adapter(config) for _ in range(self.host.experts)]
         first = adapters[0]
         if first.beside:
-            raise ValueError(f"The gains of this method cannot be trained on experts, such as {self.key!r}; use OFT.")
+            raise ValueError(f"This method's gains cannot be trained on experts, such as {self.key!r}; use OFT.")
         if first.dropout and not first.additive:
-            raise ValueError(f"Dropout of an operator cannot be used on experts, such as {self.key!r}; set it to 0.")
+            raise ValueError(f"Dropout of blocks is not supported on experts, such as {self.key!r}; set it to 0.")
         for name in first.names_read():
             stacked = torch.stack([adapter.get_parameter(name).detach() for adapter in adapters])
             setattr(first, name, nn.Parameter(stacked))
@@ -66,12 +66,15 @@ class ExpertsLayer(Layer):
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Refuse any scale but 1 by a ValueError."""
         if adapter_name in self.isotune_operator and scale != 1.0:
-            raise ValueError(f"The adapter {adapter_name!r} on the experts {self.key!r} cannot be scaled by {scale}.")
+            raise ValueError(
+                f"The adapter {adapter_name!r} on the experts {self.key!r} cannot be scaled by {scale}; use a scale of "
+                "1."
+            )
 
     def low_rank(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Refuse by a ValueError: none has been written for experts."""
+        """Refuse by a ValueError: exporting experts to LoRA is not supported."""
         raise ValueError(
-            "An adapter on experts is not exported to LoRA; export the merged model instead (--to merged)."
+            "An adapter on experts cannot be exported to LoRA; export the merged model instead (--to merged)."
         )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -79,7 +82,7 @@ class ExpertsLayer(Layer):
         return adapter_name not in self.isotune_operator
 
     def _mixed(self, x: Tensor, batch: MixedBatch, *args: Any, **kwargs: Any) -> Tensor:
-        """A batch of one adapter; tokens of several are mixed by the router, and refused."""
+        """Run a batch that uses one adapter; several are refused, since the router mixes tokens of all samples."""
         names = {name if name in self.isotune_operator else BASE for name in batch.names}
         if len(names) > 1:
             raise ValueError(
@@ -90,8 +93,8 @@ class ExpertsLayer(Layer):
 
     @property
     def weight(self) -> Tensor:
-        """Refused by an AttributeError: experts have several parameters, none of which is called weight."""
-        raise AttributeError(f"The experts {self.key!r} have no single weight; read the parameter of the base layer.")
+        """Refuse by an AttributeError: experts have several parameters, none of which is called weight."""
+        raise AttributeError(f"The experts {self.key!r} have no single weight; read the parameters of the base layer.")
 
     def extra_repr(self) -> str:
         """The adapters, each with its method and size."""
@@ -100,7 +103,7 @@ class ExpertsLayer(Layer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The module of experts itself, with all layers on its parameters taken off, for PEFT."""
+        """Remove all layers on the parameters of the module of experts, and return it to PEFT."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         inner = self.base_layer
@@ -110,7 +113,7 @@ class ExpertsLayer(Layer):
 
 
 def layers_on(module: nn.Module) -> dict[str, ExpertsLayer]:
-    """Parameter name -> layer, of a module of experts and the layers that are nested around it."""
+    """Parameter name -> layer, for the layers nested around a module of experts."""
     found: dict[str, ExpertsLayer] = {}
     while isinstance(module, ExpertsLayer):
         found[module.host.parameter] = module
@@ -119,11 +122,11 @@ def layers_on(module: nn.Module) -> dict[str, ExpertsLayer]:
 
 
 def inject(model: nn.Module, config: IsotuneConfig, adapter_name: str) -> list[str]:
-    """Put an adapter on the parameters that `target_parameters` names, as PEFT matches them; returns their names.
+    """Put an adapter on the parameters that `target_parameters` names, matched as in PEFT, and return their names.
 
     Raises:
-        ValueError: one cannot be a host, its module is adapted already as a whole, or another adapter has others of
-            the module's parameters.
+        ValueError: a parameter cannot be a host, its module is already adapted as a layer, or another adapter is on
+            other parameters of the module.
     """
     targets, done = config.target_parameters or [], list[str]()
     for name, module in list(model.named_modules()):
@@ -134,7 +137,7 @@ def inject(model: nn.Module, config: IsotuneConfig, adapter_name: str) -> list[s
 
 
 def _packed(module: nn.Module) -> dict[str, type]:
-    """Name -> what a library has put in the place of a parameter: a parametrisation or an object of its own."""
+    """Name -> the type with which a library has replaced a parameter: a parametrisation or an object of its own."""
     computed = getattr(module, "parametrizations", {})
     return {
         **{own: type(value) for own, value in vars(module).items() if value is not None},
@@ -151,9 +154,9 @@ def _inject_into(
     for own, packer in _packed(module).items():
         if is_target(own):
             raise ValueError(
-                f"target_parameters choose {name}.{own}, which is no parameter any more: a {packer.__module__}."
-                f"{packer.__qualname__} stands in its place. Packed experts cannot be adapted: load them unquantised, "
-                "as bitsandbytes leaves fused experts when transformers loads the model, or take them out of "
+                f"target_parameters name {name}.{own}, which is no longer a parameter: a {packer.__module__}."
+                f"{packer.__qualname__} has replaced it. Packed experts cannot be adapted: load them unquantised, as "
+                "bitsandbytes leaves fused experts when transformers loads the model, or take them out of "
                 "target_parameters."
             )
     chosen = [own for own, _ in module.named_parameters(recurse=False) if is_target(own)]
@@ -162,14 +165,14 @@ def _inject_into(
     top = model.get_submodule(name)
     if isinstance(top, BaseTunerLayer) and not isinstance(top, ExpertsLayer):
         raise ValueError(
-            f"target_parameters choose {', '.join(chosen)} of {name!r}, which is adapted as a layer already; take it "
-            "out of target_modules or out of target_parameters."
+            f"target_parameters name {', '.join(chosen)} of {name!r}, which is already adapted as a layer; take it out "
+            "of target_modules or out of target_parameters."
         )
     present = layers_on(top)
     if present and set(present) != set(chosen):
         raise ValueError(
-            f"target_parameters choose {', '.join(chosen)} of {name!r}, where another adapter has "
-            f"{', '.join(sorted(present))}; all adapters of a model must choose the same parameters of a module."
+            f"target_parameters name {', '.join(chosen)} of {name!r}, where another adapter is on "
+            f"{', '.join(sorted(present))}; name the same parameters of a module in all adapters of a model."
         )
     for own in chosen:
         layer = present.get(own)

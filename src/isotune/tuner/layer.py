@@ -1,4 +1,4 @@
-"""The one tuner layer: the adapters on a frozen layer, and how they compose."""
+"""The tuner layer: the adapters on a frozen layer, and how they compose."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ class Layer(MergingLayer):
     """Adapters of any isotune methods on one frozen layer that multiplies by a matrix W.
 
     Several active adapters compose as if they had been merged one after the other: an update is added to what the
-    adapters before it have made of W, and a rotation turns that. The update itself is always that of the base's own W.
+    adapters before it have made of W, and a rotation turns the result so far. The update itself is always computed from
+    the base's own W.
 
     Args:
         base_layer: the host module, possibly already wrapped by another tuner layer.
-        key: its name in the model.
-        backend: of a quantised host: how its weight is read and written.
-        parameter: of a module of experts: the name of the one that is adapted.
+        key: the host's name in the model.
+        backend: for a quantised host, how its weight is read and written.
+        parameter: for a module of experts, the name of the adapted parameter.
 
     Raises:
         ValueError: the layer cannot be a host, or the rank does not fit its weight.
@@ -56,24 +57,24 @@ class Layer(MergingLayer):
         self.base_layer = base_layer
         self.key = key
         self.host = host_for(self.get_base_layer(), key, backend, parameter)
-        self.quantization_backend: Any = backend  # PEFT's name, by which get_layer_status() finds it
+        self.quantization_backend: Any = backend  # PEFT's get_layer_status() reads this name
         self.in_features = self.host.in_features
         self.out_features = self.host.out_features
         self.isotune_operator = nn.ModuleDict()
-        """The adapters by name; the names of these two are those of the adapter file."""
+        """The adapters by name. The adapter file uses the names of this attribute and the next."""
         self.isotune_form = nn.ModuleDict()
-        """What the file holds of the subspaces of those that have one."""
+        """The stored bases of the adapters that act on a subspace."""
         self.configs: dict[str, IsotuneConfig] = {}
         self.mixed_batch: MixedBatch | None = None
-        # PEFT's layers have it, and diffusers' layerwise casting switches it off; inputs are never cast here.
+        # diffusers' layerwise casting switches this attribute of PEFT's layers off; isotune never casts inputs.
         self.cast_input_dtype_enabled = True
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of one layer must not bring the whole model along; the copy of a model finds its layers anew.
+        # Copying one layer must not copy the whole model; a copied model finds its layers again.
         return {**self.__dict__, "owner": None}
 
     def _replicate_for_data_parallel(self) -> Layer:
-        """Make a replica for nn.DataParallel, whose host is the replica of this one's."""
+        """Make a replica for nn.DataParallel, whose host is the replica of this layer's host."""
         replica: Layer = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         found, run, host = weakref.ref(replica), type(self).forward, self.host
 
@@ -81,7 +82,7 @@ class Layer(MergingLayer):
             own = found()
             assert own is not None
             own.host = copy.copy(host)
-            own.host.module = own.get_base_layer()  # torch puts it there after it has made the replica
+            own.host.module = own.get_base_layer()  # torch sets it after making the replica
             return run(own, *args, **kwargs)
 
         replica.forward = forward  # type: ignore[method-assign]
@@ -90,7 +91,7 @@ class Layer(MergingLayer):
     # -- adapters ------------------------------------------------------------------------------------------------
 
     def update_layer(self, adapter_name: str, config: IsotuneConfig) -> None:
-        """Add an adapter, the identity until trained; a subspace is placed later, for all layers together.
+        """Add an adapter, the identity until trained; its subspace is placed later, for all layers together.
 
         Raises:
             ValueError: the configuration does not fit the shape of W.
@@ -98,7 +99,7 @@ class Layer(MergingLayer):
         weight = self.host.weight
         if self.host.quantised and is_partitioned(weight):
             raise ValueError(
-                f"{self.key!r} is quantised and partitioned by DeepSpeed ZeRO-3, so that its weight cannot be read. "
+                f"{self.key!r} is quantised and partitioned by DeepSpeed ZeRO-3, so its weight cannot be read. "
                 "Use ZeRO-2, or load the base unquantised."
             )
         device = torch.device("cpu") if weight.is_meta else weight.device
@@ -108,14 +109,14 @@ class Layer(MergingLayer):
         if adapter.dropout and self.host.folds and adapter.additive:
             raise ValueError(
                 f"psoft_dropout={adapter.dropout} has no meaning on {self.key!r}, a "
-                f"{type(self.host.module).__name__}, whose update is computed in its weight; set it to 0, or exclude "
+                f"{type(self.host.module).__name__}, whose update is added to its weight; set it to 0, or exclude "
                 "the module with exclude_modules."
             )
         if adapter.side not in (None, *self.host.sides):
             raise ValueError(
                 f"side={adapter.side!r} has no meaning on {self.key!r}, a {type(self.host.module).__name__}: its "
-                "weight has a row for each token, and W' = M W would mix those of different tokens. side='input' "
-                "rotates the vectors that it gives; set that, or exclude the module with exclude_modules."
+                "weight has a row for each token, and W' = M W would mix the rows of different tokens. Set "
+                "side='input', which rotates the embedding vectors, or exclude the module with exclude_modules."
             )
         self.configs[adapter_name] = config
         self.isotune_operator[adapter_name] = adapter
@@ -131,25 +132,25 @@ class Layer(MergingLayer):
         return config.build_basis(self.key, self.in_features, device)
 
     def adapter(self, adapter_name: str) -> Adapter:
-        """The adapter of a name."""
+        """The adapter of this name."""
         adapter: Adapter = self.isotune_operator[adapter_name]  # type: ignore[assignment]
         return adapter
 
     def subspace(self, adapter_name: str) -> SubspaceAdapter:
-        """The adapter of a name, which acts on a subspace."""
+        """The adapter of this name, which must act on a subspace."""
         adapter = self.adapter(adapter_name)
         assert isinstance(adapter, SubspaceAdapter)
         return adapter
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter from this layer and from the evaluations that it shares."""
+        """Remove an adapter from this layer and from the evaluations it shares."""
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
         if self.owner is not None:
             self.owner.forget()
 
     def bases(self, adapter_name: str) -> list[SubspaceBasis]:
-        """What the file holds of an adapter's subspace: one on a layer, one for each expert, none of a rotation."""
+        """The stored bases of an adapter: one on a plain layer, one per expert on experts, none for a rotation."""
         forms = self.isotune_form[adapter_name].modules() if adapter_name in self.isotune_form else ()
         return [module for module in forms if isinstance(module, SubspaceBasis)]
 
@@ -157,7 +158,7 @@ class Layer(MergingLayer):
     def put_on_basis(
         self, adapter_name: str, bases: Sequence[Tensor], *, residual: float = 0.0, principal: bool
     ) -> None:
-        """Place a subspace adapter on its bases V, (r, in) each, on the base's weight as it is now."""
+        """Place a subspace adapter with the bases V, (r, in) each, on the base's current weight."""
         adapter, matrix = self.subspace(adapter_name), self.unmerged_matrix()
         stored = [basis.stored for basis in self.bases(adapter_name)]
         adapter.placement = place(
@@ -171,17 +172,17 @@ class Layer(MergingLayer):
         )
 
     def without_adapters(self) -> Layer:
-        """Another layer on the same host, which has no adapters and is not part of the model."""
+        """Make another layer on the same host, without adapters and not part of the model."""
         other = copy.copy(self)
         other._modules = dict(self._modules)
         other.isotune_operator, other.isotune_form, other.configs = nn.ModuleDict(), nn.ModuleDict(), {}
         return other
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Take `scale` of an adapter, as PEFT's set_scale does: of an update so many times, of a rotation the part.
+        """Scale an adapter, as PEFT's set_scale does: `scale` times an update, or that fraction of a rotation.
 
         Raises:
-            ValueError: reflections at another scale than 0 and 1.
+            ValueError: the scale of reflections is neither 0 nor 1.
         """
         if adapter_name in self.isotune_operator:
             self._check_scale(adapter_name, scale)
@@ -194,10 +195,10 @@ class Layer(MergingLayer):
             raise ValueError(f"{adapter_name!r} on {self.key!r}: {error}") from None
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the scales of the active adapters by `scale` until `unscale_layer`, as diffusers does for a call.
+        """Multiply the scales of the active adapters by `scale` until `unscale_layer`, as diffusers does for one call.
 
         Raises:
-            ValueError: as `set_scale`; then none has changed.
+            ValueError: as in `set_scale`; then no scale has changed.
         """
         scales = {name: self.adapter(name).relative_scale * scale for name in self.active_here()}
         for name, wanted in scales.items():
@@ -206,12 +207,12 @@ class Layer(MergingLayer):
             self.set_scale(name, wanted)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scales of the active adapters by `scale`; None or 0 set the configured ones."""
+        """Divide the scales of the active adapters by `scale`; None or 0 restores the configured scales."""
         for name in self.active_here():
             self.set_scale(name, self.adapter(name).relative_scale / scale if scale else 1.0)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT would also cast to the base's dtype, and the pin and the parameters are kept in float32.
+        # PEFT would also cast to the base's dtype, but the pin and the parameters stay in float32.
         target = device or self.host.weight.device
         if target.type == "meta":
             return
@@ -238,14 +239,14 @@ class Layer(MergingLayer):
         return self._adapted(x, names, *args, **kwargs)
 
     def active_here(self) -> list[str]:
-        """The adapters that act now, in their order."""
+        """Names of the adapters that act now, in order."""
         if self.disable_adapters or self.merged_adapters:
             return []
         names, own = self.active_adapter, self.isotune_operator
         return [name for name in ([names] if isinstance(names, str) else names) if name in own]
 
     def _adapted(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-        """The host's output with these adapters in this order."""
+        """The host's output with these adapters, in this order."""
         if names and self.host.folds:
             fold = partial(self.fold, names, drop=self.training)
             return self.host.call_folded(self.base_layer, fold, x, *args, **kwargs)
@@ -261,7 +262,7 @@ class Layer(MergingLayer):
             if bias is not None and is_managed(self.host.module):
                 bias = host(x.new_zeros(1, x.shape[-1]))[0]  # the parameter is here only while its module runs
         for name in names:
-            # The last one wraps what those before it give: the order in which merging would change W.
+            # Each adapter wraps the output of those before it: the order in which merging would change W.
             adapter = self.adapter(name)
             host = partial(
                 adapter.output, tensors=adapter.tensors(working_dtype(x)), host=host, bias=bias, division=division
@@ -269,7 +270,7 @@ class Layer(MergingLayer):
         return host(x)
 
     def _bare_linear(self) -> FrozenLinear | None:
-        """W (out, in) and b of a host that is x Wᵀ + b with both frozen and has nothing else to do; else None."""
+        """W (out, in) and b of a host that only computes x Wᵀ + b with both frozen; None for any other."""
         host, module = self.host, self.base_layer
         if not host.multiplies or module is not host.module or not is_bare(module) or is_exported():
             return None
@@ -280,11 +281,11 @@ class Layer(MergingLayer):
         return host.seen(weight), bias
 
     def _mixed(self, x: Tensor, batch: MixedBatch, *args: Any, **kwargs: Any) -> Tensor:
-        """Each sample of the batch with the adapter named for it, "__base__" for none."""
+        """Run each sample of the batch with the adapter named for it; "__base__" means none."""
         known = [name if name in self.isotune_operator else BASE for name in batch.of(x)]
         if len(set(known)) == 1:
             return self._adapted(x, [name for name in known[:1] if name != BASE], *args, **kwargs)
-        # In runs of neighbours: numbers of rows would be copied to the device, which would be waited for.
+        # Split into runs of neighbours: row indices would have to be copied to the device, which costs a wait.
         runs = [(name, len(list(same))) for name, same in itertools.groupby(known)]
         given = torch.split(x, [count for _, count in runs])
         found: dict[int, Tensor] = {}
@@ -298,11 +299,11 @@ class Layer(MergingLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The layer's weight with the active adapters in it, for code that reads it and does not call the layer.
+        """The layer's weight with the active adapters in it, for code that reads it instead of calling the layer.
 
-        It says its shape, dtype and device at once, and is computed when its numbers are used. That raises a ValueError
-        where no weight does what the layer does: in a batch of several adapters, and in training with dropout. What a
-        library has packed is given as it is.
+        Its shape, dtype and device cost nothing; its values are computed when they are used. That raises a ValueError
+        where no weight can do what the layer does: in a batch of several adapters, and in training with dropout. A
+        quantised weight is returned as it is.
         """
         base: Tensor = self.host.weight
         if self.host.quantised or not (self.active_here() or self.mixed_batch is not None):
@@ -316,7 +317,7 @@ class Layer(MergingLayer):
             raise ValueError(
                 f"The weight of {self.key!r} is used by code that does not call the layer, and "
                 + ("the samples have different adapters" if several else "an adapter has dropout")
-                + ", which no weight can do. "
+                + ", which no single weight can express. "
                 + ("Call the model once for each adapter." if several else "Set its dropout to 0.")
             )
         self._see_the_base()
@@ -329,14 +330,14 @@ class Layer(MergingLayer):
 
 
 class Linear(Layer):
-    """The layer on a linear host; the name is what PEFT recognises when it expands "all-linear"."""
+    """The layer on a linear host; PEFT recognises this class name when it expands "all-linear"."""
 
 
 def _moved(module: _M, device: torch.device, dtype: torch.dtype | None = None) -> _M:
-    """`module.to`, only where something differs: under FakeTensorMode even a conversion to the same would fail."""
+    """`module.to`, but only if something differs: under FakeTensorMode even a conversion without effect fails."""
     tensors = [*module.parameters(), *module.buffers()]
     if any(t.is_meta for t in tensors):
-        return module if dtype is None else module.to(dtype=dtype)  # to be replaced by what is loaded
+        return module if dtype is None else module.to(dtype=dtype)  # loading will replace it
     if any(t.device != device or (dtype is not None and t.dtype != dtype) for t in tensors):
         module.to(device=device, dtype=dtype)
     return module

@@ -12,7 +12,7 @@ from isotune.methods.config import IsotuneConfig, type_of
 from isotune.tuner.layer import Layer
 
 _SAME_BASIS = 1e-5
-_ELSE = "Use them together by base_model.set_adapter([...]) instead, which composes them in that order."
+_ELSE = "To use them together, call base_model.set_adapter([...]), which composes them in that order."
 
 
 def check_request(
@@ -21,17 +21,17 @@ def check_request(
     """Refuse names, weights and methods that cannot be combined.
 
     Raises:
-        ValueError: says which and why.
+        ValueError: they cannot; says which and why.
     """
     unknown = [name for name in adapters if name not in configs]
     if unknown or not adapters or len(set(adapters)) < len(adapters):
         raise ValueError(
-            f"adapters={list(adapters)} must name at least one adapter and each once; this model has {list(configs)}."
+            f"adapters={list(adapters)} must name at least one adapter, each once; this model has {list(configs)}."
         )
     if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"weights={list(weights)} must be one finite number for each of the {len(adapters)} adapters.")
     if adapter_name in configs:
-        raise ValueError(f"There is an adapter {adapter_name!r} already; choose another name, or delete it first.")
+        raise ValueError(f"An adapter {adapter_name!r} already exists; choose another name, or delete it first.")
     types = {name: type_of(configs[name]) for name in adapters}
     if len(set(types.values())) > 1:
         raise ValueError(f"Adapters of different methods have no weighted mean: {types}. {_ELSE}")
@@ -39,26 +39,27 @@ def check_request(
         config = configs[name]
         if config.modules_to_save or config.bias != "none":
             raise ValueError(
-                f"{name!r} has modules_to_save={config.modules_to_save} and bias={config.bias!r}; only adapters that "
-                "train nothing else can be combined."
+                f"{name!r} has modules_to_save={config.modules_to_save} and bias={config.bias!r}; only adapters with "
+                "modules_to_save=None and bias='none' can be combined."
             )
 
 
 def combine(
     layers: Mapping[str, Layer], adapters: Sequence[str], weights: Sequence[float]
 ) -> dict[str, dict[str, Tensor]]:
-    """The parameters of the weighted mean of adapters: module -> parameter -> value, float64.
+    """Compute the parameters of the weighted mean of adapters: module -> parameter -> value, float64.
 
-    Rotations are averaged on their group (`rotation_mean`), magnitudes and gains geometrically, free matrices and
-    angles linearly. The weights need not sum to one; what they lack is the base model's.
+    Rotations are averaged on the rotation group (`rotation_mean`), scales and gains geometrically, free matrices and
+    angles linearly. Weights that sum to less than one leave the rest to the base model.
 
     Args:
-        layers: by name, those that hold any of the adapters.
-        adapters, weights: as many of each, at least one.
+        layers: the layers that hold any of the adapters, by name.
+        adapters: names of one or more adapters.
+        weights: one weight per adapter.
 
     Raises:
-        ValueError: the adapters are not of the same modules, shapes, options, scale or basis, or their method has no
-            mean; says what differs where.
+        ValueError: the adapters differ in modules, shapes, options, scale or basis, or their method has no mean; says
+            what differs and where.
     """
     first = adapters[0]
     result = {}
@@ -69,13 +70,13 @@ def combine(
         for adapter in adapters:
             if (scale := layer.adapter(adapter).relative_scale) != 1.0:
                 raise ValueError(
-                    f"{adapter!r} acts at the scale {scale:g} in {name!r}, and the mean is of what was trained; set "
-                    "its scale to 1 first."
+                    f"{adapter!r} has the scale {scale:g} in {name!r}, but only adapters as trained can be averaged; "
+                    "set its scale to 1 first."
                 )
         for other in adapters[1:]:
             difference = _difference(layer, first, other)
             if difference:
-                raise ValueError(f"{first!r} and {other!r} have {difference} in {name!r}, so no mean. {_ELSE}")
+                raise ValueError(f"{first!r} and {other!r} have {difference} in {name!r}, hence no mean. {_ELSE}")
         try:
             result[name] = _mean(layer, adapters, torch.tensor(weights, dtype=torch.float64))
         except ValueError as error:
@@ -85,7 +86,7 @@ def combine(
 
 
 def _difference(layer: Layer, first: str, other: str) -> str | None:
-    """In what two adapters on a layer differ besides the values of their parameters."""
+    """How two adapters on a layer differ, apart from the values of their parameters; None if they do not."""
     one, two = layer.adapter(first), layer.adapter(other)
     shapes = [{name: tuple(p.shape) for name, p in operator.named_parameters()} for operator in (one, two)]
     if shapes[0] != shapes[1]:
@@ -101,14 +102,14 @@ def _difference(layer: Layer, first: str, other: str) -> str | None:
         return "different options (basis or the split of the singular values)"
     if one.scale != two.scale:
         return f"different scales ({one.scale:g} and {two.scale:g})"
-    # Another seed gives another sketch of one basis: the stored tensors differ then too.
+    # With another seed the pins of one basis differ too.
     if not all(_close(a.stored, b.stored) for a, b in zip(layer.bases(first), layer.bases(other), strict=True)):
         return "different bases of the principal subspace (solved on another machine or base)"
     return None
 
 
 def _close(one: Tensor, two: Tensor) -> bool:
-    """Equal up to the rounding of a solver with another number of threads; other signs are far from that."""
+    """Whether two bases are equal up to rounding, as from another number of threads; flipped signs are not."""
     return float(torch.linalg.vector_norm(one - two)) <= _SAME_BASIS * float(torch.linalg.vector_norm(one))
 
 
@@ -119,8 +120,8 @@ def _mean(layer: Layer, adapters: Sequence[str], weights: Tensor) -> dict[str, T
     without = [name for name in names if name not in means]
     if without:
         raise ValueError(
-            f"{type(operators[0]).__name__} with {', '.join(without)} has no mean of its own kind, as its factors are "
-            "not unique or the mean of two would need more of them"
+            f"{type(operators[0]).__name__} with {', '.join(without)} has no mean of the same form: its factors are "
+            "not unique, or the mean of two would need more of them"
         )
     by_name = [dict(operator.named_parameters()) for operator in operators]
     weights = weights.to(next(iter(by_name[0].values())).device)

@@ -1,4 +1,4 @@
-"""Merging adapters into the weight of their layer and back, and reading what they change."""
+"""Merging adapters into the weight of their layer, unmerging them, and computing their updates."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from isotune.parallel.sharding import whole
 
 @dataclass(frozen=True)
 class Requantised:
-    """What quantising a merged weight W' again has changed, in Frobenius norms."""
+    """How much re-quantising a merged weight W' changed it, in Frobenius norms."""
 
     of_weight: float
-    """The change over ‖W'‖: the relative change of the output for inputs without a preferred direction."""
+    """The change divided by ‖W'‖: the relative change of the output for inputs without a preferred direction."""
     of_update: float
-    """The change over ‖W' − W‖, what the adapters themselves change."""
+    """The change divided by ‖W' − W‖, the update by the adapters themselves."""
 
     @classmethod
     def measure(cls, before: Tensor, wanted: Tensor, found: Tensor) -> Requantised:
-        """From W, W' and what W' has become."""
+        """Compare W, the wanted W' and the W' found after quantising."""
         before, wanted, found = widen(before), widen(wanted), widen(found)
         error = torch.linalg.vector_norm(found - wanted)
         norm, update = torch.linalg.vector_norm(wanted), torch.linalg.vector_norm(wanted - before)
@@ -40,7 +40,7 @@ class Requantised:
 
 
 def warn_of_requantising(layers: Iterable[MergingLayer]) -> None:
-    """Say once what merging into quantised layers has changed."""
+    """Warn once about how much re-quantising changed the merged weights."""
     found = {layer.key: layer.requantised for layer in layers if layer.requantised is not None}
     if not found:
         return
@@ -48,31 +48,31 @@ def warn_of_requantising(layers: Iterable[MergingLayer]) -> None:
     mean = [sum(getattr(one, name) for one in found.values()) / len(found) for name in ("of_weight", "of_update")]
     warnings.warn(
         f"The merged weights of {len(found)} layers were quantised again, which changed them by {mean[0]:.2g} of their "
-        f"norm on average (most, {found[worst].of_weight:.2g}, in {worst!r}): {mean[1]:.2g} times what the adapters "
-        "change. Left unmerged, adapters on a quantised base are exact.",
+        f"norm on average (at most {found[worst].of_weight:.2g}, in {worst!r}): {mean[1]:.2g} times the update by the "
+        "adapters. Unmerged adapters on a quantised base are exact.",
         IsotuneWarning,
         stacklevel=3,
     )
 
 
 class Owner(Protocol):
-    """What a layer asks about the model around it."""
+    """What a layer needs from the model-level object."""
 
     def tuners_around(self, layer: nn.Module) -> list[BaseTunerLayer]:
-        """The other tuners' layers that have the layer inside."""
+        """Layers of other tuners that contain the layer."""
 
     def see(self, layer: nn.Module) -> None:
-        """The layer is called."""
+        """Note that the layer is called."""
 
     def forget(self) -> None:
-        """Find the layers anew before the next forward pass."""
+        """Have the layers found again before the next forward pass."""
 
     def place_on(self, layer: nn.Module) -> None:
-        """Place the layer's adapters anew if its base has changed since."""
+        """Place the layer's adapters again if its base weight has changed since."""
 
 
 class MergingLayer(nn.Module, BaseTunerLayer):
-    """The part of the tuner layer that merges: W is replaced by a new parameter, and comes back bit for bit."""
+    """The part of the tuner layer that merges: a new parameter replaces W, and unmerging restores W bit for bit."""
 
     host: Host
     key: str
@@ -84,19 +84,19 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.requantised: Requantised | None = None
         self.owner: Owner | None = None
-        """Who knows what is around the layer; set by the model-level object that is it."""
+        """The model-level object, which sets this itself."""
         self._kept: Kept | None = None
 
     def adapter(self, adapter_name: str) -> Adapter:
-        """The adapter of a name."""
+        """The adapter of this name."""
         raise NotImplementedError
 
     def tuners_inside(self) -> list[BaseTunerLayer]:
-        """The other tuners' layers inside this one."""
+        """Layers of other tuners inside this one."""
         return [m for m in self.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, MergingLayer)]
 
     def other_tuners(self) -> list[BaseTunerLayer]:
-        """The other tuners' layers around this one and inside it."""
+        """Layers of other tuners around and inside this one."""
         return [*([] if self.owner is None else self.owner.tuners_around(self)), *self.tuners_inside()]
 
     def _see_the_base(self) -> None:
@@ -113,7 +113,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         *,
         drop: bool = False,
     ) -> Tensor:
-        """`matrix` with these adapters in this order, as `Adapter.fold`, whatever autocast says."""
+        """Fold these adapters into `matrix` in this order, as `Adapter.fold` does, with autocast off."""
         with without_autocast(matrix):
             for name in names:
                 adapter = self.adapter(name)
@@ -122,35 +122,35 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         return matrix
 
     def unmerged_matrix(self) -> Tensor:
-        """W (out, in) of the base, also while adapters are merged into the host."""
+        """The base's W (out, in), even while adapters are merged into the host."""
         with brought(self.host.module), nullcontext() if self._kept is None else self._restored(self._kept):
             return self.host.matrix()
 
     @property
     def base_weight(self) -> Tensor:
-        """The base's own weight parameter, also while adapters are merged into the host."""
+        """The base's own weight parameter, even while adapters are merged into the host."""
         return self.host.weight if self._kept is None else self._kept.weight
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """The change of the host's weight by an adapter alone, in the layout of the weight and float32 at least.
+        """The update of the host's weight by one adapter alone, in the weight's layout and at least float32.
 
         Raises:
-            BaseMismatchError: the weight has become another than the adapter's.
+            BaseMismatchError: the weight is no longer the one the adapter was trained on.
         """
         self._see_the_base()
         matrix = widen(self.unmerged_matrix())
-        # An update is folded into zero, which keeps its own precision.
+        # Folding an update into zero keeps its precision.
         start = torch.zeros_like(matrix) if self.adapter(adapter_name).additive else matrix
         with whole(self.adapter(adapter_name).parameters()):
             return self.host.stored(self.fold([adapter_name], start) - start)
 
     @torch.no_grad()
     def low_rank(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Exact factors up (out, r) and down (r, in) of the change of W by an adapter alone, float32 at least.
+        """Exact factors up (out, r) and down (r, in) of the update by one adapter alone, at least float32.
 
         Raises:
-            ValueError: the change has no low rank.
+            ValueError: the update is not of low rank.
         """
         self._see_the_base()
         matrix, adapter = self.unmerged_matrix(), self.adapter(adapter_name)
@@ -159,15 +159,15 @@ class MergingLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put W with the adapters in it in the place of the host's weight, computed in float32 and rounded once.
+        """Replace the host's weight by W with the adapters in it, computed in float32 and rounded once.
 
-        The original parameter is kept, and `unmerge` puts it back bit for bit; modules that share it (tied
-        embeddings) keep it too. On a quantised host the result is quantised as the layer was, and `requantised` says
-        what that changes.
+        The original parameter is kept, and `unmerge` restores it bit for bit; modules that share it (tied embeddings)
+        are not affected. On a quantised host the result is quantised as the layer was, and `requantised` says how much
+        that changed it.
 
         Raises:
             ValueError: with `safe_merge`, the result would hold NaN or infinity; the host is quantised by a library
-                that cannot write back; or another tuner has an adapter on the same layer; nothing is changed.
+                that cannot write back; or another tuner has an adapter on the same layer. Nothing is changed then.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.isotune_operator]
         if not names:
@@ -184,7 +184,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def check_merge(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
-        """Raise what `merge` would raise, and change nothing."""
+        """Raise what `merge` would raise, without changing anything."""
         names = self.active_adapters if adapter_names is None else adapter_names
         names = [n for n in names if n in self.isotune_operator and n not in self.merged_adapters]
         if names:
@@ -199,9 +199,9 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         if others:
             names = ", ".join(type(other).__name__ for other in others)
             raise ValueError(
-                f"Another tuner's adapter is on {self.key!r} too ({names}), and both merge into the one "
-                "weight, of which each would take the other's change for the base's; nothing was merged. Merge and "
-                "unload the other adapter first and put this one on the result, or leave both unmerged."
+                f"Another tuner's adapter is on {self.key!r} too ({names}). Merged into one weight, each would take "
+                "the other's update for part of the base, so nothing was merged. Merge and unload the other adapter "
+                "first and put this one on the result, or leave both unmerged."
             )
 
     def _merged_matrix(self, names: list[str], safe_merge: bool) -> Tensor:
@@ -210,14 +210,14 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
                 f"Merging {', '.join(names)} into {self.key!r} gives NaN or infinite weights, so nothing was merged. "
-                "The adapter is broken (a diverged training?), or its values exceed the range of "
-                f"{matrix.dtype}: load a good checkpoint, or the base in float32."
+                "Either the adapter holds such values (did its training diverge?) or the result exceeds the range of "
+                f"{matrix.dtype}: load an earlier checkpoint, or load the base in float32."
             )
         return merged
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the original weight back, the same bits."""
+        """Restore the original weight bit for bit."""
         if not self.merged:
             warnings.warn("Nothing is merged, so there is nothing to unmerge.", IsotuneWarning, stacklevel=2)
             return
@@ -236,5 +236,5 @@ class MergingLayer(nn.Module, BaseTunerLayer):
             self.host.restore(merged)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the change of W is of rank r."""
+        """Whether the update has low rank, so that it can be exported as LoRA."""
         return adapter_name not in self.isotune_operator or self.adapter(adapter_name).has_low_rank

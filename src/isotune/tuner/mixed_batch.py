@@ -19,22 +19,25 @@ BASE = "__base__"
 
 @dataclass
 class MixedBatch:
-    """Which adapter each sample of a batch is meant for."""
+    """Which adapter each sample of a batch uses."""
 
     names: tuple[str, ...]
-    """One a sample; "__base__" for none."""
+    """One name per sample; "__base__" means no adapter."""
     copies: int = 1
-    """How often generation repeats each sample, one after the other, for beams or for several answers."""
+    """How many adjacent copies of each sample generation makes, for beams or several answers."""
     length: int = 1
-    """Positions of a sample in the forward pass that runs."""
+    """Positions per sample in the current forward pass."""
     rows: int | None = None
-    """Samples in that pass, where its inputs say so."""
+    """Samples in the current forward pass, if its inputs show it."""
 
     def of(self, x: Tensor) -> list[str]:
-        """The names for the rows of an input: samples, their copies, or (rows, n) with the positions of each in turn.
+        """The adapter names for the rows of an input: of samples, of their copies, or of all their positions.
+
+        Args:
+            x: the input; (rows, n) if the positions of all samples follow each other.
 
         Raises:
-            ValueError: it is none of these.
+            ValueError: the number of rows fits none of these.
         """
         for copies in dict.fromkeys((1, self.copies)):
             if self.rows is not None and self.rows != len(self.names) * copies:
@@ -44,7 +47,7 @@ class MixedBatch:
                     return [name for name in self.names for _ in range(repeats)]
         raise ValueError(
             f"adapter_names has {len(self.names)} entries for a batch of "
-            f"{len(x) if self.rows is None else self.rows} samples."
+            f"{len(x) if self.rows is None else self.rows} samples; give one name for each sample."
         )
 
 
@@ -52,18 +55,18 @@ def check_names(names: Sequence[str], known: Mapping[str, Any]) -> None:
     """Refuse names of adapters that a model does not have.
 
     Raises:
-        ValueError: says which, and which there are.
+        ValueError: a name is unknown; says which, and which the model has.
     """
     unknown = sorted(set(names) - {BASE, *known})
     if unknown:
         raise ValueError(
             f"adapter_names holds {', '.join(map(repr, unknown))}; this model has {', '.join(map(repr, known))}, and "
-            f"{BASE!r} stands for none."
+            f"{BASE!r} means no adapter."
         )
 
 
 def batch_of(model: nn.Module, names: Sequence[str], kwargs: Mapping[str, Any]) -> MixedBatch:
-    """The batch of one call, whose arguments for `generate` say how often each sample is repeated."""
+    """The batch of one call; the arguments of `generate` say how often each sample is repeated."""
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     counts = [kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences")]
     return MixedBatch(tuple(names), max(count or 1 for count in counts))
@@ -71,7 +74,7 @@ def batch_of(model: nn.Module, names: Sequence[str], kwargs: Mapping[str, Any]) 
 
 @contextmanager
 def measured(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
-    """A block in which each forward pass of a model tells a batch its number of samples and their length."""
+    """Within this block, record the number of samples and their length in each forward pass of a model."""
 
     def measure(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         inputs = (named.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds"))
@@ -88,7 +91,7 @@ def measured(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
 
 @contextmanager
 def saved_modules_routed(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
-    """A block in which PEFT's wrappers of modules_to_save use for each sample what its own adapter has saved."""
+    """Within this block, PEFT's wrappers of modules_to_save use for each sample the module of its own adapter."""
 
     def name_adapters(wrapper: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
         assert isinstance(wrapper, ModulesToSaveWrapper)
@@ -101,7 +104,7 @@ def saved_modules_routed(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
     disabled = any(isinstance(module, BaseTunerLayer) and module.disable_adapters for module in model.modules())
     handles = [wrapper.register_forward_pre_hook(name_adapters, with_kwargs=True) for wrapper in wrappers]
     for wrapper in wrappers:
-        # A wrapper that has nothing saved for the active adapter returns before it looks at the names.
+        # A wrapper without a module for the active adapter would return before it reads the names.
         set_active_of(wrapper, list(wrapper.modules_to_save)[:1], disabled)
     try:
         yield

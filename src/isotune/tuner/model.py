@@ -1,4 +1,4 @@
-"""The tuner model that puts isotune's layers into a model."""
+"""The tuner model, which puts isotune's layers into a model."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ class IsotuneModel(Tuner):
     Args:
         model: the model to adapt.
         config: one configuration, or a dictionary of them by adapter name.
-        adapter_name: which of them to inject now.
+        adapter_name: the adapter to inject now.
 
     Raises:
-        ValueError: a layer cannot be adapted, a rank does not fit, nothing matches; the model is left as it was.
+        ValueError: a layer cannot be adapted, a rank does not fit or no module matches; the model is left as it was.
     """
 
     prefix = _PREFIX
     tuner_layer_cls = Layer
-    # What LoRA adapts by default in a known architecture is a good default here too: projections of attention.
+    # LoRA's default targets in known architectures, the attention projections, are a good default here too.
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, basis_of: str | None = None, **kwargs: Any
     ) -> None:
-        """Put the adapter into the model, then find the subspaces of all its layers; all or nothing.
+        """Put the adapter into the model and find the subspaces of all its layers, or change nothing.
 
-        With `basis_of`, it takes those of another adapter, and its tensors.
+        With `basis_of`, the adapter shares the subspaces and frozen tensors of another one.
         """
         _refuse_divided(model)
         config = self.peft_config[adapter_name]
@@ -67,7 +67,7 @@ class IsotuneModel(Tuner):
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         first = not any(isinstance(module, Layer) for module in model.modules())
         for module in model.modules():
-            keep_readable(module)  # those without an adapter too: the gradient of earlier layers passes through them
+            keep_readable(module)  # without an adapter too: the gradients of earlier layers pass through it
         try:
             _refuse_names_of_saved(model, self.peft_config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -78,7 +78,7 @@ class IsotuneModel(Tuner):
             _make_replicas(model, own.layers, adapter_name)
             if basis_of is not None:
                 share_basis(adapter_name, basis_of, own.layers)
-            elif config.origin is None:  # else what the file holds comes next, and is placed then
+            elif config.origin is None:  # otherwise the file's tensors come next and are placed then
                 place_adapter(adapter_name, own.layers)
         except BaseException:
             remove_adapter(model, adapter_name)
@@ -88,20 +88,20 @@ class IsotuneModel(Tuner):
             raise
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
-        """Add the weighted mean of adapters of one method, rank and basis as another adapter of that method.
+        """Add the weighted mean of adapters of one method, rank and basis as a new adapter of that method.
 
-        Rotations are averaged on the rotation group, magnitudes and gains geometrically, free matrices and angles
-        linearly. Weight 1 for one and 0 for all others gives that one; weights that sum to less than one leave the
-        rest to the base model. The mean is not active until it is set, and is saved like any other.
+        Rotations are averaged on the rotation group, scales and gains geometrically, free matrices and angles linearly.
+        Weight 1 for one adapter and 0 for all others gives that adapter; weights that sum to less than one leave the
+        rest to the base model. The new adapter is inactive until it is set, and is saved like any other.
 
         Args:
-            adapters: names, each once.
-            weights: finite, one for each, of any sum and sign.
-            adapter_name: a new name.
+            adapters: names of the adapters, each once.
+            weights: one finite weight per adapter, of any sum and sign.
+            adapter_name: name of the new adapter.
 
         Raises:
-            ValueError: the adapters differ in method, modules, sizes, options or basis, the method has no mean (HRA,
-                qGOFT, a free matrix with magnitudes), or names and weights do not fit; the model is left as it was.
+            ValueError: the adapters differ in method, modules, sizes, options or basis; the method has no mean (HRA,
+                qGOFT, a free matrix with scales); or names and weights do not fit. The model is left as it was.
         """
         configs: dict[str, IsotuneConfig] = self.peft_config
         check_request(adapters, weights, adapter_name, configs)
@@ -112,7 +112,10 @@ class IsotuneModel(Tuner):
         }
         for name, layer in layers.items():
             if isinstance(layer, ExpertsLayer):
-                raise ValueError(f"There is no mean of adapters on experts yet, such as those of {name!r}.")
+                raise ValueError(
+                    f"Adapters on experts, such as {name!r}, cannot be averaged yet; to use them together, call "
+                    "base_model.set_adapter([...])."
+                )
         found = combine(layers, adapters, weights)
         configs[adapter_name] = copy.deepcopy(configs[adapters[0]])
         self.inject_adapter(self.model, adapter_name, basis_of=adapters[0])
@@ -122,7 +125,7 @@ class IsotuneModel(Tuner):
                     layers[name].adapter(adapter_name).get_parameter(parameter).copy_(value)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge into the base; all layers are checked before the first is changed."""
+        """Merge adapters into the base; all layers are checked before the first is changed."""
         layers = self._check_merge(safe_merge, adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         warn_of_requantising(layers)
@@ -130,7 +133,7 @@ class IsotuneModel(Tuner):
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> list[Layer]:
         own = AdaptedModel.of(self.model)
         if own is not None and not own.built:
-            own.build(self.model)  # a copy that nobody has called yet
+            own.build(self.model)  # a copy that has not been called yet
         layers = [module for module in self.model.modules() if isinstance(module, Layer)]
         for layer in layers:
             layer.check_merge(adapter_names, safe_merge)
@@ -161,13 +164,13 @@ class IsotuneModel(Tuner):
             if own is not None and isinstance(layer, Layer) and (others := own.tuners_around(layer)):
                 names = ", ".join(type(other).__name__ for other in others)
                 raise ValueError(
-                    f"Another tuner's adapter is around {layer.key!r} ({names}), which unloading this one "
-                    "would take away too; nothing was unloaded. Unload the other one first."
+                    f"Another tuner's adapter is around {layer.key!r} ({names}), and unloading this one would remove "
+                    "it too, so nothing was unloaded. Unload the other adapter first."
                 )
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and peft_config.target_parameters:
-            return peft_config  # no default layers beside the parameters that were asked for
+            return peft_config  # only the parameters that were asked for, no default layers
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _inject_parameters(
@@ -180,7 +183,7 @@ class IsotuneModel(Tuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         while isinstance(child, Layer):
-            # What stands below isotune's layers, and not the innermost module: another tuner's adapter stays.
+            # The module below isotune's layers, not the innermost one, so that another tuner's adapter stays.
             new_module = child = child.base_layer
         setattr(parent, child_name, new_module)
 
@@ -201,11 +204,11 @@ class IsotuneModel(Tuner):
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        # PEFT's _replace_module would move the layer to its host's device, where it already is.
+        # PEFT's _replace_module would move the layer to its host's device, where it is already.
         setattr(parent, target_name, layer)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT's choice of the parameters' dtype: float32 where the base is in half precision, or the base's."""
+        """Cast the parameters as PEFT would: to float32 if the base is in half precision, or to the base's dtype."""
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
@@ -217,7 +220,7 @@ class IsotuneModel(Tuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Around each forward and generate of a PeftModel: one evaluation, and `adapter_names` of a mixed batch."""
+        """Wrap each forward and generate of a PeftModel: share one evaluation and apply `adapter_names`."""
         own = AdaptedModel.of(self.model)
         with nullcontext() if own is None or is_recorded() else own.calling():
             names = kwargs.get("adapter_names")
@@ -229,7 +232,7 @@ class IsotuneModel(Tuner):
 
     @contextmanager
     def _mixed(self, names: Sequence[str], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Let `adapter_names` of a mixed batch reach the layers for the time of one call."""
+        """Pass the `adapter_names` of a mixed batch to the layers for the duration of one call."""
         check_names(names, self.peft_config)
         if self.training:
             raise ValueError("adapter_names is for inference; call model.eval() first, or train one adapter at a time.")
@@ -257,11 +260,11 @@ class IsotuneModel(Tuner):
     ) -> dict[str, Tensor]:
         """The tensors of one adapter, whatever the adapters are called.
 
-        PEFT has left out of `state_dict` what holds another adapter's name anywhere in its own: a layer's number, a
-        block's name.
+        PEFT leaves out of `state_dict` every tensor whose name contains another adapter's name anywhere, such as in a
+        layer's number or a block's name.
 
         Raises:
-            ValueError: what it has left out is spread over processes, so that it cannot be read here.
+            ValueError: the omitted tensors are sharded over processes, so they cannot be read here.
         """
         selected: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
@@ -272,19 +275,20 @@ class IsotuneModel(Tuner):
         left_out = {
             key for key in own - selected.keys() if any(f".{name}." in f"{key}." for name in unwanted_adapter_names)
         }
-        if state_dict and left_out:  # in FSDP, processes beside the first have nothing to save
+        if state_dict and left_out:  # under FSDP, only the first process has anything to save
             whole = model.state_dict()
             if any(is_sharded(whole[key]) for key in left_out):
                 raise ValueError(
-                    f"An adapter is called like a part of the model ({', '.join(unwanted_adapter_names)}), so PEFT "
-                    f"leaves tensors of {adapter_name!r} out of the file. Save the model in one process, or rename it."
+                    f"An adapter has the name of a part of the model ({', '.join(unwanted_adapter_names)}), so PEFT "
+                    f"leaves tensors of {adapter_name!r} out of the file. Save the model in one process, or give that "
+                    "adapter another name."
                 )
             selected.update((key, whole[key]) for key in left_out)
         return selected
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """The key in the file for a key of the model: without the adapter's name, wherever else that may stand."""
+        """The file's key for a key of the model: the adapter's name is removed in its own place only."""
         for group in ("isotune_operator", "isotune_form", "modules_to_save"):
             head, found, rest = key.rpartition(f".{group}.{adapter_name}.")
             if found:
@@ -308,68 +312,78 @@ class IsotuneModel(Tuner):
 
 
 def _refuse_divided(model: nn.Module) -> None:
-    """Refuse a model whose weights are in parts that nothing here puts together."""
+    """Refuse a tensor-parallel model that does not say how its weights are split."""
     size = getattr(model, "_tp_size", None) or 1
     if size > 1 and not any(map(is_sharded, model.parameters())):
         raise ValueError(
             f"The weights of this model are split by rows or columns between {size} devices (tensor parallelism), "
             "and this version of transformers does not say how. Upgrade to transformers 5.17 or later, or load the "
-            "model without a tensor parallel plan and spread it with FSDP2."
+            "model without a tensor parallel plan and shard it with FSDP2."
         )
 
 
 def _refuse_loading_by_one(model: nn.Module) -> None:
-    """Refuse an adapter with a basis where accelerate is going to send the other processes parameters only."""
+    """Refuse an adapter with a basis if accelerate will send only parameters to the other processes."""
     if not loaded_by_one() or any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters()):
-        return  # four-bit weights every process loads for itself
+        return  # every process loads four-bit weights itself
     raise ValueError(
-        "fsdp_cpu_ram_efficient_loading is on: one process of a machine loads the weights, which accelerate sends to "
-        "the others when it shards the model, and it cannot send the basis that this adapter keeps beside its "
-        "parameters. Turn it off, by fsdp_cpu_ram_efficient_loading: false in accelerate's configuration file "
-        "(accelerate launch has it on by default); or use a method that rotates all inputs, such as OFT."
+        "fsdp_cpu_ram_efficient_loading is on: one process per machine loads the weights and accelerate sends them to "
+        "the others when it shards the model, but it cannot send the basis that this adapter keeps beside its "
+        "parameters. Turn it off with fsdp_cpu_ram_efficient_loading: false in accelerate's configuration file "
+        "(accelerate launch turns it on by default), or use a method without a basis, such as OFT."
     )
 
 
 def _refuse_names_of_saved(model: nn.Module, configs: Mapping[str, IsotuneConfig]) -> None:
-    """Refuse an adapter that is called like a part of a saved module: PEFT tells the two apart by name alone.
+    """Refuse saved modules inside one another, and an adapter with the name of a part of one.
 
-    It would leave that part out of the file, or write it under a wrong name.
+    PEFT would confuse their names: it would leave a part out of the file, write it under a wrong name, or fail with a
+    KeyError when the trained adapter is saved.
     """
-    saved = {name for config in configs.values() for name in config.modules_to_save or ()}
-    for name, module in model.named_modules():
-        if any(f".{name}".endswith(f".{own}") for own in saved):
-            original: nn.Module = getattr(module, "original_module", module)
-            tensors = itertools.chain(original.named_parameters(), original.named_buffers())
-            parts = {part for key, _ in tensors for part in f"{name}.{key}".split(".")}
-            if called := parts & configs.keys():
-                raise ValueError(
-                    f"The adapter name {min(called)!r} is not allowed: {name!r}, which is to be saved with an adapter "
-                    "(modules_to_save), has a part of that name, and PEFT would not save it. Choose another name."
-                )
+    asked = {name for config in configs.values() for name in config.modules_to_save or ()}
+    saved = {
+        name: module for name, module in model.named_modules() if any(f".{name}".endswith(f".{own}") for own in asked)
+    }
+    for name, outer in itertools.product(saved, saved):
+        if name.startswith(f"{outer}."):
+            inner = name.replace(".original_module.", ".")
+            raise ValueError(
+                f"{inner!r} lies within {outer!r}, and PEFT cannot save both with adapters (modules_to_save). Name "
+                f"only one of them, the same one in every adapter: {outer!r} contains the other."
+            )
+    for name, module in saved.items():
+        original: nn.Module = getattr(module, "original_module", module)
+        tensors = itertools.chain(original.named_parameters(), original.named_buffers())
+        parts = {part for key, _ in tensors for part in f"{name}.{key}".split(".")}
+        if called := parts & configs.keys():
+            raise ValueError(
+                f"The adapter name {min(called)!r} is not allowed: {name!r}, which modules_to_save saves with an "
+                "adapter, has a part of that name, and PEFT would not save it. Choose another name."
+            )
 
 
 def _refuse_several_places(model: nn.Module) -> None:
-    """Refuse a model with one adapted module in several places, of which PEFT's injection has reached one only."""
+    """Refuse a model that uses one adapted module in several places, since PEFT injects into only one of them."""
     adapted = {id(m.base_layer): m.key for m in model.modules() if isinstance(m, Layer)}
     for name, module in model.named_modules(remove_duplicate=False):
         key = adapted.get(id(module))
         if key is not None and not name.endswith(".base_layer"):
             raise ValueError(
-                f"The target module {key!r} is the same object as {name!r}, so an adapter would act in one place, and "
-                "merging it change all. Exclude the module with exclude_modules, or give each place a copy of its own."
+                f"The target module {key!r} is the same object as {name!r}, so an adapter would act in one place but "
+                "be merged into all. Exclude the module with exclude_modules, or give each place a copy of its own."
             )
 
 
 def _make_replicas(model: nn.Module, layers: Sequence[Layer], adapter_name: str) -> None:
-    """Under tensor parallelism, give all processes the same parameters, and refuse what would part them again."""
+    """Under tensor parallelism, give all processes equal parameters, and refuse options that would let them diverge."""
     mesh = next((found for module in model.modules() if (found := mesh_of(module)) is not None), None)
     if mesh is None:
         return
     own = [layer for layer in layers if adapter_name in layer.isotune_operator]
     if any(layer.adapter(adapter_name).dropout and not layer.configs[adapter_name].inference_mode for layer in own):
         raise ValueError(
-            f"The adapter {adapter_name!r} is to be trained with dropout, which under tensor parallelism every process "
-            "would draw for itself, so that their copies of the adapter drift apart. Set its dropout to 0, or load "
-            "the model without a tensor parallel plan and spread it with FSDP2."
+            f"The adapter {adapter_name!r} has dropout, which under tensor parallelism each process would draw on its "
+            "own, so their copies of the adapter would diverge in training. Set its dropout to 0, or load the model "
+            "without a tensor parallel plan and shard it with FSDP2."
         )
     make_equal((p for layer in own for p in layer.adapter(adapter_name).parameters()), mesh)

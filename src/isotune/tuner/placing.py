@@ -1,4 +1,4 @@
-"""Finding the principal subspaces of all layers of an adapter together: solved, pinned, or recovered from a file."""
+"""Finding the principal subspaces of an adapter's layers together: solving and pinning, or recovering from a file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from isotune.tuner.layer import Layer
 
 @dataclass(frozen=True)
 class _Place:
-    """One basis that is looked for: of a layer, or of one expert of it."""
+    """Where one basis belongs: to a layer, or to one expert of a layer."""
 
     layer: Layer
     basis: SubspaceBasis
@@ -42,22 +42,22 @@ class _Place:
         return found if self.expert is None else found[self.expert]
 
     def is_empty(self) -> bool:
-        """Whether nothing is stored yet: neither solved here nor loaded from a file."""
+        """Whether nothing is stored yet, neither solved here nor loaded from a file."""
         return self.basis.stored.is_meta or not bool(self.basis.stored.any())
 
 
 @torch.no_grad()
 def place_adapter(adapter_name: str, layers: Iterable[Layer]) -> None:
-    """Place an adapter on all layers where it has a subspace and no placement: solve, or recover what a file holds.
+    """Place an adapter on all layers where it has a subspace but no placement yet: solve, or recover from a file.
 
     Args:
         adapter_name: the adapter.
-        layers: those without it, or where it has a placement, are left as they are.
+        layers: the layers; those without the adapter, or where it is placed already, are left as they are.
 
     Raises:
         BaseMismatchError: a pinned basis was made on another base; names the worst layer and the residual. Nothing is
             placed then.
-        ValueError: a weight has no principal subspace (NaN, …).
+        ValueError: a weight has no principal subspace (it holds NaN, …).
     """
     pending = []
     for layer in layers:
@@ -82,7 +82,7 @@ def place_adapter(adapter_name: str, layers: Iterable[Layer]) -> None:
 
 
 def share_basis(adapter_name: str, other: str, layers: Iterable[Layer]) -> None:
-    """Place an adapter on the basis of another of the same ranks and options, on its very tensors."""
+    """Place an adapter on the basis of another one with the same ranks and options, sharing its tensors."""
     for layer in layers:
         if adapter_name in layer.isotune_form:
             _take(layer, adapter_name, other)
@@ -95,7 +95,7 @@ def _places(layer: Layer, adapter_name: str) -> list[_Place]:
 
 
 def _place_symbolically(layer: Layer, adapter_name: str, adapter: SubspaceAdapter) -> None:
-    """Give an adapter the shapes of a placement on a weight without values; it is placed anew when there are some."""
+    """Give an adapter a placement of the right shapes on a weight without values, to be replaced once they exist."""
     matrix, stored = layer.unmerged_matrix(), [basis.stored for basis in layer.bases(adapter_name)]
     basis = matrix.new_zeros(*matrix.shape[:-2], adapter.size, matrix.shape[-1])
     wide = basis.to(torch.promote_types(matrix.dtype, torch.float32))
@@ -117,13 +117,13 @@ def _take(layer: Layer, adapter_name: str, other: str) -> None:
 
 
 def _on_pins_of(layer: Layer, adapter_name: str, placement: Placement) -> Placement:
-    """A placement for an adapter whose file holds the same, on the same tensors."""
+    """A placement that shares another's tensors, for an adapter with an equal stored basis."""
     pins = tuple(Mark.of(basis.stored, sampled=False) for basis in layer.bases(adapter_name))
     return replace(placement, pins=pins)
 
 
 def _with_equal_basis(layer: Layer, adapter_name: str) -> str | None:
-    """Another adapter on the same layer whose basis is one for an adapter of this configuration."""
+    """Another adapter on the same layer whose basis suits this adapter's configuration, or None."""
 
     def key(name: str) -> tuple[object, ...]:
         config, adapter = _config(layer, name), layer.subspace(name)
@@ -139,7 +139,7 @@ def _with_equal_basis(layer: Layer, adapter_name: str) -> str | None:
 
 
 def _solve(adapter_name: str, layers: Sequence[Layer]) -> None:
-    """Place on the principal subspaces of the weights as they are, or on the bases of adapters that are there."""
+    """Place on the principal subspaces of the current weights, or on equal bases that other adapters already have."""
     fresh = []
     for layer in layers:
         other = _with_equal_basis(layer, adapter_name)
@@ -157,7 +157,7 @@ def _solve(adapter_name: str, layers: Sequence[Layer]) -> None:
             seed = _config(layer, adapter_name).basis_seed
             one.basis.record(basis if one.basis.embedded else pin(basis, seed=seed))
         adapter = layer.subspace(adapter_name)
-        # Layers of one weight were given one and the same subspace, and keep one and the same placement.
+        # Layers that share a weight were given the same subspace, and share its placement.
         key = id(own[0][1]), layer.base_weight.data_ptr()
         if len(own) == 1 and key in taken:
             adapter.placement = _on_pins_of(layer, adapter_name, taken[key])
@@ -172,16 +172,16 @@ def _subspaces(adapter_name: str, places: Sequence[_Place]) -> list[Tensor]:
     if not places:
         return []
     if len(places) > 1 and any(is_sharded(one.layer.base_weight) for one in places):
-        # One after the other: a process that has room for a part of the model has none for all of it.
+        # One after the other: a process with room for its shard may have none for the whole model.
         return [subspace for one in places for subspace in _subspaces(adapter_name, [one])]
     config = _config(places[0].layer, adapter_name)
     requests = []
     for one in places:
         rank, layer = one.basis.stored.shape[0], one.layer
         if config.basis == "pinned":
-            # A few more than r: a cut between nearly equal singular values may fall differently elsewhere.
+            # A few more than r: elsewhere, a cut between nearly equal singular values may fall differently.
             rank = candidate_rank(rank, layer.in_features, layer.out_features)
-        # A quantised weight is dequantised when its turn comes, so that not all of them live at once.
+        # Quantised weights are dequantised one at a time, so that they are not all in memory at once.
         weight = one.matrix if layer.host.quantised else one.matrix()
         requests.append(SubspaceRequest(weight, rank, f"module {layer.key!r}"))
     cache = SubspaceCache() if config.subspace_cache else None
@@ -200,7 +200,7 @@ def _subspaces(adapter_name: str, places: Sequence[_Place]) -> list[Tensor]:
 
 
 def _recovered(adapter_name: str, places: Sequence[_Place]) -> list[tuple[Tensor, float]]:
-    """The bases of a file with their residuals: embedded ones as they are, pinned ones found again on this base."""
+    """The bases of a file and their residuals: embedded bases as stored, pinned ones found again on this base."""
     solved = _subspaces(adapter_name, [one for one in places if not one.basis.embedded])
     found: list[tuple[Tensor, float]] = []
     for one in places:
@@ -210,7 +210,7 @@ def _recovered(adapter_name: str, places: Sequence[_Place]) -> list[tuple[Tensor
             continue
         candidates = solved.pop(0)
         basis = candidates[: len(stored)].clone()
-        # Solved alike as when it was pinned, it is the pinned basis to the bit, and nothing is to be recovered.
+        # If solved exactly as when it was pinned, the basis is the same to the bit and needs no recovery.
         same = torch.equal(pin(basis, seed=seed).to(stored), stored)
         found.append((basis, 0.0) if same else recover(stored, candidates, seed=seed))
     _refuse_other_base(adapter_name, places, [residual for _, residual in found])
@@ -228,8 +228,7 @@ def _refuse_other_base(adapter_name: str, places: Sequence[_Place], residuals: S
         f"{residual:.3f} (the same base gives below 0.001, a base rounded to bfloat16 about 0.003, at most "
         f"{MAX_RESIDUAL} is allowed). Load the adapter on the base it was trained on, quantised in the same way or "
         "not at all; or train and save it with basis='embedded', which fits any base of the same shapes; or, to "
-        "load it all the same, set "
-        "on_base_mismatch='warn' in PeftModel.from_pretrained or on the config."
+        "load it anyway, set on_base_mismatch='warn' in PeftModel.from_pretrained or in the configuration."
     )
     if _config(worst.layer, adapter_name).on_base_mismatch == "warn":
         warnings.warn(message, IsotuneWarning, stacklevel=2)

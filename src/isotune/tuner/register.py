@@ -18,16 +18,16 @@ from isotune.tuner.model import IsotuneModel
 
 
 def peft_type_of(method: str) -> PeftType:
-    """The PEFT type of a method, ISOTUNE_…, made on the first call.
+    """The PEFT type of a method, ISOTUNE_…, created on the first call.
 
-    PEFT's own registration takes names of its enumeration only, and get_model_status() lists types through it, so the
-    enumeration is given the member.
+    PEFT's registration accepts only members of its enumeration, and get_model_status() lists types through it, so a
+    member is added to the enumeration.
     """
     return add_member(PeftType, f"{IsotuneModel.prefix}{method}".upper())
 
 
 def register() -> None:
-    """Make every method known to PEFT; more calls change nothing."""
+    """Register every method with PEFT; repeated calls change nothing."""
     install_hooks()
     install_cards(write_cards, tags_of)
     prefix = IsotuneModel.prefix

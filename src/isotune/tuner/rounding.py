@@ -1,4 +1,4 @@
-"""Trained factors that start at 1, in a dtype that is too coarse there for an optimiser's steps."""
+"""Warning about trainable factors that start at 1 in a dtype too coarse for an optimiser's steps."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from isotune.internals.deepspeed_state import takes_gradients
 
 
 def warn_of_rounded(adapters: Iterable[Any]) -> bool:
-    """Say that factors which are to be trained will not move, if they are in half precision; whether it was said.
+    """Warn that trainable factors in half precision may never move, and return whether a warning was given.
 
-    Where ZeRO trains copies of its own in float32, they do; and under FSDP what a pass sees is not what is trained, so
-    that nothing is said where there are several processes.
+    There is no warning if ZeRO trains its own float32 copies, nor in any run of several processes, since under FSDP a
+    forward pass does not see the parameters that are trained.
 
     Args:
-        adapters: of a model that is to be trained.
+        adapters: adapters of a model about to be trained.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False
@@ -32,7 +32,7 @@ def warn_of_rounded(adapters: Iterable[Any]) -> bool:
         warnings.warn(
             f"{' and '.join(names)} of an adapter ({type(adapter).__name__}, {adapter.describe()}) {verb} trained in "
             f"{str(dtype).removeprefix('torch.')}, and start at 1, where an optimiser's step of less "
-            f"than {torch.finfo(dtype).eps / 4:.1g} is rounded away, so they may never move. Make what is trained "
+            f"than {torch.finfo(dtype).eps / 4:.1g} is rounded away, so they may never move. Cast what is trained to "
             "float32 before the first step: for p in model.parameters(): if p.requires_grad: p.data = p.data.float()",
             IsotuneWarning,
             stacklevel=2,

@@ -1,4 +1,4 @@
-"""The tensors of an adapter as its file names them, and what a file may hold: one check for everything that loads."""
+"""Names of an adapter's tensors in its file, and the one check of a file's tensors that every loader uses."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from isotune.methods.config import IsotuneConfig
 from isotune.tuner.layer import Layer
 
 KEY_PREFIX = "base_model.model."
-"""What PEFT puts before every name of the base model."""
+"""PEFT's prefix to every name in the base model."""
 
 ORTHONORMAL = 1e-2
-"""How far an embedded basis V may be from V Vᵀ = I, in any entry: rounding V to bfloat16 leaves at most 0.004."""
+"""Largest allowed entry of |V Vᵀ − I| for an embedded basis V; rounding V to bfloat16 leaves at most 0.004."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""What the tensors of an adapter may be stored as."""
+"""The dtypes in which an adapter's tensors may be stored."""
 
 THE_FILE = "the adapter file"
 
@@ -30,14 +30,14 @@ _NAMED_FORMS = re.compile(r"\.isotune_form\.[^.]+\.forms\.")
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Layer]]:
-    """The layers of a PeftModel or an injected model that hold an adapter, each with its name in the base model."""
+    """Layers of a PeftModel or an injected model that have an adapter, each with its name in the base model."""
     for name, module in model.named_modules():
         if isinstance(module, Layer) and adapter_name in module.isotune_operator:
             yield name.removeprefix(KEY_PREFIX), module
 
 
 def keys_in_model(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str]]:
-    """The names of an adapter's tensors in a model, maybe wrapped by FSDP: that of each layer, and that within it."""
+    """Names of an adapter's tensors in a model, even wrapped by FSDP: the layer's name and the name within it."""
     for name, module in model.named_modules():
         if isinstance(module, Layer):
             for group in ("isotune_operator", "isotune_form"):
@@ -48,10 +48,10 @@ def keys_in_model(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, st
 
 
 def current_key(name: str) -> str:
-    """A tensor's name in a file as it is written now.
+    """The name under which the current release would write a tensor.
 
     Args:
-        name: as it stands in a file; the first release left the adapter's name in those of experts' bases.
+        name: the name in a file; the first release kept the adapter's name in the names of experts' bases.
 
     Example:
         >>> current_key("mlp.experts.isotune_form.default.forms.0.pin")
@@ -69,27 +69,27 @@ def check_tensors(
     base: Collection[str] = (),
     file: str = THE_FILE,
 ) -> None:
-    """Refuse a file that lacks what an adapter needs, holds what cannot be, or holds more than that.
+    """Refuse a file in which tensors are missing, invalid or superfluous.
 
     Args:
-        needed: by name, with the shapes that are needed; they may be on the meta device.
-        given: what the file holds.
-        where: ends the message of a wrong shape, "(…) is needed WHERE".
-        also: names of tensors that the file may hold besides, such as trained biases.
+        needed: tensors of the required shapes, by name; they may be on the meta device.
+        given: the tensors in the file, by name.
+        where: end of the message about a wrong shape, "(…) is needed WHERE".
+        also: names of further tensors that the file may hold, such as trained biases.
         base: names of the base model's own tensors.
-        file: what the messages call it.
+        file: how messages refer to the file.
 
     Raises:
-        AdapterFileError: a tensor is missing, of another shape, of a type that no adapter has, an empty basis or one
-            that is not orthonormal, not finite, or has no place in this model; names the tensor.
+        AdapterFileError: a tensor is missing, has the wrong shape or dtype, is not finite, is an empty or
+            non-orthonormal basis, or has no place in this model; names the tensor.
     """
     for name, tensor in needed.items():
         if name not in given:
             raise AdapterFileError(
                 f"{file.replace('the', 'The', 1) if file.startswith(THE_FILE) else file} has no {name!r}. It is "
-                "incomplete, or was made for other target_modules, another rank or another basis than its "
-                "adapter_config.json says, or for a base of another class than this; load the base with the class that "
-                "the adapter was trained on, or save the adapter again."
+                "incomplete, or was saved with other target_modules, another rank or another basis than its "
+                "adapter_config.json says, or with a base of another class than this; load the base with the class "
+                "that the adapter was trained on, or save the adapter again."
             )
         if given[name].shape != tensor.shape:
             raise AdapterFileError(
@@ -99,39 +99,46 @@ def check_tensors(
     for name in sorted(given.keys() - needed.keys() - set(also)):
         if name in base:
             raise AdapterFileError(
-                f"{name!r} in {file} is a tensor of the base model, which it would overwrite. By adapter_config.json "
-                "(bias, modules_to_save) the adapter does not train it; take it out of the file."
+                f"{name!r} in {file} would overwrite a tensor of the base model that the adapter does not train "
+                "according to adapter_config.json (bias, modules_to_save); remove it from the file."
             )
         if ".isotune_" in f".{name}":
             raise AdapterFileError(
-                f"{name!r} in {file} has no place in this model: there is no such adapted layer, or by "
-                "adapter_config.json the layer has no such tensor. Load the adapter on the base model that it was "
-                "trained on, with the configuration that it was saved with."
+                f"{name!r} in {file} has no place in this model: there is no such adapted layer, or the layer has no "
+                "such tensor according to adapter_config.json. Load the adapter on the base model it was trained on, "
+                "with the configuration it was saved with."
             )
         raise AdapterFileError(
             f"{name!r} in {file} has no place in this model. Load the base with the class that the adapter was "
-            "trained on, or take the tensor out of the file."
+            "trained on, or remove the tensor from the file."
         )
 
 
 def check_values(name: str, tensor: Tensor, *, file: str = THE_FILE, like: Tensor | None = None) -> None:
-    """Refuse a tensor of a file whose type or values no adapter has.
+    """Refuse a tensor of a file whose dtype or values an adapter cannot have.
 
     Args:
-        name: in the file; ".basis" and ".pin" at its end say what it is.
-        like: what it is loaded into; where that is no floating point tensor, as a saved module's counter is none, the
-            types must agree.
+        name: the name in the file; an ending ".basis" or ".pin" says what the tensor is.
+        tensor: the tensor.
+        file: how messages refer to the file.
+        like: the tensor it is loaded into; if that is not a floating point tensor (such as a saved module's counter),
+            the dtypes must agree.
 
     Raises:
-        AdapterFileError: as `check_tensors`, but for shapes.
+        AdapterFileError: as in `check_tensors`, except for shapes.
     """
     other = None if like is None or like.dtype in FLOATS else like.dtype
     if tensor.dtype not in FLOATS if other is None else tensor.dtype != other:
         stored = str(tensor.dtype).removeprefix("torch.")
         allowed = "float32, float64, float16 or bfloat16" if other is None else str(other).removeprefix("torch.")
-        raise AdapterFileError(f"{name!r} is stored as {stored} in {file}; it must be {allowed}. Save it again.")
+        raise AdapterFileError(
+            f"{name!r} is stored as {stored} in {file}; it must be {allowed}. Save the adapter again."
+        )
     if name.endswith((".pin", ".basis")) and not tensor.any():
-        raise AdapterFileError(f"{name!r} is empty in {file}: it was saved before its base had weights. Save it again.")
+        raise AdapterFileError(
+            f"{name!r} is empty in {file}: it was saved before the base model's weights were loaded. Save the adapter "
+            "again."
+        )
     if not torch.isfinite(tensor).all():
         raise AdapterFileError(f"{name!r} holds NaN or infinity in {file}; load an earlier checkpoint.")
     if name.endswith(".basis"):
@@ -139,12 +146,12 @@ def check_values(name: str, tensor: Tensor, *, file: str = THE_FILE, like: Tenso
         if not defect <= ORTHONORMAL:
             raise AdapterFileError(
                 f"{name!r} in {file} is a basis whose rows are not orthonormal: V Vᵀ − I has an entry of {defect:.2g}, "
-                f"and {ORTHONORMAL} is allowed. It is damaged; load an earlier checkpoint."
+                f"and at most {ORTHONORMAL} is allowed. It is damaged; load an earlier checkpoint."
             )
 
 
 def _orthonormality_defect(basis: Tensor) -> float:
-    """The largest entry of |V Vᵀ − I|; infinite where there are more rows than columns."""
+    """The largest entry of |V Vᵀ − I|; infinite if V has more rows than columns."""
     if basis.ndim != 2 or basis.shape[0] > basis.shape[1]:
         return float("inf")
     wide = basis.double() if basis.device.type != "mps" else basis.cpu().double()
@@ -152,13 +159,16 @@ def _orthonormality_defect(basis: Tensor) -> float:
 
 
 def check_file(model: nn.Module, config: IsotuneConfig, adapter_name: str, state: Mapping[str, Tensor]) -> None:
-    """Refuse a file, before any of it is loaded, that does not fit the adapter as it has been injected.
+    """Refuse a file that does not fit the injected adapter, before any of it is loaded.
 
     Args:
-        state: what the file holds, by name, as PEFT hands it to the tuner.
+        model: the model with the adapter injected.
+        config: the adapter's configuration.
+        adapter_name: the adapter.
+        state: the file's tensors by name, as PEFT passes them to the tuner.
 
     Raises:
-        AdapterFileError: as `check_tensors`.
+        AdapterFileError: as in `check_tensors`.
     """
     needed = {
         f"{name}.{group}.{key}": tensor
@@ -173,7 +183,7 @@ def check_file(model: nn.Module, config: IsotuneConfig, adapter_name: str, state
     check_tensors(
         needed,
         given,
-        "on this base model by its adapter_config.json; check that both belong together",
+        "on this base model according to its adapter_config.json; check that the two belong together",
         also=_saved_besides(model, config, adapter_name, held, given),
         base={name for name in held if ".isotune_" not in name},
         file=f"{THE_FILE} of {origin}" if origin else THE_FILE,
@@ -183,10 +193,10 @@ def check_file(model: nn.Module, config: IsotuneConfig, adapter_name: str, state
 def _saved_besides(
     model: nn.Module, config: IsotuneConfig, adapter_name: str, held: Collection[str], given: Collection[str]
 ) -> Collection[str]:
-    """What of a file `save_pretrained` writes of such a model besides the adapter's own tensors, by name."""
+    """Names of the tensors in a file that `save_pretrained` writes besides the adapter's own."""
     names: set[str] = set()
     if config.bias == "all":
-        # PEFT writes those of saved modules twice, the second time under a name that may hold the adapter's.
+        # PEFT writes the biases of saved modules twice, the second time under a name that may hold the adapter's.
         biases = {name for name in held if name.endswith(".bias")}
         biases |= {_SAVED_MODULE.sub(".modules_to_save.", name) for name in biases}
         names |= {name for name in given if {name, _SAVED_MODULE.sub(".modules_to_save.", name)} & biases}
@@ -203,7 +213,7 @@ def _saved_besides(
         except (AttributeError, NotImplementedError):
             continue
     for name, module in model.named_modules():
-        if module in embeddings:  # saved by PEFT where the vocabulary was resized or they are adapted
+        if module in embeddings:  # PEFT saves it if the vocabulary was resized or it is adapted
             prefix = f"{name.removeprefix(KEY_PREFIX)}."
             names |= {key for key in held if key.startswith(prefix) and ".isotune_" not in key}
     return names

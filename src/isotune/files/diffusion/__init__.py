@@ -1,1 +1,1 @@
-"""Adapters as single safetensors files without a configuration, as diffusion tools exchange them."""
+"""Adapters as single safetensors files without a configuration, the form in which diffusion tools exchange them."""

@@ -1,4 +1,4 @@
-"""kohya's names on FLUX and SD3, whose original layers hold several of diffusers' each."""
+"""kohya's names on FLUX and SD3, where one original layer combines several of diffusers' layers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from isotune.subspace.lowrank import Factored
 
+_LAST = {"final_layer_linear": "proj_out", "final_layer_adaLN_modulation_1": "norm_out.linear"}
 _FLUX_AROUND = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -18,6 +19,7 @@ _FLUX_AROUND = {
     "vector_in_out_layer": "time_text_embed.text_embedder.linear_2",
     "guidance_in_in_layer": "time_text_embed.guidance_embedder.linear_1",
     "guidance_in_out_layer": "time_text_embed.guidance_embedder.linear_2",
+    **_LAST,
 }
 _FLUX_DOUBLE = {
     "img_attn_qkv": "attn.to_q attn.to_k attn.to_v",
@@ -36,6 +38,14 @@ _FLUX_SINGLE = {
     "linear2": "proj_out",
     "modulation_lin": "norm.linear",
 }
+_SD3_AROUND = {
+    "context_embedder": "context_embedder",
+    "t_embedder_mlp_0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder_mlp_2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder_mlp_0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder_mlp_2": "time_text_embed.text_embedder.linear_2",
+    **_LAST,
+}
 _SD3_JOINT = {
     "x_block_attn_qkv": "attn.to_q attn.to_k attn.to_v",
     "x_block_attn2_qkv": "attn2.to_q attn2.to_k attn2.to_v",
@@ -47,14 +57,14 @@ _SD3_JOINT = {
     "x_block_mlp_fc2": "ff.net.2",
     "context_block_mlp_fc1": "ff_context.net.0.proj",
     "context_block_mlp_fc2": "ff_context.net.2",
+    "x_block_adaLN_modulation_1": "norm1.linear",
+    "context_block_adaLN_modulation_1": "norm1_context.linear",
 }
-"""Name in the original code, with underscores -> modules of diffusers whose outputs it has, one after the other."""
+"""Name in the original code, with underscores -> the diffusers modules whose concatenated outputs it has."""
 
 
 def original_layers(base: nn.Module) -> dict[str, tuple[str, ...]]:
-    """kohya's name of each original layer of FLUX or SD3, and the modules that it is made of; else nothing.
-
-    Layers whose rows the two orders differently (the last modulations) are left out.
+    """kohya's name of each original layer of FLUX or SD3 -> the modules it combines; empty for other models.
 
     Source: diffusers 0.42, loaders/lora_conversion_utils.py (_convert_kohya_flux_lora_to_diffusers) and
     loaders/single_file_utils.py (convert_sd3_transformer_checkpoint_to_diffusers); kohya sd-scripts,
@@ -68,11 +78,11 @@ def original_layers(base: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def join(found: Mapping[str, Factored], base: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """The factors of each original layer: those of its parts as blocks on a diagonal, which is exact; ranks add up.
+    """Join the factors of each original layer's parts, exactly, as blocks on a diagonal; their ranks add up.
 
     Args:
         found: module of the base -> its factors.
-        base: of FLUX or SD3.
+        base: a FLUX or SD3 transformer.
 
     Returns:
         kohya's name -> (up, down).
@@ -82,12 +92,16 @@ def join(found: Mapping[str, Factored], base: nn.Module) -> dict[str, tuple[Tens
         downs = [found[part].down for part in parts if part in found]
         if downs:
             ups = [found[part].up if part in found else downs[0].new_zeros(_outputs(base, part), 0) for part in parts]
-            joined[stem] = torch.block_diag(*ups), torch.cat(downs)  # type: ignore[no-untyped-call]
+            up: Tensor = torch.block_diag(*ups)  # type: ignore[no-untyped-call]
+            around = base.get_submodule(parts[0].rpartition(".")[0])
+            if type(around).__name__ == "AdaLayerNormContinuous":
+                up = torch.cat(up.chunk(2)[::-1])  # its rows are scales, then shifts; the original has the reverse
+            joined[stem] = up, torch.cat(downs)
     return joined
 
 
 def _outputs(base: nn.Module, module: str) -> int:
-    # Not the rows of its weight, which quantised layers hold packed.
+    # Not the rows of the weight, which is packed in quantised layers.
     return int(base.get_submodule(module).out_features)  # type: ignore[arg-type]
 
 
@@ -99,6 +113,8 @@ def _flux(base: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _sd3(base: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for name, module in _SD3_AROUND.items():
+        yield name, (module,)
     yield from _blocks(base, "joint_blocks", "transformer_blocks", _SD3_JOINT)
 
 

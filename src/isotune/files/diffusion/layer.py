@@ -1,4 +1,4 @@
-"""One layer that a single file adapts, and what its configuration in isotune takes from all of them."""
+"""One layer that a single file adapts, and the options that isotune's configuration derives from all of them."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from isotune.errors import AdapterFileError
 from isotune.hosts import widen
 
 Parameters = dict[str, dict[str, Tensor]]
-"""Module name -> those of its operator."""
+"""Module name -> the parameters of its operator."""
 
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """One adapted layer: what the file holds of it and the module it is on."""
+    """One adapted layer: its tensors in the file, and its module's weight."""
 
     name: str
     prefix: str
-    """Of its name in the file."""
+    """The prefix of its name in the file."""
     weight: Tensor
-    """In the module's own layout."""
+    """The weight in the module's own layout."""
     tensors: Mapping[str, Tensor]
     where: str
 
     @property
     def width(self) -> int:
-        """in_features of W, a convolution's kernel counted in."""
+        """in_features of W, including a convolution's kernel."""
         return math.prod(self.weight.shape[1:])
 
     @property
@@ -42,28 +42,28 @@ class AdaptedModule:
 
     @property
     def sign(self) -> int:
-        """Of the generator beside that of a linear layer: these tools rotate inputs there, x R, thus W Rᵀ; but a
-        convolution's flattened kernels themselves, W R."""
+        """Sign of the generator relative to a linear layer's: these tools rotate a linear layer's inputs, x R, which
+        gives W Rᵀ, but a convolution's flattened kernels themselves, W R."""
         return 1 if self.weight.ndim == 2 else -1
 
     def refuse(self, reason: str) -> AdapterFileError:
         return AdapterFileError(f"{self.where}: {self.name!r}: {reason}")
 
     def side(self, side: str) -> int:
-        """How many inputs or outputs."""
+        """The number of inputs or outputs."""
         return self.outputs if side == "output" else self.width
 
     def tensor(self, key: str, dimensions: int) -> Tensor:
-        """One of its tensors, float32 at least; refuses one that is not there or of other dimensions."""
+        """One of its tensors, at least float32; refused if missing or of another number of dimensions."""
         tensor = self.tensors.get(key)
         if tensor is None or tensor.ndim != dimensions:
             found = "none" if tensor is None else f"one of shape {tuple(tensor.shape)}"
-            raise self.refuse(f"a tensor {key} of {dimensions} dimensions belongs to it, and the file holds {found}.")
+            raise self.refuse(f"it needs a tensor {key} of {dimensions} dimensions, and the file holds {found}.")
         return widen(tensor)
 
 
 def block_options(layers: list[AdaptedModule], sizes: Mapping[str, int], side: str) -> dict[str, Any]:
-    """Options by which isotune's OFT has blocks of these sizes, by module: one number of blocks, or sizes."""
+    """Options that give isotune's OFT blocks of these sizes, by module: one number of blocks, or sizes."""
     counts = {layer.side(side) // sizes[layer.name] for layer in layers}
     if len(counts) == 1 < len(set(sizes.values())):
         return {"r": counts.pop()}
@@ -71,7 +71,7 @@ def block_options(layers: list[AdaptedModule], sizes: Mapping[str, int], side: s
 
 
 def butterfly_options(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Options by which isotune's BOFT has these numbers of factors and sizes of blocks: (m, blocks, b, …) by module."""
+    """Options that give isotune's BOFT these numbers of factors and block sizes: (m, blocks, b, …) by module."""
     sizes, factors = ({name: shape[i] for name, shape in shapes.items()} for i in (2, 0))
     return {
         **_by_module("boft_block_size", "block_size_pattern", sizes),
@@ -80,15 +80,15 @@ def butterfly_options(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def _by_module(option: str, pattern: str, values: Mapping[str, int]) -> dict[str, Any]:
-    """An option, and where modules differ the pattern that says each one's own value."""
+    """An option and, if modules differ, the pattern with each module's value."""
     ((common, count), *_) = Counter(values.values()).most_common(1)
     if count == len(values):
         return {option: common}
-    # By PEFT's rule a key is the end of a name, too; this one is the whole.
+    # By PEFT's rule a key also matches the end of a name; anchored, it must match the whole.
     own = {f"^{re.escape(name)}": value for name, value in values.items()}
     return {option: common, pattern: own}
 
 
 def targets_of(layers: list[AdaptedModule]) -> dict[str, Any]:
-    """These layers and no others, whose names may end alike."""
+    """The target_modules option for exactly these layers, even if other names end alike."""
     return {"target_modules": "|".join(re.escape(name) for name in sorted(layer.name for layer in layers))}

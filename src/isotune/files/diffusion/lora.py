@@ -1,4 +1,4 @@
-"""An adapter on a model of diffusers as one LoRA file, under diffusers' names or kohya's."""
+"""Exporting an adapter on a diffusers model as one LoRA file, with diffusers' or kohya's names."""
 
 from __future__ import annotations
 
@@ -39,33 +39,33 @@ def export_lora_file(
 ) -> LoraExport:
     """Write an adapter on a part of a pipeline as a LoRA file for diffusers, ComfyUI or kohya's scripts.
 
-    The parts are UNets and transformers of diffusers, and CLIP's text encoders.
+    Supported parts are diffusers' UNets and transformers, and CLIP's text encoders.
 
-    Exact for PSOFT, LoRA-XS and HRA, and the best of a rank or energy for rotations, as `export_lora`. On a convolution
-    the lower factor has its kernel, stride and padding, and the upper one is 1 × 1. Every layer's scale is 1: all
-    have the largest rank, filled up with zeros, and kohya's alpha is that rank. Where an original layer of FLUX or SD3
-    has the outputs of several of diffusers' (queries, keys and values), its factors are theirs as blocks on a
-    diagonal, and its rank is the sum of their ranks.
+    As in `export_lora`, PSOFT, LoRA-XS and HRA are exact, and rotations are approximated at a rank or energy. On a
+    convolution the down factor has its kernel, stride and padding, and the up factor is 1 × 1. Every layer's scale is
+    1: all are padded with zeros to the largest rank, which is also kohya's alpha. Where one original layer of FLUX or
+    SD3 combines several of diffusers' layers (queries, keys and values), their factors become blocks on a diagonal,
+    and its rank is the sum of their ranks.
 
     Args:
-        model_or_dir: a model with isotune adapters, or the folder of a saved one.
+        model_or_dir: a model with isotune adapters, or the folder of a saved adapter.
         file: a new .safetensors file.
-        names: "diffusers": unet.MODULE.lora_A.weight (transformer.MODULE… on others), for `load_lora_weights`; "kohya":
-            lora_unet_MODULE.lora_down.weight, with the original names on SDXL, FLUX and SD3, which ComfyUI and, but
-            for SD3, diffusers read too.
-        adapter_name: which adapter of a model.
-        base: for a folder: the base model, or its name; by default what the adapter's config names.
-        component: which text encoder of its pipeline the base is: the only one, or the first or the second.
+        names: "diffusers" for unet.MODULE.lora_A.weight (transformer.MODULE… if it is not a UNet), as
+            `load_lora_weights` reads it; "kohya" for lora_unet_MODULE.lora_down.weight, with the original names on
+            SDXL, FLUX and SD3, which ComfyUI and, except for SD3, diffusers read too.
+        adapter_name: the adapter of a model to export.
+        base: for a folder, the base model or its name; by default the one that the adapter's configuration names.
+        component: which text encoder of its pipeline the base is: the only one, the first or the second.
         rank: the largest rank.
         energy: share of each layer's ‖ΔW‖²_F to keep.
-        trust_remote_code: run code that the base model's repository carries.
+        trust_remote_code: whether to run code from the base model's repository.
 
     Returns:
         Each layer's rank and error.
 
     Raises:
-        ValueError: the file exists, the base is no such model, a layer of it has no such name, the adapter holds more
-            than rotations or subspaces, or its update has full rank and neither rank nor energy is given.
+        ValueError: the file exists, the base is not such a model, the format has no name for one of its layers, the
+            adapter trains more than its own tensors, or its update has full rank and neither rank nor energy is given.
 
     Source: diffusers 0.42, loaders/lora_conversion_utils.py and loaders/peft.py; kohya sd-scripts, networks/lora.py;
     ComfyUI, comfy/lora.py (model_lora_keys_unet).
@@ -85,7 +85,7 @@ def export_lora_file(
     tensors: dict[str, Tensor] = {}
     widest = max(len(down) for _, down in factors.values())
     for stem, own in factors.items():
-        # diffusers takes one layer's rank or alpha for that of others, so all have the same, filled up with zeros.
+        # diffusers applies one layer's rank or alpha to others, so all are padded with zeros to the same rank.
         up, down = pad_rank(*own, widest)
         if kernel := kernels[stem]:
             down, up = down.reshape(widest, -1, *kernel), up.reshape(*up.shape, *[1] * len(kernel))
@@ -99,7 +99,7 @@ def export_lora_file(
 
 
 def new_file(file: str | os.PathLike[str]) -> Path:
-    """The path of a file that is to be written; refuses one that is there, or has another ending."""
+    """The path of a file to write; refused if it exists or does not end in .safetensors."""
     path = Path(file)
     if path.suffix != ".safetensors" or path.exists():
         raise ValueError(f"{path} must be a new file that ends in .safetensors; choose another name.")
@@ -107,11 +107,11 @@ def new_file(file: str | os.PathLike[str]) -> Path:
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as a safetensors file, whole or not at all, with the mode of any new file.
+    """Write tensors as a safetensors file, completely or not at all, with the usual mode of a new file.
 
     Args:
-        path: of the file, whose folders are made.
-        tensors: by their names in it.
+        path: path of the file; its folders are created.
+        tensors: the tensors by name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Cloned: safetensors refuses tensors that share memory.
@@ -145,8 +145,8 @@ def placed(
         layers, more, adapter_name = saved.place(whole), bool(saved.extras), ADAPTER
     if more:
         raise ValueError(
-            "The adapter trains modules or biases beside its own tensors, for which such a file has no place; export "
-            "the merged model (--to merged)."
+            "The adapter trains modules or biases besides its own tensors, which such a file cannot hold; export the "
+            "merged model (--to merged)."
         )
     return layers, whole, adapter_name
 
@@ -154,17 +154,17 @@ def placed(
 def stems_of(
     base: nn.Module, modules: list[str], names: Names, component: Component | None = None, *, joined: bool = False
 ) -> dict[str, str]:
-    """Module name -> what its keys begin with.
+    """Module name -> the beginning of its keys in the file.
 
     Args:
         base: the model.
-        modules: those that are adapted.
-        names: whose.
-        component: which text encoder the base is; None if it is none.
-        joined: whether several modules may have one name, that of the layer which they are parts of.
+        modules: names of the adapted modules.
+        names: whose names to use.
+        component: which text encoder the base is; None if it is not one.
+        joined: whether several modules may share one name, that of the original layer they are parts of.
 
     Raises:
-        ValueError: a base or a module for which there are no such names, or a component that does not fit it.
+        ValueError: there are no such names for the base or a module, or the component does not fit the base.
     """
     modules_of = {name: name.removeprefix(KEY_PREFIX) for name in modules}
     is_unet = hasattr(base, "down_blocks") and hasattr(base, "mid_block")
@@ -172,7 +172,7 @@ def stems_of(
     is_text = type(base).__name__ in ("CLIPTextModel", "CLIPTextModelWithProjection")
     if not (is_text or kind.startswith("diffusers.")):
         raise ValueError(
-            f"The base is a {kind}; files with these names are written for models of diffusers and CLIP's text "
+            f"The base is a {kind}; files with these names can only be written for diffusers models and CLIP's text "
             "encoders. Export an ordinary LoRA folder (--to lora without --names), or the merged model."
         )
     if is_text or component is not None:
@@ -180,7 +180,7 @@ def stems_of(
             component in _KOHYA if is_text else component is None,
             "component",
             component,
-            f"the base is a {kind}; a text encoder needs one of {', '.join(_KOHYA)} (--component), and others none",
+            f"the base is a {kind}; a text encoder needs one of {', '.join(_KOHYA)} (--component), other models none",
         )
     if component is not None:
         start = _KOHYA[component] if names == "kohya" else f"{component.removesuffix('_1')}."
@@ -194,22 +194,22 @@ def stems_of(
         nameless = [own for own in modules_of.values() if own not in known]
         if nameless:
             raise ValueError(
-                f"kohya's files have no layer for {nameless[0]!r} of a {type(base).__qualname__} alone. Export it as "
-                "LoRA with diffusers' names (--to lora --names diffusers), which ComfyUI reads for such models too, or "
-                "the merged model (--to merged)."
+                f"kohya's files have no separate layer for {nameless[0]!r} of a {type(base).__qualname__}. Export it "
+                "as LoRA with diffusers' names (--to lora --names diffusers), which ComfyUI reads for such models too, "
+                "or export the merged model (--to merged)."
             )
         return {name: known[own] for name, own in modules_of.items()}
-    # SDXL, which kohya trains on the original code; SD 1 and 2 on diffusers' names.
+    # kohya uses the original names for SDXL, and diffusers' names for SD 1 and 2.
     original = original_names(base) if getattr(base, "add_embedding", None) is not None else {}
     return {name: "lora_unet_" + original.get(own, own).replace(".", "_") for name, own in modules_of.items()}
 
 
 def _factors(name: str, layer: Layer, adapter_name: str, rank: int | None, energy: float | None) -> Factored:
-    """The change of W as two factors."""
+    """The update of W as two factors."""
     module = layer.get_base_layer()
     if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or getattr(module, "groups", 1) != 1:
         raise ValueError(
-            f"The adapted module {name!r} is a {type(module).__name__} that LoRA files have no form for; linear layers "
-            "and convolutions without groups have one. Export the merged model instead (--to merged)."
+            f"The adapted module {name!r} is a {type(module).__name__}, which a LoRA file cannot express; it can only "
+            "hold linear layers and convolutions without groups. Export the merged model instead (--to merged)."
         )
     return factors_of(name, layer, adapter_name, rank, energy)

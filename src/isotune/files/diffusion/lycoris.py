@@ -1,4 +1,4 @@
-"""LyCORIS' diag-oft and boft, which rotate the outputs of a layer: W' = M W in isotune."""
+"""Importing LyCORIS' diag-oft and boft, which rotate the outputs of a layer: W' = M W in isotune."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from isotune.methods.config import IsotuneConfig
 
 
 def import_diagonal(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:
-    """diag-oft: oft_blocks (blocks, b, b), an alpha that bounds the rotation, and rescale, a factor of each output.
+    """Import diag-oft: oft_blocks (blocks, b, b), alpha, which bounds the rotation, and rescale, a factor per output.
 
     W'_k = rescale_k R_kᵀ W_k with R = (I + Q)(I − Q)⁻¹ and Q = B − Bᵀ, so the generator has the opposite sign. With
     rescale it is a BOFT of one factor, which has a gain.
@@ -32,9 +32,9 @@ def import_diagonal(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Paramet
 
 
 def import_butterfly(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:
-    """boft: oft_blocks (m, blocks, b, b), a butterfly W' = rescale R_m ⋯ R_1 W whose first factor has the least stride.
+    """Import boft: oft_blocks (m, blocks, b, b), a butterfly W' = rescale R_m ⋯ R_1 W, the first of least stride.
 
-    A block takes its two chunks of b / 2 coordinates in turns, one of each, where isotune takes one after the other.
+    A block interleaves its two chunks of b / 2 coordinates, which isotune concatenates.
 
     Source: LyCORIS 4.1.3, lycoris/functional/boft.py.
     """
@@ -47,35 +47,35 @@ def import_butterfly(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parame
 
 
 def _butterfly(layers: list[AdaptedModule], generators: dict[str, Tensor]) -> tuple[IsotuneConfig, Parameters]:
-    """BOFT of these generators, each (m, blocks, b(b − 1)/2)."""
+    """BOFT with these generators, each (m, blocks, b(b − 1)/2)."""
     shapes = {x.name: (*generators[x.name].shape[:2], x.tensors["oft_blocks"].shape[-1]) for x in layers}
     parameters: Parameters = {}
     for layer in layers:
         gain = layer.tensors.get("rescale", torch.ones(layer.outputs)).float().flatten()
         if len(gain) != layer.outputs:
-            raise layer.refuse(f"rescale has {len(gain)} numbers for {layer.outputs} outputs.")
+            raise layer.refuse(f"rescale has {len(gain)} values for {layer.outputs} outputs.")
         parameters[layer.name] = {"generator": generators[layer.name], "output_gain": gain}
     with refused(f"{layers[0].where}: "):
         return BOFTConfig(**targets_of(layers), **butterfly_options(shapes), side="output"), parameters
 
 
 def _bounded(layers: list[AdaptedModule], dimensions: int) -> list[Tensor]:
-    """Q = B − Bᵀ of each layer, scaled down to ‖Q‖_F ≤ alpha · out over all of its blocks where alpha is above 0."""
+    """Q = B − Bᵀ of each layer; if alpha is above 0, scaled down to ‖Q‖_F ≤ alpha · out over all its blocks."""
     found, bounded = [], []
     for layer in layers:
         blocks = layer.tensor("oft_blocks", dimensions)
         count, size, other = blocks.shape[-3:]
         if size != other or count * size != layer.outputs:
-            raise layer.refuse(f"oft_blocks {tuple(blocks.shape)} are no blocks of its {layer.outputs} outputs.")
+            raise layer.refuse(f"oft_blocks {tuple(blocks.shape)} do not fit blocks of its {layer.outputs} outputs.")
         alpha = layer.tensors.get("alpha", torch.zeros(()))
         if alpha.numel() != 1 or float(alpha) < 0:
             raise layer.refuse(
-                f"alpha, which bounds the rotation, has the values {alpha.tolist()}; it is one of 0 or more."
+                f"alpha, which bounds the rotation, is {alpha.tolist()}; it must be one number of at least 0."
             )
         bound = float(alpha) * layer.outputs
         if bound == 0 and layer.prefix == "oft_unet_":
             raise layer.refuse(
-                "alpha is 0, by which kohya's own module does not rotate at all, and others without a bound."
+                "alpha is 0: kohya's own module then does not rotate at all, while others rotate without a bound."
             )
         skew = blocks - blocks.mT
         norm = float(skew.norm()) + 1e-8
@@ -86,8 +86,8 @@ def _bounded(layers: list[AdaptedModule], dimensions: int) -> list[Tensor]:
     if bounded:
         warnings.warn(
             f"{layers[0].where}: {len(bounded)} of {len(layers)} layers, such as {bounded[0]!r}, are bounded by their "
-            "alpha. It is taken as LyCORIS and kohya mean it, alpha · out, once for all; ComfyUI bounds by alpha alone "
-            "and so computes another function.",
+            "alpha. The bound is taken as in LyCORIS and kohya, alpha · out, and applied for good; ComfyUI bounds by "
+            "alpha alone and so computes another function.",
             IsotuneWarning,
             stacklevel=2,
         )

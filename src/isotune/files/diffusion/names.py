@@ -1,4 +1,4 @@
-"""How single files name the layers of a model: prefixes of components, underscores for dots, two layouts of a UNet."""
+"""How single files name layers: prefixes of components, underscores for dots, and two layouts of a UNet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from isotune.errors import AdapterFileError
 
 ANY = ""
-"""Stands for whatever component the base model is: the names carry none."""
+"""The component of names without a prefix: whichever the base model is."""
 COMPONENTS = {
     "lora_unet_": "unet",
     "oft_unet_": "unet",
@@ -26,7 +26,7 @@ COMPONENTS = {
     "base_model.model.": ANY,
     "lycoris_": ANY,
 }
-"""What a name begins with -> the component of a pipeline, as diffusers calls it.
+"""Prefix of a name -> the component of a pipeline, as diffusers calls it.
 
 Source: kohya sd-scripts networks/orthogonal_common.py (lora_, and OMI's unet, clip_l, clip_g) and networks/oft.py
 (oft_unet); OneTrainer modules/util/convert/lora/ (OMI); LyCORIS 4.1.3 lycoris/wrapper.py (lycoris); PEFT 0.21.2.
@@ -48,7 +48,7 @@ _AROUND = {
 
 
 def component_of(stem: str) -> tuple[str, str]:
-    """The component that a layer's name in a file belongs to, and the name without what says so.
+    """The component that a layer's name in a file belongs to, and the name without its prefix.
 
     Example:
         >>> component_of("lora_te2_text_model_encoder_layers_0_mlp_fc1")
@@ -63,7 +63,7 @@ def component_of(stem: str) -> tuple[str, str]:
 
 
 def original_names(base: nn.Module) -> dict[str, str]:
-    """The names that the layers of a UNet of diffusers have in Stable Diffusion's original code; else nothing.
+    """The names of a diffusers UNet's layers in Stable Diffusion's original code; empty for other models.
 
     Returns:
         Module name -> name such as "input_blocks.4.1.transformer_blocks.0.attn1.to_q".
@@ -91,7 +91,7 @@ def original_names(base: nn.Module) -> dict[str, str]:
 
 
 def _blocks_of(unet: nn.Module) -> Iterator[tuple[str, str]]:
-    """The parts of a UNet, and what they are called in the original code, which counts resnets and samplers alike."""
+    """The parts of a UNet and their names in the original code, which numbers resnets and samplers together."""
     count = 1
     for i, block in enumerate(unet.down_blocks):  # type: ignore[arg-type]
         for j in range(len(block.resnets)):
@@ -114,10 +114,10 @@ def _blocks_of(unet: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def resolve(stems: Iterable[str], base: nn.Module, where: str) -> dict[str, str]:
-    """The module of the base model that each name in a file means.
+    """Find the module of the base model that each name in a file means.
 
     Args:
-        stems: names without the prefix of a component, with dots or with underscores in their place.
+        stems: names without the prefix of a component, with dots or underscores.
         base: the model.
         where: the file, for messages.
 
@@ -125,7 +125,7 @@ def resolve(stems: Iterable[str], base: nn.Module, where: str) -> dict[str, str]
         Name in the file -> module name.
 
     Raises:
-        AdapterFileError: names that mean no layer, several, or one that another name means too; lists them all.
+        AdapterFileError: some names mean no layer, several layers, or the same layer as another; lists them all.
     """
     meant: dict[str, set[str]] = {}
     original = original_names(base)
@@ -150,7 +150,7 @@ def resolve(stems: Iterable[str], base: nn.Module, where: str) -> dict[str, str]
     said = [f"these names {what}: {', '.join(names)}" for what, names in problems if names]
     if said:
         raise AdapterFileError(
-            f"{where}: {'; '.join(said)}. Give the base model that the file was trained for, or take what belongs to "
-            "another model out of the file."
+            f"{where}: {'; '.join(said)}. Give the base model that the file was trained for, or remove what belongs to "
+            "another model from the file."
         )
     return single

@@ -1,4 +1,4 @@
-"""Writing isotune's rotations as the single files of kohya's scripts and of LyCORIS."""
+"""Exporting isotune's rotations as the single files of kohya's scripts and LyCORIS."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from isotune.tuner.state import KEY_PREFIX
 
 Format = Literal["kohya", "lycoris"]
 _KOHYA_TERMS = 3
-"""isotune's count of the series of 5 terms that kohya's networks.oft_v2 computes."""
+"""isotune's num_cayley_neumann_terms for the series of 5 terms that kohya's networks.oft_v2 computes."""
 
 
 @torch.no_grad()
@@ -34,31 +34,31 @@ def export_rotation(
     component: Component | None = None,
     trust_remote_code: bool = False,
 ) -> int:
-    """Write an OFT or BOFT adapter as a file that computes the same in kohya's scripts or LyCORIS.
+    """Write an OFT or BOFT adapter as a file that computes the same function in kohya's scripts or LyCORIS.
 
-    "kohya" takes rotations of inputs: the series with num_cayley_neumann_terms=3 as networks.oft_v2 (`oft_R.weight`),
-    and the exact transform, which oft_v2 does not compute, as networks.boft with one factor (`boft_R`, `boft_s`).
-    "lycoris" takes rotations of outputs by the exact transform: `oft_blocks` of diag-oft, which ComfyUI reads too, with
-    `rescale` for BOFT of one factor, or of boft for a butterfly of all factors that its width allows.
+    "kohya" supports rotations of inputs: the series with num_cayley_neumann_terms=3 as networks.oft_v2
+    (`oft_R.weight`), and the exact transform, which oft_v2 lacks, as networks.boft with one factor (`boft_R`,
+    `boft_s`). "lycoris" supports rotations of outputs by the exact transform: `oft_blocks` of diag-oft, which ComfyUI
+    reads too, with `rescale` for BOFT of one factor, or of boft for a butterfly of all factors that its width allows.
 
-    The bound `alpha` of oft_blocks is written larger than the rotation, so that no reader's meaning of it acts.
+    The bound `alpha` of oft_blocks is written larger than the rotation, so that it has no effect in any reader.
 
     Args:
-        model_or_dir: a model with isotune adapters, or the folder of a saved one.
+        model_or_dir: a model with isotune adapters, or the folder of a saved adapter.
         file: a new .safetensors file.
         form: "kohya" or "lycoris".
-        adapter_name: which adapter of a model.
-        base: for a folder: the base model, or its name; by default what the adapter's config names.
-        component: as for `export_lora_file`.
-        trust_remote_code: run code that the base model's repository carries.
+        adapter_name: the adapter of a model to export.
+        base: for a folder, the base model or its name; by default the one that the adapter's configuration names.
+        component: as in `export_lora_file`.
+        trust_remote_code: whether to run code from the base model's repository.
 
     Returns:
-        How many layers were written.
+        The number of layers written.
 
     Raises:
-        ValueError: the file exists, or the format has no place for this method, side or base; says what has.
+        ValueError: the file exists, or the format does not support this method, side or base; says what it supports.
 
-    Source: as `isotune.files.diffusion.single.import_single`.
+    Source: as in `isotune.files.diffusion.single.import_single`.
     """
     require_choice("form", form, ["kohya", "lycoris"])
     path = new_file(file)
@@ -74,32 +74,33 @@ def export_rotation(
 
 
 def _operator(name: str, layer: Layer, adapter_name: str, side: str, form: str) -> OFTOperator | BOFTOperator:
-    """The operator of a layer that turns that side."""
+    """The operator of a layer, refused unless it rotates this side."""
     module, operator = layer.get_base_layer(), layer.adapter(adapter_name)
     if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or (
         side == "input" and getattr(module, "groups", 1) != 1
     ):
         raise ValueError(
-            f"The adapted module {name!r} is a {type(module).__name__}, for which these files have no form."
+            f"The adapted module {name!r} is a {type(module).__name__}, which these files cannot express; export the "
+            "merged model (--to merged)."
         )
     if not isinstance(operator, OFTOperator | BOFTOperator) or operator.side != side:
         turned = getattr(operator, "side", None)
         raise ValueError(
-            f"The adapter on {name!r} is a {type(operator).__name__}{f' on the {turned}s' if turned else ''}; files of "
-            f"{form} hold OFT and BOFT on the {side}s. Export it with --to lora, or merged (--to merged)."
+            f"The adapter on {name!r} is a {type(operator).__name__}{f' on the {turned}s' if turned else ''}; {form} "
+            f"files can only hold OFT and BOFT on the {side}s. Export it as LoRA (--to lora) or merged (--to merged)."
         )
     return operator
 
 
 def generators_of(operator: OFTOperator | BOFTOperator) -> Tensor:
-    """The generators at the scale in use, within COFT's bound: (blocks or 1, …) of OFT, (m, blocks, …) of BOFT."""
+    """The generators at the current scale, within COFT's bound: (blocks or 1, …) for OFT, (m, blocks, …) for BOFT."""
     own = operator.in_part("generator", operator.generator.detach().float())
     bound = operator.generator_bound if isinstance(operator, OFTOperator) else None
     return own if bound is None else bound_entries(own, bound)
 
 
 def gain_of(operator: OFTOperator | BOFTOperator) -> Tensor | None:
-    """The gain at the scale in use."""
+    """The gain at the current scale."""
     return None if operator.gain is None else operator.in_part("output_gain", operator.gain.detach().float())
 
 
@@ -107,13 +108,13 @@ def _kohya(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
     operator = _operator(name, layer, adapter_name, "input", "kohya")
     own = generators_of(operator)
     if isinstance(operator, OFTOperator) and operator.neumann_terms == _KOHYA_TERMS:
-        # kohya turns a convolution's kernels by R, where a linear layer's rows are turned by Rᵀ.
+        # kohya rotates a convolution's kernels by R, but a linear layer's rows by Rᵀ.
         return {"oft_R.weight": -own if layer.host.weight.ndim > 2 else own}
     if isinstance(operator, OFTOperator):
         if operator.neumann_terms is not None:
             raise ValueError(
-                f"The adapter on {name!r} is OFT by a series of num_cayley_neumann_terms={operator.neumann_terms}; "
-                f"kohya computes the one of {_KOHYA_TERMS}, or the exact transform. Export with --to merged."
+                f"The adapter on {name!r} is OFT by a series with num_cayley_neumann_terms={operator.neumann_terms}; "
+                f"kohya supports only {_KOHYA_TERMS}, or the exact transform. Export the merged model (--to merged)."
             )
         own = own.expand(operator.blocks, -1)[None]
     gain = gain_of(operator)
@@ -127,28 +128,28 @@ def _lycoris(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
     if isinstance(operator, OFTOperator):
         if operator.neumann_terms is not None:
             raise ValueError(
-                f"The adapter on {name!r} is OFT by a Neumann series, and LyCORIS computes the exact transform. Train "
-                "with use_cayley_neumann=False, or export the merged model (--to merged)."
+                f"The adapter on {name!r} is OFT by a Neumann series, but LyCORIS supports only the exact transform. "
+                "Train with use_cayley_neumann=False, or export the merged model (--to merged)."
             )
         own = own.expand(operator.blocks, -1)
     elif len(own) == 1:
         own = own[0]
     elif own.shape[1] != 2 ** (len(own) - 1):
         raise ValueError(
-            f"The adapter on {name!r} is a butterfly of {len(own)} factors with {own.shape[1]} blocks; LyCORIS' boft "
-            "has all factors that a power of 2 of blocks allows. Export the merged model (--to merged)."
+            f"The adapter on {name!r} is a butterfly of {len(own)} factors with {own.shape[1]} blocks; m factors of "
+            "LyCORIS' boft have 2^(m − 1) blocks. Export the merged model (--to merged)."
         )
     skew = skew_from_vector(own, size)
     if skew.ndim == 3 and size > len(skew):
         raise ValueError(
-            f"The adapter on {name!r} has {len(skew)} blocks of {size}; LyCORIS reads diag-oft with at least as many "
-            f"blocks as one has rows, and cannot load others. Train with blocks of at most {isqrt(len(skew) * size)}, "
-            "or export the merged model (--to merged)."
+            f"The adapter on {name!r} has {len(skew)} blocks of {size}; LyCORIS can only load diag-oft with at least "
+            f"as many blocks as a block has rows. Train with blocks of at most {isqrt(len(skew) * size)}, or export "
+            "the merged model (--to merged)."
         )
-    if skew.ndim == 4:  # the order in which LyCORIS takes the coordinates of a block
+    if skew.ndim == 4:  # LyCORIS' order of a block's coordinates
         order = torch.arange(size).view(2, size // 2).T.flatten()
         skew = skew[..., order, :][..., order]
-    else:  # W' = Rᵀ W there
+    else:  # in LyCORIS, W' = Rᵀ W
         skew = -skew
     alpha = torch.tensor(max(1.0, 2 * float(skew.norm())))
     tensors = {"oft_blocks": skew.triu(), "alpha": alpha}

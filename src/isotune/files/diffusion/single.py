@@ -1,4 +1,4 @@
-"""Reading a single safetensors file of a rotation, by its content, and making isotune's adapter of it."""
+"""Importing a single safetensors file of a rotation, recognised by its content, as isotune's adapter."""
 
 from __future__ import annotations
 
@@ -30,38 +30,39 @@ from isotune.tuner.state import KEY_PREFIX, check_values
 
 _KEYS = re.compile(r"(.+)\.(oft_R\.weight|oft_R\.scaled_oft|boft_R|boft_s|boft_P|oft_blocks|rescale|alpha)")
 _TERMS = 5
-"""Of the Neumann series, in PEFT's counting: its default, and what kohya and OneTrainer always compute."""
+"""Terms of the Neumann series as PEFT counts them: PEFT's default, and always those of kohya and OneTrainer."""
 
 
 @dataclass(frozen=True)
 class Stem:
-    """What a file holds under one layer's name."""
+    """The tensors under one layer's name in a file."""
 
     prefix: str
-    """What says which component it belongs to, and which tool wrote it."""
+    """The prefix, which tells the component and the tool that wrote the file."""
     tensors: dict[str, Tensor]
 
 
 def import_single(file: str | os.PathLike[str], base_model: nn.Module, component: str | None = None) -> PeftModel:
-    """Turn a single file of PEFT, kohya or OneTrainer into isotune's adapter, the same function as they compute.
+    """Import a single file of PEFT, kohya, LyCORIS or OneTrainer as isotune's adapter that computes the same function.
 
-    Read are `oft_R.weight` (PEFT's OFT, kohya's networks.oft_v2, OneTrainer's OFT_2, scaled or with one block for all)
-    and `boft_R` with `boft_s` (PEFT's and kohya's BOFT), which rotate inputs; and `oft_blocks` (LyCORIS' diag-oft and
-    boft, and kohya's networks.oft), which rotates outputs; under the names of docs/formats.md. Such a file does not say
-    how OFT's R is made: it is the Neumann series of 5 terms, PEFT's default and all that the others compute.
+    The supported tensors are `oft_R.weight` (PEFT's OFT, kohya's networks.oft_v2, OneTrainer's OFT_2, scaled or with
+    one shared block) and `boft_R` with `boft_s` (PEFT's and kohya's BOFT), which rotate inputs; and `oft_blocks`
+    (LyCORIS' diag-oft and boft, and kohya's networks.oft), which rotates outputs; under the names in docs/formats.md.
+    Such a file does not say how OFT's R is computed: by the Neumann series of 5 terms, PEFT's default and the only way
+    of the others.
 
     Args:
         file: a safetensors file.
-        base_model: the plain model that it adapts; adapted in place.
-        component: which part of a pipeline that model is, such as "unet" or "text_encoder"; None if the file holds
-            but one.
+        base_model: the plain model to adapt, in place.
+        component: which part of a pipeline this model is, such as "unet" or "text_encoder"; None if the file has only
+            one part.
 
     Returns:
         The adapted model, trainable.
 
     Raises:
-        AdapterFileError: the file is damaged, holds another method or several, or what it holds has no place in this
-            model; nothing has been changed then.
+        AdapterFileError: the file is damaged, holds another method or several, or does not fit this model; the model
+            is then unchanged.
 
     Source: peft/tuners/oft/layer.py of PEFT 0.21.2; networks/oft_v2.py, networks/boft.py and
     networks/orthogonal_common.py of kohya sd-scripts (September 2026); modules/module/oft_utils.py and LoRAModule.py
@@ -72,7 +73,7 @@ def import_single(file: str | os.PathLike[str], base_model: nn.Module, component
         if len(parts) > 1:
             raise AdapterFileError(
                 f"{file} adapts several models ({', '.join(sorted(name or 'one without a name' for name in parts))}); "
-                "say which one this base is (component=... in Python), or give the folder of the whole pipeline."
+                "say which of them this base is (component=... in Python), or give the folder of the whole pipeline."
             )
         component = next(iter(parts))
     if component not in parts:
@@ -90,20 +91,20 @@ def convert_single(
     """Import a single file and write it as isotune's adapter folder, or as one folder for each model of a pipeline.
 
     Args:
-        file: as for `import_single`.
-        out: a new folder; with a pipeline it gets a folder for each component that the file adapts.
-        base: the folder of a model of diffusers or transformers, or of a pipeline of diffusers, or a model's Hub name.
-        trust_remote_code: run code that the base model's repository carries.
+        file: as in `import_single`.
+        out: a new folder; for a pipeline, with a folder inside for each component that the file adapts.
+        base: the folder of a diffusers or transformers model or of a diffusers pipeline, or a model's Hub name.
+        trust_remote_code: whether to run code from the base model's repository.
 
     Returns:
         The folders written.
 
     Raises:
         ValueError: `out` is not empty, or the base is not given or cannot be loaded.
-        AdapterFileError: as `import_single`.
+        AdapterFileError: as in `import_single`.
     """
     if base is None:
-        raise ValueError(f"{file} does not name its base model; give it: --base with a model's or a pipeline's folder.")
+        raise ValueError(f"{file} does not name its base model; give a model's or a pipeline's folder with --base.")
     parts, folders = read_single(file), pipeline_of(base)
     if folders is None:
         places: dict[str | None, tuple[str, str]] = {None: (base, "")}
@@ -112,8 +113,8 @@ def convert_single(
     else:
         odd = ", ".join(sorted(name or "names without a component" for name in set(parts) - set(folders)))
         raise AdapterFileError(
-            f"{file} holds {odd}, and the pipeline in {base} has {', '.join(sorted(folders))}. Give the folder of the "
-            "one model that is adapted."
+            f"{file} holds {odd}, but the pipeline in {base} has {', '.join(sorted(folders))}. Give the folder of the "
+            "model that the file adapts."
         )
     with new_directory(out) as folder:
         for component, (path, inner) in places.items():
@@ -124,21 +125,21 @@ def convert_single(
 
 
 def read_single(file: str | os.PathLike[str]) -> dict[str, dict[str, Stem]]:
-    """The tensors of a single file.
+    """Read the tensors of a single file.
 
     Returns:
-        Component, empty where the names say none -> name of the layer without it -> what is there.
+        Component ("" if the names have no prefix) -> name of the layer without its prefix -> its tensors.
 
     Raises:
-        AdapterFileError: no such file, damaged, or with tensors of other methods.
+        AdapterFileError: the file is missing or damaged, or holds tensors of other methods.
     """
     path = Path(file)
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(
-            f"{path} cannot be read as a safetensors file ({error}). Only such files are read: a pickle (.pt, .bin, "
-            ".ckpt) has to be converted first."
+            f"{path} cannot be read as a safetensors file ({error}). Only such files are read; convert a pickle (.pt, "
+            ".bin, .ckpt) first."
         ) from error
     parts: dict[str, dict[str, Stem]] = {}
     others = []
@@ -160,20 +161,20 @@ def read_single(file: str | os.PathLike[str]) -> dict[str, dict[str, Stem]]:
         kinds = Counter(".".join(key.split(".")[-2 if key.endswith(".weight") else -1 :]) for key in others)
         shown = ", ".join(f"{name} ({count})" for name, count in sorted(kinds.items())) or "nothing"
         raise AdapterFileError(
-            f"{path} holds {shown}, such as {min(others, default='no tensor')!r}, which is no rotation that is "
-            "imported: oft_R.weight, boft_R with boft_s, and oft_blocks are."
+            f"{path} holds {shown}, such as {min(others, default='no tensor')!r}, which is not a rotation that can be "
+            "imported; oft_R.weight, boft_R with boft_s, and oft_blocks are."
         )
     return parts
 
 
 def _import_part(file: str, stems: Mapping[str, Stem], base: nn.Module) -> PeftModel:
-    """The base with the adapter of one component."""
+    """Put the adapter of one component on the base."""
     kinds = {stem: _kind(file, stem, own.tensors) for stem, own in stems.items()}
     if len(set(kinds.values())) > 1:
         shown = ", ".join(
             f"{kind} on {min(s for s in kinds if kinds[s] == kind)!r}" for kind in sorted(set(kinds.values()))
         )
-        raise AdapterFileError(f"{file} mixes methods ({shown}); an adapter has one. Split the file.")
+        raise AdapterFileError(f"{file} mixes methods ({shown}), but an adapter has only one; split the file.")
     names = resolve(stems, base, file)
     layers = []
     for stem, own in stems.items():
@@ -181,12 +182,13 @@ def _import_part(file: str, stems: Mapping[str, Stem], base: nn.Module) -> PeftM
         convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         if not (convolution or isinstance(module, nn.Linear)):
             raise AdapterFileError(
-                f"{file}: {names[stem]!r} is a {type(module).__name__}; linear layers and convolutions are imported."
+                f"{file}: {names[stem]!r} is a {type(module).__name__}; only linear layers and convolutions can be "
+                "imported."
             )
         if convolution and own.prefix == KEY_PREFIX:
             raise AdapterFileError(
-                f"{file}: {names[stem]!r}: PEFT rotates each of a convolution's overlapping patches, which is no "
-                "change of its weight. Train it anew with isotune's own method."
+                f"{file}: {names[stem]!r}: PEFT rotates each of a convolution's overlapping patches, which no change "
+                "of its weight can express. Train it again with isotune's own method."
             )
         layers.append(AdaptedModule(names[stem], own.prefix, module.get_parameter("weight"), own.tensors, file))
     build = _KINDS[next(iter(kinds.values()))][2]
@@ -206,13 +208,13 @@ def _oft(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:
         size = sizes[layer.name] = skew_order(weight.shape[1])
         if skew_size(size) != weight.shape[1] or len(weight) not in (1, layer.width // size) or layer.width % size:
             raise layer.refuse(
-                f"oft_R.weight has shape {tuple(weight.shape)}, which are no blocks of its {layer.width} inputs."
+                f"oft_R.weight has shape {tuple(weight.shape)}, which does not fit blocks of its {layer.width} inputs."
             )
         if (flag := layer.tensors.get("oft_R.scaled_oft")) is not None:
             weight = weight / _scaling(layer, flag, size)
         rows[layer.name] = layer.sign * weight
     shared = all(len(own) == 1 for own in rows.values()) and any(x.width > sizes[x.name] for x in layers)
-    if not shared:  # what only some layers share is written out
+    if not shared:  # expand blocks that only some layers share
         rows = {x.name: rows[x.name].expand(x.width // sizes[x.name], -1) for x in layers}
     config = OFTConfig(
         **targets_of(layers), **block_options(layers, sizes, "input"), block_share=shared, **series_fields(_TERMS)
@@ -221,7 +223,7 @@ def _oft(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:
 
 
 def _kind(file: str, stem: str, tensors: Mapping[str, Tensor]) -> str:
-    """Which of the methods the tensors of a layer are."""
+    """The method that a layer's tensors belong to."""
     found = [kind for kind, (key, beside, _) in _KINDS.items() if key in tensors and tensors.keys() <= {key, *beside}]
     blocks = tensors.get("oft_blocks")
     if blocks is not None and found:
@@ -229,23 +231,23 @@ def _kind(file: str, stem: str, tensors: Mapping[str, Tensor]) -> str:
     if not found:
         known = "; ".join(f"{key} with {', '.join(beside)}" for key, beside, _ in _KINDS.values())
         raise AdapterFileError(
-            f"{file} holds {', '.join(sorted(tensors))} for {stem!r}, which together are no method: {known} are read."
+            f"{file} holds {', '.join(sorted(tensors))} for {stem!r}, which do not make a known method: {known}."
         )
     return found[0]
 
 
 def _scaling(layer: AdaptedModule, flag: Tensor, size: int) -> float:
-    """What OneTrainer divides the stored weight by.
+    """The number by which OneTrainer divides the stored weight.
 
-    Builds from before it was merged wrote an integer in the place of a Boolean, and divided by √(b(b − 1)/2).
+    Builds from before scaled OFT was merged wrote an integer instead of a Boolean, and divided by √(b(b − 1)/2).
     """
     if not flag.dtype.is_floating_point and flag.dtype != torch.bool:
         raise layer.refuse(
-            "its flag scaled_oft is an integer, as builds of OneTrainer from before scaled OFT was merged wrote it, "
-            "which divide by another number. Save it anew with a released OneTrainer."
+            "its flag scaled_oft is an integer, as written by OneTrainer builds from before scaled OFT was merged, "
+            "which divide by another number. Save it again with a released OneTrainer."
         )
     if flag.numel() != 1:
-        raise layer.refuse(f"its flag scaled_oft has {flag.numel()} values; it is one.")
+        raise layer.refuse(f"its flag scaled_oft has {flag.numel()} values; it must have one.")
     return 2 * math.sqrt(size - 1) if bool(flag) and size > 1 else 1.0
 
 
@@ -260,7 +262,7 @@ def _boft(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:
                 f"boft_R {tuple(stages.shape)} and boft_s {tuple(gain.shape)} do not fit its weight, "
                 f"{layer.outputs} × {layer.width}."
             )
-        # R = (I − S)(I + S)⁻¹ with S = ½ (A − Aᵀ) in PEFT and kohya, the inverse of isotune's; kernels too are W Rᵀ.
+        # PEFT and kohya: R = (I − S)(I + S)⁻¹, S = ½ (A − Aᵀ), the inverse of isotune's; W Rᵀ for kernels too.
         generator = -vector_from_skew((stages - stages.mT) / 2)
         parameters[layer.name] = {"generator": generator, "output_gain": gain.flatten()}
     with refused(f"{layers[0].where}: "):
@@ -274,11 +276,11 @@ _KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[list[AdaptedModule]], tu
     "diag-oft": ("oft_blocks", ("alpha", "rescale"), import_diagonal),
     "LyCORIS BOFT": ("oft_blocks", ("alpha", "rescale"), import_butterfly),
 }
-"""Method -> the tensor that it must have, those that it may have, and how it becomes isotune's."""
+"""Method -> the tensor it must have, the tensors it may have, and the function that imports it."""
 
 
 def with_config(file: str | os.PathLike[str]) -> Path | None:
-    """The folder of a file that has PEFT's configuration beside it, which says more than the tensors; else None."""
+    """The folder of a file with PEFT's configuration beside it, which says more than the tensors; otherwise None."""
     folder = Path(file).parent
     if Path(file).name != "adapter_model.safetensors" or not (folder / "adapter_config.json").is_file():
         return None

@@ -1,4 +1,4 @@
-"""PEFT's own PSOFT, whose file holds no basis: it is the one that PEFT computes here."""
+"""Importing PEFT's own PSOFT, whose file holds no basis: the import keeps the one that PEFT computes here."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ _FREE_MATRIX: dict[str, Any] = {
     "use_cayley_neumann": False,
     "cayley_neumann_eps": None,
 }
-"""What a PSOFT adapter that trains M itself has."""
+"""Options of a PSOFT adapter that trains M itself."""
 _RECOVERABLE = 1e-3
-"""How far a basis found again from its pin may be (root mean square over rows) for the pin to be kept."""
+"""Largest error of a basis recovered from its pin (root mean square over rows) with which the pin is kept."""
 
 
 @dataclass
 class _Subspace:
-    """One layer of a PEFT adapter, ΔW = up (M − I)ᵀ down, and what of isotune's own layer gives the same."""
+    """One layer of a PEFT adapter, ΔW = up (M − I)ᵀ down, and the parameters with which isotune computes the same."""
 
     down: Tensor
-    """A, (r, in): its rows are orthogonal."""
+    """A, (r, in), with orthogonal rows."""
     up: Tensor
     """psoft_alpha / r · B, (out, r)."""
     difference: Tensor
     """M − I, (r, r), float64; in PEFT's terms Rᵀ − I with both vectors."""
     parameters: dict[str, Tensor] | None = None
-    """Of isotune's operator; None for a free matrix, which is M − I itself."""
+    """The parameters of isotune's operator; None for a free matrix, which is M − I itself."""
 
     def basis(self) -> Tensor:
         """V, (r, in): A without the singular values of a symmetric split."""
         return nn.functional.normalize(self.down, dim=1)
 
     def defect(self, matrix: Tensor, *, symmetric: bool) -> float:
-        """Relative difference between this update and the one isotune's form makes with the same basis and M."""
+        """Relative difference between this update and isotune's with the same basis and M."""
         projection = matrix.float() @ self.basis().float().T
         values = torch.linalg.vector_norm(projection, dim=0).sqrt() if symmetric else projection.new_ones(1)
         ours = (projection / values.clamp_min(torch.finfo(values.dtype).tiny)).double() @ self.difference.T * values
@@ -59,11 +59,11 @@ class _Subspace:
         return float((ours - theirs).norm()) / norm if norm > 0 else 0.0
 
     def on_principal_form(self, matrix: Tensor) -> _Subspace:
-        """The same update by a free matrix on orthonormal directions V with W Vᵀ as up.
+        """The same update as a free matrix on orthonormal directions V, with up = W Vᵀ.
 
-        PEFT's "lowrank" stops before it has converged, and then its B is not W Aᵀ. But B lies in the column space of W,
-        so B = W Xᵀ, and with V an orthonormal basis of the rows of A and X together, A = C V and X = D V,
-        ΔW = W Vᵀ (Dᵀ (M − I)ᵀ C) V. V has up to 2 r rows, and r where W Aᵀ is B after all.
+        PEFT's "lowrank" stops before it has converged, so its B is not exactly W Aᵀ. But B lies in the column space of
+        W, so B = W Xᵀ. With V an orthonormal basis of the rows of A and X together, A = C V and X = D V,
+        ΔW = W Vᵀ (Dᵀ (M − I)ᵀ C) V. V has up to 2 r rows, or r if B is W Aᵀ after all.
         """
         values = torch.linalg.vector_norm(self.down, dim=1).double()
         same = _Subspace(self.basis(), self.up * values.to(self.up), self.difference * values[:, None] / values)
@@ -80,7 +80,7 @@ class _Subspace:
 
 @torch.no_grad()
 def import_psoft(source: Source) -> PeftModel:
-    """The base with isotune's PSOFT."""
+    """Put isotune's PSOFT on the base."""
     theirs = source.config
     theirs.fan_in_fan_out = False  # as PEFT sets it: its PSOFT takes nn.Linear only
     weights = {name: source.weight(name) for name in source.layers}
@@ -90,7 +90,7 @@ def import_psoft(source: Source) -> PeftModel:
     if theirs.psoft_orth and theirs.use_cayley_neumann:
         if terms > 2:
             fields = {**series_fields(terms), "cayley_neumann_eps": theirs.cayley_neumann_eps}
-        else:  # I and I + 2Q are no product (I + Q)(I + … + Qᵏ)
+        else:  # I and I + 2Q are not of the form (I + Q)(I + … + Qᵏ)
             fields = _FREE_MATRIX
             layers = {name: replace(layer, parameters=None) for name, layer in layers.items()}
     names = ("r", "psoft_dropout", "ab_svd_init", "psoft_orth", "psoft_mag_a", "psoft_mag_b")
@@ -115,17 +115,17 @@ def import_psoft(source: Source) -> PeftModel:
     for name, layer in adapted_layers(model, ADAPTER):
         (form,), basis = layer.bases(ADAPTER), layers[name].basis()
         form.record(basis if form.embedded else pin(basis, seed=config.basis_seed))
-        # It need not be the principal one, so no other adapter may take it for that.
+        # This basis may not be the principal one, so other adapters must not share it as such.
         layer.put_on_basis(ADAPTER, [basis], principal=False)
     return model
 
 
 def _computed_by_peft(source: Source, name: str) -> _Subspace:
-    """PEFT's own layer on this weight, with its own singular vectors, and the trained tensors in it."""
+    """Build PEFT's own layer on this weight, with its own singular vectors and the trained tensors."""
     from peft.tuners.psoft.layer import Linear as PeftPsoftLinear  # PEFT has it from 0.19 on
 
     config, what = source.config, f"{source.folder}: {name!r}"
-    with refused(f"{what}: PEFT's layer cannot be made of this file and base: "):
+    with refused(f"{what}: PEFT's layer cannot be built from this file and base: "):
         layer = PeftPsoftLinear(source.base.get_submodule(name), ADAPTER, config)
         trained: Any = layer.psoft_R[ADAPTER].float()
         trained.load_state_dict({key.removeprefix("psoft_R."): t for key, t in source.layers[name].items()})
@@ -143,7 +143,7 @@ def _computed_by_peft(source: Source, name: str) -> _Subspace:
 
 
 def _is_recoverable(layer: Layer, imported: _Subspace) -> bool:
-    """Whether the pin of this basis would lead back to it, which needs it to be principal."""
+    """Whether this basis can be recovered from its pin, which requires it to be principal."""
     basis = imported.basis()
     count = candidate_rank(len(basis), layer.in_features, layer.out_features)
     candidates = principal_subspace(layer.unmerged_matrix(), count).basis

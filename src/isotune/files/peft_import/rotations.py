@@ -1,4 +1,4 @@
-"""PEFT's own OFT (COFT included), BOFT and HRA: isotune's rotations with the parameters that compute the same."""
+"""Importing PEFT's own OFT (including COFT), BOFT and HRA as isotune's rotations that compute the same."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from isotune.methods import BOFTConfig, HRAConfig, OFTConfig
 
 @torch.no_grad()
 def import_oft(source: Source) -> PeftModel:
-    """The base with isotune's OFT."""
+    """Put isotune's OFT on the base."""
     theirs = source.config
     terms = int(theirs.num_cayley_neumann_terms)
     if theirs.use_cayley_neumann and terms == 2:
         raise AdapterFileError(
-            f"{source.folder}: with num_cayley_neumann_terms=2 PEFT computes I + 2Q, which is neither a rotation nor a "
-            "series of isotune's. Series of 3 terms or more and the exact transform can be imported."
+            f"{source.folder}: with num_cayley_neumann_terms=2 PEFT computes I + 2Q, which is neither a rotation nor "
+            "one of isotune's series. Series of 3 or more terms and the exact transform can be imported."
         )
     series = series_fields(terms) if theirs.use_cayley_neumann and terms > 2 else {}
     names = ("r", "oft_block_size", "block_share", *(("coft", "eps") if theirs.coft else ()))
@@ -36,14 +36,14 @@ def import_oft(source: Source) -> PeftModel:
         width = source.weight(name).shape[1]
         with refused(f"{source.folder}: {name!r}: "):
             size = config.block_size_for(name, width)
-            # Isotune divides COFT's bound among all blocks, PEFT among those that have a generator of their own.
+            # isotune divides COFT's bound among all blocks, PEFT among those with a generator of their own.
             ratio = width // size if theirs.block_share else 1
             if theirs.coft:
                 bound = theirs.eps * math.sqrt(ratio * size / width)
                 generator = bound_entries(generator, bound)
         ratios.add(ratio)
         if not series:
-            # A series of one term is I in PEFT, whatever the generator.
+            # In PEFT, a series of one term is I, whatever the generator.
             generator = torch.zeros_like(generator) if theirs.use_cayley_neumann else -generator
         parameters[name] = {"generator": generator}
     if theirs.coft:
@@ -54,9 +54,9 @@ def import_oft(source: Source) -> PeftModel:
 
 @torch.no_grad()
 def import_boft(source: Source) -> PeftModel:
-    """The base with isotune's BOFT."""
+    """Put isotune's BOFT on the base."""
     stages = {name: source.tensor(name, "boft_R", 4) for name in source.layers}
-    # The file decides on m: without its CUDA extension PEFT has one factor whatever the configuration says.
+    # m comes from the file: without its CUDA extension PEFT uses one factor, whatever the configuration says.
     count = len(next(iter(stages.values())))
     names = ("boft_block_size", "boft_block_num", "boft_dropout")
     config = source.configured(BOFTConfig, *names, boft_n_butterfly_factor=count)
@@ -68,7 +68,7 @@ def import_boft(source: Source) -> PeftModel:
             shape = (count, width // size, size, size)
             if own.shape != shape:
                 raise ValueError(
-                    f"size mismatch for boft_R: by {CONFIG_FILE} and the base model it has shape {shape}, by "
+                    f"size mismatch for boft_R: according to {CONFIG_FILE} and the base model it has shape {shape}, in "
                     f"{WEIGHTS_FILE} {tuple(own.shape)}."
                 )
         generator = -vector_from_skew((own - own.mT) / 2)
@@ -78,7 +78,7 @@ def import_boft(source: Source) -> PeftModel:
 
 @torch.no_grad()
 def import_hra(source: Source) -> PeftModel:
-    """The base with isotune's HRA."""
+    """Put isotune's HRA on the base."""
     theirs = source.config
     odd = theirs.r % 2 == 1 and not theirs.apply_GS
     config = source.configured(HRAConfig, "apply_GS", r=theirs.r + odd, init_weights=not theirs.apply_GS)
@@ -91,7 +91,7 @@ def import_hra(source: Source) -> PeftModel:
         if not bool((norms > 0).all() and norms.isfinite().all()):
             raise AdapterFileError(
                 f"{source.folder}: {name!r} has a direction that PEFT cannot normalise (zero, not finite, or with "
-                "apply_GS a combination of the others), so PEFT computes NaN or rounding noise. Train the adapter anew."
+                "apply_GS a combination of the others), so PEFT computes NaN or rounding noise. Train it again."
             )
         if odd:
             vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])
@@ -100,7 +100,7 @@ def import_hra(source: Source) -> PeftModel:
 
 
 def _gram_schmidt(vectors: Tensor) -> Tensor:
-    """What PEFT makes of the rows in its own order, or NaN where that is not orthonormal."""
+    """The rows orthonormalised as PEFT does it, or NaN if its result is not orthonormal."""
     units: list[Tensor] = []
     for vector in vectors:
         for unit in units:
@@ -108,5 +108,5 @@ def _gram_schmidt(vectors: Tensor) -> Tensor:
         units.append(vector / vector.norm())
     found = torch.stack(units)
     defect = (found @ found.T - torch.eye(len(found), dtype=found.dtype, device=found.device)).norm()
-    # With orthonormal rows isotune's own process gives the same span, which is all that I − 2 U Uᵀ depends on.
+    # isotune's own process keeps the span of orthonormal rows, and I − 2 U Uᵀ depends on nothing else.
     return found if defect <= EXACT * len(found) ** 0.5 else found * math.nan

@@ -18,7 +18,7 @@ def to_text(found: Estimate) -> str:
         + (", checkpointing" if setting.checkpointing else ""),
         "",
         f"base parameters      {found.base_parameters:>18,}",
-        f"trained parameters   {found.trained_parameters:>18,}   {share:.3%} of the base",
+        f"trainable parameters {found.trained_parameters:>18,}   {share:.3%} of the base",
         f"adapter file         {size(found.adapter_file):>18}",
         "",
         "memory of one device",

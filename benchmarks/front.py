@@ -1,63 +1,60 @@
-"""The score of each method of a comparison over its trainable parameters, light and dark, for the README.
+"""The score of each adapter of a comparison over its trainable parameters, light and dark, for the README.
 
     python benchmarks/front.py benchmarks/results/docstrings -o docs/images/front
 
-writes front-light.svg and front-dark.svg. The line joins the methods that no other beats in both; bars are the standard
-error over the seeds. Methods without trainable parameters beside the head, and full fine-tuning, stand in the caption.
+writes front-light.svg and front-dark.svg: the plot of the report, of the adapters alone. Needs Chromium or Chrome, and
+isotune's extra `report`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import html
+import re
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-
-from isotune.methods import METHODS
-from isotune.report.columns import pareto
+from isotune.experiments.registry import is_plain
+from isotune.report.figures import PALETTES
+from isotune.report.page import render
 from isotune.report.results import read
+from picture import browse
 
-INK = {"light": ("#1f2328", "#8c959f"), "dark": ("#e6edf3", "#7d8590")}
-"""Of text and of what lies behind it."""
-OURS, OTHERS = {"light": "#4051b5", "dark": "#9fa8ff"}, {"light": "#57606a", "dark": "#8b949e"}
-LEFT = ("PSOFT-SO", "OFT", "BOFT", "HRA", "LoRA", "LoRA-XS")
-"""Labels that would lie on another to the right of their point."""
+SCHEMES = {"dark": 0, "light": 1}
+"""Chromium's numbers of the colour schemes."""
+WIDTH = 640
+"""Of the page in pixels: the widest at which a plot has a row for itself."""
+EXPORT = """
+<script>
+(async () => {
+  while (!document.documentElement.dataset.drawn) await new Promise((resolve) => setTimeout(resolve, 50));
+  const plot = document.querySelector("[id$=-plot-parameters]");
+  const image = await Plotly.toImage(plot, { format: "svg", width: null, height: null });
+  document.documentElement.innerHTML = "<body><pre></pre></body>";
+  document.querySelector("pre").textContent = decodeURIComponent(image.slice(image.indexOf(",") + 1));
+})();
+</script>
+"""
 
 
-def picture(folder: Path, output: Path, theme: str) -> None:
-    """Draw one comparison."""
+def picture(folder: Path, output: Path, scheme: str) -> None:
+    """Write the plot of one comparison in one colour scheme."""
     comparison = read(folder)
-    points = []
-    for variant in comparison.variants:
-        cost, score = variant.average("adapter_parameters"), variant.mean
-        if cost and score is not None and variant.method["name"] != "full":
-            points.append((cost, 100 * score, variant))
-    front = pareto(points, higher_is_better=comparison.higher_is_better)
-    ink, faint = INK[theme]
-    matplotlib.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "isotune", "font.size": 11})
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([x for x, _, _ in front], [y for _, y, _ in front], color=OURS[theme], alpha=0.35, linewidth=6)
-    for x, y, variant in points:
-        own = variant.method["name"].partition("_so")[0] in METHODS
-        color = (OURS if own else OTHERS)[theme]
-        axes.errorbar(x, y, 100 * (variant.standard_error or 0), fmt="o", color=color, capsize=2, markersize=7)
-        name = variant.title.split(" r")[0].split(" b")[0].removeprefix("PEFT ")
-        offset, side = ((-8, 4), "right") if name in LEFT else ((8, -4), "left")
-        axes.annotate(name, (x, y), offset, textcoords="offset points", ha=side, color=color, weight="bold")
-    axes.set_xscale("log")
-    axes.set_xlabel("trainable parameters of the adapter", color=ink)
-    axes.set_ylabel("test accuracy, %", color=ink)
-    axes.set_xticks([2e4, 5e4, 1e5, 2e5, 4e5], ["20k", "50k", "100k", "200k", "400k"])
-    axes.minorticks_off()
-    axes.margins(x=0.12)
-    axes.tick_params(colors=ink)
-    axes.grid(color=faint, alpha=0.25)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    path = output.with_name(f"{output.name}-{theme}.svg")
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    adapters = [variant for variant in comparison.variants if not is_plain(variant.name)]
+    page = render([dataclasses.replace(comparison, variants=adapters)]).replace("</body>", EXPORT + "</body>")
+    chosen = f"--blink-settings=preferredColorScheme={SCHEMES[scheme]}"
+    found = browse(page, chosen, "--dump-dom", width=WIDTH, height=900)
+    svg = html.unescape(found[found.index("<pre>") + len("<pre>") : found.index("</pre>")])
+    ink = str(PALETTES[scheme]["ink"])
+    if "rgb({}, {}, {})".format(*(int(ink[i : i + 2], 16) for i in (1, 3, 5))) not in svg:
+        raise SystemExit(f"the browser did not draw the plot in {scheme} colours")
+    # What plotly draws lots for goes, so that two files of one plot do not differ: classes, which nothing here reads,
+    # and a part of each identifier.
+    svg = re.sub(r' class="[^"]*"', "", svg)
+    if lot := re.search(r'id="clip([0-9a-f]{6})', svg):
+        svg = svg.replace(lot[1], "front")
+    path = output.with_name(f"{output.name}-{scheme}.svg")
+    path.write_text(svg + "\n", encoding="utf-8")
     print(f"wrote {path}, {path.stat().st_size / 1024:.0f} KiB")
 
 
@@ -67,8 +64,8 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="a folder that isotune compare wrote")
     parser.add_argument("-o", "--output", type=Path, required=True, help="without -light.svg")
     given = parser.parse_args()
-    for theme in INK:
-        picture(given.results, given.output, theme)
+    for scheme in SCHEMES:
+        picture(given.results, given.output, scheme)
 
 
 if __name__ == "__main__":

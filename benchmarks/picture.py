@@ -21,27 +21,29 @@ from isotune.report.results import read
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
-def picture(folders: list[Path], output: Path, width: int, height: int) -> None:
-    """Render the page of some comparisons and write the top of it as a PNG of few colours."""
+def browse(html: str, *flags: str, width: int, height: int) -> str:
+    """Open a page without a window and return what the browser writes to its output."""
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
         raise SystemExit(f"no browser found: install one of {', '.join(BROWSERS)}")
     with tempfile.TemporaryDirectory() as scratch:
-        page, shot = Path(scratch) / "report.html", Path(scratch) / "shot.png"
-        page.write_text(render([read(folder) for folder in folders]), encoding="utf-8")
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-        flags += [
-            "--disable-component-update",
-            "--disable-sync",
-            "--hide-scrollbars",
-            f"--user-data-dir={scratch}/user",
-        ]
-        flags += [f"--window-size={width},{height}", "--virtual-time-budget=20000", f"--screenshot={shot}"]
-        subprocess.run([browser, *flags, page.as_uri()], check=True, capture_output=True)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        Image.open(shot).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
-            output, optimize=True
-        )
+        page = Path(scratch) / "page.html"
+        page.write_text(html, encoding="utf-8")
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
+        command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+        command += [f"--user-data-dir={scratch}/user", f"--window-size={width},{height}"]
+        command += ["--virtual-time-budget=20000", *flags, page.as_uri()]
+        return subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout
+
+
+def picture(folders: list[Path], output: Path, width: int, height: int) -> None:
+    """Render the page of some comparisons and write the top of it as a PNG of few colours."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        shot = Path(scratch) / "shot.png"
+        browse(render([read(folder) for folder in folders]), f"--screenshot={shot}", width=width, height=height)
+        few = Image.open(shot).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        few.save(output, optimize=True)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import io
 import os
 import pkgutil
 import re
@@ -23,11 +24,20 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
 
 import isotune
 import isotune.internals
 from helpers import has_pefts_psoft
-from isotune.internals import ddp, offloading, peft_state, quantised_state, torch_state, transformers_state
+from isotune.internals import (
+    ddp,
+    offloading,
+    peft_state,
+    progress_bars,
+    quantised_state,
+    torch_state,
+    transformers_state,
+)
 from isotune.internals.peft_hooks import HAS_HOOKS
 from isotune.internals.peft_quantisation import get_quantization_kwargs, is_forward_only, resolve_quantization_backend
 from isotune.tuner.layer import Layer
@@ -305,6 +315,35 @@ def test_undocumented_names_of_peft(name: str) -> None:
 
 
 # -- torch -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["bars", "lines", "none"])
+@pytest.mark.parametrize("leave", [True, False])
+def test_bars_are_shown_as_bars_lines_or_not_at_all(how: Any, leave: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_bars, "_SECONDS", 0)
+    file = io.StringIO()
+    progress_bars.show_progress(how)
+    try:
+        with tqdm(total=1000, desc="steps", file=file, leave=leave, disable=False, mininterval=0) as bar:
+            for _ in range(1000):
+                bar.update()
+            tqdm.write("between", file=file)
+        with tqdm(desc="unknown", file=file, leave=leave, disable=False, delay=1e9):
+            pass
+    finally:
+        progress_bars.show_progress("bars")
+    said = file.getvalue()
+    assert said.count("between\n") == 1
+    if how == "bars":
+        assert "\r" in said
+        return
+    assert "\r" not in said
+    lines = said.replace("between\n", "").splitlines()
+    assert all(re.match(r"steps: \d+% \d+/1000 \[", line) for line in lines)
+    shares = [int(line.split()[1].rstrip("%")) for line in lines]
+    assert shares == sorted(set(shares))
+    assert len(shares) > 50 if how == "lines" else not shares
+    assert ("100% 1000/1000" in said) == (how == "lines")
 
 
 def test_a_backward_pass_has_a_number() -> None:

@@ -2,62 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.metadata import version
-from typing import Annotated
-
-import typer
-
-from isotune_cli.chat import chat
-from isotune_cli.compare import compare
-from isotune_cli.evaluate import evaluate_adapter
-from isotune_cli.export import export_adapter
-from isotune_cli.inspect import inspect_adapter
-from isotune_cli.peft_import import import_adapter
-from isotune_cli.plan import plan
-from isotune_cli.recipes import recipes
-from isotune_cli.report import report_results
-from isotune_cli.shared import one_line_errors
-from isotune_cli.train import train
-
-app = typer.Typer(
-    help="Orthogonal and principal-subspace fine-tuning.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-
-
-def _say_version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"isotune {version('isotune')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    asked: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say it and end.")
-    ] = False,
-) -> None:
-    pass
-
-
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "train": train,
-    "compare": compare,
-    "recipes": recipes,
-    "chat": chat,
-    "eval": evaluate_adapter,
-    "inspect": inspect_adapter,
-    "report": report_results,
-    "plan": plan,
-    "export": export_adapter,
-    "import": import_adapter,
-}
-for _name, _command in _COMMANDS.items():
-    app.command(_name)(one_line_errors()(_command))
+import os
+import signal
+from typing import Any
 
 
 def main() -> None:
     """The entry point of the command `isotune`."""
+    # Ctrl-C while libraries are imported would leave a traceback, or an error of a library half imported.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
+    from isotune_cli.commands import app
+
     app()
+
+
+def leave(*_: Any) -> None:
+    """End the process at once, as Ctrl-C does before a command has begun; there is nothing to be saved yet."""
+    os.write(2, b"interrupted\n")
+    os._exit(128 + signal.SIGINT)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        from isotune_cli.commands import app
+
+        return app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,20 +6,23 @@ from typing import Annotated
 
 import typer
 
-from isotune_cli.shared import Base, Trust, say
+from isotune_cli.shared import Adapter, Base, Trust, say
 
 
 def chat(
-    directory: Annotated[str, typer.Argument(help="The folder of an adapter of a language model.")],
-    question: Annotated[str | None, typer.Argument(help="One question; without it you are asked for them.")] = None,
+    directory: Adapter,
+    question: Annotated[
+        str | None, typer.Argument(help="One question; without it you are asked for questions.")
+    ] = None,
     base: Base = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="The most of an answer.")] = 256,
+    new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens an answer has at most.")] = 256,
     trust_remote_code: Trust = False,
 ) -> None:
     """Ask the base model and the adapter on it the same questions, side by side."""
     from isotune.experiments.language import Chat, language_model
+    from isotune.files.export_runs import only_adapter
 
-    model, tokenizer, _ = language_model(directory, base, trust_remote_code=trust_remote_code)
+    model, tokenizer, _ = language_model(only_adapter(directory), base, trust_remote_code=trust_remote_code)
     talk = Chat(model, tokenizer, new_tokens)
     asked = [question] if question is not None else iter(_typed, None)
     for one in asked:

@@ -2,41 +2,60 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from isotune_cli.shared import Overrides, say
+from isotune_cli.shared import Overrides, Result, command_line
+from isotune_cli.train import DryRun
 
 
 def compare(
-    recipe: Annotated[str, typer.Argument(help="A packaged recipe, such as glue/cola, or a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="The name of a packaged recipe, such as glue/cola, or a YAML file.")],
     overrides: Overrides = None,
     methods: Annotated[
         list[str] | None,
-        typer.Option(help="Separated by commas, each with options if need be: psoft:r=64+psoft_mag_a=false,lora:r=8."),
+        typer.Option(
+            help="The methods, separated by commas, each with options where it needs some: "
+            "psoft:r=64+psoft_mag_a=false,lora:r=8. By default they are those of the recipe."
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Seeds for each method at its best learning rate.")] = 3,
-    lr_search: Annotated[int, typer.Option(help="Learning rates tried for each method, around its usual one.")] = 3,
-    lr: Annotated[str | None, typer.Option(help="The rates to try for every method instead: 1e-3,2e-3.")] = None,
-    lr_factor: Annotated[float, typer.Option(help="From one rate of a search to the next.")] = 2.5,
+    seeds: Annotated[int, typer.Option(help="How many seeds each method has at its best learning rate.")] = 3,
+    lr_search: Annotated[
+        int, typer.Option(help="How many learning rates are tried for each method, around its usual one.")
+    ] = 3,
+    lr: Annotated[
+        str | None, typer.Option(help="The learning rates to try for every method instead, such as 1e-3,2e-3.")
+    ] = None,
+    lr_factor: Annotated[
+        float, typer.Option(help="The ratio of one learning rate of a search to the one below.")
+    ] = 2.5,
     match_params: Annotated[
         str | None, typer.Option(help="Size each method's adapter to about so many parameters, such as 80k.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of a run. Default: processors / jobs.")] = None,
-    engine: Annotated[str, typer.Option(help="local: processes of this machine. ray: tasks of Ray.")] = "local",
-    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster. Default: Ray on this machine.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="How many runs are trained at a time.")] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many threads a run has. By default the runs share the processors."),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="Where runs are trained: local, in processes of this machine, or ray, as tasks of Ray.")
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="The address of a running Ray cluster. By default Ray is started here.")
+    ] = None,
     keep_adapters: Annotated[bool, typer.Option("--keep-adapters", help="Keep the weights of all runs.")] = False,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder. Default: runs/compare/RECIPE.")] = None,
-) -> None:
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="The folder to write. By default it is runs/compare/RECIPE.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> Result:
     """Compare methods: equal searches for the learning rate, then seeds; the same command again continues."""
     from isotune.experiments import compare as comparing
-    from isotune.experiments import engines, processes
+    from isotune.experiments import engines, preview, processes
     from isotune.experiments.loading import load
+    from isotune.experiments.runner import carry_out
     from isotune.experiments.table import table
 
     processes.require_alone("isotune compare")
@@ -51,14 +70,11 @@ def compare(
         match_params=comparing.whole_number(match_params) if match_params is not None else None,
         threads=threads or max(1, engines.processors() // jobs),
         keep_adapters=keep_adapters,
-        command=shlex.join(["isotune", *sys.argv[1:]]),
+        command=command_line(),
     )
-    plan = comparing.plan(recipe, loaded, options, folder)
-    for note in plan.notes:
-        say(note)
-    say(f"{plan.total()} runs, {len(plan.records)} of them done; results in {folder}")
-    chosen = engines.make(engine, jobs, options.threads, address)
-    result = comparing.compare(plan, chosen)
-    say(table(result["metric"], result["rows"]))
-    if any(row["failed"] for row in result["rows"]):
-        raise typer.Exit(1)
+    schedule = comparing.plan(recipe, loaded, options, folder)
+    if dry_run:
+        found = preview.preview(schedule)
+        return Result(preview.to_text(found), found)
+    result = carry_out(schedule, engines.make(engine, jobs, options.threads, address))
+    return Result(table(result), result, failed=any(row["failed"] for row in result["rows"]))

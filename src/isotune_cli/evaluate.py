@@ -6,23 +6,29 @@ from typing import Annotated
 
 import typer
 
-from isotune_cli.shared import Base, Trust, say
+from isotune_cli.shared import Adapter, Base, Result, Trust
 
 
 def evaluate_adapter(
-    directory: Annotated[str, typer.Argument(help="The folder of an adapter of a language model.")],
-    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, with commas, as gsm8k,arc_easy.")],
+    directory: Adapter,
+    tasks: Annotated[
+        str, typer.Option(help="The tasks of lm-evaluation-harness, separated by commas, such as gsm8k,arc_easy.")
+    ],
     base: Base = None,
-    few_shot: Annotated[int | None, typer.Option(help="Solved examples before each question.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only so many questions of each task.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a forward pass.")] = 8,
-    include: Annotated[str | None, typer.Option(help="A folder with task files of your own.")] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Also write the scores as JSON.")] = None,
+    few_shot: Annotated[int | None, typer.Option(help="How many solved examples precede each question.")] = None,
+    limit: Annotated[int | None, typer.Option(help="How many questions of each task are asked at most.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="How many sequences a forward pass has.")] = 8,
+    include: Annotated[str | None, typer.Option(help="A folder with more task files.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="A JSON file to write the scores to, too.")
+    ] = None,
     trust_remote_code: Trust = False,
-) -> None:
+) -> Result:
     """Score an adapted language model by lm-evaluation-harness."""
     from isotune.experiments.evaluate import evaluate, table
+    from isotune.files.export_runs import only_adapter
 
+    directory = only_adapter(directory)
     scores = evaluate(
         directory,
         [name.strip() for name in tasks.split(",") if name.strip()],
@@ -34,4 +40,4 @@ def evaluate_adapter(
         output=output,
         trust_remote_code=trust_remote_code,
     )
-    say(table(scores))
+    return Result(table(scores), {"adapter": directory, "few_shot": few_shot, "limit": limit, "results": scores})

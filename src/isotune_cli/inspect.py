@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from isotune_cli.shared import Base, Json, Trust, say
+from isotune_cli.shared import Adapter, Base, Result, Trust
 
 
 def inspect_adapter(
-    directory: Annotated[str, typer.Argument(help="An adapter's folder.")],
+    directory: Adapter,
     base: Base = None,
-    png: Annotated[str | None, typer.Option(help="Also draw a picture into this file.")] = None,
-    as_json: Json = False,
+    png: Annotated[str | None, typer.Option(help="A PNG file to draw a picture into, too.")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show every layer in the order of the model, with every column.")
+    ] = False,
     trust_remote_code: Trust = False,
-) -> None:
-    """Show what an adapter has learnt, layer by layer."""
+) -> Result:
+    """Show what an adapter has learnt: the layers that it turned farthest, or with --all every layer."""
     from isotune.diagnostics.inspect import inspect
+    from isotune.files.export_runs import only_adapter
     from isotune.report.adapter import save_png, to_text
 
-    report = inspect(directory, base, trust_remote_code=trust_remote_code)
+    report = inspect(only_adapter(directory), base, trust_remote_code=trust_remote_code)
     if png is not None:
         save_png(report, png)
-    say(json.dumps(report.to_dict(), indent=2) if as_json else to_text(report))
+    return Result(to_text(report, everything=everything), report.to_dict())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from isotune_cli.shared import Base, Out, Trust, say
+from isotune_cli.shared import Base, Out, Result, Trust
 
 
 def import_adapter(
@@ -21,17 +22,20 @@ def import_adapter(
     output: Out,
     base: Base = None,
     trust_remote_code: Trust = False,
-) -> None:
-    """Convert an adapter of another tool to isotune's, the same function."""
+) -> Result:
+    """Convert an adapter of another tool to one of isotune's that computes the same function."""
     from isotune.files.diffusion.single import convert_single, with_config
     from isotune.files.peft_import import convert_peft
 
     if Path(directory).is_file():
         folder = with_config(directory)
         if folder is None:
-            for written in convert_single(directory, output, base, trust_remote_code=trust_remote_code):
-                say(f"wrote {written}")
-            return
+            return _wrote(convert_single(directory, output, base, trust_remote_code=trust_remote_code))
         directory = str(folder)
     convert_peft(directory, output, base, trust_remote_code=trust_remote_code)
-    say(f"wrote {output}")
+    return _wrote([output])
+
+
+def _wrote(places: Iterable[object]) -> Result:
+    names = list(map(str, places))
+    return Result("\n".join(f"wrote {name}" for name in names), {"wrote": names})

@@ -7,17 +7,22 @@ from typing import Annotated
 
 import typer
 
-from isotune_cli.shared import say
+from isotune_cli.shared import Result
 
 
 def report_results(
-    results: Annotated[list[str], typer.Argument(metavar="RESULTS...", help="Folders that isotune compare wrote.")],
+    results: Annotated[
+        list[str], typer.Argument(metavar="RESULTS", help="Folders that isotune compare or train wrote.")
+    ],
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="The file to write; a table goes to stdout.")
+        str | None,
+        typer.Option("--output", "-o", help="The file to write. By default it is report.html; a table goes to stdout."),
     ] = None,
-    form: Annotated[str, typer.Option("--format", help="html: the page. md, csv, latex: the table alone.")] = "html",
-) -> None:
-    """Show comparisons: one page that needs no network, or the table alone."""
+    form: Annotated[
+        str, typer.Option("--format", help="What is written: html, the page, or the table alone as md, csv or latex.")
+    ] = "html",
+) -> Result:
+    """Show comparisons and trainings: one page that needs no network, or the table alone."""
     from isotune.experiments.files import write_text
     from isotune.report import table
     from isotune.report.page import render
@@ -26,14 +31,21 @@ def report_results(
     writers = {"html": render, **table.FORMATS}
     if form not in writers:
         raise ValueError(f"--format {form} is not one of {', '.join(writers)}")
-    text = writers[form]([read(Path(folder)) for folder in results])
+    found = [read(Path(folder)) for folder in results]
+    text = writers[form](found)
     if output is None and form == "html":
         output = "report.html"
-    if output is None:
-        say(text, nl=False)
-    else:
+    if output is not None:
         try:
             write_text(Path(output), text)
         except OSError as error:
             raise ValueError(f"cannot write {output}: {error.strerror}") from error
-        say(f"wrote {output}")
+        text = f"wrote {output}"
+    about = ("recipe", "task", "model", "metric")
+    data = [
+        {"folder": str(one.folder)}
+        | {name: getattr(one, name) for name in about}
+        | {"rows": [variant.row() for variant in one.variants]}
+        for one in found
+    ]
+    return Result(text.rstrip("\n"), {"wrote": output, "results": data})

@@ -6,17 +6,27 @@ from typing import Annotated
 
 import typer
 
-from isotune_cli.shared import Overrides
+from isotune_cli.shared import Overrides, Result, command_line
+
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be trained, and what it needs; train and write nothing.")
+]
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A packaged recipe, such as demo, or a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="The name of a packaged recipe, such as demo, or a YAML file.")],
     overrides: Overrides = None,
-) -> None:
+    dry_run: DryRun = False,
+) -> Result | None:
     """Train and score a recipe; run the same command again to continue after an interruption."""
     from isotune.experiments.loading import load
 
     loaded = load(recipe, overrides or ())
+    from isotune.experiments import preview, processes, table
     from isotune.experiments import train as training
 
-    training.train(loaded)
+    if dry_run:
+        found = preview.preview(training.plan(loaded))
+        return Result(preview.to_text(found), found)
+    result = training.train(loaded, command_line())
+    return Result(table.table(result), result) if processes.is_main() else None

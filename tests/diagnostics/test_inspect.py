@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from isotune import (
 from isotune.diagnostics.inspect import inspect
 from isotune.errors import AdapterFileError, BaseMismatchError
 from isotune.methods.rotation import RotationConfig
-from isotune.report.adapter import save_png, to_text
+from isotune.report.adapter import SHORTENED, save_png, to_text
 
 CONFIG = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=40)
 
@@ -142,9 +144,30 @@ def test_command_prints_json_and_draws(tmp_path: Path) -> None:
     assert picture.shape[0] > 400
     assert picture.shape[1] > 800
     assert len({tuple(pixel) for pixel in picture[::5, ::5].reshape(-1, picture.shape[2]).tolist()}) > 10
-    done = CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "adapter")])
+    # A folder that holds the adapter is enough, and of several the names are said.
+    done = CliRunner().invoke(cli.app, ["inspect", str(tmp_path)])
     assert done.exit_code == 0
     assert "energy" in done.stdout
+    shutil.copytree(tmp_path / "adapter", tmp_path / "other")
+    done = CliRunner().invoke(cli.app, ["inspect", str(tmp_path)])
+    assert done.exit_code == 2
+    assert f"holds 2 adapters; give the folder of one: {tmp_path}/adapter, {tmp_path}/other" in done.stderr
+
+
+def test_the_short_table_has_the_layers_that_were_turned_farthest(tmp_path: Path) -> None:
+    make(tmp_path)
+    report = inspect(tmp_path / "adapter", str(tmp_path / "base"))
+    angles = [layer.largest_angle for layer in report.layers]
+    assert angles != sorted(angles, reverse=True)
+    many = dataclasses.replace(report, layers=[*report.layers * 9])
+    short = to_text(many, everything=False).splitlines()
+    end = short.index(f"{len(many.layers) - SHORTENED} more layers; all of them, with every column: --all")
+    shown = [line.split() for line in short[:end] if line.split() and line.split()[-1][0].isdigit()]
+    assert len(shown) == SHORTENED
+    assert [f"{max(angles):.1f}" in cells for cells in shown[:9]] == [True] * 9
+    assert max(map(len, short[:end])) <= 100
+    assert len(to_text(many).splitlines()) > len(many.layers)
+    assert "more layers" not in to_text(report, everything=False)
 
 
 @pytest.mark.parametrize("method", [name for name in DROPOUT if name != LORA])

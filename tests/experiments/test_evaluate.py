@@ -28,10 +28,11 @@ metric_list: [{{metric: acc}}]
 """
 
 
-def test_without_the_harness_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_harness_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else find(name, *a))
-    done = runner.invoke(app, ["eval", "somewhere", "--tasks", "gsm8k"])
+    done = runner.invoke(app, ["eval", str(tmp_path), "--tasks", "gsm8k"])
     assert done.exit_code == 2
     assert done.stderr == "error: evaluation needs lm-evaluation-harness: pip install 'isotune[eval]'\n"
 

@@ -19,7 +19,7 @@ from isotune.experiments import execute as execute_module
 from isotune.experiments import loop, progress
 from isotune.experiments.files import StorageError, storing
 from isotune.experiments.recipe import validate
-from isotune.experiments.train import train as run
+from trainings import run
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(
     whole = run(validate({**tiny, "output": str(tmp_path / "whole")}))
     with monkeypatch.context() as patch:
         at_step(patch, 12, lambda: room(size))
-        with pytest.raises(StorageError, match=r"cannot write the checkpoint of step 16 in .*; make room") as caught:
+        with pytest.raises(StorageError, match=r"cannot write the checkpoint of step 16 in .*when it can be") as caught:
             run(validate(tiny))
     assert "\n" not in str(caught.value)
     folder = Path(tiny["output"]) / "psoft"
@@ -76,10 +76,10 @@ def test_a_full_disk_while_the_adapter_or_the_record_is_written_is_one_line(
         return outcome
 
     monkeypatch.setattr(loop, "train", then_full)
-    with pytest.raises(StorageError, match=r"cannot write the trained weights in .*make room"):
+    with pytest.raises(StorageError, match=r"cannot write the trained weights in .*run the same command"):
         run(validate(tiny))
     folder = Path(tiny["output"])
-    assert not (folder / "result.json").exists()
+    assert not (folder / "comparison.json").exists()
     assert progress.last_checkpoint(folder / "psoft") is not None  # the next attempt goes on from there
 
 
@@ -100,7 +100,7 @@ MOMENTS: list[tuple[Any, str, str]] = [
     (execute_module, "_save", ""),
     (os, "replace", "predictions.json"),
     (os, "replace", "run.json"),
-    (os, "replace", "result.json"),
+    (os, "replace", "comparison.json"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -10,17 +11,27 @@ import pytest
 from isotune.experiments.files import StorageError, read_json, storing, write_json
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("reason", "todo"),
+    [
+        ((errno.ENOSPC, "No space left on device"), "make room and run the same command again"),
+        ((errno.EDQUOT, "Disk quota exceeded"), "make room and run the same command again"),
+        ((errno.EACCES, "Permission denied"), "when it can be written, run the same command again"),
+    ],
+)
+def test_a_failed_write_leaves_the_old_file_and_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: tuple[int, str], todo: str
+) -> None:
     path = tmp_path / "new" / "result.json"
     write_json(path, {"old": 1})
     written: list[str] = []
 
     def fail(source: str, target: Path) -> None:
         written.append(Path(source).read_text())
-        raise OSError("disk full")
+        raise OSError(*reason)
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(StorageError, match=r"cannot write .*result\.json: disk full; make room"):
+    with pytest.raises(StorageError, match=rf"cannot write .*result\.json: .*{reason[1]}; {todo}"):
         write_json(path, {"new": 2})
     assert written == ['{\n  "new": 2\n}\n']  # the whole text was there before the old file was touched
     assert read_json(path) == {"old": 1}

@@ -49,7 +49,7 @@ def test_both_answer_in_conversations_of_their_own(language_adapter: Path) -> No
 
 
 def test_the_command(language_adapter: Path) -> None:
-    once = runner.invoke(app, ["chat", str(language_adapter), "w3 w4", "--new-tokens", "4"])
+    once = runner.invoke(app, ["chat", str(language_adapter.parent), "w3 w4", "--new-tokens", "4"])
     assert once.exit_code == 0, once.output
     assert [line.split()[0] for line in once.stdout.splitlines()] == ["base:", "adapter:"]
     asked = runner.invoke(app, ["chat", str(language_adapter), "--new-tokens", "4"], input="w3 w4\nw5\n")

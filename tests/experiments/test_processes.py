@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from isotune.experiments import processes
-from isotune.experiments.files import read_json
 from isotune.experiments.recipe import RecipeError, validate
-from isotune.experiments.train import train as run
+from trainings import found_in, run
 
 DIE = Path(__file__).parents[1] / "distributed" / "die.py"
 
@@ -49,15 +48,16 @@ def test_a_run_killed_in_a_checkpoint_ends_as_one_process_would(tiny: dict[str, 
     accelerate += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     resumed = launch([*accelerate, "-m", "isotune"], "train", str(recipe))
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    found = read_json(Path(tiny["output"]) / "result.json")
-    assert found["hardware"]["processes"] == 2
+    found = found_in(Path(tiny["output"]))
+    assert found["runs"][0]["hardware"]["processes"] == 2
     assert found["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)
     for one, other in zip(found["runs"][0]["curve"], expected["runs"][0]["curve"], strict=True):
         # Trainer fills a batch up with examples seen before so that all processes have one: in the validation loss,
         # and not in the scores, they count.
         for name in other:
             assert one[name] == pytest.approx(other[name], rel=1e-2 if name == "validation_loss" else 1e-3, abs=1e-4)
-    assert resumed.stdout.count("24 test examples") == 1
+    assert resumed.stderr.count("24 test examples") == 1
+    assert resumed.stdout.count("PSOFT r=4") == 1
 
 
 def test_a_batch_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from isotune.experiments.budget import adapter_parameters
 from isotune.experiments.loading import load, packaged
 from isotune.experiments.recipe import RecipeError
 from isotune.experiments.tables import DataError
-from isotune.experiments.train import train as run
+from trainings import run
 
 GLUE = ("cola", "stsb", "mrpc", "rte", "sst2", "qnli", "mnli", "qqp")
 VTAB = tuple(name.removeprefix("vtab/") for name in packaged() if name.startswith("vtab/"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from comparisons import ablation_methods, write_comparison
+from comparisons import METHODS, ablation_methods, write_comparison
 from isotune.report.figures import PALETTES, Figure, Looks, Section, sections
 from isotune.report.results import Comparison, read
 
@@ -115,6 +115,7 @@ def test_costs_fill_what_is_on_the_front(comparison: Comparison) -> None:
     front, *points = figures["parameters"].data
     filled = {trace["name"] for trace in points if not trace["marker"]["symbol"].endswith("-open")}
     costs = {v.title: (v.average("trainable_parameters") or 0, v.mean or 0) for v in comparison.variants}
+    assert {trace["name"] for trace in points} == set(costs)
     expected = {
         name
         for name, (cost, score) in costs.items()
@@ -122,6 +123,33 @@ def test_costs_fill_what_is_on_the_front(comparison: Comparison) -> None:
     }
     assert filled == expected
     assert list(zip(front["x"], front["y"], strict=True)) == sorted(costs[name] for name in expected)
+    labels = figures["parameters"].layout["meta"]["labels"]
+    assert [label["method"] for label in labels if label["front"]] == sorted(expected, key=lambda name: costs[name])
+    assert {label["method"]: (pytest.approx(10 ** label["x"]), label["y"]) for label in labels} == costs
+    # What a head takes on features computed once says nothing of a training, and would fill the axis.
+    for key in ("memory", "kept", "time"):
+        assert {trace["name"] for trace in figures[key].data[1:]} == set(costs) - {"head only"}
+        assert figures[key].caption.startswith("Not shown: head only (")
+    lowest = min(v.average("kept_bytes") or 0 for v in comparison.variants if v.name != "head")
+    assert figures["kept"].layout["xaxis"]["range"][0] > -lowest
+
+
+def test_curves_are_over_the_share_of_training(tmp_path: Path) -> None:
+    """However many steps a method takes."""
+    folder = write_comparison(tmp_path, methods={label: METHODS[label] for label in ("head", "psoft:r=46", "lora:r=8")})
+    for path in (folder / "runs").rglob("*.json"):
+        record = json.loads(path.read_text())
+        longer = 10 if record["label"] == "head" else 1
+        steps = [{**point, "step": longer * point["step"], "validation_loss": 1.0} for point in record["curve"]]
+        path.write_text(json.dumps({**record, "curve": steps}))
+    section = made(read(folder))["curves"]
+    assert "A training has 720 steps (head only 7,200)." in section.text
+    for one in section.figures:
+        assert [trace["x"] for trace in one.data] == [[i / 8 for i in range(1, 9)]] * 3
+    first = section.figures[0].data[0]
+    assert "step 900 of 7,200" in first["hovertemplate"][0]
+    # Two of three plots share a row; the last has one for itself.
+    assert [one.width for one in section.figures] == ["half", "half", "wide"]
 
 
 def test_ranks_and_vectors_are_those_of_one_family(ablation: Comparison) -> None:
@@ -141,9 +169,12 @@ def test_heat_maps_are_of_a_strict_and_a_relaxed_method(comparison: Comparison) 
     figures = [one for one in made(comparison)["geometry"].figures if one.key.startswith("map")]
     assert [one.title for one in figures] == [
         f"{name}: {what}"
-        for name in ("PSOFT-SO r=46, strict", "PSOFT r=46, relaxed")
-        for what in ("before training", "after training", "after − before")
+        for name, change in (("PSOFT-SO r=46, strict", "nothing moved"), ("PSOFT r=46, relaxed", "after − before"))
+        for what in ("before training", "after training", change)
     ]
+    (said,) = figures[2].layout["annotations"]
+    assert said["text"] == "strict:<br>nothing moved"
+    assert "annotations" not in figures[5].layout
     for before, after, moved in (figures[:3], figures[3:]):
         for i in range(24):
             assert before.data[0]["z"][i][i] is None

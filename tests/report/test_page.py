@@ -156,6 +156,45 @@ def visit(browser: Any, page: Path, *, width: int = 1280, scheme: str = "light")
         time.sleep(0.1)
 
 
+# Of every plot with names beside its points: those on the front, and boxes that overlap another or stick out.
+NAMES = """
+return [...document.querySelectorAll(".plot")].filter((plot) => plot.layout.meta).map((plot) => {
+  const box = (one) => one.getBoundingClientRect();
+  const area = box(plot.querySelector(".nsewdrag"));
+  const names = [...plot.querySelectorAll(".annotation-text")].map((one) => [box(one), one.textContent]);
+  const marks = [...plot.querySelectorAll(".points .point")].map((one) => [box(one), "a mark"]);
+  const cover = ([a], [b]) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+  return {
+    id: plot.id,
+    names: names.map(([, text]) => text),
+    front: plot.layout.meta.labels.filter((one) => one.front).map((one) => one.method),
+    covered: names.filter((one) => [...names, ...marks].some((other) => other !== one && cover(one, other))),
+    out: names.filter(([own]) => own.left < area.left - 2 || own.right > area.right + 2 || own.top < area.top - 2),
+  };
+});
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1600, 400])
+def test_the_front_is_named_beside_its_points(browser: Any, small_page: Path, width: int) -> None:
+    visit(browser, small_page, width=width)
+    plots = browser.execute_script(NAMES)
+    assert [plot["id"].rpartition("-")[2] for plot in plots] == ["parameters", "memory", "kept", "time"]
+    for plot in plots:
+        assert plot["covered"] == plot["out"] == [], plot
+        assert len(plot["front"]) >= 1
+        if width > 1000:
+            assert set(plot["front"]) <= set(plot["names"]), plot
+    # The legend stays in sight, also where there is little of it.
+    top = "document.getElementById('glue-cola-curves').scrollIntoView(); return document.querySelector('.legend')"
+    assert browser.execute_script(f"{top}.getBoundingClientRect().top") == 0
+    # A plot alone in its row is as wide as the table.
+    widths = "return [...document.querySelectorAll('figure.wide .plot, .scroll')].map((one) => one.clientWidth)"
+    if width > 1000:
+        assert len(set(browser.execute_script(widths))) == 1
+
+
 # Of every plot: how many traces it has, how many marks were drawn, labels that stick out, ticks of x that overlap.
 LOOK = """
 return [...document.querySelectorAll(".plot")].map((plot) => {
@@ -250,9 +289,11 @@ def test_a_method_can_be_hidden_and_the_page_printed(browser: Any, small_page: P
         .filter((trace) => trace.meta === arguments[0]).map((trace) => trace.visible !== false)
     """
     assert set(browser.execute_script(script, name)) == {True}
+    assert any(name in plot["names"] for plot in browser.execute_script(NAMES))
     button.click()
     time.sleep(0.5)
     assert set(browser.execute_script(script, name)) == {False}
+    assert not any(name in plot["names"] for plot in browser.execute_script(NAMES))
     assert button.get_attribute("aria-pressed") == "false"
     # Print is on white, and the screen's colours are back afterwards.
     browser.execute_script(

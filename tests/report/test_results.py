@@ -142,8 +142,11 @@ def test_damage_is_one_error_that_names_the_file(folder: Path, tmp_path: Path) -
         with pytest.raises(ValueError, match=said) as caught:
             read(folder)
         assert str(path) in str(caught.value)
-    with pytest.raises(ValueError, match="isotune compare"):
+    with pytest.raises(ValueError, match="there are some below it") as caught:
         read(tmp_path)
+    assert str(folder) in str(caught.value)
+    with pytest.raises(ValueError, match="isotune compare"):
+        read(folder / "runs" / "head")
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

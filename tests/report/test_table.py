@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import isotune_cli as cli
 from comparisons import METHODS, write_comparison
+from isotune.report.finding import finding
 from isotune.report.results import read
 from isotune.report.table import comma_separated, latex, markdown
 
@@ -53,6 +54,9 @@ def test_markdown_is_best_first_and_keeps_the_papers_figure_apart(folder: Path) 
     assert table[2][1] == f"**{lora.mean:.3f} ± {lora.standard_error:.3f}**"
     assert len({len(row) for row in table}) == 1
     assert "not results of ours" in lines[-1]
+    found = finding(comparison)
+    assert found is not None
+    assert lines[4] == f"{found.sentence} {found.basis}"
 
 
 def test_latex_escapes_what_it_must(folder: Path) -> None:
@@ -66,7 +70,7 @@ def test_latex_escapes_what_it_must(folder: Path) -> None:
     assert "$\\pm$" in body[1]
     assert "±" not in "".join(body)
     assert text.count("{") == text.count("}")
-    assert text.startswith("% glue/cola")
+    assert text.startswith("% CoLA, is this sentence acceptable English?\n% 3 methods on all-MiniLM-L6-v2, 3 seeds")
 
 
 BREAKS = "\n\r\x0b\x0c\x1c\x85\u2028\u2029"
@@ -117,7 +121,7 @@ def test_html_in_a_name_is_text_in_markdown(folder: Path) -> None:
 
 def test_the_command_writes_each_format(folder: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke
-    for form, begins in (("md", "## glue/cola"), ("csv", "comparison,model"), ("latex", "% glue/cola")):
+    for form, begins in (("md", "## CoLA, is"), ("csv", "comparison,model"), ("latex", "% CoLA, is")):
         done = run(cli.app, ["report", str(folder), "--format", form])
         assert done.exit_code == 0, done.output
         assert done.stdout.startswith(begins)
@@ -126,5 +130,5 @@ def test_the_command_writes_each_format(folder: Path, tmp_path: Path) -> None:
         assert path.read_text() == done.stdout
     done = run(cli.app, ["report", str(folder), "--format", "pdf"])
     assert (done.exit_code, "html, md, csv, latex" in done.output) == (2, True)
-    done = run(cli.app, ["report", str(tmp_path)])
+    done = run(cli.app, ["report", str(tmp_path / "new")])
     assert (done.exit_code, "isotune compare" in done.output) == (2, True)

@@ -19,7 +19,7 @@ def identity(recipe: Recipe, fingerprint: str, *, methods: bool = True) -> dict[
 
     In a comparison other `methods` do not make another experiment.
     """
-    left_out = {*_FREE} if methods else {*_FREE, *_METHODS}
+    left_out: Any = {"train": {"report_to"}} | dict.fromkeys(_FREE if methods else (*_FREE, *_METHODS), True)
     return {"recipe": recipe.model_dump(mode="json", exclude=left_out), "data": fingerprint}
 
 

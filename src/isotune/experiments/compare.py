@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
-from isotune.experiments import methods, processes, registry
-from isotune.experiments.claim import claim, identity
-from isotune.experiments.engines import Engine
+from isotune.experiments import methods, registry
 from isotune.experiments.execute import check_extras
-from isotune.experiments.files import write_json
 from isotune.experiments.recipe import Recipe, RecipeError, validate
-from isotune.experiments.records import Record
-from isotune.experiments.run import Run
-from isotune.experiments.schedule import Schedule, Variant, carry_out, repeated
+from isotune.experiments.schedule import Schedule, Variant
 from isotune.experiments.text import YamlError, from_yaml, shown
 
 
@@ -128,14 +119,14 @@ def grid(centre: float, count: int, factor: float) -> tuple[float, ...]:
 
 
 def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Schedule:
-    """Check everything that can be checked before the first run, and read what has been done.
+    """The runs of a comparison, after all checks that need no model; nothing is written or trained.
 
     Args:
         name: the recipe's, for the records.
         folder: for the results.
 
     Raises:
-        RecipeError: an option or a method is wrong, or the folder holds something else.
+        RecipeError: an option or a method is wrong.
         DataError: the data cannot be used.
     """
     from isotune.experiments import tasks
@@ -146,30 +137,20 @@ def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Schedule:
             raise RecipeError(f"{key} is {value} and must be at least 1")
     if not 1 < options.factor < math.inf:
         raise RecipeError(f"--lr-factor is {options.factor:g} and must be above 1")
-    check_extras()
     given = list(options.methods) or [method.name for method in recipe.methods]
     variants = [parse(text, recipe, options) for text in given]
-    twice = repeated(variants)
-    if twice is not None:
-        raise RecipeError(f"the method {twice} is given twice")
+    check_extras(recipe, [variant.method for variant in variants])
     trials = {len(variant.rates): variant.label for variant in variants}
     if len(trials) > 1:
         counts = " and ".join(f"{label} {count}" for count, label in sorted(trials.items()))
         raise RecipeError(f"every method is given the same number of learning rates, but {counts}")
-    task = tasks.make(recipe)
-    if not task.sizes["validation"] and max(trials) > 1:
-        raise RecipeError(
-            "learning rates are chosen on a validation set, and there is none: give one, or --lr-search 1"
-        )
-    about = task.described()
-    claim(folder, identity(recipe, about["fingerprint"], methods=False), "-o FOLDER")
-    notes: list[str] = []
-    if options.match_params is not None:
-        variants, notes = _matched(variants, task, options.match_params)
     seeds = [recipe.train.seed + i for i in range(options.seeds)]
-    found = Schedule(name, recipe, variants, seeds, folder, about, options.threads, options.keep_adapters, notes=notes)
+    found = Schedule(
+        name, recipe, variants, seeds, folder, tasks.make(recipe), options.threads, keep_adapters=options.keep_adapters
+    )
+    if options.match_params is not None:
+        found.variants, found.notes = _matched(variants, found.task, options.match_params)
     found.details = {key: getattr(options, key) for key in ("lr_search", "match_params", "command")}
-    found.load()
     return found
 
 
@@ -190,41 +171,3 @@ def _matched(variants: Sequence[Variant], task: Any, target: int) -> tuple[list[
         given = ", as given" if size in before.method.options else ""
         notes.append(f"{variant.label}: {count(variant.method):,} adapter parameters, {how}{given}")
     return found, notes
-
-
-def compare(found: Schedule, engine: Engine) -> dict[str, Any]:
-    """Carry out what is left of a comparison, also where a run fails, and return what `comparison.json` then holds.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C, after the running ones have saved a checkpoint.
-        StorageError: there is no room.
-    """
-    path = found.folder / "comparison.json"
-    total = found.total()
-    bar = processes.bar(total, min(total, len(found.records)), "comparing", "run")
-    try:
-        for run, record in carry_out(found, engine):
-            tqdm.write(_line(run, record), file=sys.stderr)
-            bar.update()
-            write_json(path, found.result())
-    except KeyboardInterrupt:
-        tqdm.write("interrupted: the runs save a checkpoint (Ctrl-C again to stop at once)", file=sys.stderr)
-        engine.stop()
-        raise
-    finally:
-        engine.close()
-        bar.close()
-    result = found.result()
-    write_json(path, result)
-    if not found.keep_adapters and all(record.failed is None for record in found.records.values()):
-        shutil.rmtree(found.folder / "work", ignore_errors=True)
-    return result
-
-
-def _line(run: Run, record: Record) -> str:
-    if record.failed is not None:
-        return f"{run.title}: failed, {record.failed}"
-    chosen = record.validation.get(record.metric)
-    found = [] if chosen is None else [f"validation {chosen:.4f}"]
-    found += [] if record.score is None else [f"test {record.score:.4f}"]
-    return f"{run.title}: {', '.join(found)}, {record.train_seconds or 0:.0f} s"

@@ -17,6 +17,7 @@ from isotune.experiments.files import read_object, write_json
 from isotune.experiments.run import Run
 from isotune.experiments.tasks.task import Task
 from isotune.experiments.text import first_line
+from isotune.internals.progress_bars import show_progress
 from isotune.methods.config import require_choice
 
 Finished = tuple[Run, dict[str, Any]]
@@ -69,6 +70,7 @@ class ThisProcess(Engine):
 
     def wait(self) -> list[Finished]:
         _, run = self.pending.popitem()
+        _ = self.task.encoded  # so that no run is timed with it
         return [(run, execute(run, self.task))]
 
 
@@ -160,6 +162,7 @@ def _child(run: Run) -> None:
     log = os.open(run.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    show_progress("lines")
     try:
         record = attempt(run)
         if "failed" in record:

@@ -9,16 +9,20 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from isotune.experiments import processes
 from isotune.experiments.files import read_object, storing, write_json
-from isotune.experiments.recipe import Method, RecipeError
+from isotune.experiments.recipe import Method, Recipe, RecipeError
 from isotune.experiments.run import Run
 from isotune.experiments.tasks.task import Task
 from isotune.experiments.text import first_line
+
+RELOADED = "reloaded.json"
+"""In a run's folder, the scores of what it saved, as `reload.py` finds them in another process."""
 
 
 def execute(run: Run, task: Task | None = None) -> dict[str, Any]:
@@ -46,6 +50,7 @@ def execute(run: Run, task: Task | None = None) -> dict[str, Any]:
             raise ValueError(
                 "the data are not those that the comparison began with; its results would be about two different tasks"
             )
+    (run.folder / RELOADED).unlink(missing_ok=True)  # of weights that are about to be replaced
     entry = _train(run, task)
     if processes.is_main():
         machine = {"versions": versions(), "hardware": hardware()}
@@ -181,8 +186,15 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def check_extras() -> None:
-    """Check that the packages which training needs are installed."""
-    missing = [name for name in ("accelerate", "sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
+def check_extras(recipe: Recipe, trained: Iterable[Method]) -> None:
+    """Check that the packages which training these methods needs are installed; raises RecipeError."""
+    missing = _missing("accelerate", "sklearn", "matplotlib")
     if missing:
         raise RecipeError(f"training needs {' and '.join(missing)}: pip install 'isotune[train]'")
+    for tracker in dict.fromkeys(name for method in trained for name in recipe.training(method).report_to):
+        if _missing(tracker):
+            raise RecipeError(f"train.report_to={tracker} needs {tracker}: pip install {tracker}")
+
+
+def _missing(*names: str) -> list[str]:
+    return [name for name in names if importlib.util.find_spec(name) is None]

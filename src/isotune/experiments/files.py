@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -38,9 +39,11 @@ def storing(what: str) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _TORCH_WRITER.search(str(error)):
             raise
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        todo = "make room and run" if full else "when it can be written, run"
         raise StorageError(
-            f"cannot write {what}: {first_line(error)}; make room and run the same command again, "
-            "which goes on from the last checkpoint"
+            f"cannot write {what}: {first_line(error)}; {todo} the same command again, which goes on from the last "
+            "checkpoint"
         ) from error
 
 

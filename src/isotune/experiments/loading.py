@@ -78,9 +78,12 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
     path = Path(source)
     if not path.exists():
         if path.suffix in {".yaml", ".yml"}:
-            raise RecipeError(f"there is no recipe file {source}")
-        listed = f"there is no recipe {source!r}: `isotune recipes` lists them, and a YAML file is given by its path"
-        raise RecipeError(listed + meant(source, known))
+            raise RecipeError(f"there is no recipe file {source}; `isotune init` writes one")
+        nearest = meant(source, known)
+        raise RecipeError(
+            f"there is no recipe {shown(source)}{nearest or ';'} `isotune recipes` lists all, and a YAML file is given "
+            "by its path"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -18,6 +18,7 @@ from isotune.experiments.files import StorageError, storing
 from isotune.experiments.progress import Progress, diverged, last_checkpoint
 from isotune.experiments.recipe import LESS_IS_BETTER
 from isotune.experiments.run import Run
+from isotune.experiments.tracking import tracked
 from isotune.files.base_model import quiet
 from isotune.tools.regularization import has_regularization, regularization_callback
 
@@ -129,60 +130,61 @@ def train(
     every = "steps" if settings.eval_steps else "epoch"
     progress = Progress(run.title, folder, task.metric)
     per_epoch = math.ceil(len(task.train) / settings.batch_size)
-    arguments = task.arguments(
-        output_dir=str(folder),
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=processes.share_of(settings.batch_size // settings.gradient_accumulation),
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        **{_CHECKPOINTING: settings.gradient_checkpointing},
-        per_device_eval_batch_size=settings.eval_batch_size,
-        learning_rate=run.lr,
-        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
-        warmup_steps=settings.warmup_steps or settings.warmup_ratio,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        seed=settings.seed,
-        eval_strategy=every if watched else "no",
-        save_strategy=every,
-        eval_steps=settings.eval_steps,
-        save_steps=settings.eval_steps or 500,
-        save_total_limit=2,
-        load_best_model_at_end=watched and settings.select_best,
-        metric_for_best_model=task.metric if watched else None,
-        greater_is_better=task.metric not in LESS_IS_BETTER if watched else None,
-        logging_steps=max(1, min(10, per_epoch // 4)),
-        label_names=["labels"],
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
-        report_to="none",
-        use_cpu=processes.on_cpu(),
-    )
-    regularizers = [regularization_callback()] if has_regularization(model) else []
-    trainer = (task.trainer or Loop)(
-        run,
-        head,
-        task.lengths,
-        model=model,
-        args=arguments,
-        data_collator=task.collate,
-        train_dataset=task.train,
-        eval_dataset=task.validation or None,
-        compute_metrics=task.measured if task.examine is None else None,
-        callbacks=[progress, *regularizers, *callbacks],
-        **task.options,
-    )
-    trainer.remove_callback(PrinterCallback)
     if processes.is_main():
         last_checkpoint(folder)  # removes what was cut off
     processes.wait_for_all()
     resume = last_checkpoint(folder)
-    try:
-        with progress.catching_interrupts(), quiet():
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    finally:
-        progress.close()
+    regularizers = [regularization_callback()] if has_regularization(model) else []
+    with tracked(run) as tracking:
+        arguments = task.arguments(
+            output_dir=str(folder),
+            num_train_epochs=settings.epochs,
+            max_steps=settings.max_steps or -1,
+            per_device_train_batch_size=processes.share_of(settings.batch_size // settings.gradient_accumulation),
+            gradient_accumulation_steps=settings.gradient_accumulation,
+            **{_CHECKPOINTING: settings.gradient_checkpointing},
+            per_device_eval_batch_size=settings.eval_batch_size,
+            learning_rate=run.lr,
+            lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+            warmup_steps=settings.warmup_steps or settings.warmup_ratio,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            seed=settings.seed,
+            eval_strategy=every if watched else "no",
+            save_strategy=every,
+            eval_steps=settings.eval_steps,
+            save_steps=settings.eval_steps or 500,
+            save_total_limit=2,
+            load_best_model_at_end=watched and settings.select_best,
+            metric_for_best_model=task.metric if watched else None,
+            greater_is_better=task.metric not in LESS_IS_BETTER if watched else None,
+            logging_steps=max(1, min(10, per_epoch // 4)),
+            label_names=["labels"],
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=True,
+            use_cpu=processes.on_cpu(),
+            **tracking,
+        )
+        trainer = (task.trainer or Loop)(
+            run,
+            head,
+            task.lengths,
+            model=model,
+            args=arguments,
+            data_collator=task.collate,
+            train_dataset=task.train,
+            eval_dataset=task.validation or None,
+            compute_metrics=task.measured if task.examine is None else None,
+            callbacks=[progress, *regularizers, *callbacks],
+            **task.options,
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            with progress.catching_interrupts(), quiet():
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        finally:
+            progress.close()
     seconds = progress.seconds
     validation = task.examined(trainer, "validation")[1] if watched else None
     predictions, test, references = task.examined(trainer, "test")

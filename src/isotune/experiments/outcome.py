@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -71,6 +72,11 @@ class MethodResult:
         """The standard error of the mean over the seeds; None for a single seed."""
         return statistics.stdev(self.scores) / math.sqrt(len(self.scores)) if len(self.scores) > 1 else None
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The interval of the score over the draw of the test examples; None for several seeds."""
+        return self.runs[0].interval if len(self.runs) == 1 else None
+
     def average(self, name: str) -> float | None:
         """The mean of a field over the seeds that have it."""
         return self._mean(getattr(run, name) for run in self.runs)
@@ -93,16 +99,19 @@ class MethodResult:
         """The method in `comparison.json`: scores by seed, and the means of the measures over its seeds."""
         return {
             "label": self.label,
+            "title": self.title,
             "method": dict(self.method),
             "lr": self.lr,
             "lr_tried": list(self.tried),
             "lr_at_border": self.rate_at_border,
             "mean": self.mean,
             "standard_error": self.standard_error,
+            "interval": self.interval,
             "seeds": len(self.scores),
             "scores": {str(run.seed): run.score for run in self.runs},
             "failed": self.failed,
             "validation_score": self._mean(run.validation.get(run.metric) for run in self.runs),
+            "untrained_score": self._mean(run.untrained.get(run.metric) for run in self.runs),
             **{name: self._measure(name) for name in MEASURES},
         }
 
@@ -152,3 +161,14 @@ def method_result(
         search=search,
         failed=failed,
     )
+
+
+def with_titles(found: Sequence[MethodResult]) -> list[MethodResult]:
+    """The same, where methods that differ in what no title says, such as a training setting, have labels for titles."""
+    titles = [one.title for one in found]
+    return [
+        dataclasses.replace(one, title=one.label.replace(":", " ").replace("+", " "))
+        if titles.count(one.title) > 1
+        else one
+        for one in found
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from isotune.experiments.recipe import RecipeError
+from isotune.experiments.text import printable
 
 _PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "GROUP_", "ROLE_")
 _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -79,8 +81,14 @@ def environment_alone() -> Mapping[str, str]:
     return {name: v for name, v in os.environ.items() if name not in _NAMES and not name.startswith(_PREFIXES)}
 
 
-def bar(total: int, done: int, title: str, unit: str) -> Any:
+def say(text: str) -> None:
+    """Log a line about the progress of the experiment, in the main process alone."""
+    if is_main():
+        logging.getLogger("isotune").info(printable(text))
+
+
+def bar(total: int, done: int, title: str, unit: str, *, hidden: bool = False) -> Any:
     """A progress bar of the main process, renewed seldom where the output is a file, which it would fill."""
     often = 0.2 if sys.stderr.isatty() else 15
-    hidden = not is_main()
+    hidden = hidden or not is_main()
     return tqdm(total=total, initial=done, desc=title, unit=unit, disable=hidden, dynamic_ncols=True, mininterval=often)

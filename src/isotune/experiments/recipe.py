@@ -55,6 +55,7 @@ MethodName = Annotated[str, AfterValidator(_known_method)]
 Rate = Annotated[FiniteFloat, Field(gt=0)]
 Count = Annotated[PositiveInt, Field(lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 Names = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
 
 
@@ -167,7 +168,7 @@ class Train(_Section):
     """How to train: AdamW with a learning rate for the adapter (several: a search) and one for the head.
 
     `batch_size` is that of an update, computed in `gradient_accumulation` equal parts; `warmup_steps` goes over
-    `warmup_ratio`.
+    `warmup_ratio`. `report_to` names what the course of training is shown in besides.
     """
 
     epochs: FiniteFloat = Field(default=3, gt=0)
@@ -189,6 +190,11 @@ class Train(_Section):
     eval_steps: Count | None = None
     group_by_length: bool = False
     start_from_head: bool = False
+    report_to: Annotated[list[Tracker], BeforeValidator(_as_list)] = Field(default_factory=list)
+
+    def described(self) -> dict[str, Any]:
+        """As JSON, but for what changes no result."""
+        return self.model_dump(mode="json", exclude={"report_to"})
 
     @model_validator(mode="after")
     def _whole_parts(self) -> Train:

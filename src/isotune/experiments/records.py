@@ -13,7 +13,10 @@ from isotune.experiments import angles
 from isotune.experiments.text import clean, shown
 
 FORMAT = 1
-"""Version of a run's record and of what a comparison or a training writes about its runs."""
+"""Version of a run's record and of RESULT."""
+
+RESULT = "comparison.json"
+"""What `isotune train` and `isotune compare` write about all their runs, as `Schedule.result` makes it."""
 
 LARGEST = 1e100
 """Numbers beyond it are no measurement."""
@@ -161,8 +164,6 @@ class Record(Part):
     test: Scores = Field(default_factory=dict)
     untrained: Scores = Field(default_factory=dict)
     """The metrics before training, where they were measured."""
-    chosen: bool = True
-    """Whether a training found its rate the best of those tried."""
     interval_about: Annotated[Interval | None, Field(alias="interval")] = None
     curve: Points = Field(default_factory=list)
     trainable_parameters: Number = None
@@ -228,30 +229,3 @@ def record_of(content: Mapping[str, Any], path: Path) -> Record:
     """A run's record from what was stored at `path`; raises as `parse`."""
     found = parse(Record, {**content, "path": path, "content": {}}, path)
     return found.model_copy(update={"content": content})
-
-
-class Training(Part):
-    """What `result.json` says of a training."""
-
-    recipe: Object
-    metric: Text
-    seed: Whole = 0
-    data: Object
-    versions: Object = Field(default_factory=dict)
-    hardware: Object = Field(default_factory=dict)
-    runs: list[Object]
-    saved: dict[str, Scores] = Field(default_factory=dict)
-    """The metrics of the saved adapter, "reloaded" and "merged"."""
-    records: list[Record] = Field(default_factory=list)
-
-
-def read_training(content: Mapping[str, Any], path: Path) -> Training:
-    """What `result.json` at `path` says of a training, with the records of its runs; raises as `parse`."""
-    found = parse(Training, {**content, "records": []}, path)
-    known = {"recipe": path.parent.name, "task": found.recipe.get("task"), "model": found.recipe.get("model")}
-    known |= {"metric": found.metric, "data": found.data, "seed": found.seed, "phase": "search"}
-    known |= {"versions": found.versions, "hardware": found.hardware}
-    # An earlier release stored with a run only what differs from run to run.
-    records = [record_of({**known, **run}, path) for run in found.runs]
-    named = [r if r.label else r.model_copy(update={"label": str(r.method.get("name"))}) for r in records]
-    return found.model_copy(update={"records": named})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.experiments import tasks
+from isotune.experiments.execute import RELOADED
 from isotune.experiments.files import read_json, write_json
 from isotune.experiments.recipe import Recipe
 from isotune.files.base_model import quiet
@@ -49,4 +50,4 @@ def score(output: Path, folder: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    write_json(Path(sys.argv[1]) / sys.argv[2] / "reloaded.json", score(Path(sys.argv[1]), sys.argv[2]))
+    write_json(Path(sys.argv[1]) / sys.argv[2] / RELOADED, score(Path(sys.argv[1]), sys.argv[2]))

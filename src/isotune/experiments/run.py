@@ -22,6 +22,7 @@ class Run:
         phase: "search", "seed" or, for a head that others start from, "start".
         recipe: with this run's method, rate and seed.
         folder: holds the checkpoints while it runs, and what it trained.
+        logs: for what `train.report_to` names.
         start_from: the folder of a trained head, for `start_from_head`.
         threads: of the process; None leaves them as they are.
     """
@@ -34,6 +35,7 @@ class Run:
     seed: int
     fingerprint: str
     folder: Path
+    logs: Path
     record: Path
     start_from: Path | None = None
     threads: int | None = None
@@ -70,6 +72,6 @@ class Run:
             "model": self.recipe.model,
             "seed": self.seed,
             "lr": self.lr,
-            "settings": self.settings.model_dump(mode="json"),
+            "settings": self.settings.described(),
             "metric": self.recipe.metric,
         }

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from isotune.experiments import processes
-from isotune.experiments.engines import Engine
+from isotune.experiments.claim import claim, identity
 from isotune.experiments.files import read_object, write_json
-from isotune.experiments.outcome import MethodResult, best_rate, method_result
+from isotune.experiments.outcome import MethodResult, best_rate, method_result, with_titles
 from isotune.experiments.recipe import LESS_IS_BETTER, Method, Recipe, RecipeError, Train
 from isotune.experiments.records import FORMAT, Record, record_of
 from isotune.experiments.run import Run
+from isotune.experiments.tasks.task import Task
 from isotune.experiments.text import shown
 
 Key = tuple[str, float | None, int]
@@ -36,12 +37,6 @@ class Variant:
         return re.sub(r"[^A-Za-z0-9=.,\[\]-]+", "_", self.label)
 
 
-def repeated(variants: Sequence[Variant]) -> str | None:
-    """The label of a variant whose folder would be another's, if there is one."""
-    folders = [variant.folder for variant in variants]
-    return next((variant.label for variant in variants if folders.count(variant.folder) > 1), None)
-
-
 @dataclass
 class Schedule:
     """What an experiment consists of, and what of it has been done.
@@ -49,13 +44,16 @@ class Schedule:
     Each variant is trained at all its rates with the first seed, then at the best of them with the other seeds.
 
     Args:
-        about: what a record says of the data, with their fingerprint.
         threads: of a run; None leaves them as they are.
         keep_adapters: whether the trained weights stay.
-        separate: whether records lie apart from what the runs write, which can then be removed: `runs/`, `work/` and
-            `heads/`. Otherwise a run has one folder, which holds its record as `run.json`.
+        training: whether a recipe is trained, and not compared: a run then has one folder, which keeps what it trained
+            beside its record, `run.json`. The records of a comparison lie apart from what its runs write, which can
+            then be removed: `runs/`, `work/` and `heads/`.
         notes: what the user should know before it starts.
         details: what `result` says besides of how the comparison was made.
+
+    Raises:
+        RecipeError: two variants have one folder, or rates are to be chosen without a validation set.
     """
 
     name: str
@@ -63,21 +61,51 @@ class Schedule:
     variants: list[Variant]
     seeds: list[int]
     folder: Path
-    about: dict[str, Any]
+    task: Task
     threads: int | None = None
     keep_adapters: bool = False
-    separate: bool = True
+    training: bool = False
     notes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
     records: dict[Key, Record] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        folders = [variant.folder for variant in self.variants]
+        twice = next((variant.label for variant in self.variants if folders.count(variant.folder) > 1), None)
+        if twice is not None:
+            more = "; isotune compare trains one method with several options" if self.training else ""
+            raise RecipeError(f"the method {twice} is given twice{more}")
+        if not self.task.sizes["validation"] and any(len(variant.rates) > 1 for variant in self.variants):
+            one = "one train.lr" if self.training else "--lr-search 1"
+            raise RecipeError(f"learning rates are chosen on a validation set, and there is none: give one, or {one}")
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """What a record says of the data, with their sizes and fingerprint."""
+        return self.task.described()
+
+    def begin(self) -> None:
+        """Take the folder for this experiment, and read what of it has been done.
+
+        Raises:
+            RecipeError: the folder holds something else, or a record of other settings.
+            ValueError: a record cannot be read; the message names it.
+        """
+        if processes.is_main():
+            own = identity(self.recipe, self.about["fingerprint"], methods=self.training)
+            claim(self.folder, own, "output=FOLDER" if self.training else "-o FOLDER")
+        processes.wait_for_all()
+        # A search may have to be read before the best rate is known, and with it which further runs there are.
+        while [run for run in self._possible() if run.key not in self.records and self._read(run)]:
+            pass
 
     @cached_property
     def heads(self) -> dict[int, Run]:
         """The heads that runs start from where the recipe asks for that, by seed.
 
-        Where records lie with their runs, as in a training, these are the runs of the method head itself.
+        In a training these are the runs of the method head itself.
         """
-        if not self.recipe.train.start_from_head or not self.separate:
+        if not self.recipe.train.start_from_head or self.training:
             return {}
         method = next(m for m in self.recipe.baselines if m.name == "head")
         lr = self.recipe.training(method).lr[0]
@@ -118,16 +146,18 @@ class Schedule:
 
     def _run(self, phase: str, variant: Variant, lr: float, seed: int) -> Run:
         method = variant.method.model_copy(update={"train": {**variant.method.train, "lr": [lr], "seed": seed}})
-        where, name = self.folder.resolve(), f"lr={lr:g}-seed={seed}"
-        if not self.separate:
-            folder = where / (variant.folder if len(variant.rates) == 1 else f"{variant.folder}-lr={lr:g}")
-            record, start_from = folder / "run.json", self._trained_head(method)
+        where, start_from = self.folder.resolve(), None
+        if self.training:
+            name = variant.folder if len(variant.rates) == 1 else f"{variant.folder}-lr={lr:g}"
+            folder, record, start_from = where / name, where / name / "run.json", self._trained_head(method)
         else:
-            heads = phase == "start"
-            folder = where / ("heads" if heads else f"work/{variant.folder}") / name
-            record = where / ("heads" if heads else f"runs/{variant.folder}") / f"{name}.json"
-            head = self.heads.get(seed) if not heads and method.name != "head" else None
-            start_from = head.folder if head else None
+            name = f"{variant.folder}/lr={lr:g}-seed={seed}"
+            folder, record = where / "work" / name, where / "runs" / f"{name}.json"
+            if phase == "start":
+                name = f"heads/lr={lr:g}-seed={seed}"
+                folder, record = where / name, where / f"{name}.json"
+            elif method.name != "head" and seed in self.heads:
+                start_from = self.heads[seed].folder
         return Run(
             name=self.name,
             label=variant.label,
@@ -137,6 +167,7 @@ class Schedule:
             seed=seed,
             fingerprint=self.about["fingerprint"],
             folder=folder,
+            logs=where / "logs" / name,
             record=record,
             start_from=start_from,
             threads=self.threads,
@@ -148,19 +179,6 @@ class Schedule:
         lr = self.best(head) if head is not None and method.name != "head" else None
         return None if head is None or lr is None else self._run("search", head, lr, self.seeds[0]).folder
 
-    def load(self) -> None:
-        """Read the records of what has been done, but for what failed for a reason that may have passed.
-
-        Raises:
-            RecipeError: a record is of other settings.
-            ValueError: a record cannot be read; the message names it.
-        """
-        # A search may have to be read before the best rate is known, and with it which further runs there are.
-        while True:
-            found = [run for run in self._possible() if run.key not in self.records and self._read(run)]
-            if not found:
-                return
-
     def _read(self, run: Run) -> bool:
         path = run.record
         if not path.exists():
@@ -169,7 +187,7 @@ class Schedule:
         if "settings" in content:
             try:
                 # A later release may know more settings; what an earlier one has stored then had their defaults.
-                content["settings"] = Train.model_validate(content["settings"]).model_dump(mode="json")
+                content["settings"] = Train.model_validate(content["settings"]).described()
             except ValueError as error:
                 raise RecipeError(f"cannot read {path}: its settings are none that this release knows") from error
         for key, value in run.identity().items():
@@ -192,7 +210,7 @@ class Schedule:
             return
         if not run.record.exists() or read_object(run.record) != content:
             write_json(run.record, content)
-        if record.failed is None and run.phase != "start" and not self.keep_adapters:
+        if record.failed is None and run.phase != "start" and not (self.keep_adapters or self.training):
             shutil.rmtree(run.folder, ignore_errors=True)
 
     def _result(self, variant: Variant) -> MethodResult:
@@ -226,21 +244,5 @@ class Schedule:
             **self.details,
             "data": self.about,
             "complete": not any(True for _ in self.ready()),
-            "rows": [self._result(variant).row() for variant in self.variants],
+            "rows": [one.row() for one in with_titles([self._result(variant) for variant in self.variants])],
         }
-
-
-def carry_out(schedule: Schedule, engine: Engine) -> Iterator[tuple[Run, Record]]:
-    """Carry out what is left of an experiment, and hand out each run with its record once it has ended."""
-    running: set[Key] = set()
-    while True:
-        for run in schedule.ready():
-            if engine.free and run.key not in running:
-                running.add(run.key)
-                engine.start(run)
-        if not engine.running:
-            return
-        for run, content in engine.wait():
-            running.discard(run.key)
-            schedule.add_record(run, content)
-            yield run, schedule.records[run.key]

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from isotune.experiments.records import Training, number
-from isotune.experiments.registry import entry
+from isotune.experiments.chart import draw
+from isotune.experiments.records import number
 from isotune.experiments.text import aligned, printable
 
 Row = Mapping[str, Any]
@@ -21,28 +21,55 @@ _COLUMNS = (
     ("kept", "kept_bytes", "{:,.1f} MiB", 2**20),
 )
 """Heading, key of a row, how a number is written, and in which unit."""
+WIDTH = 100
+_LEFT_OUT = ("file", "peak", "adapter", "kept", "time")
+"""The columns that are left out one after the other where a line would have more than WIDTH characters."""
 
 
-def table(metric: str, rows: Sequence[Row]) -> str:
-    """Methods as lines of text, one each as `comparison.json` holds them, then what failed.
+def table(result: Mapping[str, Any]) -> str:
+    """What an experiment came to, as `Schedule.result` makes it, as lines of text, and after them what failed.
 
     What a row does not have is left empty, and a column that none has is left out.
     """
+    metric, rows = result["metric"], rows_of(result)
     lines = [("", metric.replace("_", " "), "seeds", "lr", *(heading for heading, _, _, _ in _COLUMNS))]
     for row in rows:
         seeds, lr = row.get("seeds"), row.get("lr")
-        cells = [str(row["label"]), shown_score(metric, row), "" if seeds is None else str(seeds)]
+        cells = [str(row["title"]), shown_score(metric, row), "" if seeds is None else str(seeds)]
         cells.append("" if lr is None else f"{lr:g}" + ("*" if row.get("lr_at_border") else ""))
         for _, key, form, unit in _COLUMNS:
             value = row.get(key)
             cells.append("" if value is None else form.format(value / unit))
         lines.append(tuple(cells))
     used = [i for i in range(len(lines[0])) if i < 2 or any(line[i] for line in lines[1:])]
-    head, *body = aligned([[printable(line[i]) for i in used] for line in lines], "<" + ">" * (len(used) - 1))
+    head, *body = _aligned(lines, used)
+    for heading in _LEFT_OUT:
+        if len(head) > WIDTH and (column := lines[0].index(heading)) in used:
+            used.remove(column)
+            head, *body = _aligned(lines, used)
     shown = [head, "-" * len(head), *body]
     if any(row.get("lr_at_border") for row in rows):
         shown.append("* the best of the rates tried is the lowest or the highest; a better one may lie beyond")
-    return "\n".join([*shown, *(f"{row['label']} failed: {row['failed']}" for row in rows if row.get("failed"))])
+    return "\n".join([*shown, *(f"{row['title']} failed: {row['failed']}" for row in rows if row.get("failed"))])
+
+
+def _aligned(lines: Sequence[tuple[str, ...]], used: Sequence[int]) -> list[str]:
+    return aligned([[printable(line[i]) for i in used] for line in lines], "<" + ">" * (len(used) - 1))
+
+
+def rows_of(result: Mapping[str, Any]) -> list[Row]:
+    """The rows of an experiment: what needs no training, its methods, and what a training has saved."""
+    metric, methods = result["metric"], result["rows"]
+    majority = number(result["data"].get("majority_accuracy"))
+    rows: list[Row] = []
+    if metric == "accuracy" and majority is not None:
+        rows.append({"title": "majority class", "mean": majority})
+    untrained = (row["untrained_score"] for row in methods)
+    rows += [{"title": "untrained head", "mean": score} for score in untrained if score is not None]
+    rows += methods
+    for name, found in result.get("saved", {}).items():
+        rows.append({"title": f"{methods[-1]['title']}, {name}", "mean": found[metric]})
+    return rows
 
 
 def shown_score(metric: str, row: Row) -> str:
@@ -55,63 +82,7 @@ def shown_score(metric: str, row: Row) -> str:
     return f"{scale * row['mean']:.{digits}f}{spread}{unit}"
 
 
-def of_training(training: Training) -> str:
-    """The table of a training."""
-    return table(training.metric, training_rows(training))
-
-
-def training_rows(training: Training) -> list[Row]:
-    """The rows of a training: what needs no training, each method at its best rate, and the saved adapter."""
-    metric = training.metric
-    majority = number(training.data.get("majority_accuracy"))
-    chosen = [run for run in training.records if run.chosen and run.score is not None]
-    rows: list[Row] = []
-    if metric == "accuracy" and majority is not None:
-        rows.append({"label": "majority class", "mean": majority})
-    rows += [{"label": "untrained head", "mean": run.untrained[metric]} for run in chosen if metric in run.untrained]
-    title = ""
-    for run in chosen:
-        name = str(run.method.get("name"))
-        title = "head alone" if name == "head" else entry(name).title_of(run.method)
-        measures = {key: getattr(run, key) for _, key, _, _ in _COLUMNS}
-        rows.append({"label": title, "mean": run.score, "lr": run.lr, **measures})
-    for name, how in (("reloaded", "reloaded in a new process"), ("merged", "merged into the base")):
-        if metric in training.saved.get(name, {}):
-            rows.append({"label": f"{title}, {how}", "mean": training.saved[name][metric]})
-    return rows
-
-
-def chart(training: Training, path: Path) -> None:
-    """Draw the scores of a training as bars into a PNG of 1,280 × about 640 pixels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    metric = training.metric
-    rows = training_rows(training)
-    found = [row for row in rows if "trainable_parameters" in row or row["label"] == "majority class"]
-    figure = Figure(figsize=(8, 1.2 + 0.7 * len(found)), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)  # no window, no global state: charts may be drawn in any process
-    axes = figure.subplots()
-    colours = ["#b9c0c9"] * (len(found) - 1) + ["#2f6db5"]
-    bars = axes.barh([row["label"] for row in found], [row["mean"] for row in found], color=colours)
-    for bar, row in zip(bars, found, strict=True):
-        trained = row.get("trainable_parameters")
-        note = f"  {shown_score(metric, row)}"
-        note += "" if trained is None else f"   {trained:,.0f} trainable parameters"
-        # Inside a long bar, beside a short one, so the text never leaves the axes.
-        long = row["mean"] > 0.5
-        axes.text(
-            row["mean"] - 0.01 if long else row["mean"],
-            bar.get_y() + bar.get_height() / 2,
-            note.strip() if long else note,
-            va="center",
-            ha="right" if long else "left",
-            color="white" if long and row is found[-1] else "#1d2733",
-            fontsize=11,
-        )
-    axes.invert_yaxis()
-    axes.set_xlim(min(0.0, *(row["mean"] for row in found)), 1)
-    axes.set_xlabel(f"test {metric.replace('_', ' ')}")
-    axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+def chart(result: Mapping[str, Any], path: Path) -> None:
+    """Draw the scores of the methods of an experiment, as `Schedule.result` makes it; as `draw`."""
+    rows = [{**row, "score": shown_score(result["metric"], row)} for row in result["rows"] if row["mean"] is not None]
+    draw(result["metric"], result["data"], rows, path)

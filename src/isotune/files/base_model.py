@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import logging
 import shutil
 import tempfile
 import warnings
@@ -34,7 +35,13 @@ _TOKENIZER_FILES = [
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence other libraries' warnings about a deliberately new head, and their loading bars."""
+    """Silence other libraries' warnings about a deliberately new head, and their loading bars.
+
+    Not where the logger "isotune" is at DEBUG, as `isotune --verbose` has it.
+    """
+    if logging.getLogger("isotune").isEnabledFor(logging.DEBUG):
+        yield
+        return
     from transformers import logging as transformers_logging
 
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

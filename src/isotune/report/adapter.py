@@ -29,6 +29,9 @@ _FROM_BASE = (
     ("angles moved\nmean °", "{:.3g}", "angle_moved_mean"),
 )
 """Heading, how a value is written, and the field of a layer's report."""
+_SHORT = ("rank", "orthogonality_error", "largest_angle", "energy", "relative_norm", "angle_moved_largest")
+SHORTENED = 20
+"""How many layers the short table has."""
 
 
 def _cell(layer: LayerReport, pattern: str, field: str) -> str:
@@ -36,28 +39,39 @@ def _cell(layer: LayerReport, pattern: str, field: str) -> str:
     return "–" if value is None else pattern.format(*(value if isinstance(value, tuple) else (value,)))
 
 
-def to_text(report: AdapterReport, width: int | None = None) -> str:
+def to_text(report: AdapterReport, width: int | None = None, *, everything: bool = True) -> str:
     """The report as an aligned table, a line of what is missing, and the summary.
 
     Args:
         width: characters a line; None takes what the table needs, so that a file or a pipe gets no broken line.
+        everything: all layers in the order of the model with all columns; else the SHORTENED layers that were turned
+            farthest, or changed most where no angle is known, and the columns that fit into 100 characters.
     """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    columns = _FROM_FILE if report.base is None else _FROM_FILE + _FROM_BASE
+    columns: tuple[tuple[str, str, str], ...] = _FROM_FILE if report.base is None else _FROM_FILE + _FROM_BASE
+    layers, left_out = report.layers, 0
+    if not everything:
+        columns = tuple(column for column in columns if column[2] in _SHORT)
+        layers = sorted(
+            layers, key=lambda layer: (layer.largest_angle or 0.0, layer.relative_norm or 0.0), reverse=True
+        )
+        layers, left_out = layers[:SHORTENED], len(layers) - SHORTENED
     prefix = _common_prefix([layer.module for layer in report.layers])
     table = Table(box=box.SIMPLE_HEAD, title=None, pad_edge=False)
-    table.add_column(f"layer\n({prefix}…)" if prefix else "layer", no_wrap=True, overflow="fold")
+    table.add_column(f"layer\n({prefix}…)" if prefix else "layer", no_wrap=everything, overflow="fold")
     for title, _, _ in columns:
         table.add_column(title, justify="right", no_wrap=True)
-    for layer in report.layers:
+    for layer in layers:
         table.add_row(layer.module.removeprefix(prefix), *(_cell(layer, *column) for _, *column in columns))
-    console = Console(width=width or 10_000, color_system=None, highlight=False, markup=False)
+    console = Console(width=width or (10_000 if everything else 100), color_system=None, highlight=False, markup=False)
     with console.capture() as capture:
         console.print(table)
     lines = [line.rstrip() for line in capture.get().splitlines()]
+    if left_out > 0:
+        lines.append(f"{left_out} more layers; all of them, with every column: --all")
     if report.base is None:
         lines.append(MISSING_BASE)
     lines.append(report.summary())

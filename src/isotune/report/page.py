@@ -12,9 +12,10 @@ from typing import Any
 from isotune.experiments import paper, suites
 from isotune.experiments.outcome import MethodResult
 from isotune.report.columns import Cell, ordered, score_of, table_of
-from isotune.report.figures import PALETTES, SYMBOLS, Looks, sections
+from isotune.report.figures import PALETTES, SYMBOLS, Looks, Section, sections
+from isotune.report.finding import finding
 from isotune.report.results import Comparison
-from isotune.report.table import heading
+from isotune.report.titles import page_title, recipe_names, summary, titles
 
 _OUTLINES = {
     "circle": "M6 1.5a4.5 4.5 0 1 1 0 9a4.5 4.5 0 1 1 0-9z",
@@ -46,18 +47,18 @@ def render(comparisons: Sequence[Comparison]) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     keys = _keys(comparisons)
-    names = _names(comparisons)
+    names = titles(comparisons)
     parts = [_part(c, key, name, looks) for c, key, name in zip(comparisons, keys, names, strict=True)]
     figures = {
         f"{part['key']}-plot-{figure.key}": {"data": figure.data, "layout": figure.layout}
         for part in parts
-        for section in part["sections"]
+        for section, _ in part["sections"]
         for figure in section.figures
     }
     page: str = environment.from_string(_file("page.html")).render(
-        title=heading(comparisons[0]) if len(comparisons) == 1 else f"{len(comparisons)} comparisons",
+        title=page_title(comparisons),
         parts=parts,
-        overview=_overview(comparisons, keys, names),
+        overview=_overview(comparisons, keys, recipe_names(comparisons)),
         palettes=PALETTES,
         css=_file("page.css"),
         script=_file("page.js"),
@@ -89,12 +90,6 @@ def _keys(comparisons: Sequence[Comparison]) -> list[str]:
     return keys
 
 
-def _names(comparisons: Sequence[Comparison]) -> list[str]:
-    """What each comparison is called: its recipe, and its folder where that does not tell it from another."""
-    recipes = [comparison.recipe for comparison in comparisons]
-    return [c.recipe if recipes.count(c.recipe) == 1 else f"{c.recipe}, {c.folder.name}" for c in comparisons]
-
-
 def _part(comparison: Comparison, key: str, name: str, looks: Looks) -> dict[str, Any]:
     """What the template shows of one comparison; the number of seeds stands beside the score, not in a column."""
     heads, rows = table_of(comparison)
@@ -102,7 +97,9 @@ def _part(comparison: Comparison, key: str, name: str, looks: Looks) -> dict[str
     return {
         "comparison": comparison,
         "key": key,
-        "heading": f"{name} with {comparison.model}" if comparison.model else name,
+        "heading": name,
+        "summary": summary(comparison),
+        "finding": finding(comparison),
         "facts": _facts(comparison),
         "heads": [heads[0], *(heads[i] for i in shown)],
         "rows": [
@@ -112,7 +109,7 @@ def _part(comparison: Comparison, key: str, name: str, looks: Looks) -> dict[str
         "near": any(comparison.near_best(variant) for variant in comparison.variants),
         "border": any(variant.rate_at_border for variant in comparison.variants),
         "legend": [_swatch(variant, looks) for variant in comparison.scored],
-        "sections": sections(comparison, looks),
+        "sections": [(section, _legend(section, comparison, looks)) for section in sections(comparison, looks)],
         "geometry": _geometry(comparison),
     }
 
@@ -123,7 +120,7 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     versions: Mapping[str, Any] = next((run.versions for run in comparison.runs if run.versions), {})
     machine = [str(hardware.get("accelerator") or ""), str(hardware.get("platform") or "")]
     if hardware.get("processors"):
-        threads = f", {hardware['threads']} threads a run" if hardware.get("threads") else ""
+        threads = f", threads a run: {hardware['threads']}" if hardware.get("threads") else ""
         machine.append(f"{hardware['processors']} processors{threads}")
     names = ("isotune", "torch", "peft", "transformers", "python")
     failed = sum(run.failed is not None for run in comparison.runs)
@@ -145,6 +142,14 @@ def _swatch(variant: MethodResult, looks: Looks) -> dict[str, Any]:
     """The name of a method with its mark in the plots."""
     colour, outline = looks.colour(variant).removeprefix("@"), _OUTLINES[looks.symbol(variant)]
     return {"title": variant.title, "colour": colour, "outline": outline}
+
+
+def _legend(section: Section, comparison: Comparison, looks: Looks) -> list[dict[str, Any]]:
+    """The methods that the plots of a section tell apart by colour and symbol alone."""
+    if section.named:
+        return []
+    shown = {trace.get("meta") for figure in section.figures for trace in figure.data}
+    return [_swatch(v, looks) for v in comparison.variants if v.title in shown]
 
 
 def _with_seeds(variant: MethodResult, cell: Cell) -> Cell:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +12,9 @@ from pydantic import Field
 
 from isotune.experiments import paper
 from isotune.experiments.files import read_object
-from isotune.experiments.outcome import MethodResult, best_rate, method_result
+from isotune.experiments.outcome import MethodResult, best_rate, method_result, with_titles
 from isotune.experiments.recipe import LESS_IS_BETTER
-from isotune.experiments.records import Number, Object, Part, Rate, Record, Text, Whole, parse, read_training, record_of
+from isotune.experiments.records import RESULT, Number, Object, Part, Rate, Record, Text, Whole, parse, record_of
 from isotune.experiments.text import printable
 
 
@@ -126,30 +125,34 @@ class _Head(Part):
     rows: list[_Row] = Field(default_factory=list)
 
 
+class _Training(Part):
+    """What the `result.json` of an earlier release says of a training."""
+
+    recipe: Object
+    runs: list[Object]
+
+
 def read(folder: Path) -> Comparison:
-    """Read the folder of a comparison, finished or not, or of a finished training.
+    """Read the folder of a comparison or a training, finished or not.
 
     Args:
-        folder: what `isotune compare` wrote, `comparison.json` and a record for each run under `runs/`, or `isotune
-            train`, `result.json`. Fields that are not there are left out of the report, and a comparison that was
+        folder: what `isotune compare` or `isotune train` wrote, `comparison.json` and a record for each run, or the
+            `result.json` of an earlier release. Fields that are not there are left out of the report, and what was
             stopped before `comparison.json` was written is put together from its runs.
 
     Raises:
         ValueError: there is neither, or a file is damaged or holds what it should not; names it.
     """
-    path = folder / "comparison.json"
+    path = folder / RESULT
     head = parse(_Head, read_object(path) if path.exists() else {}, path)
-    if (training := folder / "result.json").exists():
-        records = read_training(read_object(training), training).records
-    else:
-        records = [record_of(read_object(run), run) for run in sorted((folder / "runs").rglob("*.json"))]
+    records = _records(folder)
     if not path.exists() and not records:
-        raise ValueError(f"{folder} holds no comparison; give a folder that `isotune compare` wrote (comparison.json)")
+        raise ValueError(_nothing_in(folder))
     first = next((record for record in records if record.metric), Record())
     metric = head.metric or first.metric or "accuracy"
     data = head.data or first.data
     records = [
-        record.model_copy(update={"metric": metric, "data": data, "label": record.label or record.path.parent.name})
+        record.model_copy(update={"metric": metric, "data": data, "label": record.label or _label(record)})
         for record in records
     ]
     # A task whose answers are generated may choose by the loss, as generating takes long.
@@ -157,7 +160,7 @@ def read(folder: Path) -> Comparison:
     chosen_by = head.chosen_by or guessed
     rows = {row.label: row for row in head.rows}
     labels = list(dict.fromkeys([*(head.variants or rows), *(r.label for r in records if r.phase != "start")]))
-    variants = _with_titles(
+    variants = with_titles(
         [_variant(label, [r for r in records if r.label == label], rows.get(label), chosen_by) for label in labels]
     )
     seeds = head.seeds or sorted({record.seed for record in records})
@@ -180,6 +183,43 @@ def read(folder: Path) -> Comparison:
     )
 
 
+def _records(folder: Path) -> list[Record]:
+    """The records of all runs: of a comparison in `runs/`, of a training beside what each has trained."""
+    found = [
+        record_of(read_object(run), run)
+        for pattern in ("runs/*/*.json", "*/run.json")
+        for run in sorted(folder.glob(pattern))
+        if run.name == "run.json" or run.name.startswith("lr=")
+    ]
+    old = folder / "result.json"
+    if found or not old.exists():
+        return found
+    content = read_object(old)
+    training = parse(_Training, content, old)
+    known = {key: content.get(key) for key in ("metric", "data", "seed", "versions", "hardware")} | {
+        "recipe": folder.name,
+        "task": training.recipe.get("task"),
+        "model": training.recipe.get("model"),
+        "phase": "search",
+    }
+    # An earlier release stored with a run only what differs from run to run.
+    return [record_of({**known, **run}, old) for run in training.runs]
+
+
+def _label(record: Record) -> str:
+    """The label of a run whose record has none."""
+    return record.path.parent.name if record.path.parent.parent.name == "runs" else str(record.method.get("name"))
+
+
+def _nothing_in(folder: Path) -> str:
+    """What is said of a folder without results: where there are some below it, or what such a folder is."""
+    below = sorted({path.parent for name in (RESULT, "result.json") for path in folder.glob(f"*/**/{name}")})
+    if not below:
+        return f"{folder} holds no results; give a folder that `isotune compare` or `isotune train` wrote ({RESULT})"
+    named = ", ".join(map(str, below[:10])) + (f" and {len(below) - 10} more" if len(below) > 10 else "")
+    return f"{folder} holds no results itself, and there are some below it: give {named}"
+
+
 def _variant(label: str, records: Sequence[Record], row: _Row | None, chosen_by: str) -> MethodResult:
     search = [record for record in records if record.phase == "search"]
     lr = row.lr if row is not None and row.lr is not None else best_rate(search or records, chosen_by)
@@ -189,17 +229,6 @@ def _variant(label: str, records: Sequence[Record], row: _Row | None, chosen_by:
     failed = (row.failed if row is not None else "") or next(iter(at_best if done else failures), None)
     method = next((record.method for record in records if record.method), row.method if row is not None else {})
     return method_result(label, records, method=method or {"name": label.partition(":")[0]}, lr=lr, failed=failed)
-
-
-def _with_titles(variants: Sequence[MethodResult]) -> list[MethodResult]:
-    """Two variants that differ in what no title says, such as a training setting, have their labels for titles."""
-    titles = [variant.title for variant in variants]
-    return [
-        dataclasses.replace(variant, title=variant.label.replace(":", " ").replace("+", " "))
-        if titles.count(variant.title) > 1
-        else variant
-        for variant in variants
-    ]
 
 
 def _notes(head: _Head, variants: Sequence[MethodResult], seeds: Sequence[int], whole: bool) -> list[str]:

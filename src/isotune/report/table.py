@@ -8,31 +8,32 @@ from collections.abc import Callable, Sequence
 
 from isotune.experiments.text import printable
 from isotune.report.columns import columns_of, table_of
+from isotune.report.finding import finding
 from isotune.report.results import Comparison
+from isotune.report.titles import summary, titles
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
     """A table a comparison: the best in bold, ≈ before those within one standard error of it."""
     parts = []
-    for comparison in comparisons:
+    for comparison, title in zip(comparisons, titles(comparisons), strict=True):
         plain = _cells(comparison, "\x01{}\x01", "≈ {}")
         head, *body = [[_markdown(cell).replace("\x01", "**") for cell in row] for row in plain]
         rule = ["---", *["---:"] * (len(head) - 1)]
         table = "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
-        parts.append(
-            "\n\n".join([f"## {_markdown(heading(comparison))}", table, *map(_markdown, _remarks(comparison))])
-        )
+        above = [f"## {_markdown(title)}", *map(_markdown, _above(comparison))]
+        parts.append("\n\n".join([*above, table, *map(_markdown, _remarks(comparison))]))
     return "\n\n".join(parts) + "\n"
 
 
 def latex(comparisons: Sequence[Comparison]) -> str:
     """A `tabular` a comparison, for the package booktabs: the best in bold, those within one standard error italic."""
     parts = []
-    for comparison in comparisons:
+    for comparison, title in zip(comparisons, titles(comparisons), strict=True):
         plain = _cells(comparison, "\x01{}\x03", "\x02{}\x03")
         head, *body = [[_tex(cell) for cell in row] for row in plain]
         lines = [
-            f"% {printable(heading(comparison))}. Needs \\usepackage{{booktabs}}.",
+            *(f"% {printable(line)}" for line in (title, *_above(comparison), "Needs \\usepackage{booktabs}.")),
             f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
             "\\toprule",
             " & ".join(head) + " \\\\",
@@ -75,11 +76,6 @@ def comma_separated(comparisons: Sequence[Comparison]) -> str:
 FORMATS: dict[str, Callable[[Sequence[Comparison]], str]] = {"md": markdown, "csv": comma_separated, "latex": latex}
 
 
-def heading(comparison: Comparison) -> str:
-    """What was compared, in a line."""
-    return f"{comparison.recipe} with {comparison.model}" if comparison.model else comparison.recipe
-
-
 def _cells(comparison: Comparison, best: str, near: str) -> list[list[str]]:
     """The head and the rows as text, best first; of what stands in small print only errors and the paper's method."""
     heads, rows = table_of(comparison)
@@ -93,6 +89,12 @@ def _cells(comparison: Comparison, best: str, near: str) -> list[list[str]]:
             line.append(marks[cell.mark].format(text))
         lines.append(line)
     return lines
+
+
+def _above(comparison: Comparison) -> list[str]:
+    """What stands between the title and the table: what was compared, and what was found."""
+    found = finding(comparison)
+    return [f"{summary(comparison)}.", *([f"{found.sentence} {found.basis}".strip()] if found else [])]
 
 
 def _remarks(comparison: Comparison) -> list[str]:

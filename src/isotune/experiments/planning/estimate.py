@@ -72,19 +72,40 @@ class Estimate:
         return self.setting.devices * self.tokens / self.seconds
 
 
-def estimate(setting: Setting) -> Estimate:
+@dataclass(frozen=True)
+class Built:
+    """A model on the meta device, as a task makes it, in the place of the one that a configuration describes.
+
+    Args:
+        head: the names of its modules that are trained beside an adapter.
+        kind: what PEFT calls the kind of model; None where it has no name for it.
+    """
+
+    base: Any
+    dtype: str
+    head: list[str]
+    kind: str | None
+
+
+def estimate(setting: Setting, built: Built | None = None) -> Estimate:
     """Estimate what a setting needs.
+
+    Args:
+        setting: what is to be trained and on what.
+        built: the model, where it is not the one that the configuration of `setting.model` describes.
 
     Raises:
         ValueError: no such model or method, options that do not fit, or a model that cannot be followed.
     """
     with quiet():
         with torch.device("meta"):
-            base, dtype = _build(setting)
+            built = built or _build(setting)
+            base, dtype = built.base, built.dtype
+            _let_attention_be_followed(base)
             base_parameters = sum(p.numel() for p in base.parameters())
             base_bytes, largest = _base_bytes(base, setting.quantization)
             blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(base)]
-            model = _adapted(base, setting).train()
+            model = _adapted(built, setting).train()
         try:  # not on the meta device: a number that a model draws, whether to leave layers out, must be one
             inputs = inputs_for(base, setting.batch, setting.sequence)
             step = trace(model, inputs)
@@ -96,7 +117,7 @@ def estimate(setting: Setting) -> Estimate:
     trained_parameters, trained_bytes = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
     memory = {
         "base weights": base_bytes,
-        "adapter weights": 0 if setting.method == "full" else trained_bytes,
+        "adapter weights": 0 if registry.is_plain(setting.method) else trained_bytes,
         "adapter's frozen factors": factor_bytes(model),
         "gradients": trained_bytes,
         "optimiser states": OPTIMIZER_BYTES[setting.optimizer] * trained_parameters,
@@ -150,7 +171,7 @@ def _tokens(base: nn.Module, inputs: dict[str, Tensor]) -> int:
     return batch * (patches + 1)
 
 
-def _build(setting: Setting) -> tuple[Any, str]:
+def _build(setting: Setting) -> Built:
     """The base model without weights, of the class that its configuration names, and its dtype."""
     import transformers
 
@@ -169,19 +190,24 @@ def _build(setting: Setting) -> tuple[Any, str]:
         model: Any = transformers.AutoModel.from_config(config) if own is None else own(config)
     finally:
         torch.set_default_dtype(before)
-    if attention_of(model.config) == "sdpa":
-        # No masks are made for it either: whether one is needed cannot be read off tensors without numbers.
-        transformers.AttentionInterface.register(_ATTENTION, attention)
-        model.set_attn_implementation(_ATTENTION)
-    return model, dtype
+    head = [name for name, _ in model.named_children() if name in registry.HEADS]
+    return Built(model, dtype, head, "SEQ_CLS" if "SequenceClassification" in type(model).__name__ else None)
 
 
-def _adapted(base: nn.Module, setting: Setting) -> nn.Module:
+def _let_attention_be_followed(model: Any) -> None:
+    import transformers
+
+    # No masks are made for it either: whether one is needed cannot be read off tensors without numbers.
+    transformers.AttentionInterface.register(_ATTENTION, attention)
+    for part in model.modules():  # an encoder inside of a classifier has a configuration of its own
+        if isinstance(part, transformers.PreTrainedModel) and attention_of(part.config) == "sdpa":
+            part.set_attn_implementation(_ATTENTION)
+
+
+def _adapted(built: Built, setting: Setting) -> nn.Module:
     method = Method(name=setting.method, **setting.options)
     methods.check(method)
-    head = [name for name, _ in base.named_children() if name in registry.HEADS]
-    kind = "SEQ_CLS" if "SequenceClassification" in type(base).__name__ else None
-    model: nn.Module = methods.attach(method, base, head, kind)
+    model: nn.Module = methods.attach(method, built.base, built.head, built.kind)
     return model
 
 
@@ -234,7 +260,7 @@ def _assumptions(setting: Setting, speed: float, reached: str, *, pairs: bool) -
         f"speed: {own}, of which {reached}; communication and the optimiser take no time",
         "activations: what autograd keeps of a step, counted on the model without weights; attention keeps no scores",
         "working space: one more tensor as large as the largest that is kept, and what the options below add",
-        "fragmentation and the libraries' own memory, often 1 to 2 GB, come on top",
+        "fragmentation and the libraries' own memory, often 1 to 2 GiB, come on top",
     ]
     if pairs:
         found.append(

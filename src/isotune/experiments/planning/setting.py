@@ -75,6 +75,7 @@ class Setting:
         flops: operations a second of one device, in the place of an accelerator's.
         utilization: share of that speed that is reached; None: what was measured on this accelerator with this method,
             or else `ASSUMED_UTILIZATION`.
+        new_head: whether the model has a head that the method "head" can train, which no configuration describes.
     """
 
     model: str
@@ -91,9 +92,10 @@ class Setting:
     accelerator: str = "h100"
     flops: float | None = None
     utilization: float | None = None
+    new_head: bool = False
 
     def __post_init__(self) -> None:
-        require_choice("method", self.method, [name for name in registry.entries() if name != "head"])
+        require_choice("method", self.method, [name for name in registry.entries() if name != "head" or self.new_head])
         for name in ("devices", "batch", "sequence"):
             require_positive_integer(name, getattr(self, name))
         if self.sharding is None:

@@ -174,7 +174,7 @@ def inputs_for(model: Any, batch: int, sequence: int) -> dict[str, Tensor]:
     else:
         raise ValueError(f"{type(model).__name__} takes {main}; only models of tokens or images can be planned.")
     accepted = inspect.signature(model.forward).parameters
-    if "labels" in accepted and "Classification" in type(model).__name__ and "Token" not in type(model).__name__:
+    if "labels" in accepted and "Classifi" in type(model).__name__ and "Token" not in type(model).__name__:
         inputs["labels"] = torch.zeros(batch, dtype=torch.long, device=model.device)
         if config.problem_type is None and config.num_labels > 1:
             config.problem_type = "single_label_classification"  # which some models would find out from the labels

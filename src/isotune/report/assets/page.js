@@ -59,7 +59,66 @@
     };
   }
 
-  function draw(element) {
+  const overlap = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+  const pen = document.createElement("canvas").getContext("2d");
+  const size = 11; // of labels, in pixels
+
+  // Where a label may stand beside its point: which corner of it, and how far from the point, past its error bar too.
+  const corners = (up, down) => [
+    ["right", "bottom", -5, 5], ["left", "top", 5, -5], ["left", "middle", 9, 0], ["right", "middle", -9, 0],
+    ["left", "bottom", 5, 5], ["right", "top", -5, -5], ["center", "bottom", 0, up], ["center", "top", 0, -down],
+    ["left", "bottom", -6, up], ["left", "top", -6, -down],
+  ];
+
+  // The names of points as annotations, each where it covers no mark and no other name, nor the line of the front if it
+  // can; what finds no place is left out.
+  function placed(element, labels, off, colours) {
+    const own = element.getBoundingClientRect();
+    const box = (one) => {
+      const { left, right, top, bottom } = one.getBoundingClientRect();
+      return { left: left - own.left, right: right - own.left, top: top - own.top, bottom: bottom - own.top };
+    };
+    const { xaxis, yaxis } = element.layout;
+    const area = box(element.querySelector(".nsewdrag"));
+    const at = (value, [low, high], from, to) => from + ((value - low) / (high - low)) * (to - from);
+    const right = (x) => at(x, xaxis.range, area.left, area.right);
+    const down = (y) => at(y, yaxis.range, area.bottom, area.top);
+    const bars = [...element.querySelectorAll(".yerror")].map(box);
+    const marks = [...element.querySelectorAll(".points .point")].map(box);
+    const taken = [...bars, ...marks];
+    const front = labels.filter((one) => one.front).map((one) => ({ x: right(one.x), y: down(one.y) }));
+    front.sort((a, b) => a.x - b.x);
+    const line = front.slice(1).flatMap((end, i) => [
+      { left: front[i].x, right: end.x, top: front[i].y - 1, bottom: front[i].y + 1 },
+      { left: end.x - 1, right: end.x + 1, top: end.y, bottom: front[i].y },
+    ]);
+    pen.font = `${size}px ${getComputedStyle(document.body).fontFamily}`;
+    const found = [];
+    for (const label of labels) {
+      if (off && off.has(label.method)) continue;
+      const [x, y, width] = [right(label.x), down(label.y), pen.measureText(label.text).width + 2];
+      const bar = bars.find((one) => one.left <= x && x <= one.right && one.top <= y && y <= one.bottom) || { top: y, bottom: y };
+      const free = (avoided) => ([xanchor, yanchor, dx, dy]) => {
+        const left = x + dx - { left: 0, center: width / 2, right: width }[xanchor];
+        const top = y - dy - { top: 0, middle: size / 2 + 1, bottom: size + 2 }[yanchor];
+        const space = { left, right: left + width, top, bottom: top + size + 2 };
+        const inside = left >= area.left && space.right <= area.right && top >= area.top && space.bottom <= area.bottom;
+        return inside && !avoided.some((one) => overlap(one, space)) && space;
+      };
+      const tried = corners(Math.max(9, y - bar.top + 2), Math.max(9, bar.bottom - y + 2));
+      const corner = tried.find(free([...taken, ...line])) || tried.find(free(taken));
+      if (!corner) continue;
+      taken.push(free([])(corner));
+      const [xanchor, yanchor, xshift, yshift] = corner;
+      const font = { size, color: label.front ? colours.ink : colours.muted };
+      found.push({
+        x: label.x, y: label.y, text: label.text, xanchor, yanchor, xshift, yshift, font, showarrow: false, borderpad: 0,
+      });
+    }
+    return found;
+  }
+
+  async function draw(element) {
     const spec = figures[element.id];
     const colours = palette();
     const off = hidden[element.dataset.part];
@@ -67,7 +126,9 @@
       if (trace.type === "heatmap") trace.colorbar = { ...trace.colorbar, tickfont: { color: colours.ink } };
       return off && off.has(trace.meta) ? { ...trace, visible: false } : trace;
     });
-    return Plotly.react(element, data, layoutOf(element, spec, colours), { displaylogo: false, displayModeBar: false });
+    await Plotly.react(element, data, layoutOf(element, spec, colours), { displaylogo: false, displayModeBar: false });
+    const labels = (spec.layout.meta || {}).labels;
+    if (labels) await Plotly.relayout(element, { annotations: placed(element, labels, off, colours) });
   }
 
   const plots = [...document.querySelectorAll(".plot")];

@@ -65,7 +65,7 @@ def sizes(comparison: Comparison, looks: Looks) -> Section | None:
     }
     caption = "Mean of the seeds with one standard error."
     figure = Figure("sizes", "Quality over the rank", caption, "; ".join(listed) + ".", data, layout, 360)
-    return Section("ranks", "Rank sensitivity", "", [figure])
+    return Section("ranks", "Rank sensitivity", "", [figure], named=True)
 
 
 _VECTORS = {(False, False): "none", (True, False): "α", (False, True): "β", (True, True): "α and β"}
@@ -109,4 +109,4 @@ def vectors(comparison: Comparison, looks: Looks) -> Section | None:
     caption = "Circles: seeds; diamonds: their mean with one standard error."
     figure = Figure("vectors", "PSOFT with and without its vectors", caption, alt + ".", data, layout, 340)
     text = "None is the strict method, which keeps angles and norms; α and β scale the principal directions."
-    return Section("vectors", "Tunable vectors", text, [figure])
+    return Section("vectors", "Tunable vectors", text, [figure], named=True)

@@ -28,8 +28,13 @@ def costs(comparison: Comparison, looks: Looks) -> Section | None:
     for field, name, show, key in _COSTS:
         found = [(variant.average(field), variant.mean, variant) for variant in comparison.scored]
         points = [(cost, score, v) for cost, score, v in found if cost is not None and score is not None]
-        if points:
-            figures.append(_against(comparison, looks, points, name, show, key))
+        # A head learns from features that are computed once: its memory and time are not those of a training.
+        heads = [] if field == "trainable_parameters" else [point for point in points if point[2].name == "head"]
+        heads = heads if len(heads) < len(points) else []
+        if shown := [point for point in points if point not in heads]:
+            aside = ", ".join(f"{v.title} ({show(cost)}, {comparison.shown(score)})" for cost, score, v in heads)
+            caption = f"Not shown: {aside}, as it trains on features computed once." if aside else ""
+            figures.append(_against(comparison, looks, shown, name, show, key, caption))
         else:
             missing.append(name)
     if not figures:
@@ -42,7 +47,9 @@ def costs(comparison: Comparison, looks: Looks) -> Section | None:
     return Section("costs", "What quality costs", text, figures, note)
 
 
-def _against(comparison: Comparison, looks: Looks, points: list[Point], name: str, show: Show, key: str) -> Figure:
+def _against(
+    comparison: Comparison, looks: Looks, points: list[Point], name: str, show: Show, key: str, caption: str
+) -> Figure:
     front = pareto(points, higher_is_better=comparison.higher_is_better)
     members = [variant for _, _, variant in front]
     values = [cost for cost, _, _ in points]
@@ -65,14 +72,31 @@ def _against(comparison: Comparison, looks: Looks, points: list[Point], name: st
         shown = f"{comparison.shown(score)} {comparison.shown_error(variant.standard_error)}"
         text = hover(safe(variant.title), show(cost), shown)
         data.append(marks(variant, [cost], [score], text, marker=marker, error_y=bars))
+    ends = [score + sign * (v.standard_error or 0.0) for _, score, v in points for sign in (-1, 1)]
     logarithmic = min(values) > 0 and max(values) / min(values) > 8
     layout = {
         "xaxis": axis(name, **_ticks(values, show, logarithmic=logarithmic)),
-        "yaxis": scores(comparison, f"test {comparison.metric_name}", [score for _, score, _ in points]),
+        "yaxis": scores(comparison, f"test {comparison.metric_name}", ends),
+        "meta": {"labels": _labels(points, members, logarithmic=logarithmic)},
     }
     listed = ", ".join(f"{v.title} ({show(cost)}, {comparison.shown(score)})" for cost, score, v in front)
     alt = f"{comparison.metric_name} against {name} of {len(points)} methods. On the Pareto front: {listed}."
-    return Figure(key, f"Against {name}", "", alt, data, layout, 340, width="half")
+    return Figure(key, f"Against {name}", caption, alt, data, layout, 340, width="half")
+
+
+def _labels(points: Sequence[Point], front: Sequence[MethodResult], *, logarithmic: bool) -> list[Spec]:
+    """The names of the points, those of the front first; the page's script finds a place for each that has one."""
+    ordered = sorted(points, key=lambda point: (point[2] not in front, point[0]))
+    return [
+        {
+            "x": math.log10(cost) if logarithmic else cost,
+            "y": score,
+            "text": safe(variant.title),
+            "method": variant.title,
+            "front": variant in front,
+        }
+        for cost, score, variant in ordered
+    ]
 
 
 _MINUTE, _HOUR = 60.0, 3600.0
@@ -95,8 +119,8 @@ def _ticks(values: Sequence[float], show: Show, *, logarithmic: bool) -> Spec:
         beyond = 10.0 ** math.ceil(math.log10((high - low) / 4))
         step = next((mark for mark in _MARKS[show] if (high - low) / mark <= 4), beyond)
         places = [step * i for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
-        pad = 0.06 * (high - low or step)
-        places = [place for place in places if low - 0.9 * pad <= place <= high + 0.9 * pad]
+        pad = 0.08 * (high - low or step)
+        places = [place for place in places if low - 0.9 * pad <= place <= high + 0.4 * pad]
         return marked(places, [_tick(place, show) for place in places], [low - pad, high + pad])
     inside = [mark for mark in _MARKS[show] if low / 1.2 <= mark <= high * 1.2] or [low, high]
     decades = [mark for mark in inside if math.log10(mark).is_integer()]
@@ -104,7 +128,7 @@ def _ticks(values: Sequence[float], show: Show, *, logarithmic: bool) -> Spec:
         inside = decades
     places = inside[:: -(-len(inside) // 5)]
     ends = math.log10(low), math.log10(high)
-    pad = 0.05 * (ends[1] - ends[0]) + 0.05
+    pad = 0.08 * (ends[1] - ends[0]) + 0.07
     return marked(places, [_tick(place, show) for place in places], [ends[0] - pad, ends[1] + pad], type="log")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from isotune.experiments.outcome import MethodResult
 from isotune.report.figures.looks import Figure, Looks, Section, Spec
@@ -13,8 +13,9 @@ from isotune.report.results import Comparison
 
 
 def curves(comparison: Comparison, looks: Looks) -> Section | None:
-    """Validation score and losses over the steps."""
+    """Validation score and losses over the course of training."""
     figures: list[Figure] = []
+    steps = {variant.title: total for variant in comparison.variants if (total := _steps(variant))}
     score = f"validation_{comparison.metric}"
     wanted = [("curve-score", score, f"Validation {comparison.metric_name}", scores(comparison, ""))]
     if comparison.metric != "loss":
@@ -27,14 +28,33 @@ def curves(comparison: Comparison, looks: Looks) -> Section | None:
             if points:
                 ends.append(f"{variant.title} {points[-1][1]:.3f}")
                 mode = "lines+markers" if len(points) <= 12 else "lines"
-                text = hover(safe(variant.title), "step %{x}: %{y:.4f}")
-                data.append(line(looks, variant, points, text, width=1.8, size=6, mode=mode))
+                total = steps.get(variant.title, 1.0)
+                texts = [hover(safe(variant.title), f"step {step:,.0f} of {total:,.0f}: {y:.4f}") for step, y in points]
+                shares = [(step / total, y) for step, y in points]
+                data.append(line(looks, variant, shares, texts, width=1.8, size=6, mode=mode))
         if data:
-            layout = {"xaxis": axis("step", rangemode="tozero"), "yaxis": vertical}
-            alt = f"{title} of {len(data)} methods over the steps; at the end: {', '.join(ends)}."
-            caption = "Mean over the seeds, at each method's chosen learning rate."
-            figures.append(Figure(key, title, caption, alt, data, layout, 360, width="half"))
-    return Section("curves", "Learning curves", "", figures) if figures else None
+            layout = {"xaxis": axis("share of training", **_SHARES), "yaxis": vertical}
+            alt = f"{title} of {len(data)} methods over the course of training; at the end: {', '.join(ends)}."
+            figures.append(Figure(key, title, "", alt, data, layout, 340, width="half"))
+    text = f"Mean over the seeds, at each method's chosen learning rate. {_lengths(steps)}"
+    return Section("curves", "Learning curves", text, figures) if figures else None
+
+
+_SHARES = marked((0, 0.25, 0.5, 0.75, 1), ("0", "25%", "50%", "75%", "100%"), (0, 1.015))
+
+
+def _steps(variant: MethodResult) -> float:
+    """The steps of a method's longest run."""
+    return max((point.get("step", 0.0) for run in variant.runs for point in run.curve), default=0.0)
+
+
+def _lengths(steps: Mapping[str, float]) -> str:
+    """How many steps a training has: the usual number, and whose differs."""
+    if not steps:
+        return ""
+    usual = statistics.mode(steps.values())
+    others = [f"{title} {number:,.0f}" for title, number in steps.items() if number != usual]
+    return f"A training has {usual:,.0f} steps" + (f" ({', '.join(others)})." if others else ".")
 
 
 def _mean_curve(variant: MethodResult, field: str) -> list[tuple[float, float]]:

@@ -17,13 +17,24 @@ Measured = Sequence[tuple[MethodResult, Geometry]]
 _MOST_MAPS = 4
 _FRAME = {"showgrid": False, "showticklabels": False, "ticks": "", "showline": True, "mirror": True}
 _BAR = {"thickness": 10, "ticksuffix": "°", "outlinewidth": 0, "nticks": 5}
+_STILL = 0.01
+"""Degrees that no heat map shows."""
+_NOTHING = {
+    "text": "strict:<br>nothing moved",
+    "x": 0.5,
+    "y": 0.5,
+    "xref": "paper",
+    "yref": "paper",
+    "showarrow": False,
+    "font": {"size": 14, "color": "@muted"},
+}
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 def geometry(comparison: Comparison, looks: Looks) -> Section | None:
     """Heat maps and rotation angles of the methods whose runs measured them."""
     measured = [(variant, found) for variant in comparison.variants if (found := variant.geometry)]
-    figures = _maps(measured) + _rotations(measured, looks)
+    figures = _rotations(measured, looks) + _maps(measured)
     if not figures:
         return None
     text = (
@@ -49,10 +60,12 @@ def _maps(measured: Measured) -> list[Figure]:
         angles = {"colorscale": "Cividis", "zmin": low, "zmax": high}
         reach = max(1.0, math.ceil(most))
         diverging = [[0, "#3b6fc4"], [0.5, "@panel"], [1, "#c2492e"]]
+        still = found.strict and moved < _STILL
+        change = "nothing moved" if still else "after − before"
         for key, title, values, scale in (
             ("before", "before training", shown.before, angles),
             ("after", "after training", shown.after, angles),
-            ("change", "after − before", differences, {"colorscale": diverging, "zmin": -reach, "zmax": reach}),
+            ("change", change, differences, {"colorscale": diverging, "zmin": -reach, "zmax": reach}),
         ):
             trace = {"type": "heatmap", "z": _square(values, count), "xgap": 0.5, "ygap": 0.5, **scale}
             trace |= {"colorbar": _BAR, "hovertemplate": hover("rows %{y} and %{x}: %{z:.2f}°")}
@@ -62,6 +75,8 @@ def _maps(measured: Measured) -> list[Figure]:
                 "yaxis": {**frame, "autorange": "reversed", "scaleanchor": "x"},
                 "margin": {"l": 4, "r": 4, "t": 6, "b": 6},
             }
+            if key == "change" and still:
+                layout["annotations"] = [_NOTHING]
             about = f"{layer}; no pair of rows moved by more than {moved:.2g}°." if key == "change" else f"{layer}."
             alt = (
                 f"Heat map of the pairwise angles {rows}, {title}, for {name}. "

@@ -67,6 +67,8 @@ class Section:
     figures: list[Figure]
     missing: str = ""
     """What cannot be shown, and why."""
+    named: bool = False
+    """Whether the plots have the methods' names on an axis."""
 
 
 class Looks:

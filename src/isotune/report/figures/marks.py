@@ -89,11 +89,15 @@ def marked(values: Sequence[float], texts: Sequence[str], ends: Sequence[float],
     return {"tickvals": list(values), "ticktext": list(texts), "range": list(ends), **more}
 
 
-def scores(comparison: Comparison, title: str, values: Sequence[float | None] = ()) -> Spec:
-    """An axis of scores; where all `values` are alike, one that does not reach as far as plotly's would."""
+_NARROW = 0.02
+
+
+def scores(comparison: Comparison, title: str, values: Sequence[float] = ()) -> Spec:
+    """An axis of scores; where `values` are almost alike, one that does not make their differences large."""
     found = axis(title, tickformat="~%" if comparison.percent else ".3~f")
-    if len(set(values)) == 1 and values[0] is not None:
-        found["range"] = [values[0] - 0.05, values[0] + 0.05]
+    if values and max(values) - min(values) < _NARROW:
+        middle = (max(values) + min(values)) / 2
+        found["range"] = [middle - _NARROW, middle + _NARROW]
     return found
 
 

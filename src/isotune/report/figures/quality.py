@@ -25,8 +25,9 @@ def seeds(comparison: Comparison, looks: Looks) -> Section | None:
             above = [ends[1] - score if ends else 0 for _, score, ends in found]
             points["error_x"] = error(above, 1, 0, "@muted", symmetric=False, arrayminus=below)
         data += [points, mean(comparison, looks, variant, along="x", at=row, text=[safe(variant.title)])]
+    reached = [end for v in shown for r in v.runs for end in (r.score, *(r.interval or ())) if end is not None]
     layout = {
-        "xaxis": scores(comparison, f"test {comparison.metric_name}"),
+        "xaxis": scores(comparison, f"test {comparison.metric_name}", reached),
         "yaxis": names([variant.title for variant in shown]),
     }
     best = comparison.best
@@ -43,7 +44,7 @@ def seeds(comparison: Comparison, looks: Looks) -> Section | None:
         90 + 30 * len(shown),
     )
     text = "" if best is None else f"Best on average: {best.title}, {comparison.shown(best.mean)}."
-    return Section("quality", "Quality", text, [figure])
+    return Section("quality", "Quality", text, [figure], named=True)
 
 
 def forgetting(comparison: Comparison, looks: Looks) -> Section | None:
@@ -80,6 +81,5 @@ def forgetting(comparison: Comparison, looks: Looks) -> Section | None:
         layout,
         90 + 30 * len(found),
     )
-    return Section(
-        "forgetting", "Forgetting", "How much worse the model became at text it was not trained on.", [figure]
-    )
+    about_it = "How much worse the model became at text it was not trained on."
+    return Section("forgetting", "Forgetting", about_it, [figure], named=True)

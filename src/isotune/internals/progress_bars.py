@@ -1,0 +1,53 @@
+"""How tqdm shows progress, in its own bars and in those of every library that uses it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+from tqdm.std import tqdm
+
+_TQDMS = {name: getattr(tqdm, name) for name in ("display", "clear", "close")}
+_SECONDS = 10
+"""At least between two lines of one bar."""
+_FORMAT = "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+def show_progress(how: Literal["bars", "lines", "none"]) -> None:
+    """Choose how progress is shown from now on.
+
+    Args:
+        how: "bars" are redrawn in place, which a file or a pipe would be filled with; "lines" are written at most once
+            a percent and at most every ten seconds; "none" shows nothing.
+    """
+    lines = {"display": _line if how == "lines" else _nothing, "clear": _nothing, "close": _close}
+    for name, method in (_TQDMS if how == "bars" else lines).items():
+        setattr(tqdm, name, method)
+
+
+def _nothing(bar: Any, *_: Any, **__: Any) -> bool:
+    return False
+
+
+def _line(bar: Any, msg: str | None = None, pos: int | None = None, *, last: bool = False) -> bool:
+    """Write where a bar is, where that is due; `last` where it is about to end. `msg` is what takes a bar away."""
+    share = int(100 * bar.n / bar.total) if bar.total else bar.n
+    now = time.time()
+    said, since = getattr(bar, "isotune_line", (None, getattr(bar, "start_t", now)))
+    if msg is not None or share == said or (now - since < _SECONDS and not last):
+        return False
+    bar.isotune_line = share, now
+    shown = {**bar.format_dict, "ncols": None, "bar_format": _FORMAT if bar.total else None}
+    bar.fp.write(bar.format_meter(**shown) + "\n")
+    bar.fp.flush()
+    return True
+
+
+def _close(bar: Any) -> None:
+    """End a bar: with a last line where it would stay on a terminal, and without one for it."""
+    if not bar.disable:
+        in_lines = getattr(tqdm, "display", None) is _line
+        if in_lines and bar.leave is not False and time.time() >= bar.start_t + bar.delay:
+            _line(bar, last=True)
+        bar.leave = False
+    _TQDMS["close"](bar)

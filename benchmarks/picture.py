@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path, help="folders that isotune compare wrote")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--height", type=int, default=2150)
+    parser.add_argument("--height", type=int, default=2198)
     given = parser.parse_args()
     picture(given.results, given.output, given.width, given.height)
     print(f"wrote {given.output}, {given.output.stat().st_size / 1024:.0f} KiB")

@@ -67,11 +67,14 @@
   const corners = (up, down) => [
     ["right", "bottom", -5, 5], ["left", "top", 5, -5], ["left", "middle", 9, 0], ["right", "middle", -9, 0],
     ["left", "bottom", 5, 5], ["right", "top", -5, -5], ["center", "bottom", 0, up], ["center", "top", 0, -down],
-    ["left", "bottom", -6, up], ["left", "top", -6, -down],
+    ["left", "bottom", -6, up], ["left", "top", -6, -down], ["center", "bottom", 0, up + 8], ["center", "top", 0, -down - 8],
   ];
 
-  // The names of points as annotations, each where it covers no mark and no other name, nor the line of the front if it
-  // can; what finds no place is left out.
+  const distance = (box, { x, y }) =>
+    Math.hypot(Math.max(box.left - x, x - box.right, 0), Math.max(box.top - y, y - box.bottom, 0));
+
+  // The names of points as annotations, each where it covers no mark and no other name, is nearer to its own point than
+  // to another, and if it can does not cross the line of the front; what finds no place is left out.
   function placed(element, labels, off, colours) {
     const own = element.getBoundingClientRect();
     const box = (one) => {
@@ -86,8 +89,10 @@
     const bars = [...element.querySelectorAll(".yerror")].map(box);
     const marks = [...element.querySelectorAll(".points .point")].map(box);
     const taken = [...bars, ...marks];
-    const front = labels.filter((one) => one.front).map((one) => ({ x: right(one.x), y: down(one.y) }));
-    front.sort((a, b) => a.x - b.x);
+    const points = labels
+      .filter((one) => !(off && off.has(one.method)))
+      .map((one) => ({ ...one, x: right(one.x), y: down(one.y) }));
+    const front = points.filter((one) => one.front).sort((a, b) => a.x - b.x);
     const line = front.slice(1).flatMap((end, i) => [
       { left: front[i].x, right: end.x, top: front[i].y - 1, bottom: front[i].y + 1 },
       { left: end.x - 1, right: end.x + 1, top: end.y, bottom: front[i].y },
@@ -95,15 +100,17 @@
     pen.font = `${size}px ${getComputedStyle(document.body).fontFamily}`;
     const found = [];
     for (const label of labels) {
-      if (off && off.has(label.method)) continue;
-      const [x, y, width] = [right(label.x), down(label.y), pen.measureText(label.text).width + 2];
+      const point = points.find((one) => one.method === label.method);
+      if (!point) continue;
+      const [x, y, width] = [point.x, point.y, pen.measureText(label.text).width + 2];
       const bar = bars.find((one) => one.left <= x && x <= one.right && one.top <= y && y <= one.bottom) || { top: y, bottom: y };
       const free = (avoided) => ([xanchor, yanchor, dx, dy]) => {
         const left = x + dx - { left: 0, center: width / 2, right: width }[xanchor];
         const top = y - dy - { top: 0, middle: size / 2 + 1, bottom: size + 2 }[yanchor];
         const space = { left, right: left + width, top, bottom: top + size + 2 };
         const inside = left >= area.left && space.right <= area.right && top >= area.top && space.bottom <= area.bottom;
-        return inside && !avoided.some((one) => overlap(one, space)) && space;
+        const nearest = points.every((one) => one === point || distance(space, one) > distance(space, point));
+        return inside && nearest && !avoided.some((one) => overlap(one, space)) && space;
       };
       const tried = corners(Math.max(9, y - bar.top + 2), Math.max(9, bar.bottom - y + 2));
       const corner = tried.find(free([...taken, ...line])) || tried.find(free(taken));

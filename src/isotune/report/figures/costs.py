@@ -119,8 +119,8 @@ def _ticks(values: Sequence[float], show: Show, *, logarithmic: bool) -> Spec:
         beyond = 10.0 ** math.ceil(math.log10((high - low) / 4))
         step = next((mark for mark in _MARKS[show] if (high - low) / mark <= 4), beyond)
         places = [step * i for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
-        pad = 0.08 * (high - low or step)
-        places = [place for place in places if low - 0.9 * pad <= place <= high + 0.4 * pad]
+        pad = 0.12 * (high - low or step)
+        places = [place for place in places if low - 0.9 * pad <= place <= high + 0.5 * pad]
         return marked(places, [_tick(place, show) for place in places], [low - pad, high + pad])
     inside = [mark for mark in _MARKS[show] if low / 1.2 <= mark <= high * 1.2] or [low, high]
     decades = [mark for mark in inside if math.log10(mark).is_integer()]

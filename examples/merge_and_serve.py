@@ -2,10 +2,11 @@
 
 A merged model is one more copy of the weights and serves everywhere. A LoRA folder is small, and a server switches many
 of them on one base; PSOFT, LoRA-XS and HRA are exactly of that form, of OFT and BOFT it is an approximation (--rank).
+An adapter that was trained on a base in 4 bits belongs to that base: docs/guides/quantised.md.
 
 Needs: pip install ., and memory for three copies of the base. Runs on a CPU. The servers themselves are installed
        apart; their command lines are printed.
-Run:   python examples/merge_and_serve.py runs/sft
+Run:   python examples/merge_and_serve.py runs/grpo
        python examples/merge_and_serve.py --smoke
 """
 
@@ -42,7 +43,7 @@ def an_adapter(base: str, folder: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("adapter", nargs="?", default="runs/sft", help="its folder")
+    parser.add_argument("adapter", nargs="?", default="runs/grpo", help="its folder")
     parser.add_argument("--output", default="runs/served", help="a folder that does not exist yet")
     parser.add_argument("--rank", type=int, help="of the LoRA, for a rotation of all inputs")
     parser.add_argument("--smoke", action="store_true", help="a tiny stand-in made here")

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from datasets import load_dataset
 from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction, Trainer, TrainingArguments
 
 import smoke
 from isotune import PsoftConfig, get_peft_model
 
 
-def accuracy(predicted) -> dict[str, float]:
+def accuracy(predicted: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(predicted.predictions.argmax(-1) == predicted.label_ids))}
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from datasets import load_dataset
 from peft import PeftModel
-from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction, Trainer, TrainingArguments
 
 import smoke
 from isotune import OFTConfig, get_peft_model
 
 
-def accuracy(predicted) -> dict[str, float]:
+def accuracy(predicted: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(predicted.predictions.argmax(-1) == predicted.label_ids))}
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     names = data["train"].features["labels"].names
     processor = AutoImageProcessor.from_pretrained(options.model)
 
-    def pixels(rows) -> dict:
+    def pixels(rows: dict) -> dict:
         images = processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")
         return {"pixel_values": images["pixel_values"], "labels": rows["labels"]}
 

@@ -60,7 +60,7 @@ def test_sft_nf4(run: Run) -> None:
     text = run("sft_nf4")
     first, last = numbers("loss:", text)
     assert last < 0.7 * first
-    assert numbers("logits differ by", text) == [0.0]
+    assert numbers("logits differ by", text)[0] < 1e-4
 
 
 @pytest.mark.slow
@@ -71,7 +71,7 @@ def test_dpo(run: Run) -> None:
     assert first == pytest.approx(math.log(2), abs=5e-5)
     assert last < 0.6
     assert numbers("higher reward in", text)[0] > 60
-    assert numbers("logits differ by", text) == [0.0]
+    assert numbers("logits differ by", text)[0] < 1e-4
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_sentence_embeddings(run: Run) -> None:
     text = run("sentence_embeddings")
     before, after = numbers("on the test set:", text)
     assert after > before + 0.05
-    assert numbers("vectors differ by", text)[0] < 1e-6
+    assert numbers("vectors differ by", text)[0] < 1e-5
 
 
 def test_vit_images(run: Run) -> None:

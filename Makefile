@@ -9,7 +9,7 @@
 # make lowest   a covering part of the tests under the oldest libraries that isotune supports (requirements/lowest.txt)
 # make trainers TOOL=axolotl   a real training by another tool (axolotl, ms-swift, llamafactory), in an environment of its own
 # make release-check   wheel and sdist as they would be published, installed anew, and the README's example run with them
-# make docs   build the documentation into site/
+# make docs   build the documentation into site/ with Python 3.11 or later; a broken link or formula is an error
 # make constraints   resolve constraints.txt anew for every Python from 3.10 on, keeping the versions that still fit;
 #                    `make constraints UPGRADE=--upgrade` takes the newest, `UPGRADE='-P torch -P peft'` those of some
 
@@ -59,8 +59,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Formulas are an extension of this repository's.
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	PYTHONPATH=docs_tools $(BIN)/zensical build --strict --clean
 
 constraints: $(VENV)/.constraints
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-python-downloads --no-annotate --no-header \

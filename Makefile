@@ -1,4 +1,4 @@
-# make demo   fine-tune a real pre-trained model with PSOFT and show the result (about five minutes on two cores)
+# make demo   fine-tune a real pre-trained model with PSOFT and show the result (four minutes on two cores)
 # make test   lint, types and every test, the slow ones on real models included
 # make quick  the tests to run while you work: no slow ones, a covering part of the contract; `make quick PART=adapter`
 #             runs those of one package, a folder or a file of tests/ (adapter, hosts, contract, user_paths, …)

@@ -22,7 +22,7 @@ from isotune.experiments.loading import load, packaged
 from pages import PAGES, ROOT, anchors, blocks, commands, text_of
 
 WRITTEN = {page: [*commands(page)] for page in PAGES}
-OWN = ("my.yaml", "mine.yaml", "recipe.yaml")
+OWN = ("my.yaml", "mine.yaml", "my-recipe.yaml", "recipe.yaml")
 """Recipes that a page lets its reader write, here the demo's."""
 AWAITED = {"docs/guides/own-data.md"}
 """Pages that have their place and are still being written."""

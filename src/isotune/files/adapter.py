@@ -350,7 +350,7 @@ def _labels_of(folder: Path, classes: int) -> dict[int, str]:
 def rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:
     """The pattern for those modules whose rank is not the default; anchored, as one name may end in another.
 
-    Example:
+    Examples:
         >>> rank_pattern({"layers.0.q": 4, "layers.0.k": 8}, 8)
         {'^layers\\\\.0\\\\.q': 4}
     """

@@ -20,7 +20,7 @@ def config_from(options: Mapping[str, Any]) -> IsotuneConfig:
     Raises:
         ValueError: no such method, no such option or no such value; the message says what is allowed.
 
-    Example:
+    Examples:
         >>> config_from({"method": "psoft", "r": 8, "target_modules": "all-linear"}).r
         8
     """

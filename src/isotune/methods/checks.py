@@ -94,7 +94,7 @@ def _described(hint: Any, *, several: bool = False) -> str:
 def shown(value: Any) -> str:
     """A value as a message shows it, however large it is.
 
-    Example:
+    Examples:
         >>> shown("x" * 1000)[-3:]
         'xx…'
     """
@@ -117,7 +117,7 @@ def require(fits: bool, name: str, value: Any, allowed: str) -> None:
     Raises:
         ValueError: it does not.
 
-    Example:
+    Examples:
         >>> require(False, "eps", -1.0, "it must be above 0")
         Traceback (most recent call last):
         ValueError: eps=-1.0 is not allowed; it must be above 0.
@@ -149,7 +149,7 @@ def require_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
     Raises:
         ValueError: it is none of them; the message lists them and points to the nearest.
 
-    Example:
+    Examples:
         >>> require_choice("psoft_svd", "fulll", ["auto", "full", "lowrank"])
         Traceback (most recent call last):
         ValueError: psoft_svd='fulll' is not one of 'auto', 'full', 'lowrank'. Did you mean 'full'?
@@ -183,7 +183,7 @@ def require_options(config: str, given: Mapping[str, Any], known: Iterable[str])
         TypeError: any other, such as a misspelt one; the message points to the nearest. PEFT knows it by its words, by
             which it leaves out of a file what only later versions know.
 
-    Example:
+    Examples:
         >>> require_options("PsoftConfig", {"psoft_alhpa": 8}, ["r", "psoft_alpha"])
         Traceback (most recent call last):
         TypeError: PsoftConfig got an unexpected keyword argument 'psoft_alhpa'. Did you mean 'psoft_alpha'?
@@ -231,7 +231,7 @@ def divisor_for(name: str, value: int, module: str, width: int, adjust: str = "r
     Raises:
         ValueError: it does not divide it; the message names the nearest that do.
 
-    Example:
+    Examples:
         >>> divisor_for("oft_block_size", 32, "q_proj", 768)
         32
     """

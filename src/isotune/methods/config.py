@@ -288,7 +288,7 @@ class SubspaceConfig(IsotuneConfig):
     def rank_of(self, module: str) -> int:
         """The rank for a module by `rank_pattern`, else r.
 
-        Example:
+        Examples:
             >>> from isotune import PsoftConfig
             >>> PsoftConfig(r=8, rank_pattern={"q_proj": 4}).rank_of("layers.0.q_proj")
             4

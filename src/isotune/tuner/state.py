@@ -53,7 +53,7 @@ def current_key(name: str) -> str:
     Args:
         name: as it stands in a file; the first release left the adapter's name in those of experts' bases.
 
-    Example:
+    Examples:
         >>> current_key("mlp.experts.isotune_form.default.forms.0.pin")
         'mlp.experts.isotune_form.forms.0.pin'
     """

@@ -1,4 +1,4 @@
-# make demo   fine-tune a real pre-trained model with PSOFT and show the result (about five minutes on two cores)
+# make demo   fine-tune a real pre-trained model with PSOFT and show the result (four minutes on two cores)
 # make test   lint, types and every test, the slow ones on real models included
 # make quick  the tests to run while you work: no slow ones, a covering part of the contract; `make quick PART=adapter`
 #             runs those of one package, a folder or a file of tests/ (adapter, hosts, contract, user_paths, …)
@@ -9,7 +9,7 @@
 # make lowest   a covering part of the tests under the oldest libraries that isotune supports (requirements/lowest.txt)
 # make trainers TOOL=axolotl   a real training by another tool (axolotl, ms-swift, llamafactory), in an environment of its own
 # make release-check   wheel and sdist as they would be published, installed anew, and the README's example run with them
-# make docs   build the documentation into site/
+# make docs   build the documentation into site/ with Python 3.11 or later; a broken link or formula is an error
 # make constraints   resolve constraints.txt anew for every Python from 3.10 on, keeping the versions that still fit;
 #                    `make constraints UPGRADE=--upgrade` takes the newest, `UPGRADE='-P torch -P peft'` those of some
 
@@ -59,8 +59,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Formulas are an extension of this repository's.
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	PYTHONPATH=docs_tools $(BIN)/zensical build --strict --clean
 
 constraints: $(VENV)/.constraints
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-python-downloads --no-annotate --no-header \

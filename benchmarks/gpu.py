@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --dry-run                      # tiny sizes on a CPU: the command itself is tried
     python benchmarks/gpu.py --pack-minilm FOLDER           # all-MiniLM-L6-v2 in float16, for --minilm FOLDER there
     python benchmarks/gpu.py --show -o results.json         # the table of what is there
-    python benchmarks/gpu.py --write docs/speed.md -o benchmarks/results/gpu/h100.json
+    python benchmarks/gpu.py --write docs/evidence/speed.md -o benchmarks/results/gpu/h100.json
 
 Random weights at the shapes of Llama-3.1-8B, Llama-3.2-3B and Llama-3.2-1B, bf16, all seven projections; times are
 medians of interleaved rounds in one process, and ratios are to PEFT LoRA r=16 of the same round (decoding: to the

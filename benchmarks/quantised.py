@@ -4,7 +4,7 @@ Bytes are counted, not measured: "base" is every tensor of the frozen model, the
 "adapter" every parameter and buffer that the method adds; "kept" what one forward pass saves for backward, neither of
 the two included. A training step holds all three, and the gradients and optimiser state of the trained parameters.
 
-    python benchmarks/quantised.py            # the table of docs/guides/quantised.md
+    python benchmarks/quantised.py            # the tables of docs/evidence/quantised.md
     python benchmarks/quantised.py --model llama --tokens 512
 """
 

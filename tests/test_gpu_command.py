@@ -178,10 +178,10 @@ def test_a_folder_without_tests_is_an_error_of_its_piece_alone(tmp_path: Path) -
 
 def test_the_page_holds_what_was_measured(tmp_path: Path) -> None:
     page = tmp_path / "speed.md"
-    page.write_text((ROOT / "docs" / "speed.md").read_text())
+    page.write_text((ROOT / "docs/evidence/speed.md").read_text())
     ended = run_script(COMMAND, "--write", str(page), "-o", str(MEASURED), folder=tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert page.read_text() == (ROOT / "docs" / "speed.md").read_text()
+    assert page.read_text() == (ROOT / "docs/evidence/speed.md").read_text()
 
 
 def test_a_page_without_its_marks_is_left_alone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The results as the section of docs/speed.md, so that no figure is typed."""
+"""The results as the section of docs/evidence/speed.md, so that no figure is typed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plug-in file against ms-swift's own classes; docs/other-tools.md has the runs of its command line."""
+"""The plug-in file against ms-swift's own classes; docs/guides/other-tools.md has the runs of its command line."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def orthogonal_difference(
     Raises:
         ValueError: the last dimension of `entries` is not n(n − 1)/2, or k < 1.
 
-    Example:
+    Examples:
         >>> rotation = torch.eye(3) + orthogonal_difference(torch.tensor([0.5, -1.0, 2.0]), 3)
         >>> torch.allclose(rotation @ rotation.T, torch.eye(3), atol=1e-6)
         True

@@ -35,7 +35,7 @@ class Tiling:
     stages: int
 
 
-# The fastest of eight and of four on an H100 at the shapes of Llama 3.1 8B (docs/speed.md).
+# The fastest of eight and of four on an H100 at the shapes of Llama 3.1 8B (docs/evidence/speed.md).
 LAYER = Tiling(rows=4, step=1024, warps=4, stages=3)
 DOWN = Tiling(rows=1, step=4096, warps=8, stages=1)
 

@@ -13,7 +13,7 @@ from isotune.algebra.constants import made_once
 def skew_size(n: int) -> int:
     """The number of free entries of an n × n skew-symmetric matrix.
 
-    Example:
+    Examples:
         >>> skew_size(4)
         6
     """
@@ -23,7 +23,7 @@ def skew_size(n: int) -> int:
 def skew_order(entries: int) -> int:
     """The size n of a skew-symmetric matrix with this many free entries, the inverse of `skew_size` for n ≥ 1.
 
-    Example:
+    Examples:
         >>> skew_order(6)
         4
     """
@@ -50,7 +50,7 @@ def skew_from_vector(entries: Tensor, n: int) -> Tensor:
     Raises:
         ValueError: the last dimension of `entries` is not n(n − 1)/2.
 
-    Example:
+    Examples:
         >>> skew_from_vector(torch.tensor([1.0, 2.0, 3.0]), 3)
         tensor([[ 0.,  1.,  2.],
                 [-1.,  0.,  3.],

@@ -29,7 +29,7 @@ def join() -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise RecipeError(
             "isotune train gives every process the whole model and a part of each batch; "
-            "launch it without FSDP or DeepSpeed, or train by a script of your own (docs/guides/scale.md)"
+            "launch it without FSDP or DeepSpeed, or train by a script of your own (docs/guides/several-gpus.md)"
         )
     from accelerate import PartialState
 

@@ -351,7 +351,7 @@ def _labels_of(folder: Path, classes: int) -> dict[int, str]:
 def rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:
     """The rank pattern of the modules whose rank is not the default, anchored, since one name may end in another.
 
-    Example:
+    Examples:
         >>> rank_pattern({"layers.0.q": 4, "layers.0.k": 8}, 8)
         {'^layers\\\\.0\\\\.q': 4}
     """

@@ -129,7 +129,7 @@ def export_lora(
         ValueError: `out` is not empty, there is no such adapter or base, the adapter does not fit the base, or its
             update has full rank and neither rank nor energy is given.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from isotune import PsoftConfig, get_peft_model
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), PsoftConfig(r=2, target_modules=["0"]))

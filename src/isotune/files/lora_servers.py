@@ -25,7 +25,7 @@ _FACTOR = re.compile(rf"{re.escape(KEY_PREFIX)}(.+)\.lora_([AB])\.weight")
 def vllm_max_rank(rank: int) -> int | None:
     """The smallest --max-lora-rank that a LoRA adapter's rank fits; None if it is above the largest.
 
-    Example:
+    Examples:
         >>> vllm_max_rank(46), vllm_max_rank(1000)
         (64, None)
     """

@@ -20,7 +20,7 @@ def config_from(options: Mapping[str, Any]) -> IsotuneConfig:
     Raises:
         ValueError: there is no such method or option, or its value is not allowed; the message says what is.
 
-    Example:
+    Examples:
         >>> config_from({"method": "psoft", "r": 8, "target_modules": "all-linear"}).r
         8
     """

@@ -94,7 +94,7 @@ def _described(hint: Any, *, several: bool = False) -> str:
 def shown(value: Any) -> str:
     """A value as a message shows it, however large it is.
 
-    Example:
+    Examples:
         >>> shown("x" * 1000)[-3:]
         'xx…'
     """
@@ -117,7 +117,7 @@ def require(fits: bool, name: str, value: Any, allowed: str) -> None:
     Raises:
         ValueError: the value is not allowed.
 
-    Example:
+    Examples:
         >>> require(False, "eps", -1.0, "it must be above 0")
         Traceback (most recent call last):
         ValueError: eps=-1.0 is not allowed; it must be above 0.
@@ -149,7 +149,7 @@ def require_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
     Raises:
         ValueError: the value is none of them; the message lists the choices and suggests the nearest.
 
-    Example:
+    Examples:
         >>> require_choice("psoft_svd", "fulll", ["auto", "full", "lowrank"])
         Traceback (most recent call last):
         ValueError: psoft_svd='fulll' is not one of 'auto', 'full', 'lowrank'. Did you mean 'full'?
@@ -183,7 +183,7 @@ def require_options(config: str, given: Mapping[str, Any], known: Iterable[str])
         TypeError: any other unknown option, such as a misspelt one; the message suggests the nearest. PEFT recognises
             the wording of this message, and then drops options of a file that only later versions know.
 
-    Example:
+    Examples:
         >>> require_options("PsoftConfig", {"psoft_alhpa": 8}, ["r", "psoft_alpha"])
         Traceback (most recent call last):
         TypeError: PsoftConfig got an unexpected keyword argument 'psoft_alhpa'. Did you mean 'psoft_alpha'?
@@ -231,7 +231,7 @@ def divisor_for(name: str, value: int, module: str, width: int, adjust: str = "r
     Raises:
         ValueError: the number does not divide the width; the message names the nearest that do.
 
-    Example:
+    Examples:
         >>> divisor_for("oft_block_size", 32, "q_proj", 768)
         32
     """

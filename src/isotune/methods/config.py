@@ -290,7 +290,7 @@ class SubspaceConfig(IsotuneConfig):
     def rank_of(self, module: str) -> int:
         """The rank of a module: from `rank_pattern`, or else r.
 
-        Example:
+        Examples:
             >>> from isotune import PsoftConfig
             >>> PsoftConfig(r=8, rank_pattern={"q_proj": 4}).rank_of("layers.0.q_proj")
             4

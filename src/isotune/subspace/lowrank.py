@@ -53,7 +53,7 @@ def truncate(matrix: Tensor, *, rank: int | None = None, energy: float | None = 
     Raises:
         ValueError: neither or both of rank and energy are given, a value is not allowed, or Δ is not finite.
 
-    Example:
+    Examples:
         >>> import torch
         >>> found = truncate(torch.diag(torch.tensor([4.0, 2.0, 1.0])), rank=2)
         >>> (found.up @ found.down).round(decimals=4)

@@ -62,7 +62,7 @@ def pin(basis: Tensor, *, seed: int = 0, oversampling: int | None = None) -> Ten
     Raises:
         ValueError: the basis is not a finite matrix with r ≤ in, or oversampling is negative.
 
-    Example:
+    Examples:
         >>> import torch
         >>> basis = torch.eye(3, 40)
         >>> sketch = pin(basis)

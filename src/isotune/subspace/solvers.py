@@ -65,7 +65,7 @@ def principal_subspace(
     Raises:
         ValueError: the weight is not a finite, real floating matrix, or an argument is not allowed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> found = principal_subspace(torch.diag(torch.tensor([1.0, 3.0, 2.0])), rank=2)
         >>> found.singular_values

@@ -33,7 +33,7 @@ def evaluated_once(model: nn.Module) -> Iterator[None]:
         ValueError: the model has no isotune adapter.
         BaseMismatchError: an adapter was trained on another base.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from isotune import OFTConfig, get_peft_model
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), OFTConfig(r=2, target_modules=["0"]))

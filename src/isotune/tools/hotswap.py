@@ -54,7 +54,7 @@ def hotswap_adapter(
         AdapterFileError: the file is damaged or incomplete.
         BaseMismatchError: the new adapter was trained on another base.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from isotune import OFTConfig, get_peft_model
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), OFTConfig(r=2, target_modules=["0"]))

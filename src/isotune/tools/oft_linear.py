@@ -30,7 +30,7 @@ class Linear(layer.Linear):
     Raises:
         ValueError: as in `OFTConfig`, or the blocks do not fit the layer.
 
-    Example:
+    Examples:
         >>> layer = Linear(nn.Linear(8, 4), oft_block_size=4)
         >>> layer.oft_R["default"].weight.shape
         torch.Size([2, 6])

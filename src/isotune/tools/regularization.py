@@ -38,7 +38,7 @@ def regularization_loss(model: nn.Module) -> Tensor:
     Raises:
         ValueError: DeepSpeed ZeRO-3 has partitioned the parameters of an adapter with a regulariser.
 
-    Example:
+    Examples:
         >>> from isotune import HRAConfig, get_peft_model
         >>> config = HRAConfig(r=2, regularizer_weight=0.1, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)

@@ -22,7 +22,7 @@ def add_adapter(model: PeftModel, adapter_name: str, config: IsotuneConfig) -> N
     Raises:
         ValueError: the model has no isotune adapter, the name is taken, or the adapter does not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from isotune import HRAConfig, OFTConfig, get_peft_model
         >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), OFTConfig(r=2, target_modules=["0"]))
@@ -46,7 +46,7 @@ def load_adapter(model: PeftModel, directory: str | os.PathLike[str], adapter_na
     Raises:
         ValueError: as in `add_adapter`, or the file is damaged or the adapter was trained on another base.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from isotune import HRAConfig, OFTConfig, get_peft_model
         >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8))

@@ -53,7 +53,7 @@ def current_key(name: str) -> str:
     Args:
         name: the name in a file; the first release kept the adapter's name in the names of experts' bases.
 
-    Example:
+    Examples:
         >>> current_key("mlp.experts.isotune_form.default.forms.0.pin")
         'mlp.experts.isotune_form.forms.0.pin'
     """

@@ -50,7 +50,7 @@ _AROUND = {
 def component_of(stem: str) -> tuple[str, str]:
     """The component that a layer's name in a file belongs to, and the name without its prefix.
 
-    Example:
+    Examples:
         >>> component_of("lora_te2_text_model_encoder_layers_0_mlp_fc1")
         ('text_encoder_2', 'text_model_encoder_layers_0_mlp_fc1')
         >>> component_of("down_blocks.0.conv")

@@ -111,14 +111,13 @@ def test_bad_data_are_one_line(folder: Path, name: str, text: Any, changes: dict
     assert "\n" not in str(caught.value)
 
 
-def test_a_test_set_is_made_where_there_is_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_test_set_is_made_where_there_is_none(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "isotune")
     rows = [(f"t{n // 2}", "xyz"[0 if n < 80 else 1 if n < 98 else 2]) for n in range(100)]
     (folder / "train.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
     own = recipe(folder, files={"test": None})
     examples = load(own)
-    assert "of 100 training examples are held out: 10 for the validation set and 10 for the test set" in (
-        capsys.readouterr().out
-    )
+    assert "of 100 training examples are held out: 10 for the validation set and 10 for the test set" in caplog.text
     texts = [{e.text for e in split} for split in (examples.train, examples.validation, examples.test)]
     assert sum(map(len, texts)) == 50  # equal texts stay together
     assert [len(split) for split in (examples.train, examples.validation, examples.test)] == [80, 10, 10]

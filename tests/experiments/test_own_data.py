@@ -15,17 +15,15 @@ from torch.nn import functional
 pytest.importorskip("trl")
 
 from chats import TEMPLATE, chat_tokenizer, said, words
-from helpers import tiny_llama
-from isotune import PeftModel, PsoftConfig, get_peft_model
-from isotune.experiments import tasks
+from isotune import PsoftConfig, get_peft_model
+from isotune.experiments import loop, reload, tasks
 from isotune.experiments.models import ModelError
 from isotune.experiments.recipe import Recipe, RecipeError, validate
-from isotune.experiments.run import Run
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.causal import IGNORED
 from isotune.experiments.tasks.conversations import ChatTemplate, Dialogue
 from isotune.experiments.tasks.preference import Preference
-from isotune.experiments.train import train
+from trainings import run
 
 MARKED = TEMPLATE.replace(
     "{{ m['content'] }} {{ eos_token }} ",
@@ -46,23 +44,21 @@ def tokenizer_with(template: str | None) -> Any:
     return tokenizer
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_llama(pad_token_id=0).save_pretrained(folder)
-    chat_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def own(base: Path, tmp_path: Path) -> Callable[..., Recipe]:
+def own(chat_model: Path, tmp_path: Path) -> Callable[..., Recipe]:
     """A recipe for rows of one's own, of one epoch."""
 
     def make(task: str, rows: list[dict[str, Any]], **changes: Any) -> Recipe:
         (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         settings = {"epochs": 1, "batch_size": 4, "lr": 0.02, "max_length": 64, **changes.pop("train", {})}
         data = {"path": str(tmp_path), "files": {"train": "own.jsonl"}, **changes.pop("data", {})}
-        raw = {"task": task, "model": str(base), "data": data, "method": {"name": "psoft", "r": 4}, "train": settings}
+        raw = {
+            "task": task,
+            "model": str(chat_model),
+            "data": data,
+            "method": {"name": "psoft", "r": 4},
+            "train": settings,
+        }
         return validate({**raw, "output": str(tmp_path / "run"), **changes})
 
     return make
@@ -166,13 +162,14 @@ def test_metrics_are_those_of_the_task(own: Callable[..., Recipe]) -> None:
 
 
 def test_what_is_cut_is_said_and_all_cut_is_refused(
-    own: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]
+    own: Callable[..., Recipe], caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [{"prompt": f"w{i} w1", "completion": " w5" * (2 + 9 * (i < 3))} for i in range(20)]
     rows[3]["prompt"] = " ".join(["w7"] * 30)
     task: Any = tasks.make(own("completion", rows, train={"max_length": 8}, data={"hold_out": 1, "split_seed": 3}))
+    caplog.set_level("INFO", "isotune")
     kept = task.training_rows("train")
-    said = capsys.readouterr().out
+    said = caplog.text
     long = sum(d.completion.count("w5") > 2 for d in task.splits["train"])
     dropped = sum(len(d.prompt) > 50 for d in task.splits["train"])
     assert len(kept) == task.sizes["train"] - dropped
@@ -268,25 +265,23 @@ def test_preferences_are_trained_by_trl_against_the_base(
 
     monkeypatch.setattr(tasks.preference.DpoLoop, "training_step", seen)
     rows = pairs(14)
-    recipe = own("preference", rows, train={"epochs": 4}, preference={"beta": 0.5}, check_saved=True)
-    result = train(recipe)
-    run = result["runs"][0]
+    recipe = own("preference", rows, train={"epochs": 4}, preference={"beta": 0.5})
+    record = run(recipe)["runs"][0]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)  # a new adapter is the identity
     assert losses[-1] < 0.69
-    best = next(point for point in run["curve"] if point["step"] == run["best_step"] and "validation_loss" in point)
-    assert run["validation"]["loss"] == pytest.approx(best["validation_loss"], abs=1e-4)
-    assert run["validation"]["accuracy"] == best["validation_rewards/accuracies"]
-    assert {how: found["changed"] for how, found in result["saved"].items()} == {"reloaded": 0, "merged": 0}
-    assert run["kept_bytes"] > 0
+    points = [point for point in record["curve"] if "validation_loss" in point]
+    best = next(point for point in points if point["step"] == record["best_step"])
+    assert record["validation"]["loss"] == pytest.approx(best["validation_loss"], abs=1e-4)
+    assert record["validation"]["accuracy"] == best["validation_rewards/accuracies"]
+    assert record["kept_bytes"] > 0
+    again = reload.score(Path(recipe.output or ""), "psoft")
+    assert {how: found["changed"] for how, found in again.items()} == {"reloaded": 0, "merged": 0}
     adapter = Path(recipe.output or "") / "psoft" / "adapter"
     assert {file.name for file in adapter.iterdir()} == {
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    task: Any = tasks.make(recipe)
-    again = PeftModel.from_pretrained(task.build()[0], str(adapter)).eval()
-    assert task.score(task.predict(again))["loss"] == pytest.approx(run["test"]["loss"], abs=1e-5)
 
 
 @pytest.mark.slow
@@ -294,36 +289,21 @@ def test_preferences_are_trained_by_trl_against_the_base(
 def test_an_interrupted_run_goes_on_to_the_same_end(
     own: Callable[..., Recipe], tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from isotune.experiments import loop
-
     rows = chats(14) if task == "chat" else pairs(14)
-    recipe = own(task, rows, train={"epochs": 2})
-    made = tasks.make(recipe)
+    whole = run(own(task, rows, train={"epochs": 2}, output=str(tmp_path / "whole")))
+    recipe = own(task, rows, train={"epochs": 2}, output=str(tmp_path / "parts"))
+    step = loop.Loop.training_step
 
-    def outcome(folder: str, stop: bool = False) -> Any:
-        run = Run("own", "psoft", "search", recipe, 0.02, 0, "", tmp_path / folder, tmp_path / f"{folder}.json")
-        from isotune.experiments import methods
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
 
-        torch.manual_seed(0)
-        model = methods.attach(recipe.method, made.build()[0], [], made.peft_type)
-        if not stop:
-            return made.train(model, run, [])
-        step = loop.Loop.training_step
-
-        def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.state.global_step == 4:
-                raise KeyboardInterrupt
-            return step(self, *args, **kwargs)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(loop.Loop, "training_step", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                made.train(model, run, [])
-        assert (tmp_path / folder / "checkpoint-3").is_dir()
-        return None
-
-    whole = outcome("whole")
-    outcome("parts", stop=True)
-    parts = outcome("parts")
-    assert parts.predictions == pytest.approx(whole.predictions, abs=1e-5)
-    assert parts.test == pytest.approx(whole.test, abs=1e-5)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Loop, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe)
+    assert (tmp_path / "parts" / "psoft" / "checkpoint-3").is_dir()
+    parts = run(recipe)
+    assert parts["metrics"] == pytest.approx(whole["metrics"], abs=1e-5)
+    assert parts["runs"][0]["validation"] == pytest.approx(whole["runs"][0]["validation"], abs=1e-5)

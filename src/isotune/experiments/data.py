@@ -193,9 +193,8 @@ def _with_test_set(
                 f"{len(train)} training examples are too few to make a {' and a '.join(missing)} set of {count} each "
                 "of them; give more, or files of your own for these sets"
             )
-    if processes.is_main():
-        sizes = " and ".join(f"{len(found[split])} for the {split} set" for split in missing)
-        print(f"of {len(train)} training examples are held out: {sizes}", flush=True)
+    sizes = " and ".join(f"{len(found[split])} for the {split} set" for split in missing)
+    processes.say(f"of {len(train)} training examples are held out: {sizes}")
     return found
 
 

@@ -166,10 +166,10 @@ class CausalTask(Task):
                 f"no example of the {split} split fits into train.max_length={length} tokens, the shortest has "
                 f"{shortest}; raise it"
             )
-        if processes.is_main() and left_out:
-            print(f"{left_out} of the {split} split are left out: longer than train.max_length={length} tokens")
-        if processes.is_main() and cut > left_out:
-            print(f"{cut - left_out} of the {split} split are cut at train.max_length={length} tokens", flush=True)
+        if left_out:
+            processes.say(f"{left_out} of the {split} split are left out: longer than train.max_length={length} tokens")
+        if cut > left_out:
+            processes.say(f"{cut - left_out} of the {split} split are cut at train.max_length={length} tokens")
 
     def log_likelihoods(
         self, model: Any, sequences: Sequence[list[int]], given: Sequence[int], what: str

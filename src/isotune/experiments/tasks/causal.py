@@ -221,8 +221,8 @@ def by_set(
     return {name: fmean(means.values()), **({str(p): m for p, m in means.items()} if len(means) > 1 else {})}
 
 
-def common(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all the sequences begin with."""
+def common(sequences: Sequence[Sequence[Any]]) -> int:
+    """How many tokens, or letters, all the sequences begin with."""
     count = 0
     for tokens in zip(*sequences, strict=False):
         if len(set(tokens)) > 1:

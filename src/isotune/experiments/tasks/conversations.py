@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from isotune.experiments.data import cell, given
 from isotune.experiments.models import ModelError
@@ -132,27 +133,42 @@ class ChatTemplate:
         assert isinstance(before, list)  # texts need no template
         assert isinstance(learnt, list)
         whole = [*before, *learnt]
-        ids = self._ids(self._text(whole, dialogue))
-        if self.marked:
-            marks = self._marks(whole, dialogue, ids)
-            begin = common([self._ids(self._text(before, dialogue, answer=True)), ids]) if before else 0
-            return ids, [mark and place >= begin for place, mark in enumerate(marks)]
+        text = self._text(whole, dialogue)
+        ids = self._ids(text)
         mask = [False] * len(ids)
-        for place, message in enumerate(whole):
-            if place >= len(before) and message["role"] == "assistant":
-                begin, end = self._span(whole, place, dialogue, ids)
-                mask[begin:end] = [True] * (end - begin)
+        for begin, end in (
+            self._marked(whole, len(before), dialogue, text)
+            if self.marked
+            else (
+                self._span(whole, place, dialogue, text)
+                for place in range(len(before), len(whole))
+                if whole[place]["role"] == "assistant"
+            )
+        ):
+            first, last = (common([self._ids(text[:place]), ids]) for place in (begin, end))
+            mask[first:last] = [True] * (last - first)
         return ids, mask
 
-    def _marks(self, whole: Sequence[Message], dialogue: Dialogue, ids: list[int]) -> list[bool]:
-        found = self._render(whole, dialogue, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        if list(found["input_ids"]) != ids:
+    def _marked(
+        self, whole: Sequence[Message], prompt: int, dialogue: Dialogue, text: str
+    ) -> Iterator[tuple[int, int]]:
+        """Where in the text what the template marks begins and ends, but for what stands in the prompt."""
+        # The mask that the tokenizer itself can return reaches to the end of the text where a mark ends in a character
+        # that is no part of any token.
+        rendered, marks = render_jinja_template(
+            conversations=[list(whole)],
+            tools=dialogue.tools,
+            chat_template=self.template or self.tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        if rendered[0] != text:
             raise DataError(f"{dialogue.where}: the chat template of {self.model} renders it in two ways")
-        return [bool(mark) for mark in found["assistant_masks"]]
+        before = common([self._text(whole[:prompt], dialogue), text]) if prompt else 0
+        yield from ((begin, end) for begin, end in marks[0] if begin >= before)
 
-    def _span(self, whole: Sequence[Message], place: int, dialogue: Dialogue, ids: list[int]) -> tuple[int, int]:
-        """Where the tokens of a message of the assistant begin and end."""
-        text = self._text(whole, dialogue)
+    def _span(self, whole: Sequence[Message], place: int, dialogue: Dialogue, text: str) -> tuple[int, int]:
+        """Where in the text a message of the assistant begins and ends."""
         before = self._text(whole[:place], dialogue, answer=True)
         upto = self._text(whole[: place + 1], dialogue)
         if not upto.startswith(before) or not text.startswith(upto):
@@ -161,7 +177,7 @@ class ChatTemplate:
                 "messages follow, so that it cannot be told which tokens are the assistant's; give conversations of "
                 "one turn, or a model whose template marks what the assistant says ({% generation %})"
             )
-        return common([self._ids(before), ids]), common([self._ids(upto), ids])
+        return len(before), len(upto)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -70,7 +70,7 @@ def test_json_pairs_and_integer_labels_in_numeric_order(folder: Path) -> None:
             "train.csv",
             "words,label\na,x\n",
             {},
-            "train.csv, line 2: there is no column 'text'; there are words, label",
+            r"line 2: there is no column 'text'; there are words, label, and data\.rename=\{NAME: text\} takes",
         ),
         ("train.csv", "text,label\na\n", {}, "train.csv, line 2: 1 columns where 2 are expected"),
         ("train.csv", "text,label\n,x\nb,y\n", {}, "train.csv, line 2: the column 'text' holds ''"),

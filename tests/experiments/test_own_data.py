@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch.nn import functional
 
 pytest.importorskip("trl")
@@ -266,6 +267,14 @@ def test_margins_are_against_the_base_without_the_adapter(own: Callable[..., Rec
     merged = adapted.merge_and_unload()
     assert task.predict(merged) == pytest.approx(expected, abs=1e-4)
     assert tasks.make(recipe).predict(merged) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_reference_is_the_base_where_the_adapter_has_taken_from_it(own: Callable[..., Recipe]) -> None:
+    task: Any = tasks.make(own("preference", pairs(4), data={"files": {"train": "own.jsonl", "test": "own.jsonl"}}))
+    adapted = get_peft_model(task.build()[0], LoraConfig(r=4, init_lora_weights="pissa", target_modules="all-linear"))
+    assert task.predict(adapted) == pytest.approx([0.0] * 4, abs=1e-4)  # as at the start of any training
+    with adapted.disable_adapter():
+        assert max(map(abs, task.predict(adapted))) > 0.01
 
 
 def test_preferences_are_trained_by_trl_against_the_base(

@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from chats import conversations, preferences, words
-from isotune.experiments.loading import load
+from isotune.experiments.loading import load, packaged
 from isotune.experiments.recipe import Recipe, keys_of
 from isotune.experiments.registry import entry
 from isotune.experiments.starting import KINDS, METHOD, starting
@@ -71,6 +71,12 @@ def test_nothing_is_overwritten_and_no_data_are_made_up(tmp_path: Path, monkeypa
         assert re.search(said, done.output), done.output
     assert [path.name for path in tmp_path.iterdir()] == ["my-recipe.yaml"]
     assert Path("my-recipe.yaml").read_text() == before
+
+
+def test_packaged_recipes_are_json_too() -> None:
+    one = json.loads(isotune("recipes", "demo", "--json").stdout)
+    assert one == packaged()["demo"]
+    assert json.loads(isotune("recipes", "arc/", "--json").stdout).keys() == {"arc/gemma", "arc/gemma-words"}
 
 
 @pytest.fixture

@@ -59,7 +59,10 @@ def fingerprint(*parts: Any) -> str:
 def given(row: Row, column: str) -> Any:
     """What stands in a column; raises DataError where there is no such column."""
     if column not in row.values:
-        raise DataError(f"{row.where}: there is no column {column!r}; there are {', '.join(map(str, row.values))}")
+        raise DataError(
+            f"{row.where}: there is no column {column!r}; there are {', '.join(map(str, row.values))}, and "
+            f"data.rename={{NAME: {column}}} takes one of them for it"
+        )
     return row.values[column]
 
 

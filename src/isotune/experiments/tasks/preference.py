@@ -20,7 +20,7 @@ from isotune.experiments import loop
 from isotune.experiments.encoded import Encoded
 from isotune.experiments.run import Run
 from isotune.experiments.tables import DataError, Row
-from isotune.experiments.tasks.causal import by_set, shown
+from isotune.experiments.tasks.causal import by_set, common, shown
 from isotune.experiments.tasks.chat import DialogueTask, check_answer
 from isotune.experiments.tasks.conversations import Dialogue, said, tools
 from isotune.files.base_model import quiet
@@ -106,7 +106,7 @@ class Preference(DialogueTask):
         found, cut, shortest = {}, 0, []
         for place, pair in enumerate(shown(pairs, "tokenising", "pair")):
             (chosen, first), (rejected, second) = (self.tokens_of(one) for one in (pair.chosen, pair.rejected))
-            begin = min(first.index(True), second.index(True))
+            begin = min(first.index(True), second.index(True), common([chosen, rejected]))
             shortest.append(max(len(chosen), len(rejected)))
             cut += shortest[-1] > length
             answers = {"chosen_ids": chosen[begin:length], "rejected_ids": rejected[begin:length]}

@@ -540,6 +540,14 @@ def test_the_trainer_has_the_method_that_is_overridden(name: str) -> None:
     assert f"self.{name}" in source_of(trainer.__module__)
 
 
+@pytest.mark.parametrize("name", ["_prepare_dataset", "_precompute_ref_logps"])
+def test_the_trainer_of_preferences_has_the_method_that_is_overridden(name: str) -> None:
+    trainer = pytest.importorskip("trl").DPOTrainer
+    loop = importlib.import_module("isotune.experiments.tasks.preference").DpoLoop
+    assert name in vars(loop)
+    assert f"self.{name}" in source_of(trainer.__module__)
+
+
 def test_deepspeed_writes_these_names() -> None:
     text = source_of("deepspeed.runtime.zero.partition_parameters")
     text += source_of("deepspeed.runtime.zero.parameter_offload") + source_of("deepspeed.utils.mixed_precision_linkage")

@@ -185,9 +185,13 @@ def test_annotations_resolve(name: str) -> None:
     needed = {
         "algebra.block_kernels": "triton",
         "algebra.elimination_kernels": "triton",
+        "experiments.tasks.causal": "trl",
+        "experiments.tasks.chat": "trl",
         "experiments.tasks.commonsense": "trl",
+        "experiments.tasks.conversations": "trl",
         "experiments.tasks.language": "trl",
         "experiments.tasks.math": "trl",
+        "experiments.tasks.preference": "trl",
         "integrations.axolotl": "axolotl",
         "integrations.ms_swift": "swift",
     }

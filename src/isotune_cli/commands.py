@@ -12,6 +12,7 @@ from isotune_cli.chat import chat
 from isotune_cli.compare import compare
 from isotune_cli.evaluate import evaluate_adapter
 from isotune_cli.export import export_adapter
+from isotune_cli.init import init
 from isotune_cli.inspect import inspect_adapter
 from isotune_cli.peft_import import import_adapter
 from isotune_cli.plan import plan
@@ -44,6 +45,7 @@ def _options(
 
 
 _COMMANDS: dict[str, Callable[..., Any]] = {
+    "init": init,
     "train": train,
     "compare": compare,
     "recipes": recipes,

@@ -6,14 +6,17 @@ from typing import Annotated
 
 import typer
 
-from isotune_cli.shared import say
+from isotune_cli.shared import Result
 
 
 def recipes(
     name: Annotated[str | None, typer.Argument(help="One, to print it whole, or the beginning of several.")] = None,
-) -> None:
+) -> Result:
     """List the packaged recipes with data, metric and the parameters of the adapter, or print one to start from."""
     from isotune.experiments.loading import packaged
     from isotune.experiments.suites import listing, whole
 
-    say(whole(name) if name in packaged() else listing(name or ""))
+    known = packaged()
+    if name in known:
+        return Result(whole(name), known[name])
+    return Result(listing(name or ""), {one: raw for one, raw in known.items() if one.startswith(name or "")})

@@ -55,6 +55,44 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT without a head, as the published one, two layers of width 32 on images of 32 × 32."""
+    import torch
+    import transformers
+    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+    folder = tmp_path_factory.mktemp("vit")
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=32,
+        patch_size=16,
+    )
+    torch.manual_seed(0)
+    ViTModel(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    try:
+        transformers.AutoImageProcessor.from_pretrained(folder)
+    except ImportError:
+        pytest.skip("the image processors of this transformers need torchvision")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with a tokenizer of words that has a chat template."""
+    from chats import chat_tokenizer
+    from helpers import tiny_llama
+
+    folder = tmp_path_factory.mktemp("chat")
+    tiny_llama(pad_token_id=0).save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three jsonl files: is the text about something good (1) or bad (0)?"""
     folder = tmp_path_factory.mktemp("data")

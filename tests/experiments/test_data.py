@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,14 @@ def test_json_pairs_and_integer_labels_in_numeric_order(folder: Path) -> None:
     ("name", "text", "changes", "said"),
     [
         ("train.csv", None, {}, "there is no data file .*train.csv"),
-        ("train.csv", "text,label\n", {}, "the train split is empty"),
-        ("train.csv", "", {}, "the train split is empty"),
-        ("test.csv", "text,label\n", {}, "the test split is empty"),
+        ("train.csv", "text,label\n", {}, "train.csv is empty"),
+        ("train.csv", "", {}, "train.csv is empty"),
+        ("test.csv", "text,label\n", {}, "test.csv is empty"),
         (
             "train.csv",
             "words,label\na,x\n",
             {},
-            "train.csv, line 2: there is no column 'text'; there are words, label",
+            r"line 2: there is no column 'text'; there are words, label, and data\.rename=\{NAME: text\} takes",
         ),
         ("train.csv", "text,label\na\n", {}, "train.csv, line 2: 1 columns where 2 are expected"),
         ("train.csv", "text,label\n,x\nb,y\n", {}, "train.csv, line 2: the column 'text' holds ''"),
@@ -110,9 +111,30 @@ def test_bad_data_are_one_line(folder: Path, name: str, text: Any, changes: dict
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_to_report_on_is_refused(folder: Path) -> None:
-    with pytest.raises(DataError, match="nothing to report on"):
-        load(recipe(folder, files={"test": None, "validation": "test.csv"}))
+def test_a_test_set_is_made_where_there_is_none(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "isotune")
+    rows = [(f"t{n // 2}", "xyz"[0 if n < 80 else 1 if n < 98 else 2]) for n in range(100)]
+    (folder / "train.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    own = recipe(folder, files={"test": None})
+    examples = load(own)
+    assert "of 100 training examples are held out: 10 for the validation set and 10 for the test set" in caplog.text
+    texts = [{e.text for e in split} for split in (examples.train, examples.validation, examples.test)]
+    assert sum(map(len, texts)) == 50  # equal texts stay together
+    assert [len(split) for split in (examples.train, examples.validation, examples.test)] == [80, 10, 10]
+    for split in (examples.validation, examples.test):
+        assert Counter(e.label for e in split) == {0: 8, 1: 2}
+    assert {e.label for e in examples.train} == {0, 1, 2}  # the only text of a class is trained on
+    assert load(own) == examples
+    assert load(recipe(folder, files={"test": None}, split_seed=1)) != examples
+    fewer = load(recipe(folder, files={"test": None}, hold_out=4))
+    assert (len(fewer.validation), len(fewer.test)) == (4, 4)
+    alone = load(recipe(folder, files={"test": None, "validation": "test.csv"}))
+    assert (len(alone.train), len(alone.validation), len(alone.test)) == (90, 1, 10)
+
+
+def test_too_few_to_hold_out_are_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match="2 training examples are too few to make a validation and a test"):
+        load(recipe(folder, files={"test": None}))
     with pytest.raises(DataError, match="it needs a validation set and no test set"):
         load(recipe(folder, split_validation_half=True))
 

@@ -6,16 +6,20 @@ import hashlib
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from isotune.experiments import processes
 from isotune.experiments.recipe import Data
 from isotune.experiments.tables import DataError, Row, builtin_rows, file_rows, hub_rows
 from isotune.experiments.text import shown
 
 T = TypeVar("T")
+HELD_OUT, MOST_HELD_OUT = 0.1, 1000
+"""The share of the training examples of which a test or validation set is made, and the most of them."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,19 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def given(row: Row, column: str) -> Any:
+    """What stands in a column; raises DataError where there is no such column."""
+    if column not in row.values:
+        raise DataError(
+            f"{row.where}: there is no column {column!r}; there are {', '.join(map(str, row.values))}, and "
+            f"data.rename={{NAME: {column}}} takes one of them for it"
+        )
+    return row.values[column]
+
+
 def cell(row: Row, column: str) -> str:
     """The text or whole number in a column."""
-    if column not in row.values:
-        raise DataError(f"{row.where}: there is no column {column!r}; there are {', '.join(map(str, row.values))}")
-    value = row.values[column]
+    value = given(row, column)
     if isinstance(value, bool):
         value = int(value)
     if isinstance(value, float) and math.isfinite(value):
@@ -85,7 +97,11 @@ def load(data: Data, regression: bool = False, text_of: Callable[[Row, str], str
         return Example(texts[0], texts[1] if len(texts) > 1 else None, label)
 
     splits = {split: [example(row) for row in found] for split, found in rows.items()}
-    return Examples(names, **arrange(data, splits, texts_of))
+    return Examples(names, **arrange(data, splits, texts_of, (lambda example: 0) if regression else _class_of))
+
+
+def _class_of(example: Example) -> Hashable:
+    return example.label
 
 
 def texts_of(example: Example) -> Hashable:
@@ -118,15 +134,28 @@ def read(data: Data) -> tuple[dict[str, list[Row]], Data]:
     return rows, data.model_copy(update=columns)
 
 
-def arrange(data: Data, splits: dict[str, list[T]], key: Callable[[T], Hashable]) -> dict[str, list[T]]:
-    """Shorten, hold out and halve the splits as a recipe says; halving leaves examples of an equal `key` together.
+def arrange(
+    data: Data,
+    splits: dict[str, list[T]],
+    key: Callable[[T], Hashable],
+    kind: Callable[[T], Hashable] = lambda example: 0,
+) -> dict[str, list[T]]:
+    """Shorten, hold out and halve the splits as a recipe says, and make a test set where there is none.
+
+    Args:
+        data: the recipe's section.
+        splits: the examples that were read.
+        key: examples with equal keys, such as equal texts, stay together where a split is made by chance.
+        kind: a test set that is made here has each kind of example in its share, and the training set all of them.
 
     Raises:
         DataError: there is then nothing to train or to report on.
     """
     splits = dict(splits)
     shuffle = random.Random(data.split_seed)
-    if data.hold_out is not None:
+    if "test" not in splits and not data.split_validation_half:
+        splits = _with_test_set(data, splits, key, kind)
+    elif data.hold_out is not None:
         if "validation" in splits:
             raise DataError("data.hold_out makes the validation set from the training set, and there is one already")
         if data.hold_out >= len(splits["train"]):
@@ -144,12 +173,54 @@ def arrange(data: Data, splits: dict[str, list[T]], key: Callable[[T], Hashable]
                 "it needs a validation set and no test set"
             )
         splits["validation"], splits["test"] = halves(splits["validation"], data.split_seed, key)
-    if "test" not in splits:
-        raise DataError(
-            "there is nothing to report on: give a test set, or set data.split_validation_half=true "
-            "to choose on one half of the validation set and report on the other"
-        )
     return splits
+
+
+def _with_test_set(
+    data: Data, splits: dict[str, list[T]], key: Callable[[T], Hashable], kind: Callable[[T], Hashable]
+) -> dict[str, list[T]]:
+    """Make the test set of training examples, and the validation set too where there is none; say so."""
+    missing = [split for split in ("validation", "test") if split not in splits]
+    train = splits["train"]
+    count = data.hold_out or max(1, min(MOST_HELD_OUT, round(HELD_OUT * len(train))))
+    found = dict(splits)
+    groups = spread(train, data.split_seed, key, kind)
+    for split in missing:
+        found[split] = []
+        while groups and len(found[split]) < count:
+            found[split] += groups.pop(0)
+    found["train"] = [example for group in groups for example in group]
+    for split in (*missing, "train"):
+        if not found[split]:
+            raise DataError(
+                f"{len(train)} training examples are too few to make a {' and a '.join(missing)} set of {count} each "
+                "of them; give more, or files of your own for these sets"
+            )
+    sizes = " and ".join(f"{len(found[split])} for the {split} set" for split in missing)
+    processes.say(f"of {len(train)} training examples are held out: {sizes}")
+    return found
+
+
+def spread(
+    examples: Sequence[T], seed: int, key: Callable[[T], Hashable], kind: Callable[[T], Hashable]
+) -> list[list[T]]:
+    """Groups of examples of equal `key`, by a shuffle with a fixed seed in which each kind is spread evenly.
+
+    So any number of groups from the beginning has every kind in about its share. The last group of a kind stands at the
+    end: what is taken from the beginning leaves one of each, unless most is taken.
+    """
+    groups: dict[Hashable, list[T]] = {}
+    for example in examples:
+        groups.setdefault(key(example), []).append(example)
+    shuffled = random.Random(seed).sample(list(groups.values()), len(groups))
+    sizes = Counter(kind(group[0]) for group in shuffled)
+    seen: Counter[Hashable] = Counter()
+    places = []
+    for group in shuffled:
+        own = kind(group[0])
+        seen[own] += 1
+        places.append(1.0 if seen[own] == sizes[own] else (seen[own] - 0.5) / sizes[own])
+    return [shuffled[i] for i in sorted(range(len(shuffled)), key=places.__getitem__)]
 
 
 def halves(examples: Sequence[T], seed: int, key: Callable[[T], Hashable]) -> tuple[list[T], list[T]]:

@@ -24,8 +24,19 @@ from isotune.experiments import registry
 from isotune.experiments.text import shown
 
 Metric = Literal["accuracy", "matthews_correlation", "pearson", "loss"]
-TaskName = Literal["text-classification", "text-regression", "image-classification", "multiple-choice", "math"]
+TaskName = Literal[
+    "text-classification",
+    "text-regression",
+    "image-classification",
+    "chat",
+    "completion",
+    "preference",
+    "multiple-choice",
+    "math",
+]
 LESS_IS_BETTER = ("loss",)
+METRICS: dict[str, tuple[str, ...]] = {"chat": ("loss",), "completion": ("loss",), "preference": ("accuracy", "loss")}
+"""The metrics of tasks that do not have all of them, the usual one first."""
 
 
 def merit(metric: str, scores: Mapping[str, float] | None) -> float:
@@ -96,6 +107,8 @@ class HubData(_Section):
 class FileData(_Section):
     """Local csv, tsv, json or jsonl files in `data.path`; `columns` names those of files without a header.
 
+    A folder in place of a file holds a folder of images for each class; one with a folder `train` in it has its splits
+    in folders of their names.
     `text`, `label` and `labels` stand for those of `data` where the files call them differently. A mapping as `test`
     names several test sets.
     """
@@ -116,7 +129,7 @@ class Data(_Section):
     `builtin` or `hub` data are used where the recipe names them, else the `files` relative to the working directory.
     `rename` gives columns the names that the task knows them by, where a table has them under others.
     `classes` is a number of classes called 0, 1, …; `range` what a regression's numbers lie in; `hold_out` the number
-    of training examples that become the validation set.
+    of training examples that become the validation set, and as many more become the test set where there is none.
     """
 
     builtin: Literal["stdlib-docstrings"] | None = None
@@ -206,6 +219,12 @@ class Train(_Section):
         return self
 
 
+class Preference(_Section):
+    """How answers are preferred by DPO: `beta` is how much it costs to move away from the base model."""
+
+    beta: Rate = 0.1
+
+
 class Recipe(_Section):
     """A whole experiment: model, task, data, method, training and where the results go.
 
@@ -226,6 +245,7 @@ class Recipe(_Section):
     method: MethodSpec
     baselines: list[MethodSpec] = Field(default_factory=list)
     train: Train = Field(default_factory=Train)
+    preference: Preference = Field(default_factory=Preference)
     metric: Metric = "accuracy"
     choose_by: Metric | None = None
     check_saved: bool = False
@@ -245,6 +265,20 @@ class Recipe(_Section):
     def methods(self) -> list[Method]:
         """All methods in the order in which they are trained; the recipe's own is the last."""
         return [*self.baselines, self.method]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_metric(cls, raw: Any) -> Any:
+        known = METRICS.get(str(raw.get("task"))) if isinstance(raw, Mapping) else None
+        return {**raw, "metric": known[0]} if known and raw.get("metric") is None else raw
+
+    @model_validator(mode="after")
+    def _metric_of_the_task(self) -> Recipe:
+        for key, metric in (("metric", self.metric), ("choose_by", self.chosen_by)):
+            known = METRICS.get(self.task, (metric,))
+            if metric not in known:
+                raise ValueError(f"the task {self.task} has the {key} {' or '.join(known)}, not {metric}")
+        return self
 
     @model_validator(mode="after")
     def _start_from_head(self) -> Recipe:

@@ -13,6 +13,8 @@ from isotune.experiments.recipe import FileData, HubData, HubTable
 from isotune.experiments.text import first_line, from_json
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
+_SPLITS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
+"""What the folders of the splits are called in a folder of images."""
 
 
 class DataError(ValueError):
@@ -68,25 +70,65 @@ def _hub_table(table: HubTable) -> list[Row]:
 
 def file_rows(files: FileData, folder: Path) -> dict[str, list[Row]]:
     """The splits of local files in a folder."""
+    files = _with_splits(files, folder)
 
     def rows(names: Sequence[str], name: str | None = None) -> list[Row]:
-        return [replace(row, set=name) for file in names for row in _table(folder / file, files.columns)]
+        found = []
+        for file in names:
+            table = [replace(row, set=name) for row in _table(folder / file, files.columns)]
+            if not table:
+                raise DataError(f"{folder / file} is empty: it has no row to train on or to judge by")
+            found += table
+        return found
 
     found = {"train": rows(files.train)}
     if files.validation is not None:
         found["validation"] = rows(files.validation)
     if isinstance(files.test, dict):
         sets = {name: rows(names, name) for name, names in files.test.items()}
-        for name, those in sets.items():
-            if not those:
-                raise DataError(f"the test set {name} is empty")
         found["test"] = list(chain(*sets.values()))
     elif files.test is not None:
         found["test"] = rows(files.test)
     return found
 
 
+def _with_splits(files: FileData, folder: Path) -> FileData:
+    """Where the training set is one folder of the splits' folders: these, where the recipe names no others."""
+    whole = folder / files.train[0]
+    inside = {entry.name for entry in _visible(whole)} if len(files.train) == 1 and whole.is_dir() else set()
+    if "train" not in inside or not inside <= {name for names in _SPLITS.values() for name in names}:
+        return files
+    found = {
+        split: [str(Path(files.train[0]) / name)]
+        for split, names in _SPLITS.items()
+        for name in names
+        if name in inside
+    }
+    given = {split: value for split in ("validation", "test") if (value := getattr(files, split)) is not None}
+    return files.model_copy(update={**found, **given})
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def _class_rows(folder: Path) -> Iterator[Row]:
+    """Images by class: every file in a folder is one of the class that the folder is called after."""
+    classes = _visible(folder)
+    for name in classes:
+        if not name.is_dir():
+            raise DataError(f"{name} lies beside the folders of the classes; a folder of images has only such folders")
+        images = _visible(name)
+        if not images:
+            raise DataError(f"the folder {name} of a class has no image")
+        for image in images:
+            yield Row({"image": str(image), "label": name.name}, str(image))
+
+
 def _table(path: Path, columns: list[str] | None) -> Iterator[Row]:
+    if path.is_dir():
+        yield from _class_rows(path)
+        return
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: the kind of file is known by its name, which must end in {', '.join(SUFFIXES)}")
     try:

@@ -13,6 +13,9 @@ __all__ = ["Task", "make"]
 _CLASSES = {
     "text-classification": ("classification", "TextClassification"),
     "text-regression": ("classification", "TextRegression"),
+    "chat": ("chat", "Chat"),
+    "completion": ("chat", "Completion"),
+    "preference": ("preference", "Preference"),
     "multiple-choice": ("commonsense", "MultipleChoice"),
     "math": ("math", "MathWords"),
     "image-classification": ("vision", "ImageClassification"),

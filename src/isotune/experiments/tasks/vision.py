@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from isotune.experiments import data, models
+from isotune.experiments.recipe import Data
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.classification import Classifier
 
@@ -26,7 +28,18 @@ class ImageClassification(Classifier):
         recipe = self.recipe.data
         if recipe.hub is not None and recipe.path is None:
             raise DataError("images are read from local files: give data.path and data.files")
-        return data.load(recipe, text_of=_checked)
+        if recipe.text == Data.model_fields["text"].get_default(call_default_factory=True):
+            recipe = recipe.model_copy(update={"text": ["image"]})
+        found = data.load(recipe, text_of=_checked)
+        every = [example for split in (found.train, found.validation, found.test) for example in split]
+        counts = Counter(example.label for example in every)
+        for example in every:
+            if counts[example.label] == 1:
+                raise DataError(
+                    f"{example.text} is the only image of the class {found.labels[int(example.label)]}; a class needs "
+                    "at least two, to train on and to judge by"
+                )
+        return found
 
     def build(self) -> tuple[Any, list[str]]:
         return models.load_image_classifier(self.recipe.model, self.examples.labels)
@@ -52,8 +65,9 @@ def _checked(row: Row, column: str) -> str:
     try:
         with Image.open(path):
             return path
-    except OSError as error:
-        raise DataError(f"{row.where}: {path} is no image that can be read: {error}") from error
+    except (OSError, Image.DecompressionBombError) as error:
+        where = "" if row.where == path else f"{row.where}: "
+        raise DataError(f"{where}{path} is no image that can be read: {error}") from error
 
 
 def _read(path: str) -> Any:

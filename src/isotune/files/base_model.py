@@ -37,7 +37,7 @@ _TOKENIZER_FILES = [
 def quiet() -> Iterator[None]:
     """Silence other libraries' warnings about a deliberately new head, and their loading bars.
 
-    Not where the logger "isotune" is at DEBUG, as `isotune --verbose` has it.
+    They are shown if the logger "isotune" is at DEBUG, as under `isotune --verbose`.
     """
     if logging.getLogger("isotune").isEnabledFor(logging.DEBUG):
         yield

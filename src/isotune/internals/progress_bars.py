@@ -9,7 +9,7 @@ from tqdm.std import tqdm
 
 _TQDMS = {name: getattr(tqdm, name) for name in ("display", "clear", "close")}
 _SECONDS = 10
-"""At least between two lines of one bar."""
+"""Shortest time between two lines of one bar."""
 _FORMAT = "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
@@ -17,8 +17,8 @@ def show_progress(how: Literal["bars", "lines", "none"]) -> None:
     """Choose how progress is shown from now on.
 
     Args:
-        how: "bars" are redrawn in place, which a file or a pipe would be filled with; "lines" are written at most once
-            a percent and at most every ten seconds; "none" shows nothing.
+        how: "bars" are redrawn in place, which would flood a file or pipe; "lines" are written at most once per percent
+            and at most every ten seconds; "none" shows nothing.
     """
     lines = {"display": _line if how == "lines" else _nothing, "clear": _nothing, "close": _close}
     for name, method in (_TQDMS if how == "bars" else lines).items():
@@ -30,7 +30,7 @@ def _nothing(bar: Any, *_: Any, **__: Any) -> bool:
 
 
 def _line(bar: Any, msg: str | None = None, pos: int | None = None, *, last: bool = False) -> bool:
-    """Write where a bar is, where that is due; `last` where it is about to end. `msg` is what takes a bar away."""
+    """Write a bar's state as a line if one is due, or at its end with `last`; `msg` is only set to clear a bar."""
     share = int(100 * bar.n / bar.total) if bar.total else bar.n
     now = time.time()
     said, since = getattr(bar, "isotune_line", (None, getattr(bar, "start_t", now)))
@@ -44,7 +44,7 @@ def _line(bar: Any, msg: str | None = None, pos: int | None = None, *, last: boo
 
 
 def _close(bar: Any) -> None:
-    """End a bar: with a last line where it would stay on a terminal, and without one for it."""
+    """Close a bar, with a last line if the bar would stay on a terminal."""
     if not bar.disable:
         in_lines = getattr(tqdm, "display", None) is _line
         if in_lines and bar.leave is not False and time.time() >= bar.start_t + bar.delay:

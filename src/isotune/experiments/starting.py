@@ -51,7 +51,7 @@ KINDS = {
         'One conversation a line: {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]}.',
         _CHAT_MODEL,
         ("dtype", *_LANGUAGE),
-        _SMALL_PARTS,
+        _SMALL_PARTS | {"lr": 5e-4},
     ),
     "completion": Kind(
         "completion",
@@ -60,7 +60,7 @@ KINDS = {
         'One object a line: {"prompt": "…", "completion": "…"}, both texts, or both lists of messages.',
         _CHAT_MODEL,
         ("dtype", *_LANGUAGE),
-        _SMALL_PARTS,
+        _SMALL_PARTS | {"lr": 5e-4},
     ),
     "preference": Kind(
         "preference",
@@ -69,7 +69,7 @@ KINDS = {
         'One object a line: {"prompt": "…", "chosen": "…", "rejected": "…"}, all texts, or all lists of messages.',
         _CHAT_MODEL,
         ("dtype", *_LANGUAGE, "preference.beta"),
-        _SMALL_PARTS,
+        _SMALL_PARTS | {"lr": 1e-4},
     ),
     "classification": Kind(
         "text-classification",
@@ -158,7 +158,7 @@ def starting(kind: str = "chat", model: str | None = None, data: str | None = No
         "task": f"What is learnt: {known.learnt}.",
         "data.files.train": known.form,
         f"method.{size}": "The size of the adapter: more trains more parameters.",
-        "train.lr": f"The adapter's learning rate, here {method.title}'s usual one. {ABOUT['train.lr']}",
+        "train.lr": f"The adapter's learning rate to begin with. {ABOUT['train.lr']}",
     }
     own = {part: [key for key in known.keys if key.startswith(part)] for part in ("data.", "train.", "preference.")}
     alone = [key for key in known.keys if "." not in key]

@@ -3,7 +3,7 @@
 Without a reference model the reference is the base with the adapter switched off, so no second copy is in memory. A new
 adapter is the identity: the first loss is ln 2 = 0.6931, and another number would mean that the reference is wrong.
 
-Needs: pip install ".[language]", and a GPU: 12.3 GB for Qwen3-0.6B, by `isotune plan Qwen/Qwen3-0.6B --method oft
+Needs: pip install ".[language]", and a GPU: 11.5 GiB for Qwen3-0.6B, by `isotune plan Qwen/Qwen3-0.6B --method oft
        oft_block_size=32 --batch 8 --sequence 1024 --checkpointing` (4 pairs are 8 sequences). --smoke runs on a CPU.
 Run:   python examples/dpo.py --model Qwen/Qwen3-0.6B --data trl-lib/ultrafeedback_binarized
        python examples/dpo.py --smoke

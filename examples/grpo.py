@@ -1,7 +1,7 @@
 """Reinforcement learning with verifiable rewards (GRPO) with TRL and PSOFT.
 
 Of eight answers to a problem right ones are made likelier, short ones a little; the reference is the base, adapter off.
-Needs: pip install ".[math]", and a GPU: 9.5 GB for a step of Qwen3-0.6B, by `isotune plan Qwen/Qwen3-0.6B
+Needs: pip install ".[math]", and a GPU: 8.8 GiB for a step of Qwen3-0.6B, by `isotune plan Qwen/Qwen3-0.6B
        --rank 64 --batch 8 --sequence 768 --checkpointing`. --smoke runs on a CPU.
 Run:   python examples/grpo.py --model Qwen/Qwen3-0.6B --data trl-lib/DeepMath-103K
        python examples/grpo.py --smoke

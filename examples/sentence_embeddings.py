@@ -1,6 +1,6 @@
 """Sentence embeddings with sentence-transformers and PSOFT.
 
-Needs: pip install ".[train]" sentence-transformers datasets. A CPU will do for MiniLM: 0.4 GB by `isotune plan
+Needs: pip install ".[train]" sentence-transformers datasets. A CPU will do for MiniLM: 0.4 GiB by `isotune plan
        sentence-transformers/all-MiniLM-L6-v2 --rank 32 --batch 32 --sequence 64`.
 Run:   python examples/sentence_embeddings.py --model sentence-transformers/all-MiniLM-L6-v2
        python examples/sentence_embeddings.py --smoke

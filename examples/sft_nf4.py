@@ -1,6 +1,6 @@
 """Chat fine-tuning with TRL on a base in 4 bits: QLoRA's recipe, with PSOFT in the place of LoRA.
 
-Needs: pip install ".[language]" bitsandbytes, and a GPU: 6.1 GB for Qwen3-0.6B, by `isotune plan Qwen/Qwen3-0.6B
+Needs: pip install ".[language]" bitsandbytes, and a GPU: 5.7 GiB for Qwen3-0.6B, by `isotune plan Qwen/Qwen3-0.6B
        --rank 64 --quantization nf4-double --batch 4 --sequence 1024 --checkpointing`. --smoke runs on a CPU.
 Run:   python examples/sft_nf4.py --model Qwen/Qwen3-0.6B --data trl-lib/Capybara
        python examples/sft_nf4.py --smoke

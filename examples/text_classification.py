@@ -2,7 +2,7 @@
 
 The head is new, so it is trained whole and saved with the adapter: task_type="SEQ_CLS" sees to that.
 
-Needs: pip install ".[train]" datasets, and a GPU: 5.9 GB for ModernBERT-base, by `isotune plan
+Needs: pip install ".[train]" datasets, and a GPU: 5.5 GiB for ModernBERT-base, by `isotune plan
        answerdotai/ModernBERT-base --rank 64 --batch 32 --sequence 128`. --smoke runs on a CPU.
 Run:   python examples/text_classification.py --model answerdotai/ModernBERT-base --data fancyzhx/ag_news
        python examples/text_classification.py --smoke

@@ -1,6 +1,6 @@
 """Image classification with a Vision Transformer and OFT.
 
-Needs: pip install ".[train]" datasets pillow, and a GPU: 4.2 GB for ViT-B/16, by `isotune plan
+Needs: pip install ".[train]" datasets pillow, and a GPU: 3.9 GiB for ViT-B/16, by `isotune plan
        google/vit-base-patch16-224 --method oft oft_block_size=32 --batch 32`. --smoke runs on a CPU.
 Run:   python examples/vit_images.py --model google/vit-base-patch16-224 --data AI-Lab-Makerere/beans
        python examples/vit_images.py --smoke

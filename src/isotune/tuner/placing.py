@@ -222,13 +222,20 @@ def _refuse_other_base(adapter_name: str, places: Sequence[_Place], residuals: S
     if not above:
         return
     worst, residual = max(above, key=lambda pair: pair[1])
+    # A base of another training differs in all layers.
+    in_part = (
+        "The other layers are the same, so these are probably new in this model, like a classifier that its checkpoint "
+        "does not hold and that is made at random each time: name them in exclude_modules, and in modules_to_save to "
+        "train them. "
+    )
     message = (
         f"The adapter {adapter_name!r} was not trained on this base model: in {len(above)} of "
         f"{len(places)} layers the principal subspace differs, most in {worst.key!r} with a residual of "
         f"{residual:.3f} (the same base gives below 0.001, a base rounded to bfloat16 about 0.003, at most "
-        f"{MAX_RESIDUAL} is allowed). Load the adapter on the base it was trained on, quantised in the same way or "
-        "not at all; or train and save it with basis='embedded', which fits any base of the same shapes; or, to "
-        "load it anyway, set on_base_mismatch='warn' in PeftModel.from_pretrained or in the configuration."
+        f"{MAX_RESIDUAL} is allowed). {in_part if len(above) < len(places) else ''}"
+        "Load the adapter on the base it was trained on, quantised in the same way or not at all; or train and save it "
+        "with basis='embedded', which fits any base of the same shapes; or, to load it anyway, set "
+        "on_base_mismatch='warn' in PeftModel.from_pretrained or in the configuration."
     )
     if _config(worst.layer, adapter_name).on_base_mismatch == "warn":
         warnings.warn(message, IsotuneWarning, stacklevel=2)

@@ -38,6 +38,8 @@ has_pefts_psoft = pytest.mark.skipif(not hasattr(peft, "PsoftConfig"), reason="P
 
 QUICK = os.environ.get("ISOTUNE_TESTS", "all") == "quick"
 """Whether this run is `make quick`: few random examples a property, and gradients checked along random directions."""
+PROCESSES = (2, 4) if os.environ.get("ISOTUNE_TESTS") == "product" else (2,)
+"""Numbers of processes; four on two cores take minutes, so that `make product` alone runs them."""
 
 VOCABULARY = 96
 WORDS = [f"w{i}" for i in range(VOCABULARY - 4)]

@@ -16,13 +16,13 @@ from torch import distributed as dist
 from torch import nn
 
 from distributed import worker
-from helpers import adapted_stack, layers_of, tiny_llama, torchrun, trainable
+from helpers import PROCESSES, adapted_stack, layers_of, tiny_llama, torchrun, trainable
 from isotune.parallel.processes import average_gradients, one_for_all
 
 WORKER = Path(worker.__file__)
 
 
-@pytest.fixture(scope="module", params=[pytest.param(count, marks=pytest.mark.slow) for count in (2, 4)])
+@pytest.fixture(scope="module", params=[pytest.param(count, marks=pytest.mark.slow) for count in PROCESSES])
 def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """The folder that a run of the worker has written, and what each of its processes found."""
     folder = tmp_path_factory.mktemp(f"processes-{request.param}")

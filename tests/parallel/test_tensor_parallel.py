@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from test_distributed import torchrun
 from torch import Tensor, nn
 
 from distributed import tensor_worker, worker
-from helpers import Stack, layers_of, tiny_llama, trainable
+from helpers import PROCESSES, Stack, layers_of, tiny_llama, trainable
 from isotune import get_peft_model
 from isotune.methods import METHODS
 
@@ -32,11 +31,7 @@ CASES = [
 ]
 
 
-COUNTS = (2, 4) if os.environ.get("ISOTUNE_TESTS") == "product" else (2,)
-"""Four processes on two cores take two minutes; `make product` runs them too."""
-
-
-@pytest.fixture(scope="module", params=[pytest.param(count, marks=pytest.mark.slow) for count in COUNTS])
+@pytest.fixture(scope="module", params=[pytest.param(count, marks=pytest.mark.slow) for count in PROCESSES])
 def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """The folder that a run has written, and what each of its processes found."""
     folder = tmp_path_factory.mktemp(f"tensor-parallel-{request.param}")

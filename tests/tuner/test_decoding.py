@@ -256,5 +256,5 @@ def test_nothing_is_given_after_a_block_or_in_another_thread() -> None:
 
 
 def test_a_model_without_an_adapter_is_refused() -> None:
-    with pytest.raises(ValueError, match="no adapter"), evaluated_once(nn.Linear(3, 3)):
+    with pytest.raises(ValueError, match="no isotune adapter"), evaluated_once(nn.Linear(3, 3)):
         pass

@@ -106,7 +106,7 @@ class MethodResult:
             "lr_at_border": self.rate_at_border,
             "mean": self.mean,
             "standard_error": self.standard_error,
-            "interval": self.interval,
+            "interval": None if self.interval is None else list(self.interval),  # as in the file
             "seeds": len(self.scores),
             "scores": {str(run.seed): run.score for run in self.runs},
             "failed": self.failed,

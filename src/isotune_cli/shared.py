@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -56,9 +56,10 @@ def command(function: Callable[..., Result | None]) -> Callable[..., None]:
     An error which the user can mend is a ValueError; it becomes one line and exit code 2. Other errors keep a
     traceback. Ctrl-C ends with code 130.
     """
-    hints = get_type_hints(function, include_extras=True)
+    # Not by get_type_hints: before Python 3.11 it hides what is said of a parameter whose default is None.
+    signature = inspect.signature(function, eval_str=True)
     shared: dict[str, Any] = {"quiet": Quiet, "verbose": Verbose}
-    if hints.pop("return") is not type(None):
+    if signature.return_annotation is not None:
         shared["as_json"] = Json
 
     def called(*, quiet: bool, verbose: bool, as_json: bool = False, **options: Any) -> None:
@@ -72,10 +73,7 @@ def command(function: Callable[..., Result | None]) -> Callable[..., None]:
                 if found.failed:
                     raise typer.Exit(1)
 
-    own = [
-        parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints[parameter.name])
-        for parameter in inspect.signature(function).parameters.values()
-    ]
+    own = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in signature.parameters.values()]
     added = [
         inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a) for n, a in shared.items()
     ]

@@ -78,7 +78,7 @@ def command(function: Callable[..., Result | None]) -> Callable[..., None]:
         inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a) for n, a in shared.items()
     ]
     called.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-    called.__annotations__ = {**hints, **shared}
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
     called.__name__, called.__doc__ = function.__name__, function.__doc__
     return called
 

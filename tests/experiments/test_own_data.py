@@ -269,6 +269,19 @@ def test_margins_are_against_the_base_without_the_adapter(own: Callable[..., Rec
     assert tasks.make(recipe).predict(merged) == pytest.approx(expected, abs=1e-4)
 
 
+def test_answers_whose_first_token_differs_are_measured_from_the_second(own: Callable[..., Recipe]) -> None:
+    """As TRL does: a token may reach from a short prompt into the answer, so that no token is the prompt's alone."""
+    task: Any = tasks.make(own("preference", pairs(6)))
+    model, sequences = task.build()[0].eval(), [[5, 6, 7], [8, 9, 10, 11]]
+    with torch.no_grad():
+        none, first = (
+            {i: scores.tolist() for i, scores in task.log_likelihoods(model, sequences, [given, given], "")}
+            for given in (0, 1)
+        )
+    assert none == first
+    assert [len(none[i]) for i in range(2)] == [2, 3]
+
+
 def test_the_reference_is_the_base_where_the_adapter_has_taken_from_it(own: Callable[..., Recipe]) -> None:
     task: Any = tasks.make(own("preference", pairs(4), data={"files": {"train": "own.jsonl", "test": "own.jsonl"}}))
     adapted = get_peft_model(task.build()[0], LoraConfig(r=4, init_lora_weights="pissa", target_modules="all-linear"))

@@ -24,7 +24,7 @@ from isotune.experiments.models import ModelError
 from isotune.experiments.recipe import Recipe, RecipeError, validate
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.causal import IGNORED
-from isotune.experiments.tasks.conversations import ChatTemplate, Dialogue
+from isotune.experiments.tasks.conversations import ChatTemplate, Dialogue, messages
 from isotune.experiments.tasks.preference import Preference
 from trainings import run
 
@@ -139,6 +139,12 @@ def test_tools_reach_the_template(own: Callable[..., Recipe]) -> None:
     rendered = [ChatTemplate(tokenizer_with(template), "m").tokens(dialogue)[0] for dialogue in found]
     name = chat_tokenizer().convert_tokens_to_ids("w9")
     assert [ids[0] == name for ids in rendered] == [True, True, False]
+
+
+def test_parts_of_text_are_one_text() -> None:
+    parts = [{"type": "text", "text": "w1 "}, {"type": "text", "text": "w2"}]
+    row = Row({"messages": [{"role": "user", "content": parts}, *said("assistant", 1)]}, "here")
+    assert messages(row, "messages") == [{"role": "user", "content": "w1 w2"}, *said("assistant", 1)]
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,13 @@ from helpers import WORDS
 from isotune import PsoftConfig, get_peft_model
 from isotune.experiments import loop, reload, tasks
 from isotune.experiments.models import ModelError
+from isotune.experiments.preview import preview
 from isotune.experiments.recipe import Recipe, RecipeError, validate
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.causal import IGNORED
 from isotune.experiments.tasks.conversations import ChatTemplate, Dialogue, messages
 from isotune.experiments.tasks.preference import Preference
+from isotune.experiments.train import plan
 from trainings import run
 
 MARKED = TEMPLATE.replace(
@@ -294,6 +296,12 @@ def test_the_reference_is_the_base_where_the_adapter_has_taken_from_it(own: Call
     assert task.predict(adapted) == pytest.approx([0.0] * 4, abs=1e-4)  # as at the start of any training
     with adapted.disable_adapter():
         assert max(map(abs, task.predict(adapted))) > 0.01
+
+
+def test_a_dry_run_counts_both_answers_of_a_pair(own: Callable[..., Recipe]) -> None:
+    single = preview(plan(own("chat", chats(8), train={"batch_size": 4})))
+    paired = preview(plan(own("preference", pairs(8), train={"batch_size": 2})))
+    assert paired["methods"][0]["memory"] == single["methods"][0]["memory"]
 
 
 def test_preferences_are_trained_by_trl_against_the_base(

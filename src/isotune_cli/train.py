@@ -27,6 +27,8 @@ def train(
 
     if dry_run:
         found = preview.preview(training.plan(loaded))
-        return Result(preview.to_text(found), found)
-    result = training.train(loaded, command_line())
-    return Result(table.table(result), result) if processes.is_main() else None
+        text = preview.to_text(found)
+    else:
+        found = training.train(loaded, command_line())
+        text = table.table(found)
+    return Result(text, found) if processes.is_main() else None

@@ -50,6 +50,21 @@ def test_tsv_without_a_header_keeps_quotation_marks(folder: Path) -> None:
     assert [e.label for e in examples.test] == [1, 0, 1, 0]
 
 
+def test_only_line_feeds_end_a_row(folder: Path) -> None:
+    """Marks such as U+2028, at which str.splitlines breaks, are text: JSON needs no escape for them."""
+    texts = [f"one{mark}two" for mark in "\u2028\u2029\x85\x0b\x0c"]
+    rows = [{"text": text, "label": "xy"[i % 2]} for i, text in enumerate(texts)]
+    table = "".join(f"{row['text']}\t{row['label']}\n" for row in rows)
+    files = {
+        "rows.jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
+        "rows.csv": "text,label\n" + table.replace("\t", ","),
+        "rows.tsv": "text\tlabel\n" + table,
+    }
+    for name, written in files.items():
+        (folder / name).write_text(written, "utf-8")
+        assert [e.text for e in load(recipe(folder, files={"train": name, "test": name})).train] == texts
+
+
 def test_json_pairs_and_integer_labels_in_numeric_order(folder: Path) -> None:
     rows = [{"p": "a", "q": "b", "y": number} for number in (10, 2, 1)]
     (folder / "train.json").write_text(json.dumps(rows))

@@ -21,11 +21,13 @@ from helpers import WORDS
 from isotune import PsoftConfig, get_peft_model
 from isotune.experiments import loop, reload, tasks
 from isotune.experiments.models import ModelError
+from isotune.experiments.preview import preview
 from isotune.experiments.recipe import Recipe, RecipeError, validate
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.causal import IGNORED
-from isotune.experiments.tasks.conversations import ChatTemplate, Dialogue
+from isotune.experiments.tasks.conversations import ChatTemplate, Dialogue, messages
 from isotune.experiments.tasks.preference import Preference
+from isotune.experiments.train import plan
 from trainings import run
 
 MARKED = TEMPLATE.replace(
@@ -139,6 +141,12 @@ def test_tools_reach_the_template(own: Callable[..., Recipe]) -> None:
     rendered = [ChatTemplate(tokenizer_with(template), "m").tokens(dialogue)[0] for dialogue in found]
     name = chat_tokenizer().convert_tokens_to_ids("w9")
     assert [ids[0] == name for ids in rendered] == [True, True, False]
+
+
+def test_parts_of_text_are_one_text() -> None:
+    parts = [{"type": "text", "text": "w1 "}, {"type": "text", "text": "w2"}]
+    row = Row({"messages": [{"role": "user", "content": parts}, *said("assistant", 1)]}, "here")
+    assert messages(row, "messages") == [{"role": "user", "content": "w1 w2"}, *said("assistant", 1)]
 
 
 @pytest.mark.parametrize(
@@ -269,12 +277,31 @@ def test_margins_are_against_the_base_without_the_adapter(own: Callable[..., Rec
     assert tasks.make(recipe).predict(merged) == pytest.approx(expected, abs=1e-4)
 
 
+def test_answers_whose_first_token_differs_are_measured_from_the_second(own: Callable[..., Recipe]) -> None:
+    """As TRL does: a token may reach from a short prompt into the answer, so that no token is the prompt's alone."""
+    task: Any = tasks.make(own("preference", pairs(6)))
+    model, sequences = task.build()[0].eval(), [[5, 6, 7], [8, 9, 10, 11]]
+    with torch.no_grad():
+        none, first = (
+            {i: scores.tolist() for i, scores in task.log_likelihoods(model, sequences, [given, given], "")}
+            for given in (0, 1)
+        )
+    assert none == first
+    assert [len(none[i]) for i in range(2)] == [2, 3]
+
+
 def test_the_reference_is_the_base_where_the_adapter_has_taken_from_it(own: Callable[..., Recipe]) -> None:
     task: Any = tasks.make(own("preference", pairs(4), data={"files": {"train": "own.jsonl", "test": "own.jsonl"}}))
     adapted = get_peft_model(task.build()[0], LoraConfig(r=4, init_lora_weights="pissa", target_modules="all-linear"))
     assert task.predict(adapted) == pytest.approx([0.0] * 4, abs=1e-4)  # as at the start of any training
     with adapted.disable_adapter():
         assert max(map(abs, task.predict(adapted))) > 0.01
+
+
+def test_a_dry_run_counts_both_answers_of_a_pair(own: Callable[..., Recipe]) -> None:
+    single = preview(plan(own("chat", chats(8), train={"batch_size": 4})))
+    paired = preview(plan(own("preference", pairs(8), train={"batch_size": 2})))
+    assert paired["methods"][0]["memory"] == single["methods"][0]["memory"]
 
 
 def test_preferences_are_trained_by_trl_against_the_base(

@@ -46,6 +46,12 @@ def test_a_dry_run_says_what_the_training_then_has(recipe: Path, tiny: dict[str,
     assert validate(found["recipe"]).model_dump() == load(str(recipe), ["method.r=2"]).model_dump()
 
 
+def test_of_several_processes_one_speaks(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    done = runner.invoke(app, ["train", str(recipe), "--dry-run"], catch_exceptions=False)
+    assert (done.exit_code, done.stdout) == (0, "")
+
+
 def test_for_people_it_is_a_recipe_and_a_table(recipe: Path, tmp_path: Path) -> None:
     arguments = ["--methods", "psoft:r=2,full", "--lr-search", "2", "-o", str(tmp_path / "out"), "--dry-run"]
     done = runner.invoke(app, ["compare", str(recipe), *arguments], catch_exceptions=False)

@@ -362,6 +362,7 @@ def test_the_small_recipes_score_several_sets_by_likelihood_and_solutions_by_the
         result = trained(name, llama, commonsense, tmp_path / name, *own)
         assert set(result["metrics"]) == {"accuracy", "arc_easy", "arc_challenge"}
         assert result["data"]["sets"] == {"arc_easy": 4, "arc_challenge": 4}
+        assert result["runs"][0]["interval"] is None
         assert_exports(tmp_path / name, "psoft", tmp_path / f"exported {name[4:]}")
     own = ["data.files.train=test.jsonl", "data.hold_out=2"]
     result = trained("gsm8k/gemma", llama, mathematics / "gsm8k", tmp_path / "gsm8k", *own)

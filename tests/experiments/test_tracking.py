@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -81,9 +82,15 @@ def test_what_counts_runs_of_a_process_is_ended_after_each(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[str] = []
+
+    def finish(name: str) -> None:
+        if name == "trackio" and name in ended:
+            raise RuntimeError("Call trackio.init() before trackio.finish().")  # as it does where no run goes on
+        ended.append(name)
+
     for name in ("wandb", "trackio"):
         module = types.ModuleType(name)
-        module.finish = lambda name=name: ended.append(name)  # type: ignore[attr-defined]
+        module.finish = partial(finish, name)  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(execute, "_missing", lambda *names: [])
     monkeypatch.setenv("WANDB_DIR", "mine")
@@ -96,3 +103,7 @@ def test_what_counts_runs_of_a_process_is_ended_after_each(
         assert not ended
     assert sorted(ended) == ["trackio", "wandb"]
     assert os.environ["WANDB_DIR"] == "mine"
+    # transformers' callback ends trackio's run at the end of a training itself.
+    with pytest.raises(KeyError), tracking.tracked(run):
+        raise KeyError
+    assert sorted(ended) == ["trackio", "wandb", "wandb"]

@@ -154,7 +154,7 @@ def test_the_basis_names_what_the_sentence_stands_on() -> None:
 @pytest.mark.parametrize(
     ("part", "words"),
     [(1 / 2, "half of"), (1 / 8.18, "an eighth of"), (0.1, "a tenth of"), (0.6, "60 % of"), (1 / 30, "3.3 % of"),
-     (1.5, "1.5 times"), (12, "12 times"), (68_000, "68,000 times")],
+     (1.5, "1.5 times"), (12, "12 times"), (99.7, "100 times"), (68_000, "68,000 times")],
 )  # fmt: skip
 def test_shares_are_words_where_they_are_near(part: float, words: str) -> None:
     assert share(part) == words

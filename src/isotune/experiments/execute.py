@@ -98,6 +98,9 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
         write_json(run.folder / "adapter" / LABELS_FILE, {"id2label": {str(i): name for i, name in enumerate(labels)}})
     write_json(run.folder / "predictions.json", outcome.predictions)
     metric = run.recipe.metric
+    interval = measure.interval(metric, outcome.test[metric], outcome.predictions, outcome.references)
+    if len(task.about().get("sets", {})) > 1:
+        interval = None  # it is of examples that all count alike, and the score is the mean over test sets
     config = getattr(outcome.model, "peft_config", {}).get("default")
     if isinstance(config, IsotuneConfig):
         write_card(run.folder / "adapter", config, {f"test {name}": value for name, value in outcome.test.items()})
@@ -109,7 +112,7 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
         **({"untrained": outcome.untrained} if outcome.untrained else {}),
         "validation": outcome.validation,
         "test": outcome.test,
-        "interval": measure.interval(metric, outcome.test[metric], outcome.predictions, outcome.references),
+        "interval": interval,
         "best_step": outcome.best_step,
         "curve": outcome.curve,
         "seconds": setup + outcome.seconds,

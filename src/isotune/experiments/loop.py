@@ -101,7 +101,7 @@ class Outcome:
     model: Any
     validation: dict[str, float] | None
     test: dict[str, float]
-    predictions: list[int]
+    predictions: list[Any]
     curve: list[dict[str, float]]
     best_step: int
     seconds: float

@@ -33,7 +33,7 @@ def preview(schedule: Schedule) -> dict[str, Any]:
             method=variant.method.name,
             options=variant.method.options,
             dtype=recipe.dtype,
-            batch=processes.share_of(settings.batch_size // settings.gradient_accumulation),
+            batch=task.sequences * processes.share_of(settings.batch_size // settings.gradient_accumulation),
             sequence=settings.max_length,
             checkpointing=settings.gradient_checkpointing,
             new_head=True,

@@ -29,4 +29,7 @@ def tracked(run: Run) -> Iterator[dict[str, Any]]:
         for name in given:
             del os.environ[name]
         for name in {"wandb", "trackio"} & {*names} if processes.is_main() else ():
-            importlib.import_module(name).finish()  # or the next run in this process would be added to this one
+            # Or the next run in this process would be added to this one. Where transformers has ended it already, or
+            # it has not begun, trackio raises.
+            with contextlib.suppress(RuntimeError):
+                importlib.import_module(name).finish()

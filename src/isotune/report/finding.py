@@ -229,7 +229,7 @@ def share(part: float) -> str:
         return f"{_SHARES[whole - 2]} of"
     if part < 1:
         return f"{100 * part:.2g} % of"
-    return f"{part:.2g} times" if part < 100 else f"{part:,.0f} times"
+    return f"{part:.2g} times" if part < 99.5 else f"{part:,.0f} times"
 
 
 @functools.cache

@@ -175,9 +175,9 @@ class CausalTask(Task):
     def log_likelihoods(
         self, model: Any, sequences: Sequence[list[int]], given: Sequence[int], what: str
     ) -> Iterator[tuple[int, Tensor]]:
-        """For each sequence the log-probabilities of the tokens after the first `given` ones."""
+        """For each sequence the log-probabilities of the tokens after the first `given`, never of the first."""
         for indices, ids, mask in self.batches(sequences, model, what):
-            counts = [len(sequences[i]) - given[i] for i in indices]
+            counts = [len(sequences[i]) - max(given[i], 1) for i in indices]  # the first token follows nothing
             logits = last_logits(model, ids, mask, max(counts) + 1)
             for row, index, count in zip(range(len(indices)), indices, counts, strict=True):
                 scores = logits[row, -count - 1 : -1].float().log_softmax(-1)

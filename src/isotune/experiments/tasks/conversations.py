@@ -52,29 +52,30 @@ def said(row: Row, column: str) -> str | list[Message]:
 
 
 def messages(row: Row, column: str) -> list[Message]:
-    """The messages in a column, each a role and what it says; raises as `said`."""
+    """The messages in a column, each a role and what it says, as text; raises as `said`."""
     value = given(row, column)
     if not isinstance(value, list) or not value:
         raise DataError(f"{row.where}: the column {column!r} holds {shown(value)}, not a list of messages")
-    for number, message in enumerate(value, 1):
-        _check(message, f"{row.where}, message {number} of {column!r}")
-    return value
+    return [
+        _checked(message, f"{row.where}, message {number} of {column!r}") for number, message in enumerate(value, 1)
+    ]
 
 
-def _check(message: Any, where: str) -> None:
+def _checked(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping) or "role" not in message:
         raise DataError(f"{where}: expected an object with 'role' and 'content', not {shown(message)}")
     role, content = message["role"], message.get("content")
     if role not in ROLES:
         raise DataError(f"{where}: the role {shown(role)} is none of {', '.join(ROLES)}")
     if role == "assistant" and message.get("tool_calls") and content in (None, ""):
-        return
+        return dict(message)
     if isinstance(content, list) and content:
-        texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
-        if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
-            return
-    elif isinstance(content, str) and (content or role != "assistant"):
-        return
+        parts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+        texts = [text for text in parts if isinstance(text, str)]
+        if len(texts) == len(content):
+            content = "".join(texts)  # some templates would render the list itself, brackets and all
+    if isinstance(content, str) and (content or role != "assistant"):
+        return {**message, "content": content}
     raise DataError(f"{where}: the content of the {role}'s message is {shown(content)}, not text")
 
 

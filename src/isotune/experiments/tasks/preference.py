@@ -74,6 +74,8 @@ class Preference(DialogueTask):
     less the same of the rejected one, times `preference.beta`. Source: Rafailov et al. (2023), equation 7.
     """
 
+    sequences = 2
+
     def dialogue(self, row: Row) -> Pair:
         answers = {column: said(row, column) for column in ("chosen", "rejected")}
         if answers["chosen"] == answers["rejected"]:

@@ -26,6 +26,9 @@ class Task(ABC):
     peft_type: ClassVar[str | None]
     """What PEFT calls the kind of model (`peft.TaskType`), or None where it has no name for it."""
 
+    sequences: ClassVar[int] = 1
+    """How many sequences the model computes for an example in a training step."""
+
     tokenizer: Any = None
     """The tokeniser of the model, loaded when it is asked for; None where it reads no text."""
     recipe: Recipe

@@ -31,6 +31,8 @@ def init(
     if data is not None and not Path(data).exists():
         raise ValueError(f"there is no {data}")
     text = starting(kind, model, data, path.stem)
+    if data is not None and kind != "images" and Path(data).is_dir():
+        raise ValueError(f"{data} is a folder; --for {kind} needs a file, and a folder of images --for images")
     try:
         write_text(path, text)
     except OSError as error:

@@ -255,6 +255,9 @@ def test_other_settings_are_not_mixed_into_a_folder(tiny: dict[str, Any]) -> Non
     other["train"]["epochs"] = 3
     with pytest.raises(RecipeError, match=r"another experiment .train.epochs is 2.0 there and 3.0 here.*-o FOLDER"):
         planned(other, "psoft", lr_search=1, seeds=1)
+    other["train"] = {**tiny["train"], "max_steps": 1}
+    with pytest.raises(RecipeError, match=r"train.max_steps is null there and 1 here"):
+        planned(other, "psoft", lr_search=1, seeds=1)
 
 
 def test_settings_that_a_later_release_adds_do_not_end_a_comparison(tiny: dict[str, Any]) -> None:

@@ -74,6 +74,20 @@ def test_json_pairs_and_integer_labels_in_numeric_order(folder: Path) -> None:
     assert examples.test == [Example("a", "b", 2)]
 
 
+@pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.jsonl"])
+def test_only_line_breaks_end_a_line(folder: Path, name: str) -> None:
+    """Texts from the Web hold U+2028 and U+0085, which `str.splitlines` takes for the end of a line."""
+    texts = ["one\u2028line", "one\x85line", "one\x0cline"]
+    if name.endswith("l"):
+        written = "\n".join(json.dumps({"text": text, "label": "x"}, ensure_ascii=False) for text in texts)
+    else:
+        between = "," if name == "train.csv" else "\t"
+        written = "\n".join(between.join(row) for row in [("text", "label"), *((text, "x") for text in texts)])
+    (folder / name).write_bytes(written.encode())
+    examples = load(recipe(folder, files={"train": name, "test": name}, labels=["x", "y"]))
+    assert [example.text for example in examples.train] == texts
+
+
 @pytest.mark.parametrize(
     ("name", "text", "changes", "said"),
     [
@@ -104,7 +118,7 @@ def test_json_pairs_and_integer_labels_in_numeric_order(folder: Path) -> None:
             "train.jsonl",
             '{"a": 1}\nnot',
             {"files": {"train": "train.jsonl"}},
-            "train.jsonl, line 2: not valid JSON",
+            "train.jsonl, line 2: not valid JSON: Expecting value at character 1$",
         ),
         ("train.jsonl", "[1]", {"files": {"train": "train.jsonl"}}, "expected an object .*, not list"),
         ("train.json", '{"a": 1}', {"files": {"train": "train.json"}}, "must hold a list of objects"),

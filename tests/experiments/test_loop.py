@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -382,6 +383,14 @@ def test_a_model_that_is_not_there_is_one_line(tiny: dict[str, Any], model: str,
     with pytest.raises(models.ModelError, match=said) as caught:
         run(validate({**tiny, "model": model}))
     assert "\n" not in str(caught.value)
+
+
+def test_damaged_weights_are_one_line(tiny: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(models.ModelError, match=r"cannot load the model .*damaged or not complete .*copy or download"):
+        run(validate({**tiny, "model": str(weights.parent)}))
 
 
 def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:

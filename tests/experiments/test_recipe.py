@@ -134,6 +134,12 @@ def test_a_bad_file_is_one_line(tmp_path: Path, text: str, said: str) -> None:
 def test_a_missing_file_or_name_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"there is no recipe file .*absent\.yaml"):
         load(str(tmp_path / "absent.yaml"))
+    (tmp_path / "chats.jsonl").write_text("{}")
+    (tmp_path / "mine.yaml").write_text("")
+    with pytest.raises(RecipeError, match=r"did you mean '.*mine\.yaml'\? `isotune init` writes one"):
+        load(str(tmp_path / "mien.yml"))
+    with pytest.raises(RecipeError, match=r"chats\.jsonl holds data and is no recipe"):
+        load(str(tmp_path / "chats.jsonl"))
     with pytest.raises(RecipeError, match=r"; did you mean 'glue/cola'\? `isotune recipes` lists all"):
         load("glue/coal")
     with pytest.raises(RecipeError, match="cannot read the recipe"):

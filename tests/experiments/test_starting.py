@@ -66,6 +66,7 @@ def test_nothing_is_overwritten_and_no_data_are_made_up(tmp_path: Path, monkeypa
         ([], "my-recipe.yaml exists and is not overwritten"),
         (["--for", "chats", "-o", "b.yaml"], "--for chats is not one of chat, completion, .*; did you mean 'chat'"),
         (["--data", "none.jsonl", "-o", "b.yaml"], "there is no none.jsonl"),
+        (["--data", ".", "-o", "b.yaml"], "is a folder; --for chat needs a file"),
         (["-o", "b.txt"], "the name of a recipe ends in .yaml"),
     ):
         done = runner.invoke(app, ["init", *arguments])

@@ -68,4 +68,8 @@ def _difference(old: Any, new: Any, key: str = "") -> str:
                 return _difference(old.get(name), new.get(name), f"{key}.{name}" if key else name)
     if key == "data":
         return "the data have changed"
-    return f"{key.removeprefix('recipe.')} is {shown(old)} there and {shown(new)} here"
+    return f"{key.removeprefix('recipe.')} is {_value(old)} there and {_value(new)} here"
+
+
+def _value(value: Any) -> str:
+    return "null" if value is None else shown(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import functools
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -78,12 +79,16 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
     path = Path(source)
     if not path.exists():
         if path.suffix in {".yaml", ".yml"}:
-            raise RecipeError(f"there is no recipe file {source}; `isotune init` writes one")
+            near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.y*ml")], n=1)
+            nearest = f"; did you mean {str(path.parent / near[0])!r}?" if near else ";"
+            raise RecipeError(f"there is no recipe file {source}{nearest} `isotune init` writes one")
         nearest = meant(source, known)
         raise RecipeError(
             f"there is no recipe {shown(source)}{nearest or ';'} `isotune recipes` lists all, and a YAML file is given "
             "by its path"
         )
+    if path.suffix in {".jsonl", ".csv", ".tsv"}:
+        raise RecipeError(f"{source} holds data and is no recipe; `isotune init --data {source}` writes one for it")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from isotune.experiments.registry import HEADS
-from isotune.experiments.text import first_line
-from isotune.files.base_model import gguf_of, quiet, resolve_base
+from isotune.files.base_model import LOADING_ERRORS, gguf_of, quiet, resolve_base, why_not_loaded
 from isotune.files.pooled import MeanPooled, load_encoder, loss_of
 from isotune.internals.transformers_state import forget_quantisation
 
@@ -129,8 +128,8 @@ def _named(name: str, what: str = "model") -> Iterator[None]:
             yield
         except ModelError:
             raise
-        except (OSError, ValueError, RecursionError) as error:
-            raise ModelError(f"cannot load the {what} {name}: {first_line(error)}") from error
+        except (*LOADING_ERRORS, RecursionError) as error:
+            raise ModelError(f"cannot load the {what} {name}: {why_not_loaded(error)}") from error
 
 
 def _with_new_head(loader: Any, name: str, config: Any) -> tuple[Any, list[str]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from io import StringIO
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,6 @@ def _table(path: Path, columns: list[str] | None) -> Iterator[Row]:
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: the kind of file is known by its name, which must end in {', '.join(SUFFIXES)}")
     try:
-        # Its line breaks are all "\n" then. `str.splitlines` would also break a text at U+2028 and its like.
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise DataError(f"there is no data file {path}") from error
@@ -147,7 +147,7 @@ def _table(path: Path, columns: list[str] | None) -> Iterator[Row]:
 
 def _listed_rows(path: Path, text: str) -> Iterator[Row]:
     """A list of images as VTAB-1K is published: a path from the list's own folder, a space, the label."""
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_lines(text), 1):
         if line.strip():
             image, separator, label = line.strip().rpartition(" ")
             if not separator:
@@ -157,7 +157,7 @@ def _listed_rows(path: Path, text: str) -> Iterator[Row]:
 
 def _json_rows(path: Path, text: str) -> Iterator[Row]:
     if path.suffix == ".jsonl":
-        lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        lines = [(f"{path}, line {number}", line) for number, line in enumerate(_lines(text), 1) if line.strip()]
         parsed = [(where, _parsed(line, where)) for where, line in lines]
     else:
         table = _parsed(text, str(path))
@@ -170,9 +170,17 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
         yield Row(row, where)
 
 
+def _lines(text: str) -> list[str]:
+    """The lines of a file; `splitlines` would also break at characters such as U+2028, which texts may hold."""
+    return text.split("\n")
+
+
 def _parsed(text: str, where: str) -> Any:
     try:
         return from_json(text)
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno}, " if "\n" in text else ""
+        raise DataError(f"{where}: not valid JSON: {error.msg} at {at}character {error.colno}") from error
     except ValueError as error:
         raise DataError(f"{where}: not valid JSON: {error}") from error
 
@@ -180,9 +188,9 @@ def _parsed(text: str, where: str) -> Any:
 def _separated_rows(path: Path, text: str, columns: list[str] | None) -> Iterator[Row]:
     # In tab-separated corpora a quotation mark is text; in csv it quotes.
     reader = (
-        csv.reader(StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
+        csv.reader(_lines(text), delimiter="\t", quoting=csv.QUOTE_NONE)
         if path.suffix == ".tsv"
-        else csv.reader(StringIO(text))
+        else csv.reader(io.StringIO(text))
     )
     try:
         for cells in reader:

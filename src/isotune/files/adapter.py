@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from isotune.adapter.operator import Adapter
 from isotune.errors import AdapterFileError
-from isotune.files.base_model import diffusers_class, gguf_of, load_base, quiet, resolve_base
+from isotune.files.base_model import (
+    LOADING_ERRORS,
+    diffusers_class,
+    gguf_of,
+    load_base,
+    quiet,
+    resolve_base,
+    why_not_loaded,
+)
 from isotune.files.pooled import ENCODER, MeanPooledEncoder, head_of, load_encoder
 from isotune.internals.peft_quantisation import get_quantization_kwargs
 from isotune.internals.safetensors_files import readable
@@ -318,9 +326,10 @@ def named_base(
             model: Any = load_encoder(path, **options) if pooled else loader.from_pretrained(path, **options)
         if gguf_of(path) and not pooled:
             forget_quantisation(model)
-    except (OSError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"The base model {name!r} cannot be loaded by {loader.__name__}: {lines[0]}") from error
+    except LOADING_ERRORS as error:
+        raise ValueError(
+            f"The base model {name!r} cannot be loaded by {loader.__name__}: {why_not_loaded(error)}"
+        ) from error
     if labels := _labels_of(Path(directory), classes):
         model.config.id2label = labels
         model.config.label2id = {label: index for index, label in labels.items()}

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from isotune.errors import IsotuneWarning
@@ -31,6 +32,8 @@ _TOKENIZER_FILES = [
     "spiece.model",
     "sentencepiece.bpe.model",
 ]
+LOADING_ERRORS = (OSError, ValueError, SafetensorError)
+"""What libraries raise for a model that is missing, damaged or of a kind that they do not know."""
 
 
 @contextlib.contextmanager
@@ -143,6 +146,14 @@ def diffusers_class(path: str) -> Any:
     return found
 
 
+def why_not_loaded(error: Exception) -> str:
+    """The first line of what a library says of a model that it cannot load, or that its weights are damaged."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, SafetensorError):
+        return f"a .safetensors file of it is damaged or not complete ({lines[0]}); copy or download it again"
+    return lines[0]
+
+
 def load_base(name: str, *, trust_remote_code: bool = False) -> nn.Module:
     """Load a base model with the class that its own folder names, in evaluation mode on the CPU.
 
@@ -167,9 +178,8 @@ def load_base(name: str, *, trust_remote_code: bool = False) -> nn.Module:
             loader: Any = getattr(transformers, named, transformers.AutoModel)
             model = loader.from_pretrained(path, **options)
             return model.eval()
-    except (OSError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"The base model {name!r} cannot be loaded: {lines[0]}") from error
+    except LOADING_ERRORS as error:
+        raise ValueError(f"The base model {name!r} cannot be loaded: {why_not_loaded(error)}") from error
 
 
 def copy_tokenizer(sources: list[str], folder: Path) -> None:

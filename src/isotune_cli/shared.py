@@ -137,9 +137,11 @@ def _one_line_errors() -> Iterator[None]:
             raise
         said = f"error: {error}"
         if _is_unreachable(error):
+            said += "; nothing on the network could be reached: give a folder on this machine, or "
             said += (
-                "; nothing on the network could be reached: give a folder on this machine, or set HF_HUB_OFFLINE=1 to "
-                "use what was downloaded before"
+                "unset HF_HUB_OFFLINE to download it"
+                if os.environ.get("HF_HUB_OFFLINE")
+                else "set HF_HUB_OFFLINE=1 to use what was downloaded before"
             )
         say(brief(said), err=True)
         raise typer.Exit(2) from error

@@ -242,9 +242,11 @@ def test_a_network_that_is_not_there_is_said_with_what_to_do(monkeypatch: pytest
             raise ValueError("cannot load the model x") from error
 
     monkeypatch.setattr(train_module, "train", fail)
-    done = runner.invoke(cli.app, ["train", "demo"])
-    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
-    assert "give a folder on this machine, or set HF_HUB_OFFLINE=1" in done.stderr
+    for offline, advice in (("", "set HF_HUB_OFFLINE=1"), ("1", "unset HF_HUB_OFFLINE")):
+        monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+        done = runner.invoke(cli.app, ["train", "demo"])
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+        assert f"give a folder on this machine, or {advice}" in done.stderr
 
 
 @pytest.mark.slow

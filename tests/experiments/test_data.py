@@ -99,7 +99,7 @@ def test_only_line_breaks_end_a_line(folder: Path, name: str) -> None:
             "train.csv",
             "words,label\na,x\n",
             {},
-            r"line 2: there is no column 'text'; there are words, label, and data\.rename=\{NAME: text\} takes",
+            r"line 2: there is no column 'text'; there are words, label\. .*data\.rename=\{NAME: text\}",
         ),
         ("train.csv", "text,label\na\n", {}, "train.csv, line 2: 1 columns where 2 are expected"),
         ("train.csv", "text,label\n,x\nb,y\n", {}, "train.csv, line 2: the column 'text' holds ''"),

@@ -364,6 +364,11 @@ def test_another_experiment_is_not_mixed_into_a_folder(tiny: dict[str, Any], tmp
     run(validate(tiny))
     with pytest.raises(RecipeError, match=r"another experiment \(method.r is 4 there and 2 here\)"):
         run(validate({**tiny, "method": {"name": "psoft", "r": 2}}))
+    claimed = tmp_path / "claimed"
+    with pytest.raises(ValueError, match="absent"):  # whose claim is all that is left
+        run(validate({**tiny, "model": str(tmp_path / "absent"), "output": str(claimed)}))
+    assert [path.name for path in claimed.iterdir()] == ["experiment.json"]
+    assert run(validate({**tiny, "output": str(claimed)}))["rows"]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     with pytest.raises(RecipeError, match="holds something else"):

@@ -35,11 +35,15 @@ def claim(folder: Path, own: dict[str, Any], how: str) -> None:
     stored = folder / "experiment.json"
     if stored.exists():
         other = _completed(read_object(stored), stored)
-        if other != own:
+        if other == own:
+            return
+        # A first attempt that ended before anything was trained, as by a misspelt model, has left its claim alone.
+        if any(path.name.lstrip(".").partition(".")[0] != stored.stem for path in folder.iterdir()):
             raise RecipeError(
                 f"{folder} holds the results of another experiment ({_difference(other, own)}); "
                 f"give another folder with {how}, or remove it"
             )
+        write_json(stored, own)
         return
     # A process that was killed while it wrote the claim has left no more than that file under its first name.
     if folder.exists() and (

@@ -59,9 +59,11 @@ def fingerprint(*parts: Any) -> str:
 def given(row: Row, column: str) -> Any:
     """What stands in a column; raises DataError where there is no such column."""
     if column not in row.values:
+        found = ", ".join(map(str, row.values))
+        hint = " (a .csv file is separated by commas)" if len(row.values) == 1 and ";" in found else ""
         raise DataError(
-            f"{row.where}: there is no column {column!r}; there are {', '.join(map(str, row.values))}, and "
-            f"data.rename={{NAME: {column}}} takes one of them for it"
+            f"{row.where}: there is no column {column!r}; there are {found}{hint}. Name one of them where the recipe "
+            f"says {column} (data.text, data.label), or take one for it by data.rename={{NAME: {column}}}"
         )
     return row.values[column]
 

@@ -33,24 +33,25 @@ def claim(folder: Path, own: dict[str, Any], how: str) -> None:
         RecipeError: it holds another experiment's results, or something else.
     """
     stored = folder / "experiment.json"
+    # An attempt that ended before anything was trained, as by a misspelt model, has left no more than its claim, and a
+    # process that was killed while it wrote that no more than the file under its first name.
+    taken = folder.exists() and (not folder.is_dir() or any(not _is_claim(path, stored) for path in folder.iterdir()))
     if stored.exists():
         other = _completed(read_object(stored), stored)
         if other == own:
             return
-        # A first attempt that ended before anything was trained, as by a misspelt model, has left its claim alone.
-        if any(path.name.lstrip(".").partition(".")[0] != stored.stem for path in folder.iterdir()):
+        if taken:
             raise RecipeError(
                 f"{folder} holds the results of another experiment ({_difference(other, own)}); "
                 f"give another folder with {how}, or remove it"
             )
-        write_json(stored, own)
-        return
-    # A process that was killed while it wrote the claim has left no more than that file under its first name.
-    if folder.exists() and (
-        not folder.is_dir() or any(not path.name.startswith(f".{stored.name}.") for path in folder.iterdir())
-    ):
+    elif taken:
         raise RecipeError(f"{folder} exists and holds something else; give another folder with {how}")
     write_json(stored, own)
+
+
+def _is_claim(path: Path, stored: Path) -> bool:
+    return path == stored or path.name.startswith(f".{stored.name}.")
 
 
 def _completed(stored: dict[str, Any], path: Path) -> dict[str, Any]:

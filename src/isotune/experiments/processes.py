@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
 from isotune.experiments.recipe import RecipeError
 from isotune.experiments.text import printable
 
+T = TypeVar("T")
 _PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "GROUP_", "ROLE_")
 _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -92,3 +93,9 @@ def bar(total: int, done: int, title: str, unit: str, *, hidden: bool = False) -
     often = 0.2 if sys.stderr.isatty() else 15
     hidden = hidden or not is_main()
     return tqdm(total=total, initial=done, desc=title, unit=unit, disable=hidden, dynamic_ncols=True, mininterval=often)
+
+
+def with_bar(items: Sequence[T], title: str, unit: str) -> Iterable[T]:
+    """The items, with a progress bar of the main process as they are taken, which goes away at the end."""
+    taken: Iterable[T] = tqdm(items, desc=title, unit=unit, leave=False, disable=not is_main(), mininterval=1)
+    return taken

@@ -16,7 +16,8 @@ from isotune.methods import METHODS
 METHOD = "psoft"
 _SMALL_PARTS = {"batch_size": 16, "gradient_accumulation": 8, "eval_batch_size": 4, "max_length": 1024}
 _TEXT = ("train.batch_size", "train.max_length")
-_LANGUAGE = ("train.batch_size", "train.gradient_accumulation", "train.eval_batch_size", "train.max_length")
+_LANGUAGE = tuple(f"train.{key}" for key in _SMALL_PARTS)
+_CHAT = _SMALL_PARTS | {"lr": 5e-4}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ KINDS = {
         'One conversation a line: {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]}.',
         _CHAT_MODEL,
         ("dtype", *_LANGUAGE),
-        _SMALL_PARTS | {"lr": 5e-4},
+        _CHAT,
     ),
     "completion": Kind(
         "completion",
@@ -60,7 +61,7 @@ KINDS = {
         'One object a line: {"prompt": "…", "completion": "…"}, both texts, or both lists of messages.',
         _CHAT_MODEL,
         ("dtype", *_LANGUAGE),
-        _SMALL_PARTS | {"lr": 5e-4},
+        _CHAT,
     ),
     "preference": Kind(
         "preference",
@@ -69,7 +70,7 @@ KINDS = {
         'One object a line: {"prompt": "…", "chosen": "…", "rejected": "…"}, all texts, or all lists of messages.',
         _CHAT_MODEL,
         ("dtype", *_LANGUAGE, "preference.beta"),
-        _SMALL_PARTS | {"lr": 1e-4},
+        _CHAT | {"lr": 1e-4},
     ),
     "classification": Kind(
         "text-classification",

@@ -59,13 +59,13 @@ def listing(prefix: str = "") -> str:
         suites = dict.fromkeys(name.partition("/")[0] + "/" * ("/" in name) for name in packaged())
         raise RecipeError(f"there is no recipe {prefix!r}; there are {', '.join(suites)}" + meant(prefix, packaged()))
     lines = [("recipe", "data", "metric", "adapter")]
-    models = dict.fromkeys(load(name).model for name in chosen)
-    for name in chosen:
-        recipe = load(name)
+    recipes = {name: load(name) for name in chosen}
+    for name, recipe in recipes.items():
         count = adapter_parameters(recipe)
         lines.append((name, _source(recipe), recipe.metric, "" if count is None else f"{count:,}"))
     table = [line.rstrip() for line in aligned(lines, "<<<>")]
-    about = f"{len(chosen)} recipes of {', '.join(models)}" if prefix else f"{len(chosen)} recipes"
+    models = dict.fromkeys(recipe.model for recipe in recipes.values())
+    about = f"{len(chosen)} recipes" + (f" of {', '.join(models)}" if prefix else "")
     return "\n".join([*table, "", f"{about}; `isotune recipes NAME` prints one whole."])
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -19,7 +18,6 @@ from isotune.experiments.encoded import Encoded
 from isotune.experiments.tables import DataError
 from isotune.experiments.tasks.task import Task
 
-T = TypeVar("T")
 IGNORED = -100
 
 
@@ -190,17 +188,11 @@ class CausalTask(Task):
         device = next(model.parameters()).device
         order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), i))
         size = self.recipe.train.eval_batch_size
-        for start in shown(range(0, len(order), size), what, "batch"):
+        for start in processes.with_bar(range(0, len(order), size), what, "batch"):
             indices = order[start : start + size]
             rows = {"input_ids": [sequences[i] for i in indices]}
             batch = self.tokenizer.pad(rows, return_attention_mask=True, return_tensors="pt").to(device)
             yield indices, batch["input_ids"], batch["attention_mask"]
-
-
-def shown(items: Sequence[T], what: str, unit: str) -> Iterable[T]:
-    """The items, with a bar of the main process as they are taken, which goes away at the end."""
-    bar: Iterable[T] = tqdm(items, desc=what, unit=unit, leave=False, disable=not processes.is_main(), mininterval=1)
-    return bar
 
 
 def by_set(

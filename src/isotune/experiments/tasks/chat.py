@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from isotune.experiments import data
+from isotune.experiments import data, processes
 from isotune.experiments.recipe import Recipe
 from isotune.experiments.tables import DataError, Row
-from isotune.experiments.tasks.causal import IGNORED, CausalTask, by_set, shown
+from isotune.experiments.tasks.causal import IGNORED, CausalTask, by_set
 from isotune.experiments.tasks.conversations import ChatTemplate, Dialogue, messages, said, tools
 from isotune.files.base_model import quiet
 
@@ -79,7 +79,7 @@ class Answers(DialogueTask):
         found = {}
         for split, dialogues in self.splits.items():
             texts = []
-            for dialogue in shown(dialogues, "tokenising", "example"):
+            for dialogue in processes.with_bar(dialogues, "tokenising", "example"):
                 ids, learnt = self.tokens_of(dialogue)
                 texts.append((ids, [one if own else IGNORED for one, own in zip(ids, learnt, strict=True)]))
             found[split] = self.fitting(split, texts, whole=True)

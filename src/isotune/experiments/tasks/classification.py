@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, default_data_collator
 
 from isotune.experiments import data, loop, models, processes
@@ -181,13 +180,7 @@ def _features(model: Any, rows: Sequence[Row], collate: Any, settings: Train) ->
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     found: list[Any] = [None] * len(rows)
     with torch.no_grad():
-        for start in tqdm(
-            range(0, len(rows), settings.eval_batch_size),
-            desc="embedding",
-            unit="batch",
-            leave=False,
-            disable=not processes.is_main(),
-        ):
+        for start in processes.with_bar(range(0, len(rows), settings.eval_batch_size), "embedding", "batch"):
             indices = order[start : start + settings.eval_batch_size]
             batch = {name: value.to(device) for name, value in collate([rows[i] for i in indices]).items()}
             batch.pop("labels")

@@ -16,11 +16,11 @@ from torch.nn import functional
 from trl import DPOConfig, DPOTrainer, extract_prompt
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from isotune.experiments import loop
+from isotune.experiments import loop, processes
 from isotune.experiments.encoded import Encoded
 from isotune.experiments.run import Run
 from isotune.experiments.tables import DataError, Row
-from isotune.experiments.tasks.causal import by_set, common, shown
+from isotune.experiments.tasks.causal import by_set, common
 from isotune.experiments.tasks.chat import DialogueTask, check_answer
 from isotune.experiments.tasks.conversations import Dialogue, said, tools
 from isotune.files.base_model import quiet
@@ -106,7 +106,7 @@ class Preference(DialogueTask):
     def _tokenised(self, split: str, pairs: Sequence[Pair]) -> dict[int, dict[str, list[int]]]:
         length = self.recipe.train.max_length
         found, cut, shortest = {}, 0, []
-        for place, pair in enumerate(shown(pairs, "tokenising", "pair")):
+        for place, pair in enumerate(processes.with_bar(pairs, "tokenising", "pair")):
             (chosen, first), (rejected, second) = (self.tokens_of(one) for one in (pair.chosen, pair.rejected))
             begin = min(first.index(True), second.index(True), common([chosen, rejected]))
             shortest.append(max(len(chosen), len(rejected)))

@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from helpers import Stack, down_of, layers_of, psoft, randomize, relative_error
 from isotune import add_adapter, get_peft_model
+from isotune.algebra.cayley import bound_entries
 from isotune.diagnostics.geometry import orthogonality_error
 from isotune.methods import METHODS
 from isotune.methods.config import IsotuneConfig
@@ -64,6 +65,28 @@ def test_the_ends_are_the_adapters_and_nothing_is_the_base(case: str) -> None:
     model.add_weighted_adapter(["a"], [0.5], "half-a")
     whole, half = (relative_error(output(model, name), base) for name in ("a", "half-a"))
     assert 0.2 * whole < half < 0.9 * whole
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_orthomerge_keeps_the_magnitude_and_what_is_equal(case: str) -> None:
+    method, options = CASES[case]
+    model = pair(method, **options)
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean", combination_type="orthomerge")
+    model.add_weighted_adapter(["a", "b"], [1.0, 0.0], "only-a", combination_type="orthomerge")
+    assert relative_error(output(model, "only-a"), output(model, "a")) < 1e-6
+    for layer in layers_of(model):
+        for name, own in layer.adapter("mean").named_parameters():
+            if name in ("input_scale", "output_scale", "output_gain"):
+                continue
+            bound = getattr(layer.adapter("a"), "generator_bound", None)
+            both = [layer.adapter(other).get_parameter(name) for other in ("a", "b")]
+            norms = [(bound_entries(values, bound) if bound else values).norm() for values in both]
+            torch.testing.assert_close(own.norm(), sum(norms) / 2)
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.adapter("b").load_state_dict(layer.adapter("a").state_dict())
+    model.add_weighted_adapter(["a", "b"], [0.3, 0.7], "same", combination_type="orthomerge")
+    assert relative_error(output(model, "same"), output(model, "a")) < 1e-6
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c not in ("psoft-free", "lora_xs", "psoft-series")])
@@ -170,6 +193,10 @@ def test_other_bases_methods_and_requests_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             model.add_weighted_adapter(adapters, weights, name)
+    with pytest.raises(ValueError, match="combination_type='svd' is not one of 'rotation', 'orthomerge'"):
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "m", combination_type="svd")
+    with pytest.raises(ValueError, match=r"'a', 'b' cannot be combined in .*first'.*weights below 0"):
+        model.add_weighted_adapter(["a", "b"], [1.5, -0.5], "m", combination_type="orthomerge")
     layers_of(model)[0].adapter("a").input_scale.data[0] = -1.0
     with pytest.raises(ValueError, match=r"'a' cannot be combined in .*first'.*not above 0"):
         model.add_weighted_adapter(["a"], [0.5], "m")

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from isotune.algebra.cayley import bound_entries
+from isotune.algebra.householder import reflections
+from isotune.algebra.procrustes import generator_of, reflections_of, rotation_of
 from isotune.algebra.skew import skew_from_vector, skew_order, vector_from_skew
 
-Means = Mapping[str, Callable[..., Tensor]]
+
+class Nearest(NamedTuple):
+    """The value nearest to a mean that no value of a method's parameters gives."""
+
+    value: Tensor
+    missing: float
+    """‖R − M‖_F of the mean R and what the value gives, M."""
+    norm: float
+    """‖R − I‖_F."""
+
+
+Means = Mapping[str, Callable[..., Tensor | Nearest]]
 """Parameter name -> mean(values, weights, corrected=…), in float64, of values (k, …) with weights (k,) of any sum."""
 
+_HALF_TURN = 1e-6
 _LARGEST_TANGENT = 1e6
 _CANCELLED = 1e-9
 """‖Σ wᵢ vᵢ‖ over Σ wᵢ ‖vᵢ‖ below which the sum is the rounding of what cancels."""
@@ -89,6 +104,30 @@ def rotation_mean(values: Tensor, weights: Tensor, bound: float | None = None, *
     if not bool((tangents.abs() < _LARGEST_TANGENT).all()):
         raise ValueError("the mean turns a plane by half a turn, which no Cayley transform can; change the weights")
     return tangents
+
+
+def reflection_mean(values: Tensor, weights: Tensor, *, corrected: bool = False) -> Nearest:
+    """The product of r reflections nearest to `rotation_mean` of several such products.
+
+    Each turns at most r dimensions, so their mean is one of rotations of the at most k r dimensions of all directions
+    together. It turns up to k r / 2 planes, of which r reflections reach the r/2 that are turned farthest.
+
+    Args:
+        values: directions, (k, r, n), r even.
+        weights: (k,).
+        corrected: as in `rotation_mean`, for the mean before it is approximated.
+
+    Raises:
+        ValueError: one of them turns a plane by half a turn, whose direction is open; or as in `rotation_mean`.
+    """
+    basis = torch.linalg.qr(values.double().flatten(0, 1).mT).Q
+    left, right = reflections(values.double())
+    rotations = torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device) + (basis.mT @ left) @ (right @ basis)
+    entries = generator_of(rotations)
+    if float((rotation_of(entries) - rotations).norm()) > _HALF_TURN:
+        raise ValueError("reflections at right angles turn a plane by half a turn, whose direction is open")
+    found = reflections_of(rotation_mean(entries, weights, corrected=corrected), values.shape[1])
+    return Nearest(found[0] @ basis.mT, *found[1:])
 
 
 def generator_means(bound: float | None = None, *factors: str) -> Means:

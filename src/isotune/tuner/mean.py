@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from isotune.adapter.operator import Adapter
 from isotune.adapter.subspace import SubspaceAdapter
+from isotune.algebra.means import Nearest
+from isotune.errors import IsotuneWarning
 from isotune.methods.config import IsotuneConfig, require_choice, type_of
 from isotune.tuner.experts_layer import ExpertsLayer
 from isotune.tuner.layer import Layer
@@ -19,6 +22,8 @@ MEANS = ("rotation", "orthomerge")
 """Names of the means: on the rotation group, and of the generators with OrthoMerge's corrected magnitude."""
 
 _SAME_BASIS = 1e-5
+_LARGE_ERROR = 0.01
+"""Share of what a mean changes by which the adapter may differ from it without a warning."""
 _ELSE = "To use them together, call base_model.set_adapter([...]), which composes them in that order."
 
 
@@ -110,7 +115,8 @@ def combine(
         ValueError: the adapters differ in shapes, options, scale or basis, or their method has no mean; says what
             differs and where.
     """
-    result = {}
+    result: dict[str, dict[str, Tensor]] = {}
+    approximated: dict[str, Nearest] = {}
     for name, own in parts.items():
         for adapter, part in own.items():
             if (scale := part.operator.relative_scale) != 1.0:
@@ -125,11 +131,33 @@ def combine(
                 raise ValueError(f"{first!r} and {other!r} have {difference} in {name!r}, hence no mean. {_ELSE}")
         try:
             operators = [part.operator for part in own.values()]
-            result[name] = _mean(operators, torch.tensor(weights, dtype=torch.float64), combination_type)
+            found = _mean(operators, torch.tensor(weights, dtype=torch.float64), combination_type)
         except ValueError as error:
             names = ", ".join(map(repr, own))
             raise ValueError(f"{names} cannot be combined in {name!r}: {error}. {_ELSE}") from None
+        result[name] = {key: mean.value if isinstance(mean, Nearest) else mean for key, mean in found.items()}
+        for mean in found.values():
+            if isinstance(mean, Nearest):
+                approximated[name] = mean
+    _warn_of_error(approximated)
     return result
+
+
+def _warn_of_error(approximated: Mapping[str, Nearest]) -> None:
+    """Warn if the adapter that is made is far from the mean, which has no exact form."""
+    missing, norm = (
+        math.hypot(*(getattr(mean, part) for mean in approximated.values())) for part in Nearest._fields[1:]
+    )
+    if missing > _LARGE_ERROR * norm:
+        worst = max(approximated, key=lambda name: approximated[name].missing / (approximated[name].norm or 1.0))
+        warnings.warn(
+            f"The mean has no exact form of this method and size: the nearest one differs from it by "
+            f"{missing / norm:.1%} of all that it changes, most in {worst!r} with "
+            f"{approximated[worst].missing / approximated[worst].norm:.1%}. PEFT can add the LoRA exports of the "
+            "adapters exactly (add_weighted_adapter with combination_type='cat').",
+            IsotuneWarning,
+            stacklevel=4,
+        )
 
 
 def _difference(first: Part, other: Part) -> str | None:
@@ -159,7 +187,7 @@ def _close(one: Tensor, two: Tensor) -> bool:
     return float(torch.linalg.vector_norm(one - two)) <= _SAME_BASIS * float(torch.linalg.vector_norm(one))
 
 
-def _mean(operators: Sequence[Adapter], weights: Tensor, combination_type: str) -> dict[str, Tensor]:
+def _mean(operators: Sequence[Adapter], weights: Tensor, combination_type: str) -> dict[str, Tensor | Nearest]:
     means = operators[0].averages
     names = [name for name, _ in operators[0].named_parameters()]
     without = [name for name in names if name not in means]

@@ -96,6 +96,7 @@ class IsotuneModel(Tuner):
         """Add the weighted mean of adapters of one method, rank and basis as a new adapter of that method.
 
         Rotations are averaged on the rotation group, scales and gains geometrically, free matrices and angles linearly.
+        Of HRA's mean the nearest product of as many reflections is taken, with a warning that says how near it is.
         Weight 1 for one adapter and 0 for all others gives that adapter; weights that sum to less than one leave the
         rest to the base model. The new adapter is inactive until it is set, and is saved like any other.
 
@@ -109,8 +110,9 @@ class IsotuneModel(Tuner):
                 below 0.
 
         Raises:
-            ValueError: the adapters differ in method, modules, sizes, options or basis; the method has no mean (HRA,
-                qGOFT, a free matrix with scales); or names and weights do not fit. The model is left as it was.
+            ValueError: the adapters differ in method, modules, sizes, options or basis; the method has no mean (qGOFT,
+                HRA's strict form, a free matrix with scales); or names and weights do not fit. The model is left as it
+                was.
 
         Source: for "orthomerge" Yang, Shi and Liu, Orthogonal Model Merging (arXiv 2602.05943); see `linear_mean`.
         """

@@ -97,10 +97,37 @@ def parts_of(layers: Mapping[str, Layer], adapters: Sequence[str]) -> dict[str, 
     return parts
 
 
-def combine(
-    parts: Mapping[str, Mapping[str, Part]], weights: Sequence[float], combination_type: str
-) -> dict[str, dict[str, Tensor]]:
-    """Compute the parameters of the weighted mean of adapters: module -> parameter -> value, float64.
+@dataclass(frozen=True)
+class Mean:
+    """The parameters of the weighted mean of adapters."""
+
+    values: dict[str, dict[str, Tensor]]
+    """Module -> parameter -> value, float64."""
+    approximated: dict[str, Nearest]
+    """Module -> how near the value is to the mean, where the method cannot express that exactly."""
+
+    @property
+    def error(self) -> float:
+        """‖R − M‖_F / ‖R − I‖_F of the mean R and what stands for it, M, over all layers; 0 if it is exact."""
+        norm = math.hypot(*(one.norm for one in self.approximated.values()))
+        return math.hypot(*(one.missing for one in self.approximated.values())) / norm if norm else 0.0
+
+    def warn(self) -> None:
+        """Warn if the adapter that is made is far from the mean, which has no exact form."""
+        if self.error > _LARGE_ERROR:
+            shares = {name: one.missing / (one.norm or 1.0) for name, one in self.approximated.items()}
+            worst = max(shares, key=lambda name: shares[name])
+            warnings.warn(
+                f"The mean has no exact form of this method and size: the nearest one differs from it by "
+                f"{self.error:.1%} of all that it changes, most in {worst!r} by {shares[worst]:.1%}. PEFT can add the "
+                "LoRA exports of the adapters exactly (add_weighted_adapter with combination_type='cat').",
+                IsotuneWarning,
+                stacklevel=3,
+            )
+
+
+def combine(parts: Mapping[str, Mapping[str, Part]], weights: Sequence[float], combination_type: str) -> Mean:
+    """Compute the weighted mean of adapters.
 
     Rotations are averaged on the rotation group (`rotation_mean`), scales and gains geometrically, free matrices and
     angles linearly. Weights that sum to less than one leave the rest to the base model.
@@ -115,7 +142,7 @@ def combine(
         ValueError: the adapters differ in shapes, options, scale or basis, or their method has no mean; says what
             differs and where.
     """
-    result: dict[str, dict[str, Tensor]] = {}
+    values: dict[str, dict[str, Tensor]] = {}
     approximated: dict[str, Nearest] = {}
     for name, own in parts.items():
         for adapter, part in own.items():
@@ -135,29 +162,11 @@ def combine(
         except ValueError as error:
             names = ", ".join(map(repr, own))
             raise ValueError(f"{names} cannot be combined in {name!r}: {error}. {_ELSE}") from None
-        result[name] = {key: mean.value if isinstance(mean, Nearest) else mean for key, mean in found.items()}
+        values[name] = {key: mean.value if isinstance(mean, Nearest) else mean for key, mean in found.items()}
         for mean in found.values():
             if isinstance(mean, Nearest):
                 approximated[name] = mean
-    _warn_of_error(approximated)
-    return result
-
-
-def _warn_of_error(approximated: Mapping[str, Nearest]) -> None:
-    """Warn if the adapter that is made is far from the mean, which has no exact form."""
-    missing, norm = (
-        math.hypot(*(getattr(mean, part) for mean in approximated.values())) for part in Nearest._fields[1:]
-    )
-    if missing > _LARGE_ERROR * norm:
-        worst = max(approximated, key=lambda name: approximated[name].missing / (approximated[name].norm or 1.0))
-        warnings.warn(
-            f"The mean has no exact form of this method and size: the nearest one differs from it by "
-            f"{missing / norm:.1%} of all that it changes, most in {worst!r} with "
-            f"{approximated[worst].missing / approximated[worst].norm:.1%}. PEFT can add the LoRA exports of the "
-            "adapters exactly (add_weighted_adapter with combination_type='cat').",
-            IsotuneWarning,
-            stacklevel=4,
-        )
+    return Mean(values, approximated)
 
 
 def _difference(first: Part, other: Part) -> str | None:

@@ -124,10 +124,11 @@ class IsotuneModel(Tuner):
             if isinstance(module, Layer) and any(adapter in module.isotune_operator for adapter in adapters)
         }
         found = combine(parts_of(layers, adapters), weights, combination_type)
+        found.warn()
         configs[adapter_name] = copy.deepcopy(configs[adapters[0]])
         self.inject_adapter(self.model, adapter_name, basis_of=adapters[0])
         with torch.no_grad():
-            for name, values in found.items():
+            for name, values in found.values.items():
                 for parameter, value in values.items():
                     layers[name].adapter(adapter_name).get_parameter(parameter).copy_(value)
 

@@ -98,7 +98,7 @@ def _difference(layer: Layer, first: str, other: str) -> str | None:
     if not one.additive:
         return None
     one, two = layer.subspace(first), layer.subspace(other)
-    if one.power != two.power or layer.bases(first)[0].embedded != layer.bases(other)[0].embedded:
+    if one.placement_key != two.placement_key or layer.bases(first)[0].embedded != layer.bases(other)[0].embedded:
         return "different options (basis or the split of the singular values)"
     if one.scale != two.scale:
         return f"different scales ({one.scale:g} and {two.scale:g})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from inspect import get_annotations
 from pathlib import Path
@@ -208,6 +208,14 @@ class IsotuneConfig(PeftConfig):
                 stored[name] = sorted(value)  # so that the same adapter always gives the same file
         return stored
 
+    def fit(self, module: str, singular_values: Callable[[], Tensor]) -> None:
+        """Set what depends on the weight of a module, before a new adapter is made for it; by default nothing does.
+
+        Args:
+            module: the module's name in the base model.
+            singular_values: gives all singular values of W, (n,), or of each expert, (experts, n), descending.
+        """
+
     @abstractmethod
     def build_operator(self, module: str, in_features: int, out_features: int) -> Adapter:
         """A new operator for this module, whose W is (out_features, in_features); the identity at the start.
@@ -234,8 +242,8 @@ class IsotuneConfig(PeftConfig):
 
 
 @dataclass
-class SubspaceConfig(IsotuneConfig):
-    """Fields shared by the methods that act on the principal subspace of each weight.
+class BasisConfig(IsotuneConfig):
+    """Fields shared by the methods whose updates depend on the strongest singular vectors of each weight.
 
     Args:
         r: rank of the principal subspace; at most the smaller side of each adapted weight.
@@ -304,9 +312,17 @@ class SubspaceConfig(IsotuneConfig):
 
     def build_basis(self, module: str, in_features: int, device: torch.device) -> SubspaceBasis:
         """The pin or the basis of a module's subspace, still empty."""
-        rank = self.rank_of(module)
+        return self.basis_of_rank(self.rank_of(module), in_features, device)
+
+    def basis_of_rank(self, rank: int, in_features: int, device: torch.device) -> SubspaceBasis:
+        """The pin or the basis of a subspace of this rank, still empty."""
         width = pin_width(rank, in_features) if self.basis == "pinned" else None
         return SubspaceBasis(rank, in_features, width, device)
+
+
+@dataclass
+class SubspaceConfig(BasisConfig):
+    """A method that acts on the principal subspace of each weight."""
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> SubspaceAdapter:
         """A new operator on the coordinates of the subspace, not placed yet.

@@ -19,8 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from isotune.adapter.evaluation import Call, SharedEvaluation, is_recorded, share_evaluations
 from isotune.adapter.operator import Adapter
-from isotune.adapter.placement import Mark, place
-from isotune.adapter.subspace import SubspaceAdapter
+from isotune.adapter.placement import Mark
+from isotune.adapter.update import PlacedUpdate
 from isotune.errors import BaseMismatchError
 from isotune.internals.ddp import ignore_buffers
 from isotune.internals.offloading import is_managed
@@ -321,7 +321,7 @@ class _Running(threading.local):
 
 
 @torch.no_grad()
-def _keeps_its_basis(layer: Layer, adapter: SubspaceAdapter) -> bool:
+def _keeps_its_basis(layer: Layer, adapter: PlacedUpdate) -> bool:
     """Whether the base's weight is still the one an adapter was placed on, apart from a move, cast or rounding.
 
     If the weight was rounded, the factors are recomputed from it with the same basis.
@@ -329,8 +329,8 @@ def _keeps_its_basis(layer: Layer, adapter: SubspaceAdapter) -> bool:
     placement, matrix = adapter.placement, layer.unmerged_matrix()
     assert placement is not None
     wide = torch.promote_types(matrix.dtype, torch.float32)
-    basis = nn.functional.normalize(placement.down[..., : adapter.size, :].to(matrix.device, wide), dim=-1)
-    now = place(basis, matrix, (), layer.base_weight, power=adapter.power)
+    basis = nn.functional.normalize(placement.down[..., : adapter.basis_rank, :].to(matrix.device, wide), dim=-1)
+    now = adapter.placed(basis, matrix, (), layer.base_weight)
     norm = torch.linalg.vector_norm
     change = max(
         float(norm(one.to(wide) - other.to(one.device, wide)) / norm(other.to(wide)).clamp_min(torch.finfo(wide).tiny))

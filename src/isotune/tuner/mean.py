@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isotune.adapter.operator import Adapter
-from isotune.adapter.subspace import SubspaceAdapter
+from isotune.adapter.update import PlacedUpdate
 from isotune.algebra.means import Nearest
 from isotune.errors import IsotuneWarning
 from isotune.methods.config import IsotuneConfig, require_choice, type_of
@@ -179,9 +179,9 @@ def _difference(first: Part, other: Part) -> str | None:
         return "different options"
     if one.side != two.side:
         return f"different sides ({one.side} and {two.side})"
-    if not (isinstance(one, SubspaceAdapter) and isinstance(two, SubspaceAdapter)):
+    if not (isinstance(one, PlacedUpdate) and isinstance(two, PlacedUpdate)):
         return None
-    if one.power != two.power or first.embedded != other.embedded:
+    if one.placement_key != two.placement_key or first.embedded != other.embedded:
         return "different options (basis or the split of the singular values)"
     if one.scale != two.scale:
         return f"different scales ({one.scale:g} and {two.scale:g})"

@@ -18,7 +18,7 @@ from isotune.errors import AdapterFileError
 from isotune.internals.peft_hooks import HAS_HOOKS, Tuner
 from isotune.internals.peft_quantisation import get_quantization_kwargs
 from isotune.internals.quantised_state import keep_readable
-from isotune.methods.config import IsotuneConfig, SubspaceConfig
+from isotune.methods.config import BasisConfig, IsotuneConfig
 from isotune.parallel.processes import loaded_by_one
 from isotune.parallel.sharding import is_sharded
 from isotune.parallel.tensor_parallel import make_equal, mesh_of
@@ -61,7 +61,7 @@ class IsotuneModel(Tuner):
         """
         _refuse_divided(model)
         config = self.peft_config[adapter_name]
-        if isinstance(config, SubspaceConfig):
+        if isinstance(config, BasisConfig):
             _refuse_loading_by_one(model)
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         first = not any(isinstance(module, Layer) for module in model.modules())

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from isotune.adapter.placement import Mark, Placement, place
-from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
+from isotune.adapter.placement import Mark, Placement
+from isotune.adapter.subspace import SubspaceBasis
+from isotune.adapter.update import PlacedUpdate
 from isotune.errors import BaseMismatchError, IsotuneWarning
 from isotune.internals.offloading import is_managed
 from isotune.internals.torch_state import is_symbolic
-from isotune.methods.config import SubspaceConfig
+from isotune.methods.config import BasisConfig
 from isotune.parallel.processes import one_for_all, sample_of, several
 from isotune.parallel.sharding import is_sharded
 from isotune.subspace.cache import SubspaceCache
@@ -94,17 +95,17 @@ def _places(layer: Layer, adapter_name: str) -> list[_Place]:
     return [_Place(layer, basis, index if experts else None) for index, basis in enumerate(bases)]
 
 
-def _place_symbolically(layer: Layer, adapter_name: str, adapter: SubspaceAdapter) -> None:
+def _place_symbolically(layer: Layer, adapter_name: str, adapter: PlacedUpdate) -> None:
     """Give an adapter a placement of the right shapes on a weight without values, to be replaced once they exist."""
     matrix, stored = layer.unmerged_matrix(), [basis.stored for basis in layer.bases(adapter_name)]
-    basis = matrix.new_zeros(*matrix.shape[:-2], adapter.size, matrix.shape[-1])
+    basis = matrix.new_zeros(*matrix.shape[:-2], adapter.basis_rank, matrix.shape[-1])
     wide = basis.to(torch.promote_types(matrix.dtype, torch.float32))
-    adapter.placement = place(wide, matrix, stored, layer.base_weight, power=adapter.power)
+    adapter.placement = adapter.placed(wide, matrix, stored, layer.base_weight)
 
 
-def _config(layer: Layer, adapter_name: str) -> SubspaceConfig:
+def _config(layer: Layer, adapter_name: str) -> BasisConfig:
     config = layer.configs[adapter_name]
-    assert isinstance(config, SubspaceConfig)
+    assert isinstance(config, BasisConfig)
     return config
 
 
@@ -127,7 +128,7 @@ def _with_equal_basis(layer: Layer, adapter_name: str) -> str | None:
 
     def key(name: str) -> tuple[object, ...]:
         config, adapter = _config(layer, name), layer.subspace(name)
-        return config.basis, config.basis_seed, adapter.size, adapter.power
+        return config.basis, config.basis_seed, adapter.placement_key
 
     for name in layer.isotune_form:
         placement = layer.subspace(name).placement

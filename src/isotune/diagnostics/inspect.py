@@ -55,6 +55,8 @@ class LayerReport:
     angle_moved_largest: float | None = None
     angle_moved_mean: float | None = None
     """Change of the angles between the rows of the principal weight P V, or of W under a rotation, degrees."""
+    accumulated_rank: int | None = None
+    """Rank of the update accumulated on earlier subspaces; None if the subspace has never moved."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class AdapterReport:
     layers: list[LayerReport]
     subspaces: bool = True
     """Whether the method acts on principal subspaces; if not, it rotates all inputs."""
+    moves: int = 0
+    """The number of the boundary at which the subspaces last moved."""
 
     def summary(self) -> str:
         """One line about all layers."""
@@ -80,6 +84,9 @@ class AdapterReport:
             f"{self.parameters:,} trainable parameters",
             f"orthogonality error at most {_most(self.layers, 'orthogonality_error'):.1e}",
         ]
+        if self.moves:
+            kept = sorted(layer.accumulated_rank or 0 for layer in self.layers)
+            parts.append(f"moved {self.moves} times, with accumulated updates of rank {kept[0]} to {kept[-1]}")
         if any(layer.largest_angle is not None for layer in self.layers):
             parts.append(f"rotated by at most {_most(self.layers, 'largest_angle'):.1f}°")
         if self.base is not None:
@@ -129,7 +136,8 @@ def inspect(
         layers = [_measure(file, module, placed.get(module)) for module in file.layers]
     label = None if model is None else str(name or type(model).__name__)
     subspaces = isinstance(file.config, SubspaceConfig)
-    return AdapterReport(str(directory), str(raw["peft_type"]), label, parameters, layers, subspaces)
+    moves = max((int(tensors.get("isotune_form.moves", 0)) for tensors in file.layers.values()), default=0)
+    return AdapterReport(str(directory), str(raw["peft_type"]), label, parameters, layers, subspaces, moves)
 
 
 def _measure(file: AdapterFile, module: str, layer: Layer | None) -> LayerReport:
@@ -143,6 +151,7 @@ def _measure(file: AdapterFile, module: str, layer: Layer | None) -> LayerReport
         largest_angle=None if turned.angles is None else math.degrees(float(turned.angles[0])),
         alpha=None if rotates else _range(getattr(operator, "input_scale", None)),
         beta=_range(operator.gain if rotates else getattr(operator, "output_scale", None)),
+        accumulated_rank=file.config.accumulated_rank(module),
     )
     if layer is None:
         return report
@@ -158,8 +167,9 @@ def _measure(file: AdapterFile, module: str, layer: Layer | None) -> LayerReport
         up, down = layer.low_rank(ADAPTER)
         values = geometry.factored_singular_values(up, down)
         norm = float(torch.linalg.vector_norm(values))
-        placement, energy = layer.subspace(ADAPTER).placement, geometry.energy_captured(weight, basis_of(down))
+        placement = layer.subspace(ADAPTER).placement
         assert placement is not None
+        energy = geometry.energy_captured(weight, basis_of(down[: operator.size]))
         report = dataclasses.replace(report, base_residual=placement.residual, energy=energy)
     return dataclasses.replace(
         report,

@@ -68,7 +68,8 @@ def turned_weights(layer: Layer, adapter_name: str) -> tuple[Tensor, Tensor]:
         adapter_name: one of its adapters.
 
     Returns:
-        For a subspace, the principal weight P = W Vᵀ in the subspace's coordinates, (out, r) each; for a rotation of
+        For a subspace, the principal weight P = W Vᵀ in the subspace's coordinates, (out, r) each, W with what is
+        accumulated on earlier subspaces; for a rotation of
         all inputs, W, (out, in) each; for a rotation of all outputs, Wᵀ. The angles between rows and the norms of rows
         are those of P V, W or Wᵀ.
     """
@@ -77,9 +78,10 @@ def turned_weights(layer: Layer, adapter_name: str) -> tuple[Tensor, Tensor]:
         turned = layer.fold([adapter_name], weight)
         return (weight.mT, turned.mT) if side == "output" else (weight, turned)
     up, down = layer.low_rank(adapter_name)
-    basis = basis_of(down)
-    principal = weight @ basis.T
-    return principal, principal + up.float() @ (down.float() @ basis.T)
+    up, down, size = up.float(), down.float(), layer.adapter(adapter_name).size
+    basis = basis_of(down[:size])
+    principal = weight @ basis.T + up[:, size:] @ (down[size:] @ basis.T)
+    return principal, principal + up[:, :size] @ (down[:size] @ basis.T)
 
 
 def basis_of(down: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from isotune.methods.checks import require_positive_integer as require_positive_
 from isotune.model_card import WEIGHTS, update_list, write_card
 from isotune.subspace.pinning import pin_width
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Newest version of the adapter format (docs/adapter-format.md); each file is given the lowest that can express it."""
 _SEED_LIMIT = 2**32
 """Seeds of numpy's frozen random stream lie below this."""
@@ -232,6 +232,10 @@ class IsotuneConfig(PeftConfig):
         """What the file stores of a module's subspace, still empty; None if the method has no subspace."""
         return None
 
+    def accumulated_rank(self, module: str) -> int | None:
+        """The rank that a module has accumulated on earlier subspaces; None if they never moved."""
+        return None
+
 
 @dataclass
 class SubspaceConfig(IsotuneConfig):
@@ -247,6 +251,8 @@ class SubspaceConfig(IsotuneConfig):
         on_base_mismatch: "error" refuses to load a pinned adapter on another base model than it was trained on,
             "warn" loads it anyway. Not stored in the file.
         subspace_cache: whether to cache computed subspaces on disk (see ISOTUNE_CACHE). Not stored in the file.
+        accumulated_ranks: module name -> rank of the update accumulated on earlier subspaces. Files of adapters whose
+            subspaces have moved (`isotune.moving`) say it; leave it empty.
     """
 
     runtime_fields: ClassVar[tuple[str, ...]] = ("on_base_mismatch", "subspace_cache")
@@ -261,10 +267,18 @@ class SubspaceConfig(IsotuneConfig):
     basis_seed: int = field(default=0)
     on_base_mismatch: Literal["error", "warn"] = field(default="error")
     subspace_cache: bool = field(default=True)
+    accumulated_ranks: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive_integer("r", self.r)
+        fits = all(rank >= 0 for rank in self.accumulated_ranks.values())
+        require(fits, "accumulated_ranks", self.accumulated_ranks, "each rank must be an integer of at least 0")
+        if self.accumulated_ranks and self.basis != "embedded":
+            raise ValueError(
+                f"basis={self.basis!r} is not allowed with accumulated_ranks: the file of an adapter whose subspaces "
+                "have moved holds them themselves. Set basis='embedded', or leave accumulated_ranks empty."
+            )
         allowed = f"it must be an integer from 0 to {_SEED_LIMIT - 1}"
         require(0 <= self.basis_seed < _SEED_LIMIT, "basis_seed", self.basis_seed, allowed)
         require_expressions("rank_pattern", self.rank_pattern)
@@ -277,6 +291,15 @@ class SubspaceConfig(IsotuneConfig):
                 f"{name}={self._alpha!r} with alpha_pattern={shown(self.alpha_pattern)} is not allowed; each alpha "
                 f"must be above 0 and finite, or {name} may be None, which means r."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that the file stores; a file with accumulated updates has version 3."""
+        stored = super().to_dict()
+        if self.accumulated_ranks:
+            stored["isotune_format"] = max(self.isotune_format, 3)
+        else:
+            del stored["accumulated_ranks"]
+        return stored
 
     @property
     def _alpha(self) -> float | None:
@@ -307,6 +330,10 @@ class SubspaceConfig(IsotuneConfig):
         rank = self.rank_of(module)
         width = pin_width(rank, in_features) if self.basis == "pinned" else None
         return SubspaceBasis(rank, in_features, width, device)
+
+    def accumulated_rank(self, module: str) -> int | None:
+        """The entry of `accumulated_ranks` for a module."""
+        return self.accumulated_ranks.get(module)
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> SubspaceAdapter:
         """A new operator on the coordinates of the subspace, not placed yet.

@@ -103,8 +103,11 @@ def _difference(layer: Layer, first: str, other: str) -> str | None:
     if one.scale != two.scale:
         return f"different scales ({one.scale:g} and {two.scale:g})"
     # With another seed the pins of one basis differ too.
-    if not all(_close(a.stored, b.stored) for a, b in zip(layer.bases(first), layer.bases(other), strict=True)):
-        return "different bases of the principal subspace (solved on another machine or base)"
+    held = layer.stored_of(first), layer.stored_of(other)
+    if [tensor.shape for tensor in held[0]] != [tensor.shape for tensor in held[1]]:
+        return "different updates accumulated on earlier subspaces, as at least one has moved"
+    if not all(map(_close, *held)):
+        return "different bases of the principal subspace (solved on another machine or base, or moved)"
     return None
 
 

@@ -164,7 +164,14 @@ class ComplementAdapter(LowRankAdapter, PlacedUpdate):
         """r and k."""
         return self.size, self.preserved
 
-    def placed(self, basis: Tensor, matrix: Tensor, stored: Sequence[Tensor], weight: Tensor) -> Placement:
+    def placed(
+        self,
+        basis: Tensor,
+        matrix: Tensor,
+        stored: Sequence[Tensor],
+        weight: Tensor,
+        accumulated: tuple[Tensor, Tensor] | None = None,
+    ) -> Placement:
         """V as given, and U = W Vᵀ Σ⁻¹, orthonormal to rounding; zero where σᵢ is rounding noise."""
         wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         placement = place(basis, wide, stored, weight, power=0.0)

@@ -47,7 +47,14 @@ class PlacedUpdate(Update):
         """Where the update acts; None until the adapter is placed."""
 
     @abstractmethod
-    def placed(self, basis: Tensor, matrix: Tensor, stored: Sequence[Tensor], weight: Tensor) -> Placement:
+    def placed(
+        self,
+        basis: Tensor,
+        matrix: Tensor,
+        stored: Sequence[Tensor],
+        weight: Tensor,
+        accumulated: tuple[Tensor, Tensor] | None = None,
+    ) -> Placement:
         """What the update needs of a basis on a weight.
 
         Args:
@@ -55,6 +62,7 @@ class PlacedUpdate(Update):
             matrix: W, (..., out, in).
             stored: the stored buffers: the pin or V itself, one per expert.
             weight: the frozen parameter from which `matrix` was read.
+            accumulated: U (out, k) and D (k, in) of an update from earlier subspaces; None if the form has none.
         """
 
     @property

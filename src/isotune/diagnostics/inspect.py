@@ -67,6 +67,9 @@ class LayerReport:
     """k of the next."""
     interference: float | None = None
     """ρ_k, the share of ‖ΔW‖_F² in the span of the k strongest singular vectors of W; None if ΔW is zero."""
+    """Change of the angles between the rows of the principal weight P V, or of W under a rotation, degrees."""
+    accumulated_rank: int | None = None
+    """Rank of the update accumulated on earlier subspaces; None if the subspace has never moved."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class AdapterReport:
     """Whether `rank` is that of an update; if not, the width of a rotation."""
     subspaces: bool = True
     """Whether the method acts on principal subspaces."""
+    moves: int = 0
+    """The number of the boundary at which the subspaces last moved."""
 
     def summary(self) -> str:
         """One line about all layers."""
@@ -95,6 +100,9 @@ class AdapterReport:
         ]
         if any(layer.orthogonality_error is not None for layer in self.layers):
             parts.append(f"orthogonality error at most {_most(self.layers, 'orthogonality_error'):.1e}")
+        if self.moves:
+            kept = sorted(layer.accumulated_rank or 0 for layer in self.layers)
+            parts.append(f"moved {self.moves} times, with accumulated updates of rank {kept[0]} to {kept[-1]}")
         if any(layer.largest_angle is not None for layer in self.layers):
             parts.append(f"rotated by at most {_most(self.layers, 'largest_angle'):.1f}°")
         if self.base is not None:
@@ -158,7 +166,8 @@ def inspect(
         layers = [_measure(file, module, placed.get(module), strongest.get(module)) for module in file.layers]
     label = None if model is None else str(name or type(model).__name__)
     kinds = isinstance(file.config, BasisConfig), isinstance(file.config, SubspaceConfig)
-    return AdapterReport(str(directory), str(raw["peft_type"]), label, parameters, layers, *kinds)
+    moves = max((int(tensors.get("isotune_form.moves", 0)) for tensors in file.layers.values()), default=0)
+    return AdapterReport(str(directory), str(raw["peft_type"]), label, parameters, layers, *kinds, moves)
 
 
 def _strongest(layers: Mapping[str, Layer], top: int | None) -> dict[str, Tensor]:
@@ -182,6 +191,7 @@ def _measure(file: AdapterFile, module: str, layer: Layer | None, strongest: Ten
         largest_angle=None if turned.angles is None else math.degrees(float(turned.angles[0])),
         alpha=None if rotates else _range(getattr(operator, "input_scale", None)),
         beta=_range(operator.gain if rotates else getattr(operator, "output_scale", None)),
+        accumulated_rank=file.config.accumulated_rank(module),
     )
     if layer is None or strongest is None:
         return report
@@ -201,7 +211,8 @@ def _measure(file: AdapterFile, module: str, layer: Layer | None, strongest: Ten
     if layer.bases(ADAPTER):
         placement = layer.subspace(ADAPTER).placement
         assert placement is not None
-        energy = geometry.energy_captured(weight, basis_of(placement.down)) if operator.principal else None
+        own = placement.down[: operator.basis_rank]
+        energy = geometry.energy_captured(weight, basis_of(own)) if operator.principal else None
         report = dataclasses.replace(report, base_residual=placement.residual, energy=energy)
     share = geometry.interference(change, left_vectors(weight @ strongest.mT), strongest)
     return dataclasses.replace(

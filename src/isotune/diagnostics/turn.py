@@ -70,18 +70,19 @@ def turned_weights(layer: Layer, adapter_name: str) -> tuple[Tensor, Tensor]:
         adapter_name: one of its adapters.
 
     Returns:
-        For an operator on a subspace, the principal weight P = W Vᵀ in the subspace's coordinates, (out, r) each; for a
-        rotation of all outputs, Wᵀ; for anything else W, (out, in) each. The angles between rows and the norms of rows
-        are those of P V, W or Wᵀ.
+        For an operator on a subspace, the principal weight P = W Vᵀ in the subspace's coordinates, (out, r) each, with
+        what is accumulated on earlier subspaces in W; for a rotation of all outputs, Wᵀ; for anything else W, (out, in)
+        each. The angles between rows and the norms of rows are those of P V, W or Wᵀ.
     """
     weight, adapter = layer.unmerged_matrix().float(), layer.adapter(adapter_name)
     if not adapter.principal:
         turned = layer.fold([adapter_name], weight)
         return (weight.mT, turned.mT) if adapter.side == "output" else (weight, turned)
     up, down = layer.low_rank(adapter_name)
-    basis = basis_of(down)
-    principal = weight @ basis.T
-    return principal, principal + up.float() @ (down.float() @ basis.T)
+    up, down, size = up.float(), down.float(), layer.adapter(adapter_name).size
+    basis = basis_of(down[:size])
+    principal = weight @ basis.T + up[:, size:] @ (down[size:] @ basis.T)
+    return principal, principal + up[:, :size] @ (down[:size] @ basis.T)
 
 
 def basis_of(down: Tensor) -> Tensor:

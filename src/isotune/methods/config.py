@@ -26,7 +26,7 @@ from isotune.methods.checks import require_positive_integer as require_positive_
 from isotune.model_card import WEIGHTS, update_list, write_card
 from isotune.subspace.pinning import pin_width
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Newest version of the adapter format (docs/adapter-format.md); each file is given the lowest that can express it."""
 _SEED_LIMIT = 2**32
 """Seeds of numpy's frozen random stream lie below this."""
@@ -240,6 +240,10 @@ class IsotuneConfig(PeftConfig):
         """What the file stores of a module's subspace, still empty; None if the method has no subspace."""
         return None
 
+    def accumulated_rank(self, module: str) -> int | None:
+        """The rank that a module has accumulated on earlier subspaces; None if they never moved."""
+        return None
+
 
 @dataclass
 class BasisConfig(IsotuneConfig):
@@ -322,7 +326,37 @@ class BasisConfig(IsotuneConfig):
 
 @dataclass
 class SubspaceConfig(BasisConfig):
-    """A method that acts on the principal subspace of each weight."""
+    """Fields shared by the methods that act on the principal subspace of each weight.
+
+    Args:
+        accumulated_ranks: module name -> rank of the update accumulated on earlier subspaces. Files of adapters whose
+            subspaces have moved (`isotune.moving`) say it; leave it empty.
+    """
+
+    accumulated_ranks: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fits = all(rank >= 0 for rank in self.accumulated_ranks.values())
+        require(fits, "accumulated_ranks", self.accumulated_ranks, "each rank must be an integer of at least 0")
+        if self.accumulated_ranks and self.basis != "embedded":
+            raise ValueError(
+                f"basis={self.basis!r} is not allowed with accumulated_ranks: the file of an adapter whose subspaces "
+                "have moved holds them themselves. Set basis='embedded', or leave accumulated_ranks empty."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that the file stores; a file with accumulated updates has version 3."""
+        stored = super().to_dict()
+        if self.accumulated_ranks:
+            stored["isotune_format"] = max(self.isotune_format, 3)
+        else:
+            del stored["accumulated_ranks"]
+        return stored
+
+    def accumulated_rank(self, module: str) -> int | None:
+        """The entry of `accumulated_ranks` for a module."""
+        return self.accumulated_ranks.get(module)
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> SubspaceAdapter:
         """A new operator on the coordinates of the subspace, not placed yet.

@@ -158,7 +158,10 @@ class Layer(MergingLayer):
         return config.build_operator(self.key, self.in_features, self.out_features)
 
     def _new_form(self, config: IsotuneConfig, device: torch.device) -> nn.Module | None:
-        return config.build_basis(self.key, self.in_features, device)
+        form, accumulated = config.build_basis(self.key, self.in_features, device), config.accumulated_rank(self.key)
+        if form is not None and accumulated is not None:
+            form.allocate(accumulated, self.out_features)
+        return form
 
     def adapter(self, adapter_name: str) -> Adapter:
         """The adapter of this name."""
@@ -183,16 +186,24 @@ class Layer(MergingLayer):
         forms = self.isotune_form[adapter_name].modules() if adapter_name in self.isotune_form else ()
         return [module for module in forms if isinstance(module, SubspaceBasis)]
 
+    def stored_of(self, adapter_name: str) -> list[Tensor]:
+        """All stored tensors on which the placement of an adapter depends."""
+        return [tensor for basis in self.bases(adapter_name) for tensor in basis.tensors]
+
+    def accumulated(self, adapter_name: str) -> tuple[Tensor, Tensor] | None:
+        """U (out, k) and D (k, in) that an adapter has accumulated on earlier subspaces; None if it never moved."""
+        return next((basis.accumulated for basis in self.bases(adapter_name)), None)
+
     @torch.no_grad()
     def put_on_basis(
         self, adapter_name: str, bases: Sequence[Tensor], *, residual: float = 0.0, principal: bool
     ) -> None:
         """Place an adapter with the bases V, (r, in) each, on the base's current weight."""
         adapter, matrix = self.subspace(adapter_name), self.unmerged_matrix()
-        stored = [basis.stored for basis in self.bases(adapter_name)]
+        accumulated = self.accumulated(adapter_name)
         basis = torch.stack(list(bases)) if matrix.ndim == 3 else bases[0]
-        placement = adapter.placed(basis, matrix, stored, self.base_weight)
-        adapter.placement = replace(placement, residual=residual, is_principal=principal)
+        placement = adapter.placed(basis, matrix, self.stored_of(adapter_name), self.base_weight, accumulated)
+        adapter.placement = replace(placement, residual=residual, is_principal=principal and accumulated is None)
 
     def without_adapters(self) -> Layer:
         """Make another layer on the same host, without adapters and not part of the model."""

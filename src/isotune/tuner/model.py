@@ -29,8 +29,9 @@ from isotune.tuner.layer import Layer
 from isotune.tuner.mean import check_request, combine, parts_of
 from isotune.tuner.merging import warn_of_requantising
 from isotune.tuner.mixed_batch import batch_of, check_names, measured, saved_modules_routed
+from isotune.tuner.moved import make_room
 from isotune.tuner.placing import place_adapter, share_basis
-from isotune.tuner.state import check_file, current_key, keys_in_model
+from isotune.tuner.state import KEY_PREFIX, adapted_layers, check_file, current_key, keys_in_model
 
 _PREFIX = "isotune_"
 
@@ -308,6 +309,8 @@ class IsotuneModel(Tuner):
         cls, model: nn.Module, config: IsotuneConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         state_dict = {current_key(name): tensor for name, tensor in state_dict.items()}
+        given = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in state_dict.items()}
+        make_room(adapted_layers(model, adapter_name), adapter_name, given)
         try:
             check_file(model, config, adapter_name, state_dict)
         except AdapterFileError:

@@ -97,6 +97,9 @@ class Layer(MergingLayer):
             ValueError: the configuration does not fit the shape of W.
         """
         weight = self.host.weight
+        if not config.sized:
+            self.configs[adapter_name] = config  # called again once the sizes have been chosen
+            return
         if self.host.quantised and is_partitioned(weight):
             raise ValueError(
                 f"{self.key!r} is quantised and partitioned by DeepSpeed ZeRO-3, so its weight cannot be read. "
@@ -124,6 +127,15 @@ class Layer(MergingLayer):
         if form is not None:
             self.isotune_form[adapter_name] = form
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def count_parameters(self, config: IsotuneConfig) -> int:
+        """How many parameters an adapter of this configuration has on this layer.
+
+        Raises:
+            ValueError: the configuration does not fit the shape of W.
+        """
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in self._new_adapter(config).parameters())
 
     def _new_adapter(self, config: IsotuneConfig) -> Adapter:
         return config.build_operator(self.key, self.in_features, self.out_features)

@@ -22,6 +22,7 @@ from isotune.methods import (
 )
 from isotune.tools.decoding import evaluated_once
 from isotune.tools.hotswap import hotswap_adapter
+from isotune.tools.ranks import choose_ranks
 from isotune.tools.regularization import regularization_callback, regularization_loss
 from isotune.tools.several import add_adapter, load_adapter
 from isotune.tuner.register import register
@@ -42,6 +43,7 @@ __all__ = [
     "QGOFTConfig",
     "__version__",
     "add_adapter",
+    "choose_ranks",
     "evaluated_once",
     "get_peft_model",
     "hotswap_adapter",

@@ -44,6 +44,8 @@ ALLOWED: dict[str, set[str]] = {
     "bool": {"bool"},
     "int": INTEGERS,
     "int | None": {*INTEGERS, "null"},
+    "int | str | None": {*INTEGERS, *STRINGS, "null"},
+    'int | Literal["auto"]': INTEGERS,
     "float": NUMBERS,
     "float | None": {*NUMBERS, "null"},
     "list[str] | None": {"strings", "empty list", "null"},

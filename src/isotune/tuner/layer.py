@@ -25,6 +25,7 @@ from isotune.methods.config import IsotuneConfig
 from isotune.parallel.processes import one_for_all, several
 from isotune.parallel.sharding import is_partitioned
 from isotune.parallel.tensor_parallel import Division, mesh_of
+from isotune.subspace.energy import spectrum
 from isotune.tuner.adapted_weight import AdaptedWeight
 from isotune.tuner.merging import MergingLayer
 from isotune.tuner.mixed_batch import BASE, MixedBatch
@@ -99,6 +100,9 @@ class Layer(MergingLayer):
             ValueError: the configuration does not fit the shape of W.
         """
         weight = self.host.weight
+        if not config.sized:
+            self.configs[adapter_name] = config  # called again once the sizes have been chosen
+            return
         if self.host.quantised and is_partitioned(weight):
             raise ValueError(
                 f"{self.key!r} is quantised and partitioned by DeepSpeed ZeRO-3, so its weight cannot be read. "
@@ -136,6 +140,15 @@ class Layer(MergingLayer):
             self.isotune_form[adapter_name] = form
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def count_parameters(self, config: IsotuneConfig) -> int:
+        """How many parameters an adapter of this configuration has on this layer.
+
+        Raises:
+            ValueError: the configuration does not fit the shape of W.
+        """
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in self._new_adapter(config).parameters())
+
     def _singular_values(self) -> Tensor:
         """All singular values of the base's W, descending: equal in all processes.
 
@@ -150,7 +163,7 @@ class Layer(MergingLayer):
             )
 
         def solve() -> list[Tensor]:
-            return [torch.linalg.svdvals(matrix)]
+            return [torch.stack([spectrum(own, name=self.key) for own in matrix.view(-1, *matrix.shape[-2:])])]
 
         return one_for_all(f"singular values of {self.key}", solve)[0] if several() else solve()[0]
 

@@ -31,6 +31,7 @@ from isotune.tuner.merging import warn_of_requantising
 from isotune.tuner.mixed_batch import batch_of, check_names, measured, saved_modules_routed
 from isotune.tuner.moved import make_room
 from isotune.tuner.placing import place_adapter, share_basis
+from isotune.tuner.sizes import size_layers
 from isotune.tuner.state import KEY_PREFIX, adapted_layers, check_file, current_key, keys_in_model
 
 _PREFIX = "isotune_"
@@ -64,6 +65,9 @@ class IsotuneModel(Tuner):
         config = self.peft_config[adapter_name]
         if isinstance(config, BasisConfig):
             _refuse_loading_by_one(model)
+        # The sizes of a file, and of a mean of adapters, are there already.
+        chooses = config.chooses_sizes and config.origin is None and basis_of is None
+        config.sized = config.sized and not chooses
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         first = not any(isinstance(module, Layer) for module in model.modules())
         for module in model.modules():
@@ -72,6 +76,8 @@ class IsotuneModel(Tuner):
             _refuse_names_of_saved(model, self.peft_config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             _refuse_several_places(model)
+            if chooses:
+                size_layers(model, adapter_name, config)
             own = AdaptedModel.attach(model)
             if first:
                 own.trainable.update(trainable)
@@ -86,6 +92,8 @@ class IsotuneModel(Tuner):
             for parameter, flag in trainable.items():
                 parameter.requires_grad_(flag)
             raise
+        finally:
+            config.sized = config.sized or chooses
 
     def add_weighted_adapter(
         self,

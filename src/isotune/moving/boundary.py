@@ -71,10 +71,13 @@ def adapted(model: nn.Module) -> AdaptedModel:
     Raises:
         ValueError: there is none.
     """
-    found = next((own for own in map(AdaptedModel.of, model.modules()) if own is not None), None)
-    if found is None or found.model is None:
-        raise ValueError(f"The model, a {type(model).__name__}, has no isotune adapter whose subspaces could move.")
-    return found
+    for module in model.modules():
+        own = AdaptedModel.of(module)
+        if own is not None:
+            if not own.built:
+                own.build(own.model or module)  # a copy, or an adapter was added or deleted
+            return own
+    raise ValueError(f"The model, a {type(model).__name__}, has no isotune adapter whose subspaces could move.")
 
 
 def layers_to_move(model: nn.Module, adapter_name: str, optimizer: Any) -> list[Layer]:
@@ -201,12 +204,12 @@ def _computed(layer: Layer, adapter_name: str, choose: Choose, max_rank: int | N
         # The accumulated factors as stored, since those of the placement have been rounded to the dtype of W.
         if (accumulated := layer.accumulated(adapter_name)) is not None:
             updates.insert(0, tuple(factor.to(up) for factor in accumulated))  # type: ignore[arg-type]
-        whole = joined(updates, rank=max_rank)
-        if not torch.isfinite(whole.up).all():
+        if not all(torch.isfinite(factor).all() for factor in updates[-1]):
             raise ValueError(
                 f"The update of {adapter_name!r} on {layer.key!r} holds NaN or infinity, so it cannot be accumulated: "
                 "its training has diverged. Go on from an earlier checkpoint with a lower learning rate."
             )
+        whole = joined(updates, rank=max_rank)
         new_up, new_down = (factor.float().to(matrix.device).contiguous() for factor in (whole.up, whole.down))
         current = widen(matrix)
         current = current + new_up.to(current) @ new_down.to(current)

@@ -31,6 +31,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "tuner": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "model_card"),
     "files": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "tuner"),
     "tools": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "tuner", "files"),
+    "moving": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "tuner"),
     "diagnostics": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "tuner", "files"),
     "__init__": ("versions", "methods", "tuner", "tools"),
     "experiments": (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +136,9 @@ class SubspaceAdapter(PlacedUpdate, Operator):
     """
 
     principal = True
+    coordinates: Mapping[str, Literal["skew", "transposed"]] = {}
+    """Parameters that are not, by their shape, a vector of the r coordinates or a matrix laid out as M − I: "skew" for
+    the strict upper triangle of a skew-symmetric matrix, "transposed" for the transpose of M − I."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)

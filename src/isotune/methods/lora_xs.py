@@ -62,6 +62,7 @@ class LoraXsOperator(SubspaceAdapter):
     evaluated = ("coefficients",)
     orthogonal = False
     averages = {"coefficients": linear_mean}  # noqa: RUF012
+    coordinates = {"coefficients": "transposed"}  # noqa: RUF012
 
     def __init__(self, size: int, std: float = 1e-5) -> None:
         super().__init__(size)

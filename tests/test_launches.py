@@ -57,7 +57,7 @@ WITH_KERNELS = {**LAYER, "OFT": 2, "COFT": 2, "BOFT": 6, "GOFT": 9, "qGOFT": 9}
 """The same with them."""
 
 OF_ITS_OWN = ("OPLoRA",)
-"""Methods whose layers are evaluated each for itself, which the operations of a layer contain: five more than LoRA's."""
+"""Methods whose layers are evaluated each for itself, within the operations of a layer: five more than LoRA's."""
 
 AS_LORA = ("PSOFT", "LoRA-XS", "OFT", "COFT", "HRA")
 """Methods that add no more than LoRA without kernels; with them all do."""

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isotune.adapter.evaluation import without_autocast
+from isotune.adapter.evaluation import is_recorded, without_autocast
 from isotune.algebra.acceleration import kernels_for
 from isotune.algebra.factors import Chain, chain_backward, chain_forward, refuse_double_backward
 from isotune.algebra.recording import is_exported
 from isotune.parallel.tensor_parallel import Share
-from isotune.subspace.precision import exact_product
+from isotune.subspace.precision import exact_product, reduces_float32
 
 
 def _frozen_linear(flat: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -301,6 +301,8 @@ class _Complement(torch.autograd.Function):
 
 def _complement(factor: Tensor, basis: Tensor) -> Tensor:
     with without_autocast(factor):
+        if factor.ndim == 2 and not (factor.dtype == torch.float32 and reduces_float32(factor.device)):
+            return torch.addmm(factor, torch.mm(factor, basis.t()), basis, alpha=-1)
         return factor - exact_product(exact_product(factor, basis.mT), basis)
 
 
@@ -314,6 +316,10 @@ def complement(factor: Tensor, basis: Tensor) -> Tensor:
     Returns:
         factor (I − Bᵀ B), of the same shape.
     """
+    if is_recorded():  # which can hold neither this node nor a look at the settings
+        for _ in range(2):  # the second time takes out what fast products leave
+            factor = factor - (factor @ basis.mT) @ basis
+        return factor
     result: Tensor = _Complement.apply(factor, basis)  # type: ignore[no-untyped-call]
     return result
 

@@ -85,11 +85,14 @@ class LowRankAdapter(Update):
         drop: bool = False,
         rows: Tensor | None = None,
         at: Tensor | None = None,
+        multiple: Tensor | None = None,
     ) -> Tensor:
         """W + s·Up Down."""
         down, up = self._scaled(tensors, matrix.dtype)
         if at is not None and matrix.ndim == 2:
             up = up.index_select(0, at)
+        if multiple is not None:
+            up = up * multiple
         return matrix + up @ down
 
     def low_rank(self, matrix: Tensor) -> tuple[Tensor, Tensor]:

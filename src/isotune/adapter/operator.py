@@ -46,7 +46,7 @@ class Adapter(nn.Module, ABC):
     If not, it reads `placement` too, and its graph saves no tensors, so that it may be differentiated more than once.
     """
     needs_rows: ClassVar[bool] = False
-    """Whether folding into looked-up rows of an embedding needs the very rows of W, not multiples of them."""
+    """Whether folding into looked-up rows of an embedding needs to know by what they were multiplied."""
     placement: object = None
     """Where the adapter acts on its layer's weight, exchanged as a whole; None if that is not or need not be found."""
 
@@ -198,6 +198,7 @@ class Adapter(nn.Module, ABC):
         drop: bool = False,
         rows: Tensor | None = None,
         at: Tensor | None = None,
+        multiple: Tensor | None = None,
     ) -> Tensor:
         """Fold the adapter into a matrix, differentiably, in its own dtype, which should be at least float32.
 
@@ -207,6 +208,7 @@ class Adapter(nn.Module, ABC):
             drop: whether to apply dropout; never when weights are merged or read.
             rows: if `matrix` holds only some rows (an embedding's look-up), these rows of W itself, up to a factor.
             at: which rows of W, or which experts, `matrix` holds; None for all.
+            multiple: by what the look-up has multiplied these rows, a scalar; None for 1.
         """
 
     @abstractmethod

@@ -117,6 +117,7 @@ class RotationAdapter(Operator):
         drop: bool = False,
         rows: Tensor | None = None,
         at: Tensor | None = None,
+        multiple: Tensor | None = None,
     ) -> Tensor:
         """diag(gain) W Mᵀ, or diag(gain) M W."""
         if matrix.ndim == 3:

@@ -280,6 +280,7 @@ class SubspaceAdapter(PlacedUpdate, Operator):
         drop: bool = False,
         rows: Tensor | None = None,
         at: Tensor | None = None,
+        multiple: Tensor | None = None,
     ) -> Tensor:
         """W + s·up (M − I)ᵀ down, and with it what is accumulated."""
         (down, up), rank = self.factors(matrix.dtype, matrix.device), self.size + self.accumulated_rank

@@ -123,9 +123,9 @@ class Layer(MergingLayer):
             )
         if adapter.needs_rows and not self.host.gives_rows:
             raise ValueError(
-                f"{type(config).__name__} cannot be used on {self.key!r}, a {type(self.host.module).__name__}: its own "
-                "forward may scale the rows of W, and the update of a row would not be scaled with it. Exclude the "
-                "module with exclude_modules, or use another method on it."
+                f"{type(config).__name__} cannot be used on {self.key!r}, a {type(self.host.module).__name__} split by "
+                "tensor parallelism: its own forward may scale the rows of W, by what cannot be seen in every process. "
+                "Exclude the module with exclude_modules, or use another method on it."
             )
         if adapter.side not in (None, *self.host.sides):
             raise ValueError(

@@ -36,6 +36,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "__init__": ("versions", "methods", "tuner", "tools"),
     "experiments": (
         *("algebra", "subspace", "adapter", "hosts", "methods", "tuner", "files", "tools", "diagnostics", "model_card"),
+        "moving",
     ),
     "report": ("methods", "diagnostics", "files", "experiments"),
     "cli": ("files", "tools", "diagnostics", "methods", "experiments", "report"),

@@ -148,7 +148,8 @@ class MovingSchedule:
         if self.select == "gradient":
             layers = layers_to_move(model, self.adapter, optimizer)
             batches = self.batches() if callable(self.batches) else self.batches
-            bases = gradient_subspaces(model, layers, self.adapter, batches or (), self.loss, self.gradient_memory)
+            inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+            bases = gradient_subspaces(inner, layers, self.adapter, batches or (), self.loss, self.gradient_memory)
             chosen = {layer.key: basis for layer, basis in zip(layers, bases, strict=True)}
 
         def choose(current: Tensor, layer: Layer) -> Tensor:

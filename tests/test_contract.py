@@ -54,7 +54,7 @@ from isotune.tuner.placing import place_adapter
 from quantisers import QUANTISERS, quantise
 
 RANK = 5
-ADDITIVE = ("psoft", "lora_xs")
+ADDITIVE = ("psoft", "lora_xs", "svfit")
 """Methods that update W; the others rotate its inputs, or its outputs."""
 OF_OUTPUTS = [form for form in FORMS if form not in METHODS]
 

@@ -10,7 +10,16 @@ check_versions()  # before anything below imports a library that may be too old
 
 from peft import PeftModel, get_peft_model
 
-from isotune.methods import BOFTConfig, GOFTConfig, HRAConfig, LoraXsConfig, OFTConfig, PsoftConfig, QGOFTConfig
+from isotune.methods import (
+    BOFTConfig,
+    GOFTConfig,
+    HRAConfig,
+    LoraXsConfig,
+    OFTConfig,
+    PsoftConfig,
+    QGOFTConfig,
+    SvfitConfig,
+)
 from isotune.tools.decoding import evaluated_once
 from isotune.tools.hotswap import hotswap_adapter
 from isotune.tools.regularization import regularization_callback, regularization_loss
@@ -30,6 +39,7 @@ __all__ = [
     "PeftModel",
     "PsoftConfig",
     "QGOFTConfig",
+    "SvfitConfig",
     "__version__",
     "add_adapter",
     "evaluated_once",

@@ -7,6 +7,7 @@ from isotune.methods.hra import HRAConfig
 from isotune.methods.lora_xs import LoraXsConfig
 from isotune.methods.oft import OFTConfig
 from isotune.methods.psoft import PsoftConfig
+from isotune.methods.svfit import SvfitConfig
 
 METHODS: dict[str, type[IsotuneConfig]] = {
     "psoft": PsoftConfig,
@@ -16,6 +17,7 @@ METHODS: dict[str, type[IsotuneConfig]] = {
     "qgoft": QGOFTConfig,
     "hra": HRAConfig,
     "lora_xs": LoraXsConfig,
+    "svfit": SvfitConfig,
 }
 """Name of each method -> its configuration. The PEFT type is ISOTUNE_ followed by the name in capitals."""
 
@@ -28,4 +30,5 @@ __all__ = [
     "OFTConfig",
     "PsoftConfig",
     "QGOFTConfig",
+    "SvfitConfig",
 ]

@@ -334,6 +334,8 @@ def reference_difference(operator: nn.Module) -> Tensor:
     """M − I of an operator on a subspace by the definition, with a plain inverse; differentiable."""
     if hasattr(operator, "coefficients"):
         return operator.coefficients.T
+    if hasattr(operator, "stretch"):
+        return torch.diag(operator.stretch)
     size, generator = operator.size, operator.generator
     eye = torch.eye(size, dtype=generator.dtype)
     if operator.orthogonal:
@@ -387,6 +389,7 @@ OPTIONS_FOR_12: dict[str, dict[str, Any]] = {
     "qgoft": {},
     "hra": {"r": 4},
     "lora_xs": {"r": 4},
+    "svfit": {"r": 4},
     "oplora": {"r": 4, "preserved_rank": 3},
 }
 """Options with which each method fits a layer whose W has a multiple of 12 columns."""
@@ -399,6 +402,7 @@ OPTIONS_FOR_TINY: dict[str, dict[str, Any]] = {
     "qgoft": {},
     "hra": {"r": 4},
     "lora_xs": {"r": 8},
+    "svfit": {"r": 8},
     "oplora": {"r": 8, "preserved_rank": 6},
 }
 """Options with which each method fits every layer of the tiny models."""
@@ -524,7 +528,7 @@ WITH_LORA = (*EVERY_METHOD, LORA)
 FEW = ("psoft", "lora_xs", "oft", "boft", "hra", LORA)
 """What a quick run tests the run-time core with; GOFT, qGOFT and COFT are rotations there as OFT is."""
 
-SUBSPACES = ("psoft", "lora_xs", "oplora")
+SUBSPACES = ("psoft", "lora_xs", "svfit", "oplora")
 """Methods whose adapters have a subspace of their base's weight."""
 
 DROPOUT: dict[str, dict[str, Any]] = {

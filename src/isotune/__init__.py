@@ -19,6 +19,7 @@ from isotune.methods import (
     OploraConfig,
     PsoftConfig,
     QGOFTConfig,
+    SvfitConfig,
 )
 from isotune.tools.decoding import evaluated_once
 from isotune.tools.hotswap import hotswap_adapter
@@ -41,6 +42,7 @@ __all__ = [
     "PeftModel",
     "PsoftConfig",
     "QGOFTConfig",
+    "SvfitConfig",
     "__version__",
     "add_adapter",
     "choose_ranks",

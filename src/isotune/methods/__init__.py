@@ -8,6 +8,7 @@ from isotune.methods.lora_xs import LoraXsConfig
 from isotune.methods.oft import OFTConfig
 from isotune.methods.oplora import OploraConfig
 from isotune.methods.psoft import PsoftConfig
+from isotune.methods.svfit import SvfitConfig
 
 METHODS: dict[str, type[IsotuneConfig]] = {
     "psoft": PsoftConfig,
@@ -17,6 +18,7 @@ METHODS: dict[str, type[IsotuneConfig]] = {
     "qgoft": QGOFTConfig,
     "hra": HRAConfig,
     "lora_xs": LoraXsConfig,
+    "svfit": SvfitConfig,
     "oplora": OploraConfig,
 }
 """Name of each method -> its configuration. The PEFT type is ISOTUNE_ followed by the name in capitals."""
@@ -31,4 +33,5 @@ __all__ = [
     "OploraConfig",
     "PsoftConfig",
     "QGOFTConfig",
+    "SvfitConfig",
 ]

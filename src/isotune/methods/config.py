@@ -321,6 +321,11 @@ class BasisConfig(IsotuneConfig):
         """The solver that finds the subspaces: "auto", "full" or "lowrank"."""
         return "auto"
 
+    @property
+    def selection(self) -> str:
+        """Which singular directions of each weight are adapted, as in `isotune.subspace.selection.chosen`."""
+        return "top"
+
     def rank_of(self, module: str) -> int:
         """The rank of a module: from `rank_pattern`, or else r.
 

@@ -20,6 +20,7 @@ from isotune.parallel.processes import one_for_all, sample_of, several
 from isotune.parallel.sharding import is_sharded
 from isotune.subspace.cache import SubspaceCache
 from isotune.subspace.pinning import CANDIDATE_TOLERANCE, MAX_RESIDUAL, candidate_rank, pin, recover
+from isotune.subspace.selection import chosen
 from isotune.subspace.solvers import SubspaceRequest, principal_subspaces
 from isotune.tuner.layer import Layer
 
@@ -124,7 +125,7 @@ def _with_equal_basis(layer: Layer, adapter_name: str) -> str | None:
 
     def key(name: str) -> tuple[object, ...]:
         config, adapter = _config(layer, name), layer.subspace(name)
-        return config.basis, config.basis_seed, adapter.placement_key
+        return config.basis, config.basis_seed, config.selection, adapter.placement_key
 
     for name in layer.isotune_form:
         placement = layer.subspace(name).placement
@@ -149,10 +150,10 @@ def _solve(adapter_name: str, layers: Sequence[Layer]) -> None:
     taken: dict[tuple[int, int], Placement] = {}
     for layer in fresh:
         own = [(one, subspaces.pop(0)) for one in _places(layer, adapter_name)]
-        bases = [subspace[: one.basis.stored.shape[0]].clone() for one, subspace in own]
+        config = _config(layer, adapter_name)
+        bases = [_among(subspace, len(one.basis.stored), config) for one, subspace in own]
         for (one, _), basis in zip(own, bases, strict=True):
-            seed = _config(layer, adapter_name).basis_seed
-            one.basis.record(basis if one.basis.embedded else pin(basis, seed=seed))
+            one.basis.record(basis if one.basis.embedded else pin(basis, seed=config.basis_seed))
         adapter = layer.subspace(adapter_name)
         # Layers that share a weight were given the same subspace, and share its placement.
         key = id(own[0][1]), layer.base_weight.data_ptr()
@@ -180,7 +181,10 @@ def _subspaces(adapter_name: str, places: Sequence[_Place]) -> list[Tensor]:
             rank = candidate_rank(rank, layer.in_features, layer.out_features)
         # Quantised weights are dequantised one at a time, so that they are not all in memory at once.
         weight = one.matrix if layer.host.quantised else one.matrix()
-        requests.append(SubspaceRequest(weight, rank, f"module {layer.key!r}"))
+        at = None
+        if config.selection != "top":  # for which there are faster solvers
+            at = tuple(chosen(min(layer.in_features, layer.out_features), rank, config.selection).tolist())
+        requests.append(SubspaceRequest(weight, rank, f"module {layer.key!r}", at))
     cache = SubspaceCache() if config.subspace_cache else None
 
     def solve() -> list[Tensor]:
@@ -193,7 +197,12 @@ def _subspaces(adapter_name: str, places: Sequence[_Place]) -> list[Tensor]:
         (one.key, request.rank, one.layer.out_features, one.layer.in_features, sample_of(one.layer.base_weight))
         for one, request in zip(places, requests, strict=True)
     ]
-    return one_for_all(f"{config.solver} {same}", solve)
+    return one_for_all(f"{config.solver} {config.selection} {same}", solve)
+
+
+def _among(candidates: Tensor, rank: int, config: BasisConfig) -> Tensor:
+    """The basis, (r, in), among the r or more singular vectors that were found for it; a copy."""
+    return candidates[chosen(len(candidates), rank, config.selection)]
 
 
 def _recovered(adapter_name: str, places: Sequence[_Place]) -> list[tuple[Tensor, float]]:
@@ -201,12 +210,13 @@ def _recovered(adapter_name: str, places: Sequence[_Place]) -> list[tuple[Tensor
     solved = _subspaces(adapter_name, [one for one in places if not one.basis.embedded])
     found: list[tuple[Tensor, float]] = []
     for one in places:
-        stored, seed = one.basis.stored, _config(one.layer, adapter_name).basis_seed
+        stored, config = one.basis.stored, _config(one.layer, adapter_name)
+        seed = config.basis_seed
         if one.basis.embedded:
             found.append((stored, 0.0))
             continue
         candidates = solved.pop(0)
-        basis = candidates[: len(stored)].clone()
+        basis = _among(candidates, len(stored), config)
         # If solved exactly as when it was pinned, the basis is the same to the bit and needs no recovery.
         same = torch.equal(pin(basis, seed=seed).to(stored), stored)
         found.append((basis, 0.0) if same else recover(stored, candidates, seed=seed))

@@ -106,7 +106,7 @@ def choose_sizes(
             'rank_measure="activations" needs data, which get_peft_model is not given: take the options that '
             "isotune.choose_ranks(model, config, data=batches) finds, or train by a recipe."
         )
-    if isinstance(config, SubspaceConfig) and getattr(config, "selection", "top") != "top":
+    if isinstance(config, SubspaceConfig) and config.selection != "top":
         raise ValueError("Ranks are chosen for the strongest directions of a weight; give r with another selection.")
     own = config if isinstance(config, SubspaceConfig) else None
     cache = SubspaceCache() if own is not None and own.subspace_cache else None

@@ -10,7 +10,16 @@ check_versions()  # before anything below imports a library that may be too old
 
 from peft import PeftModel, get_peft_model
 
-from isotune.methods import BOFTConfig, GOFTConfig, HRAConfig, LoraXsConfig, OFTConfig, PsoftConfig, QGOFTConfig
+from isotune.methods import (
+    BOFTConfig,
+    GOFTConfig,
+    HRAConfig,
+    LoraXsConfig,
+    OFTConfig,
+    OploraConfig,
+    PsoftConfig,
+    QGOFTConfig,
+)
 from isotune.tools.decoding import evaluated_once
 from isotune.tools.hotswap import hotswap_adapter
 from isotune.tools.ranks import choose_ranks
@@ -28,6 +37,7 @@ __all__ = [
     "HRAConfig",
     "LoraXsConfig",
     "OFTConfig",
+    "OploraConfig",
     "PeftModel",
     "PsoftConfig",
     "QGOFTConfig",

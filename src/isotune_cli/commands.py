@@ -14,6 +14,7 @@ from isotune_cli.evaluate import evaluate_adapter
 from isotune_cli.export import export_adapter
 from isotune_cli.init import init
 from isotune_cli.inspect import inspect_adapter
+from isotune_cli.merge import merge_folders
 from isotune_cli.peft_import import import_adapter
 from isotune_cli.plan import plan
 from isotune_cli.rank import rank
@@ -57,6 +58,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "plan": plan,
     "rank": rank,
     "export": export_adapter,
+    "merge": merge_folders,
     "import": import_adapter,
 }
 for _name, _function in _COMMANDS.items():

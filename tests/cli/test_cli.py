@@ -94,7 +94,7 @@ def test_missing_data_are_one_line_before_any_model_is_looked_for(
     ("raised", "code", "said"),
     [
         (ValueError("said plainly"), 2, "error: said plainly\n"),
-        (KeyboardInterrupt(), 130, "interrupted: run the same command again to continue\n"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command again goes on from what was finished\n"),
     ],
 )
 def test_what_is_raised_sets_the_exit_code(

@@ -50,6 +50,11 @@ class EmbeddingHost(Host):
     folds = True
     sides = ("input",)
 
+    @property
+    def gives_rows(self) -> bool:  # type: ignore[override]
+        """Whether the module's forward is that of nn.Embedding, which multiplies nothing."""
+        return type(self.module).forward is nn.Embedding.forward
+
     def check(self) -> None:
         """Also refuse max_norm."""
         super().check()

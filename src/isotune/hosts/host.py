@@ -52,6 +52,8 @@ class Host:
     """The sides of the layer that can be rotated."""
     folds: ClassVar[bool] = False
     """Whether adapters act on W (or rows of it) at each call, since the layer does not simply multiply by W."""
+    gives_rows = True
+    """Whether a look-up of rows gives the rows of W themselves, and no multiples of them."""
     multiplies = False
     """Whether the module only computes x Wᵀ + b from its weight and bias, so that this may be computed in its place."""
     parameter = "weight"

@@ -6,6 +6,7 @@ from isotune.methods.goft import GOFTConfig, QGOFTConfig
 from isotune.methods.hra import HRAConfig
 from isotune.methods.lora_xs import LoraXsConfig
 from isotune.methods.oft import OFTConfig
+from isotune.methods.oplora import OploraConfig
 from isotune.methods.psoft import PsoftConfig
 
 METHODS: dict[str, type[IsotuneConfig]] = {
@@ -16,6 +17,7 @@ METHODS: dict[str, type[IsotuneConfig]] = {
     "qgoft": QGOFTConfig,
     "hra": HRAConfig,
     "lora_xs": LoraXsConfig,
+    "oplora": OploraConfig,
 }
 """Name of each method -> its configuration. The PEFT type is ISOTUNE_ followed by the name in capitals."""
 
@@ -26,6 +28,7 @@ __all__ = [
     "HRAConfig",
     "LoraXsConfig",
     "OFTConfig",
+    "OploraConfig",
     "PsoftConfig",
     "QGOFTConfig",
 ]

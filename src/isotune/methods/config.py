@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from inspect import get_annotations
 from pathlib import Path
@@ -27,7 +27,7 @@ from isotune.methods.sizes import ChosenSize, check_budget, check_choice
 from isotune.model_card import WEIGHTS, update_list, write_card
 from isotune.subspace.pinning import pin_width
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Newest version of the adapter format (docs/adapter-format.md); each file is given the lowest that can express it."""
 USUAL_ENERGY = 0.9
 """rank_energy with r="auto": the lower end of the shares for which CERSA (arXiv 2605.08174) reports results."""
@@ -214,6 +214,14 @@ class IsotuneConfig(ChosenSize, PeftConfig):
                 stored[name] = sorted(value)  # so that the same adapter always gives the same file
         return stored
 
+    def fit(self, module: str, singular_values: Callable[[], Tensor]) -> None:
+        """Set what depends on the weight of a module, before a new adapter is made for it; by default nothing does.
+
+        Args:
+            module: the module's name in the base model.
+            singular_values: gives all singular values of W, (n,), or of each expert, (experts, n), descending.
+        """
+
     @abstractmethod
     def build_operator(self, module: str, in_features: int, out_features: int) -> Adapter:
         """A new operator for this module, whose W is (out_features, in_features); the identity at the start.
@@ -238,10 +246,14 @@ class IsotuneConfig(ChosenSize, PeftConfig):
         """What the file stores of a module's subspace, still empty; None if the method has no subspace."""
         return None
 
+    def accumulated_rank(self, module: str) -> int | None:
+        """The rank that a module has accumulated on earlier subspaces; None if they never moved."""
+        return None
+
 
 @dataclass
-class SubspaceConfig(IsotuneConfig):
-    """Fields shared by the methods that act on the principal subspace of each weight.
+class BasisConfig(IsotuneConfig):
+    """Fields shared by the methods whose updates depend on the strongest singular vectors of each weight.
 
     Args:
         r: rank of the principal subspace; at most the smaller side of each adapted weight. "auto" chooses one for each
@@ -331,9 +343,47 @@ class SubspaceConfig(IsotuneConfig):
 
     def build_basis(self, module: str, in_features: int, device: torch.device) -> SubspaceBasis:
         """The pin or the basis of a module's subspace, still empty."""
-        rank = self.rank_of(module)
+        return self.basis_of_rank(self.rank_of(module), in_features, device)
+
+    def basis_of_rank(self, rank: int, in_features: int, device: torch.device) -> SubspaceBasis:
+        """The pin or the basis of a subspace of this rank, still empty."""
         width = pin_width(rank, in_features) if self.basis == "pinned" else None
         return SubspaceBasis(rank, in_features, width, device)
+
+
+@dataclass
+class SubspaceConfig(BasisConfig):
+    """Fields shared by the methods that act on the principal subspace of each weight.
+
+    Args:
+        accumulated_ranks: module name -> rank of the update accumulated on earlier subspaces. Files of adapters whose
+            subspaces have moved (`isotune.moving`) say it; leave it empty.
+    """
+
+    accumulated_ranks: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fits = all(rank >= 0 for rank in self.accumulated_ranks.values())
+        require(fits, "accumulated_ranks", self.accumulated_ranks, "each rank must be an integer of at least 0")
+        if self.accumulated_ranks and self.basis != "embedded":
+            raise ValueError(
+                f"basis={self.basis!r} is not allowed with accumulated_ranks: the file of an adapter whose subspaces "
+                "have moved holds them themselves. Set basis='embedded', or leave accumulated_ranks empty."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that the file stores; a file with accumulated updates has version 3."""
+        stored = super().to_dict()
+        if self.accumulated_ranks:
+            stored["isotune_format"] = max(self.isotune_format, 3)
+        else:
+            del stored["accumulated_ranks"]
+        return stored
+
+    def accumulated_rank(self, module: str) -> int | None:
+        """The entry of `accumulated_ranks` for a module."""
+        return self.accumulated_ranks.get(module)
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> SubspaceAdapter:
         """A new operator on the coordinates of the subspace, not placed yet.

@@ -129,6 +129,7 @@ class PsoftOperator(SubspaceAdapter):
         self.neumann_terms, self.generator_bound = neumann_terms, generator_bound
         own = generator_means(generator_bound, "input_scale", "output_scale")
         self.averages = own if orthogonal else {"generator": linear_mean}
+        self.coordinates = {"generator": "skew"} if orthogonal else {}
         entries = skew_size(size) if orthogonal else (size, size)
         self.generator = nn.Parameter(torch.zeros(entries, dtype=torch.float32))
         self.input_scale = nn.Parameter(torch.ones(size, dtype=torch.float32)) if input_scale else None

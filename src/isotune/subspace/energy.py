@@ -156,6 +156,23 @@ def least_size(kept: Sequence[float], share: float) -> int:
     return min(bisect.bisect_left(kept, share - _ROUNDING), len(kept) - 1)
 
 
+def rank_of_energy(singular_values: Tensor, share: float) -> int:
+    """The least k for which the k largest singular values hold a share of the squared Frobenius norm.
+
+    Args:
+        singular_values: all singular values of a weight, (n,), descending.
+        share: of Σᵢ σᵢ², above 0 and at most 1.
+
+    Returns:
+        k, from 1 to n; 1 for a zero weight.
+
+    Examples:
+        >>> rank_of_energy(torch.tensor([4.0, 3.0, 0.0]), 0.64)
+        1
+    """
+    return 1 + least_size(kept_shares(singular_values.double().square()), share)
+
+
 def spend(layers: Sequence[Sizes], budget: int, *, logarithm: bool = False) -> list[int]:
     """The indices of the sizes that hold the most energy, summed over layers, for a number of parameters in all.
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from isotune.adapter.placement import Mark, Placement, place
-from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
+from isotune.adapter.placement import Mark, Placement
+from isotune.adapter.subspace import SubspaceBasis
+from isotune.adapter.update import PlacedUpdate
 from isotune.errors import BaseMismatchError, IsotuneWarning
 from isotune.internals.offloading import is_managed
 from isotune.internals.torch_state import is_symbolic
-from isotune.methods.config import SubspaceConfig
+from isotune.methods.config import BasisConfig
 from isotune.parallel.processes import one_for_all, sample_of, several
 from isotune.parallel.sharding import is_sharded
 from isotune.subspace.cache import SubspaceCache
@@ -40,10 +41,6 @@ class _Place:
         """W, (out, in)."""
         found = self.layer.unmerged_matrix()
         return found if self.expert is None else found[self.expert]
-
-    def is_empty(self) -> bool:
-        """Whether nothing is stored yet, neither solved here nor loaded from a file."""
-        return self.basis.stored.is_meta or not bool(self.basis.stored.any())
 
 
 @torch.no_grad()
@@ -73,7 +70,7 @@ def place_adapter(adapter_name: str, layers: Iterable[Layer]) -> None:
     if not pending:
         return
     places = {id(layer): _places(layer, adapter_name) for layer in pending}
-    stored = [layer for layer in pending if not any(one.is_empty() for one in places[id(layer)])]
+    stored = [layer for layer in pending if not any(one.basis.is_empty() for one in places[id(layer)])]
     found = _recovered(adapter_name, [one for layer in stored for one in places[id(layer)]])
     for layer in stored:
         bases, residuals = zip(*(found.pop(0) for _ in places[id(layer)]), strict=True)
@@ -94,17 +91,17 @@ def _places(layer: Layer, adapter_name: str) -> list[_Place]:
     return [_Place(layer, basis, index if experts else None) for index, basis in enumerate(bases)]
 
 
-def _place_symbolically(layer: Layer, adapter_name: str, adapter: SubspaceAdapter) -> None:
+def _place_symbolically(layer: Layer, adapter_name: str, adapter: PlacedUpdate) -> None:
     """Give an adapter a placement of the right shapes on a weight without values, to be replaced once they exist."""
-    matrix, stored = layer.unmerged_matrix(), [basis.stored for basis in layer.bases(adapter_name)]
-    basis = matrix.new_zeros(*matrix.shape[:-2], adapter.size, matrix.shape[-1])
+    matrix, stored = layer.unmerged_matrix(), layer.stored_of(adapter_name)
+    basis = matrix.new_zeros(*matrix.shape[:-2], adapter.basis_rank, matrix.shape[-1])
     wide = basis.to(torch.promote_types(matrix.dtype, torch.float32))
-    adapter.placement = place(wide, matrix, stored, layer.base_weight, power=adapter.power)
+    adapter.placement = adapter.placed(wide, matrix, stored, layer.base_weight, layer.accumulated(adapter_name))
 
 
-def _config(layer: Layer, adapter_name: str) -> SubspaceConfig:
+def _config(layer: Layer, adapter_name: str) -> BasisConfig:
     config = layer.configs[adapter_name]
-    assert isinstance(config, SubspaceConfig)
+    assert isinstance(config, BasisConfig)
     return config
 
 
@@ -112,13 +109,13 @@ def _take(layer: Layer, adapter_name: str, other: str) -> None:
     own, placement = layer.subspace(adapter_name), layer.subspace(other).placement
     assert placement is not None
     for mine, theirs in zip(layer.bases(adapter_name), layer.bases(other), strict=True):
-        mine.record(theirs.stored)
+        mine.hold({name: None if tensor is None else tensor.clone() for name, tensor in theirs.held().items()})
     own.placement = _on_pins_of(layer, adapter_name, placement)
 
 
 def _on_pins_of(layer: Layer, adapter_name: str, placement: Placement) -> Placement:
     """A placement that shares another's tensors, for an adapter with an equal stored basis."""
-    pins = tuple(Mark.of(basis.stored, sampled=False) for basis in layer.bases(adapter_name))
+    pins = tuple(Mark.of(tensor, sampled=False) for tensor in layer.stored_of(adapter_name))
     return replace(placement, pins=pins)
 
 
@@ -127,7 +124,7 @@ def _with_equal_basis(layer: Layer, adapter_name: str) -> str | None:
 
     def key(name: str) -> tuple[object, ...]:
         config, adapter = _config(layer, name), layer.subspace(name)
-        return config.basis, config.basis_seed, adapter.size, adapter.power
+        return config.basis, config.basis_seed, adapter.placement_key
 
     for name in layer.isotune_form:
         placement = layer.subspace(name).placement

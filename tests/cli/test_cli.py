@@ -198,7 +198,10 @@ def test_quiet_and_verbose(
     assert {os.environ[name] for name in names} == {"info" if logged else "error"}
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "eval", "plan", "inspect", "export", "import", "report"])
+COMMANDS = ["train", "compare", "eval", "plan", "rank", "inspect", "export", "import", "report"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_with_a_result_has_the_options_and_whole_sentences(command: str) -> None:
     done = runner.invoke(cli.app, [command, "--help"], env={"COLUMNS": "100"})
     assert done.exit_code == 0

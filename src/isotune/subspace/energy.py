@@ -211,7 +211,8 @@ def spend(layers: Sequence[Sizes], budget: int, *, logarithm: bool = False) -> l
     chosen, left = [0] * len(layers), budget - least
     for _, index, wanted in sorted(steps):
         prices, now = layers[index].prices, chosen[index]
-        fitting = bisect.bisect_right(prices, prices[now] + left, now, wanted + 1) - 1
+        most = bisect.bisect_right(prices, prices[now] + left, now, wanted + 1)
+        fitting = max(range(now, most), key=layers[index].kept.__getitem__)  # the smallest of those that keep the most
         left -= prices[fitting] - prices[now]
         chosen[index] = fitting
     return chosen

@@ -69,15 +69,19 @@ class Task(ABC):
         """
 
     @abstractmethod
+    def collator(self) -> Any:
+        """What makes a batch of rows."""
+
+    @abstractmethod
     def training_batch(self) -> dict[str, Any]:
         """The same batch of training examples at every call, as the model takes it, with labels."""
 
     def inputs(self) -> Iterator[dict[str, Any]]:
         """Batches of training examples as the model takes them, without labels: what activations are measured on."""
-        rows, size = self.encoded.train, self.recipe.train.eval_batch_size
+        rows, size, collate = self.encoded.train, self.recipe.train.eval_batch_size, self.collator()
         count = min(len(rows), MEASURED_EXAMPLES)
         for start in range(0, count, size):
-            batch = self.encoded.collate([rows[index] for index in range(start, min(start + size, count))])
+            batch = collate([rows[index] for index in range(start, min(start + size, count))])
             yield {name: value for name, value in batch.items() if name in _INPUTS}
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:

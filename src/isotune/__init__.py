@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 
 from isotune.methods import (
     BOFTConfig,
+    CersaConfig,
     GOFTConfig,
     HRAConfig,
     LoraXsConfig,
@@ -33,6 +34,7 @@ register()
 
 __all__ = [
     "BOFTConfig",
+    "CersaConfig",
     "GOFTConfig",
     "HRAConfig",
     "LoraXsConfig",

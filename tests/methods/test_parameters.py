@@ -23,6 +23,7 @@ FORMULAS: dict[str, tuple[dict[str, Any], Callable[[int, int], int]]] = {
     "qgoft": ({}, lambda d, n: 4 * (d - 1)),
     "hra": ({"r": 8}, lambda d, n: 8 * d),
     "lora_xs": ({"r": 46}, lambda d, n: 46 * 46),
+    "cersa": ({"r": 46}, lambda d, n: 46 * 46),
 }
 """Method -> options, and what a layer with d inputs and n outputs trains."""
 

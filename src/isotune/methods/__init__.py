@@ -1,6 +1,7 @@
 """The registry of methods: each method is one file with a configuration and an operator, and one line here."""
 
 from isotune.methods.boft import BOFTConfig
+from isotune.methods.cersa import CersaConfig
 from isotune.methods.config import IsotuneConfig
 from isotune.methods.goft import GOFTConfig, QGOFTConfig
 from isotune.methods.hra import HRAConfig
@@ -17,6 +18,7 @@ METHODS: dict[str, type[IsotuneConfig]] = {
     "qgoft": QGOFTConfig,
     "hra": HRAConfig,
     "lora_xs": LoraXsConfig,
+    "cersa": CersaConfig,
     "oplora": OploraConfig,
 }
 """Name of each method -> its configuration. The PEFT type is ISOTUNE_ followed by the name in capitals."""
@@ -24,6 +26,7 @@ METHODS: dict[str, type[IsotuneConfig]] = {
 __all__ = [
     "METHODS",
     "BOFTConfig",
+    "CersaConfig",
     "GOFTConfig",
     "HRAConfig",
     "LoraXsConfig",

@@ -36,6 +36,8 @@ COLUMNS: dict[str, dict[str, Any]] = {"psoft": {}, "lora_xs": {}, "oft": {}, "bo
 FIRST: dict[str, dict[str, Any]] = {
     "psoft": {"r": 128},
     "lora_xs": {"r": 64},
+    "svfit": {"r": 128},
+    "oplora": {"r": 8},
     "oft": {"oft_block_size": 32},
     "boft": {"boft_block_size": 8, **BOFT},
     "goft": {},

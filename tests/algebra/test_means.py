@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from isotune.algebra.cayley import bound_entries, orthogonal_difference
@@ -75,3 +77,43 @@ def test_the_other_means() -> None:
     torch.testing.assert_close(linear_mean(values, weights), torch.tensor([2.5, 6.5], dtype=torch.float64))
     with pytest.raises(ValueError, match="not above 0"):
         geometric_mean(torch.tensor([[1.0, 0.0]]), torch.tensor([1.0]))
+
+
+def cayley_generator(matrix: Tensor) -> Tensor:
+    """Q of a rotation, by its definition."""
+    eye = torch.eye(len(matrix), dtype=matrix.dtype)
+    return torch.linalg.solve(matrix + eye, matrix - eye)
+
+
+@given(n=st.integers(2, 6), count=st.integers(1, 4), blocks=st.integers(1, 3), std=st.floats(0.01, 3.0))
+def test_the_corrected_mean_is_as_the_authors_compute_it(n: int, count: int, blocks: int, std: float) -> None:
+    """The norm of one layer's mean generator is the mean of the norms, its direction that of the sum."""
+    entries = torch.randn(count, blocks, skew_size(n), dtype=torch.float64) * std
+    found = rotation_mean(entries, torch.full((count,), 1 / count), corrected=True)
+    given_generators = [torch.stack([cayley_generator(rotation(block, n)) for block in own]) for own in entries]
+    total = torch.stack(given_generators).sum(0)
+    expected = total / total.norm() * sum(own.norm() for own in given_generators) / count
+    generators = torch.stack([cayley_generator(rotation(block, n)) for block in found])
+    torch.testing.assert_close(generators, expected, rtol=1e-6, atol=1e-9)
+
+
+@given(n=st.integers(2, 6), share=st.floats(0.0, 1.0), std=st.floats(1e-4, 3.0))
+def test_equal_rotations_have_themselves_for_a_mean(n: int, share: float, std: float) -> None:
+    entries = (torch.randn(1, 2, skew_size(n), dtype=torch.float64) * std).expand(2, -1, -1)
+    weights = torch.tensor([share, 1 - share], dtype=torch.float64)
+    for mean in (rotation_mean, linear_mean):
+        torch.testing.assert_close(mean(entries, weights, corrected=True), entries[0])
+
+
+def test_a_mean_without_a_direction_is_refused() -> None:
+    entries = torch.randn(1, 3, skew_size(4))
+    with pytest.raises(ValueError, match="cancel"):
+        rotation_mean(torch.cat([entries, -entries]), torch.tensor([0.5, 0.5]), corrected=True)
+    with pytest.raises(ValueError, match="below 0"):
+        rotation_mean(entries, torch.tensor([-0.5]), corrected=True)
+    nothing = rotation_mean(torch.zeros(2, 3, skew_size(4)), torch.tensor([0.5, 0.5]), corrected=True)
+    assert not bool(nothing.any())
+    scales = torch.tensor([[1.0, 4.0], [4.0, 9.0]])
+    torch.testing.assert_close(
+        geometric_mean(scales, torch.tensor([0.5, 0.5]), corrected=True), torch.tensor([2.0, 6.0], dtype=torch.float64)
+    )

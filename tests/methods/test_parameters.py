@@ -23,6 +23,8 @@ FORMULAS: dict[str, tuple[dict[str, Any], Callable[[int, int], int]]] = {
     "qgoft": ({}, lambda d, n: 4 * (d - 1)),
     "hra": ({"r": 8}, lambda d, n: 8 * d),
     "lora_xs": ({"r": 46}, lambda d, n: 46 * 46),
+    "svfit": ({"r": 46}, lambda d, n: 46),
+    "oplora": ({"r": 8}, lambda d, n: 8 * (d + n)),
 }
 """Method -> options, and what a layer with d inputs and n outputs trains."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from peft import PeftModel
 
 from helpers import Stack, down_of, layers_of, psoft, randomize, relative_error
 from isotune import add_adapter, get_peft_model
+from isotune.algebra.cayley import bound_entries
 from isotune.diagnostics.geometry import orthogonality_error
+from isotune.errors import IsotuneWarning
 from isotune.methods import METHODS
 from isotune.methods.config import IsotuneConfig
 
@@ -64,6 +67,28 @@ def test_the_ends_are_the_adapters_and_nothing_is_the_base(case: str) -> None:
     model.add_weighted_adapter(["a"], [0.5], "half-a")
     whole, half = (relative_error(output(model, name), base) for name in ("a", "half-a"))
     assert 0.2 * whole < half < 0.9 * whole
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_orthomerge_keeps_the_magnitude_and_what_is_equal(case: str) -> None:
+    method, options = CASES[case]
+    model = pair(method, **options)
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean", combination_type="orthomerge")
+    model.add_weighted_adapter(["a", "b"], [1.0, 0.0], "only-a", combination_type="orthomerge")
+    assert relative_error(output(model, "only-a"), output(model, "a")) < 1e-6
+    for layer in layers_of(model):
+        for name, own in layer.adapter("mean").named_parameters():
+            if name in ("input_scale", "output_scale", "output_gain"):
+                continue
+            bound = getattr(layer.adapter("a"), "generator_bound", None)
+            both = [layer.adapter(other).get_parameter(name) for other in ("a", "b")]
+            norms = [(bound_entries(values, bound) if bound else values).norm() for values in both]
+            torch.testing.assert_close(own.norm(), sum(norms) / 2)
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.adapter("b").load_state_dict(layer.adapter("a").state_dict())
+    model.add_weighted_adapter(["a", "b"], [0.3, 0.7], "same", combination_type="orthomerge")
+    assert relative_error(output(model, "same"), output(model, "a")) < 1e-6
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c not in ("psoft-free", "lora_xs", "psoft-series")])
@@ -170,6 +195,10 @@ def test_other_bases_methods_and_requests_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             model.add_weighted_adapter(adapters, weights, name)
+    with pytest.raises(ValueError, match="combination_type='svd' is not one of 'rotation', 'orthomerge'"):
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "m", combination_type="svd")
+    with pytest.raises(ValueError, match=r"'a', 'b' cannot be combined in .*first'.*weights below 0"):
+        model.add_weighted_adapter(["a", "b"], [1.5, -0.5], "m", combination_type="orthomerge")
     layers_of(model)[0].adapter("a").input_scale.data[0] = -1.0
     with pytest.raises(ValueError, match=r"'a' cannot be combined in .*first'.*not above 0"):
         model.add_weighted_adapter(["a"], [0.5], "m")
@@ -183,9 +212,52 @@ def test_saved_modules_are_not_averaged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("hra", {"r": 4}), ("qgoft", {}), ("psoft", {"r": 4, "psoft_orth": False})]
+    ("method", "options"),
+    [
+        ("hra", {"r": 4, "apply_GS": True, "init_weights": False}),
+        ("qgoft", {}),
+        ("psoft", {"r": 4, "psoft_orth": False}),
+    ],
 )
 def test_methods_without_a_mean_are_refused(method: str, options: dict[str, Any]) -> None:
     model = pair(method, **options)
     with pytest.raises(ValueError, match="has no mean of the same form"):
         model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")
+
+
+def test_reflections_have_the_nearest_of_their_kind_and_say_how_near() -> None:
+    model = pair("hra", torch.float64, r=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_weighted_adapter(["a", "b"], [0.0, 1.0], "only-b")
+        model.add_weighted_adapter(["a", "b"], [0.0, 0.0], "none")
+        model.add_weighted_adapter(["a"], [0.5], "half-a")
+    assert relative_error(output(model, "only-b", torch.float64), output(model, "b", torch.float64)) < 1e-12
+    for layer in layers_of(model):
+        half, whole = (layer.adapter(name).matrix() for name in ("half-a", "a"))
+        torch.testing.assert_close(half @ half, whole)
+        assert float((layer.adapter("none").matrix() - torch.eye(len(whole), dtype=whole.dtype)).norm()) < 1e-12
+    with pytest.warns(IsotuneWarning, match=r"differs from it by \d+\.\d% of all that it changes") as warned:
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")
+    missing, norm = 0.0, 0.0
+    for layer in layers_of(model):
+        a, b, found = (layer.adapter(name).matrix().detach() for name in ("a", "b", "mean"))
+        mean = torch.matrix_exp((logarithm(a) + logarithm(b)) / 2)
+        missing += float((mean - found).square().sum())
+        norm += float((mean - torch.eye(len(mean), dtype=mean.dtype)).square().sum())
+    said = float(str(warned[0].message).split("by ")[1].split("%")[0])
+    assert said == pytest.approx(100 * (missing / norm) ** 0.5, abs=0.06)
+
+
+def logarithm(matrix: torch.Tensor) -> torch.Tensor:
+    values, vectors = torch.linalg.eig(matrix)
+    return (vectors @ torch.diag_embed(values.log()) @ torch.linalg.inv(vectors)).real
+
+
+def test_a_half_turn_by_reflections_has_no_mean() -> None:
+    model = pair("hra", r=2)
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.adapter("a").vectors.copy_(torch.eye(2, layer.in_features))
+    with pytest.raises(ValueError, match=r"'a' cannot be combined in .*half a turn, whose direction is open"):
+        model.add_weighted_adapter(["a"], [0.5], "mean")

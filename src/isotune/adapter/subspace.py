@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from isotune.adapter.evaluation import autocasts, wide
 from isotune.adapter.kernels import decoding_kernels, linear_with_update, subspace_update
-from isotune.adapter.operator import Adapter, FrozenLinear
-from isotune.adapter.placement import Placement, filling
+from isotune.adapter.operator import FrozenLinear, Operator
+from isotune.adapter.placement import Placement, filling, place
+from isotune.adapter.update import PlacedUpdate
 from isotune.parallel.tensor_parallel import Division
 
 _WIDE = (torch.float32, torch.float64)
@@ -127,26 +128,22 @@ class SubspaceBasis(nn.Module):
         return self
 
 
-class SubspaceAdapter(Adapter):
+class SubspaceAdapter(PlacedUpdate, Operator):
     """An operator on the r coordinates of the principal subspace, in the form of an update; M − I is (r, r).
 
     Args:
         size: r.
     """
 
-    additive = True
+    principal = True
     coordinates: Mapping[str, Literal["skew", "transposed"]] = {}
     """Parameters that are not, by their shape, a vector of the r coordinates or a matrix laid out as M − I: "skew" for
     the strict upper triangle of a skew-symmetric matrix, "transposed" for the transpose of M − I."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
-        self.configured_scale = self.scale = 1.0
-        """s, by which M − I is multiplied: as configured, and currently."""
         self.power = 0.0
         """How the singular values are split between the two factors: the power p of `Placement`."""
-        self.placement: Placement | None = None
-        """Where the update acts; None until the adapter is placed."""
 
     @abstractmethod
     def difference_of(self, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -184,6 +181,17 @@ class SubspaceAdapter(Adapter):
         difference = difference.to(dtype)
         return difference if self.scale == 1.0 else difference * self.scale
 
+    def placed(
+        self,
+        basis: Tensor,
+        matrix: Tensor,
+        stored: Sequence[Tensor],
+        weight: Tensor,
+        accumulated: tuple[Tensor, Tensor] | None = None,
+    ) -> Placement:
+        """down = Σᵖ V and up = W Vᵀ Σ⁻ᵖ, as `place` makes them, followed by what is accumulated."""
+        return place(basis, matrix, stored, weight, power=self.power, accumulated=accumulated)
+
     def _acting(self, difference: Tensor, dtype: torch.dtype, *, filled: bool) -> Tensor:
         """What acts between down and up: s (M − I), and beside it the identity for what is accumulated.
 
@@ -201,22 +209,10 @@ class SubspaceAdapter(Adapter):
         acting: Tensor = torch.block_diag(own, ones, *filling)  # type: ignore[no-untyped-call]
         return acting
 
-    def factors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """down (r or more, in) and up (out, r or more), in this dtype and on this device.
-
-        Raises:
-            ValueError: the adapter is not placed.
-        """
-        placement = self.placement
-        if placement is None:
-            raise ValueError(
-                "The subspace of an adapter is not placed on its layer yet: call the whole model once instead of the "
-                "layer alone, so that all subspaces are found on the base's weights."
-            )
-        down, up = placement.down, placement.up
-        if down.dtype == dtype and down.device == device:
-            return down, up
-        return down.to(device, dtype), up.to(device, dtype)
+    @property
+    def placement_key(self) -> Hashable:
+        """The rank, and how the singular values are split."""
+        return self.size, self.power
 
     def output(
         self,
@@ -284,6 +280,7 @@ class SubspaceAdapter(Adapter):
         drop: bool = False,
         rows: Tensor | None = None,
         at: Tensor | None = None,
+        multiple: Tensor | None = None,
     ) -> Tensor:
         """W + s·up (M − I)ᵀ down, and with it what is accumulated."""
         (down, up), rank = self.factors(matrix.dtype, matrix.device), self.size + self.accumulated_rank
@@ -308,20 +305,6 @@ class SubspaceAdapter(Adapter):
         return up[:, :rank] @ self._acting(self.tensors()[0], dtype, filled=False).mT, down[:rank]
 
     @property
-    def has_low_rank(self) -> bool:
-        """True: a subspace update has rank r, and the rank of what is accumulated."""
-        return True
-
-    def set_scale(self, scale: float) -> None:
-        """Multiply the configured scale of the update by `scale`; 0 gives the base's layer."""
-        self.scale = self.configured_scale * scale
-
-    @property
-    def relative_scale(self) -> float:
-        """The current scale divided by the configured one."""
-        return self.scale / self.configured_scale
-
-    @property
     def form_key(self) -> Hashable:
         """The configured scale, and how the singular values are split."""
         return self.configured_scale, self.power
@@ -343,9 +326,3 @@ class SubspaceAdapter(Adapter):
         if bool(self.difference_of(wide(tuple(values), tuple(values.values()))).any()):
             raise ValueError(f"{type(self).__name__} is not the identity where its parameters are zero.")
         return values
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SubspaceAdapter:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.placement is not None:
-            self.placement = self.placement.moved(fn)
-        return self

@@ -6,7 +6,9 @@ from isotune.methods.goft import GOFTConfig, QGOFTConfig
 from isotune.methods.hra import HRAConfig
 from isotune.methods.lora_xs import LoraXsConfig
 from isotune.methods.oft import OFTConfig
+from isotune.methods.oplora import OploraConfig
 from isotune.methods.psoft import PsoftConfig
+from isotune.methods.svfit import SvfitConfig
 
 METHODS: dict[str, type[IsotuneConfig]] = {
     "psoft": PsoftConfig,
@@ -16,6 +18,8 @@ METHODS: dict[str, type[IsotuneConfig]] = {
     "qgoft": QGOFTConfig,
     "hra": HRAConfig,
     "lora_xs": LoraXsConfig,
+    "svfit": SvfitConfig,
+    "oplora": OploraConfig,
 }
 """Name of each method -> its configuration. The PEFT type is ISOTUNE_ followed by the name in capitals."""
 
@@ -26,6 +30,8 @@ __all__ = [
     "HRAConfig",
     "LoraXsConfig",
     "OFTConfig",
+    "OploraConfig",
     "PsoftConfig",
     "QGOFTConfig",
+    "SvfitConfig",
 ]

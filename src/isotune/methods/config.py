@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from inspect import get_annotations
 from pathlib import Path
@@ -23,17 +23,20 @@ from isotune.json_files import json_object
 from isotune.methods.checks import check_types, require, require_expressions, require_options, shown
 from isotune.methods.checks import require_choice as require_choice
 from isotune.methods.checks import require_positive_integer as require_positive_integer
+from isotune.methods.sizes import ChosenSize, check_budget, check_choice
 from isotune.model_card import WEIGHTS, update_list, write_card
 from isotune.subspace.pinning import pin_width
 
 FORMAT_VERSION = 3
 """Newest version of the adapter format (docs/adapter-format.md); each file is given the lowest that can express it."""
+USUAL_ENERGY = 0.9
+"""rank_energy with r="auto": the lower end of the shares for which CERSA (arXiv 2605.08174) reports results."""
 _SEED_LIMIT = 2**32
 """Seeds of numpy's frozen random stream lie below this."""
 
 
 @dataclass
-class IsotuneConfig(PeftConfig):
+class IsotuneConfig(ChosenSize, PeftConfig):
     """Fields shared by all methods; each method's own dataclass adds the rest.
 
     Args:
@@ -49,6 +52,8 @@ class IsotuneConfig(PeftConfig):
             method of the same name in PEFT calls the last "oft_only", "boft_only" or "hra_only", which also works.
         fan_in_fan_out: accepted for compatibility and ignored; the layer itself says how its weight is stored.
         init_weights: True starts at the identity; False starts at a random operator, for tests.
+        rank_budget: trainable parameters of all adapted layers together, such as 80_000 or "80k", for which the layers'
+            ranks or block sizes are chosen (see the guide on ranks). Not stored in the file.
         isotune_format: version of the adapter format.
         requires: what must be done before the file is read; PEFT alone fails with KeyError: 'ISOTUNE_…'.
 
@@ -61,15 +66,13 @@ class IsotuneConfig(PeftConfig):
     """The method's name in tables, such as PSOFT; if empty, the registered name in capitals."""
     usual_learning_rate: ClassVar[float] = 1e-3
     """The learning rate around which a comparison searches for the best."""
-    size_names: ClassVar[Mapping[str, str]] = {}
-    """Options that set the adapter's size -> their letters in papers; a comparison at equal size sets the first."""
     size_step: ClassVar[int] = 1
     """The first option in `size_names` must be a multiple of this."""
     presets: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {}
     """Recipe names for this method with some options fixed -> the title and these options."""
 
     method_type: ClassVar[Any] = None
-    runtime_fields: ClassVar[tuple[str, ...]] = ()
+    runtime_fields: ClassVar[tuple[str, ...]] = ("rank_budget",)
     """Fields that apply only at run time and are never written, so that a file means the same to everyone."""
     peft_bias: ClassVar[str] = ""
     """The name of bias="isotune_only" in PEFT's own method of the same name."""
@@ -83,6 +86,7 @@ class IsotuneConfig(PeftConfig):
     bias: Literal["none", "all", "isotune_only"] = field(default="none")
     fan_in_fan_out: bool = field(default=False)
     init_weights: bool = field(default=True)
+    rank_budget: int | str | None = field(default=None)
     isotune_format: int = field(default=1)
     requires: Literal["import isotune"] = field(default="import isotune")
 
@@ -117,6 +121,7 @@ class IsotuneConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = self.method_type
         self.layers_pattern = self.layers_pattern or None
+        check_budget(self)
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError(
                 "layers_pattern is set but layers_to_transform is not; set layers_to_transform to the indices of the "
@@ -191,6 +196,7 @@ class IsotuneConfig(PeftConfig):
             save_directory: the adapter's folder.
             kwargs: as in PEFT.
         """
+        self.check_sized()
         super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
         if (folder / WEIGHTS).is_file():
@@ -207,6 +213,14 @@ class IsotuneConfig(PeftConfig):
             if isinstance(value, set):
                 stored[name] = sorted(value)  # so that the same adapter always gives the same file
         return stored
+
+    def fit(self, module: str, singular_values: Callable[[], Tensor]) -> None:
+        """Set what depends on the weight of a module, before a new adapter is made for it; by default nothing does.
+
+        Args:
+            module: the module's name in the base model.
+            singular_values: gives all singular values of W, (n,), or of each expert, (experts, n), descending.
+        """
 
     @abstractmethod
     def build_operator(self, module: str, in_features: int, out_features: int) -> Adapter:
@@ -238,11 +252,16 @@ class IsotuneConfig(PeftConfig):
 
 
 @dataclass
-class SubspaceConfig(IsotuneConfig):
-    """Fields shared by the methods that act on the principal subspace of each weight.
+class BasisConfig(IsotuneConfig):
+    """Fields shared by the methods whose updates depend on the strongest singular vectors of each weight.
 
     Args:
-        r: rank of the principal subspace; at most the smaller side of each adapted weight.
+        r: rank of the principal subspace; at most the smaller side of each adapted weight. "auto" chooses one for each
+            module when an adapter is made, by rank_energy or rank_budget; the file then has the numbers.
+        rank_energy: share of each weight's energy that its rank has to reach, in (0, 1]; None is 0.9 with r="auto"
+            and no rank_budget. Not stored in the file.
+        rank_measure: what energy is: "squares" of the singular values, their "values", or that of the outputs on some
+            data, "activations", which recipes have and `isotune.choose_ranks` is given. Not stored in the file.
         rank_pattern: module name or regular expression -> rank for these modules instead of r.
         alpha_pattern: module name or regular expression -> alpha for these modules instead of the method's own.
         basis: "pinned" stores just enough to find the subspace again on the same base model, which is checked on
@@ -251,34 +270,35 @@ class SubspaceConfig(IsotuneConfig):
         on_base_mismatch: "error" refuses to load a pinned adapter on another base model than it was trained on,
             "warn" loads it anyway. Not stored in the file.
         subspace_cache: whether to cache computed subspaces on disk (see ISOTUNE_CACHE). Not stored in the file.
-        accumulated_ranks: module name -> rank of the update accumulated on earlier subspaces. Files of adapters whose
-            subspaces have moved (`isotune.moving`) say it; leave it empty.
     """
 
-    runtime_fields: ClassVar[tuple[str, ...]] = ("on_base_mismatch", "subspace_cache")
-    size_names = {"r": "r"}  # noqa: RUF012 (declared as a ClassVar above)
+    runtime_fields: ClassVar[tuple[str, ...]] = (
+        *IsotuneConfig.runtime_fields,
+        *("rank_energy", "rank_measure", "on_base_mismatch", "subspace_cache"),
+    )
+    size_names, size_pattern = {"r": "r"}, "rank_pattern"
     alpha_option: ClassVar[str] = ""
     """Name of the method's alpha; the update is scaled by alpha / r, and None means r."""
 
-    r: int = field(default=32)
+    r: int | Literal["auto"] = field(default=32)
+    rank_energy: float | None = field(default=None)
+    rank_measure: Literal["squares", "values", "activations"] = field(default="squares")
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     basis: Literal["pinned", "embedded"] = field(default="pinned")
     basis_seed: int = field(default=0)
     on_base_mismatch: Literal["error", "warn"] = field(default="error")
     subspace_cache: bool = field(default=True)
-    accumulated_ranks: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive_integer("r", self.r)
-        fits = all(rank >= 0 for rank in self.accumulated_ranks.values())
-        require(fits, "accumulated_ranks", self.accumulated_ranks, "each rank must be an integer of at least 0")
-        if self.accumulated_ranks and self.basis != "embedded":
-            raise ValueError(
-                f"basis={self.basis!r} is not allowed with accumulated_ranks: the file of an adapter whose subspaces "
-                "have moved holds them themselves. Set basis='embedded', or leave accumulated_ranks empty."
-            )
+        if self.r == "auto" and self.rank_budget is None and self.rank_energy is None:
+            self.rank_energy = USUAL_ENERGY
+        if self.chooses_sizes:
+            check_choice(self, self._alpha)
+            self.r = "auto"
+        else:
+            require_positive_integer("r", self.r)
         allowed = f"it must be an integer from 0 to {_SEED_LIMIT - 1}"
         require(0 <= self.basis_seed < _SEED_LIMIT, "basis_seed", self.basis_seed, allowed)
         require_expressions("rank_pattern", self.rank_pattern)
@@ -292,15 +312,6 @@ class SubspaceConfig(IsotuneConfig):
                 f"must be above 0 and finite, or {name} may be None, which means r."
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields that the file stores; a file with accumulated updates has version 3."""
-        stored = super().to_dict()
-        if self.accumulated_ranks:
-            stored["isotune_format"] = max(self.isotune_format, 3)
-        else:
-            del stored["accumulated_ranks"]
-        return stored
-
     @property
     def _alpha(self) -> float | None:
         return getattr(self, self.alpha_option) if self.alpha_option else None
@@ -310,6 +321,11 @@ class SubspaceConfig(IsotuneConfig):
         """The solver that finds the subspaces: "auto", "full" or "lowrank"."""
         return "auto"
 
+    @property
+    def selection(self) -> str:
+        """Which singular directions of each weight are adapted, as in `isotune.subspace.selection.chosen`."""
+        return "top"
+
     def rank_of(self, module: str) -> int:
         """The rank of a module: from `rank_pattern`, or else r.
 
@@ -318,7 +334,12 @@ class SubspaceConfig(IsotuneConfig):
             >>> PsoftConfig(r=8, rank_pattern={"q_proj": 4}).rank_of("layers.0.q_proj")
             4
         """
-        return int(by_pattern(self.rank_pattern, module, self.r))
+        rank = by_pattern(self.rank_pattern, module, self.r)
+        if rank == "auto":
+            raise ValueError(
+                'r="auto" has no rank yet: ranks are chosen when get_peft_model makes an adapter of this configuration.'
+            )
+        return int(rank)
 
     def scale_of(self, module: str) -> float:
         """The factor s of a module's update: alpha / r, each from its pattern if it names the module."""
@@ -327,9 +348,43 @@ class SubspaceConfig(IsotuneConfig):
 
     def build_basis(self, module: str, in_features: int, device: torch.device) -> SubspaceBasis:
         """The pin or the basis of a module's subspace, still empty."""
-        rank = self.rank_of(module)
+        return self.basis_of_rank(self.rank_of(module), in_features, device)
+
+    def basis_of_rank(self, rank: int, in_features: int, device: torch.device) -> SubspaceBasis:
+        """The pin or the basis of a subspace of this rank, still empty."""
         width = pin_width(rank, in_features) if self.basis == "pinned" else None
         return SubspaceBasis(rank, in_features, width, device)
+
+
+@dataclass
+class SubspaceConfig(BasisConfig):
+    """Fields shared by the methods that act on the principal subspace of each weight.
+
+    Args:
+        accumulated_ranks: module name -> rank of the update accumulated on earlier subspaces. Files of adapters whose
+            subspaces have moved (`isotune.moving`) say it; leave it empty.
+    """
+
+    accumulated_ranks: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fits = all(rank >= 0 for rank in self.accumulated_ranks.values())
+        require(fits, "accumulated_ranks", self.accumulated_ranks, "each rank must be an integer of at least 0")
+        if self.accumulated_ranks and self.basis != "embedded":
+            raise ValueError(
+                f"basis={self.basis!r} is not allowed with accumulated_ranks: the file of an adapter whose subspaces "
+                "have moved holds them themselves. Set basis='embedded', or leave accumulated_ranks empty."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that the file stores; a file with accumulated updates has version 3."""
+        stored = super().to_dict()
+        if self.accumulated_ranks:
+            stored["isotune_format"] = max(self.isotune_format, 3)
+        else:
+            del stored["accumulated_ranks"]
+        return stored
 
     def accumulated_rank(self, module: str) -> int | None:
         """The entry of `accumulated_ranks` for a module."""

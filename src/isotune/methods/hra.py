@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from isotune.adapter.rotation import RotationAdapter
 from isotune.algebra.factors import LowRank
 from isotune.algebra.householder import orthonormal_reflection, reflection_penalty, reflections
+from isotune.algebra.means import reflection_mean
 from isotune.methods.checks import require_number, require_positive_integer
 from isotune.methods.rotation import RotationConfig
 
@@ -86,6 +87,7 @@ class HRAOperator(RotationAdapter):
     def __init__(self, size: int, reflections: int, *, strict: bool = False, regularizer_weight: float = 0.0) -> None:
         super().__init__(size, (LowRank(),))
         self.strict = strict
+        self.averages = {} if strict else {"vectors": reflection_mean}
         self.regularizer_weight = regularizer_weight
         directions = torch.randn(reflections if strict else reflections // 2, size, dtype=torch.float32)
         directions = directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True)

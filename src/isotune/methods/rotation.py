@@ -77,6 +77,8 @@ class BlockRotationConfig(RotationConfig):
         block_size_pattern: module name or regular expression -> block size for these modules.
     """
 
+    size_pattern = "block_size_pattern"
+
     block_size_pattern: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

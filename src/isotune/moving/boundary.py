@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from isotune.adapter.evaluation import without_autocast
-from isotune.adapter.placement import Placement, place
+from isotune.adapter.placement import Placement
 from isotune.adapter.subspace import SubspaceAdapter
 from isotune.hosts import widen
 from isotune.internals.offloading import is_managed
@@ -139,6 +139,13 @@ def _why_fixed(layer: Layer, adapter_name: str, whole: bool) -> str | None:
     return None
 
 
+def _operator(layer: Layer, adapter_name: str) -> SubspaceAdapter:
+    """The adapter of this name, which must be an operator on a subspace."""
+    adapter = layer.adapter(adapter_name)
+    assert isinstance(adapter, SubspaceAdapter)
+    return adapter
+
+
 @torch.no_grad()
 def move(
     model: nn.Module,
@@ -170,7 +177,7 @@ def move(
     own = adapted(model)
     own.place()
     found = _next_of_all(layers, adapter_name, choose, number, max_rank)
-    values = {layer.key: layer.subspace(adapter_name).identity() for layer in layers}
+    values = {layer.key: _operator(layer, adapter_name).identity() for layer in layers}
     states = {
         parameter: state
         for one in found
@@ -221,7 +228,7 @@ def _placed(layer: Layer, adapter_name: str, tensors: Sequence[Tensor], number: 
     """The layer's next placement, on its device and on the very tensors that will be stored."""
     adapter, matrix = layer.subspace(adapter_name), layer.unmerged_matrix()
     up, down, basis = (tensor.to(matrix.device) for tensor in tensors[:3])
-    placement = place(basis, matrix, [basis, up, down], layer.base_weight, power=adapter.power, accumulated=(up, down))
+    placement = adapter.placed(basis, matrix, [basis, up, down], layer.base_weight, (up, down))
     moves = torch.tensor(float(number), device=matrix.device)
     buffers: dict[str, Tensor | None] = {"pin": None, "basis": basis, "up": up, "down": down, "moves": moves}
     return _Next(layer, buffers, placement, float(tensors[3]))
@@ -229,7 +236,7 @@ def _placed(layer: Layer, adapter_name: str, tensors: Sequence[Tensor], number: 
 
 def _states(optimizer: Any, found: _Next, adapter_name: str, treatment: str) -> dict[nn.Parameter, dict[str, Any]]:
     """The next state of each parameter that has one and does not keep it; an empty one stands for none."""
-    adapter = found.layer.subspace(adapter_name)
+    adapter = _operator(found.layer, adapter_name)
     own = {name: parameter for name, parameter in adapter.named_parameters() if parameter in optimizer.state}
     if treatment == "keep":
         return {}

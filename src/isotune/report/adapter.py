@@ -24,6 +24,8 @@ _FROM_BASE = (
     ("energy\nheld", "{:.1%}", "energy"),
     ("‖ΔW‖", "{:.3g}", "update_norm"),
     ("‖ΔW‖\n/ ‖W‖", "{:.2%}", "relative_norm"),
+    ("in the top\nk", "{}", "top"),
+    ("ρ of k", "{:.1%}", "interference"),
     ("stable\nrank", "{:.1f}", "stable_rank"),
     ("entropy\nrank", "{:.1f}", "entropy_rank"),
     ("angles moved\nmax °", "{:.3g}", "angle_moved_largest"),
@@ -37,6 +39,7 @@ _SHORT = (
     "largest_angle",
     "energy",
     "relative_norm",
+    "interference",
     "angle_moved_largest",
 )
 SHORTENED = 20
@@ -116,6 +119,7 @@ _PANELS = (
     _Panel("β: smallest and largest", "", ("beta",)),
     _Panel("Energy in the principal subspace", "share of ‖W‖²", ("energy",), percent=True),
     _Panel("Size of the update", "‖ΔW‖ / ‖W‖", ("relative_norm",), percent=True),
+    _Panel("Update in the strongest directions (ρ of k)", "share of ‖ΔW‖²", ("interference",), percent=True),
     _Panel("Rank of the update: stable (solid), entropy (dashed)", "directions", ("stable_rank", "entropy_rank")),
     _Panel(
         "Angles of principal weights moved: mean (solid), largest (dashed)",

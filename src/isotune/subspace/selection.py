@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from isotune.subspace.result import Subspace
-from isotune.subspace.solvers import principal_subspace
+from isotune.subspace.solvers import subspace_at
 
 SELECTIONS = ("top", "bottom", "mixed", "band")
 
@@ -101,13 +99,6 @@ def singular_subspace(
         tensor([[0., 0., 1.],
                 [1., 0., 0.]])
     """
-    # A weight that is no matrix at all is refused by the solver, with the reason.
-    count = min(weight.shape) if isinstance(weight, Tensor) and weight.dim() == 2 and weight.numel() else 0
-    places = chosen(count, rank, selection, start=start, name=name) if count else None
-    every = principal_subspace(weight, max(count, 1), solver="full", name=name)
-    assert places is not None
-    places = places.to(every.basis.device)
-    values = every.singular_values[places]
-    squares = every.singular_values.double().square()
-    share = float(squares[places].sum() / squares.sum()) if bool(squares.any()) else 1.0
-    return replace(every, basis=every.basis[places], singular_values=values, energy=share)
+    if weight.dim() != 2 or not weight.numel():
+        return subspace_at(weight, (), name=name)  # which refuses it, with the reason
+    return subspace_at(weight, chosen(min(weight.shape), rank, selection, start=start, name=name).tolist(), name=name)

@@ -14,7 +14,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from isotune.adapter.placement import Placement
-from isotune.adapter.subspace import SubspaceAdapter
+from isotune.adapter.update import PlacedUpdate
 from isotune.errors import AdapterFileError
 from isotune.files.adapter import ADAPTER, AdapterFile, config_of, describe
 from isotune.internals.torch_state import uncompiled
@@ -160,7 +160,7 @@ def _place_beside(
     layers: Mapping[str, Layer],
     adapter_name: str,
     copies: list[tuple[Tensor, Tensor]],
-) -> list[tuple[SubspaceAdapter, Placement]]:
+) -> list[tuple[PlacedUpdate, Placement]]:
     """Place the new bases on this model's weights, and add to `copies` what is to be copied into the old tensors."""
     beside: dict[str, Layer] = {}
     for name, layer in layers.items():

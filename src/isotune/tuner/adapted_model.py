@@ -345,8 +345,8 @@ def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Remove a refused adapter from the model it was injected into; with the last adapter, all of isotune goes."""
     for name, module in reversed(list(model.named_modules())):  # the inner one of nested layers first
-        if isinstance(module, Layer) and adapter_name in module.isotune_operator:
-            alone, original = len(module.isotune_operator) == 1, module.base_layer
+        if isinstance(module, Layer) and adapter_name in module.configs:
+            alone, original = len(module.configs) == 1, module.base_layer
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             alone, original = len(module.modules_to_save) == 1, module.original_module
         else:

@@ -6,6 +6,7 @@ import copy
 import itertools
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,15 +15,17 @@ from torch import Tensor, nn
 
 from isotune.adapter.evaluation import is_recorded, working_dtype
 from isotune.adapter.operator import Adapter, FrozenLinear
-from isotune.adapter.placement import place
-from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
+from isotune.adapter.subspace import SubspaceBasis
+from isotune.adapter.update import PlacedUpdate
 from isotune.algebra.recording import is_exported
 from isotune.hosts import Backend, host_for, widen
 from isotune.internals.offloading import is_managed
-from isotune.internals.torch_state import is_bare
+from isotune.internals.torch_state import is_bare, is_symbolic
 from isotune.methods.config import IsotuneConfig
+from isotune.parallel.processes import one_for_all, several
 from isotune.parallel.sharding import is_partitioned
 from isotune.parallel.tensor_parallel import Division, mesh_of
+from isotune.subspace.energy import spectrum
 from isotune.tuner.adapted_weight import AdaptedWeight
 from isotune.tuner.merging import MergingLayer
 from isotune.tuner.mixed_batch import BASE, MixedBatch
@@ -97,20 +100,32 @@ class Layer(MergingLayer):
             ValueError: the configuration does not fit the shape of W.
         """
         weight = self.host.weight
+        if not config.sized:
+            self.configs[adapter_name] = config  # called again once the sizes have been chosen
+            return
         if self.host.quantised and is_partitioned(weight):
             raise ValueError(
                 f"{self.key!r} is quantised and partitioned by DeepSpeed ZeRO-3, so its weight cannot be read. "
                 "Use ZeRO-2, or load the base unquantised."
             )
+        if config.origin is None:  # a file says what was chosen
+            config.fit(self.key, self._singular_values)
         device = torch.device("cpu") if weight.is_meta else weight.device
         adapter = _moved(self._new_adapter(config), device, torch.promote_types(weight.dtype, torch.float32))
         if not config.init_weights:
             adapter.randomize_parameters()
         if adapter.dropout and self.host.folds and adapter.additive:
+            option = next(name for name in vars(config) if name.endswith("_dropout"))
             raise ValueError(
-                f"psoft_dropout={adapter.dropout} has no meaning on {self.key!r}, a "
+                f"{option}={adapter.dropout} has no meaning on {self.key!r}, a "
                 f"{type(self.host.module).__name__}, whose update is added to its weight; set it to 0, or exclude "
                 "the module with exclude_modules."
+            )
+        if adapter.needs_rows and not self.host.gives_rows:
+            raise ValueError(
+                f"{type(config).__name__} cannot be used on {self.key!r}, a {type(self.host.module).__name__} split by "
+                "tensor parallelism: its own forward may scale the rows of W, by what cannot be seen in every process. "
+                "Exclude the module with exclude_modules, or use another method on it."
             )
         if adapter.side not in (None, *self.host.sides):
             raise ValueError(
@@ -124,6 +139,33 @@ class Layer(MergingLayer):
         if form is not None:
             self.isotune_form[adapter_name] = form
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def count_parameters(self, config: IsotuneConfig) -> int:
+        """How many parameters an adapter of this configuration has on this layer.
+
+        Raises:
+            ValueError: the configuration does not fit the shape of W.
+        """
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in self._new_adapter(config).parameters())
+
+    def _singular_values(self) -> Tensor:
+        """All singular values of the base's W, descending: equal in all processes.
+
+        Raises:
+            ValueError: the weight has no values yet.
+        """
+        matrix = widen(self.unmerged_matrix())
+        if is_symbolic(matrix):
+            raise ValueError(
+                f"The weight of {self.key!r} has no values yet, so nothing can be chosen by its singular values. Load "
+                "the base model before adding the adapter, or give numbers instead of a share of the energy."
+            )
+
+        def solve() -> list[Tensor]:
+            return [torch.stack([spectrum(own, name=self.key) for own in matrix.view(-1, *matrix.shape[-2:])])]
+
+        return one_for_all(f"singular values of {self.key}", solve)[0] if several() else solve()[0]
 
     def _new_adapter(self, config: IsotuneConfig) -> Adapter:
         return config.build_operator(self.key, self.in_features, self.out_features)
@@ -139,10 +181,10 @@ class Layer(MergingLayer):
         adapter: Adapter = self.isotune_operator[adapter_name]  # type: ignore[assignment]
         return adapter
 
-    def subspace(self, adapter_name: str) -> SubspaceAdapter:
-        """The adapter of this name, which must act on a subspace."""
+    def subspace(self, adapter_name: str) -> PlacedUpdate:
+        """The adapter of this name, which must be placed by a subspace."""
         adapter = self.adapter(adapter_name)
-        assert isinstance(adapter, SubspaceAdapter)
+        assert isinstance(adapter, PlacedUpdate)
         return adapter
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -169,18 +211,12 @@ class Layer(MergingLayer):
     def put_on_basis(
         self, adapter_name: str, bases: Sequence[Tensor], *, residual: float = 0.0, principal: bool
     ) -> None:
-        """Place a subspace adapter with the bases V, (r, in) each, on the base's current weight."""
+        """Place an adapter with the bases V, (r, in) each, on the base's current weight."""
         adapter, matrix = self.subspace(adapter_name), self.unmerged_matrix()
-        adapter.placement = place(
-            torch.stack(list(bases)) if matrix.ndim == 3 else bases[0],
-            matrix,
-            self.stored_of(adapter_name),
-            self.base_weight,
-            power=adapter.power,
-            residual=residual,
-            principal=principal and self.accumulated(adapter_name) is None,
-            accumulated=self.accumulated(adapter_name),
-        )
+        accumulated = self.accumulated(adapter_name)
+        basis = torch.stack(list(bases)) if matrix.ndim == 3 else bases[0]
+        placement = adapter.placed(basis, matrix, self.stored_of(adapter_name), self.base_weight, accumulated)
+        adapter.placement = replace(placement, residual=residual, is_principal=principal and accumulated is None)
 
     def without_adapters(self) -> Layer:
         """Make another layer on the same host, without adapters and not part of the model."""

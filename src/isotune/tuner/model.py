@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -18,20 +18,20 @@ from isotune.errors import AdapterFileError
 from isotune.internals.peft_hooks import HAS_HOOKS, Tuner
 from isotune.internals.peft_quantisation import get_quantization_kwargs
 from isotune.internals.quantised_state import keep_readable
-from isotune.methods.config import IsotuneConfig, SubspaceConfig
+from isotune.methods.config import BasisConfig, IsotuneConfig
 from isotune.parallel.processes import loaded_by_one
 from isotune.parallel.sharding import is_sharded
 from isotune.parallel.tensor_parallel import make_equal, mesh_of
 from isotune.tuner.adapted_model import AdaptedModel, remove_adapter
 from isotune.tuner.backends import adapt
-from isotune.tuner.experts_layer import ExpertsLayer
 from isotune.tuner.experts_layer import inject as inject_experts
 from isotune.tuner.layer import Layer
-from isotune.tuner.mean import check_request, combine
+from isotune.tuner.mean import check_request, combine, parts_of
 from isotune.tuner.merging import warn_of_requantising
 from isotune.tuner.mixed_batch import batch_of, check_names, measured, saved_modules_routed
 from isotune.tuner.moved import make_room
 from isotune.tuner.placing import place_adapter, share_basis
+from isotune.tuner.sizes import size_layers
 from isotune.tuner.state import KEY_PREFIX, adapted_layers, check_file, current_key, keys_in_model
 
 _PREFIX = "isotune_"
@@ -63,8 +63,11 @@ class IsotuneModel(Tuner):
         """
         _refuse_divided(model)
         config = self.peft_config[adapter_name]
-        if isinstance(config, SubspaceConfig):
+        if isinstance(config, BasisConfig):
             _refuse_loading_by_one(model)
+        # The sizes of a file, and of a mean of adapters, are there already.
+        chooses = config.chooses_sizes and config.origin is None and basis_of is None
+        config.sized = config.sized and not chooses
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         first = not any(isinstance(module, Layer) for module in model.modules())
         for module in model.modules():
@@ -73,6 +76,8 @@ class IsotuneModel(Tuner):
             _refuse_names_of_saved(model, self.peft_config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             _refuse_several_places(model)
+            if chooses:
+                size_layers(model, adapter_name, config)
             own = AdaptedModel.attach(model)
             if first:
                 own.trainable.update(trainable)
@@ -87,11 +92,20 @@ class IsotuneModel(Tuner):
             for parameter, flag in trainable.items():
                 parameter.requires_grad_(flag)
             raise
+        finally:
+            config.sized = config.sized or chooses
 
-    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: Literal["rotation", "orthomerge"] = "rotation",
+    ) -> None:
         """Add the weighted mean of adapters of one method, rank and basis as a new adapter of that method.
 
         Rotations are averaged on the rotation group, scales and gains geometrically, free matrices and angles linearly.
+        Of HRA's mean the nearest product of as many reflections is taken, with a warning that says how near it is.
         Weight 1 for one adapter and 0 for all others gives that adapter; weights that sum to less than one leave the
         rest to the base model. The new adapter is inactive until it is set, and is saved like any other.
 
@@ -99,29 +113,31 @@ class IsotuneModel(Tuner):
             adapters: names of the adapters, each once.
             weights: one finite weight per adapter, of any sum and sign.
             adapter_name: name of the new adapter.
+            combination_type: "rotation" averages logarithms, so that a plane that all turn is turned by the mean angle;
+                "orthomerge" averages the Cayley generators of each layer and scales their mean to the mean of their
+                norms, so that adapters which turn different planes do not weaken each other. Its weights must not be
+                below 0.
 
         Raises:
-            ValueError: the adapters differ in method, modules, sizes, options or basis; the method has no mean (HRA,
-                qGOFT, a free matrix with scales); or names and weights do not fit. The model is left as it was.
+            ValueError: the adapters differ in method, modules, sizes, options or basis; the method has no mean (qGOFT,
+                HRA's strict form, a free matrix with scales); or names and weights do not fit. The model is left as it
+                was.
+
+        Source: for "orthomerge" Yang, Shi and Liu, Orthogonal Model Merging (arXiv 2602.05943); see `linear_mean`.
         """
         configs: dict[str, IsotuneConfig] = self.peft_config
-        check_request(adapters, weights, adapter_name, configs)
+        check_request(adapters, weights, adapter_name, configs, combination_type)
         layers = {
             name: module
             for name, module in self.model.named_modules()
             if isinstance(module, Layer) and any(adapter in module.isotune_operator for adapter in adapters)
         }
-        for name, layer in layers.items():
-            if isinstance(layer, ExpertsLayer):
-                raise ValueError(
-                    f"Adapters on experts, such as {name!r}, cannot be averaged yet; to use them together, call "
-                    "base_model.set_adapter([...])."
-                )
-        found = combine(layers, adapters, weights)
+        found = combine(parts_of(layers, adapters), weights, combination_type)
+        found.warn()
         configs[adapter_name] = copy.deepcopy(configs[adapters[0]])
         self.inject_adapter(self.model, adapter_name, basis_of=adapters[0])
         with torch.no_grad():
-            for name, values in found.items():
+            for name, values in found.values.items():
                 for parameter, value in values.items():
                     layers[name].adapter(adapter_name).get_parameter(parameter).copy_(value)
 

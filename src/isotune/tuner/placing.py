@@ -9,16 +9,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.placement import Mark, Placement, place
-from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
+from isotune.adapter.placement import Mark, Placement
+from isotune.adapter.subspace import SubspaceBasis
+from isotune.adapter.update import PlacedUpdate
 from isotune.errors import BaseMismatchError, IsotuneWarning
 from isotune.internals.offloading import is_managed
 from isotune.internals.torch_state import is_symbolic
-from isotune.methods.config import SubspaceConfig
+from isotune.methods.config import BasisConfig
 from isotune.parallel.processes import one_for_all, sample_of, several
 from isotune.parallel.sharding import is_sharded
 from isotune.subspace.cache import SubspaceCache
 from isotune.subspace.pinning import CANDIDATE_TOLERANCE, MAX_RESIDUAL, candidate_rank, pin, recover
+from isotune.subspace.selection import chosen
 from isotune.subspace.solvers import SubspaceRequest, principal_subspaces
 from isotune.tuner.layer import Layer
 
@@ -97,8 +99,8 @@ def keeps_its_basis(layer: Layer, adapter_name: str) -> bool:
     placement, accumulated = adapter.placement, layer.accumulated(adapter_name)
     assert placement is not None
     wide = torch.promote_types(matrix.dtype, torch.float32)
-    basis = nn.functional.normalize(placement.down[..., : adapter.size, :].to(matrix.device, wide), dim=-1)
-    now = place(basis, matrix, (), layer.base_weight, power=adapter.power, accumulated=accumulated)
+    basis = nn.functional.normalize(placement.down[..., : adapter.basis_rank, :].to(matrix.device, wide), dim=-1)
+    now = adapter.placed(basis, matrix, (), layer.base_weight, accumulated)
     norm = torch.linalg.vector_norm
     change = max(
         float(norm(one.to(wide) - other.to(one.device, wide)) / norm(other.to(wide)).clamp_min(torch.finfo(wide).tiny))
@@ -117,18 +119,17 @@ def _places(layer: Layer, adapter_name: str) -> list[_Place]:
     return [_Place(layer, basis, index if experts else None) for index, basis in enumerate(bases)]
 
 
-def _place_symbolically(layer: Layer, adapter_name: str, adapter: SubspaceAdapter) -> None:
+def _place_symbolically(layer: Layer, adapter_name: str, adapter: PlacedUpdate) -> None:
     """Give an adapter a placement of the right shapes on a weight without values, to be replaced once they exist."""
     matrix, stored = layer.unmerged_matrix(), layer.stored_of(adapter_name)
-    basis = matrix.new_zeros(*matrix.shape[:-2], adapter.size, matrix.shape[-1])
+    basis = matrix.new_zeros(*matrix.shape[:-2], adapter.basis_rank, matrix.shape[-1])
     wide = basis.to(torch.promote_types(matrix.dtype, torch.float32))
-    accumulated = layer.accumulated(adapter_name)
-    adapter.placement = place(wide, matrix, stored, layer.base_weight, power=adapter.power, accumulated=accumulated)
+    adapter.placement = adapter.placed(wide, matrix, stored, layer.base_weight, layer.accumulated(adapter_name))
 
 
-def _config(layer: Layer, adapter_name: str) -> SubspaceConfig:
+def _config(layer: Layer, adapter_name: str) -> BasisConfig:
     config = layer.configs[adapter_name]
-    assert isinstance(config, SubspaceConfig)
+    assert isinstance(config, BasisConfig)
     return config
 
 
@@ -151,7 +152,7 @@ def _with_equal_basis(layer: Layer, adapter_name: str) -> str | None:
 
     def key(name: str) -> tuple[object, ...]:
         config, adapter = _config(layer, name), layer.subspace(name)
-        return config.basis, config.basis_seed, adapter.size, adapter.power
+        return config.basis, config.basis_seed, config.selection, adapter.placement_key
 
     for name in layer.isotune_form:
         placement = layer.subspace(name).placement
@@ -176,10 +177,10 @@ def _solve(adapter_name: str, layers: Sequence[Layer]) -> None:
     taken: dict[tuple[int, int], Placement] = {}
     for layer in fresh:
         own = [(one, subspaces.pop(0)) for one in _places(layer, adapter_name)]
-        bases = [subspace[: one.basis.stored.shape[0]].clone() for one, subspace in own]
+        config = _config(layer, adapter_name)
+        bases = [_among(subspace, len(one.basis.stored), config) for one, subspace in own]
         for (one, _), basis in zip(own, bases, strict=True):
-            seed = _config(layer, adapter_name).basis_seed
-            one.basis.record(basis if one.basis.embedded else pin(basis, seed=seed))
+            one.basis.record(basis if one.basis.embedded else pin(basis, seed=config.basis_seed))
         adapter = layer.subspace(adapter_name)
         # Layers that share a weight were given the same subspace, and share its placement.
         key = id(own[0][1]), layer.base_weight.data_ptr()
@@ -207,7 +208,10 @@ def _subspaces(adapter_name: str, places: Sequence[_Place]) -> list[Tensor]:
             rank = candidate_rank(rank, layer.in_features, layer.out_features)
         # Quantised weights are dequantised one at a time, so that they are not all in memory at once.
         weight = one.matrix if layer.host.quantised else one.matrix()
-        requests.append(SubspaceRequest(weight, rank, f"module {layer.key!r}"))
+        at = None
+        if config.selection != "top":  # for which there are faster solvers
+            at = tuple(chosen(min(layer.in_features, layer.out_features), rank, config.selection).tolist())
+        requests.append(SubspaceRequest(weight, rank, f"module {layer.key!r}", at))
     cache = SubspaceCache() if config.subspace_cache else None
 
     def solve() -> list[Tensor]:
@@ -220,7 +224,12 @@ def _subspaces(adapter_name: str, places: Sequence[_Place]) -> list[Tensor]:
         (one.key, request.rank, one.layer.out_features, one.layer.in_features, sample_of(one.layer.base_weight))
         for one, request in zip(places, requests, strict=True)
     ]
-    return one_for_all(f"{config.solver} {same}", solve)
+    return one_for_all(f"{config.solver} {config.selection} {same}", solve)
+
+
+def _among(candidates: Tensor, rank: int, config: BasisConfig) -> Tensor:
+    """The basis, (r, in), among the r or more singular vectors that were found for it; a copy."""
+    return candidates[chosen(len(candidates), rank, config.selection)]
 
 
 def _recovered(adapter_name: str, places: Sequence[_Place]) -> list[tuple[Tensor, float]]:
@@ -228,12 +237,13 @@ def _recovered(adapter_name: str, places: Sequence[_Place]) -> list[tuple[Tensor
     solved = _subspaces(adapter_name, [one for one in places if not one.basis.embedded])
     found: list[tuple[Tensor, float]] = []
     for one in places:
-        stored, seed = one.basis.stored, _config(one.layer, adapter_name).basis_seed
+        stored, config = one.basis.stored, _config(one.layer, adapter_name)
+        seed = config.basis_seed
         if one.basis.embedded:
             found.append((stored, 0.0))
             continue
         candidates = solved.pop(0)
-        basis = candidates[: len(stored)].clone()
+        basis = _among(candidates, len(stored), config)
         # If solved exactly as when it was pinned, the basis is the same to the bit and needs no recovery.
         same = torch.equal(pin(basis, seed=seed).to(stored), stored)
         found.append((basis, 0.0) if same else recover(stored, candidates, seed=seed))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from isotune.adapter.lowrank import ComplementAdapter
 from isotune.adapter.subspace import SubspaceBasis
 from isotune.methods.checks import require, require_expressions, require_number, require_positive_integer
-from isotune.methods.config import BasisConfig, by_pattern
+from isotune.methods.config import by_pattern
+from isotune.methods.subspace import BasisConfig
 from isotune.subspace.energy import rank_of_energy
 
 
@@ -39,6 +40,7 @@ class OploraConfig(BasisConfig):
     """
 
     title, usual_learning_rate, alpha_option = "OPLoRA", 6e-4, "lora_alpha"
+    size_pattern = ""  # its r is that of an update off the principal subspace, whose energy says nothing of it
 
     r: int = field(default=8)
     lora_alpha: float | None = field(default=None)

@@ -180,9 +180,9 @@ def _calls_of(group: Sequence[Layer]) -> Iterator[list[_Call]]:
 
     def folding(layer: Layer) -> Callable[..., Tensor]:
         def fold(
-            names: Any, matrix: Tensor, rows: Tensor | None = None, at: Tensor | None = None, **more: Any
+            names: Any, matrix: Tensor, rows: Tensor | None = None, at: Tensor | None = None, *more: Any, **options: Any
         ) -> Tensor:
-            folded = type(layer).fold(layer, names, matrix, rows, at, **more)
+            folded = type(layer).fold(layer, names, matrix, rows, at, *more, **options)
 
             def read(total: Tensor, gradient: Tensor) -> None:
                 total.add_(gradient) if at is None else total.index_add_(0, at, gradient.to(total))

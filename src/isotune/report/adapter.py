@@ -14,6 +14,7 @@ from isotune.diagnostics.inspect import MISSING_BASE, AdapterReport, LayerReport
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _FROM_FILE = (
     ("rank", "{}", "rank"),
+    ("accum.\nrank", "{}", "accumulated_rank"),
     ("orth.\nerror", "{:.0e}", "orthogonality_error"),
     ("largest\nangle °", "{:.1f}", "largest_angle"),
     ("α\nmin…max", "{:.3f}…{:.3f}", "alpha"),
@@ -33,6 +34,7 @@ _FROM_BASE = (
 """Heading, how a value is written, and the field of a layer's report."""
 _SHORT = (
     "rank",
+    "accumulated_rank",
     "orthogonality_error",
     "largest_angle",
     "energy",
@@ -62,6 +64,8 @@ def to_text(report: AdapterReport, width: int | None = None, *, everything: bool
     from rich.table import Table
 
     columns: tuple[tuple[str, str, str], ...] = _FROM_FILE if report.base is None else _FROM_FILE + _FROM_BASE
+    if not report.moves:
+        columns = tuple(column for column in columns if column[2] != "accumulated_rank")
     layers, left_out = report.layers, 0
     if not everything:
         columns = tuple(column for column in columns if column[2] in _SHORT)

@@ -7,7 +7,6 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -25,16 +24,13 @@ from isotune.internals.ddp import ignore_buffers
 from isotune.internals.offloading import is_managed
 from isotune.internals.torch_state import backward_pass, is_symbolic, remove_hooks
 from isotune.parallel.sharding import gather_with, is_partitioned, is_sharded, is_wrapped_by_fsdp
-from isotune.subspace.pinning import MAX_RESIDUAL
 from isotune.tuner.experts_layer import ExpertsLayer
 from isotune.tuner.layer import Layer
 from isotune.tuner.moved import describe_moves
-from isotune.tuner.placing import place_adapter
+from isotune.tuner.placing import keeps_its_basis, place_adapter
 from isotune.tuner.rounding import warn_of_rounded
 
 _KEY = "_isotune"
-_SAME_WEIGHT = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-"""Relative difference of W downᵀ up to which a moved or cast weight counts as the one the adapter was placed on."""
 
 
 class AdaptedModel:
@@ -278,7 +274,7 @@ class AdaptedModel:
         seen = isinstance(weight, nn.Parameter) and not is_sharded(weight)
         # The update belongs to the base's own weight, which is still kept while another tuner is merged into it.
         weight_holds = not seen or placement.weight.is_of(weight) or any(o.merged for o in layer.other_tuners())
-        if not weight_holds and not self._is_moved_by_others() and not _keeps_its_basis(layer, adapter_name):
+        if not weight_holds and not self._is_moved_by_others() and not keeps_its_basis(layer, adapter_name):
             if adapter.is_untrained():
                 for basis in layer.bases(adapter_name):
                     basis.record(torch.zeros_like(basis.stored))
@@ -319,30 +315,6 @@ class _Running(threading.local):
     call: Call | None = None
     looked: Call | None = None
     passing = False
-
-
-@torch.no_grad()
-def _keeps_its_basis(layer: Layer, adapter_name: str) -> bool:
-    """Whether the base's weight is still the one an adapter was placed on, apart from a move, cast or rounding.
-
-    If the weight was rounded, the factors are recomputed from it with the same basis.
-    """
-    adapter, matrix = layer.subspace(adapter_name), layer.unmerged_matrix()
-    placement, accumulated = adapter.placement, layer.accumulated(adapter_name)
-    assert placement is not None
-    wide = torch.promote_types(matrix.dtype, torch.float32)
-    basis = nn.functional.normalize(placement.down[..., : adapter.basis_rank, :].to(matrix.device, wide), dim=-1)
-    now = adapter.placed(basis, matrix, (), layer.base_weight, accumulated)
-    norm = torch.linalg.vector_norm
-    change = max(
-        float(norm(one.to(wide) - other.to(one.device, wide)) / norm(other.to(wide)).clamp_min(torch.finfo(wide).tiny))
-        for one, other in zip(now.factors, placement.factors, strict=True)
-    )
-    if change > max(_SAME_WEIGHT.get(dtype, 2e-2) for dtype in (matrix.dtype, placement.up.dtype)):
-        if change > MAX_RESIDUAL:
-            return False
-        adapter.placement = replace(placement, down=now.down, up=now.up)
-    return True
 
 
 def _equal(buffer: Tensor, known: Tensor) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isotune.adapter.placement import Mark, Placement
 from isotune.adapter.subspace import SubspaceBasis
@@ -15,7 +15,7 @@ from isotune.adapter.update import PlacedUpdate
 from isotune.errors import BaseMismatchError, IsotuneWarning
 from isotune.internals.offloading import is_managed
 from isotune.internals.torch_state import is_symbolic
-from isotune.methods.config import BasisConfig
+from isotune.methods.subspace import BasisConfig
 from isotune.parallel.processes import one_for_all, sample_of, several
 from isotune.parallel.sharding import is_sharded
 from isotune.subspace.cache import SubspaceCache
@@ -23,6 +23,9 @@ from isotune.subspace.pinning import CANDIDATE_TOLERANCE, MAX_RESIDUAL, candidat
 from isotune.subspace.selection import chosen
 from isotune.subspace.solvers import SubspaceRequest, principal_subspaces
 from isotune.tuner.layer import Layer
+
+_SAME_WEIGHT = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""Relative difference of W downᵀ up to which a moved or cast weight counts as the one the adapter was placed on."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,30 @@ def share_basis(adapter_name: str, other: str, layers: Iterable[Layer]) -> None:
     for layer in layers:
         if adapter_name in layer.isotune_form:
             _take(layer, adapter_name, other)
+
+
+@torch.no_grad()
+def keeps_its_basis(layer: Layer, adapter_name: str) -> bool:
+    """Whether the base's weight is still the one an adapter was placed on, apart from a move, cast or rounding.
+
+    If the weight was rounded, the factors are recomputed from it with the same basis.
+    """
+    adapter, matrix = layer.subspace(adapter_name), layer.unmerged_matrix()
+    placement, accumulated = adapter.placement, layer.accumulated(adapter_name)
+    assert placement is not None
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    basis = nn.functional.normalize(placement.down[..., : adapter.basis_rank, :].to(matrix.device, wide), dim=-1)
+    now = adapter.placed(basis, matrix, (), layer.base_weight, accumulated)
+    norm = torch.linalg.vector_norm
+    change = max(
+        float(norm(one.to(wide) - other.to(one.device, wide)) / norm(other.to(wide)).clamp_min(torch.finfo(wide).tiny))
+        for one, other in zip(now.factors, placement.factors, strict=True)
+    )
+    if change > max(_SAME_WEIGHT.get(dtype, 2e-2) for dtype in (matrix.dtype, placement.up.dtype)):
+        if change > MAX_RESIDUAL:
+            return False
+        adapter.placement = replace(placement, down=now.down, up=now.up)
+    return True
 
 
 def _places(layer: Layer, adapter_name: str) -> list[_Place]:

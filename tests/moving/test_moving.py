@@ -205,12 +205,21 @@ def test_the_gradient_is_the_full_one() -> None:
             torch.testing.assert_close(torch.linalg.svdvals(own @ expected.T), torch.ones(4), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("host", ["conv2d", "embedding", "transposed"])
+class Scaled(nn.Embedding):
+    """As Gemma has it: a look-up that multiplies the rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.5 * super().forward(x)
+
+
+@pytest.mark.parametrize("host", ["conv2d", "embedding", "scaled", "transposed"])
 def test_the_gradient_of_other_hosts(host: str) -> None:
-    x = HOSTS_OF_12[host][1]()
-    model = get_peft_model(seeded_host(host), PsoftConfig(r=3, target_modules=["layer"]))
-    train(model, MovingSchedule(2, select="band"), x, 4)
+    x = HOSTS_OF_12["embedding" if host == "scaled" else host][1]()
+    base = OneLayer(Scaled(19, 12)) if host == "scaled" else seeded_host(host)
+    model = get_peft_model(base, PsoftConfig(r=3, target_modules=["layer"]))
+    assert train(model, MovingSchedule(2, select="band"), x, 4) <= 1e-5
     twin = copy.deepcopy(model).merge_and_unload().requires_grad_()
+    torch.testing.assert_close(model(x), twin(x), rtol=1e-5, atol=1e-5)
     squares(twin, x).backward()
     layer = only(model)
     full = layer.host.seen(twin.layer.weight.grad)
@@ -528,11 +537,6 @@ def test_what_cannot_move_is_refused() -> None:
     model.requires_grad_(False)
     refusal(model, "is not trained", torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
 
-    class Scaled(nn.Embedding):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2.0 * super().forward(x)
-
-    refusal(get_peft_model(OneLayer(Scaled(19, 12)), PsoftConfig(r=2, target_modules=["layer"])), "multiply")
     model = moved_stack()
     with torch.no_grad():
         layers_of(model)[1].subspace("default").generator.fill_(float("nan"))

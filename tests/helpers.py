@@ -336,6 +336,8 @@ def reference_difference(operator: nn.Module) -> Tensor:
         return operator.coefficients.T
     if hasattr(operator, "stretch"):
         return torch.diag(operator.stretch)
+    if hasattr(operator, "core"):
+        return operator.core.T
     size, generator = operator.size, operator.generator
     eye = torch.eye(size, dtype=generator.dtype)
     if operator.orthogonal:
@@ -361,7 +363,9 @@ def reference_update(layer: Layer, adapter: str = "default") -> Tensor:
     if isinstance(operator, ComplementAdapter):
         return scale * reference_complement(operator, weight, basis)
     writer = weight @ basis.T
-    if operator.power:
+    if operator.power is None:
+        writer = writer / writer.square().sum(0).sqrt()
+    elif operator.power:
         writer = writer / basis.square().sum(1)
     return scale * writer @ reference_difference(operator).to(weight).T @ basis
 
@@ -390,6 +394,7 @@ OPTIONS_FOR_12: dict[str, dict[str, Any]] = {
     "hra": {"r": 4},
     "lora_xs": {"r": 4},
     "svfit": {"r": 4},
+    "cersa": {"r": 4},
     "oplora": {"r": 4, "preserved_rank": 3},
 }
 """Options with which each method fits a layer whose W has a multiple of 12 columns."""
@@ -403,6 +408,7 @@ OPTIONS_FOR_TINY: dict[str, dict[str, Any]] = {
     "hra": {"r": 4},
     "lora_xs": {"r": 8},
     "svfit": {"r": 8},
+    "cersa": {"r": 8},
     "oplora": {"r": 8, "preserved_rank": 6},
 }
 """Options with which each method fits every layer of the tiny models."""
@@ -528,7 +534,7 @@ WITH_LORA = (*EVERY_METHOD, LORA)
 FEW = ("psoft", "lora_xs", "oft", "boft", "hra", LORA)
 """What a quick run tests the run-time core with; GOFT, qGOFT and COFT are rotations there as OFT is."""
 
-SUBSPACES = ("psoft", "lora_xs", "svfit", "oplora")
+SUBSPACES = ("psoft", "lora_xs", "svfit", "cersa", "oplora")
 """Methods whose adapters have a subspace of their base's weight."""
 
 DROPOUT: dict[str, dict[str, Any]] = {

@@ -57,7 +57,7 @@ from isotune.tuner.placing import place_adapter
 from quantisers import QUANTISERS, quantise
 
 RANK = 5
-ADDITIVE = ("psoft", "lora_xs", "svfit", "oplora")
+ADDITIVE = ("psoft", "lora_xs", "svfit", "cersa", "oplora")
 """Methods that update W; the others rotate its inputs, or its outputs."""
 OF_OUTPUTS = [form for form in FORMS if form not in METHODS]
 

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 
 from isotune.methods import (
     BOFTConfig,
+    CersaConfig,
     GOFTConfig,
     HRAConfig,
     LoraXsConfig,
@@ -34,6 +35,7 @@ register()
 
 __all__ = [
     "BOFTConfig",
+    "CersaConfig",
     "GOFTConfig",
     "HRAConfig",
     "LoraXsConfig",

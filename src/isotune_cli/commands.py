@@ -12,6 +12,7 @@ from isotune_cli.chat import chat
 from isotune_cli.compare import compare
 from isotune_cli.evaluate import evaluate_adapter
 from isotune_cli.export import export_adapter
+from isotune_cli.extract import extract_adapter
 from isotune_cli.init import init
 from isotune_cli.inspect import inspect_adapter
 from isotune_cli.merge import merge_folders
@@ -58,6 +59,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "plan": plan,
     "rank": rank,
     "export": export_adapter,
+    "extract": extract_adapter,
     "merge": merge_folders,
     "import": import_adapter,
 }

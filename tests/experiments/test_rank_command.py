@@ -121,7 +121,7 @@ output: {tmp_path / "run"}
 def test_a_recipe_refuses_what_the_configuration_refuses() -> None:
     for options, said in (
         ({"name": "psoft", "r": 46, "rank_budget": "80k"}, 'set r="auto"'),
-        ({"name": "hra", "rank_budget": "80k"}, "whose layers all have one size"),
+        ({"name": "hra", "rank_budget": "80k"}, "whose size by layer nothing can choose"),
         ({"name": "hra", "r": "auto"}, "method.r"),
         ({"name": "lora", "rank_budget": "80k"}, "unknown key 'method.rank_budget'"),
     ):

@@ -219,9 +219,9 @@ def test_a_refused_choice_leaves_the_model() -> None:
 
 
 def refusals() -> Iterator[Any]:
-    yield HRAConfig, {"rank_budget": 100}, "HRAConfig, whose layers all have one size; set r yourself"
-    yield GOFTConfig, {"rank_budget": 100}, "GOFTConfig, whose layers all have one size"
-    yield QGOFTConfig, {"rank_budget": 100}, "QGOFTConfig, whose layers all have one size"
+    yield HRAConfig, {"rank_budget": 100}, "HRAConfig, whose size by layer nothing can choose; set r yourself"
+    yield GOFTConfig, {"rank_budget": 100}, "GOFTConfig, whose size by layer nothing can choose"
+    yield QGOFTConfig, {"rank_budget": 100}, "QGOFTConfig, whose size by layer nothing can choose"
     yield HRAConfig, {"r": "auto"}, "r='auto' is not allowed"
     yield PsoftConfig, {"r": "atuo"}, "r='atuo' is not allowed"
     yield PsoftConfig, {"r": 46, "rank_budget": 100}, 'set r="auto", or leave rank_budget out'

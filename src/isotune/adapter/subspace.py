@@ -142,7 +142,7 @@ class SubspaceAdapter(PlacedUpdate, Operator):
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
-        self.power = 0.0
+        self.power: float | None = 0.0
         """How the singular values are split between the two factors: the power p of `Placement`."""
 
     @abstractmethod
@@ -244,7 +244,7 @@ class SubspaceAdapter(PlacedUpdate, Operator):
         # Adding the update to the input saves work if in < out. But it needs ∂L/∂x, which a first layer does not
         # compute, and half precision would round a small update away in x; in both cases it is added to the output.
         on_input = (
-            not self.power
+            self.power == 0.0
             and not self.accumulated_rank
             and weight.shape[1] < weight.shape[0]
             and x.dtype in _WIDE
@@ -291,7 +291,8 @@ class SubspaceAdapter(PlacedUpdate, Operator):
             return matrix + (up @ update.mT) @ down
         # Recomputed from the rows (up = W downᵀ, divided if the singular values are split), so that any factor by which
         # the look-up multiplies rows of W also multiplies their update.
-        if self.accumulated_rank and at is not None:  # which does not follow from W: the rows, and their factor
+        # Where up does not follow from W by the rows, they are read, and multiplied by that factor.
+        if (self.accumulated_rank or self.power is None) and at is not None:
             up = up.index_select(0, at)
             up = up if multiple is None else up * multiple
         else:

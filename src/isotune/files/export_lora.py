@@ -164,7 +164,7 @@ def export_lora(
     tensors = {k: tensor.detach().cpu().clone().contiguous() for k, tensor in tensors.items()}
     with new_directory(out) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        _lora_config(config, layers, ranks).save_pretrained(str(folder))
+        lora_config(config, layers, ranks).save_pretrained(str(folder))
         if head:
             source = str(getattr(model.encoder, "name_or_path", ""))
             save_sentence_transformer(folder, head, source)
@@ -251,7 +251,8 @@ def factors_of(module: str, layer: Layer, adapter_name: str, rank: int | None, e
     return truncate(layer.host.seen(layer.get_delta_weight(adapter_name)), rank=rank, energy=energy)
 
 
-def _lora_config(config: IsotuneConfig, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> LoraConfig:
+def lora_config(config: IsotuneConfig, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> LoraConfig:
+    """The configuration of a LoRA of these ranks on these layers, all else as in `config`; its scaling is 1."""
     rank = max(ranks.values())  # servers compare r with the largest rank they support, and some ignore patterns
     other = rank_pattern(ranks, rank)
     return LoraConfig(

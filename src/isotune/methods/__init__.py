@@ -1,6 +1,7 @@
 """The registry of methods: each method is one file with a configuration and an operator, and one line here."""
 
 from isotune.methods.boft import BOFTConfig
+from isotune.methods.cersa import CersaConfig
 from isotune.methods.config import IsotuneConfig
 from isotune.methods.goft import GOFTConfig, QGOFTConfig
 from isotune.methods.hra import HRAConfig
@@ -19,6 +20,7 @@ METHODS: dict[str, type[IsotuneConfig]] = {
     "hra": HRAConfig,
     "lora_xs": LoraXsConfig,
     "svfit": SvfitConfig,
+    "cersa": CersaConfig,
     "oplora": OploraConfig,
 }
 """Name of each method -> its configuration. The PEFT type is ISOTUNE_ followed by the name in capitals."""
@@ -26,6 +28,7 @@ METHODS: dict[str, type[IsotuneConfig]] = {
 __all__ = [
     "METHODS",
     "BOFTConfig",
+    "CersaConfig",
     "GOFTConfig",
     "HRAConfig",
     "LoraXsConfig",

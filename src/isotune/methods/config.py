@@ -29,8 +29,6 @@ from isotune.subspace.pinning import pin_width
 
 FORMAT_VERSION = 3
 """Newest version of the adapter format (docs/adapter-format.md); each file is given the lowest that can express it."""
-USUAL_ENERGY = 0.9
-"""rank_energy with r="auto": the lower end of the shares for which CERSA (arXiv 2605.08174) reports results."""
 _SEED_LIMIT = 2**32
 """Seeds of numpy's frozen random stream lie below this."""
 
@@ -277,6 +275,8 @@ class BasisConfig(IsotuneConfig):
         *("rank_energy", "rank_measure", "on_base_mismatch", "subspace_cache"),
     )
     size_names, size_pattern = {"r": "r"}, "rank_pattern"
+    usual_energy: ClassVar[float] = 0.9
+    """rank_energy with r="auto": the lower end of the shares for which CERSA (arXiv 2605.08174) reports results."""
     alpha_option: ClassVar[str] = ""
     """Name of the method's alpha; the update is scaled by alpha / r, and None means r."""
 
@@ -293,7 +293,7 @@ class BasisConfig(IsotuneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.r == "auto" and self.rank_budget is None and self.rank_energy is None:
-            self.rank_energy = USUAL_ENERGY
+            self.rank_energy = self.usual_energy
         if self.chooses_sizes:
             check_choice(self, self._alpha)
             self.r = "auto"

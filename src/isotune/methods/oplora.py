@@ -39,6 +39,7 @@ class OploraConfig(BasisConfig):
     """
 
     title, usual_learning_rate, alpha_option = "OPLoRA", 6e-4, "lora_alpha"
+    size_pattern = ""  # its r is that of an update off the principal subspace, whose energy says nothing of it
 
     r: int = field(default=8)
     lora_alpha: float | None = field(default=None)

@@ -15,7 +15,7 @@ class ChosenSize:
     size_names: ClassVar[Mapping[str, str]] = {}
     """Options that set the adapter's size -> their letters in papers; a comparison at equal size sets the first."""
     size_pattern: ClassVar[str] = ""
-    """The option that gives modules sizes of their own; empty if all layers have one size."""
+    """The option for the sizes chosen for modules; empty if there is no measure to choose them by."""
     sized: bool = True
     """False while sizes are being chosen; layers then wait for their adapters."""
 
@@ -54,9 +54,9 @@ def check_budget(config: Any) -> None:
     if not config.size_pattern:
         how = f"set {' and '.join(config.size_names)} yourself, " if config.size_names else ""
         raise ValueError(
-            f"rank_budget={shown(budget)} has no meaning with {kind}, whose layers all have one size; {how}compare at "
-            "equal size with isotune compare --match-params, or choose a method with sizes by module: PSOFT, LoRA-XS, "
-            "OFT or BOFT."
+            f"rank_budget={shown(budget)} has no meaning with {kind}, whose size by layer nothing can choose; "
+            f"{how}compare at equal size with isotune compare --match-params, or choose another method, such as "
+            "PSOFT or OFT."
         )
     config.rank_budget = whole_number("rank_budget", budget)
     sizes = (next(iter(config.size_names)), config.size_pattern, "r", "boft_block_num")
@@ -79,6 +79,11 @@ def check_choice(config: Any, alpha: float | None) -> None:
         ValueError: says what to do instead.
     """
     share = config.rank_energy
+    if not config.size_pattern:
+        raise ValueError(
+            f"r={shown(config.r)} with rank_energy={share} has no meaning with {type(config).__name__}, whose rank "
+            "is not one of a weight's principal subspace; give r as a number."
+        )
     if share is not None:
         require(0.0 < share <= 1.0, "rank_energy", share, "it must be in (0, 1]")
         if config.rank_budget is not None:

@@ -238,7 +238,9 @@ def _states(optimizer: Any, found: _Next, adapter_name: str, treatment: str) -> 
         return {parameter: {} for parameter in own.values()}
     before = adapter.placement
     assert before is not None
-    overlap = Overlap.of(before.down[: adapter.size], found.placement.down[: adapter.size])
+    (old_down, old_up), (new_down, new_up), rank = before.factors, found.placement.factors, adapter.size
+    ups = (old_up[:, :rank], new_up[:, :rank]) if adapter.power is None else None
+    overlap = Overlap.of(old_down[:rank], new_down[:rank], ups)
     return {p: project(adapter, name, optimizer.state[p], overlap) for name, p in own.items()}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from isotune.methods import METHODS
-from isotune.methods.config import SubspaceConfig
+from isotune.methods.subspace import SubspaceConfig
 
 HEADS = ("classifier", "score")
 """What transformers calls the last layer of its sequence classifiers; PEFT trains and saves these by itself."""

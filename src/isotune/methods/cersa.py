@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from isotune.adapter.subspace import SubspaceAdapter
 from isotune.algebra.means import linear_mean
-from isotune.methods.config import SubspaceConfig
+from isotune.methods.subspace import SubspaceConfig
 
 
 @dataclass

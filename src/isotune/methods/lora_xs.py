@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from isotune.adapter.subspace import SubspaceAdapter
 from isotune.algebra.means import linear_mean
 from isotune.methods.checks import require_number
-from isotune.methods.config import SubspaceConfig
+from isotune.methods.subspace import SubspaceConfig
 
 _START = 8.0
 """Standard deviations beyond which normal samples practically never lie: about one in 10¹⁵."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from isotune.adapter.lowrank import ComplementAdapter
 from isotune.adapter.subspace import SubspaceBasis
 from isotune.methods.checks import require, require_expressions, require_number, require_positive_integer
-from isotune.methods.config import BasisConfig, by_pattern
+from isotune.methods.config import by_pattern
+from isotune.methods.subspace import BasisConfig
 from isotune.subspace.energy import rank_of_energy
 
 

@@ -17,7 +17,7 @@ from isotune.algebra.means import generator_means, linear_mean
 from isotune.algebra.skew import skew_size
 from isotune.errors import IsotuneWarning
 from isotune.methods.checks import require, require_number, require_positive_integer
-from isotune.methods.config import SubspaceConfig
+from isotune.methods.subspace import SubspaceConfig
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from isotune.methods.config import SubspaceConfig
+from isotune.methods.subspace import SubspaceConfig
 from isotune.tuner.layer import Layer
 from isotune.tuner.state import KEY_PREFIX, adapted_layers
 

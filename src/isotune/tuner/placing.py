@@ -15,7 +15,7 @@ from isotune.adapter.update import PlacedUpdate
 from isotune.errors import BaseMismatchError, IsotuneWarning
 from isotune.internals.offloading import is_managed
 from isotune.internals.torch_state import is_symbolic
-from isotune.methods.config import BasisConfig
+from isotune.methods.subspace import BasisConfig
 from isotune.parallel.processes import one_for_all, sample_of, several
 from isotune.parallel.sharding import is_sharded
 from isotune.subspace.cache import SubspaceCache

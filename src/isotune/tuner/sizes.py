@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from isotune.internals.torch_state import is_symbolic
-from isotune.methods.config import IsotuneConfig, SubspaceConfig, by_pattern
+from isotune.methods.config import IsotuneConfig, by_pattern
 from isotune.methods.rotation import RotationConfig
+from isotune.methods.subspace import SubspaceConfig
 from isotune.parallel.processes import one_for_all, sample_of
 from isotune.subspace.cache import SubspaceCache
 from isotune.subspace.energy import Sizes, block_shares, kept_shares, least_size, output_energies, spectrum, spend

@@ -16,7 +16,7 @@ from isotune.files.adapter import ADAPTER, rank_pattern, refused
 from isotune.files.peft_import.source import EXACT, Source, series_fields
 from isotune.internals.peft_state import psoft_basis
 from isotune.methods import PsoftConfig
-from isotune.methods.config import SubspaceConfig
+from isotune.methods.subspace import SubspaceConfig
 from isotune.subspace.pinning import candidate_rank, pin, recover
 from isotune.subspace.selection import singular_subspace
 from isotune.subspace.solvers import principal_subspace

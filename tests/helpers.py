@@ -379,6 +379,7 @@ OPTIONS_FOR_12: dict[str, dict[str, Any]] = {
     "hra": {"r": 4},
     "lora_xs": {"r": 4},
     "svfit": {"r": 4},
+    "road": {"group_size": 4, "side": "input"},
 }
 """Options with which each method fits a layer whose W has a multiple of 12 columns."""
 
@@ -391,6 +392,7 @@ OPTIONS_FOR_TINY: dict[str, dict[str, Any]] = {
     "hra": {"r": 4},
     "lora_xs": {"r": 8},
     "svfit": {"r": 8},
+    "road": {"group_size": 8, "side": "input"},
 }
 """Options with which each method fits every layer of the tiny models."""
 

@@ -15,7 +15,7 @@ from helpers import make_tokenizer, tiny_bert, tiny_llama, tiny_unet
 from pages import PAGES, blocks, text_of
 
 WRITTEN = {page: [block.text for block in blocks(page, "python")] for page in PAGES}
-ALONE = [f"docs/methods/{name}.md" for name in ("psoft", "oft", "boft", "goft", "hra", "lora-xs", "svfit")] + [
+ALONE = [f"docs/methods/{name}.md" for name in ("psoft", "oft", "boft", "goft", "hra", "lora-xs", "svfit", "road")] + [
     f"docs/guides/{name}.md" for name in ("layers", "many-adapters", "from-peft")
 ]
 """Pages that need nothing but a folder to write to."""

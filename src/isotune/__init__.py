@@ -18,6 +18,7 @@ from isotune.methods import (
     OFTConfig,
     PsoftConfig,
     QGOFTConfig,
+    RoadConfig,
     SvfitConfig,
 )
 from isotune.tools.decoding import evaluated_once
@@ -39,6 +40,7 @@ __all__ = [
     "PeftModel",
     "PsoftConfig",
     "QGOFTConfig",
+    "RoadConfig",
     "SvfitConfig",
     "__version__",
     "add_adapter",

@@ -18,6 +18,7 @@ from isotune.subspace.pinning import pin, recover
 from isotune.subspace.solvers import principal_subspace
 
 OPTIONS = {"psoft": {"r": 4}, "lora_xs": {"r": 4}, "hra": {"r": 4}, "oft": {"oft_block_size": 4}}
+OPTIONS |= {"svfit": {"r": 4}, "road": {"group_size": 4}}
 
 
 @contextmanager

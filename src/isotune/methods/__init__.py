@@ -7,6 +7,7 @@ from isotune.methods.hra import HRAConfig
 from isotune.methods.lora_xs import LoraXsConfig
 from isotune.methods.oft import OFTConfig
 from isotune.methods.psoft import PsoftConfig
+from isotune.methods.road import RoadConfig
 from isotune.methods.svfit import SvfitConfig
 
 METHODS: dict[str, type[IsotuneConfig]] = {
@@ -16,6 +17,7 @@ METHODS: dict[str, type[IsotuneConfig]] = {
     "goft": GOFTConfig,
     "qgoft": QGOFTConfig,
     "hra": HRAConfig,
+    "road": RoadConfig,
     "lora_xs": LoraXsConfig,
     "svfit": SvfitConfig,
 }
@@ -30,5 +32,6 @@ __all__ = [
     "OFTConfig",
     "PsoftConfig",
     "QGOFTConfig",
+    "RoadConfig",
     "SvfitConfig",
 ]

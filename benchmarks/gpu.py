@@ -31,7 +31,10 @@ sys.path.insert(0, str(ROOT / "src"))
 # Before anything imports transformers or isotune: no network, and no subspaces of an earlier run.
 os.environ |= {"HF_HUB_OFFLINE": "1", "ISOTUNE_CACHE": "off", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
-import torch  # noqa: E402
+try:
+    import torch
+except ImportError:
+    sys.exit(f"error: {sys.executable} has no PyTorch; say which Python has it: make gpu PYTHON=…")
 
 from gpu_bench import decode, learning, markdown, profile, right, start, training  # noqa: E402
 from gpu_bench.journal import Clock, Journal, Note, environment  # noqa: E402

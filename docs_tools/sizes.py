@@ -36,11 +36,14 @@ COLUMNS: dict[str, dict[str, Any]] = {"psoft": {}, "lora_xs": {}, "oft": {}, "bo
 FIRST: dict[str, dict[str, Any]] = {
     "psoft": {"r": 128},
     "lora_xs": {"r": 64},
+    "svfit": {"r": 128},
+    "oplora": {"r": 8},
     "oft": {"oft_block_size": 32},
     "boft": {"boft_block_size": 8, **BOFT},
     "goft": {},
     "qgoft": {},
     "hra": {"r": 8},
+    "road": {},
 }
 """What to begin with on a language model of 4096 inputs a layer."""
 SIGN = {"r": "r", "oft_block_size": "b", "boft_block_size": "b", "boft_n_butterfly_factor": "m"}

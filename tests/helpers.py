@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from isotune import PsoftConfig, get_peft_model
+from isotune.adapter.lowrank import ComplementAdapter
 from isotune.methods import METHODS
 from isotune.methods.rotation import RotationConfig
 from isotune.tuner.layer import Layer
@@ -243,7 +244,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
 def down_of(layer: Layer, adapter: str = "default") -> Tensor:
     """The factor of a subspace update that reads the input, (r, in), without its filling."""
     own = layer.adapter(adapter)
-    return own.placement.down[..., : own.size, :]
+    return own.placement.down[..., : own.basis_rank, :]
 
 
 def up_of(layer: Layer, adapter: str = "default") -> Tensor:
@@ -333,6 +334,10 @@ def reference_difference(operator: nn.Module) -> Tensor:
     """M − I of an operator on a subspace by the definition, with a plain inverse; differentiable."""
     if hasattr(operator, "coefficients"):
         return operator.coefficients.T
+    if hasattr(operator, "stretch"):
+        return torch.diag(operator.stretch)
+    if hasattr(operator, "core"):
+        return operator.core.T
     size, generator = operator.size, operator.generator
     eye = torch.eye(size, dtype=generator.dtype)
     if operator.orthogonal:
@@ -355,10 +360,22 @@ def reference_update(layer: Layer, adapter: str = "default") -> Tensor:
     weight = layer.unmerged_matrix().to(torch.promote_types(layer.host.weight.dtype, torch.float32))
     basis = down_of(layer, adapter).to(weight)
     scale = layer.configs[adapter].scale_of(layer.key)
+    if isinstance(operator, ComplementAdapter):
+        return scale * reference_complement(operator, weight, basis)
     writer = weight @ basis.T
-    if operator.power:
+    if operator.power is None:
+        writer = writer / writer.square().sum(0).sqrt()
+    elif operator.power:
         writer = writer / basis.square().sum(1)
     return scale * writer @ reference_difference(operator).to(weight).T @ basis
+
+
+def reference_complement(operator: Any, weight: Tensor, basis: Tensor) -> Tensor:
+    """(I − U Uᵀ) B A (I − Vᵀ V) by the definition, with U from a singular value decomposition; differentiable."""
+    left = torch.linalg.svd(weight @ basis.T, full_matrices=False).U
+    a, b = operator.lora_A.to(weight), operator.lora_B.to(weight)
+    a = a @ (torch.eye(weight.shape[1]).to(weight) - basis.T @ basis)
+    return (torch.eye(weight.shape[0]).to(weight) - left @ left.T) @ b @ a
 
 
 def rotated(operator: Any, matrix: Tensor) -> Tensor:
@@ -376,6 +393,10 @@ OPTIONS_FOR_12: dict[str, dict[str, Any]] = {
     "qgoft": {},
     "hra": {"r": 4},
     "lora_xs": {"r": 4},
+    "svfit": {"r": 4},
+    "cersa": {"r": 4},
+    "oplora": {"r": 4, "preserved_rank": 3},
+    "road": {"group_size": 4, "side": "input"},
 }
 """Options with which each method fits a layer whose W has a multiple of 12 columns."""
 
@@ -387,6 +408,10 @@ OPTIONS_FOR_TINY: dict[str, dict[str, Any]] = {
     "qgoft": {},
     "hra": {"r": 4},
     "lora_xs": {"r": 8},
+    "svfit": {"r": 8},
+    "cersa": {"r": 8},
+    "oplora": {"r": 8, "preserved_rank": 6},
+    "road": {"group_size": 8, "side": "input"},
 }
 """Options with which each method fits every layer of the tiny models."""
 
@@ -511,7 +536,7 @@ WITH_LORA = (*EVERY_METHOD, LORA)
 FEW = ("psoft", "lora_xs", "oft", "boft", "hra", LORA)
 """What a quick run tests the run-time core with; GOFT, qGOFT and COFT are rotations there as OFT is."""
 
-SUBSPACES = ("psoft", "lora_xs")
+SUBSPACES = ("psoft", "lora_xs", "svfit", "cersa", "oplora")
 """Methods whose adapters have a subspace of their base's weight."""
 
 DROPOUT: dict[str, dict[str, Any]] = {
@@ -519,6 +544,7 @@ DROPOUT: dict[str, dict[str, Any]] = {
     "oft": {"module_dropout": 0.5},
     "coft": {"module_dropout": 0.5},
     "boft": {"boft_dropout": 0.5},
+    "oplora": {"lora_dropout": 0.5},
     LORA: {"lora_dropout": 0.5},
 }
 """Options with which the methods that can drop at random do."""

@@ -31,6 +31,7 @@ from helpers import (
     merged_matrix,
     only,
     randomize,
+    reference_complement,
     relative_error,
     rotated,
     snapshot,
@@ -41,8 +42,10 @@ from helpers import (
 )
 from isotune import get_peft_model
 from isotune.adapter.kernels import subspace_update
-from isotune.adapter.operator import Adapter
+from isotune.adapter.lowrank import ComplementAdapter, LowRankAdapter
+from isotune.adapter.operator import Adapter, Operator
 from isotune.adapter.rotation import RotationAdapter
+from isotune.adapter.subspace import SubspaceAdapter
 from isotune.algebra.factors import LowRank, apply_chain
 from isotune.diagnostics.turn import turned_weights
 from isotune.errors import IsotuneWarning
@@ -54,7 +57,7 @@ from isotune.tuner.placing import place_adapter
 from quantisers import QUANTISERS, quantise
 
 RANK = 5
-ADDITIVE = ("psoft", "lora_xs")
+ADDITIVE = ("psoft", "lora_xs", "svfit", "cersa", "oplora")
 """Methods that update W; the others rotate its inputs, or its outputs."""
 OF_OUTPUTS = [form for form in FORMS if form not in METHODS]
 
@@ -116,14 +119,32 @@ FOLDED = {
 input itself (inputs of any dimension, fused and hooked path, kept bytes, operations) is tested on HOSTS alone."""
 
 EVERY = {**HOSTS, **FOLDED}
+EVEN = {
+    "wide": Case(lambda: nn.Linear(24, 12), 24, 12),
+    "tall": Case(lambda: nn.Linear(8, 30), 8, 30),
+    "tall-no-bias": Case(lambda: nn.Linear(8, 30, bias=False), 8, 30),
+    "full-rank": Case(lambda: nn.Linear(6, 12), 6, 12),
+    "conv1d-wide": Case(lambda: conv1d(12, 24), 24, 12),
+    "conv1d-tall": Case(lambda: conv1d(30, 8), 8, 30),
+    "conv2d-1x1-no-bias": Case(lambda: nn.Conv2d(16, 6, 1, bias=False), 16, 6, lambda n: torch.randn(n, 16, 3, 2)),
+    "conv2d-circular": Case(
+        lambda: nn.Conv2d(2, 8, 3, padding=1, padding_mode="circular"), 18, 8, lambda n: torch.randn(n, 2, 5, 4)
+    ),
+}
+"""In place of hosts with an odd side, for a method of pairs."""
 
 PACKED = ("bitsandbytes-nf4", "bitsandbytes-int8", "torchao-int8")
 """Quantised hosts, by the names in tests/quantisers.py; the others that are supported in hosts/test_quantised.py."""
 
 
+def fitted(name: str, method: str) -> Case:
+    """The host of this name, or the one in its place that fits the method."""
+    return EVEN.get(name, EVERY[name]) if form_of(method)[0] == "road" else EVERY[name]
+
+
 @pytest.fixture(params=list(EVERY))
-def host(request: pytest.FixtureRequest) -> Case:
-    return EVERY[request.param]
+def host(request: pytest.FixtureRequest, method: str) -> Case:
+    return fitted(request.param, method)
 
 
 pytestmark = [
@@ -138,8 +159,8 @@ def packed(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=list(HOSTS))
-def case(request: pytest.FixtureRequest) -> Case:
-    return HOSTS[request.param]
+def case(request: pytest.FixtureRequest, method: str) -> Case:
+    return fitted(request.param, method)
 
 
 def fitting(method: str, width: int, *, other: bool = False) -> dict[str, Any]:
@@ -147,20 +168,24 @@ def fitting(method: str, width: int, *, other: bool = False) -> dict[str, Any]:
     block = max(d for d in range(1, 9) if width % d == 0)
     block = width if block == 1 or other else block
     if method in ADDITIVE:
-        return {"r": RANK - 1 if other else RANK}
+        return {"r": RANK - 1 if other else RANK, **({"preserved_rank": 2} if method == "oplora" else {})}
     if method == "oft":
         return {"oft_block_size": block}
     if method == "boft":
         return {"boft_block_size": block, "boft_n_butterfly_factor": 1 if block % 2 or width % (2 * block) else 2}
     if method == "hra":
         return {"r": 2 if other else 4}
+    if method == "road":
+        if width % 2:
+            pytest.skip("an odd number of inputs or outputs has no pairs; that is refused (methods/test_road.py)")
+        return {"group_size": 2 if other else max(d for d in (2, 4, 6, 8) if width % d == 0), "side": "input"}
     return {}
 
 
 def config(method: str, case: Case, *, other: bool = False, **options: Any) -> Any:
     name, form = form_of(method)
     fits = fitting(name, case.out_features if form else case.in_features, other=other)
-    return METHODS[name](**{"target_modules": ["layer"], "init_weights": False, **form, **fits, **options})
+    return METHODS[name](**{"target_modules": ["layer"], "init_weights": False, **fits, **form, **options})
 
 
 def build(method: str, case: Case, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -421,7 +446,7 @@ def test_half_precision_applies_the_update_that_is_merged(
     layer, x = only(model), inputs(case, 64, dtype=dtype)
     assert all(p.dtype == torch.float32 for p in layer.adapter("default").parameters())
     operator = layer.adapter("default")
-    if operator.additive:
+    if isinstance(operator, SubspaceAdapter):
         expected = x.float() @ layer.host.stored(layer.get_delta_weight("default")).T.float()
         zero = torch.zeros(64, case.out_features, dtype=dtype)
         # Each of the three factors and two products is rounded once.
@@ -449,13 +474,16 @@ def test_the_operator_keeps_its_precision_under_a_half_precision_base(method: st
 
 
 def change(operator: Adapter, dtype: torch.dtype) -> Tensor:
-    """M − I, (n, n), float64, from the tensors of M in a dtype, without ever adding them to an identity."""
+    """M − I, (n, n), or ΔW, float64, from the tensors in a dtype, without ever adding them to an identity."""
     if isinstance(operator, RotationAdapter):
         tensors = [tensor.double() for tensor in operator.chain_tensors(dtype)]
         if [type(factor) for factor in operator.chain] == [LowRank]:
             return tensors[0] @ tensors[1]
         eye = torch.eye(operator.size, dtype=torch.float64)
         return apply_chain(eye, operator.chain, tensors) - eye
+    if isinstance(operator, LowRankAdapter):
+        down, up = (tensor.double() for tensor in operator.tensors(dtype))
+        return up @ down
     return operator.tensors(dtype)[0].double()
 
 
@@ -543,7 +571,9 @@ def test_gradients_equal_a_plain_torch_twin(method: str, host: Case, needs_input
     same = x.detach().clone().requires_grad_(needs_input_grad)
     ours = model(x)
     weight, operator = layer.host.matrix(), copy.deepcopy(layer.adapter("default"))
-    if operator.additive:
+    if isinstance(operator, ComplementAdapter):
+        weight = weight + reference_complement(operator, weight, down_of(layer))
+    elif operator.additive:
         weight = weight + up_of(layer) @ operator.difference().T @ down_of(layer)
     else:
         weight = rotated(operator, weight)
@@ -731,11 +761,6 @@ def test_mixed_batches_that_cannot_be_are_refused(method: str, host: Case) -> No
 # -- cost --------------------------------------------------------------------------------------------------------
 
 
-def kept_of(adapter: Adapter) -> int:
-    """Numbers a token that a rotation keeps at most: the side that it rotates, and the rotated outputs for a gain."""
-    return adapter.size * (2 if adapter.side == "output" and adapter.beside else 1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"])
 @pytest.mark.parametrize("host", ["wide", "tall", "square", "conv1d-wide"])
 def test_kept_for_backward_is_one_tokens_times_rank_or_side(method: str, host: str, dtype: Any) -> None:
@@ -760,10 +785,10 @@ def test_kept_for_backward_is_one_tokens_times_rank_or_side(method: str, host: s
     layer = only(model)
     # What M is made of, and a copy of it in another dtype; a gain, and a copy of it.
     operator = sum(8 * t.numel() for t in layer.adapter("default").tensors()) + 8 * case.out_features
-    if layer.adapter("default").additive:
+    if isinstance(layer.adapter("default"), SubspaceAdapter):
         assert tokens * RANK * width <= extra <= tokens * RANK * width + operator
     else:
-        assert extra <= kept_of(layer.adapter("default")) * tokens * width + operator
+        assert extra <= layer.adapter("default").kept(case.in_features) * tokens * width + operator
 
 
 @pytest.mark.parametrize("build_model", [tiny_opt, tiny_llama])
@@ -787,13 +812,14 @@ def test_kept_for_backward_in_a_whole_model(method: str, build_model: Callable[.
             extra -= 2 * 4 * tensor.numel()
         extra -= 2 * 4 * layer.out_features
         block, _, name = layer.key.rpartition(".")
+        own = layer.adapter("default").kept(layer.in_features)
         if layer.adapter("default").additive:
-            shared[layer.key] = RANK
+            shared[layer.key], own = RANK, own - RANK
         elif layer.adapter("default").side == "output":
-            shared[layer.key] = kept_of(layer.adapter("default"))
-        else:  # q, k and v read the same input, and so do gate and up
+            shared[layer.key], own = own, 0
+        if own:  # q, k and v read the same input, and so do gate and up
             together = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
-            shared[f"{block}.{together.get(name, name)}"] = layer.in_features
+            shared[f"{block}.{together.get(name, name)} reads"] = own
     assert extra <= tokens.numel() * sum(shared.values()) * 4
 
 
@@ -827,7 +853,7 @@ def test_a_training_step_under_fake_tensors(method: str, host: Case) -> None:
 def dropping(method: str, host: Case) -> dict[str, Any]:
     """Options with which a method drops at random on a host, if it can."""
     folds = host.sample is not None  # there the update's input is not seen, so that nothing of it can be dropped
-    return {} if method == "psoft" and folds else DROPOUT.get(form_of(method)[0], {})
+    return {} if method in ("psoft", "oplora") and folds else DROPOUT.get(form_of(method)[0], {})
 
 
 def test_who_reads_an_adapter_in_train_mode_drops_nothing(method: str, host: Case) -> None:
@@ -837,9 +863,10 @@ def test_who_reads_an_adapter_in_train_mode_drops_nothing(method: str, host: Cas
     adapter, expected = layer.adapter("default"), model(x).detach()
 
     def read() -> dict[str, Tensor]:
-        found = {"delta": layer.get_delta_weight("default"), "M": adapter.matrix().detach()}
-        found["M⁻¹"] = adapter.inverse().detach()
-        found["x M"] = adapter.operate(torch.ones(2, adapter.size)).detach()
+        found = {"delta": layer.get_delta_weight("default")}
+        if isinstance(adapter, Operator):
+            found |= {"M": adapter.matrix().detach(), "M⁻¹": adapter.inverse().detach()}
+            found["x M"] = adapter.operate(torch.ones(2, adapter.size)).detach()
         if layer.supports_lora_conversion("default"):
             found["low rank"] = torch.cat([factor.flatten() for factor in layer.low_rank("default")])
         before, after = turned_weights(layer, "default")
@@ -850,7 +877,7 @@ def test_who_reads_an_adapter_in_train_mode_drops_nothing(method: str, host: Cas
     for _ in range(4):
         for name, found in read().items():
             assert torch.equal(found, right[name]), name
-    if form_of(method)[0] not in ("hra", "qgoft"):  # which have no mean
+    if form_of(method)[0] not in ("hra", "qgoft", "oplora"):  # which have no mean
         model.add_adapter("other", config(method, host, **dropping(method, host)))
         model.base_model.add_weighted_adapter(["default", "other"], [1.0, 0.0], "mean")
         torch.testing.assert_close(layer.get_delta_weight("mean"), right["delta"], rtol=1e-4, atol=1e-5)

@@ -25,7 +25,8 @@ from helpers import (
 from isotune import get_peft_model
 from isotune.methods import METHODS
 
-pytestmark = pytest.mark.parametrize("method", [name for name in OPTIONS_FOR_TINY if name != "psoft"])
+FAMILY = [name for name in OPTIONS_FOR_TINY if name != "psoft"]
+every_method = pytest.mark.parametrize("method", FAMILY)
 TOKENS = torch.arange(4, 24).reshape(2, 10)
 
 
@@ -54,30 +55,35 @@ torch.set_num_threads(2)
 sys.path.insert(0, {tests!r})
 import isotune
 from helpers import tiny_llama
+from pathlib import Path
 from peft import PeftModel
-model = PeftModel.from_pretrained(tiny_llama(), {folder!r}).eval()
-with torch.no_grad():
-    torch.save(model(input_ids=torch.arange(4, 24).reshape(2, 10)).logits, {out!r})
+for folder in map(Path, {folders!r}):
+    model = PeftModel.from_pretrained(tiny_llama(), str(folder)).eval()
+    with torch.no_grad():
+        torch.save(model(input_ids=torch.arange(4, 24).reshape(2, 10)).logits, folder / "logits.pt")
 """
 
 
 @pytest.mark.slow
-def test_train_save_and_load_in_another_process(method: str, tmp_path: Path) -> None:
-    model = trained(method, tiny_llama())
-    with torch.no_grad():
-        expected = model(input_ids=TOKENS).logits
-    model.save_pretrained(str(tmp_path / "adapter"))
-    again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter")).eval()
-    with torch.no_grad():
-        assert torch.equal(again(input_ids=TOKENS).logits, expected)
-    script = _LOAD.format(
-        tests=str(Path(__file__).parent), folder=str(tmp_path / "adapter"), out=str(tmp_path / "logits.pt")
-    )
+def test_train_save_and_load_in_another_process(tmp_path: Path) -> None:
+    expected = {}
+    for method in FAMILY:
+        folder = tmp_path / method
+        model = trained(method, tiny_llama())
+        with torch.no_grad():
+            expected[folder] = model(input_ids=TOKENS).logits
+        model.save_pretrained(str(folder))
+        again = PeftModel.from_pretrained(tiny_llama(), str(folder)).eval()
+        with torch.no_grad():
+            assert torch.equal(again(input_ids=TOKENS).logits, expected[folder]), method
+    script = _LOAD.format(tests=str(Path(__file__).parent), folders=list(map(str, expected)))
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
-    found = torch.load(tmp_path / "logits.pt", weights_only=True)
-    assert relative_error(found, expected) < 1e-6
+    for folder, logits in expected.items():
+        found = torch.load(folder / "logits.pt", weights_only=True)
+        assert relative_error(found, logits) < 1e-6, folder.name
 
 
+@every_method
 @pytest.mark.parametrize("build", [tiny_llama, tiny_opt, tiny_gpt2])
 def test_merge_and_unload_is_a_plain_model(method: str, build: object) -> None:
     model = get_peft_model(build(), config(method)).eval()  # type: ignore[operator]
@@ -89,6 +95,7 @@ def test_merge_and_unload_is_a_plain_model(method: str, build: object) -> None:
         assert relative_error(plain(input_ids=TOKENS).logits, expected) < 1e-4
 
 
+@every_method
 def test_mixed_batches_and_generation(method: str) -> None:
     model = get_peft_model(tiny_llama(), config(method)).eval()
     model.add_adapter("other", config(method))
@@ -104,6 +111,7 @@ def test_mixed_batches_and_generation(method: str) -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
+@every_method
 @transformers_takes_peft
 def test_transformers_adds_and_loads_it(method: str, tmp_path: Path) -> None:
     model = tiny_opt()

@@ -15,9 +15,10 @@ from helpers import make_tokenizer, tiny_bert, tiny_llama, tiny_unet
 from pages import PAGES, blocks, text_of
 
 WRITTEN = {page: [block.text for block in blocks(page, "python")] for page in PAGES}
-ALONE = [f"docs/methods/{name}.md" for name in ("psoft", "oft", "boft", "goft", "hra", "lora-xs")] + [
-    f"docs/guides/{name}.md" for name in ("layers", "many-adapters", "from-peft", "merging")
-]
+ALONE = [
+    f"docs/methods/{name}.md"
+    for name in ("psoft", "oft", "boft", "goft", "hra", "road", "lora-xs", "svfit", "cersa", "oplora")
+] + [f"docs/guides/{name}.md" for name in ("layers", "many-adapters", "from-peft", "moving", "merging")]
 """Pages that need nothing but a folder to write to."""
 NOT_RUN = {
     "docs/guides/several-gpus.md": "several processes; tests/distributed runs such programs",
@@ -27,7 +28,6 @@ NOT_RUN = {
 """What a page, or a block that imports this package, would need to run, and what was done in its place."""
 ELSEWHERE = {
     "README.md": "tests/pythons/readme.py",
-    "docs/design.md": "tests/test_docstring_examples.py",
 }
 """Pages whose Python another test runs."""
 

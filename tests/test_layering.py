@@ -19,6 +19,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "errors": (),
     "versions": (),
     "json_files": (),
+    "whole_files": (),
     "model_card": (),
     "algebra": (),
     "subspace": ("algebra",),
@@ -30,18 +31,20 @@ BELOW: dict[str, tuple[str, ...]] = {
     "tuner": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "model_card"),
     "files": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "tuner"),
     "tools": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "tuner", "files"),
+    "moving": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "tuner"),
     "diagnostics": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "tuner", "files"),
     "__init__": ("versions", "methods", "tuner", "tools"),
     "experiments": (
         *("algebra", "subspace", "adapter", "hosts", "methods", "tuner", "files", "tools", "diagnostics", "model_card"),
+        "moving",
     ),
     "report": ("methods", "diagnostics", "files", "experiments"),
     "cli": ("files", "tools", "diagnostics", "methods", "experiments", "report"),
     "__main__": ("cli",),
     "integrations": ("methods", "model_card"),
 }
-"""Package -> those of isotune that it may import, besides itself, `errors` and `json_files`."""
-SHARED_BY_METHODS = ("methods.config", "methods.checks", "methods.rotation")
+"""Package -> those of isotune that it may import, besides itself, `errors`, `json_files` and `whole_files`."""
+SHARED_BY_METHODS = ("methods.config", "methods.checks", "methods.rotation", "methods.subspace")
 MAY_IMPORT_PEFT = (
     "methods.config",
     "tuner",
@@ -133,7 +136,7 @@ def test_the_sources_are_found() -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports_run_downward(name: str) -> None:
-    allowed = {package(name), "errors", "json_files", *BELOW[package(name)]}
+    allowed = {package(name), "errors", "json_files", "whole_files", *BELOW[package(name)]}
     if package(name) not in ("algebra", "report", "__main__"):
         allowed.add("internals")
     if package(name) in OUTER:

@@ -10,9 +10,22 @@ check_versions()  # before anything below imports a library that may be too old
 
 from peft import PeftModel, get_peft_model
 
-from isotune.methods import BOFTConfig, GOFTConfig, HRAConfig, LoraXsConfig, OFTConfig, PsoftConfig, QGOFTConfig
+from isotune.methods import (
+    BOFTConfig,
+    CersaConfig,
+    GOFTConfig,
+    HRAConfig,
+    LoraXsConfig,
+    OFTConfig,
+    OploraConfig,
+    PsoftConfig,
+    QGOFTConfig,
+    RoadConfig,
+    SvfitConfig,
+)
 from isotune.tools.decoding import evaluated_once
 from isotune.tools.hotswap import hotswap_adapter
+from isotune.tools.ranks import choose_ranks
 from isotune.tools.regularization import regularization_callback, regularization_loss
 from isotune.tools.several import add_adapter, load_adapter
 from isotune.tuner.register import register
@@ -23,15 +36,20 @@ register()
 
 __all__ = [
     "BOFTConfig",
+    "CersaConfig",
     "GOFTConfig",
     "HRAConfig",
     "LoraXsConfig",
     "OFTConfig",
+    "OploraConfig",
     "PeftModel",
     "PsoftConfig",
     "QGOFTConfig",
+    "RoadConfig",
+    "SvfitConfig",
     "__version__",
     "add_adapter",
+    "choose_ranks",
     "evaluated_once",
     "get_peft_model",
     "hotswap_adapter",

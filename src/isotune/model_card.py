@@ -12,6 +12,7 @@ from safetensors import safe_open
 from yaml import YAMLError
 
 from isotune.json_files import json_object
+from isotune.whole_files import written_whole
 
 REQUIRES = "pip install isotune, and `import isotune` before the adapter is loaded"
 """What to do where PEFT alone fails with KeyError: 'ISOTUNE_…'."""
@@ -87,7 +88,8 @@ def update_list(folder: Path) -> None:
     """Update the list of adapters in a folder's card, if `write_cards` has put one there."""
     path = folder / CARD
     if path.is_file() and _LIST in (text := path.read_text(encoding="utf-8")):
-        path.write_text(_BLOCK.sub(lambda _: _list(folder), text), encoding="utf-8")
+        with written_whole(path) as partial:
+            partial.write_text(_BLOCK.sub(lambda _: _list(folder), text), encoding="utf-8")
 
 
 def _read(path: Path) -> Any:

@@ -18,6 +18,7 @@ from isotune_cli.inspect import inspect_adapter
 from isotune_cli.merge import merge_folders
 from isotune_cli.peft_import import import_adapter
 from isotune_cli.plan import plan
+from isotune_cli.rank import rank
 from isotune_cli.recipes import recipes
 from isotune_cli.report import report_results
 from isotune_cli.shared import Group, command
@@ -56,6 +57,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect_adapter,
     "report": report_results,
     "plan": plan,
+    "rank": rank,
     "export": export_adapter,
     "extract": extract_adapter,
     "merge": merge_folders,

@@ -16,6 +16,12 @@ def inspect_adapter(
     everything: Annotated[
         bool, typer.Option("--all", help="Show every layer in the order of the model, with every column.")
     ] = False,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            help="How many of each weight's strongest directions ρ is of; by default what OPLoRA preserves, else 16."
+        ),
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> Result:
     """Show what an adapter has learnt: the layers that it turned farthest, or with --all every layer."""
@@ -23,7 +29,7 @@ def inspect_adapter(
     from isotune.files.export_runs import only_adapter
     from isotune.report.adapter import save_png, to_text
 
-    report = inspect(only_adapter(directory), base, trust_remote_code=trust_remote_code)
+    report = inspect(only_adapter(directory), base, top=top, trust_remote_code=trust_remote_code)
     if png is not None:
         save_png(report, png)
     return Result(to_text(report, everything=everything), report.to_dict())

@@ -15,8 +15,8 @@ def import_adapter(
     directory: Annotated[
         str,
         typer.Argument(
-            help="The folder of an adapter of PEFT's own PSOFT, OFT, BOFT or HRA, or a single .safetensors file of "
-            "PEFT, kohya or OneTrainer (OFT, BOFT)."
+            help="The folder of an adapter of PEFT's own PSOFT, OFT, BOFT, HRA or RoAd or of eigentune, or a "
+            "single .safetensors file of PEFT, kohya or OneTrainer (OFT, BOFT)."
         ),
     ],
     output: Out,
@@ -25,6 +25,7 @@ def import_adapter(
 ) -> Result:
     """Convert an adapter of another tool to one of isotune's that computes the same function."""
     from isotune.files.diffusion.single import convert_single, with_config
+    from isotune.files.eigentune import convert_eigentune, is_eigentune
     from isotune.files.peft_import import convert_peft
 
     if Path(directory).is_file():
@@ -32,7 +33,8 @@ def import_adapter(
         if folder is None:
             return _wrote(convert_single(directory, output, base, trust_remote_code=trust_remote_code))
         directory = str(folder)
-    convert_peft(directory, output, base, trust_remote_code=trust_remote_code)
+    convert = convert_eigentune if is_eigentune(directory) else convert_peft
+    convert(directory, output, base, trust_remote_code=trust_remote_code)
     return _wrote([output])
 
 

@@ -15,7 +15,7 @@ def plan(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options of the method, such as oft_block_size=32.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="The method, as a recipe names it: psoft, oft, hra, lora_xs, lora, full, …")
+        str, typer.Option(help="The method, as a recipe names it: psoft, oft, hra, lora_xs, oplora, lora, full, …")
     ] = "psoft",
     rank: Annotated[int | None, typer.Option(help="The rank r of the method.")] = None,
     devices: Annotated[int, typer.Option(help="How many devices compute batches side by side.")] = 1,

@@ -130,7 +130,7 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        say("interrupted: run the same command again to continue", err=True)
+        say("interrupted; the same command again goes on from what was finished", err=True)
         raise typer.Exit(130) from stop
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:

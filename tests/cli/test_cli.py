@@ -94,7 +94,7 @@ def test_missing_data_are_one_line_before_any_model_is_looked_for(
     ("raised", "code", "said"),
     [
         (ValueError("said plainly"), 2, "error: said plainly\n"),
-        (KeyboardInterrupt(), 130, "interrupted: run the same command again to continue\n"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command again goes on from what was finished\n"),
     ],
 )
 def test_what_is_raised_sets_the_exit_code(
@@ -198,7 +198,10 @@ def test_quiet_and_verbose(
     assert {os.environ[name] for name in names} == {"info" if logged else "error"}
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "eval", "plan", "inspect", "export", "import", "report"])
+COMMANDS = ["train", "compare", "eval", "plan", "rank", "inspect", "export", "import", "report"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_with_a_result_has_the_options_and_whole_sentences(command: str) -> None:
     done = runner.invoke(cli.app, [command, "--help"], env={"COLUMNS": "100"})
     assert done.exit_code == 0

@@ -46,6 +46,14 @@ def test_the_table_names_metric_filter_and_standard_error() -> None:
     ]
 
 
+def test_the_table_says_where_there_is_no_number() -> None:
+    row = {"exact_match,strict": 1.0, "exact_match_stderr,strict": None, "perplexity": None}
+    assert [line.split() for line in table({"gsm8k": row}).splitlines()] == [
+        ["gsm8k", "exact_match", "(strict)", "1.0000"],
+        ["gsm8k", "perplexity", "no", "number"],
+    ]
+
+
 @pytest.mark.slow
 def test_the_adapted_model_is_what_is_scored(
     language_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -80,5 +88,8 @@ def test_the_adapted_model_is_what_is_scored(
     assert before != after  # else the adapter need not have been there
     assert found["tiny"]["acc"] == pytest.approx(after)
     assert json.loads(output.read_text())["results"] == found
+    once = evaluate(str(language_adapter), ["tiny"], limit=1, include=str(tmp_path / "tasks"), output=str(output))
+    assert once["tiny"].get("acc_stderr") is None  # of one question there is none
+    assert json.loads(output.read_text())["results"] == once
     with pytest.raises(ValueError, match="has no task 'no_such_task'"):
         evaluate(str(language_adapter), ["no_such_task"])

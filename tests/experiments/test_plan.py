@@ -35,6 +35,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [  # the first three on every archit
     ("lora", {"r": 4}),
     ("psoft", {"r": 8, "basis": "embedded", "target_modules": ["q_proj"]}),
     ("lora_xs", {"r": 8}),
+    ("oplora", {"r": 8}),
     ("hra", {"r": 4}),
     ("full", {}),
 ]

@@ -23,6 +23,7 @@ from helpers import (
     form_of,
     layers_of,
     randomize,
+    reference_complement,
     relative_error,
     snapshot,
     some_tokens,
@@ -30,6 +31,7 @@ from helpers import (
     up_of,
 )
 from isotune import BOFTConfig, OFTConfig, PsoftConfig, get_peft_model
+from isotune.adapter.lowrank import ComplementAdapter
 from isotune.adapter.rotation import RotationAdapter
 from isotune.adapter.subspace import SubspaceBasis
 from isotune.algebra.factors import apply_chain
@@ -50,6 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "oft-output": {"oft_block_size": 8},
     "hra": {"r": 4},
     "lora_xs": {"r": 6},
+    "oplora": {"r": 6, "preserved_rank": 4},
     "goft": {},
     "qgoft": {},
 }
@@ -125,6 +128,11 @@ def folded(layer: ExpertsLayer, parameters: dict[str, Tensor], name: str = "defa
     result = []
     for index, matrix in enumerate(layer.host.matrix().double()):
         own = {key: value[index] for key, value in parameters.items()}
+        if isinstance(single, ComplementAdapter):
+            single.lora_A, single.lora_B = None, None
+            vars(single).update(own)
+            result.append(matrix + reference_complement(single, matrix, down_of(layer, name)[index].double()))
+            continue
         eye = torch.eye(single.size, dtype=torch.float64)
         tensors = single.evaluate(own)
         if isinstance(single, RotationAdapter):

@@ -44,6 +44,8 @@ ALLOWED: dict[str, set[str]] = {
     "bool": {"bool"},
     "int": INTEGERS,
     "int | None": {*INTEGERS, "null"},
+    "int | str | None": {*INTEGERS, *STRINGS, "null"},
+    "int | Literal['auto']": INTEGERS,
     "float": NUMBERS,
     "float | None": {*NUMBERS, "null"},
     "list[str] | None": {"strings", "empty list", "null"},
@@ -88,7 +90,7 @@ def test_an_option_of_the_wrong_type(method: str) -> None:
 @pytest.mark.filterwarnings("ignore::isotune.errors.IsotuneWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_an_option_of_the_wrong_type_in_the_file(method: str, tmp_path: Path) -> None:
-    METHODS[method]().save_pretrained(tmp_path)
+    METHODS[method](**({"r": 4} if method == "cersa" else {})).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     stored = json.loads(file.read_text())
     for option, kind in options_of(method).items():
@@ -96,7 +98,7 @@ def test_an_option_of_the_wrong_type_in_the_file(method: str, tmp_path: Path) ->
             continue
         for sample in sorted(SAMPLES.keys() - ALLOWED.get(kind, set())):
             if option not in stored:  # never stored, or only where it is not the default, but a file may hold it
-                assert option in (*METHODS[method].runtime_fields, "side")
+                assert option in (*METHODS[method].runtime_fields, "side", "accumulated_ranks")
             file.write_text(json.dumps({**stored, option: SAMPLES[sample]}))
             with pytest.raises(AdapterFileError) as refused:
                 METHODS[method].from_pretrained(str(tmp_path))

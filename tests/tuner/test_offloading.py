@@ -101,7 +101,7 @@ def test_offloaded_after_the_adapter(method: str, host: str, offload: Any, used:
 def test_offloaded_before_the_adapter(method: str, offload: Any, basis: str, tmp_path: Path) -> None:
     if method == LORA:
         pytest.skip("is wrong by itself here")
-    options = {"basis": basis} if method in ("psoft", "lora_xs") else {}
+    options = {"basis": basis} if method in ("psoft", "lora_xs", "oplora") else {}
     model, x = as_trained(method, **options), torch.randn(5, 12)
     model.save_pretrained(tmp_path / "adapter")
     base = Chain()

@@ -31,7 +31,7 @@ from isotune import add_adapter, get_peft_model, load_adapter
 from isotune.tools.decoding import evaluated_once
 from isotune.tuner.layer import Layer
 
-METHODS = ("psoft", "lora_xs", "oft", "oft-output", "boft", "goft", "qgoft", "hra")
+METHODS = ("psoft", "lora_xs", "oft", "oft-output", "boft", "goft", "qgoft", "hra", "oplora")
 NAMES = ("default", "second", "third")
 SEEDS = st.integers(0, 10**6)
 

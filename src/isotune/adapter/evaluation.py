@@ -11,7 +11,7 @@ import threading
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ class Evaluable(Protocol):
 
     given: Given
     """The tensors that compiled code takes from an earlier evaluation."""
+    batched: ClassVar[bool]
+    """Whether `evaluate` reads parameters alone; if not, it reads `placement` too, and is called for each operator."""
+    placement: object
 
 
 def wide(names: Sequence[str], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -112,7 +115,7 @@ def evaluate_alone(
 ) -> tuple[Tensor, ...]:
     """Evaluate one operator from these parameters."""
     tracked = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-    if not tracked or is_recorded():
+    if not tracked or is_recorded() or not operator.batched:
         with without_autocast(parameters[0]):
             return cast(operator.evaluate(wide(operator.names_read(), parameters)), dtype)
     result: tuple[Tensor, ...] = _Evaluated.apply(operator, dtype, 1, *parameters)  # type: ignore[no-untyped-call]
@@ -131,6 +134,8 @@ class _Evaluation:
     tensors: tuple[Tensor, ...]
     parameters: tuple[Tensor, ...]
     versions: tuple[int, ...]
+    placement: object = None
+    """The placement they were computed from, if `evaluate` reads it."""
     values: tuple[Tensor, ...] = ()
     """Stacked copies of the parameters; empty with gradients, where an evaluation serves only one forward pass."""
     call: Call | None = None
@@ -239,15 +244,19 @@ class SharedEvaluation:
             return None
         parameters = operator.parameters_read()
         tracked = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-        found = results.get((dtype, tracked))
-        if found is None or not found.is_of(slot, parameters):
+        found, placement = results.get((dtype, tracked)), self._placement()
+        if found is None or not found.is_of(slot, parameters) or found.placement is not placement:
             flat = tuple(self._parameters())
             if any(parameter.is_meta != flat[0].is_meta or is_sharded(parameter) for parameter in flat):
                 return None
             versions = tuple(map(version_of, flat))
             if tracked:
-                made = _Evaluated.apply(self.members[0], dtype, len(self.members), *flat)  # type: ignore[no-untyped-call]
-                found = _Evaluation(made, flat, versions)
+                made = (
+                    _Evaluated.apply(self.members[0], dtype, len(self.members), *flat)  # type: ignore[no-untyped-call]
+                    if operator.batched
+                    else evaluate_alone(operator, flat, dtype)
+                )
+                found = _Evaluation(made, flat, versions, placement)
             else:
                 found = self._kept_or_made(dtype, flat, versions)
             results[dtype, tracked] = found
@@ -278,18 +287,21 @@ class SharedEvaluation:
                 return replace(kept, parameters=flat, versions=versions)
             values = self._stacked()
             tensors = self._untracked(values, dtype)
-        found = _Evaluation(tensors, flat, versions, tuple(values), self._here.call)
+        found = _Evaluation(tensors, flat, versions, self._placement(), tuple(values), self._here.call)
         self._kept = {**self._kept, dtype: found}
         return found
 
     def _is_true(self, kept: _Evaluation, flat: tuple[Tensor, ...], versions: tuple[int, ...]) -> bool:
         """Whether an evaluation of an earlier pass still holds, without waiting for a GPU."""
-        if is_symbolic(flat[0]):
+        if is_symbolic(flat[0]) or kept.placement is not self._placement():
             return False
         if flat[0].device.type == "cpu":
             return all(map(torch.equal, self._stacked(), kept.values))
         same = all(map(_is, flat, kept.parameters)) and versions == kept.versions
         return same and kept.call is not None and kept.call is self._here.call
+
+    def _placement(self) -> object:
+        return None if self.members[0].batched else self.members[0].placement
 
     def _parameters(self) -> list[Tensor]:
         by_name = zip(*(member.parameters_read() for member in self.members), strict=True)
@@ -330,13 +342,15 @@ def share_evaluations(operators: Iterable[Evaluable]) -> list[tuple[SharedEvalua
         operators: the operators of one adapter, in the model's order.
 
     Returns:
-        One pair of evaluation and members for each distinct class, key, parameter shapes, dtypes and device.
+        One pair of evaluation and members for each distinct class, key, parameter shapes, dtypes and device; one for
+        each operator that is not `batched`.
     """
     groups: dict[Hashable, list[Evaluable]] = {}
     for operator in operators:
         parameters = zip(operator.names_read(), operator.parameters_read(), strict=True)
         shapes = tuple((name, shape_of(p), p.dtype, p.device) for name, p in parameters)
-        groups.setdefault((type(operator), operator.batch_key(), shapes), []).append(operator)
+        alone = None if operator.batched else id(operator)
+        groups.setdefault((type(operator), operator.batch_key(), shapes, alone), []).append(operator)
     return [(SharedEvaluation(group), group) for group in groups.values()]
 
 

@@ -1,4 +1,4 @@
-"""The autograd nodes of both forms: each saves as little as possible for backward, and can be differentiated once."""
+"""The autograd nodes of all forms: each saves as little as possible for backward, and can be differentiated once."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isotune.adapter.evaluation import is_recorded, without_autocast
 from isotune.algebra.acceleration import kernels_for
 from isotune.algebra.factors import Chain, chain_backward, chain_forward, refuse_double_backward
 from isotune.algebra.recording import is_exported
 from isotune.parallel.tensor_parallel import Share
+from isotune.subspace.precision import exact_product, reduces_float32
 
 
 def _frozen_linear(flat: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -164,6 +166,161 @@ def linear_with_update(
         (..., out), differentiable once.
     """
     result: Tensor = _LinearSubspaceUpdate.apply(x, difference, (*factors, weight, bias, on_input))  # type: ignore[no-untyped-call]
+    return result
+
+
+class _LowRankUpdate(torch.autograd.Function):
+    """residual + (x downᵀ) upᵀ with trained factors, saving x, as LoRA does, and x downᵀ (tokens × r) for backward.
+
+    If x or residual is tensor-parallel, down or up holds this process's columns or rows, as in `_SubspaceUpdate`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, down: Tensor, up: Tensor, residual: Tensor, of_x: Share | None, of_residual: Share | None
+    ) -> Tensor:
+        coordinates = torch.mm(x.reshape(-1, x.shape[-1]), down.t())
+        if of_x is not None:
+            coordinates = of_x.total(coordinates)
+        ctx.save_for_backward(x, coordinates, down, up)
+        ctx.of_residual = of_residual
+        result = residual.clone(memory_format=torch.contiguous_format)
+        result.view(len(coordinates), result.shape[-1]).addmm_(coordinates, up.t())
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        x, coordinates, down, up = ctx.saved_tensors
+        needs, of_residual = ctx.needs_input_grad, ctx.of_residual
+        read, grad_down, grad_up = _low_rank_backward(needs, gradient, x, coordinates, down, up, of_residual)
+        grad_x = torch.mm(read, down).view(x.shape) if needs[0] else None
+        return grad_x, grad_down, grad_up, gradient if needs[3] else None, None, None
+
+
+def _low_rank_backward(
+    needs: Sequence[bool],
+    gradient: Tensor,
+    x: Tensor,
+    coordinates: Tensor,
+    down: Tensor,
+    up: Tensor,
+    of_residual: Share | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradient of x downᵀ, (tokens, r), and those of down and up if they are needed."""
+    flat = gradient.reshape(-1, gradient.shape[-1])
+    read = torch.mm(flat, up)
+    if of_residual is not None:
+        read = of_residual.total(read)
+    grad_down = torch.mm(read.t(), x.reshape(-1, x.shape[-1])) if needs[1] else None
+    return read, grad_down, torch.mm(flat.t(), coordinates) if needs[2] else None
+
+
+def low_rank_update(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    residual: Tensor,
+    of_x: Share | None = None,
+    of_residual: Share | None = None,
+) -> Tensor:
+    """Add an update with trained factors to the output of any layer.
+
+    Args:
+        x: (..., in), or with `of_x` this process's share of its columns.
+        down, up: (r, in) and (out, r), times the scale, in the dtype of `residual` and cut to the shares.
+        residual: (..., out), the layer's own output, or with `of_residual` this process's share of its columns.
+        of_x, of_residual: this process's shares under tensor parallelism; None for whole tensors.
+
+    Returns:
+        residual + (x downᵀ) upᵀ, differentiable once.
+    """
+    if is_exported():
+        return residual + x @ down.t() @ up.t()
+    result: Tensor = _LowRankUpdate.apply(x, down, up, residual, of_x, of_residual)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _LinearLowRankUpdate(torch.autograd.Function):
+    """x Wᵀ + b and its update with trained factors in one node, for a frozen plain linear layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, linear: tuple[Tensor, Tensor | None]) -> Tensor:
+        weight, bias = linear
+        flat = x.reshape(-1, x.shape[-1])
+        coordinates = torch.mm(flat, down.t())
+        ctx.save_for_backward(x, coordinates, down, up)
+        ctx.weight = weight
+        result, rows = _frozen_linear(flat, x.shape, weight, bias)
+        rows.addmm_(coordinates, up.t())
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        x, coordinates, down, up = ctx.saved_tensors
+        read, grad_down, grad_up = _low_rank_backward(ctx.needs_input_grad, gradient, x, coordinates, down, up)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_down, grad_up, None
+        grad_x = torch.mm(gradient.reshape(-1, gradient.shape[-1]), ctx.weight).addmm_(read, down)
+        return grad_x.view(x.shape), grad_down, grad_up, None
+
+
+def linear_with_low_rank(x: Tensor, down: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b with an update of trained factors, for frozen W and b of the same dtype as x.
+
+    Args:
+        x: (..., in).
+        down, up: (r, in) and (out, r), times the scale, in the dtype of x.
+        weight: W, (out, in).
+        bias: (out,), or None.
+
+    Returns:
+        (..., out), differentiable once.
+    """
+    result: Tensor = _LinearLowRankUpdate.apply(x, down, up, (weight, bias))  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Complement(torch.autograd.Function):
+    """factor − (factor Bᵀ) B for a frozen basis B (k, n) with orthonormal rows: symmetric, so backward is the same map.
+
+    It saves no tensors, so that it can be differentiated any number of times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, factor: Tensor, basis: Tensor) -> Tensor:
+        ctx.basis = basis
+        return _complement(factor, basis)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        refuse_double_backward()
+        return _complement(gradient, ctx.basis), None
+
+
+def _complement(factor: Tensor, basis: Tensor) -> Tensor:
+    with without_autocast(factor):
+        if factor.ndim == 2 and not (factor.dtype == torch.float32 and reduces_float32(factor.device)):
+            return torch.addmm(factor, torch.mm(factor, basis.t()), basis, alpha=-1)
+        return factor - exact_product(exact_product(factor, basis.mT), basis)
+
+
+def complement(factor: Tensor, basis: Tensor) -> Tensor:
+    """The part of each row of a factor that is orthogonal to a frozen basis, in full float32 whatever the settings.
+
+    Args:
+        factor: (..., r, n), at least float32.
+        basis: B, (k, n) or with the same leading dimensions, orthonormal rows, in the dtype of the factor.
+
+    Returns:
+        factor (I − Bᵀ B), of the same shape.
+    """
+    if is_recorded():  # which can hold neither this node nor a look at the settings
+        for _ in range(2):  # the second time takes out what fast products leave
+            factor = factor - (factor @ basis.mT) @ basis
+        return factor
+    result: Tensor = _Complement.apply(factor, basis)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -1,4 +1,4 @@
-"""The base class of adapters: a trainable operator in one form on one frozen layer."""
+"""The base classes of adapters: trained parameters in one form on one frozen layer, and those that are an operator."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FrozenLinear = tuple[Tensor, Tensor | None]
 
 
 class Adapter(nn.Module, ABC):
-    """A trainable operator M on row vectors, x ↦ x M, in its form on one layer; the identity when training starts.
+    """Trained parameters in their form on one layer, which they leave as it is when training starts.
 
-    A method's subclass registers parameters and maps them to the tensors by which M acts. What these tensors do to a
-    layer is defined by the form, `SubspaceAdapter` or `RotationAdapter`.
+    A method's subclass registers parameters and maps them to the tensors by which it acts. What these tensors do to a
+    layer is defined by the form: `SubspaceAdapter`, `RotationAdapter` or `LowRankAdapter`.
 
     Args:
-        size: n of the n × n map.
+        size: n of an n × n operator, or the rank of an update without one.
     """
 
     evaluated: ClassVar[tuple[str, ...]]
@@ -34,12 +34,21 @@ class Adapter(nn.Module, ABC):
     """Names of parameters that act directly and may differ in shape between layers; they follow the evaluated ones."""
     averages: Means = {}  # noqa: RUF012
     """Parameter name -> how to average it over several adapters; a method that lacks a name has no mean."""
-    orthogonal = True
-    """Whether M, without its scaling vectors, is orthogonal for all values of the parameters."""
     additive: ClassVar[bool]
     """Whether the form adds an output of its own; if not, it rotates one side of the layer."""
+    principal: ClassVar[bool] = False
+    """Whether it acts on the coordinates of its placement's subspace alone, so that it turns the principal weight."""
     side: Literal["input", "output"] | None = None
     """Whether M rotates the inputs, W' = W Mᵀ, or the outputs without the bias, W' = M W; None for an update."""
+    batched: ClassVar[bool] = True
+    """Whether `evaluate` reads parameters alone, so that alike adapters of all layers are evaluated in one batch.
+
+    If not, it reads `placement` too, and its graph saves no tensors, so that it may be differentiated more than once.
+    """
+    needs_rows: ClassVar[bool] = False
+    """Whether folding into looked-up rows of an embedding needs to know by what they were multiplied."""
+    placement: object = None
+    """Where the adapter acts on its layer's weight, exchanged as a whole; None if that is not or need not be found."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -51,18 +60,18 @@ class Adapter(nn.Module, ABC):
         self.slot = -1
         self.given = Given()
 
-    # -- the operator: parameters -> tensors -----------------------------------------------------------------------
+    # -- parameters -> tensors -----------------------------------------------------------------------
 
     @abstractmethod
     def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Map parameters, all with the same leading dimensions, to the tensors of M with these dimensions in front."""
+        """Map parameters, all with the same leading dimensions, to tensors with these dimensions in front."""
 
     @abstractmethod
     def batch_key(self) -> Hashable:
         """Adapters of one class with equal keys and parameter shapes are evaluated in one batch."""
 
     def complete(self, tensors: tuple[Tensor, ...], drop: bool = False) -> tuple[Tensor, ...]:
-        """Turn the result of `evaluate` into what acts on a layer; with `drop`, random parts of M are the identity."""
+        """Turn the result of `evaluate` into what acts on a layer; with `drop`, random parts of it do nothing."""
         return tensors
 
     def penalty(self) -> Tensor | None:
@@ -85,7 +94,7 @@ class Adapter(nn.Module, ABC):
         return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
     def randomize_parameters(self) -> None:
-        """Move every parameter away from the identity at random, for tests that need an adapter as if trained."""
+        """Move every parameter away from its start at random, for tests that need an adapter as if trained."""
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.add_(torch.randn_like(parameter) * (0.5 / self.size**0.5))
@@ -120,11 +129,11 @@ class Adapter(nn.Module, ABC):
         return self(dtype)  # type: ignore[no-any-return]
 
     def forward(self, dtype: torch.dtype | None = None, at: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The tensors of M, evaluated for this adapter alone.
+        """The result of `tensors`, evaluated for this adapter alone.
 
         Args:
             dtype: dtype of the result.
-            at: indices of operators, if the parameters are those of many, (many, …); None for all.
+            at: indices of adapters, if the parameters are those of many, (many, …); None for all.
 
         Raises:
             RuntimeError: DeepSpeed ZeRO-3 has partitioned the parameters and they are not gathered.
@@ -147,21 +156,8 @@ class Adapter(nn.Module, ABC):
         # Copying one layer must not copy the whole model; a copied model groups its evaluations again.
         return {**self.__dict__, "shared": None, "slot": -1}
 
-    @abstractmethod
-    def matrix(self) -> Tensor:
-        """M itself, (n, n)."""
-
-    def inverse(self) -> Tensor:
-        """M⁻¹, (n, n)."""
-        inverse: Tensor = torch.linalg.inv(self.matrix())
-        return inverse
-
-    @abstractmethod
-    def operate(self, x: Tensor) -> Tensor:
-        """x M for x of shape (..., n)."""
-
     def is_identity(self) -> bool:
-        """Whether M is exactly the identity, as before training."""
+        """Whether the layer is exactly as without the adapter, as before training."""
         return not any(bool(tensor.any()) for tensor in evaluate_alone(self, self.parameters_read(), None))
 
     def is_untrained(self) -> bool:
@@ -202,6 +198,7 @@ class Adapter(nn.Module, ABC):
         drop: bool = False,
         rows: Tensor | None = None,
         at: Tensor | None = None,
+        multiple: Tensor | None = None,
     ) -> Tensor:
         """Fold the adapter into a matrix, differentiably, in its own dtype, which should be at least float32.
 
@@ -211,6 +208,7 @@ class Adapter(nn.Module, ABC):
             drop: whether to apply dropout; never when weights are merged or read.
             rows: if `matrix` holds only some rows (an embedding's look-up), these rows of W itself, up to a factor.
             at: which rows of W, or which experts, `matrix` holds; None for all.
+            multiple: by what the look-up has multiplied these rows, a scalar; None for 1.
         """
 
     @abstractmethod
@@ -244,9 +242,36 @@ class Adapter(nn.Module, ABC):
 
     @property
     def form_key(self) -> Hashable:
-        """What the form depends on besides M; adapters with equal `batch_key` and `form_key` compute alike."""
+        """What the form depends on besides; adapters with equal `batch_key` and `form_key` compute alike."""
         return ()
+
+    def kept(self, in_features: int) -> int:
+        """Numbers that a plain layer of this many inputs keeps for backward, for each token and beyond the frozen one.
+
+        What layers that read the same input share is counted for each.
+        """
+        return self.size
 
     @abstractmethod
     def describe(self) -> str:
         """A few words for `repr`."""
+
+
+class Operator(Adapter):
+    """An adapter that is an operator M on row vectors, x ↦ x M: the identity when training starts."""
+
+    orthogonal = True
+    """Whether M, without its scaling vectors, is orthogonal for all values of the parameters."""
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """M itself, (n, n)."""
+
+    def inverse(self) -> Tensor:
+        """M⁻¹, (n, n)."""
+        inverse: Tensor = torch.linalg.inv(self.matrix())
+        return inverse
+
+    @abstractmethod
+    def operate(self, x: Tensor) -> Tensor:
+        """x M for x of shape (..., n)."""

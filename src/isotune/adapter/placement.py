@@ -62,9 +62,12 @@ def _sample(tensor: Tensor) -> tuple[float, ...]:
 class Placement:
     """The two factors of a subspace update on one weight W, and what they were made from.
 
-    With the orthonormal basis V (r, in), σᵢ = ‖W vᵢ‖ and the method's power p: down = Σᵖ V, up = W Vᵀ Σ^(−p). Both have
-    the dtype of W and are padded with zeros to a rank at which matrix products are fast. For the experts of a mixture,
-    all have one more leading dimension.
+    With the orthonormal basis V (r, in), σᵢ = ‖W vᵢ‖ and the method's power p: down = Σᵖ V, up = W Vᵀ Σ^(−p); without
+    a power, down = V and up = W Vᵀ Σ⁻¹, the singular vectors alone. Both have the dtype of W and are padded with zeros
+    to a rank at which matrix products are fast. For the experts of a mixture, all have one more leading dimension.
+
+    If the adapter has accumulated an update U D on earlier subspaces, W + U D stands for W, and the rows of D and the
+    columns of U follow those of the subspace.
     """
 
     down: Tensor
@@ -81,6 +84,8 @@ class Placement:
     """How far the weight is from the one the pin was made on."""
     is_principal: bool = False
     """Whether V is the principal basis, so that other adapters with equal options may share it."""
+    accumulated: int = 0
+    """The rank k of the accumulated update: how many rows of D and columns of U there are."""
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -103,9 +108,10 @@ def place(
     stored: Sequence[Tensor],
     weight: Tensor,
     *,
-    power: float,
+    power: float | None,
     residual: float = 0.0,
     principal: bool = False,
+    accumulated: tuple[Tensor, Tensor] | None = None,
 ) -> Placement:
     """Make the factors of an update for a basis on a weight.
 
@@ -114,8 +120,9 @@ def place(
         matrix: W, (..., out, in), whose dtype and device the factors take.
         stored: the stored buffers: the pin or V itself, one per expert.
         weight: the frozen parameter from which `matrix` was read.
-        power: p, how the singular values are split.
+        power: p, how the singular values are split; None leaves them out of both factors.
         residual, principal: as in `Placement`.
+        accumulated: U (out, k) and D (k, in) of an update W + U D from earlier subspaces; not for experts.
 
     Returns:
         The placement.
@@ -126,10 +133,15 @@ def place(
     basis = basis.to(device=matrix.device, dtype=torch.promote_types(matrix.dtype, torch.float32))
     with without_autocast(matrix):
         up, down = exact_product(matrix.to(basis.dtype), basis.mT), basis
-    if power:
-        values = torch.linalg.vector_norm(up, dim=-2).clamp_min(torch.finfo(basis.dtype).tiny).pow(power)
-        down, up = basis * values[..., :, None], up / values[..., None, :]
-    zeros = filling(basis.shape[-2])
+        if accumulated is not None:
+            more_up, more_down = (factor.to(basis) for factor in accumulated)
+            up = up + exact_product(more_up, exact_product(more_down, basis.mT))
+    if power != 0.0:
+        values = torch.linalg.vector_norm(up, dim=-2).clamp_min(torch.finfo(basis.dtype).tiny).pow(power or 1.0)
+        down, up = basis if power is None else basis * values[..., :, None], up / values[..., None, :]
+    if accumulated is not None:
+        down, up = torch.cat([down, more_down]), torch.cat([up, more_up], dim=1)
+    zeros = filling(down.shape[-2])
     return Placement(
         nn.functional.pad(down.to(matrix), (0, 0, 0, zeros)).contiguous(),
         nn.functional.pad(up.to(matrix), (0, zeros)).contiguous(),
@@ -138,4 +150,5 @@ def place(
         Mark.of(weight),
         residual,
         principal,
+        down.shape[-2] - basis.shape[-2],
     )

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from isotune.adapter.evaluation import cast_by_autocast, without_autocast
 from isotune.adapter.kernels import rotated_linear
-from isotune.adapter.operator import Adapter, FrozenLinear
+from isotune.adapter.operator import FrozenLinear, Operator
 from isotune.algebra.cayley import bound_entries
 from isotune.algebra.factors import Chain, LowRank, apply_chain, transpose_chain
 from isotune.parallel.tensor_parallel import Division, Share
 
 
-class RotationAdapter(Adapter):
+class RotationAdapter(Operator):
     """An operator on all inputs or outputs of a layer, as a chain of factors, since n × n is too large to form.
 
     Args:
@@ -117,6 +117,7 @@ class RotationAdapter(Adapter):
         drop: bool = False,
         rows: Tensor | None = None,
         at: Tensor | None = None,
+        multiple: Tensor | None = None,
     ) -> Tensor:
         """diag(gain) W Mᵀ, or diag(gain) M W."""
         if matrix.ndim == 3:
@@ -190,6 +191,10 @@ class RotationAdapter(Adapter):
     def relative_scale(self) -> float:
         """The current scale."""
         return self._scale
+
+    def kept(self, in_features: int) -> int:
+        """The rotated side, and for a gain of rotated outputs these outputs too."""
+        return self.size * (2 if self.side == "output" and self.beside else 1)
 
     def describe(self) -> str:
         """The width and the rotated side."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import operator
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.evaluation import autocasts
+from isotune.adapter.evaluation import autocasts, wide
 from isotune.adapter.kernels import decoding_kernels, linear_with_update, subspace_update
-from isotune.adapter.operator import Adapter, FrozenLinear
-from isotune.adapter.placement import Placement, filling
+from isotune.adapter.operator import FrozenLinear, Operator
+from isotune.adapter.placement import Placement, filling, place
+from isotune.adapter.update import PlacedUpdate
 from isotune.parallel.tensor_parallel import Division
 
 _WIDE = (torch.float32, torch.float64)
@@ -21,26 +22,41 @@ _WIDE = (torch.float32, torch.float64)
 
 
 class SubspaceBasis(nn.Module):
-    """The stored basis of one adapter on one layer: the pin S = V Ω, (r, p), or V itself.
+    """What a file stores of the subspace of one adapter on one layer: the pin S = V Ω, (r, p), or V itself.
 
-    It stays float32 whatever the model is cast to. All zeros mean that no subspace has been found yet.
+    An adapter whose subspace has moved stores V, and beside it the update W + U D that it has accumulated on earlier
+    subspaces. All stays float32 whatever the model is cast to. A stored V or pin of zeros means that no subspace has
+    been found yet.
 
     Args:
         rank: r.
         in_features: number of columns of W.
         pin_width: p; None stores V itself.
-        device: device of the buffer.
+        device: device of the buffers.
     """
 
     pin: Tensor | None
     basis: Tensor | None
+    up: Tensor | None
+    """U, (out, k)."""
+    down: Tensor | None
+    """D, (k, in)."""
+    moves: Tensor | None
+    """The number of the boundary at which the subspace last moved, a scalar."""
 
     def __init__(self, rank: int, in_features: int, pin_width: int | None, device: torch.device) -> None:
         super().__init__()
-        self.embedded = pin_width is None
+        self.in_features = in_features
         stored = torch.zeros(rank, pin_width or in_features, device=device, dtype=torch.float32)
-        self.register_buffer("pin", None if self.embedded else stored)
-        self.register_buffer("basis", stored if self.embedded else None)
+        self.register_buffer("pin", None if pin_width is None else stored)
+        self.register_buffer("basis", stored if pin_width is None else None)
+        for name in ("up", "down", "moves"):
+            self.register_buffer(name, None)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether V itself is stored."""
+        return self.basis is not None
 
     @property
     def stored(self) -> Tensor:
@@ -49,6 +65,20 @@ class SubspaceBasis(nn.Module):
         assert stored is not None
         return stored
 
+    @property
+    def accumulated(self) -> tuple[Tensor, Tensor] | None:
+        """U and D; None if the subspace has never moved."""
+        return None if self.up is None or self.down is None else (self.up, self.down)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors on which the placement depends."""
+        return (self.stored, *(self.accumulated or ()))
+
+    def is_empty(self) -> bool:
+        """Whether nothing is stored yet, neither solved here nor loaded from a file."""
+        return self.stored.is_meta or not bool(self.stored.any())
+
     @torch.no_grad()
     def record(self, value: Tensor) -> None:
         """Store a pin or a basis."""
@@ -56,31 +86,64 @@ class SubspaceBasis(nn.Module):
             setattr(self, "basis" if self.embedded else "pin", torch.empty_like(self.stored, device=value.device))
         self.stored.copy_(value)
 
+    def held(self) -> dict[str, Tensor | None]:
+        """All buffers by name."""
+        return dict(self._buffers)
+
+    def hold(self, buffers: Mapping[str, Tensor | None]) -> None:
+        """Exchange the buffers of these names for other tensors, of any shape."""
+        for name, tensor in buffers.items():
+            setattr(self, name, tensor)
+
+    def allocate(self, rank: int, out_features: int) -> None:
+        """Make room for an accumulated update of a rank."""
+        room = self.stored.new_zeros
+        self.hold({"up": room(out_features, rank), "down": room(rank, self.in_features), "moves": room(())})
+
+    def fit(self, given: Mapping[str, Tensor]) -> None:
+        """Make room for tensors that are about to be loaded, if this basis or theirs has moved.
+
+        A checkpoint has other sizes than the adapter in training if one of them has moved further. A basis that was
+        made from a file's configuration is still empty, and keeps the sizes that the configuration says.
+        """
+        shapes = {name: tensor.shape for name, tensor in given.items()}
+        own = {name: tensor.shape for name, tensor in self.held().items() if tensor is not None}
+        moved = {"basis", "up", "down", "moves"}
+        alike = shapes.keys() == moved or (self.up is not None and shapes.keys() in ({"pin"}, {"basis"}))
+        if shapes == own or not alike or len(next(iter(given.values()))) != len(self.stored) or self.is_empty():
+            return
+        self.hold({name: self.stored.new_zeros(shapes[name]) if name in shapes else None for name in self.held()})
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        self.fit({name: state_dict[prefix + name] for name in self.held() if prefix + name in state_dict})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn: Any, recurse: bool = True) -> SubspaceBasis:
-        before = self.stored
+        before = self.held()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.stored.dtype != before.dtype:
-            setattr(self, "basis" if self.embedded else "pin", before.to(self.stored.device))
+        for name, tensor in before.items():
+            now = self._buffers[name]
+            if tensor is not None and now is not None and now.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(now.device))
         return self
 
 
-class SubspaceAdapter(Adapter):
+class SubspaceAdapter(PlacedUpdate, Operator):
     """An operator on the r coordinates of the principal subspace, in the form of an update; M − I is (r, r).
 
     Args:
         size: r.
     """
 
-    additive = True
+    principal = True
+    coordinates: Mapping[str, Literal["skew", "transposed"]] = {}
+    """Parameters that are not, by their shape, a vector of the r coordinates or a matrix laid out as M − I: "skew" for
+    the strict upper triangle of a skew-symmetric matrix, "transposed" for the transpose of M − I."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
-        self.configured_scale = self.scale = 1.0
-        """s, by which M − I is multiplied: as configured, and currently."""
-        self.power = 0.0
+        self.power: float | None = 0.0
         """How the singular values are split between the two factors: the power p of `Placement`."""
-        self.placement: Placement | None = None
-        """Where the update acts; None until the adapter is placed."""
 
     @abstractmethod
     def difference_of(self, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -108,27 +171,48 @@ class SubspaceAdapter(Adapter):
         """x M for x of shape (..., r)."""
         return x + x @ self.difference(x.dtype)
 
+    @property
+    def accumulated_rank(self) -> int:
+        """The rank of the update that is accumulated on earlier subspaces."""
+        return 0 if self.placement is None else self.placement.accumulated
+
     def _scaled(self, difference: Tensor, dtype: torch.dtype) -> Tensor:
         """s (M − I)."""
         difference = difference.to(dtype)
         return difference if self.scale == 1.0 else difference * self.scale
 
-    def factors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """down (r or more, in) and up (out, r or more), in this dtype and on this device.
+    def placed(
+        self,
+        basis: Tensor,
+        matrix: Tensor,
+        stored: Sequence[Tensor],
+        weight: Tensor,
+        accumulated: tuple[Tensor, Tensor] | None = None,
+    ) -> Placement:
+        """down = Σᵖ V and up = W Vᵀ Σ⁻ᵖ, as `place` makes them, followed by what is accumulated."""
+        return place(basis, matrix, stored, weight, power=self.power, accumulated=accumulated)
 
-        Raises:
-            ValueError: the adapter is not placed.
+    def _acting(self, difference: Tensor, dtype: torch.dtype, *, filled: bool) -> Tensor:
+        """What acts between down and up: s (M − I), and beside it the identity for what is accumulated.
+
+        Args:
+            difference: M − I with its zero padding.
+            filled: whether to pad the result with zeros to the size of the factors.
         """
         placement = self.placement
-        if placement is None:
-            raise ValueError(
-                "The subspace of an adapter is not placed on its layer yet: call the whole model once instead of the "
-                "layer alone, so that all subspaces are found on the base's weights."
-            )
-        down, up = placement.down, placement.up
-        if down.dtype == dtype and down.device == device:
-            return down, up
-        return down.to(device, dtype), up.to(device, dtype)
+        if placement is None or not placement.accumulated:
+            return self._scaled(difference if filled else self._own(difference), dtype)
+        own = self._scaled(self._own(difference), dtype)
+        zeros = len(placement.down) - self.size - placement.accumulated
+        ones = torch.eye(placement.accumulated, dtype=dtype, device=own.device) * self.relative_scale
+        filling = [own.new_zeros(zeros, zeros)] if filled else []
+        acting: Tensor = torch.block_diag(own, ones, *filling)  # type: ignore[no-untyped-call]
+        return acting
+
+    @property
+    def placement_key(self) -> Hashable:
+        """The rank, and how the singular values are split."""
+        return self.size, self.power
 
     def output(
         self,
@@ -149,7 +233,8 @@ class SubspaceAdapter(Adapter):
             down = down[:, of_x.span]
         if of_result is not None:
             up = up[of_result.span]
-        return subspace_update(x.to(dtype), self._scaled(tensors[0], dtype), result, (down, up), of_x, of_result)
+        update = self._acting(tensors[0], dtype, filled=True)
+        return subspace_update(x.to(dtype), update, result, (down, up), of_x, of_result)
 
     def fused(self, x: Tensor, tensors: tuple[Tensor, ...], linear: FrozenLinear) -> Tensor | None:
         """x Wᵀ + b with its update; None under autocast, with dropout, or if x does not have the dtype of W."""
@@ -159,12 +244,13 @@ class SubspaceAdapter(Adapter):
         # Adding the update to the input saves work if in < out. But it needs ∂L/∂x, which a first layer does not
         # compute, and half precision would round a small update away in x; in both cases it is added to the output.
         on_input = (
-            not self.power
+            self.power == 0.0
+            and not self.accumulated_rank
             and weight.shape[1] < weight.shape[0]
             and x.dtype in _WIDE
             and (x.requires_grad or not torch.is_grad_enabled())
         )
-        update, factors = self._scaled(tensors[0], x.dtype), self.factors(x.dtype, x.device)
+        update, factors = self._acting(tensors[0], x.dtype, filled=True), self.factors(x.dtype, x.device)
         if kernels := decoding_kernels(x, weight, bias, factors):
             down, up = self._absorbed(tensors[0], update, factors)
             rows: Tensor | None = kernels.linear_with_update(x.reshape(1, -1), weight, bias, down, up)
@@ -194,38 +280,30 @@ class SubspaceAdapter(Adapter):
         drop: bool = False,
         rows: Tensor | None = None,
         at: Tensor | None = None,
+        multiple: Tensor | None = None,
     ) -> Tensor:
-        """W + s·up (M − I)ᵀ down."""
-        (down, up), rank = self.factors(matrix.dtype, matrix.device), self.size
-        down, up, update = down[..., :rank, :], up[..., :rank], self._scaled(self._own(tensors[0]), matrix.dtype)
+        """W + s·up (M − I)ᵀ down, and with it what is accumulated."""
+        (down, up), rank = self.factors(matrix.dtype, matrix.device), self.size + self.accumulated_rank
+        down, up, update = down[..., :rank, :], up[..., :rank], self._acting(tensors[0], matrix.dtype, filled=False)
         if matrix.ndim == 3 and at is not None:
             down, up = down.index_select(0, at), up.index_select(0, at)
         if rows is None:
             return matrix + (up @ update.mT) @ down
         # Recomputed from the rows (up = W downᵀ, divided if the singular values are split), so that any factor by which
         # the look-up multiplies rows of W also multiplies their update.
-        up = rows @ (down / down.square().sum(1, keepdim=True)).mT
+        # Where up does not follow from W by the rows, they are read, and multiplied by that factor.
+        if (self.accumulated_rank or self.power is None) and at is not None:
+            up = up.index_select(0, at)
+            up = up if multiple is None else up * multiple
+        else:
+            up = rows @ (down / down.square().sum(1, keepdim=True)).mT
         return torch.addmm(matrix, up @ update.mT, down)
 
     def low_rank(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """s·up (M − I)ᵀ and down."""
-        wide = torch.promote_types(matrix.dtype, torch.float32)
-        down, up = self.factors(wide, matrix.device)
-        return up[:, : self.size] @ self._scaled(self.difference(), wide).mT, down[: self.size]
-
-    @property
-    def has_low_rank(self) -> bool:
-        """True: a subspace update has rank r."""
-        return True
-
-    def set_scale(self, scale: float) -> None:
-        """Multiply the configured scale of the update by `scale`; 0 gives the base's layer."""
-        self.scale = self.configured_scale * scale
-
-    @property
-    def relative_scale(self) -> float:
-        """The current scale divided by the configured one."""
-        return self.scale / self.configured_scale
+        """s·up (M − I)ᵀ and down; if the subspace has moved, followed by what is accumulated."""
+        dtype = torch.promote_types(matrix.dtype, torch.float32)
+        (down, up), rank = self.factors(dtype, matrix.device), self.size + self.accumulated_rank
+        return up[:, :rank] @ self._acting(self.tensors()[0], dtype, filled=False).mT, down[:rank]
 
     @property
     def form_key(self) -> Hashable:
@@ -234,10 +312,18 @@ class SubspaceAdapter(Adapter):
 
     def describe(self) -> str:
         """The rank."""
-        return f"rank {self.size}"
+        more = self.accumulated_rank
+        return f"rank {self.size}, {more} more accumulated" if more else f"rank {self.size}"
 
-    def _apply(self, fn: Any, recurse: bool = True) -> SubspaceAdapter:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.placement is not None:
-            self.placement = self.placement.moved(fn)
-        return self
+    def identity(self) -> dict[str, Tensor]:
+        """The values of the parameters at which M is the identity: ones for those that start at 1, zeros for others.
+
+        Raises:
+            ValueError: M is not the identity there.
+        """
+        ones = getattr(self, "near_one", ())
+        parameters = {name: p.detach() for name, p in self.named_parameters()}
+        values = {name: torch.full_like(p, float(name in ones)) for name, p in parameters.items()}
+        if bool(self.difference_of(wide(tuple(values), tuple(values.values()))).any()):
+            raise ValueError(f"{type(self).__name__} is not the identity where its parameters are zero.")
+        return values

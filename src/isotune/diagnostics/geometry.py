@@ -136,6 +136,27 @@ def energy_captured(matrix: Tensor, basis: Tensor) -> float:
     return inside / total if total > 0 else 1.0
 
 
+def interference(change: Tensor, left: Tensor, right: Tensor) -> float:
+    """ρ_k: the share of ‖ΔW‖_F² that lies in the span of the k strongest singular vectors of W, ‖Uᵀ ΔW Vᵀ‖² / ‖ΔW‖².
+
+    Args:
+        change: ΔW, (out, in).
+        left: U, (out, k), orthonormal columns.
+        right: V, (k, in), orthonormal rows.
+
+    Returns:
+        From 0, where ΔW leaves the matrix in these directions alone, to 1, where it changes nothing else; 0 for no
+        change.
+
+    Source: Xiong and Xie, OPLoRA (AAAI 2026, arXiv 2510.13003), whose abstract calls ρ_k the alignment of an update
+    with the dominant directions. Its formula is not public beyond that; this one is ours.
+    """
+    wide = _wide(change)
+    total = float(torch.linalg.vector_norm(wide)) ** 2
+    inside = float(torch.linalg.vector_norm(_wide(left).T @ wide @ _wide(right).T)) ** 2
+    return inside / total if total > 0 else 0.0
+
+
 def factored_singular_values(up: Tensor, down: Tensor) -> Tensor:
     """The nonzero singular values of ΔW = up · down, from the factors alone.
 

@@ -5,24 +5,32 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from isotune.adapter.lowrank import left_vectors
 from isotune.adapter.rotation import RotationAdapter
 from isotune.diagnostics import geometry
 from isotune.diagnostics.turn import MAX_DENSE, basis_of, turn, turned_weights
 from isotune.files.adapter import ADAPTER, AdapterFile, describe, named_base, read_config
-from isotune.methods.config import SubspaceConfig
+from isotune.methods.subspace import BasisConfig, SubspaceConfig
+from isotune.subspace.cache import SubspaceCache
+from isotune.subspace.pinning import CANDIDATE_TOLERANCE
+from isotune.subspace.result import SubspaceRequest
+from isotune.subspace.solvers import principal_subspaces
 from isotune.tuner.layer import Layer
 
 MISSING_BASE = (
     "Not shown without the base model (--base MODEL): energy captured, size and ranks of the update, and how far the "
     "angles of the principal weights changed."
 )
+
+TOP = 16
+"""k of ρ_k for an adapter that preserves no triplets of its own."""
 
 Range = tuple[float, float]
 
@@ -33,11 +41,11 @@ class LayerReport:
 
     module: str
     rank: int
-    """Rank of the principal subspace, or the number of inputs that a rotation acts on."""
-    orthogonality_error: float
-    """Largest entry of |RᵀR − I|; large by design for a free matrix."""
+    """Rank of the update, or the number of inputs that a rotation acts on."""
+    orthogonality_error: float | None
+    """Largest entry of |RᵀR − I|; large by design for a free matrix, None for an update without an operator."""
     largest_angle: float | None
-    """Largest rotation angle of R, degrees; None for a free matrix or if it would take too long."""
+    """Largest rotation angle of R, degrees; None for a free matrix, without one, or if it would take too long."""
     alpha: Range | None
     """Smallest and largest entry."""
     beta: Range | None
@@ -54,7 +62,14 @@ class LayerReport:
     """Ranks of ΔW as defined in isotune.diagnostics.geometry."""
     angle_moved_largest: float | None = None
     angle_moved_mean: float | None = None
+    """Change of the angles between the rows of the principal weight P V, or of W if all of it changes, degrees."""
+    top: int | None = None
+    """k of the next."""
+    interference: float | None = None
+    """ρ_k, the share of ‖ΔW‖_F² in the span of the k strongest singular vectors of W; None if ΔW is zero."""
     """Change of the angles between the rows of the principal weight P V, or of W under a rotation, degrees."""
+    accumulated_rank: int | None = None
+    """Rank of the update accumulated on earlier subspaces; None if the subspace has never moved."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +83,26 @@ class AdapterReport:
     parameters: int
     """Trainable parameters in the adapted layers."""
     layers: list[LayerReport]
+    of_rank: bool = True
+    """Whether `rank` is that of an update; if not, the width of a rotation."""
     subspaces: bool = True
-    """Whether the method acts on principal subspaces; if not, it rotates all inputs."""
+    """Whether the method acts on principal subspaces."""
+    moves: int = 0
+    """The number of the boundary at which the subspaces last moved."""
 
     def summary(self) -> str:
         """One line about all layers."""
         ranks = sorted({layer.rank for layer in self.layers})
         shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         parts = [
-            f"{self.method}: {len(self.layers)} layers of {'rank' if self.subspaces else 'width'} {shown}, "
+            f"{self.method}: {len(self.layers)} layers of {'rank' if self.of_rank else 'width'} {shown}, "
             f"{self.parameters:,} trainable parameters",
-            f"orthogonality error at most {_most(self.layers, 'orthogonality_error'):.1e}",
         ]
+        if any(layer.orthogonality_error is not None for layer in self.layers):
+            parts.append(f"orthogonality error at most {_most(self.layers, 'orthogonality_error'):.1e}")
+        if self.moves:
+            kept = sorted(layer.accumulated_rank or 0 for layer in self.layers)
+            parts.append(f"moved {self.moves} times, with accumulated updates of rank {kept[0]} to {kept[-1]}")
         if any(layer.largest_angle is not None for layer in self.layers):
             parts.append(f"rotated by at most {_most(self.layers, 'largest_angle'):.1f}°")
         if self.base is not None:
@@ -87,6 +110,11 @@ class AdapterReport:
                 energies = [layer.energy for layer in self.layers if layer.energy is not None]
                 parts.append(f"principal subspaces hold {min(energies):.0%} to {max(energies):.0%} of the energy")
             parts.append(f"update at most {_most(self.layers, 'relative_norm'):.1%} of the weight")
+            if any(layer.interference is not None for layer in self.layers):
+                tops = sorted({layer.top for layer in self.layers if layer.top is not None})
+                k = str(tops[0]) if len(tops) == 1 else f"{tops[0]} to {tops[-1]}"
+                share = _most(self.layers, "interference")
+                parts.append(f"at most {share:.1%} of it in the {k} strongest directions")
             what = "principal weights" if self.subspaces else "weights"
             parts.append(f"angles of {what} changed by at most {_most(self.layers, 'angle_moved_largest'):.2g}°")
         return "; ".join(parts) + "."
@@ -98,7 +126,11 @@ class AdapterReport:
 
 
 def inspect(
-    directory: str | os.PathLike[str], base: nn.Module | str | None = None, *, trust_remote_code: bool = False
+    directory: str | os.PathLike[str],
+    base: nn.Module | str | None = None,
+    *,
+    top: int | None = None,
+    trust_remote_code: bool = False,
 ) -> AdapterReport:
     """Measure an isotune adapter folder, with its base model if there is one.
 
@@ -106,13 +138,17 @@ def inspect(
         directory: the adapter's folder.
         base: the base model or its name; by default the one that the adapter's configuration names. If that cannot be
             loaded, the report is limited to what the file alone shows.
+        top: k of ρ_k, at most the smaller side of each weight; by default the number of triplets that an adapter
+            preserves, or else TOP.
         trust_remote_code: whether to run code from the base model's repository.
 
     Raises:
         AdapterFileError: the folder is not a valid isotune adapter.
         BaseMismatchError: the base is not the one the adapter was trained on.
-        ValueError: the base that was asked for cannot be loaded.
+        ValueError: the base that was asked for cannot be loaded, or `top` is below 1.
     """
+    if top is not None and top < 1:
+        raise ValueError(f"top={top} is not allowed; it must be at least 1, the number of strongest directions.")
     file = describe(directory)
     raw = read_config(directory)
     name = base if isinstance(base, str) else raw.get("base_model_name_or_path")
@@ -126,13 +162,25 @@ def inspect(
     placed = {} if model is None else file.place(model)
     parameters = sum(t.numel() for layer in file.layers.values() for k, t in layer.items() if "_operator." in k)
     with torch.no_grad():
-        layers = [_measure(file, module, placed.get(module)) for module in file.layers]
+        strongest = _strongest(placed, top)
+        layers = [_measure(file, module, placed.get(module), strongest.get(module)) for module in file.layers]
     label = None if model is None else str(name or type(model).__name__)
-    subspaces = isinstance(file.config, SubspaceConfig)
-    return AdapterReport(str(directory), str(raw["peft_type"]), label, parameters, layers, subspaces)
+    kinds = isinstance(file.config, BasisConfig), isinstance(file.config, SubspaceConfig)
+    moves = max((int(tensors.get("isotune_form.moves", 0)) for tensors in file.layers.values()), default=0)
+    return AdapterReport(str(directory), str(raw["peft_type"]), label, parameters, layers, *kinds, moves)
 
 
-def _measure(file: AdapterFile, module: str, layer: Layer | None) -> LayerReport:
+def _strongest(layers: Mapping[str, Layer], top: int | None) -> dict[str, Tensor]:
+    """V, (k, in), of the weight of each layer."""
+    requests = []
+    for name, layer in layers.items():
+        k = min(top or getattr(layer.adapter(ADAPTER), "preserved", TOP), layer.in_features, layer.out_features)
+        requests.append(SubspaceRequest(layer.unmerged_matrix, k, f"module {name!r}"))
+    found = principal_subspaces(requests, tolerance=CANDIDATE_TOLERANCE, cache=SubspaceCache())
+    return {name: subspace.basis for name, subspace in zip(layers, found, strict=True)}
+
+
+def _measure(file: AdapterFile, module: str, layer: Layer | None, strongest: Tensor | None) -> LayerReport:
     operator: Any = file.operator(module)
     turned = turn(operator)
     rotates = isinstance(operator, RotationAdapter)
@@ -143,8 +191,9 @@ def _measure(file: AdapterFile, module: str, layer: Layer | None) -> LayerReport
         largest_angle=None if turned.angles is None else math.degrees(float(turned.angles[0])),
         alpha=None if rotates else _range(getattr(operator, "input_scale", None)),
         beta=_range(operator.gain if rotates else getattr(operator, "output_scale", None)),
+        accumulated_rank=file.config.accumulated_rank(module),
     )
-    if layer is None:
+    if layer is None or strongest is None:
         return report
     weight = layer.unmerged_matrix().float()
     before, after = turned_weights(layer, ADAPTER)
@@ -152,15 +201,20 @@ def _measure(file: AdapterFile, module: str, layer: Layer | None) -> LayerReport
     values: Tensor | None
     if rotates:
         change = after - before
+        change = change.mT if operator.side == "output" else change
         norm = float(torch.linalg.vector_norm(change))
         values = torch.linalg.svdvals(change) if min(change.shape) <= MAX_DENSE else None
     else:
         up, down = layer.low_rank(ADAPTER)
         values = geometry.factored_singular_values(up, down)
-        norm = float(torch.linalg.vector_norm(values))
-        placement, energy = layer.subspace(ADAPTER).placement, geometry.energy_captured(weight, basis_of(down))
+        norm, change = float(torch.linalg.vector_norm(values)), up @ down
+    if layer.bases(ADAPTER):
+        placement = layer.subspace(ADAPTER).placement
         assert placement is not None
+        own = placement.down[: operator.basis_rank]
+        energy = geometry.energy_captured(weight, basis_of(own)) if operator.principal else None
         report = dataclasses.replace(report, base_residual=placement.residual, energy=energy)
+    share = geometry.interference(change, left_vectors(weight @ strongest.mT), strongest)
     return dataclasses.replace(
         report,
         update_norm=norm,
@@ -169,6 +223,8 @@ def _measure(file: AdapterFile, module: str, layer: Layer | None) -> LayerReport
         entropy_rank=None if values is None else geometry.entropy_rank(values),
         angle_moved_largest=math.degrees(moved.largest),
         angle_moved_mean=math.degrees(moved.mean),
+        top=len(strongest),
+        interference=share if norm > 0 else None,
     )
 
 

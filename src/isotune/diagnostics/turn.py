@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.operator import Adapter
+from isotune.adapter.operator import Adapter, Operator
 from isotune.adapter.rotation import RotationAdapter
 from isotune.adapter.subspace import SubspaceAdapter
 from isotune.algebra.factors import BlockDiagonal, LowRank
@@ -21,10 +21,10 @@ MAX_DENSE = 1536
 class Turn(NamedTuple):
     """How an operator rotates its space."""
 
-    orthogonality_error: float
-    """Largest entry of |RᵀR − I|; large by design for a free matrix."""
+    orthogonality_error: float | None
+    """Largest entry of |RᵀR − I|; large by design for a free matrix, None for an update without an operator."""
     angles: Tensor | None
-    """(n,), float64, radians, largest first; None for a free matrix or if it would take too long."""
+    """(n,), float64, radians, largest first; None for a free matrix, without one, or if it would take too long."""
 
 
 @torch.no_grad()
@@ -32,9 +32,11 @@ def turn(operator: Adapter, *, max_dense: int = MAX_DENSE) -> Turn:
     """The orthogonality error and the rotation angles of an operator, ignoring its scaling vectors.
 
     Args:
-        operator: an operator on a subspace, or on all inputs or outputs.
+        operator: an operator on a subspace, or on all inputs or outputs; any other adapter turns nothing.
         max_dense: largest n at which a chain of factors is multiplied out to find its angles.
     """
+    if not isinstance(operator, Operator):
+        return Turn(None, None)
     if isinstance(operator, SubspaceAdapter):
         generator = getattr(operator, "generator", None)
         matrix = (
@@ -68,18 +70,19 @@ def turned_weights(layer: Layer, adapter_name: str) -> tuple[Tensor, Tensor]:
         adapter_name: one of its adapters.
 
     Returns:
-        For a subspace, the principal weight P = W Vᵀ in the subspace's coordinates, (out, r) each; for a rotation of
-        all inputs, W, (out, in) each; for a rotation of all outputs, Wᵀ. The angles between rows and the norms of rows
-        are those of P V, W or Wᵀ.
+        For an operator on a subspace, the principal weight P = W Vᵀ in the subspace's coordinates, (out, r) each, with
+        what is accumulated on earlier subspaces in W; for a rotation of all outputs, Wᵀ; for anything else W, (out, in)
+        each. The angles between rows and the norms of rows are those of P V, W or Wᵀ.
     """
-    weight, side = layer.unmerged_matrix().float(), layer.adapter(adapter_name).side
-    if side is not None:
+    weight, adapter = layer.unmerged_matrix().float(), layer.adapter(adapter_name)
+    if not adapter.principal:
         turned = layer.fold([adapter_name], weight)
-        return (weight.mT, turned.mT) if side == "output" else (weight, turned)
+        return (weight.mT, turned.mT) if adapter.side == "output" else (weight, turned)
     up, down = layer.low_rank(adapter_name)
-    basis = basis_of(down)
-    principal = weight @ basis.T
-    return principal, principal + up.float() @ (down.float() @ basis.T)
+    up, down, size = up.float(), down.float(), layer.adapter(adapter_name).size
+    basis = basis_of(down[:size])
+    principal = weight @ basis.T + up[:, size:] @ (down[size:] @ basis.T)
+    return principal, principal + up[:, :size] @ (down[:size] @ basis.T)
 
 
 def basis_of(down: Tensor) -> Tensor:

@@ -30,8 +30,9 @@ def adapter_geometry(model: nn.Module, adapter_name: str | None = None) -> dict[
     Returns:
         What JSON can hold, angles in degrees: "strict" (angles between rows and norms of the turned weights are kept in
         all layers), "subspaces" (the turned weights are the principal ones, else the whole), "layers" with a row each
-        ("rotation" is None for a free matrix and where finding it takes too long), and "heat_maps" of the layer whose
-        angles moved most and of the middle one: of some rows the angles of every pair i < j, row by row.
+        ("rotation" is None for a free matrix, without one, and where finding it takes too long; "orthogonality_error"
+        is None without one), and "heat_maps" of the layer whose angles moved most and of the middle one: of some rows
+        the angles of every pair i < j, row by row.
     """
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     if adapter_name is None:
@@ -44,7 +45,7 @@ def adapter_geometry(model: nn.Module, adapter_name: str | None = None) -> dict[
     chosen = list(dict.fromkeys([order[0], order[len(order) // 2]]))[:MAPS]
     return {
         "format": FORMAT,
-        "subspaces": layers[0].adapter(adapter_name).additive,
+        "subspaces": layers[0].adapter(adapter_name).principal,
         "strict": all(math.radians(row["angles_moved"]["largest"]) <= _KEPT for row in rows)
         and all(row["norms_moved"]["largest"] <= _KEPT for row in rows),
         "layers": rows,
@@ -65,7 +66,7 @@ def _row(layer: Layer, adapter_name: str) -> dict[str, Any]:
     return {
         "module": layer.key,
         "size": operator.size,
-        "orthogonality_error": _short(turned.orthogonality_error),
+        "orthogonality_error": None if turned.orthogonality_error is None else _short(turned.orthogonality_error),
         "rotation": rotation,
         "angles_moved": {"largest": _short(math.degrees(angles.largest)), "mean": _short(math.degrees(angles.mean))},
         "norms_moved": {"largest": _short(norms.largest), "mean": _short(norms.mean)},

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from isotune.experiments.files import packaged_object
+from isotune.experiments.methods import SIZE_CHOICES
 from isotune.experiments.recipe import Method, Recipe
 from isotune.experiments.registry import entry
 
@@ -22,7 +23,7 @@ def match(method: Method, target: int, count: Callable[[Method], int]) -> Method
     """
     known = entry(method.name)
     option = known.size_option
-    if option is None or option in method.options:
+    if option is None or option in method.options or method.options.keys() & {*SIZE_CHOICES}:
         return method
     counted: dict[int, int | None] = {}
 

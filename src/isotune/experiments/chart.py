@@ -8,6 +8,7 @@ from typing import Any
 
 from isotune.experiments.measure import LEVEL
 from isotune.experiments.records import number
+from isotune.whole_files import written_whole
 
 INK, OWN = "#7b8088", "#3f7fd0"
 """Of text, and of the recipe's own method; both stand out from white and from black, as the picture has no ground."""
@@ -47,8 +48,8 @@ def draw(metric: str, data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
     axes.tick_params(colors=INK, length=0)
     axes.grid(axis="x", color=INK, alpha=0.3)
     axes.spines[:].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, transparent=True)
+    with written_whole(path) as partial:
+        figure.savefig(partial, transparent=True)
 
 
 def _named(row: Mapping[str, Any]) -> str:

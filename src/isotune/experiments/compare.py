@@ -14,6 +14,7 @@ from isotune.experiments.execute import check_extras
 from isotune.experiments.recipe import Recipe, RecipeError, validate
 from isotune.experiments.schedule import Schedule, Variant
 from isotune.experiments.text import YamlError, from_yaml, shown
+from isotune.methods import checks
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,10 @@ class Options:
 
 def whole_number(text: str) -> int:
     """A number of parameters such as 80000, 80k or 1.2M."""
-    unit = {"k": 1_000, "m": 1_000_000, "g": 1_000_000_000}.get(text[-1:].lower(), 1)
     try:
-        return round(float(text[:-1] if unit > 1 else text) * unit)
-    except (ValueError, OverflowError) as error:
-        raise RecipeError(f"a number of parameters is such as 80000, 80k or 1.2M, not {text!r}") from error
+        return checks.whole_number("--match-params", text)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def split_methods(text: str) -> list[str]:

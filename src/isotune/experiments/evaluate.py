@@ -9,6 +9,7 @@ from typing import Any
 
 from isotune.experiments.files import write_json
 from isotune.experiments.language import language_model
+from isotune.experiments.records import number
 from isotune.experiments.text import aligned
 from isotune.files.base_model import quiet
 
@@ -24,7 +25,7 @@ def evaluate(
     include: str | None = None,
     output: str | None = None,
     trust_remote_code: bool = False,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """Score an adapter, on its base model, on tasks that lm-evaluation-harness knows by name.
 
     Args:
@@ -39,7 +40,8 @@ def evaluate(
         trust_remote_code: run code that the base model's repository carries.
 
     Returns:
-        {task: {metric: value}}, standard errors included.
+        {task: {metric: value}}, standard errors included; None where the harness has no number, as for the error of
+        one question.
 
     Raises:
         ValueError: the harness is not installed, does not know a task, or the adapter does not fit.
@@ -67,7 +69,11 @@ def evaluate(
         )
     assert found is not None  # None comes from the other processes of a distributed run
     scores = {
-        task: {key.removesuffix(",none"): value for key, value in row.items() if isinstance(value, int | float)}
+        task: {
+            key.removesuffix(",none"): number(value) if isinstance(value, float) else value
+            for key, value in row.items()
+            if isinstance(value, int | float)
+        }
         for task, row in found["results"].items()
     }
     if output is not None:
@@ -87,5 +93,6 @@ def table(scores: dict[str, dict[str, Any]]) -> str:
                 continue
             error = row.get(f"{name}_stderr{comma}{how}")
             spread = f" ± {error:.4f}" if isinstance(error, float) else ""
-            lines.append((task, f"{name} ({how})" if how else name, f"{value:.4f}{spread}"))
+            shown = "no number" if value is None else f"{value:.4f}{spread}"
+            lines.append((task, f"{name} ({how})" if how else name, shown))
     return "\n".join(line.rstrip() for line in aligned(lines, "<<<"))

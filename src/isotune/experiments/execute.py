@@ -84,7 +84,8 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     measure.reset_peak_memory()
     began = time.perf_counter()
     with quiet():
-        model = methods.attach(run.method, model, head, task.peft_type)
+        method = methods.with_sizes(run.method, model, head, task.peft_type, task.inputs)
+        model = methods.attach(method, model, head, task.peft_type)
     setup += time.perf_counter() - began
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     in_head = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and loop.is_head(n, head))

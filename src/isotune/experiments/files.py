@@ -6,15 +6,14 @@ import contextlib
 import errno
 import functools
 import json
-import os
 import re
-import secrets
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from isotune.experiments.text import first_line, from_json, shown
+from isotune.whole_files import written_whole
 
 # What torch says, as a RuntimeError, where its own writer fails.
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter|iostream|inline_container|unexpected pos")
@@ -61,19 +60,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically: `path` holds either what it held before or all of the new text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The temporary file lies beside the target, as os.replace is atomic only within one file system.
-    # It is opened by name and not by mkstemp, whose files no one else may read.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    try:
-        with temporary.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from isotune.experiments.recipe import LESS_IS_BETTER
 from isotune.experiments.run import Run
 from isotune.experiments.tracking import tracked
 from isotune.files.base_model import quiet
+from isotune.moving import MovingSchedule
 from isotune.tools.regularization import has_regularization, regularization_callback
 
 _CHECKPOINTING = next(
@@ -135,6 +136,7 @@ def train(
     processes.wait_for_all()
     resume = last_checkpoint(folder)
     regularizers = [regularization_callback()] if has_regularization(model) else []
+    schedules = [MovingSchedule(**settings.moving.model_dump())] if settings.moving else []
     with tracked(run) as tracking:
         arguments = task.arguments(
             output_dir=str(folder),
@@ -176,7 +178,7 @@ def train(
             train_dataset=task.train,
             eval_dataset=task.validation or None,
             compute_metrics=task.measured if task.examine is None else None,
-            callbacks=[progress, *regularizers, *callbacks],
+            callbacks=[progress, *regularizers, *schedules, *callbacks],
             **task.options,
         )
         trainer.remove_callback(PrinterCallback)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -15,6 +15,8 @@ from isotune.experiments.registry import HEADS, entry, is_plain
 from isotune.experiments.text import shown
 from isotune.methods import METHODS
 
+SIZE_CHOICES = ("rank_budget", "rank_energy", "rank_measure")
+"""Options by which sizes are chosen, in the place of which chosen sizes stand."""
 # Set by the loop itself, from the task and the model.
 _RESERVED = ("task_type", "inference_mode", "modules_to_save", "peft_type", "auto_mapping", "peft_version")
 
@@ -68,7 +70,7 @@ def adapter_config(name: str, **options: Any) -> Any:
     """The adapter configuration of a method: one of isotune's, or of PEFT's lora, rslora, dora, pissa and vera.
 
     Unless the options say otherwise all linear layers are adapted and the scale of the update is one:
-    `lora_alpha` equals the rank, as isotune's `psoft_alpha` does of itself.
+    PEFT's `lora_alpha` equals the rank, as isotune's alphas do of themselves.
 
     Raises:
         TypeError: an option that the class does not have.
@@ -77,7 +79,7 @@ def adapter_config(name: str, **options: Any) -> Any:
     cls, fixed = _config_class(name)
     hints = typing.get_type_hints(cls)
     values = {key: _adapter(hints[key]).validate_python(value) for key, value in options.items() if key in hints}
-    if "lora_alpha" in hints:
+    if "lora_alpha" in hints and cls not in METHODS.values():
         values.setdefault("lora_alpha", values.get("r", inspect.signature(cls).parameters["r"].default))
     return cls(**{"target_modules": "all-linear", **values, **fixed})
 
@@ -98,7 +100,43 @@ def attach(method: Method, model: Any, head: list[str], peft_type: str | None) -
         return model
     import peft
 
+    return peft.get_peft_model(model, _config_for(method, head, peft_type))
+
+
+def _config_for(method: Method, head: list[str], peft_type: str | None) -> Any:
+    import peft
+
     config = adapter_config(method.name, **method.options)
     config.task_type = peft_type and peft.TaskType(peft_type)
     config.modules_to_save = [name for name in head if peft_type != "SEQ_CLS" or name not in HEADS]
-    return peft.get_peft_model(model, config)
+    return config
+
+
+def chooses_sizes(method: Method) -> bool:
+    """Whether the options of a method ask for sizes that are chosen for the model."""
+    return not is_plain(method.name) and getattr(adapter_config(method.name, **method.options), "chooses_sizes", False)
+
+
+def with_sizes(
+    method: Method,
+    model: Any,
+    head: list[str],
+    peft_type: str | None,
+    inputs: Callable[[], Iterable[Mapping[str, Any]]],
+) -> Method:
+    """The method with the sizes that its options ask for, chosen for a base model; itself if they ask for none.
+
+    Args:
+        method: a checked method.
+        model: the base model with its weights, which is not changed.
+        head, peft_type: as in `attach`.
+        inputs: what makes batches as the model takes them, for sizes by the energy of activations.
+    """
+    from isotune.tools.ranks import choose_ranks
+
+    if not chooses_sizes(method):
+        return method
+    config = _config_for(method, head, peft_type)
+    found = choose_ranks(model, config, data=inputs() if config.by_activations else None)
+    kept = {key: value for key, value in method.model_dump().items() if key not in SIZE_CHOICES}
+    return Method.model_validate({**kept, **found.options})

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from isotune.experiments import processes
+from isotune.experiments import methods, processes
 from isotune.experiments.planning.estimate import Built, estimate
 from isotune.experiments.planning.setting import Setting
 from isotune.experiments.planning.show import size
@@ -27,22 +27,23 @@ def preview(schedule: Schedule) -> dict[str, Any]:
     task, recipe = schedule.task, schedule.recipe
     rows = []
     for variant in schedule.variants:
-        settings = recipe.training(variant.method)
+        settings, method = recipe.training(variant.method), variant.method
+        built = None
+        # The class of a language model is named by its configuration, so that no weights need be loaded.
+        if methods.chooses_sizes(method) or task.peft_type != "CAUSAL_LM" or gguf_of(resolve_base(recipe.model)):
+            model, head = task.build()
+            method = methods.with_sizes(method, model, head, task.peft_type, task.inputs)
+            built = Built(model.to("meta"), recipe.dtype, head, task.peft_type)
         setting = Setting(
             model=recipe.model,
-            method=variant.method.name,
-            options=variant.method.options,
+            method=method.name,
+            options=method.options,
             dtype=recipe.dtype,
             batch=task.sequences * processes.share_of(settings.batch_size // settings.gradient_accumulation),
             sequence=settings.max_length,
             checkpointing=settings.gradient_checkpointing,
             new_head=True,
         )
-        built = None
-        # The class of a language model is named by its configuration, so that no weights need be loaded.
-        if task.peft_type != "CAUSAL_LM" or gguf_of(resolve_base(recipe.model)):
-            model, head = task.build()
-            built = Built(model.to("meta"), recipe.dtype, head, task.peft_type)
         found = estimate(setting, built)
         rows.append(
             {

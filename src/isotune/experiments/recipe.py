@@ -132,7 +132,7 @@ class Data(_Section):
     of training examples that become the validation set, and as many more become the test set where there is none.
     """
 
-    builtin: Literal["stdlib-docstrings"] | None = None
+    builtin: Literal["stdlib-docstrings", "stdlib-word-order"] | None = None
     hub: HubData | None = None
     files: FileData | None = None
     path: str | None = None
@@ -177,11 +177,23 @@ class Method(BaseModel):
 MethodSpec = Annotated[Method, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)]
 
 
+class Moving(_Section):
+    """Subspaces that move during training; the keys are the options of `isotune.moving.MovingSchedule`."""
+
+    every: Count = 1
+    unit: Literal["step", "epoch"] = "epoch"
+    select: Literal["top", "bottom", "band"] = "top"
+    optimizer_state: Literal["reset", "keep", "project"] = "reset"
+    max_rank: Count | None = None
+    seed: Seed = 0
+
+
 class Train(_Section):
     """How to train: AdamW with a learning rate for the adapter (several: a search) and one for the head.
 
     `batch_size` is that of an update, computed in `gradient_accumulation` equal parts; `warmup_steps` goes over
-    `warmup_ratio`. `report_to` names what the course of training is shown in besides.
+    `warmup_ratio`. `report_to` names what the course of training is shown in besides. `moving` moves
+    the subspaces of methods that have them.
     """
 
     epochs: FiniteFloat = Field(default=3, gt=0)
@@ -204,10 +216,11 @@ class Train(_Section):
     group_by_length: bool = False
     start_from_head: bool = False
     report_to: Annotated[list[Tracker], BeforeValidator(_as_list)] = Field(default_factory=list)
+    moving: Moving | None = None
 
     def described(self) -> dict[str, Any]:
         """As JSON, but for what changes no result."""
-        return self.model_dump(mode="json", exclude={"report_to"})
+        return self.model_dump(mode="json", exclude={"report_to"} if self.moving else {"report_to", "moving"})
 
     @model_validator(mode="after")
     def _whole_parts(self) -> Train:
@@ -300,7 +313,12 @@ def validate(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
         raise RecipeError(f"{where}: {_explain(error, Recipe)}") from error
     try:
         for method in recipe.methods:
-            recipe.training(method)
+            if recipe.training(method).moving and not registry.entries()[method.name].on_subspaces:
+                known = ", ".join(name for name, entry in registry.entries().items() if entry.on_subspaces)
+                raise RecipeError(
+                    f"{where}: train.moving is for methods on subspaces ({known}), and {method.name} is none; give it "
+                    "in the 'train' of those methods alone"
+                )
     except ValidationError as error:
         raise RecipeError(f"{where}: in 'train' of method {method.name}: {_explain(error, Train)}") from error
     return recipe

@@ -80,7 +80,7 @@ class Turned(Part):
     """What an adapter did to one layer, as `adapter_geometry` measured it."""
 
     module: Text
-    orthogonality_error: Size
+    orthogonality_error: Size | None = None
     rotation: Moved | None = None
     angles_moved: Moved
     norms_moved: Moved

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from isotune.methods import METHODS
+from isotune.methods.subspace import SubspaceConfig
 
 HEADS = ("classifier", "score")
 """What transformers calls the last layer of its sequence classifiers; PEFT trains and saves these by itself."""
@@ -34,6 +35,11 @@ class Entry:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     size_names: Mapping[str, str] = field(default_factory=dict)
     size_step: int = 1
+
+    @property
+    def on_subspaces(self) -> bool:
+        """Whether it is one of isotune's methods on subspaces of the weights."""
+        return self.base in METHODS and issubclass(METHODS[self.base], SubspaceConfig)
 
     @property
     def size_option(self) -> str | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from isotune.hosts.host import Fold, Host, widen
+from isotune.parallel.tensor_parallel import mesh_of
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -26,16 +27,25 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class _Rows(TorchFunctionMode):
-    """Records which rows an embedding looks up."""
+    """Records which rows an embedding looks up, and what they hold."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: Tensor | None = None
+        self.rows: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         if func is nn.functional.embedding:
-            self.found = args[0]
-        return func(*args, **(kwargs or {}))
+            self.found, self.rows = args[0], result
+        return result
+
+
+def _multiple(found: Tensor, rows: Tensor) -> Tensor:
+    """The factor between two tensors, one of which is a multiple of the other; 1 where both are zero."""
+    found, rows = widen(found.detach()), widen(rows.detach())
+    squares = rows.square().sum()
+    return torch.where(squares > 0, (found * rows).sum() / squares, 1.0)
 
 
 class EmbeddingHost(Host):
@@ -50,6 +60,11 @@ class EmbeddingHost(Host):
     folds = True
     sides = ("input",)
 
+    @property
+    def gives_rows(self) -> bool:  # type: ignore[override]
+        """Whether a process sees by what the module's own forward multiplies the rows; it may have none of them."""
+        return type(self.module).forward is nn.Embedding.forward or mesh_of(self.module) is None
+
     def check(self) -> None:
         """Also refuse max_norm."""
         super().check()
@@ -61,22 +76,26 @@ class EmbeddingHost(Host):
 
     def call_folded(self, base_layer: nn.Module, fold: Fold, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The folded rows, rounded once to the dtype of the weight."""
-        found, tokens = self._look_up(base_layer, x, *args, **kwargs)
+        found, tokens, multiple = self._look_up(base_layer, x, *args, **kwargs)
         rows = widen(found).reshape(-1, found.shape[-1])
-        folded = fold(rows, rows, tokens)
+        folded = fold(rows, rows, tokens, multiple)
         factor = self._gradient_factor(tokens, folded.dtype) if folded.requires_grad else None
         if factor is not None:
             folded = _ScaleGradient.apply(folded, factor)  # type: ignore[no-untyped-call]
         return folded.to(found.dtype).view(found.shape)
 
-    def _look_up(self, base_layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The embedding's output, and the row of W of which each output vector is a multiple."""
+    def _look_up(
+        self, base_layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The output, the row of W of which each output vector is a multiple, and this multiple; None for 1."""
         if base_layer is self.module and type(self.module).forward is nn.Embedding.forward:
-            return base_layer(x, *args, **kwargs), x.reshape(-1)
+            return base_layer(x, *args, **kwargs), x.reshape(-1), None
         with _Rows() as seen:  # learned positions, for example, look up other rows than given
             found: Tensor = base_layer(x, *args, **kwargs)
-        tokens = x if seen.found is None else seen.found
-        return found, tokens.reshape(-1)
+        if seen.found is None or seen.rows is None:
+            return found, x.reshape(-1), None
+        plain = type(self.module).forward is nn.Embedding.forward
+        return found, seen.found.reshape(-1), None if plain else _multiple(found, seen.rows)
 
     def _gradient_factor(self, tokens: Tensor, dtype: torch.dtype) -> Tensor | None:
         """A factor for each token's gradient, (tokens, 1); None if all are 1."""

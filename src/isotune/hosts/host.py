@@ -20,7 +20,7 @@ from isotune.parallel.tensor_parallel import mesh_of, split_like
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Fold = Callable[..., Tensor]
-"""fold(matrix, rows, at) -> matrix with the active adapters in it, in its own dtype; rows and at as in Adapter.fold."""
+"""fold(matrix, rows, at, multiple) -> matrix with the active adapters in it, in its own dtype; as in Adapter.fold."""
 
 
 class Kept(NamedTuple):
@@ -52,6 +52,8 @@ class Host:
     """The sides of the layer that can be rotated."""
     folds: ClassVar[bool] = False
     """Whether adapters act on W (or rows of it) at each call, since the layer does not simply multiply by W."""
+    gives_rows = True
+    """Whether, if rows of W are looked up, it is known by what they are multiplied."""
     multiplies = False
     """Whether the module only computes x Wᵀ + b from its weight and bias, so that this may be computed in its place."""
     parameter = "weight"

@@ -161,6 +161,26 @@ def require_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
         raise ValueError(f"{name}={shown(value)} is not one of {', '.join(map(repr, choices))}.{hint}")
 
 
+def whole_number(name: str, value: int | str) -> int:
+    """A number of parameters, as an integer or as a text such as "80k" or "1.2M".
+
+    Raises:
+        ValueError: it is no such number, or less than 1.
+
+    Examples:
+        >>> whole_number("rank_budget", "80k")
+        80000
+    """
+    text = str(value)
+    unit = {"k": 1_000, "m": 1_000_000, "g": 1_000_000_000}.get(text[-1:].lower(), 1)
+    try:
+        found = round(float(text[:-1] if unit > 1 else text) * unit)
+    except (ValueError, OverflowError):
+        found = 0
+    require(found >= 1, name, value, "it must be a number of parameters, such as 80000, 80k or 1.2M")
+    return found
+
+
 _OF_LORA = {
     "ensure_weight_tying": "A module in modules_to_save is trained on its own, even if the base model ties it to "
     "another; to train both, name both, such as modules_to_save=['embed_tokens', 'lm_head'].",

@@ -16,24 +16,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from isotune.adapter.operator import Adapter
-from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
+from isotune.adapter.subspace import SubspaceBasis
 from isotune.errors import AdapterFileError
 from isotune.internals.safetensors_files import readable
 from isotune.json_files import json_object
-from isotune.methods.checks import check_types, require, require_expressions, require_options, shown
+from isotune.methods.checks import check_types, require_expressions, require_options
 from isotune.methods.checks import require_choice as require_choice
 from isotune.methods.checks import require_positive_integer as require_positive_integer
+from isotune.methods.sizes import ChosenSize, check_budget
 from isotune.model_card import WEIGHTS, update_list, write_card
-from isotune.subspace.pinning import pin_width
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Newest version of the adapter format (docs/adapter-format.md); each file is given the lowest that can express it."""
-_SEED_LIMIT = 2**32
-"""Seeds of numpy's frozen random stream lie below this."""
 
 
 @dataclass
-class IsotuneConfig(PeftConfig):
+class IsotuneConfig(ChosenSize, PeftConfig):
     """Fields shared by all methods; each method's own dataclass adds the rest.
 
     Args:
@@ -49,6 +47,8 @@ class IsotuneConfig(PeftConfig):
             method of the same name in PEFT calls the last "oft_only", "boft_only" or "hra_only", which also works.
         fan_in_fan_out: accepted for compatibility and ignored; the layer itself says how its weight is stored.
         init_weights: True starts at the identity; False starts at a random operator, for tests.
+        rank_budget: trainable parameters of all adapted layers together, such as 80_000 or "80k", for which the layers'
+            ranks or block sizes are chosen (see the guide on ranks). Not stored in the file.
         isotune_format: version of the adapter format.
         requires: what must be done before the file is read; PEFT alone fails with KeyError: 'ISOTUNE_…'.
 
@@ -61,15 +61,13 @@ class IsotuneConfig(PeftConfig):
     """The method's name in tables, such as PSOFT; if empty, the registered name in capitals."""
     usual_learning_rate: ClassVar[float] = 1e-3
     """The learning rate around which a comparison searches for the best."""
-    size_names: ClassVar[Mapping[str, str]] = {}
-    """Options that set the adapter's size -> their letters in papers; a comparison at equal size sets the first."""
     size_step: ClassVar[int] = 1
     """The first option in `size_names` must be a multiple of this."""
     presets: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {}
     """Recipe names for this method with some options fixed -> the title and these options."""
 
     method_type: ClassVar[Any] = None
-    runtime_fields: ClassVar[tuple[str, ...]] = ()
+    runtime_fields: ClassVar[tuple[str, ...]] = ("rank_budget",)
     """Fields that apply only at run time and are never written, so that a file means the same to everyone."""
     peft_bias: ClassVar[str] = ""
     """The name of bias="isotune_only" in PEFT's own method of the same name."""
@@ -83,6 +81,7 @@ class IsotuneConfig(PeftConfig):
     bias: Literal["none", "all", "isotune_only"] = field(default="none")
     fan_in_fan_out: bool = field(default=False)
     init_weights: bool = field(default=True)
+    rank_budget: int | str | None = field(default=None)
     isotune_format: int = field(default=1)
     requires: Literal["import isotune"] = field(default="import isotune")
 
@@ -117,6 +116,7 @@ class IsotuneConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = self.method_type
         self.layers_pattern = self.layers_pattern or None
+        check_budget(self)
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError(
                 "layers_pattern is set but layers_to_transform is not; set layers_to_transform to the indices of the "
@@ -191,6 +191,7 @@ class IsotuneConfig(PeftConfig):
             save_directory: the adapter's folder.
             kwargs: as in PEFT.
         """
+        self.check_sized()
         super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
         if (folder / WEIGHTS).is_file():
@@ -207,6 +208,19 @@ class IsotuneConfig(PeftConfig):
             if isinstance(value, set):
                 stored[name] = sorted(value)  # so that the same adapter always gives the same file
         return stored
+
+    @property
+    def fits_weights(self) -> bool:
+        """Whether `fit` has something to set before a new adapter is made."""
+        return False
+
+    def fit(self, module: str, singular_values: Tensor) -> None:
+        """Set what depends on the weight of a module; only called if `fits_weights`.
+
+        Args:
+            module: the module's name in the base model.
+            singular_values: of W, or of each expert, all of them, (1 or experts, n), descending.
+        """
 
     @abstractmethod
     def build_operator(self, module: str, in_features: int, out_features: int) -> Adapter:
@@ -232,106 +246,9 @@ class IsotuneConfig(PeftConfig):
         """What the file stores of a module's subspace, still empty; None if the method has no subspace."""
         return None
 
-
-@dataclass
-class SubspaceConfig(IsotuneConfig):
-    """Fields shared by the methods that act on the principal subspace of each weight.
-
-    Args:
-        r: rank of the principal subspace; at most the smaller side of each adapted weight.
-        rank_pattern: module name or regular expression -> rank for these modules instead of r.
-        alpha_pattern: module name or regular expression -> alpha for these modules instead of the method's own.
-        basis: "pinned" stores just enough to find the subspace again on the same base model, which is checked on
-            loading (small); "embedded" stores the subspace itself (larger, exact on any base model).
-        basis_seed: seed of the fixed Gaussian matrix of the pin.
-        on_base_mismatch: "error" refuses to load a pinned adapter on another base model than it was trained on,
-            "warn" loads it anyway. Not stored in the file.
-        subspace_cache: whether to cache computed subspaces on disk (see ISOTUNE_CACHE). Not stored in the file.
-    """
-
-    runtime_fields: ClassVar[tuple[str, ...]] = ("on_base_mismatch", "subspace_cache")
-    size_names = {"r": "r"}  # noqa: RUF012 (declared as a ClassVar above)
-    alpha_option: ClassVar[str] = ""
-    """Name of the method's alpha; the update is scaled by alpha / r, and None means r."""
-
-    r: int = field(default=32)
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    basis: Literal["pinned", "embedded"] = field(default="pinned")
-    basis_seed: int = field(default=0)
-    on_base_mismatch: Literal["error", "warn"] = field(default="error")
-    subspace_cache: bool = field(default=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive_integer("r", self.r)
-        allowed = f"it must be an integer from 0 to {_SEED_LIMIT - 1}"
-        require(0 <= self.basis_seed < _SEED_LIMIT, "basis_seed", self.basis_seed, allowed)
-        require_expressions("rank_pattern", self.rank_pattern)
-        require_expressions("alpha_pattern", self.alpha_pattern)
-        for name, rank in self.rank_pattern.items():
-            require_positive_integer(f"rank_pattern[{name!r}]", rank)
-        name, alphas = self.alpha_option, (self._alpha, *self.alpha_pattern.values())
-        if name and not all(alpha is None or 0 < alpha < float("inf") for alpha in alphas):
-            raise ValueError(
-                f"{name}={self._alpha!r} with alpha_pattern={shown(self.alpha_pattern)} is not allowed; each alpha "
-                f"must be above 0 and finite, or {name} may be None, which means r."
-            )
-
-    @property
-    def _alpha(self) -> float | None:
-        return getattr(self, self.alpha_option) if self.alpha_option else None
-
-    @property
-    def solver(self) -> str:
-        """The solver that finds the subspaces: "auto", "full" or "lowrank"."""
-        return "auto"
-
-    def rank_of(self, module: str) -> int:
-        """The rank of a module: from `rank_pattern`, or else r.
-
-        Examples:
-            >>> from isotune import PsoftConfig
-            >>> PsoftConfig(r=8, rank_pattern={"q_proj": 4}).rank_of("layers.0.q_proj")
-            4
-        """
-        return int(by_pattern(self.rank_pattern, module, self.r))
-
-    def scale_of(self, module: str) -> float:
-        """The factor s of a module's update: alpha / r, each from its pattern if it names the module."""
-        alpha = by_pattern(self.alpha_pattern, module, self._alpha)
-        return 1.0 if alpha is None else float(alpha) / self.rank_of(module)
-
-    def build_basis(self, module: str, in_features: int, device: torch.device) -> SubspaceBasis:
-        """The pin or the basis of a module's subspace, still empty."""
-        rank = self.rank_of(module)
-        width = pin_width(rank, in_features) if self.basis == "pinned" else None
-        return SubspaceBasis(rank, in_features, width, device)
-
-    def build_operator(self, module: str, in_features: int, out_features: int) -> SubspaceAdapter:
-        """A new operator on the coordinates of the subspace, not placed yet.
-
-        Raises:
-            ValueError: the rank is larger than the smaller side of the weight.
-        """
-        rank, limit = self.rank_of(module), min(in_features, out_features)
-        if rank > limit:
-            raise ValueError(
-                f"r={rank} is too large for the module {module!r}, whose weight is {out_features} × {in_features}; the "
-                f"rank may be at most {limit}. Choose a smaller r, give this module its own with "
-                f"rank_pattern={{{module!r}: {limit}}}, or exclude it with exclude_modules."
-            )
-        return self.operator_of(module, {})
-
-    def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> SubspaceAdapter:
-        """A new operator of the configured rank."""
-        adapter = self.subspace_operator(self.rank_of(module))
-        adapter.configured_scale = adapter.scale = self.scale_of(module)
-        return adapter
-
-    @abstractmethod
-    def subspace_operator(self, rank: int) -> SubspaceAdapter:
-        """A new operator on r coordinates, the identity at the start, with its dropout and power."""
+    def accumulated_rank(self, module: str) -> int | None:
+        """The rank that a module has accumulated on earlier subspaces; None if they never moved."""
+        return None
 
 
 def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

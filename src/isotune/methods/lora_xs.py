@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from isotune.adapter.subspace import SubspaceAdapter
 from isotune.algebra.means import linear_mean
 from isotune.methods.checks import require_number
-from isotune.methods.config import SubspaceConfig
+from isotune.methods.subspace import SubspaceConfig
 
 _START = 8.0
 """Standard deviations beyond which normal samples practically never lie: about one in 10¹⁵."""
@@ -62,6 +62,7 @@ class LoraXsOperator(SubspaceAdapter):
     evaluated = ("coefficients",)
     orthogonal = False
     averages = {"coefficients": linear_mean}  # noqa: RUF012
+    coordinates = {"coefficients": "transposed"}  # noqa: RUF012
 
     def __init__(self, size: int, std: float = 1e-5) -> None:
         super().__init__(size)
@@ -72,8 +73,8 @@ class LoraXsOperator(SubspaceAdapter):
         return self.size
 
     def is_untrained(self) -> bool:
-        """Whether R is still as small as at the start."""
-        return bool((self.coefficients.detach().abs() <= _START * self.std).all())
+        """Whether R is still as small as at the start, and nothing is accumulated."""
+        return not self.accumulated_rank and bool((self.coefficients.detach().abs() <= _START * self.std).all())
 
     def difference_of(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """M − I = Rᵀ."""

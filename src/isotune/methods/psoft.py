@@ -17,7 +17,7 @@ from isotune.algebra.means import generator_means, linear_mean
 from isotune.algebra.skew import skew_size
 from isotune.errors import IsotuneWarning
 from isotune.methods.checks import require, require_number, require_positive_integer
-from isotune.methods.config import SubspaceConfig
+from isotune.methods.subspace import SubspaceConfig
 
 
 @dataclass
@@ -129,6 +129,7 @@ class PsoftOperator(SubspaceAdapter):
         self.neumann_terms, self.generator_bound = neumann_terms, generator_bound
         own = generator_means(generator_bound, "input_scale", "output_scale")
         self.averages = own if orthogonal else {"generator": linear_mean}
+        self.coordinates = {"generator": "skew"} if orthogonal else {}
         entries = skew_size(size) if orthogonal else (size, size)
         self.generator = nn.Parameter(torch.zeros(entries, dtype=torch.float32))
         self.input_scale = nn.Parameter(torch.ones(size, dtype=torch.float32)) if input_scale else None

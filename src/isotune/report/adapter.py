@@ -14,6 +14,7 @@ from isotune.diagnostics.inspect import MISSING_BASE, AdapterReport, LayerReport
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _FROM_FILE = (
     ("rank", "{}", "rank"),
+    ("accum.\nrank", "{}", "accumulated_rank"),
     ("orth.\nerror", "{:.0e}", "orthogonality_error"),
     ("largest\nangle °", "{:.1f}", "largest_angle"),
     ("α\nmin…max", "{:.3f}…{:.3f}", "alpha"),
@@ -23,13 +24,24 @@ _FROM_BASE = (
     ("energy\nheld", "{:.1%}", "energy"),
     ("‖ΔW‖", "{:.3g}", "update_norm"),
     ("‖ΔW‖\n/ ‖W‖", "{:.2%}", "relative_norm"),
+    ("in the top\nk", "{}", "top"),
+    ("ρ of k", "{:.1%}", "interference"),
     ("stable\nrank", "{:.1f}", "stable_rank"),
     ("entropy\nrank", "{:.1f}", "entropy_rank"),
     ("angles moved\nmax °", "{:.3g}", "angle_moved_largest"),
     ("angles moved\nmean °", "{:.3g}", "angle_moved_mean"),
 )
 """Heading, how a value is written, and the field of a layer's report."""
-_SHORT = ("rank", "orthogonality_error", "largest_angle", "energy", "relative_norm", "angle_moved_largest")
+_SHORT = (
+    "rank",
+    "accumulated_rank",
+    "orthogonality_error",
+    "largest_angle",
+    "energy",
+    "relative_norm",
+    "interference",
+    "angle_moved_largest",
+)
 SHORTENED = 20
 """How many layers the short table has."""
 
@@ -52,6 +64,8 @@ def to_text(report: AdapterReport, width: int | None = None, *, everything: bool
     from rich.table import Table
 
     columns: tuple[tuple[str, str, str], ...] = _FROM_FILE if report.base is None else _FROM_FILE + _FROM_BASE
+    if not report.moves:
+        columns = tuple(column for column in columns if column[2] != "accumulated_rank")
     layers, left_out = report.layers, 0
     if not everything:
         columns = tuple(column for column in columns if column[2] in _SHORT)
@@ -105,6 +119,7 @@ _PANELS = (
     _Panel("β: smallest and largest", "", ("beta",)),
     _Panel("Energy in the principal subspace", "share of ‖W‖²", ("energy",), percent=True),
     _Panel("Size of the update", "‖ΔW‖ / ‖W‖", ("relative_norm",), percent=True),
+    _Panel("Update in the strongest directions (ρ of k)", "share of ‖ΔW‖²", ("interference",), percent=True),
     _Panel("Rank of the update: stable (solid), entropy (dashed)", "directions", ("stable_rank", "entropy_rank")),
     _Panel(
         "Angles of principal weights moved: mean (solid), largest (dashed)",

@@ -169,13 +169,14 @@ def _geometry(comparison: Comparison) -> list[dict[str, str]]:
             continue
         layers = geometry.layers
         turned = [row.rotation.largest for row in layers if row.rotation is not None]
+        errors = [row.orthogonality_error for row in layers if row.orthogonality_error is not None]
         rows.append(
             {
                 "title": variant.title,
                 "kind": "strict" if geometry.strict else "relaxed",
                 "weight": "principal" if geometry.subspaces else "whole",
                 "turned": f"{max(turned):.1f}°" if turned else "–",
-                "error": f"{max(row.orthogonality_error for row in layers):.0e}",
+                "error": f"{max(errors):.0e}" if errors else "–",
                 "angles": f"{max(row.angles_moved.largest for row in layers):.2g}°",
                 "norms": f"{max(row.norms_moved.largest for row in layers):.2g}",
             }

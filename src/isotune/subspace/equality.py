@@ -10,7 +10,7 @@ from isotune.subspace.result import Subspace, SubspaceRequest
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-_Key = tuple[int, torch.Size, torch.dtype, torch.device, int]
+_Key = tuple[int, torch.Size, torch.dtype, torch.device, int, tuple[int, ...] | None]
 
 
 class EqualWeights:
@@ -23,9 +23,9 @@ class EqualWeights:
     def __init__(self) -> None:
         self._found: dict[_Key, list[tuple[SubspaceRequest, Subspace]]] = {}
 
-    def find(self, weight: Tensor, rank: int) -> tuple[_Key, Subspace | None]:
-        """The key under which to `add` this weight, and the subspace of an equal weight at this rank, or None."""
-        key = (checksum(weight), weight.shape, weight.dtype, weight.device, rank)
+    def find(self, weight: Tensor, rank: int, places: tuple[int, ...] | None = None) -> tuple[_Key, Subspace | None]:
+        """The key under which to `add` this weight, and the subspace of an equal weight at rank and places, or None."""
+        key = (checksum(weight), weight.shape, weight.dtype, weight.device, rank, places)
         for request, subspace in self._found.get(key, ()):
             # An earlier weight that was made by a function has been dropped since, and is made again.
             other = request.weight if isinstance(request.weight, Tensor) else request.weight()

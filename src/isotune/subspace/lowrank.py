@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from isotune.subspace.precision import exact_product
+from isotune.subspace.precision import doubled, exact_product
 from isotune.subspace.solvers import principal_subspace
 
 _FIRST_GUESS = 64
 _SMALL = 1024
 """Up to this side, all singular vectors at once cost less than guessing one rank after the other."""
 _TOLERANCE = 1e-3
+_NEGLIGIBLE = 1e-7
+"""Share of the largest singular value of a sum of updates below which a direction is rounding."""
 
 
 class Factored(NamedTuple):
@@ -97,9 +100,7 @@ def truncate_product(up: Tensor, down: Tensor, *, rank: int | None = None, energ
     vectors of R₁R₂ᵀ, at most r × r, give those of Δ.
     """
     check_truncation(rank, energy)
-    first, left = torch.linalg.qr(up.detach().double())
-    second, right = torch.linalg.qr(down.detach().double().T)
-    inner, values, outer = torch.linalg.svd(left @ right.T)
+    left, values, right = _decomposed(up, down)
     energies = values.square()
     norm = float(energies.sum()) ** 0.5
     count = len(down)
@@ -110,8 +111,44 @@ def truncate_product(up: Tensor, down: Tensor, *, rank: int | None = None, energ
     if count >= len(down):
         return Factored(up, down, 0.0, norm)
     count = min(count, len(values))
-    new_up, new_down = first @ (inner[:, :count] * values[:count]), outer[:count] @ second.T
-    return Factored(new_up.to(up), new_down.to(down), float(energies[count:].sum()) ** 0.5, norm)
+    return Factored(
+        (left[:, :count] * values[:count]).to(up),
+        right[:count].to(down),
+        float(energies[count:].sum()) ** 0.5,
+        norm,
+    )
+
+
+def joined(updates: Sequence[tuple[Tensor, Tensor]], *, rank: int | None = None) -> Factored:
+    """The sum of updates up · down as one update, exact unless its rank is limited.
+
+    Args:
+        updates: factors (out, rᵢ) and (rᵢ, in) each.
+        rank: the largest rank; None for the rank that the sum has.
+
+    Returns:
+        The factors in float64, down with orthonormal rows, and the error of the limit. Directions whose singular value
+        is below 1e-7 of the largest are rounding, and are left out either way.
+
+    Raises:
+        ValueError: rank is below 1.
+
+    Source: as of `truncate_product`.
+    """
+    check_truncation(rank, None)
+    left, values, right = _decomposed(torch.cat([up for up, _ in updates], 1), torch.cat([down for _, down in updates]))
+    full = int((values > _NEGLIGIBLE * values[0]).sum())
+    count = full if rank is None else min(rank, full)
+    lost, norm = (float(torch.linalg.vector_norm(one)) for one in (values[count:full], values))
+    return Factored(left[:, :count] * values[:count], right[:count], lost, norm)
+
+
+def _decomposed(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin singular value decomposition of up · down, left (out, r), values (r,) and right (r, in), in float64."""
+    first, left = torch.linalg.qr(doubled(up.detach()))
+    second, right = torch.linalg.qr(doubled(down.detach()).T)
+    inner, values, outer = torch.linalg.svd(left @ right.T, full_matrices=False)
+    return first @ inner, values, outer @ second.T
 
 
 def pad_rank(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Subspace:
-    """The top-r right singular vectors of a weight W (out, in), and how they were found."""
+    """The top-r, or r other, right singular vectors of a weight W (out, in), and how they were found."""
 
     basis: Tensor
     """(r, in), orthonormal rows ordered by descending singular value, on the weight's device; float64 for a float64
@@ -34,3 +34,5 @@ class SubspaceRequest:
     rank: int
     name: str = "weight"
     """Begins every error message about this request."""
+    places: tuple[int, ...] | None = None
+    """The places of r singular triplets in the order of descending singular values; None for the first r."""

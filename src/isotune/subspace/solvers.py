@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -106,6 +106,27 @@ def principal_subspace(
         return replace(result, basis=result.basis.to(device), singular_values=values.to(device))
 
 
+def subspace_at(weight: Tensor, places: Iterable[int], *, name: str = "weight") -> Subspace:
+    """Find right singular vectors of a weight by their places in the order of descending singular values.
+
+    Args:
+        weight, name: as in `principal_subspace`.
+        places: ascending, from 0 to min(out, in) − 1.
+
+    Returns:
+        The exact vectors, (r, in), with their singular values and their share of ‖W‖²_F.
+
+    Raises:
+        ValueError: as in `principal_subspace`.
+    """
+    # The solver refuses a weight that is no matrix at all, with the reason.
+    every = principal_subspace(weight, min(weight.shape, default=1) or 1, solver="full", name=name)
+    index = torch.tensor(list(places), device=every.basis.device)
+    values, squares = every.singular_values[index], every.singular_values.double().square()
+    share = float(squares[index].sum() / squares.sum()) if bool(squares.any()) else 1.0
+    return replace(every, basis=every.basis[index], singular_values=values, energy=share)
+
+
 def principal_subspaces(
     requests: Sequence[SubspaceRequest],
     *,
@@ -147,7 +168,7 @@ def principal_subspaces(
         for request in requests:
             weight = request.weight if isinstance(request.weight, Tensor) else request.weight()
             _check_request(weight, request.rank, solver, tolerance, request.name)
-            equal, found = solved.find(weight, request.rank)
+            equal, found = solved.find(weight, request.rank, request.places)
             if found is None:
                 found = _found_or_solved(weight, request, solver, tolerance, seed, cache)
                 solved.add(equal, request, found)
@@ -160,13 +181,18 @@ def principal_subspaces(
 def _found_or_solved(
     weight: Tensor, request: SubspaceRequest, solver: str, tolerance: float, seed: int, cache: SubspaceCache | None
 ) -> Subspace:
-    key = ""
-    if cache is not None and cache.directory is not None and worth_hashing(weight.device):
-        key = subspace_key(weight, request.rank, solver, tolerance, seed)
+    key, full = "", request.places is not None  # a full decomposition takes longer than hashing, on a GPU too
+    if cache is not None and cache.directory is not None and (full or worth_hashing(weight.device)):
+        how = solver if request.places is None else f"full {request.places}"
+        key = subspace_key(weight, request.rank, how, tolerance, seed)
         found = cache.get(key, (request.rank, weight.shape[1]), weight=weight, tolerance=tolerance)
         if found is not None:
             return found
-    found = principal_subspace(weight, request.rank, solver=solver, tolerance=tolerance, seed=seed, name=request.name)
+    if request.places is None:
+        rank, name = request.rank, request.name
+        found = principal_subspace(weight, rank, solver=solver, tolerance=tolerance, seed=seed, name=name)
+    else:
+        found = subspace_at(weight, request.places, name=request.name)
     if cache is not None and key:
         cache.put(key, found)
     return found

@@ -14,16 +14,23 @@ from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from isotune.adapter.placement import Placement
-from isotune.adapter.subspace import SubspaceAdapter
+from isotune.adapter.update import PlacedUpdate
 from isotune.errors import AdapterFileError
 from isotune.files.adapter import ADAPTER, AdapterFile, config_of, describe
 from isotune.internals.torch_state import uncompiled
+from isotune.methods.checks import shown
 from isotune.methods.config import IsotuneConfig, config_fields
 from isotune.tuner.layer import Layer
 from isotune.tuner.placing import place_adapter
 from isotune.tuner.state import KEY_PREFIX, adapted_layers, check_tensors
 
-_WHERE = {*(field.name for field in fields(IsotuneConfig)), "rank_pattern", "alpha_pattern", "basis_seed"}
+_WHERE = {
+    *(field.name for field in fields(IsotuneConfig)),
+    "rank_pattern",
+    "alpha_pattern",
+    "basis_seed",
+    "accumulated_ranks",
+}
 """Fields that may differ between two adapters that are computed alike."""
 
 _FORM = "isotune_form."
@@ -123,6 +130,13 @@ def _check(
             f"{file.directory} holds {others[0]!r}, which {adapter_name!r} does not have; load it as another adapter "
             "with isotune.load_adapter."
         )
+    ranks = [getattr(one, "accumulated_ranks", {}) for one in (file.config, config)]
+    if ranks[0] != ranks[1]:
+        raise ValueError(
+            f"{file.directory} has accumulated updates of other ranks than {adapter_name!r}, as subspaces have moved "
+            f"({shown(ranks[0])} instead of {shown(ranks[1])}), and they do not fit the same tensors. Load it as "
+            "another adapter with isotune.load_adapter and switch with set_adapter."
+        )
     where = f"for the adapter {adapter_name!r} of this model; only one of the same shapes can be swapped in"
     check_tensors(held, given, where)
     for name, layer in layers.items():
@@ -146,13 +160,12 @@ def _place_beside(
     layers: Mapping[str, Layer],
     adapter_name: str,
     copies: list[tuple[Tensor, Tensor]],
-) -> list[tuple[SubspaceAdapter, Placement]]:
+) -> list[tuple[PlacedUpdate, Placement]]:
     """Place the new bases on this model's weights, and add to `copies` what is to be copied into the old tensors."""
     beside: dict[str, Layer] = {}
     for name, layer in layers.items():
-        stored = [tensor for key, tensor in file.layers[name].items() if key.startswith(_FORM)]
-        bases = [basis.stored.cpu() for basis in layer.bases(adapter_name)]
-        if not all(map(torch.equal, stored, bases)):
+        held = layer.isotune_form[adapter_name].state_dict() if adapter_name in layer.isotune_form else {}
+        if not all(torch.equal(file.layers[name][_FORM + key], tensor.cpu()) for key, tensor in held.items()):
             beside[name] = file.build(name, layer.without_adapters())
     place_adapter(ADAPTER, beside.values())
     users = Counter(
@@ -165,7 +178,9 @@ def _place_beside(
         adapter = layers[name].subspace(adapter_name)
         old, placement = adapter.placement, other.subspace(ADAPTER).placement
         assert placement is not None
-        copies += zip([basis.stored for basis in layers[name].bases(adapter_name)], placement.stored, strict=True)
+        copies += zip(
+            layers[name].isotune_form[adapter_name].buffers(), other.isotune_form[ADAPTER].buffers(), strict=True
+        )
         if old is not None and users[id(old.down)] == 1:
             copies += [(old.down, placement.down), (old.up, placement.up)]
             placement = replace(placement, down=old.down, up=old.up)

@@ -7,34 +7,30 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from isotune.adapter.evaluation import Call, SharedEvaluation, is_recorded, share_evaluations
 from isotune.adapter.operator import Adapter
-from isotune.adapter.placement import Mark, place
-from isotune.adapter.subspace import SubspaceAdapter
+from isotune.adapter.placement import Mark
 from isotune.errors import BaseMismatchError
 from isotune.internals.ddp import ignore_buffers
 from isotune.internals.offloading import is_managed
 from isotune.internals.torch_state import backward_pass, is_symbolic, remove_hooks
 from isotune.parallel.sharding import gather_with, is_partitioned, is_sharded, is_wrapped_by_fsdp
-from isotune.subspace.pinning import MAX_RESIDUAL
 from isotune.tuner.experts_layer import ExpertsLayer
 from isotune.tuner.layer import Layer
-from isotune.tuner.placing import place_adapter
+from isotune.tuner.moved import describe_moves
+from isotune.tuner.placing import keeps_its_basis, place_adapter
 from isotune.tuner.rounding import warn_of_rounded
 
 _KEY = "_isotune"
-_SAME_WEIGHT = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-"""Relative difference of W downᵀ up to which a moved or cast weight counts as the one the adapter was placed on."""
 
 
 class AdaptedModel:
@@ -246,7 +242,9 @@ class AdaptedModel:
         Raises:
             BaseMismatchError: as in `place_adapter`; the adapter is then gone and the base as it was.
         """
+        configs: dict[str, Any] = getattr(self.model, "peft_config", {})
         for name in dict.fromkeys(name for layer in self.layers for name in layer.isotune_form):
+            describe_moves(configs, self.layers, name)
             try:
                 if not all(self._is_placed(layer, name) for layer in self.layers if name in layer.isotune_form):
                     place_adapter(name, self.layers)
@@ -265,19 +263,18 @@ class AdaptedModel:
             return False
         if is_symbolic(weight):
             return True
-        stored = [basis.stored for basis in layer.bases(adapter_name)]
-        pins_hold = all(mark.is_of(buffer) for mark, buffer in zip(placement.pins, stored, strict=True))
+        stored = layer.stored_of(adapter_name)
+        as_many = len(stored) == len(placement.pins)  # fewer or more once it has moved
+        pins_hold = as_many and all(map(Mark.is_of, placement.pins, stored))
         # A buffer that diffusers has offloaded to disk has arbitrary contents until its module is called.
         kept_elsewhere = not pins_hold and any(map(is_managed, layer.modules()))
-        if not (pins_hold or kept_elsewhere) and not all(
-            torch.equal(buffer.to(known), known) for buffer, known in zip(stored, placement.stored, strict=True)
-        ):
+        if not (pins_hold or kept_elsewhere or (as_many and all(map(_equal, stored, placement.stored)))):
             adapter.placement = None
             return False
         seen = isinstance(weight, nn.Parameter) and not is_sharded(weight)
         # The update belongs to the base's own weight, which is still kept while another tuner is merged into it.
         weight_holds = not seen or placement.weight.is_of(weight) or any(o.merged for o in layer.other_tuners())
-        if not weight_holds and not self._is_moved_by_others() and not _keeps_its_basis(layer, adapter):
+        if not weight_holds and not self._is_moved_by_others() and not keeps_its_basis(layer, adapter_name):
             if adapter.is_untrained():
                 for basis in layer.bases(adapter_name):
                     basis.record(torch.zeros_like(basis.stored))
@@ -320,27 +317,8 @@ class _Running(threading.local):
     passing = False
 
 
-@torch.no_grad()
-def _keeps_its_basis(layer: Layer, adapter: SubspaceAdapter) -> bool:
-    """Whether the base's weight is still the one an adapter was placed on, apart from a move, cast or rounding.
-
-    If the weight was rounded, the factors are recomputed from it with the same basis.
-    """
-    placement, matrix = adapter.placement, layer.unmerged_matrix()
-    assert placement is not None
-    wide = torch.promote_types(matrix.dtype, torch.float32)
-    basis = nn.functional.normalize(placement.down[..., : adapter.size, :].to(matrix.device, wide), dim=-1)
-    now = place(basis, matrix, (), layer.base_weight, power=adapter.power)
-    norm = torch.linalg.vector_norm
-    change = max(
-        float(norm(one.to(wide) - other.to(one.device, wide)) / norm(other.to(wide)).clamp_min(torch.finfo(wide).tiny))
-        for one, other in zip(now.factors, placement.factors, strict=True)
-    )
-    if change > max(_SAME_WEIGHT.get(dtype, 2e-2) for dtype in (matrix.dtype, placement.up.dtype)):
-        if change > MAX_RESIDUAL:
-            return False
-        adapter.placement = replace(placement, down=now.down, up=now.up)
-    return True
+def _equal(buffer: Tensor, known: Tensor) -> bool:
+    return torch.equal(buffer.to(known), known)
 
 
 def _is_trained(adapter: Any) -> bool:
@@ -367,8 +345,8 @@ def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Remove a refused adapter from the model it was injected into; with the last adapter, all of isotune goes."""
     for name, module in reversed(list(model.named_modules())):  # the inner one of nested layers first
-        if isinstance(module, Layer) and adapter_name in module.isotune_operator:
-            alone, original = len(module.isotune_operator) == 1, module.base_layer
+        if isinstance(module, Layer) and adapter_name in module.configs:
+            alone, original = len(module.configs) == 1, module.base_layer
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             alone, original = len(module.modules_to_save) == 1, module.original_module
         else:

@@ -6,6 +6,7 @@ import copy
 import itertools
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from isotune.adapter.evaluation import is_recorded, working_dtype
 from isotune.adapter.operator import Adapter, FrozenLinear
-from isotune.adapter.placement import place
-from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
+from isotune.adapter.subspace import SubspaceBasis
+from isotune.adapter.update import PlacedUpdate
 from isotune.algebra.recording import is_exported
 from isotune.hosts import Backend, host_for, widen
 from isotune.internals.offloading import is_managed
@@ -97,6 +98,9 @@ class Layer(MergingLayer):
             ValueError: the configuration does not fit the shape of W.
         """
         weight = self.host.weight
+        if not config.sized:
+            self.configs[adapter_name] = config  # called again once the sizes have been chosen
+            return
         if self.host.quantised and is_partitioned(weight):
             raise ValueError(
                 f"{self.key!r} is quantised and partitioned by DeepSpeed ZeRO-3, so its weight cannot be read. "
@@ -107,10 +111,17 @@ class Layer(MergingLayer):
         if not config.init_weights:
             adapter.randomize_parameters()
         if adapter.dropout and self.host.folds and adapter.additive:
+            option = next(name for name in vars(config) if name.endswith("_dropout"))
             raise ValueError(
-                f"psoft_dropout={adapter.dropout} has no meaning on {self.key!r}, a "
+                f"{option}={adapter.dropout} has no meaning on {self.key!r}, a "
                 f"{type(self.host.module).__name__}, whose update is added to its weight; set it to 0, or exclude "
                 "the module with exclude_modules."
+            )
+        if adapter.needs_rows and not self.host.gives_rows:
+            raise ValueError(
+                f"{type(config).__name__} cannot be used on {self.key!r}, a {type(self.host.module).__name__} split by "
+                "tensor parallelism: its own forward may scale the rows of W, by what cannot be seen in every process. "
+                "Exclude the module with exclude_modules, or use another method on it."
             )
         if adapter.side not in (None, *self.host.sides):
             raise ValueError(
@@ -125,21 +136,33 @@ class Layer(MergingLayer):
             self.isotune_form[adapter_name] = form
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def count_parameters(self, config: IsotuneConfig) -> int:
+        """How many parameters an adapter of this configuration has on this layer.
+
+        Raises:
+            ValueError: the configuration does not fit the shape of W.
+        """
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in self._new_adapter(config).parameters())
+
     def _new_adapter(self, config: IsotuneConfig) -> Adapter:
         return config.build_operator(self.key, self.in_features, self.out_features)
 
     def _new_form(self, config: IsotuneConfig, device: torch.device) -> nn.Module | None:
-        return config.build_basis(self.key, self.in_features, device)
+        form, accumulated = config.build_basis(self.key, self.in_features, device), config.accumulated_rank(self.key)
+        if form is not None and accumulated is not None:
+            form.allocate(accumulated, self.out_features)
+        return form
 
     def adapter(self, adapter_name: str) -> Adapter:
         """The adapter of this name."""
         adapter: Adapter = self.isotune_operator[adapter_name]  # type: ignore[assignment]
         return adapter
 
-    def subspace(self, adapter_name: str) -> SubspaceAdapter:
-        """The adapter of this name, which must act on a subspace."""
+    def subspace(self, adapter_name: str) -> PlacedUpdate:
+        """The adapter of this name, which must be placed by a subspace."""
         adapter = self.adapter(adapter_name)
-        assert isinstance(adapter, SubspaceAdapter)
+        assert isinstance(adapter, PlacedUpdate)
         return adapter
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -154,22 +177,24 @@ class Layer(MergingLayer):
         forms = self.isotune_form[adapter_name].modules() if adapter_name in self.isotune_form else ()
         return [module for module in forms if isinstance(module, SubspaceBasis)]
 
+    def stored_of(self, adapter_name: str) -> list[Tensor]:
+        """All stored tensors on which the placement of an adapter depends."""
+        return [tensor for basis in self.bases(adapter_name) for tensor in basis.tensors]
+
+    def accumulated(self, adapter_name: str) -> tuple[Tensor, Tensor] | None:
+        """U (out, k) and D (k, in) that an adapter has accumulated on earlier subspaces; None if it never moved."""
+        return next((basis.accumulated for basis in self.bases(adapter_name)), None)
+
     @torch.no_grad()
     def put_on_basis(
         self, adapter_name: str, bases: Sequence[Tensor], *, residual: float = 0.0, principal: bool
     ) -> None:
-        """Place a subspace adapter with the bases V, (r, in) each, on the base's current weight."""
+        """Place an adapter with the bases V, (r, in) each, on the base's current weight."""
         adapter, matrix = self.subspace(adapter_name), self.unmerged_matrix()
-        stored = [basis.stored for basis in self.bases(adapter_name)]
-        adapter.placement = place(
-            torch.stack(list(bases)) if matrix.ndim == 3 else bases[0],
-            matrix,
-            stored,
-            self.base_weight,
-            power=adapter.power,
-            residual=residual,
-            principal=principal,
-        )
+        accumulated = self.accumulated(adapter_name)
+        basis = torch.stack(list(bases)) if matrix.ndim == 3 else bases[0]
+        placement = adapter.placed(basis, matrix, self.stored_of(adapter_name), self.base_weight, accumulated)
+        adapter.placement = replace(placement, residual=residual, is_principal=principal and accumulated is None)
 
     def without_adapters(self) -> Layer:
         """Make another layer on the same host, without adapters and not part of the model."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isotune.adapter.operator import Adapter
-from isotune.adapter.subspace import SubspaceAdapter
+from isotune.adapter.update import PlacedUpdate
 from isotune.algebra.means import Nearest
 from isotune.errors import IsotuneWarning
 from isotune.methods.config import IsotuneConfig, require_choice, type_of
@@ -33,7 +33,7 @@ class Part:
 
     operator: Adapter
     bases: tuple[Tensor, ...]
-    """What is stored of its subspaces; none for a rotation of all inputs."""
+    """What is stored of its subspaces, with what is accumulated; none for a rotation of all inputs."""
     embedded: bool
     """Whether those are bases rather than pins."""
 
@@ -92,8 +92,9 @@ def parts_of(layers: Mapping[str, Layer], adapters: Sequence[str]) -> dict[str, 
         parts[name] = {}
         for adapter in adapters:
             bases = layer.bases(adapter)
-            stored = tuple(basis.stored for basis in bases)
-            parts[name][adapter] = Part(layer.adapter(adapter), stored, any(basis.embedded for basis in bases))
+            parts[name][adapter] = Part(
+                layer.adapter(adapter), tuple(layer.stored_of(adapter)), any(basis.embedded for basis in bases)
+            )
     return parts
 
 
@@ -179,15 +180,17 @@ def _difference(first: Part, other: Part) -> str | None:
         return "different options"
     if one.side != two.side:
         return f"different sides ({one.side} and {two.side})"
-    if not (isinstance(one, SubspaceAdapter) and isinstance(two, SubspaceAdapter)):
+    if not (isinstance(one, PlacedUpdate) and isinstance(two, PlacedUpdate)):
         return None
-    if one.power != two.power or first.embedded != other.embedded:
+    if one.placement_key != two.placement_key or first.embedded != other.embedded:
         return "different options (basis or the split of the singular values)"
     if one.scale != two.scale:
         return f"different scales ({one.scale:g} and {two.scale:g})"
     # With another seed the pins of one basis differ too.
+    if [tensor.shape for tensor in first.bases] != [tensor.shape for tensor in other.bases]:
+        return "different updates accumulated on earlier subspaces, as at least one has moved"
     if not all(_close(a, b) for a, b in zip(first.bases, other.bases, strict=True)):
-        return "different bases of the principal subspace (solved on another machine or base)"
+        return "different bases of the principal subspace (solved on another machine or base, or moved)"
     return None
 
 

@@ -110,6 +110,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         matrix: Tensor,
         rows: Tensor | None = None,
         at: Tensor | None = None,
+        multiple: Tensor | None = None,
         *,
         drop: bool = False,
     ) -> Tensor:
@@ -118,7 +119,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
             for name in names:
                 adapter = self.adapter(name)
                 tensors = adapter.tensors(matrix.dtype) if matrix.ndim == 2 else adapter(matrix.dtype, at)
-                matrix = adapter.fold(matrix, tensors, drop=drop, rows=rows, at=at)
+                matrix = adapter.fold(matrix, tensors, drop=drop, rows=rows, at=at, multiple=multiple)
         return matrix
 
     def unmerged_matrix(self) -> Tensor:

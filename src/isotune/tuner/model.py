@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -18,8 +17,8 @@ from isotune.errors import AdapterFileError
 from isotune.internals.peft_hooks import HAS_HOOKS, Tuner
 from isotune.internals.peft_quantisation import get_quantization_kwargs
 from isotune.internals.quantised_state import keep_readable
-from isotune.methods.config import IsotuneConfig, SubspaceConfig
-from isotune.parallel.processes import loaded_by_one
+from isotune.methods.config import IsotuneConfig
+from isotune.methods.subspace import BasisConfig
 from isotune.parallel.sharding import is_sharded
 from isotune.parallel.tensor_parallel import make_equal, mesh_of
 from isotune.tuner.adapted_model import AdaptedModel, remove_adapter
@@ -29,7 +28,15 @@ from isotune.tuner.layer import Layer
 from isotune.tuner.mean import check_request, combine, parts_of
 from isotune.tuner.merging import warn_of_requantising
 from isotune.tuner.mixed_batch import batch_of, check_names, measured, saved_modules_routed
+from isotune.tuner.moved import make_room
 from isotune.tuner.placing import place_adapter, share_basis
+from isotune.tuner.refusals import (
+    refuse_divided,
+    refuse_loading_by_one,
+    refuse_names_of_saved,
+    refuse_several_places,
+)
+from isotune.tuner.sizes import size_layers
 from isotune.tuner.state import check_file, current_key, keys_in_model
 
 _PREFIX = "isotune_"
@@ -59,18 +66,23 @@ class IsotuneModel(Tuner):
 
         With `basis_of`, the adapter shares the subspaces and frozen tensors of another one.
         """
-        _refuse_divided(model)
+        refuse_divided(model)
         config = self.peft_config[adapter_name]
-        if isinstance(config, SubspaceConfig):
-            _refuse_loading_by_one(model)
+        if isinstance(config, BasisConfig):
+            refuse_loading_by_one(model)
+        # The sizes of a file, and of a mean of adapters, are there already.
+        chooses = (config.chooses_sizes or config.fits_weights) and config.origin is None and basis_of is None
+        config.sized = config.sized and not chooses
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         first = not any(isinstance(module, Layer) for module in model.modules())
         for module in model.modules():
             keep_readable(module)  # without an adapter too: the gradients of earlier layers pass through it
         try:
-            _refuse_names_of_saved(model, self.peft_config)
+            refuse_names_of_saved(model, self.peft_config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            _refuse_several_places(model)
+            refuse_several_places(model)
+            if chooses:
+                size_layers(model, adapter_name, config)
             own = AdaptedModel.attach(model)
             if first:
                 own.trainable.update(trainable)
@@ -85,6 +97,8 @@ class IsotuneModel(Tuner):
             for parameter, flag in trainable.items():
                 parameter.requires_grad_(flag)
             raise
+        finally:
+            config.sized = config.sized or chooses
 
     def add_weighted_adapter(
         self,
@@ -308,6 +322,7 @@ class IsotuneModel(Tuner):
         cls, model: nn.Module, config: IsotuneConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         state_dict = {current_key(name): tensor for name, tensor in state_dict.items()}
+        make_room(model, adapter_name, state_dict)
         try:
             check_file(model, config, adapter_name, state_dict)
         except AdapterFileError:
@@ -317,69 +332,6 @@ class IsotuneModel(Tuner):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
         return remapped
-
-
-def _refuse_divided(model: nn.Module) -> None:
-    """Refuse a tensor-parallel model that does not say how its weights are split."""
-    size = getattr(model, "_tp_size", None) or 1
-    if size > 1 and not any(map(is_sharded, model.parameters())):
-        raise ValueError(
-            f"The weights of this model are split by rows or columns between {size} devices (tensor parallelism), "
-            "and this version of transformers does not say how. Upgrade to transformers 5.17 or later, or load the "
-            "model without a tensor parallel plan and shard it with FSDP2."
-        )
-
-
-def _refuse_loading_by_one(model: nn.Module) -> None:
-    """Refuse an adapter with a basis if accelerate will send only parameters to the other processes."""
-    if not loaded_by_one() or any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters()):
-        return  # every process loads four-bit weights itself
-    raise ValueError(
-        "fsdp_cpu_ram_efficient_loading is on: one process per machine loads the weights and accelerate sends them to "
-        "the others when it shards the model, but it cannot send the basis that this adapter keeps beside its "
-        "parameters. Turn it off with fsdp_cpu_ram_efficient_loading: false in accelerate's configuration file "
-        "(accelerate launch turns it on by default), or use a method without a basis, such as OFT."
-    )
-
-
-def _refuse_names_of_saved(model: nn.Module, configs: Mapping[str, IsotuneConfig]) -> None:
-    """Refuse saved modules inside one another, and an adapter with the name of a part of one.
-
-    PEFT would confuse their names: it would leave a part out of the file, write it under a wrong name, or fail with a
-    KeyError when the trained adapter is saved.
-    """
-    asked = {name for config in configs.values() for name in config.modules_to_save or ()}
-    saved = {
-        name: module for name, module in model.named_modules() if any(f".{name}".endswith(f".{own}") for own in asked)
-    }
-    for name, outer in itertools.product(saved, saved):
-        if name.startswith(f"{outer}."):
-            inner = name.replace(".original_module.", ".")
-            raise ValueError(
-                f"{inner!r} lies within {outer!r}, and PEFT cannot save both with adapters (modules_to_save). Name "
-                f"only one of them, the same one in every adapter: {outer!r} contains the other."
-            )
-    for name, module in saved.items():
-        original: nn.Module = getattr(module, "original_module", module)
-        tensors = itertools.chain(original.named_parameters(), original.named_buffers())
-        parts = {part for key, _ in tensors for part in f"{name}.{key}".split(".")}
-        if called := parts & configs.keys():
-            raise ValueError(
-                f"The adapter name {min(called)!r} is not allowed: {name!r}, which modules_to_save saves with an "
-                "adapter, has a part of that name, and PEFT would not save it. Choose another name."
-            )
-
-
-def _refuse_several_places(model: nn.Module) -> None:
-    """Refuse a model that uses one adapted module in several places, since PEFT injects into only one of them."""
-    adapted = {id(m.base_layer): m.key for m in model.modules() if isinstance(m, Layer)}
-    for name, module in model.named_modules(remove_duplicate=False):
-        key = adapted.get(id(module))
-        if key is not None and not name.endswith(".base_layer"):
-            raise ValueError(
-                f"The target module {key!r} is the same object as {name!r}, so an adapter would act in one place but "
-                "be merged into all. Exclude the module with exclude_modules, or give each place a copy of its own."
-            )
 
 
 def _make_replicas(model: nn.Module, layers: Sequence[Layer], adapter_name: str) -> None:

@@ -7,20 +7,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from isotune.adapter.placement import Mark, Placement, place
-from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
+from isotune.adapter.placement import Mark, Placement
+from isotune.adapter.subspace import SubspaceBasis
+from isotune.adapter.update import PlacedUpdate
 from isotune.errors import BaseMismatchError, IsotuneWarning
 from isotune.internals.offloading import is_managed
 from isotune.internals.torch_state import is_symbolic
-from isotune.methods.config import SubspaceConfig
+from isotune.methods.subspace import BasisConfig
 from isotune.parallel.processes import one_for_all, sample_of, several
 from isotune.parallel.sharding import is_sharded
 from isotune.subspace.cache import SubspaceCache
 from isotune.subspace.pinning import CANDIDATE_TOLERANCE, MAX_RESIDUAL, candidate_rank, pin, recover
+from isotune.subspace.selection import chosen
 from isotune.subspace.solvers import SubspaceRequest, principal_subspaces
 from isotune.tuner.layer import Layer
+
+_SAME_WEIGHT = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""Relative difference of W downᵀ up to which a moved or cast weight counts as the one the adapter was placed on."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,6 @@ class _Place:
         """W, (out, in)."""
         found = self.layer.unmerged_matrix()
         return found if self.expert is None else found[self.expert]
-
-    def is_empty(self) -> bool:
-        """Whether nothing is stored yet, neither solved here nor loaded from a file."""
-        return self.basis.stored.is_meta or not bool(self.basis.stored.any())
 
 
 @torch.no_grad()
@@ -73,7 +74,7 @@ def place_adapter(adapter_name: str, layers: Iterable[Layer]) -> None:
     if not pending:
         return
     places = {id(layer): _places(layer, adapter_name) for layer in pending}
-    stored = [layer for layer in pending if not any(one.is_empty() for one in places[id(layer)])]
+    stored = [layer for layer in pending if not any(one.basis.is_empty() for one in places[id(layer)])]
     found = _recovered(adapter_name, [one for layer in stored for one in places[id(layer)]])
     for layer in stored:
         bases, residuals = zip(*(found.pop(0) for _ in places[id(layer)]), strict=True)
@@ -88,23 +89,47 @@ def share_basis(adapter_name: str, other: str, layers: Iterable[Layer]) -> None:
             _take(layer, adapter_name, other)
 
 
+@torch.no_grad()
+def keeps_its_basis(layer: Layer, adapter_name: str) -> bool:
+    """Whether the base's weight is still the one an adapter was placed on, apart from a move, cast or rounding.
+
+    If the weight was rounded, the factors are recomputed from it with the same basis.
+    """
+    adapter, matrix = layer.subspace(adapter_name), layer.unmerged_matrix()
+    placement, accumulated = adapter.placement, layer.accumulated(adapter_name)
+    assert placement is not None
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    basis = nn.functional.normalize(placement.down[..., : adapter.basis_rank, :].to(matrix.device, wide), dim=-1)
+    now = adapter.placed(basis, matrix, (), layer.base_weight, accumulated)
+    norm = torch.linalg.vector_norm
+    change = max(
+        float(norm(one.to(wide) - other.to(one.device, wide)) / norm(other.to(wide)).clamp_min(torch.finfo(wide).tiny))
+        for one, other in zip(now.factors, placement.factors, strict=True)
+    )
+    if change > max(_SAME_WEIGHT.get(dtype, 2e-2) for dtype in (matrix.dtype, placement.up.dtype)):
+        if change > MAX_RESIDUAL:
+            return False
+        adapter.placement = replace(placement, down=now.down, up=now.up)
+    return True
+
+
 def _places(layer: Layer, adapter_name: str) -> list[_Place]:
     bases = layer.bases(adapter_name)
     experts = hasattr(layer.host, "experts")
     return [_Place(layer, basis, index if experts else None) for index, basis in enumerate(bases)]
 
 
-def _place_symbolically(layer: Layer, adapter_name: str, adapter: SubspaceAdapter) -> None:
+def _place_symbolically(layer: Layer, adapter_name: str, adapter: PlacedUpdate) -> None:
     """Give an adapter a placement of the right shapes on a weight without values, to be replaced once they exist."""
-    matrix, stored = layer.unmerged_matrix(), [basis.stored for basis in layer.bases(adapter_name)]
-    basis = matrix.new_zeros(*matrix.shape[:-2], adapter.size, matrix.shape[-1])
+    matrix, stored = layer.unmerged_matrix(), layer.stored_of(adapter_name)
+    basis = matrix.new_zeros(*matrix.shape[:-2], adapter.basis_rank, matrix.shape[-1])
     wide = basis.to(torch.promote_types(matrix.dtype, torch.float32))
-    adapter.placement = place(wide, matrix, stored, layer.base_weight, power=adapter.power)
+    adapter.placement = adapter.placed(wide, matrix, stored, layer.base_weight, layer.accumulated(adapter_name))
 
 
-def _config(layer: Layer, adapter_name: str) -> SubspaceConfig:
+def _config(layer: Layer, adapter_name: str) -> BasisConfig:
     config = layer.configs[adapter_name]
-    assert isinstance(config, SubspaceConfig)
+    assert isinstance(config, BasisConfig)
     return config
 
 
@@ -112,13 +137,13 @@ def _take(layer: Layer, adapter_name: str, other: str) -> None:
     own, placement = layer.subspace(adapter_name), layer.subspace(other).placement
     assert placement is not None
     for mine, theirs in zip(layer.bases(adapter_name), layer.bases(other), strict=True):
-        mine.record(theirs.stored)
+        mine.hold({name: None if tensor is None else tensor.clone() for name, tensor in theirs.held().items()})
     own.placement = _on_pins_of(layer, adapter_name, placement)
 
 
 def _on_pins_of(layer: Layer, adapter_name: str, placement: Placement) -> Placement:
     """A placement that shares another's tensors, for an adapter with an equal stored basis."""
-    pins = tuple(Mark.of(basis.stored, sampled=False) for basis in layer.bases(adapter_name))
+    pins = tuple(Mark.of(tensor, sampled=False) for tensor in layer.stored_of(adapter_name))
     return replace(placement, pins=pins)
 
 
@@ -127,7 +152,7 @@ def _with_equal_basis(layer: Layer, adapter_name: str) -> str | None:
 
     def key(name: str) -> tuple[object, ...]:
         config, adapter = _config(layer, name), layer.subspace(name)
-        return config.basis, config.basis_seed, adapter.size, adapter.power
+        return config.basis, config.basis_seed, config.selection, adapter.placement_key
 
     for name in layer.isotune_form:
         placement = layer.subspace(name).placement
@@ -152,10 +177,10 @@ def _solve(adapter_name: str, layers: Sequence[Layer]) -> None:
     taken: dict[tuple[int, int], Placement] = {}
     for layer in fresh:
         own = [(one, subspaces.pop(0)) for one in _places(layer, adapter_name)]
-        bases = [subspace[: one.basis.stored.shape[0]].clone() for one, subspace in own]
+        config = _config(layer, adapter_name)
+        bases = [_among(subspace, len(one.basis.stored), config) for one, subspace in own]
         for (one, _), basis in zip(own, bases, strict=True):
-            seed = _config(layer, adapter_name).basis_seed
-            one.basis.record(basis if one.basis.embedded else pin(basis, seed=seed))
+            one.basis.record(basis if one.basis.embedded else pin(basis, seed=config.basis_seed))
         adapter = layer.subspace(adapter_name)
         # Layers that share a weight were given the same subspace, and share its placement.
         key = id(own[0][1]), layer.base_weight.data_ptr()
@@ -183,7 +208,10 @@ def _subspaces(adapter_name: str, places: Sequence[_Place]) -> list[Tensor]:
             rank = candidate_rank(rank, layer.in_features, layer.out_features)
         # Quantised weights are dequantised one at a time, so that they are not all in memory at once.
         weight = one.matrix if layer.host.quantised else one.matrix()
-        requests.append(SubspaceRequest(weight, rank, f"module {layer.key!r}"))
+        at = None
+        if config.selection != "top":  # for which there are faster solvers
+            at = tuple(chosen(min(layer.in_features, layer.out_features), rank, config.selection).tolist())
+        requests.append(SubspaceRequest(weight, rank, f"module {layer.key!r}", at))
     cache = SubspaceCache() if config.subspace_cache else None
 
     def solve() -> list[Tensor]:
@@ -196,7 +224,12 @@ def _subspaces(adapter_name: str, places: Sequence[_Place]) -> list[Tensor]:
         (one.key, request.rank, one.layer.out_features, one.layer.in_features, sample_of(one.layer.base_weight))
         for one, request in zip(places, requests, strict=True)
     ]
-    return one_for_all(f"{config.solver} {same}", solve)
+    return one_for_all(f"{config.solver} {config.selection} {same}", solve)
+
+
+def _among(candidates: Tensor, rank: int, config: BasisConfig) -> Tensor:
+    """The basis, (r, in), among the r or more singular vectors that were found for it; a copy."""
+    return candidates[chosen(len(candidates), rank, config.selection)]
 
 
 def _recovered(adapter_name: str, places: Sequence[_Place]) -> list[tuple[Tensor, float]]:
@@ -204,12 +237,13 @@ def _recovered(adapter_name: str, places: Sequence[_Place]) -> list[tuple[Tensor
     solved = _subspaces(adapter_name, [one for one in places if not one.basis.embedded])
     found: list[tuple[Tensor, float]] = []
     for one in places:
-        stored, seed = one.basis.stored, _config(one.layer, adapter_name).basis_seed
+        stored, config = one.basis.stored, _config(one.layer, adapter_name)
+        seed = config.basis_seed
         if one.basis.embedded:
             found.append((stored, 0.0))
             continue
         candidates = solved.pop(0)
-        basis = candidates[: len(stored)].clone()
+        basis = _among(candidates, len(stored), config)
         # If solved exactly as when it was pinned, the basis is the same to the bit and needs no recovery.
         same = torch.equal(pin(basis, seed=seed).to(stored), stored)
         found.append((basis, 0.0) if same else recover(stored, candidates, seed=seed))

@@ -141,6 +141,11 @@ def check_values(name: str, tensor: Tensor, *, file: str = THE_FILE, like: Tenso
         )
     if not torch.isfinite(tensor).all():
         raise AdapterFileError(f"{name!r} holds NaN or infinity in {file}; load an earlier checkpoint.")
+    if name.endswith("isotune_form.moves") and (tensor.ndim or tensor < 0 or tensor != tensor.round()):
+        raise AdapterFileError(
+            f"{name!r} in {file} holds {tensor.flatten()[:3].tolist()}; it counts moves, so it must be one whole "
+            "number of at least 0. It is damaged; load an earlier checkpoint."
+        )
     if name.endswith(".basis"):
         defect = _orthonormality_defect(tensor)
         if not defect <= ORTHONORMAL:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from isotune.adapter.subspace import SubspaceAdapter
+from isotune.adapter.update import PlacedUpdate
 from isotune.experiments import methods, paper, registry
 from isotune.experiments.planning.setting import Setting
 from isotune.hosts import ExpertsHost
@@ -61,7 +61,7 @@ def _formula(method: str) -> str | None:
 def factor_bytes(model: nn.Module) -> int:
     """Down, up and pin of every subspace; tensors that adapters share count once."""
     tensors = {id(b): b for layer in _layers(model) for form in layer.isotune_form.values() for b in form.buffers()}
-    placements = (module.placement for module in model.modules() if isinstance(module, SubspaceAdapter))
+    placements = (module.placement for module in model.modules() if isinstance(module, PlacedUpdate))
     factors = {id(t): t for placement in placements if placement is not None for t in placement.factors}
     return sum(t.nbytes for t in {**tensors, **factors}.values())
 
@@ -74,8 +74,9 @@ def adapter_activations(model: nn.Module, tokens: int) -> int:
     """Bytes that isotune's adapters keep for backward beyond the frozen model, by formula.
 
     tokens × r for an update of a subspace, in the dtype of the base; at most tokens × in for a rotation of all inputs,
-    which layers that read the same input share; tokens × out for one of all outputs, and as much for its gain. The
-    operators themselves come on top, whatever the tokens, and so does what convolutions and embeddings fold. Experts
+    which layers that read the same input share, and for an update with trained factors tokens × r besides, as for LoRA;
+    tokens × out for a rotation of all outputs, and as much for its gain. The operators themselves come on top, whatever
+    the tokens, and so does what convolutions and embeddings fold. Experts
     keep a folded copy of their parameter.
     """
     total = 0
@@ -84,6 +85,5 @@ def adapter_activations(model: nn.Module, tokens: int) -> int:
             total += layer.host.weight.nbytes if isinstance(layer.host, ExpertsHost) else 0
             continue
         for adapter in map(layer.adapter, layer.configs):
-            copies = 2 if adapter.side == "output" and adapter.beside else 1
-            total += copies * tokens * adapter.size * layer.host.weight.element_size()
+            total += tokens * adapter.kept(layer.in_features) * layer.host.weight.element_size()
     return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
     from isotune.experiments.encoded import Encoded
     from isotune.experiments.loop import Outcome
+
+
+MEASURED_EXAMPLES = 256
+"""How many training examples activations are measured on."""
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 
 
 class Task(ABC):
@@ -64,8 +69,20 @@ class Task(ABC):
         """
 
     @abstractmethod
+    def collator(self) -> Any:
+        """What makes a batch of rows."""
+
+    @abstractmethod
     def training_batch(self) -> dict[str, Any]:
         """The same batch of training examples at every call, as the model takes it, with labels."""
+
+    def inputs(self) -> Iterator[dict[str, Any]]:
+        """Batches of training examples as the model takes them, without labels: what activations are measured on."""
+        rows, size, collate = self.encoded.train, self.recipe.train.eval_batch_size, self.collator()
+        count = min(len(rows), MEASURED_EXAMPLES)
+        for start in range(0, count, size):
+            batch = collate([rows[index] for index in range(start, min(start + size, count))])
+            yield {name: value for name, value in batch.items() if name in _INPUTS}
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
         """The loss of a batch as a training step computes it."""

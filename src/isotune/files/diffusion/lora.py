@@ -19,6 +19,7 @@ from isotune.methods.checks import require, require_choice
 from isotune.subspace.lowrank import Factored, check_truncation, pad_rank
 from isotune.tuner.layer import Layer
 from isotune.tuner.state import KEY_PREFIX, adapted_layers
+from isotune.whole_files import written_whole
 
 Names = Literal["diffusers", "kohya"]
 Component = Literal["text_encoder", "text_encoder_1", "text_encoder_2"]
@@ -113,15 +114,10 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
         path: path of the file; its folders are created.
         tensors: the tensors by name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Cloned: safetensors refuses tensors that share memory.
     content = save({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, {"format": "pt"})
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with written_whole(path) as partial:
         partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def placed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +16,14 @@ from isotune.files.adapter import ADAPTER, rank_pattern, refused
 from isotune.files.peft_import.source import EXACT, Source, series_fields
 from isotune.internals.peft_state import psoft_basis
 from isotune.methods import PsoftConfig
+from isotune.methods.subspace import SubspaceConfig
 from isotune.subspace.pinning import candidate_rank, pin, recover
+from isotune.subspace.selection import singular_subspace
 from isotune.subspace.solvers import principal_subspace
 from isotune.tuner.layer import Layer
 from isotune.tuner.state import adapted_layers
 
-_FREE_MATRIX: dict[str, Any] = {
+FREE_MATRIX: dict[str, Any] = {
     "psoft_orth": False,
     "psoft_mag_a": False,
     "psoft_mag_b": False,
@@ -33,8 +36,8 @@ _RECOVERABLE = 1e-3
 
 
 @dataclass
-class _Subspace:
-    """One layer of a PEFT adapter, ΔW = up (M − I)ᵀ down, and the parameters with which isotune computes the same."""
+class ImportedUpdate:
+    """One layer of another tool's adapter, ΔW = up (M − I)ᵀ down, and the parameters that make isotune's the same."""
 
     down: Tensor
     """A, (r, in), with orthogonal rows."""
@@ -58,7 +61,7 @@ class _Subspace:
         norm = float(theirs.norm())
         return float((ours - theirs).norm()) / norm if norm > 0 else 0.0
 
-    def on_principal_form(self, matrix: Tensor) -> _Subspace:
+    def on_principal_form(self, matrix: Tensor) -> ImportedUpdate:
         """The same update as a free matrix on orthonormal directions V, with up = W Vᵀ.
 
         PEFT's "lowrank" stops before it has converged, so its B is not exactly W Aᵀ. But B lies in the column space of
@@ -66,7 +69,7 @@ class _Subspace:
         ΔW = W Vᵀ (Dᵀ (M − I)ᵀ C) V. V has up to 2 r rows, or r if B is W Aᵀ after all.
         """
         values = torch.linalg.vector_norm(self.down, dim=1).double()
-        same = _Subspace(self.basis(), self.up * values.to(self.up), self.difference * values[:, None] / values)
+        same = ImportedUpdate(self.basis(), self.up * values.to(self.up), self.difference * values[:, None] / values)
         if same.defect(matrix, symmetric=False) <= EXACT:
             return same
         wide = matrix.double()
@@ -75,7 +78,7 @@ class _Subspace:
         _, spread, right = torch.linalg.svd(both, full_matrices=False)
         basis = right[spread > 1e-9 * spread[0]]
         mixed = (source @ basis.T).T @ self.difference.T @ (self.down.double() @ basis.T)
-        return _Subspace(basis, wide @ basis.T, mixed.T.contiguous())
+        return ImportedUpdate(basis, wide @ basis.T, mixed.T.contiguous())
 
 
 @torch.no_grad()
@@ -91,26 +94,30 @@ def import_psoft(source: Source) -> PeftModel:
         if terms > 2:
             fields = {**series_fields(terms), "cayley_neumann_eps": theirs.cayley_neumann_eps}
         else:  # I and I + 2Q are not of the form (I + Q)(I + … + Qᵏ)
-            fields = _FREE_MATRIX
+            fields = FREE_MATRIX
             layers = {name: replace(layer, parameters=None) for name, layer in layers.items()}
     names = ("r", "psoft_dropout", "ab_svd_init", "psoft_orth", "psoft_mag_a", "psoft_mag_b")
     config = source.configured(PsoftConfig, *names, **fields)
     symmetric = config.ab_svd_init == "pissa_init"
     if any(layer.defect(weights[name], symmetric=symmetric) > EXACT for name, layer in layers.items()):
         layers = {name: layer.on_principal_form(weights[name]) for name, layer in layers.items()}
-        ranks = {name: len(layer.down) for name, layer in layers.items()}
-        usual = Counter(ranks.values()).most_common(1)[0][0]
-        config = replace(
-            config,
-            r=usual,
-            rank_pattern=rank_pattern(ranks, usual),
-            ab_svd_init="psoft_init",
-            basis="embedded",
-            **_FREE_MATRIX,
-        )
+        config = replace(config, **ranks_of(layers), ab_svd_init="psoft_init", basis="embedded", **FREE_MATRIX)
+    return adapted_on(source, config, layers)
+
+
+def ranks_of(layers: Mapping[str, ImportedUpdate]) -> dict[str, Any]:
+    """The options r and rank_pattern with which each layer has the rank of its update."""
+    ranks = {name: len(layer.down) for name, layer in layers.items()}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    return {"r": usual, "rank_pattern": rank_pattern(ranks, usual)}
+
+
+def adapted_on(source: Source, config: SubspaceConfig, layers: Mapping[str, ImportedUpdate]) -> PeftModel:
+    """Put isotune's adapter on the base, on the bases of these updates: pinned if all can be found again."""
     parameters = {name: layer.parameters or {"generator": layer.difference} for name, layer in layers.items()}
     model = source.adapted(config, parameters)
-    if config.basis == "pinned" and not all(_is_recoverable(m, layers[n]) for n, m in adapted_layers(model, ADAPTER)):
+    found = (_is_recoverable(layer, layers[name], config) for name, layer in adapted_layers(model, ADAPTER))
+    if config.basis == "pinned" and not all(found):
         model = replace(source, base=model.unload()).adapted(replace(config, basis="embedded"), parameters)
     for name, layer in adapted_layers(model, ADAPTER):
         (form,), basis = layer.bases(ADAPTER), layers[name].basis()
@@ -120,7 +127,7 @@ def import_psoft(source: Source) -> PeftModel:
     return model
 
 
-def _computed_by_peft(source: Source, name: str) -> _Subspace:
+def _computed_by_peft(source: Source, name: str) -> ImportedUpdate:
     """Build PEFT's own layer on this weight, with its own singular vectors and the trained tensors."""
     from peft.tuners.psoft.layer import Linear as PeftPsoftLinear  # PEFT has it from 0.19 on
 
@@ -139,13 +146,16 @@ def _computed_by_peft(source: Source, name: str) -> _Subspace:
         parameters["input_scale"] = trained.vector_a
     if config.psoft_mag_b:
         parameters["output_scale"] = trained.vector_b
-    return _Subspace(down, up * layer.scaling[ADAPTER], matrix - eye, parameters)
+    return ImportedUpdate(down, up * layer.scaling[ADAPTER], matrix - eye, parameters)
 
 
-def _is_recoverable(layer: Layer, imported: _Subspace) -> bool:
-    """Whether this basis can be recovered from its pin, which requires it to be principal."""
-    basis = imported.basis()
+def _is_recoverable(layer: Layer, imported: ImportedUpdate, config: SubspaceConfig) -> bool:
+    """Whether this basis can be recovered from its pin, which requires it to be what the configuration selects."""
+    basis, matrix = imported.basis(), layer.unmerged_matrix()
     count = candidate_rank(len(basis), layer.in_features, layer.out_features)
-    candidates = principal_subspace(layer.unmerged_matrix(), count).basis
+    if config.selection == "top":
+        candidates = principal_subspace(matrix, count).basis
+    else:
+        candidates = singular_subspace(matrix, count, config.selection).basis
     found, _ = recover(pin(basis), candidates.to(basis))
     return bool((found - basis).norm() <= _RECOVERABLE * len(basis) ** 0.5)

@@ -1,0 +1,205 @@
+"""The form *low-rank update*: y = host(x) + s·(x Downᵀ) Upᵀ, both factors made from trained parameters."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isotune.adapter.evaluation import autocasts
+from isotune.adapter.kernels import complement, decoding_kernels, linear_with_low_rank, low_rank_update
+from isotune.adapter.operator import FrozenLinear
+from isotune.adapter.placement import Placement, place
+from isotune.adapter.update import PlacedUpdate, Update
+from isotune.parallel.tensor_parallel import Division
+
+
+class LowRankAdapter(Update):
+    """An update whose factors Down (r, in) and Up (out, r) are differentiable functions of the parameters.
+
+    The factors are made once for each layer and pass, without the tokens. For backward a layer keeps x, as LoRA does,
+    and x Downᵀ.
+
+    Args:
+        size: r.
+    """
+
+    needs_rows = True
+
+    @abstractmethod
+    def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Map parameters, all with the same leading dimensions, to Down (..., r, in) and Up (..., out, r)."""
+
+    def forward(self, dtype: torch.dtype | None = None, at: Tensor | None = None) -> tuple[Tensor, ...]:
+        """As in `Adapter.forward`; of many adapters all are evaluated, since each has a placement of its own."""
+        tensors = super().forward(dtype)
+        return tensors if at is None else tuple(tensor.index_select(0, at) for tensor in tensors)
+
+    def _scaled(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """s·Down and Up."""
+        down, up = (tensor.to(dtype) for tensor in tensors)
+        return down if self.scale == 1.0 else down * self.scale, up
+
+    def output(
+        self,
+        x: Tensor,
+        tensors: tuple[Tensor, ...],
+        host: Callable[[Tensor], Tensor],
+        bias: Tensor | None,
+        division: Division | None,
+    ) -> Tensor:
+        """host(x) + s·(x Downᵀ) Upᵀ, in the dtype of the host's output."""
+        result = host(x)
+        if self.dropout:
+            x = nn.functional.dropout(x, self.dropout, self.training)
+        down, up = self._scaled(tensors, result.dtype)
+        of_x = None if division is None else division.of_input(x)
+        of_result = None if division is None else division.of_output(result)
+        if of_x is not None:
+            down = of_x.of(down)
+        if of_result is not None:
+            up = of_result.of(up.mT).mT
+        return low_rank_update(x.to(result.dtype), down, up, result, of_x, of_result)
+
+    def fused(self, x: Tensor, tensors: tuple[Tensor, ...], linear: FrozenLinear) -> Tensor | None:
+        """x Wᵀ + b with its update; None under autocast, with dropout, or if x does not have the dtype of W."""
+        weight, bias = linear
+        if x.dtype != weight.dtype or (self.dropout and self.training) or autocasts(x):
+            return None
+        down, up = self._scaled(tensors, x.dtype)
+        if kernels := decoding_kernels(x, weight, bias, (down, up)):
+            rows: Tensor | None = kernels.linear_with_update(x.reshape(1, -1), weight, bias, down, up)
+            if rows is not None:
+                return rows.view(*x.shape[:-1], rows.shape[-1])
+        return linear_with_low_rank(x, down, up, weight, bias)
+
+    def fold(
+        self,
+        matrix: Tensor,
+        tensors: tuple[Tensor, ...],
+        *,
+        drop: bool = False,
+        rows: Tensor | None = None,
+        at: Tensor | None = None,
+        multiple: Tensor | None = None,
+    ) -> Tensor:
+        """W + s·Up Down."""
+        down, up = self._scaled(tensors, matrix.dtype)
+        if at is not None and matrix.ndim == 2:
+            up = up.index_select(0, at)
+        if multiple is not None:
+            up = up * multiple
+        return matrix + up @ down
+
+    def low_rank(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Up and s·Down."""
+        down, up = self._scaled(self.tensors(), torch.promote_types(matrix.dtype, torch.float32))
+        return up, down
+
+    @property
+    def form_key(self) -> Hashable:
+        """The configured scale."""
+        return self.configured_scale
+
+    def kept(self, in_features: int) -> int:
+        """The input, as for LoRA, and x Downᵀ."""
+        return in_features + self.size
+
+    def describe(self) -> str:
+        """The rank."""
+        return f"rank {self.size}"
+
+
+def left_vectors(product: Tensor) -> Tensor:
+    """The left singular vectors of W that belong to right ones, from W Vᵀ, orthonormal to rounding.
+
+    Args:
+        product: W Vᵀ, (..., out, k), at least float32.
+
+    Returns:
+        U, (..., out, k): W Vᵀ Σ⁻¹ where V holds singular vectors, else an orthonormal basis of the columns of W Vᵀ;
+        zero where σᵢ is rounding noise, since no vector belongs to it.
+    """
+    # With R's diagonal made positive, Q changes as little as W Vᵀ does.
+    left, upper = torch.linalg.qr(product)
+    values = upper.diagonal(dim1=-2, dim2=-1)
+    noise = torch.finfo(product.dtype).eps * max(product.shape[-2:]) * values.abs().amax(-1, keepdim=True)
+    signs = values.sign() * (values.abs() > noise)
+    found: Tensor = left * signs[..., None, :]
+    return found
+
+
+class ComplementAdapter(LowRankAdapter, PlacedUpdate):
+    """Down = A (I − Vᵀ V) and Up = (I − U Uᵀ) B: an update that leaves the k strongest singular triplets of W alone.
+
+    The placement's `down` is V, (k, in), and its `up` is U, (out, k): singular vectors of W, both at least float32.
+
+    Args:
+        size: r.
+        preserved: k.
+
+    Source: Xiong and Xie, OPLoRA (AAAI 2026, arXiv 2510.13003), abstract.
+    """
+
+    batched = False
+
+    def __init__(self, size: int, preserved: int) -> None:
+        super().__init__(size)
+        self.preserved = preserved
+
+    @abstractmethod
+    def factors_of(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Map parameters, all with the same leading dimensions, to A (..., r, in) and B (..., out, r)."""
+
+    def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Down and Up."""
+        a, b = self.factors_of(parameters)
+        right, left = self.factors(a.dtype, a.device)
+        if a.ndim > right.ndim:
+            right, left = right[None], left[None]
+        down, up = complement(a, right), complement(b.mT, left.mT).mT
+        return down, up if torch.is_grad_enabled() else up.contiguous()  # as the kernels for decoding read it
+
+    def batch_key(self) -> Hashable:
+        """r and k."""
+        return self.size, self.preserved
+
+    def placed(
+        self,
+        basis: Tensor,
+        matrix: Tensor,
+        stored: Sequence[Tensor],
+        weight: Tensor,
+        accumulated: tuple[Tensor, Tensor] | None = None,
+    ) -> Placement:
+        """V as given, and U = W Vᵀ Σ⁻¹, orthonormal to rounding; zero where σᵢ is rounding noise."""
+        wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        placement = place(basis, wide, stored, weight, power=0.0)
+        down, up = placement.down[..., : self.preserved, :], placement.up[..., : self.preserved]
+        return replace(placement, down=down, up=left_vectors(up))
+
+    @property
+    def placement_key(self) -> Hashable:
+        """k, apart from other forms."""
+        return ComplementAdapter, self.preserved
+
+    @property
+    def basis_rank(self) -> int:
+        """k."""
+        return self.preserved
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ComplementAdapter:
+        before = self.placement
+        super()._apply(fn, recurse)
+        now = self.placement
+        if before is not None and now is not None and now.down.itemsize < 4:  # projectors are not rounded
+            self.placement = before.moved(lambda tensor: tensor.to(now.down.device))
+        return self
+
+    def describe(self) -> str:
+        """The rank, and how many singular triplets are preserved."""
+        return f"rank {self.size}, {self.preserved} triplets preserved"

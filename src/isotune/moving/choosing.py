@@ -1,0 +1,208 @@
+"""The next subspace of a layer: singular vectors of the current weight, or of its full gradient."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from isotune.hosts import widen
+from isotune.parallel.processes import several
+from isotune.subspace.precision import without_autocast
+from isotune.subspace.selection import drawn_start, singular_subspace
+from isotune.subspace.solvers import principal_subspace
+from isotune.tuner.layer import Layer
+
+SELECTIONS = ("top", "bottom", "band", "gradient")
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""loss(model, batch) -> a scalar."""
+
+
+def subspace_of(current: Tensor, rank: int, select: str, *, seed: int, number: int, name: str) -> Tensor:
+    """Chosen right singular vectors of the current weight, by an exact decomposition.
+
+    Args:
+        current: W with all that is accumulated, (out, in).
+        rank: r.
+        select: "top", "bottom" or "band"; the first place of a band is drawn from (seed, number, name) alone, so that
+            a resumed training and every process draw the same.
+        seed: the schedule's.
+        number: the number of the boundary.
+        name: the layer's name.
+
+    Returns:
+        (r, in), orthonormal rows.
+
+    Raises:
+        ValueError: the weight is not finite.
+    """
+    start = None
+    if select == "band":
+        digest = hashlib.blake2b(f"{seed} {number} {name}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        start = drawn_start(min(current.shape), rank, generator)
+    return singular_subspace(current, rank, select, start=start, name=f"module {name!r}").basis
+
+
+def gradient_subspaces(
+    model: nn.Module, layers: Sequence[Layer], adapter_name: str, batches: Iterable[Any], loss: Loss, memory: int
+) -> list[Tensor]:
+    """The strongest right singular vectors of the full gradient of each layer's weight, summed over batches.
+
+    The model runs in evaluation mode, so that nothing is drawn at random, and no `.grad` is touched. A full gradient is
+    as large as the weight: only as many are held at once as fit `memory`, at least one, and the batches are run
+    again for the next ones. Of several processes, each runs its own batches and all get the subspaces of the mean.
+
+    Args:
+        model: the model that `loss` is given.
+        layers: the layers.
+        adapter_name: the adapter, which must be active.
+        batches: what `loss` is given, several times over.
+        loss: the loss of one batch.
+        memory: bytes.
+
+    Returns:
+        (r, in) for each layer.
+
+    Raises:
+        ValueError: there is no batch, a layer does not take part in the loss, or a gradient is not finite.
+    """
+    given = list(batches)
+    if not given:
+        raise ValueError("batches is empty; give at least one batch, from whose gradient the next subspace is chosen.")
+    found: list[Tensor] = []
+    for group in _groups(layers, memory):
+        totals = _gradients(model, group, given, loss)
+        for layer in group:
+            total = totals.pop(layer.key)
+            if several():
+                dist.all_reduce(total)
+            rank = layer.subspace(adapter_name).size
+            found.append(principal_subspace(total, rank, solver="full", name=f"gradient of {layer.key!r}").basis)
+    return found
+
+
+def loss_of(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that a model of transformers computes from a batch with labels.
+
+    Raises:
+        ValueError: the batch is not a mapping, or the model gives no loss.
+    """
+    found = getattr(model(**batch), "loss", None) if isinstance(batch, Mapping) else None
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            "A batch gives no loss: it must be a mapping of the model's arguments with labels. For other models give "
+            "loss=, a function of model and batch."
+        )
+    return found
+
+
+def _groups(layers: Sequence[Layer], memory: int) -> Iterator[list[Layer]]:
+    """Neighbouring layers whose float32 gradients fit the memory together."""
+    group: list[Layer] = []
+    room = memory
+    for layer in layers:
+        size = 4 * layer.out_features * layer.in_features
+        if group and size > room:
+            yield group
+            group, room = [], memory
+        group.append(layer)
+        room -= size
+    if group:
+        yield group
+
+
+def _gradients(model: nn.Module, group: Sequence[Layer], batches: Sequence[Any], loss: Loss) -> dict[str, Tensor]:
+    """Layer name -> the sum of its full gradients, (out, in)."""
+    totals = {
+        layer.key: torch.zeros(layer.out_features, layer.in_features, device=layer.base_weight.device)
+        for layer in group
+    }
+    with _evaluating(model), torch.enable_grad():
+        for batch in batches:
+            with _calls_of(group) as calls:
+                value = loss(model, _moved(batch, group[0].base_weight.device))
+            used = [call for call in calls if call[1].requires_grad]
+            gradients = torch.autograd.grad(value, [call[1] for call in used], allow_unused=True)
+            with torch.no_grad(), without_autocast(value.device):
+                for (layer, _, read), gradient in zip(used, gradients, strict=True):
+                    if gradient is not None:
+                        read(totals[layer.key], widen(gradient))
+            del calls, used, gradients, value
+    for name, total in totals.items():
+        if not bool(total.any()):
+            raise ValueError(
+                f"The loss does not depend on {name!r} in any of the batches, so there is no gradient to choose its "
+                "next subspace from. Give batches in which it takes part, or exclude it with exclude_modules."
+            )
+    return totals
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Mapping):
+        return {name: _moved(value, device) for name, value in batch.items()}
+    return batch.to(device) if isinstance(batch, Tensor) else batch
+
+
+_Call = tuple[Layer, Tensor, Callable[[Tensor, Tensor], Any]]
+"""A layer, a tensor of the graph, and what adds to the layer's gradient, given the gradient of that tensor."""
+
+
+@contextmanager
+def _calls_of(group: Sequence[Layer]) -> Iterator[list[_Call]]:
+    """Within this block, note each call of the layers."""
+    calls: list[_Call] = []
+
+    def note(layer: Layer, args: tuple[Any, ...], output: Tensor) -> None:
+        x = args[0].detach().flatten(0, -2)
+
+        def read(total: Tensor, gradient: Tensor) -> None:
+            total.addmm_(gradient.flatten(0, -2).T.to(total), x.to(total))
+
+        calls.append((layer, output, read))
+
+    def folding(layer: Layer) -> Callable[..., Tensor]:
+        def fold(
+            names: Sequence[str],
+            matrix: Tensor,
+            rows: Tensor | None = None,
+            at: Tensor | None = None,
+            multiple: Tensor | None = None,
+            **more: Any,
+        ) -> Tensor:
+            folded = type(layer).fold(layer, names, matrix, rows, at, multiple, **more)
+
+            def read(total: Tensor, gradient: Tensor) -> None:
+                gradient = gradient.to(total) if multiple is None else gradient.to(total) * multiple
+                total.add_(gradient) if at is None else total.index_add_(0, at, gradient)
+
+            calls.append((layer, folded, read))
+            return folded
+
+        return fold
+
+    with ExitStack() as stack:
+        for layer in group:
+            if layer.host.folds:  # a convolution or an embedding has its gradient where the adapter is folded in
+                vars(layer)["fold"] = folding(layer)
+                stack.callback(vars(layer).pop, "fold")
+            else:
+                stack.callback(layer.register_forward_hook(note).remove)
+        yield calls

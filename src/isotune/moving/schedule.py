@@ -1,0 +1,198 @@
+"""When subspaces move: one schedule for a plain loop and for transformers' trainers."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from isotune.errors import IsotuneWarning
+from isotune.internals.torch_state import uncompiled, version_of
+from isotune.methods.checks import require, require_choice, require_positive_integer
+from isotune.moving.boundary import Move, adapted, layers_to_move, move
+from isotune.moving.choosing import SELECTIONS, Loss, gradient_subspaces, loss_of, subspace_of
+from isotune.moving.optimiser import STATES
+from isotune.tuner.layer import Layer
+from isotune.tuner.moved import moves_of
+
+Select = Literal["top", "bottom", "band", "gradient"]
+Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+
+
+class MovingSchedule:
+    """Moves the subspaces of an adapter during training, every few optimiser steps or epochs.
+
+    At each boundary the update of every layer is folded into an accumulated one, W + U D; the next subspace is chosen
+    from the current weight, and the operator starts there at the identity, so that the function stays as it was. The
+    base is never written: U and D are kept beside the basis and saved in the adapter's file.
+
+    In a loop of your own call `step` after each optimiser step, or with unit="epoch" after each epoch. With
+    transformers' and TRL's trainers give the schedule as a callback, callbacks=[schedule]: it then moves right before
+    the first step after a boundary, so a checkpoint at a boundary holds the state before the move, and resuming moves.
+
+    Args:
+        every: steps or epochs from one boundary to the next.
+        unit: "step" or "epoch".
+        select: the next subspace: the "top" or "bottom" right singular vectors of the current weight, a "band" of
+            neighbours at a random place, or the top ones of the full "gradient" of the weight.
+        optimizer_state: "reset" forgets what the optimiser keeps for the adapter's parameters, "keep" leaves it, and
+            "project" carries the moments of AdamW, Adam or SGD to the coordinates of the next subspace.
+        max_rank: the largest rank of an accumulated update. Above it the smallest singular values are cut off;
+            `history` has the error. None keeps everything, of a rank that grows by at most r with each move.
+        largest_error: an error of a cut above it, relative to the layer's accumulated update, gives a warning.
+        seed: of the places of bands; each also depends on the number of the move and the layer's name alone.
+        adapter: the adapter's name.
+        batches: for "gradient": the batches whose gradients are summed, or a function that returns them. They are
+            iterated at each boundary; of several processes, each gives its own.
+        loss: for "gradient": a function of model and batch that returns the loss; None for `model(**batch).loss`.
+        gradient_memory: for "gradient": bytes that the full gradients of layers may take at once; at least one layer
+            is held. The batches are run once for each group of layers that fits.
+
+    Raises:
+        ValueError: a value is not allowed.
+
+    Examples:
+        >>> import torch
+        >>> from isotune import LoraXsConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), LoraXsConfig(r=2, target_modules=["0"]))
+        >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        >>> schedule = MovingSchedule(every=2)
+        >>> for step in range(5):
+        ...     model(torch.ones(1, 8)).sum().backward()
+        ...     optimizer.step()
+        ...     move = schedule.step(model, optimizer)
+        ...     optimizer.zero_grad()
+        >>> [(move.done, dict(move.ranks)) for move in schedule.history]
+        [(2, {'0': 2}), (4, {'0': 4})]
+
+    Source: the idea is ReLoRA's (Lialin et al., arXiv 2307.05695) and ROSA's (Hameed et al., arXiv 2407.07802), which
+    merge into the weight; restarting along the full gradient is PESO's (Lou et al., arXiv 2512.02216). That the base
+    stays and the accumulated update is kept as factors, and how "project" works, is isotune's own.
+    """
+
+    def __init__(
+        self,
+        every: int = 1,
+        *,
+        unit: Literal["step", "epoch"] = "step",
+        select: Select = "top",
+        optimizer_state: Literal["reset", "keep", "project"] = "reset",
+        max_rank: int | None = None,
+        largest_error: float = 0.01,
+        seed: int = 0,
+        adapter: str = "default",
+        batches: Batches | None = None,
+        loss: Loss | None = None,
+        gradient_memory: int = 2**30,
+    ) -> None:
+        require_positive_integer("every", every)
+        require_choice("unit", unit, ("step", "epoch"))
+        require_choice("select", select, SELECTIONS)
+        require_choice("optimizer_state", optimizer_state, STATES)
+        if max_rank is not None:
+            require_positive_integer("max_rank", max_rank)
+        require(0.0 <= largest_error < math.inf, "largest_error", largest_error, "it must be a number of at least 0")
+        require(isinstance(seed, int), "seed", seed, "it must be an integer")
+        require_positive_integer("gradient_memory", gradient_memory)
+        if (select == "gradient") != (batches is not None):
+            need = "needs batches=, whose gradients it sums" if batches is None else "does not use batches"
+            raise ValueError(f"select={select!r} {need}; give batches with select='gradient' and with no other.")
+        self.every, self.unit, self.select, self.optimizer_state = every, unit, select, optimizer_state
+        self.max_rank, self.largest_error, self.seed, self.adapter = max_rank, largest_error, seed, adapter
+        self.batches, self.loss, self.gradient_memory = batches, loss or loss_of, gradient_memory
+        self.history: list[Move] = []
+        """The moves of this schedule object, oldest first."""
+        self._done: int | None = None
+        self._read: tuple[Tensor, int, int] | None = None
+
+    def step(self, model: nn.Module, optimizer: Any, done: int | None = None) -> Move | None:
+        """Count one step or epoch, and move if a boundary is reached; after the optimiser's step, before the next pass.
+
+        Args:
+            model: the model, as trained.
+            optimizer: the optimiser that trains the adapter.
+            done: how many steps or epochs are finished in all; None counts the calls, from the last boundary that the
+                adapter's file knows of. Give it when a training resumes between two boundaries.
+
+        Returns:
+            What was moved; None between boundaries.
+
+        Raises:
+            ValueError: the subspaces cannot move here; says why. Raised at the first call, and nothing is changed.
+        """
+        model = uncompiled(model)
+        if self._done is None:
+            layers_to_move(model, self.adapter, optimizer)
+        moves = self._moves(model)
+        if done is None:
+            done = (moves * self.every if self._done is None else self._done) + 1
+        self._done = done
+        number = done // self.every
+        return self._moved(model, optimizer, number, done) if number > moves else None
+
+    def _moves(self, model: nn.Module) -> int:
+        """The number of the last boundary, from the adapter itself; reading it from a GPU waits, so that is kept."""
+        layers = [layer for layer in adapted(model).layers if self.adapter in layer.isotune_form]
+        moves = layers[0].bases(self.adapter)[0].moves if layers else None
+        if moves is None:
+            return 0
+        if self._read is None or self._read[0] is not moves or self._read[1] != version_of(moves):
+            self._read = moves, version_of(moves), moves_of(layers, self.adapter)
+        return self._read[2]
+
+    def _moved(self, model: nn.Module, optimizer: Any, number: int, done: int) -> Move:
+        chosen: dict[str, Tensor] = {}
+        if self.select == "gradient":
+            layers = layers_to_move(model, self.adapter, optimizer)
+            batches = self.batches() if callable(self.batches) else self.batches
+            inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+            bases = gradient_subspaces(inner, layers, self.adapter, batches or (), self.loss, self.gradient_memory)
+            chosen = {layer.key: basis for layer, basis in zip(layers, bases, strict=True)}
+
+        def choose(current: Tensor, layer: Layer) -> Tensor:
+            if layer.key in chosen:
+                return chosen[layer.key].to(current)
+            rank = layer.subspace(self.adapter).size
+            return subspace_of(current, rank, self.select, seed=self.seed, number=number, name=layer.key)
+
+        found = move(
+            model,
+            optimizer,
+            self.adapter,
+            choose,
+            number=number,
+            done=done,
+            optimizer_state=self.optimizer_state,
+            max_rank=self.max_rank,
+        )
+        self.history.append(found)
+        if found.error > self.largest_error:
+            warnings.warn(
+                f"At {self.unit} {done} accumulated updates were cut to rank {self.max_rank}, which changed that of "
+                f"{found.worst!r} by {found.error:.2g} of its norm (largest_error={self.largest_error:g}). Raise "
+                "max_rank, or leave it at None to keep everything.",
+                IsotuneWarning,
+                stacklevel=2,
+            )
+        return found
+
+    # -- as a TrainerCallback ------------------------------------------------------------------------------------------
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Move before the first step after a boundary."""
+        # The Trainer adds up shares of an epoch; at its end the sum is a whole number up to rounding.
+        done = state.global_step if self.unit == "step" else int(state.epoch + 1e-6)
+        self.step(given["model"], given["optimizer"], done)
+
+    def __getattr__(self, name: str) -> Any:
+        """The other events of a TrainerCallback, of which none concerns a schedule."""
+        if name.startswith("on_"):
+            return _nothing
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None

@@ -1,0 +1,145 @@
+"""Ranks and block sizes for a model that is not changed: by energy of its weights or outputs, or for a budget."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from isotune.methods.config import IsotuneConfig
+from isotune.tuner.layer import Layer
+from isotune.tuner.model import IsotuneModel
+from isotune.tuner.sizes import ChosenSizes, choose_sizes
+
+_MOMENTS_AT_ONCE = 2**31
+"""Bytes of input moments that are gathered in one pass over the data; more layers take more passes."""
+
+
+def choose_ranks(
+    model: nn.Module, config: IsotuneConfig, *, data: Iterable[Mapping[str, Any]] | None = None
+) -> ChosenSizes:
+    """Choose a rank, or a block size, for each layer that a configuration adapts; the model is not changed.
+
+    Args:
+        model: the base model, with its weights.
+        config: the method, its target modules, and rank_budget or rank_energy; `r="auto"` is 90 % of the energy.
+        data: batches as the model takes them, whose padding an `attention_mask` says: the energy is then that of the
+            layers' outputs on them. Without data it is that of the weights.
+
+    Returns:
+        A table, and in `options` what gives a configuration these sizes.
+
+    Raises:
+        ValueError: the configuration asks for no choice, no module matches, a weight has no values, the budget is too
+            small, there is no batch, or data are given for a layer that is not linear.
+
+    Examples:
+        >>> from isotune import PsoftConfig
+        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+        <torch...>
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+        >>> found = choose_ranks(model, PsoftConfig(target_modules=["0", "1"], rank_budget=100))
+        >>> [(layer.module, layer.size, layer.parameters) for layer in found.layers]
+        [('0', 9, 54), ('1', 8, 44)]
+        >>> found.options
+        {'r': 8, 'rank_pattern': {'0': 9}}
+    """
+    if not config.chooses_sizes:
+        raise ValueError(
+            "The configuration gives its sizes itself; ask for a choice by rank_budget, or by r='auto' and rank_energy."
+        )
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("The model has adapters already; give the base model, such as model.unload() returns.")
+    with _layers_of(model, config) as (shadow, layers):
+        if data is None:
+            return choose_sizes(layers, config)
+        return choose_sizes(layers, config, _moments(shadow, layers, list(data)))
+
+
+@contextmanager
+def _layers_of(model: nn.Module, config: IsotuneConfig) -> Iterator[tuple[nn.Module, list[Layer]]]:
+    """A copy of the model around the same tensors, and in it the layers that the configuration adapts."""
+    tensors = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    shadow, asked = copy.deepcopy(model, dict(tensors)), copy.deepcopy(config)
+    setattr(asked, "origin", "")  # noqa: B010 (a ClassVar): as if a file's tensors came next, nothing is placed
+    asked.sized = False
+    try:
+        IsotuneModel(shadow, {"default": asked}, "default")
+        yield shadow, [module for module in shadow.modules() if isinstance(module, Layer)]
+    finally:
+        for parameter, flag in trainable.items():
+            parameter.requires_grad_(flag)
+
+
+def _moments(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The sum of x xᵀ over the inputs of each layer, (in, in) in float32, by the layer's name; padding left out.
+
+    Raises:
+        ValueError: there is no batch, a layer is not linear, or it is not called for any of them.
+    """
+    if not batches:
+        raise ValueError("The data hold no batch; give at least one, or leave data out.")
+    if other := next((layer for layer in layers if layer.host.folds), None):
+        raise ValueError(
+            f"The inputs of {other.key!r}, a {type(other.host.module).__name__}, are not vectors that its weight "
+            "multiplies, so data say nothing of its directions. Leave data out, or exclude the module with "
+            "exclude_modules."
+        )
+    device, training = next(model.parameters()).device, model.training
+    found: dict[str, Tensor] = {}
+    mask: list[Tensor | None] = [None]
+
+    def gather(key: str, x: Tensor) -> None:
+        if mask[0] is not None and mask[0].shape == x.shape[:-1]:
+            x = x[mask[0].bool()]
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        found[key] = rows.mT @ rows + found.get(key, 0.0)
+
+    parts = _parts(layers)
+    with torch.no_grad(), tqdm(total=len(parts) * len(batches), desc="activations", unit="batch", delay=3.0) as bar:
+        for part in parts:
+            handles = [
+                layer.host.module.register_forward_pre_hook(lambda _, args, key=layer.key: gather(key, args[0]))
+                for layer in part
+            ]
+            try:
+                model.eval()
+                for batch in batches:
+                    moved = {
+                        name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()
+                    }
+                    mask[0] = moved.get("attention_mask")
+                    model(**moved)
+                    bar.update()
+            finally:
+                model.train(training)
+                for handle in handles:
+                    handle.remove()
+    if missed := next((layer.key for layer in layers if layer.key not in found), None):
+        raise ValueError(
+            f"The model does not call {missed!r} on the given data, so nothing is known of its inputs; exclude it with "
+            "exclude_modules, or give data that use it."
+        )
+    return found
+
+
+def _parts(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Groups of layers whose moments fit into memory together, one layer at least."""
+    parts: list[list[Layer]] = [[]]
+    size = 0
+    for layer in layers:
+        own = 4 * layer.in_features**2
+        if parts[-1] and size + own > _MOMENTS_AT_ONCE:
+            parts.append([])
+            size = 0
+        parts[-1].append(layer)
+        size += own
+    return parts

@@ -1,0 +1,76 @@
+"""Models that cannot take an adapter, refused before anything is changed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+from torch import nn
+
+from isotune.methods.config import IsotuneConfig
+from isotune.parallel.processes import loaded_by_one
+from isotune.parallel.sharding import is_sharded
+from isotune.tuner.layer import Layer
+
+
+def refuse_divided(model: nn.Module) -> None:
+    """Refuse a tensor-parallel model that does not say how its weights are split."""
+    size = getattr(model, "_tp_size", None) or 1
+    if size > 1 and not any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            f"The weights of this model are split by rows or columns between {size} devices (tensor parallelism), "
+            "and this version of transformers does not say how. Upgrade to transformers 5.17 or later, or load the "
+            "model without a tensor parallel plan and shard it with FSDP2."
+        )
+
+
+def refuse_loading_by_one(model: nn.Module) -> None:
+    """Refuse an adapter with a basis if accelerate will send only parameters to the other processes."""
+    if not loaded_by_one() or any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters()):
+        return  # every process loads four-bit weights itself
+    raise ValueError(
+        "fsdp_cpu_ram_efficient_loading is on: one process per machine loads the weights and accelerate sends them to "
+        "the others when it shards the model, but it cannot send the basis that this adapter keeps beside its "
+        "parameters. Turn it off with fsdp_cpu_ram_efficient_loading: false in accelerate's configuration file "
+        "(accelerate launch turns it on by default), or use a method without a basis, such as OFT."
+    )
+
+
+def refuse_names_of_saved(model: nn.Module, configs: Mapping[str, IsotuneConfig]) -> None:
+    """Refuse saved modules inside one another, and an adapter with the name of a part of one.
+
+    PEFT would confuse their names: it would leave a part out of the file, write it under a wrong name, or fail with a
+    KeyError when the trained adapter is saved.
+    """
+    asked = {name for config in configs.values() for name in config.modules_to_save or ()}
+    saved = {
+        name: module for name, module in model.named_modules() if any(f".{name}".endswith(f".{own}") for own in asked)
+    }
+    for name, outer in itertools.product(saved, saved):
+        if name.startswith(f"{outer}."):
+            inner = name.replace(".original_module.", ".")
+            raise ValueError(
+                f"{inner!r} lies within {outer!r}, and PEFT cannot save both with adapters (modules_to_save). Name "
+                f"only one of them, the same one in every adapter: {outer!r} contains the other."
+            )
+    for name, module in saved.items():
+        original: nn.Module = getattr(module, "original_module", module)
+        tensors = itertools.chain(original.named_parameters(), original.named_buffers())
+        parts = {part for key, _ in tensors for part in f"{name}.{key}".split(".")}
+        if called := parts & configs.keys():
+            raise ValueError(
+                f"The adapter name {min(called)!r} is not allowed: {name!r}, which modules_to_save saves with an "
+                "adapter, has a part of that name, and PEFT would not save it. Choose another name."
+            )
+
+
+def refuse_several_places(model: nn.Module) -> None:
+    """Refuse a model that uses one adapted module in several places, since PEFT injects into only one of them."""
+    adapted = {id(m.base_layer): m.key for m in model.modules() if isinstance(m, Layer)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        key = adapted.get(id(module))
+        if key is not None and not name.endswith(".base_layer"):
+            raise ValueError(
+                f"The target module {key!r} is the same object as {name!r}, so an adapter would act in one place but "
+                "be merged into all. Exclude the module with exclude_modules, or give each place a copy of its own."
+            )

@@ -1,0 +1,63 @@
+"""What each process of tests/moving/test_moving_training.py does; run by torchrun, or called in one process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from distributed.worker import ROWS, adapted, main, refused, sharded
+from helpers import layers_of, some_tokens, trainable
+from isotune.moving import MovingSchedule
+
+STEPS = 12
+SELECT = ("top", "band", "gradient")
+
+
+def batches(rank: int, size: int) -> list[dict[str, torch.Tensor]]:
+    rows = [some_tokens(ROWS, 9, seed=seed)[rank::size] for seed in (5, 6)]
+    return [{"input_ids": one, "labels": one} for one in rows]
+
+
+def train(model: Any, select: Any, rank: int = 0, size: int = 1) -> list[float]:
+    """The loss of all rows at each step, of a training that moves after the fourth and the eighth."""
+    given = {"batches": batches(rank, size)} if select == "gradient" else {}
+    schedule = MovingSchedule(4, select=select, optimizer_state="project", **given)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.01)
+    losses = []
+    for step in range(STEPS):
+        rows = some_tokens(ROWS, 9, seed=step % 3)[rank::size]
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step(model, optimizer)
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if size > 1:
+            dist.all_reduce(mean)
+        losses.append(float(mean) / size)
+    assert [move.done for move in schedule.history] == [4, 8, 12]
+    return losses
+
+
+def run(out: Path) -> dict[str, Any]:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    found: dict[str, Any] = {}
+    for select in SELECT:
+        replica = nn.parallel.DistributedDataParallel(adapted("psoft"))
+        found[select] = train(replica, select, rank, size)
+        stored = [tensor for layer in layers_of(replica) for tensor in layer.stored_of("default")]
+        found[f"{select} stored"] = [float((t * torch.arange(1, t.numel() + 1).view(t.shape)).sum()) for t in stored]
+    model = sharded(adapted("psoft"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    found["fsdp"] = refused(lambda: MovingSchedule(1).step(model, optimizer))
+    return found
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,109 @@
+"""Trainings whose subspaces move: by transformers' Trainer, resumed from any checkpoint, and in several processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from distributed import moving_worker, worker
+from helpers import PROCESSES, some_tokens, tiny_llama, torchrun
+from isotune import PsoftConfig, get_peft_model
+from isotune.moving import MovingSchedule
+
+STEPS = 9
+
+
+def trainer(folder: Path, schedule: MovingSchedule, **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(layers=1), PsoftConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    rows = [{"input_ids": row, "labels": row} for row in some_tokens(16, 9, seed=3)]
+    settings = TrainingArguments(
+        str(folder),
+        **{
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.02,
+            "save_steps": 1,
+            "logging_steps": 1,
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "seed": 1,
+            **options,
+        },
+    )
+    return Trainer(model, settings, train_dataset=rows, eval_dataset=rows, callbacks=[schedule])
+
+
+def curve(trained: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    ("every", "unit", "boundaries", "stops"),
+    [(3, "step", [3, 6], (2, 3)), (1, "epoch", [1, 2], (3, 4))],
+)
+def test_a_resumed_training_has_the_same_curve(
+    every: int, unit: Any, boundaries: list[int], stops: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Between boundaries and at them, without a move more or less."""
+
+    def schedule() -> MovingSchedule:
+        return MovingSchedule(every, unit=unit, select="band", optimizer_state="project")
+
+    whole = schedule()
+    trained = trainer(tmp_path / "whole", whole)
+    trained.train()
+    expected = curve(trained)
+    assert [move.done for move in whole.history] == boundaries
+    logits = trained.model.eval()(input_ids=some_tokens()).logits
+    for stop in stops:
+        part = schedule()
+        again = trainer(tmp_path / f"from-{stop}", part)
+        again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
+        assert curve(again) == pytest.approx(expected, abs=1e-6)
+        steps = [done * 4 if unit == "epoch" else done for done in boundaries]
+        assert [move.done for move in part.history] == [
+            done for done, step in zip(boundaries, steps, strict=True) if step >= stop
+        ]
+        torch.testing.assert_close(again.model.eval()(input_ids=some_tokens()).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_best_checkpoint_of_before_a_move_is_taken_in_the_end(tmp_path: Path) -> None:
+    schedule = MovingSchedule(2, select="band")
+    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.5}
+    trained = trainer(tmp_path, schedule, **options)
+    trained.train()
+    best = trained.state.best_global_step
+    scores = {entry["step"]: entry["eval_loss"] for entry in trained.state.log_history if "eval_loss" in entry}
+    assert best < STEPS
+    assert trained.evaluate()["eval_loss"] == pytest.approx(scores[best], abs=1e-6)
+    saved = json.loads((tmp_path / f"checkpoint-{best}" / "adapter_config.json").read_text())
+    trained.model.save_pretrained(tmp_path / "best")
+    again = json.loads((tmp_path / "best" / "adapter_config.json").read_text())
+    assert again.get("accumulated_ranks") == saved.get("accumulated_ranks")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(count, marks=pytest.mark.slow) for count in PROCESSES])
+def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    folder = tmp_path_factory.mktemp(f"moving-{request.param}")
+    torchrun(request.param, Path(moving_worker.__file__), folder)
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(request.param)]
+
+
+def test_several_processes_give_the_curve_of_one(processes: list[Any]) -> None:
+    for select in moving_worker.SELECT:
+        alone = moving_worker.train(worker.adapted("psoft"), select)
+        assert alone[-1] < alone[0]
+        for found in processes:
+            assert found[select] == pytest.approx(alone, abs=1e-4), select
+            assert found[f"{select} stored"] == processes[0][f"{select} stored"]
+
+
+def test_a_sharded_model_is_refused(processes: list[Any]) -> None:
+    assert all("FSDP" in found["fsdp"] for found in processes)

@@ -486,7 +486,9 @@ def test_what_becomes_of_the_state(kind: str) -> None:
             same = torch.equal(state["exp_avg"], before[parameter]["exp_avg"])
             assert same == (treatment == "keep")
             assert (state["exp_avg_sq"] >= 0).all()
-            if treatment == "project" and kind != "svfit":  # a wholly new subspace: nothing is known of it but the size of its gradients
+            if (
+                treatment == "project" and kind != "svfit"
+            ):  # a wholly new subspace: nothing is known of it but the size of its gradients
                 assert float(state["exp_avg"].abs().max()) < 1e-3 * float(before[parameter]["exp_avg"].abs().max())
                 mean = before[parameter]["exp_avg_sq"].mean()
                 torch.testing.assert_close(state["exp_avg_sq"], mean.expand_as(state["exp_avg_sq"]), rtol=1e-3, atol=0)

@@ -97,6 +97,8 @@ def test_a_methods_own_training_settings_go_over_the_recipes(path: str) -> None:
         ("data.files=null", ["one of data.files, data.hub and data.builtin is needed"]),
         ("train.start_from_head=true", ["needs 'head' among the baselines"]),
         ("method.train={lrr: 1}", ["in 'train' of method lora", "'lrr'", "did you mean 'lr'?"]),
+        ("train.moving={every: 2}", ["train.moving is for methods on subspaces", "psoft", "lora is none"]),
+        ("method.train.moving.select=gradient", ["select", "'top', 'bottom' or 'band'", "'gradient'"]),
         ("model", ["an override is key=value", "'model'"]),
         ("=3", ["an override is key=value"]),
         ("train..lr=3", ["an override is key=value"]),

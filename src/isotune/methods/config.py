@@ -26,7 +26,7 @@ from isotune.methods.checks import require_positive_integer as require_positive_
 from isotune.model_card import WEIGHTS, update_list, write_card
 from isotune.subspace.pinning import pin_width
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Newest version of the adapter format (docs/adapter-format.md); each file is given the lowest that can express it."""
 _SEED_LIMIT = 2**32
 """Seeds of numpy's frozen random stream lie below this."""
@@ -71,6 +71,9 @@ class IsotuneConfig(PeftConfig):
     method_type: ClassVar[Any] = None
     runtime_fields: ClassVar[tuple[str, ...]] = ()
     """Fields that apply only at run time and are never written, so that a file means the same to everyone."""
+    format_since: ClassVar[Mapping[str, int]] = {}
+    """Options that an earlier release would not know -> the first format version with them; a file that has one with
+    another value than its default is of that version, and no other file has it at all."""
     peft_bias: ClassVar[str] = ""
     """The name of bias="isotune_only" in PEFT's own method of the same name."""
 
@@ -203,6 +206,11 @@ class IsotuneConfig(PeftConfig):
         stored: dict[str, Any] = super().to_dict()
         for name in self.runtime_fields:
             stored.pop(name, None)
+        for name, version in self.format_since.items():
+            if stored[name] == getattr(type(self), name):
+                del stored[name]
+            else:
+                stored["isotune_format"] = max(stored["isotune_format"], version)
         for name, value in stored.items():
             if isinstance(value, set):
                 stored[name] = sorted(value)  # so that the same adapter always gives the same file

@@ -34,8 +34,8 @@ def generator_scale(n: int) -> float:
     """The factor of a scaled generator, with which Q is made of the free entries times 1 / (2 √(n − 1)).
 
     Adam moves every entry by about the learning rate, whatever n is. If their signs are independent, the spectral norm
-    of such a step grows like 2 √(n − 1) times the rate (Wigner's semicircle law); divided by that, it is about the rate
-    for every n.
+    of such a step grows like 2 √(n − 1) times the rate (Wigner's semicircle law). The signs of real gradients agree in
+    part, and it grows faster (docs/evidence/one-rate.md), so that the factor makes the difference smaller.
 
     Args:
         n: the size of the matrix.

@@ -296,8 +296,8 @@ def test_models_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
 
 def test_the_table_says_what_each_part_holds_and_what_is_left_out(tmp_path: Path) -> None:
     make = tiny_opt
-    make(layers=1).save_pretrained(str(tmp_path / "base"))
-    tune(make(layers=1), some_tokens()).save_pretrained(str(tmp_path / "tuned"))
+    make().save_pretrained(str(tmp_path / "base"))
+    tune(make(), some_tokens()).save_pretrained(str(tmp_path / "tuned"))
     arguments = ["extract", str(tmp_path / "base"), str(tmp_path / "tuned"), "oft_block_size=8", "--residual", "lora"]
     done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 0, done.output
@@ -309,5 +309,6 @@ def test_the_table_says_what_each_part_holds_and_what_is_left_out(tmp_path: Path
     assert change > 0
     assert any("changed tensors are left out (modules_to_save, bias keep them)" in row for row in rows)
     assert any(row.startswith("  model.decoder.embed_tokens.weight  6,144 numbers, changed by ") for row in rows)
+    assert any(row.startswith("  model.decoder.layers.*.fc1.bias  2 tensors, 224 numbers, changed by ") for row in rows)
     same = CliRunner().invoke(cli.app, ["extract", str(tmp_path / "base"), str(tmp_path / "base"), "oft_block_size=8"])
     assert same.stdout.splitlines()[-2].split() == ["all", "0.00%", "0.0%", "0.0%"]

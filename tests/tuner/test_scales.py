@@ -80,7 +80,7 @@ def scaled_parameters(layer: Layer, scale: float) -> None:
         for name, parameter in adapter.named_parameters():
             bound = getattr(adapter, "generator_bound", None)
             own = parameter if bound is None else bound_entries(parameter, bound)
-            parameter.copy_(1 + scale * (own - 1) if name == "output_gain" else scale * own)
+            parameter.copy_(1 + scale * (own - 1) if name in ("output_gain", "scales") else scale * own)
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0, -1.0])

@@ -291,9 +291,10 @@ class SubspaceAdapter(PlacedUpdate, Operator):
             return matrix + (up @ update.mT) @ down
         # Recomputed from the rows (up = W downᵀ, divided if the singular values are split), so that any factor by which
         # the look-up multiplies rows of W also multiplies their update.
-        # What is accumulated has no such factor: moving is refused where a look-up has one.
+        # Where up does not follow from W by the rows, they are read, and multiplied by that factor.
         if (self.accumulated_rank or self.power is None) and at is not None:
             up = up.index_select(0, at)
+            up = up if multiple is None else up * multiple
         else:
             up = rows @ (down / down.square().sum(1, keepdim=True)).mT
         return torch.addmm(matrix, up @ update.mT, down)

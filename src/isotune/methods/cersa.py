@@ -53,6 +53,7 @@ class CersaOperator(SubspaceAdapter):
     evaluated = ("core",)
     orthogonal = False
     averages = {"core": linear_mean}  # noqa: RUF012
+    coordinates = {"core": "transposed"}  # noqa: RUF012
     needs_rows = True
 
     def __init__(self, size: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from inspect import get_annotations
 from pathlib import Path
@@ -209,12 +209,17 @@ class IsotuneConfig(ChosenSize, PeftConfig):
                 stored[name] = sorted(value)  # so that the same adapter always gives the same file
         return stored
 
-    def fit(self, module: str, singular_values: Callable[[], Tensor]) -> None:
-        """Set what depends on the weight of a module, before a new adapter is made for it; by default nothing does.
+    @property
+    def fits_weights(self) -> bool:
+        """Whether `fit` has something to set before a new adapter is made."""
+        return False
+
+    def fit(self, module: str, singular_values: Tensor) -> None:
+        """Set what depends on the weight of a module; only called if `fits_weights`.
 
         Args:
             module: the module's name in the base model.
-            singular_values: gives all singular values of W, (n,), or of each expert, (experts, n), descending.
+            singular_values: of W, or of each expert, all of them, (1 or experts, n), descending.
         """
 
     @abstractmethod

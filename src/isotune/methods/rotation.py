@@ -31,11 +31,12 @@ class RotationConfig(IsotuneConfig):
             self.isotune_format = max(self.isotune_format, 2)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that the file stores; `side` only if it is not "input"."""
+        """The fields that the file stores; `side` not if it is "input", as always in version 1, unless the method's is
+        "output"."""
         stored = super().to_dict()
-        if self.side == "input":
+        if self.side == type(self).side == "input":
             del stored["side"]
-        else:  # also if side was set after construction
+        if self.side == "output":  # also if side was set after construction
             stored["isotune_format"] = max(self.isotune_format, 2)
         return stored
 

@@ -126,12 +126,6 @@ def _why_fixed(layer: Layer, adapter_name: str, whole: bool) -> str | None:
         return "an adapter is merged into the layer. Call unmerge_adapter() first."
     if adapter.relative_scale != 1.0:
         return f"it has the scale {adapter.relative_scale:g}, and only adapters as trained move. Set its scale to 1."
-    module = layer.host.module
-    if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
-        return (
-            f"a {type(module).__name__} may multiply or shift what it looks up, which an accumulated update would not "
-            "follow. Exclude the module with exclude_modules."
-        )
     try:
         adapter.identity()
     except ValueError as error:
@@ -244,7 +238,9 @@ def _states(optimizer: Any, found: _Next, adapter_name: str, treatment: str) -> 
         return {parameter: {} for parameter in own.values()}
     before = adapter.placement
     assert before is not None
-    overlap = Overlap.of(before.down[: adapter.size], found.placement.down[: adapter.size])
+    (old_down, old_up), (new_down, new_up), rank = before.factors, found.placement.factors, adapter.size
+    ups = (old_up[:, :rank], new_up[:, :rank]) if adapter.power is None else None
+    overlap = Overlap.of(old_down[:rank], new_down[:rank], ups)
     return {p: project(adapter, name, optimizer.state[p], overlap) for name, p in own.items()}
 
 

@@ -180,12 +180,18 @@ def _calls_of(group: Sequence[Layer]) -> Iterator[list[_Call]]:
 
     def folding(layer: Layer) -> Callable[..., Tensor]:
         def fold(
-            names: Any, matrix: Tensor, rows: Tensor | None = None, at: Tensor | None = None, *more: Any, **options: Any
+            names: Sequence[str],
+            matrix: Tensor,
+            rows: Tensor | None = None,
+            at: Tensor | None = None,
+            multiple: Tensor | None = None,
+            **more: Any,
         ) -> Tensor:
-            folded = type(layer).fold(layer, names, matrix, rows, at, *more, **options)
+            folded = type(layer).fold(layer, names, matrix, rows, at, multiple, **more)
 
             def read(total: Tensor, gradient: Tensor) -> None:
-                total.add_(gradient) if at is None else total.index_add_(0, at, gradient.to(total))
+                gradient = gradient.to(total) if multiple is None else gradient.to(total) * multiple
+                total.add_(gradient) if at is None else total.index_add_(0, at, gradient)
 
             calls.append((layer, folded, read))
             return folded

@@ -33,16 +33,22 @@ class Overlap:
     left: Tensor
     """Σ'ᵖ C Σ⁻ᵖ."""
     right: Tensor
-    """Σ'⁻ᵖ C Σᵖ."""
+    """Σ'⁻ᵖ C Σᵖ; U'ᵀ U if neither side has the singular values."""
 
     @classmethod
-    def of(cls, before: Tensor, after: Tensor) -> Overlap:
-        """The overlap of two down factors, Σᵖ V and Σ'ᵖ V' (r, in), in float64."""
+    def of(cls, before: Tensor, after: Tensor, ups: tuple[Tensor, Tensor] | None = None) -> Overlap:
+        """The overlap of two down factors, Σᵖ V and Σ'ᵖ V' (r, in), in float64.
+
+        Args:
+            before, after: the down factors.
+            ups: for an operator between singular vectors alone, U and U', (out, r): their overlap is `right` then.
+        """
         old, new = before.double(), after.double()
         old_values, new_values = (torch.linalg.vector_norm(one, dim=1) for one in (old, new))
         cosines = (new / new_values[:, None]) @ (old / old_values[:, None]).T
         ratio = new_values[:, None] / old_values
-        return cls(cosines, cosines * ratio, cosines / ratio)
+        right = cosines / ratio if ups is None else ups[1].double().T @ ups[0].double()
+        return cls(cosines, cosines * ratio, right)
 
 
 def project(adapter: SubspaceAdapter, name: str, state: Mapping[str, Any], overlap: Overlap) -> dict[str, Any]:

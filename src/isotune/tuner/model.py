@@ -37,7 +37,7 @@ from isotune.tuner.refusals import (
     refuse_several_places,
 )
 from isotune.tuner.sizes import size_layers
-from isotune.tuner.state import KEY_PREFIX, adapted_layers, check_file, current_key, keys_in_model
+from isotune.tuner.state import check_file, current_key, keys_in_model
 
 _PREFIX = "isotune_"
 
@@ -71,7 +71,7 @@ class IsotuneModel(Tuner):
         if isinstance(config, BasisConfig):
             refuse_loading_by_one(model)
         # The sizes of a file, and of a mean of adapters, are there already.
-        chooses = config.chooses_sizes and config.origin is None and basis_of is None
+        chooses = (config.chooses_sizes or config.fits_weights) and config.origin is None and basis_of is None
         config.sized = config.sized and not chooses
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         first = not any(isinstance(module, Layer) for module in model.modules())
@@ -322,8 +322,7 @@ class IsotuneModel(Tuner):
         cls, model: nn.Module, config: IsotuneConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         state_dict = {current_key(name): tensor for name, tensor in state_dict.items()}
-        given = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in state_dict.items()}
-        make_room(adapted_layers(model, adapter_name), adapter_name, given)
+        make_room(model, adapter_name, state_dict)
         try:
             check_file(model, config, adapter_name, state_dict)
         except AdapterFileError:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from isotune.methods.subspace import SubspaceConfig
 from isotune.tuner.layer import Layer
+from isotune.tuner.state import KEY_PREFIX, adapted_layers
 
 
 def moved_config(config: SubspaceConfig, layers: Iterable[Layer], adapter_name: str) -> SubspaceConfig:
@@ -43,15 +44,16 @@ def describe_moves(configs: MutableMapping[str, Any], layers: Iterable[Layer], a
                 layer.configs[adapter_name] = config
 
 
-def make_room(layers: Iterable[tuple[str, Layer]], adapter_name: str, given: Mapping[str, Tensor]) -> None:
+def make_room(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> None:
     """Before a checkpoint is loaded into an adapter in use, give its bases the sizes of the checkpoint's.
 
     Args:
-        layers: the adapter's layers, with the names that `given` has for them.
+        model: the model.
         adapter_name: the adapter.
-        given: the tensors of the file by name.
+        state: the tensors of the file by name.
     """
-    for name, layer in layers:
+    given = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in state.items()}
+    for name, layer in adapted_layers(model, adapter_name):
         for basis in layer.bases(adapter_name):
             names = {key: f"{name}.isotune_form.{key}" for key in basis.held()}
             basis.fit({key: given[full] for key, full in names.items() if full in given})

@@ -50,7 +50,8 @@ class ChosenSizes:
     pattern_option: str
     """The option for the sizes of the others, such as "rank_pattern"."""
     uniform: LayerSize | None
-    """The largest one size for all layers with no more parameters, its energy the layers' mean; None if none fits."""
+    """The largest one size for all layers within the budget, or within these parameters if there is none, with the mean
+    of the layers' energies; None if no one size fits."""
 
     @property
     def parameters(self) -> int:
@@ -136,7 +137,9 @@ def choose_sizes(
         for layer, sizes, index in zip(layers, found, chosen, strict=True)
     )
     result = ChosenSizes(rows, price.option, config.size_pattern, None)
-    return ChosenSizes(rows, price.option, config.size_pattern, price.uniform(layers, found, result.parameters))
+    return ChosenSizes(
+        rows, price.option, config.size_pattern, price.uniform(layers, found, budget or result.parameters)
+    )
 
 
 def _shape(layer: Layer) -> tuple[int, int]:

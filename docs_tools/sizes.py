@@ -43,6 +43,7 @@ FIRST: dict[str, dict[str, Any]] = {
     "goft": {},
     "qgoft": {},
     "hra": {"r": 8},
+    "road": {},
 }
 """What to begin with on a language model of 4096 inputs a layer."""
 SIGN = {"r": "r", "oft_block_size": "b", "boft_block_size": "b", "boft_n_butterfly_factor": "m"}

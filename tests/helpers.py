@@ -396,6 +396,7 @@ OPTIONS_FOR_12: dict[str, dict[str, Any]] = {
     "svfit": {"r": 4},
     "cersa": {"r": 4},
     "oplora": {"r": 4, "preserved_rank": 3},
+    "road": {"group_size": 4, "side": "input"},
 }
 """Options with which each method fits a layer whose W has a multiple of 12 columns."""
 
@@ -410,6 +411,7 @@ OPTIONS_FOR_TINY: dict[str, dict[str, Any]] = {
     "svfit": {"r": 8},
     "cersa": {"r": 8},
     "oplora": {"r": 8, "preserved_rank": 6},
+    "road": {"group_size": 8, "side": "input"},
 }
 """Options with which each method fits every layer of the tiny models."""
 

@@ -119,14 +119,32 @@ FOLDED = {
 input itself (inputs of any dimension, fused and hooked path, kept bytes, operations) is tested on HOSTS alone."""
 
 EVERY = {**HOSTS, **FOLDED}
+EVEN = {
+    "wide": Case(lambda: nn.Linear(24, 12), 24, 12),
+    "tall": Case(lambda: nn.Linear(8, 30), 8, 30),
+    "tall-no-bias": Case(lambda: nn.Linear(8, 30, bias=False), 8, 30),
+    "full-rank": Case(lambda: nn.Linear(6, 12), 6, 12),
+    "conv1d-wide": Case(lambda: conv1d(12, 24), 24, 12),
+    "conv1d-tall": Case(lambda: conv1d(30, 8), 8, 30),
+    "conv2d-1x1-no-bias": Case(lambda: nn.Conv2d(16, 6, 1, bias=False), 16, 6, lambda n: torch.randn(n, 16, 3, 2)),
+    "conv2d-circular": Case(
+        lambda: nn.Conv2d(2, 8, 3, padding=1, padding_mode="circular"), 18, 8, lambda n: torch.randn(n, 2, 5, 4)
+    ),
+}
+"""In place of hosts with an odd side, for a method of pairs."""
 
 PACKED = ("bitsandbytes-nf4", "bitsandbytes-int8", "torchao-int8")
 """Quantised hosts, by the names in tests/quantisers.py; the others that are supported in hosts/test_quantised.py."""
 
 
+def fitted(name: str, method: str) -> Case:
+    """The host of this name, or the one in its place that fits the method."""
+    return EVEN.get(name, EVERY[name]) if form_of(method)[0] == "road" else EVERY[name]
+
+
 @pytest.fixture(params=list(EVERY))
-def host(request: pytest.FixtureRequest) -> Case:
-    return EVERY[request.param]
+def host(request: pytest.FixtureRequest, method: str) -> Case:
+    return fitted(request.param, method)
 
 
 pytestmark = [
@@ -141,8 +159,8 @@ def packed(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=list(HOSTS))
-def case(request: pytest.FixtureRequest) -> Case:
-    return HOSTS[request.param]
+def case(request: pytest.FixtureRequest, method: str) -> Case:
+    return fitted(request.param, method)
 
 
 def fitting(method: str, width: int, *, other: bool = False) -> dict[str, Any]:
@@ -157,13 +175,17 @@ def fitting(method: str, width: int, *, other: bool = False) -> dict[str, Any]:
         return {"boft_block_size": block, "boft_n_butterfly_factor": 1 if block % 2 or width % (2 * block) else 2}
     if method == "hra":
         return {"r": 2 if other else 4}
+    if method == "road":
+        if width % 2:
+            pytest.skip("an odd number of inputs or outputs has no pairs; that is refused (methods/test_road.py)")
+        return {"group_size": 2 if other else max(d for d in (2, 4, 6, 8) if width % d == 0), "side": "input"}
     return {}
 
 
 def config(method: str, case: Case, *, other: bool = False, **options: Any) -> Any:
     name, form = form_of(method)
     fits = fitting(name, case.out_features if form else case.in_features, other=other)
-    return METHODS[name](**{"target_modules": ["layer"], "init_weights": False, **form, **fits, **options})
+    return METHODS[name](**{"target_modules": ["layer"], "init_weights": False, **fits, **form, **options})
 
 
 def build(method: str, case: Case, dtype: torch.dtype = torch.float32, **options: Any) -> Any:

@@ -111,6 +111,13 @@ def test_the_tables_of_methods_are_the_library_s(monkeypatch: pytest.MonkeyPatch
     assert row in page
 
 
+def test_the_published_ranks_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs_tools")
+    import ranks
+
+    assert ranks.row(ranks.SETTINGS[0]) in text_of("docs/guides/ranks.md")
+
+
 def test_the_pictures_of_methods_are_those_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "docs_tools")
     turns = pytest.importorskip("turns")

@@ -20,6 +20,7 @@ from isotune.methods import (
     OploraConfig,
     PsoftConfig,
     QGOFTConfig,
+    RoadConfig,
     SvfitConfig,
 )
 from isotune.tools.decoding import evaluated_once
@@ -44,6 +45,7 @@ __all__ = [
     "PeftModel",
     "PsoftConfig",
     "QGOFTConfig",
+    "RoadConfig",
     "SvfitConfig",
     "__version__",
     "add_adapter",

@@ -9,6 +9,9 @@ import typer
 
 from isotune_cli.shared import Base, Out, Result, Trust, say
 
+_ONE_FILE = ("kohya", "onetrainer", "lycoris")
+"""Tools for whose rotations there is one file."""
+
 
 def export_adapter(
     directory: Annotated[
@@ -19,7 +22,7 @@ def export_adapter(
         str,
         typer.Option(
             help="What is written: lora, the folder of an ordinary LoRA of PEFT; merged, a plain model; peft, PEFT's "
-            "own OFT or BOFT; kohya or lycoris, a rotation as one file."
+            "own OFT or BOFT; kohya, onetrainer or lycoris, a rotation as one file."
         ),
     ],
     output: Out,
@@ -43,14 +46,17 @@ def export_adapter(
     trust_remote_code: Trust = False,
 ) -> Result:
     """Write an adapter, or all checkpoints in a folder, in a form that needs no isotune."""
-    if to not in ("lora", "merged", "peft", "kohya", "lycoris"):
-        raise ValueError(f"--to {to} is not one of lora, merged, peft, kohya, lycoris")
+    known = ("lora", "merged", "peft", *_ONE_FILE)
+    if to not in known:
+        raise ValueError(f"--to {to} is not one of {', '.join(known)}")
     if to != "lora" and (rank is not None or energy is not None or uniform_rank or names is not None):
         raise ValueError("--rank, --energy, --uniform-rank and --names are for --to lora; all others are exact.")
-    if component is not None and names is None and to not in ("kohya", "lycoris"):
-        raise ValueError("--component is for one file of a diffusion tool: --to lora with --names, kohya or lycoris.")
+    if component is not None and names is None and to not in _ONE_FILE:
+        raise ValueError(
+            f"--component is for one file of a diffusion tool: --to lora with --names, or --to {', '.join(_ONE_FILE)}."
+        )
     part: Any = component
-    if to in ("kohya", "lycoris"):
+    if to in _ONE_FILE:
         from isotune.files.diffusion.rotations import export_rotation
 
         form: Any = to

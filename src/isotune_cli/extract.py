@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,7 +11,7 @@ import typer
 from isotune_cli.shared import Result, Trust
 
 if TYPE_CHECKING:
-    from isotune.tools.extraction import ExtractedLayer, Extraction
+    from isotune.tools.extraction import ExtractedLayer, Extraction, Outside
 
 
 def extract_adapter(
@@ -73,13 +75,21 @@ def _table(found: Extraction, *, with_residual: bool) -> list[str]:
         lines.append(
             f"outside these layers, {len(lost)} changed tensors are left out (modules_to_save, bias keep them):"
         )
-        for one in lost:
-            how = (
-                "only in one of the models, or of another shape"
-                if one.change is None
-                else f"changed by {one.change:.3g}"
-            )
-            lines.append(f"  {one.name}  {one.size:,} numbers, {how}")
+        lines += _grouped(lost)
+    return lines
+
+
+def _grouped(lost: list[Outside]) -> list[str]:
+    """A line for each tensor, or for all of one name in layers of different numbers."""
+    groups: dict[tuple[str, bool], list[Outside]] = {}
+    for one in lost:
+        groups.setdefault((re.sub(r"\.\d+\.", ".*.", one.name), one.change is None), []).append(one)
+    lines = []
+    for (name, alone), own in groups.items():
+        change = math.hypot(*(one.change or 0.0 for one in own))
+        how = "only in one of the models, or of another shape" if alone else f"changed by {change:.3g}"
+        times = f"{len(own)} tensors, " if len(own) > 1 else ""
+        lines.append(f"  {name}  {times}{sum(one.size for one in own):,} numbers, {how}")
     return lines
 
 

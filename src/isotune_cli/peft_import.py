@@ -15,8 +15,8 @@ def import_adapter(
     directory: Annotated[
         str,
         typer.Argument(
-            help="The folder of an adapter of PEFT's own PSOFT, OFT, BOFT or HRA or of eigentune, or a single "
-            ".safetensors file of PEFT, kohya or OneTrainer (OFT, BOFT)."
+            help="The folder of an adapter of PEFT's own PSOFT, OFT, BOFT, HRA or RoAd or of eigentune, or a "
+            "single .safetensors file of PEFT, kohya or OneTrainer (OFT, BOFT)."
         ),
     ],
     output: Out,

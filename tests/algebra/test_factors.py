@@ -19,6 +19,7 @@ from isotune.algebra.factors import (
     Factor,
     LowRank,
     Nested,
+    Pairs,
     apply_chain,
     chain_backward,
     chain_forward,
@@ -40,6 +41,8 @@ FACTORS: dict[str, Factor] = {
     "permuted": BlockDiagonal(4, order=ORDER),
     "low rank": LowRank(),
     "nested": Nested(3, N // 3),
+    "pairs": Pairs(4),
+    "pairs across": Pairs(N),
 }
 LONG = ["permuted", "low rank", "every second column", "all columns", "adjacent columns"]
 
@@ -51,6 +54,8 @@ def random_tensors(factor: Factor, dtype: torch.dtype = torch.float64) -> list[T
         shapes = [(count, factor.size, factor.size)]
     elif isinstance(factor, Nested):
         shapes = [(1, N // 3, N // 3), (N // 3, 3, 3)]
+    elif isinstance(factor, Pairs):
+        shapes = [(N,), (N,)]
     else:
         shapes = [(N, 2), (2, N)]
     return [(0.5 * torch.randn(shape, dtype=dtype)).requires_grad_() for shape in shapes]
@@ -69,6 +74,10 @@ def dense(chain: Chain, tensors: Sequence[Tensor]) -> Tensor:
         eye = torch.eye(N, dtype=matrix.dtype)
         if isinstance(factor, LowRank):
             matrix = matrix @ (eye + rest.pop(0) @ rest.pop(0))
+            continue
+        if isinstance(factor, Pairs):
+            partner = torch.arange(N).view(-1, 2, factor.group // 2).flip(1).flatten()
+            matrix = matrix @ (eye + torch.diag(rest.pop(0)) + eye[partner] * rest.pop(0))
             continue
         assert isinstance(factor, BlockDiagonal)
         places = ORDER if factor.permuted else torch.arange(N)[factor.columns or slice(None)]

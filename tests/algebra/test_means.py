@@ -69,6 +69,10 @@ def test_bounded_generators_are_averaged_as_they_act() -> None:
     entries = torch.randn(2, skew_size(4), dtype=torch.float64)
     found = rotation_mean(entries, torch.tensor([1.0, 0.0]), 0.1)
     torch.testing.assert_close(found, bound_entries(entries[0], 0.1))
+    bounded, weights = bound_entries(entries, 0.1), torch.tensor([0.5, 0.5])
+    found = rotation_mean(entries, weights, 0.1, corrected=True)
+    torch.testing.assert_close(found, linear_mean(bounded, weights, corrected=True))
+    torch.testing.assert_close(found.norm(), torch.tensor(0.1 / 2**0.5, dtype=torch.float64))
 
 
 def test_the_other_means() -> None:

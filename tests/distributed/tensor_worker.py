@@ -59,7 +59,7 @@ def seed() -> None:
 def adapted(model: Any, method: str, targets: list[str] = PROJECTIONS) -> Any:
     seed()
     name, form = form_of(method)
-    model = get_peft_model(model, METHODS[name](target_modules=targets, **form, **OPTIONS_FOR_TINY[name]))
+    model = get_peft_model(model, METHODS[name](target_modules=targets, **{**OPTIONS_FOR_TINY[name], **form}))
     randomize(model, std=0.02)
     return model.train()
 

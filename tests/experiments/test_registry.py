@@ -66,6 +66,7 @@ def test_every_method_of_the_package_says_its_title_rate_and_size() -> None:
     assert {name for name, entry in found.items() if entry.size_option is None} == {
         "goft",
         "qgoft",
+        "road",
         "vera",
         "head",
         "full",

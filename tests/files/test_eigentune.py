@@ -162,6 +162,27 @@ def test_training_beside_eigentune_gives_the_same_losses(eigentune: Any, selecti
     assert found["losses"][0] - found["losses"][-1] > 0.01
 
 
+def test_weak_directions_that_eigentune_rounds_are_its_scales_still(eigentune: Any, tmp_path: Path) -> None:
+    """The left singular vectors of its float32 decomposition are W v / σ to ε σ₁ / σ only."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        left, right = (torch.linalg.qr(torch.randn(48, 48, dtype=torch.float64)).Q for _ in range(2))
+        layer = nn.Linear(48, 48)
+        layer.weight.data = ((left * torch.logspace(0, -4, 48, dtype=torch.float64)) @ right).float()
+        return nn.Sequential(layer)
+
+    model = eigentune.get_eigentune_model(base(), eigentune.EigenTuneConfig(rank=6, selection="minor"))
+    with torch.no_grad():
+        model[0].delta.copy_(torch.linspace(-0.2, 0.3, 6))
+    eigentune.save_adapter(model, str(tmp_path))
+    ours: Any = import_eigentune(tmp_path, base())
+    assert ours.peft_config["default"].peft_type.value == "ISOTUNE_SVFIT"
+    x = torch.randn(7, 48)
+    expected, plain = model(x), base()(x)
+    assert 1e-7 < float((ours(x) - expected).norm() / (expected - plain).norm()) < 5e-3
+
+
 def test_a_folder_of_eigentune_is_converted_on_the_command_line(eigentune: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

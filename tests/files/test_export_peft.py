@@ -32,6 +32,8 @@ CASES: dict[str, IsotuneConfig] = {
     "shared": OFTConfig(oft_block_size=8, block_share=True, target_modules=TARGETS),
     "coft": OFTConfig(oft_block_size=8, coft=True, eps=2.0, target_modules=TARGETS),
     "boft": BOFTConfig(boft_block_size=8, target_modules=TARGETS, bias="isotune_only"),
+    "scaled": OFTConfig(oft_block_size=8, scaled_generator=True, target_modules=TARGETS),
+    "scaled-boft": BOFTConfig(boft_block_size=8, scaled_generator=True, target_modules=TARGETS),
 }
 
 

@@ -68,6 +68,46 @@ def test_kohya(case: str, tmp_path: Path) -> None:
     check_same(model, import_single(tmp_path / "a.safetensors", unet()))
 
 
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_onetrainer(scaled: bool, share: bool, tmp_path: Path) -> None:
+    """Its weights are the trained ones, and the flag says that they are divided by 2 √(b − 1) where they are used."""
+    config = OFTConfig(oft_block_size=8, **SERIES, scaled_generator=scaled, block_share=share, target_modules=TARGETS)
+    model = trained(unet(), config)
+    assert export_rotation(model, tmp_path / "a.safetensors", "onetrainer") == len(updates_of(model))
+    stored = load_file(tmp_path / "a.safetensors")
+    for name, layer in adapted_layers(model, "default"):
+        stem = "lora_unet_" + name.replace(".", "_")  # diffusers' names
+        own = layer.adapter("default").generator.detach().abs()
+        torch.testing.assert_close(stored.pop(f"{stem}.oft_R.weight").abs(), own)
+        flag = stored.pop(f"{stem}.oft_R.scaled_oft", None)
+        assert (flag is not None) == scaled
+        assert flag is None or (flag.dtype == torch.bool and bool(flag))
+    assert not stored
+    again = import_single(tmp_path / "a.safetensors", unet())
+    check_same(model, again)
+    assert again.peft_config["default"].scaled_generator == scaled
+    # kohya's reader knows no flag, so its files hold what is used.
+    export_rotation(model, tmp_path / "kohya.safetensors", "kohya")
+    assert not any("scaled" in key for key in load_file(tmp_path / "kohya.safetensors"))
+    check_same(model, import_single(tmp_path / "kohya.safetensors", unet()))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (OFTConfig(oft_block_size=8, target_modules=TARGETS), "by the exact transform; OneTrainer's files"),
+        (BOFTConfig(boft_block_size=8, target_modules=TARGETS), "is a BOFTOperator by the exact transform"),
+        (OFTConfig(oft_block_size=8, **SERIES, side="output", target_modules=TARGETS), "on the inputs"),
+    ],
+    ids=["exact", "boft", "outputs"],
+)
+def test_what_onetrainer_does_not_compute_is_refused(config: IsotuneConfig, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        export_rotation(trained(unet(), config), tmp_path / "a.safetensors", "onetrainer")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
 LYCORIS: dict[str, IsotuneConfig] = {
     "oft": OFTConfig(oft_block_size=4, side="output", target_modules=TARGETS),
     "shared": OFTConfig(oft_block_size=4, block_share=True, side="output", target_modules=TARGETS),

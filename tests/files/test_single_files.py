@@ -128,11 +128,24 @@ def test_one_block_for_all_scaled_and_half_precision(tmp_path: Path) -> None:
     save_file({**tensors, **flags}, file)
     model = import_single(file, unet())
     assert model.peft_config["default"].block_share
+    assert model.peft_config["default"].scaled_generator  # trained on, it keeps its learning rate
+    for name, layer in adapted_layers(model, "default"):
+        assert torch.equal(layer.adapter("default").generator.abs(), weights[name].bfloat16().float().abs())
     expected = expected_of({name: weight.bfloat16().float() for name, weight in weights.items()}, divisor=2 * 7**0.5)
     assert update_error(model, unet(), expected) < 1e-5
     save_file({**tensors, **{key: torch.tensor(1) for key in flags}}, file)
     with pytest.raises(AdapterFileError, match=r"scaled_oft is an integer.*released OneTrainer"):
         import_single(file, unet())
+    # isotune has one option for all layers: where only some are scaled, these are divided.
+    some = sorted(flags)[0]
+    save_file({**tensors, some: flags[some]}, file)
+    model = import_single(file, unet())
+    assert not model.peft_config["default"].scaled_generator
+    (only_one,) = (name for name in weights if some.startswith(NAMES["kohya"](name) + "."))
+    halves = {
+        name: weight.bfloat16().float() / (2 * 7**0.5 if name == only_one else 1) for name, weight in weights.items()
+    }
+    assert update_error(model, unet(), expected_of(halves)) < 1e-5
     # What only some layers share is written out.
     mixed = oft_file(lambda blocks: 1) | {name: oft_file()[name] for name in list(LAYERS)[:2]}
     save_file({NAMES["kohya"](name) + ".oft_R.weight": weight for name, weight in mixed.items()}, file)

@@ -156,7 +156,7 @@ def test_decoding_with_a_static_cache(method: str) -> None:
 
 
 @CUDA_ALONE
-@pytest.mark.parametrize("method", ["psoft", "lora_xs"])
+@pytest.mark.parametrize("method", ["psoft", "lora_xs", "oplora"])
 def test_one_token_by_its_kernels(method: str) -> None:
     """Decoded in bfloat16 in a call, the logits of each token are those of plain products, to rounding."""
     model = decoder(method).bfloat16()

@@ -18,6 +18,7 @@ from torch.utils.weak import TensorWeakRef
 
 from helpers import adapt, assert_same_gradients, layers_of, trainable
 from isotune.algebra.butterfly import butterfly_blocks
+from isotune.algebra.cayley import CayleyMap
 from isotune.algebra.factors import apply_chain
 from isotune.experiments.measure import kept_bytes
 from isotune.methods import BOFTConfig
@@ -75,7 +76,7 @@ SHAPES = [
 
 @pytest.mark.parametrize(("n", "size", "stages"), SHAPES)
 def test_operator_is_the_definition(n: int, size: int, stages: int) -> None:
-    operator = BOFTOperator(n, 5, size, stages).double()
+    operator = BOFTOperator(n, 5, CayleyMap(size), stages).double()
     assert torch.equal(operator.matrix(), torch.eye(n).double())
     assert operator.is_identity()
     fill(operator, "uniform", 0.6, seed=1)
@@ -88,13 +89,13 @@ def test_operator_is_the_definition(n: int, size: int, stages: int) -> None:
 )
 def test_exactly_orthogonal(filling: tuple[str, float, int], shape: tuple[int, int, int]) -> None:
     n, size, stages = shape
-    operator = BOFTOperator(n, 5, size, stages)
+    operator = BOFTOperator(n, 5, CayleyMap(size), stages)
     fill(operator, *filling)
     assert_orthogonal(operator)
 
 
 def test_a_gain_alone_is_no_identity() -> None:
-    operator = BOFTOperator(8, 3, 4, 2)
+    operator = BOFTOperator(8, 3, CayleyMap(4), 2)
     with torch.no_grad():
         operator.output_gain[1] = 0.5
     assert not operator.is_identity()
@@ -255,7 +256,7 @@ def test_values_without_meaning_are_refused(options: dict[str, Any], message: st
 
 @pytest.mark.parametrize("factors", [1.0, 0.5])
 def test_dropout_is_over_factors_and_over_their_blocks(factors: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    operator = BOFTOperator(64, 3, 4, 5, (0.4, factors))
+    operator = BOFTOperator(64, 3, CayleyMap(4), 5, (0.4, factors))
     drawn: list[Tensor] = []
     monkeypatch.setattr("isotune.methods.boft.butterfly_blocks", lambda blocks, size: drawn.append(blocks))
     for _ in range(600):
@@ -272,7 +273,7 @@ def test_dropout_is_over_factors_and_over_their_blocks(factors: float, monkeypat
 
 
 def test_dropped_blocks_are_the_identity_and_the_others_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    operator = BOFTOperator(16, 3, 4, 3, (0.4, 0.7)).double().train()
+    operator = BOFTOperator(16, 3, CayleyMap(4), 3, (0.4, 0.7)).double().train()
     fill(operator, "uniform", 1.0, seed=0)
     (blocks,) = operator.evaluate(dict(operator.named_parameters()))
     drawn: list[Tensor] = []

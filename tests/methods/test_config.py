@@ -73,7 +73,7 @@ def test_refused_values(options: dict[str, Any], message: str) -> None:
 def test_a_misspelt_option_is_refused(name: str, said: str) -> None:
     with pytest.raises(TypeError, match=said):
         PsoftConfig(**{name: 8})
-    assert list(inspect.signature(PsoftConfig).parameters)[-1] == "cayley_neumann_eps"  # and help() shows the options
+    assert list(inspect.signature(PsoftConfig).parameters)[-1] == "scaled_generator"  # and help() shows the options
 
 
 def test_what_a_later_version_writes_into_a_file_is_left_out(tmp_path: Path) -> None:

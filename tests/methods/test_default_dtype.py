@@ -20,8 +20,11 @@ from isotune.subspace.solvers import principal_subspace
 OPTIONS = {
     "psoft": {"r": 4},
     "lora_xs": {"r": 4},
+    "svfit": {"r": 4},
+    "cersa": {"r": 4},
     "hra": {"r": 4},
     "oft": {"oft_block_size": 4},
+    "road": {"group_size": 4},
     "oplora": {"preserved_rank": 4},
 }
 

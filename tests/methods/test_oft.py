@@ -55,13 +55,15 @@ def definition(operator: OFTOperator) -> Tensor:
             blocks.append(eye)
             continue
         generator = skew(operator.generator[0 if len(operator.generator) == 1 else place], size)
-        if operator.generator_bound is not None:
+        if operator.cayley.generator_bound is not None:
             norm = generator.square().sum().sqrt()
-            generator = generator * (operator.generator_bound / norm if norm > operator.generator_bound else 1.0)
-        if operator.neumann_terms is None:
+            generator = generator * (
+                operator.cayley.generator_bound / norm if norm > operator.cayley.generator_bound else 1.0
+            )
+        if operator.cayley.neumann_terms is None:
             blocks.append((eye + generator) @ torch.linalg.inv(eye - generator))
         else:
-            powers = [torch.linalg.matrix_power(generator, k) for k in range(operator.neumann_terms + 1)]
+            powers = [torch.linalg.matrix_power(generator, k) for k in range(operator.cayley.neumann_terms + 1)]
             blocks.append((eye + generator) @ torch.stack(powers).sum(0))
     return torch.block_diag(*blocks)
 

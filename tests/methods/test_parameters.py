@@ -22,6 +22,7 @@ FORMULAS: dict[str, tuple[dict[str, Any], Callable[[int, int], int]]] = {
     "goft": ({}, lambda d, n: d - 1),
     "qgoft": ({}, lambda d, n: 4 * (d - 1)),
     "hra": ({"r": 8}, lambda d, n: 8 * d),
+    "road": ({}, lambda d, n: n),
     "lora_xs": ({"r": 46}, lambda d, n: 46 * 46),
     "svfit": ({"r": 46}, lambda d, n: 46),
     "oplora": ({"r": 8}, lambda d, n: 8 * (d + n)),
@@ -34,6 +35,8 @@ VARIANTS: list[tuple[str, dict[str, Any], Callable[[int, int], int]]] = [
     ("oft", {"r": 32}, lambda d, n: 32 * (d // 32) * (d // 32 - 1) // 2),
     ("oft", {"r": 32, "block_share": True}, lambda d, n: (d // 32) * (d // 32 - 1) // 2),
     ("boft", {"boft_block_size": 2, "boft_n_butterfly_factor": 2}, lambda d, n: d + n),
+    ("road", {"variant": "road_2", "group_size": 32}, lambda d, n: 2 * n),
+    ("road", {"variant": "road_4", "side": "input"}, lambda d, n: 4 * d),
     ("boft", {"boft_block_num": 16}, lambda d, n: d * (d // 16 - 1) // 2 + n),
 ]
 

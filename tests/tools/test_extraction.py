@@ -23,6 +23,7 @@ from isotune.files import checkpoint
 from isotune.files.export_lora import export_lora
 from isotune.files.export_merged import export_merged
 from isotune.methods import METHODS
+from isotune.tools import extraction
 from isotune.tools.extraction import RESIDUAL, extract
 from isotune.tools.fitting import fit
 
@@ -222,6 +223,40 @@ def test_one_tensor_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {one.name for one in report.outside if one.change is None} == {"classifier.weight", "classifier.bias"}
 
 
+def test_a_tied_head_has_its_weight_from_the_whole_model(tmp_path: Path) -> None:
+    """Its file holds the embedding only."""
+    tuned = tune(tiny_opt(), some_tokens())
+    tuned.save_pretrained(str(tmp_path / "tuned"))
+    base, config = tiny_opt(), OFTConfig(oft_block_size=8, target_modules=["lm_head"])
+    report = extract(base, str(tmp_path / "tuned"), config)
+    change = tuned.lm_head.weight - base.lm_head.weight
+    assert report.whole.change == pytest.approx(float(change.detach().norm()), rel=1e-5)
+
+
+def test_an_interruption_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = stack(), tune(stack(), torch.randn(8, 24))
+    config = OFTConfig(oft_block_size=8, target_modules=TARGETS)
+    expected = output(base)
+    for module, name in ((extraction, "_extracted"), (extraction, "_save_residual")):
+        run, calls = getattr(module, name), []
+
+        def stopped(*given: Any, run: Any = run, calls: list[None] = calls) -> Any:
+            calls.append(None)
+            if len(calls) == (2 if run.__name__ == "_extracted" else 1):
+                raise KeyboardInterrupt
+            return run(*given)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                extract(base, tuned, config, tmp_path / "new", residual="lora", residual_rank=2)
+        assert not list(tmp_path.iterdir())
+        assert not layers_of(base)
+        assert torch.equal(output(base), expected)
+    extract(base, tuned, config, tmp_path / "new", residual="lora", residual_rank=2)
+    assert (tmp_path / "new" / RESIDUAL).is_dir()
+
+
 def test_a_reflection_and_half_a_turn_are_reached_as_near_as_can_be() -> None:
     base = nn.Sequential(nn.Linear(6, 6, bias=False))
     for signs, nearest in (([-1, 1, 1, 1, 1, 1], None), ([-1, -1, 1, 1, 1, 1], 2e-4)):
@@ -232,9 +267,8 @@ def test_a_reflection_and_half_a_turn_are_reached_as_near_as_can_be() -> None:
             assert report.error < nearest
             continue
         # With determinant +1, the least singular value counts against: ‖W' − W Rᵀ‖² = 4 σ² of W'ᵀW.
-        cross = tuned[0].weight.double().T @ base[0].weight.double()
-        values = torch.linalg.svdvals(cross.detach())
-        norms = tuned[0].weight.double().square().sum() + base[0].weight.double().square().sum()
+        values = torch.linalg.svdvals(tuned[0].weight.detach().double().T @ base[0].weight.detach().double())
+        norms = 2 * base[0].weight.detach().double().square().sum()
         expected = math.sqrt(float(norms - 2 * (values.sum() - 2 * values[-1])))
         assert report.layers[0].left == pytest.approx(expected, rel=1e-3)
 
@@ -296,8 +330,8 @@ def test_models_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
 
 def test_the_table_says_what_each_part_holds_and_what_is_left_out(tmp_path: Path) -> None:
     make = tiny_opt
-    make(layers=1).save_pretrained(str(tmp_path / "base"))
-    tune(make(layers=1), some_tokens()).save_pretrained(str(tmp_path / "tuned"))
+    make().save_pretrained(str(tmp_path / "base"))
+    tune(make(), some_tokens()).save_pretrained(str(tmp_path / "tuned"))
     arguments = ["extract", str(tmp_path / "base"), str(tmp_path / "tuned"), "oft_block_size=8", "--residual", "lora"]
     done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 0, done.output
@@ -309,5 +343,6 @@ def test_the_table_says_what_each_part_holds_and_what_is_left_out(tmp_path: Path
     assert change > 0
     assert any("changed tensors are left out (modules_to_save, bias keep them)" in row for row in rows)
     assert any(row.startswith("  model.decoder.embed_tokens.weight  6,144 numbers, changed by ") for row in rows)
+    assert any(row.startswith("  model.decoder.layers.*.fc1.bias  2 tensors, 224 numbers, changed by ") for row in rows)
     same = CliRunner().invoke(cli.app, ["extract", str(tmp_path / "base"), str(tmp_path / "base"), "oft_block_size=8"])
     assert same.stdout.splitlines()[-2].split() == ["all", "0.00%", "0.0%", "0.0%"]

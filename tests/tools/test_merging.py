@@ -18,6 +18,7 @@ from isotune import get_peft_model
 from isotune.errors import IsotuneWarning
 from isotune.files.adapter import CONFIG_FILE, WEIGHTS_FILE
 from isotune.methods import METHODS
+from isotune.moving import MovingSchedule
 from isotune.tools.merging import merge_adapters
 
 TARGETS = ["first", "second", "third"]
@@ -141,3 +142,27 @@ def test_adapters_of_two_bases_need_to_be_told_which(tmp_path: Path) -> None:
     assert run(a, b, "-o", str(tmp_path / "new"), "--base", "models/one").exit_code == 0
     assert json.loads((tmp_path / "new" / CONFIG_FILE).read_text())["base_model_name_or_path"] == "models/one"
     assert "exists already" in run(a, b, "-o", str(tmp_path / "new"), "--base", "models/one").stderr
+
+
+def test_what_has_moved_is_kept_whole_or_refused(tmp_path: Path) -> None:
+    model = get_peft_model(stack(), METHODS["psoft"](r=8, target_modules=TARGETS))
+    randomize(model, std=0.2)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.0)
+    MovingSchedule(1, select="bottom").step(model, optimizer)
+    randomize(model, std=0.2)
+    model.save_pretrained(str(tmp_path / "moved"))
+    model.save_pretrained(str(tmp_path / "same"))
+    with pytest.raises(ValueError, match=r"The subspace of 'default' in .*first' has moved"):
+        model.add_weighted_adapter(["default"], [0.5], "half")
+    both = [str(tmp_path / "moved"), str(tmp_path / "same")]
+    done = run(both[0], "--weights", "0.5", "-o", str(tmp_path / "new"))
+    assert "in 'first' has moved, and the mean keeps all of what is accumulated" in done.stderr
+    assert not (tmp_path / "new").exists()
+    merge_adapters(both, tmp_path / "new", [0.3, 0.7])
+    merged = PeftModel.from_pretrained(stack(), str(tmp_path / "new"))
+    assert relative_error(output(merged), output(model)) < 1e-5
+    randomize(model, std=0.2)
+    MovingSchedule(1, select="bottom").step(model, optimizer)
+    model.save_pretrained(str(tmp_path / "farther"))
+    done = run(both[0], str(tmp_path / "farther"), "-o", str(tmp_path / "other"))
+    assert "hence no mean" in done.stderr, done.output

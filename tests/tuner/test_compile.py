@@ -75,7 +75,7 @@ def on_llama(method: str) -> Any:
     """One block with all its layers adapted: more of them are more to trace, and nothing new."""
     model = tiny_llama(layers=1)
     name, form = form_of(method)
-    config = METHODS[name](target_modules="all-linear", **form, **OPTIONS_FOR_TINY[name])
+    config = METHODS[name](target_modules="all-linear", **{**OPTIONS_FOR_TINY[name], **form})
     return get_peft_model(model, config).train()
 
 

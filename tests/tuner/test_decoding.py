@@ -36,7 +36,8 @@ pytestmark = [
     ),
 ]
 CAYLEY = "isotune.algebra.cayley._CayleyOfEntries.forward"
-SOME = ["psoft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("oft", "boft", "goft", "hra", "lora_xs"))]
+OTHERS = ("oft", "boft", "goft", "hra", "lora_xs", "oplora")
+SOME = ["psoft", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 
 
 class Graphs:

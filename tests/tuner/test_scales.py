@@ -78,9 +78,9 @@ def scaled_parameters(layer: Layer, scale: float) -> None:
     adapter = layer.adapter("default")
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():
-            bound = getattr(adapter, "generator_bound", None)
+            bound = getattr(getattr(adapter, "cayley", None), "generator_bound", None)
             own = parameter if bound is None else bound_entries(parameter, bound)
-            parameter.copy_(1 + scale * (own - 1) if name == "output_gain" else scale * own)
+            parameter.copy_(1 + scale * (own - 1) if name in ("output_gain", "scales") else scale * own)
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0, -1.0])

@@ -161,7 +161,8 @@ class ComplementAdapter(LowRankAdapter, PlacedUpdate):
         right, left = self.factors(a.dtype, a.device)
         if a.ndim > right.ndim:
             right, left = right[None], left[None]
-        return complement(a, right), complement(b.mT, left.mT).mT
+        down, up = complement(a, right), complement(b.mT, left.mT).mT
+        return down, up if torch.is_grad_enabled() else up.contiguous()  # as the kernels for decoding read it
 
     def batch_key(self) -> Hashable:
         """r and k."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from isotune.adapter.evaluation import cast_by_autocast, without_autocast
 from isotune.adapter.kernels import rotated_linear
 from isotune.adapter.operator import FrozenLinear, Operator
-from isotune.algebra.cayley import bound_entries
+from isotune.algebra.cayley import CayleyMap
 from isotune.algebra.factors import Chain, LowRank, apply_chain, transpose_chain
 from isotune.parallel.tensor_parallel import Division, Share
 
@@ -27,8 +27,8 @@ class RotationAdapter(Operator):
     additive = False
     divisible = True
     """Whether multiplying the parameters by a scale gives that part of the rotation."""
-    generator_bound: float | None = None
-    """The Frobenius norm to which `evaluate` limits each generator."""
+    cayley: CayleyMap | None = None
+    """How the rotations are made of the parameter `generator`, if the method has it."""
 
     def __init__(self, size: int, chain: Chain) -> None:
         super().__init__(size)
@@ -168,8 +168,8 @@ class RotationAdapter(Operator):
         if self._scale == 1.0:
             return parameter
         parameter = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
-        if self.generator_bound is not None:
-            parameter = bound_entries(parameter, self.generator_bound)
+        if name == "generator" and self.cayley is not None:
+            parameter = self.cayley.generator(parameter) / self.cayley.scale
         return 1 + self._scale * (parameter - 1) if name in self.beside else self._scale * parameter
 
     def check_scale(self, scale: float) -> None:

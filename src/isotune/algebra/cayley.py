@@ -6,6 +6,7 @@ difference keeps its relative precision, which R itself would lose to the leadin
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from isotune.algebra.acceleration import kernels_for
 from isotune.algebra.recording import inverse_by_products, is_exported
-from isotune.algebra.skew import skew_from_vector, skew_positions, skew_size
+from isotune.algebra.skew import generator_scale, skew_from_vector, skew_positions, skew_size
 
 
 def _by_kernels(generator: Tensor) -> Tensor | None:
@@ -148,16 +149,13 @@ def bound_entries(entries: Tensor, bound: float) -> Tensor:
     return bounded
 
 
-def orthogonal_difference(
-    entries: Tensor, n: int, neumann_terms: int | None = None, generator_bound: float | None = None
-) -> Tensor:
+def orthogonal_difference(entries: Tensor, n: int, neumann_terms: int | None = None) -> Tensor:
     """R − I from the free entries of the generator, by the exact transform or the truncated series.
 
     Args:
         entries: (..., n(n − 1)/2), the strict upper triangle of Q, row by row.
         n: size of R.
         neumann_terms: k of the series; None for the exact transform.
-        generator_bound: largest Frobenius norm of Q; None for no bound.
 
     Returns:
         R − I, (..., n, n), differentiable twice.
@@ -172,8 +170,6 @@ def orthogonal_difference(
 
     Source: Cayley (1846).
     """
-    if generator_bound is not None:
-        entries = bound_entries(entries, generator_bound)
     if neumann_terms is not None:
         return neumann_difference(skew_from_vector(entries, n), neumann_terms)
     if is_exported():
@@ -185,3 +181,38 @@ def orthogonal_difference(
         return 2 * generator @ inverse_by_products(minus, start, steps=40)
     result: Tensor = _CayleyOfEntries.apply(entries, n)  # type: ignore[no-untyped-call]
     return result
+
+
+@dataclass(frozen=True)
+class CayleyMap:
+    """How a rotation R is made of the trained entries of its generator Q.
+
+    Args:
+        n: size of R.
+        neumann_terms: k of the series that replaces the exact transform; None for the exact one.
+        generator_bound: largest Frobenius norm of Q; None for no bound.
+        scaled: whether Q has the trained entries times `generator_scale(n)`, instead of the entries themselves.
+
+    Examples:
+        >>> CayleyMap(5, scaled=True).generator(torch.ones(10))[:2]
+        tensor([0.2500, 0.2500])
+    """
+
+    n: int
+    neumann_terms: int | None = None
+    generator_bound: float | None = None
+    scaled: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What the trained entries are multiplied by."""
+        return generator_scale(self.n) if self.scaled else 1.0
+
+    def generator(self, entries: Tensor) -> Tensor:
+        """The free entries of Q, scaled and then bounded, from the trained ones, both (..., n(n − 1)/2)."""
+        own = entries * self.scale if self.scaled else entries
+        return own if self.generator_bound is None else bound_entries(own, self.generator_bound)
+
+    def difference(self, entries: Tensor) -> Tensor:
+        """R − I, (..., n, n), from the trained entries, (..., n(n − 1)/2); as `orthogonal_difference`."""
+        return orthogonal_difference(self.generator(entries), self.n, self.neumann_terms)

@@ -207,6 +207,46 @@ class LowRank(Factor):
         return gradient.addmm_(inner, left.t()) if in_place else torch.addmm(gradient, inner, left.t()), grads
 
 
+class Pairs(Factor):
+    """D joins column i of the first half of each group with the one of the second half at the same place.
+
+    From two tensors (n,), the diagonal d and the other entries e: (x D)ₖ = xₖ dₖ + x_p(k) eₖ with the partner p(k). It
+    is computed element by element, as RoAd and RoPE are, since blocks of 2 × 2 would be many small products.
+
+    Args:
+        group: number of columns of a group, even.
+    """
+
+    count = 2
+
+    def __init__(self, group: int) -> None:
+        self.group = group
+
+    def partners(self, x: Tensor) -> Tensor:
+        """x (..., n) with each column in the place of its partner; a copy."""
+        return self.halves(x).flip(-2).flatten(-3)
+
+    def halves(self, x: Tensor) -> Tensor:
+        """x (..., n) as (..., n / group, 2, group / 2)."""
+        return x.reshape(*x.shape[:-1], x.shape[-1] // self.group, 2, self.group // 2)
+
+    def apply(self, x: Tensor, tensors: Sequence[Tensor], in_place: bool = False) -> Tensor:
+        diagonal, other = tensors
+        partners = self.partners(x)
+        result = x.addcmul_(x, diagonal) if in_place else torch.addcmul(x, x, diagonal)
+        return result.addcmul_(partners, other)
+
+    def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        diagonal, other = tensors
+        return diagonal, self.partners(other)
+
+    def backward(
+        self, x: Tensor, gradient: Tensor, tensors: Sequence[Tensor], needs_x: bool, in_place: bool = False
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        grads = (x * gradient).sum(0), (self.partners(x) * gradient).sum(0)
+        return self.apply(gradient, self.transposed(tensors), in_place) if needs_x else None, grads
+
+
 Chain = tuple[Factor, ...]
 
 

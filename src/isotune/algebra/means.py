@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from isotune.algebra.cayley import bound_entries
+from isotune.algebra.cayley import CayleyMap, bound_entries
 from isotune.algebra.householder import reflections
 from isotune.algebra.procrustes import generator_of, reflections_of, rotation_of
 from isotune.algebra.skew import skew_from_vector, skew_order, vector_from_skew
@@ -130,9 +130,19 @@ def reflection_mean(values: Tensor, weights: Tensor, *, corrected: bool = False)
     return Nearest(found[0] @ basis.mT, *found[1:])
 
 
-def generator_means(bound: float | None = None, *factors: str) -> Means:
-    """Means for a rotation given by `generator`, within a bound, and for parameters that scale inputs or outputs."""
-    return {"generator": partial(rotation_mean, bound=bound), **dict.fromkeys(factors, geometric_mean)}
+def generator_means(cayley: CayleyMap, *factors: str) -> Means:
+    """Means for a rotation given by `generator`, and for parameters that scale inputs or outputs.
+
+    Args:
+        cayley: how the rotation is made of `generator`.
+        factors: names of the parameters that scale.
+    """
+    return {"generator": partial(_mean_of_generators, cayley), **dict.fromkeys(factors, geometric_mean)}
+
+
+def _mean_of_generators(cayley: CayleyMap, values: Tensor, weights: Tensor, **options: Any) -> Tensor:
+    own = rotation_mean(values.double() * cayley.scale, weights, cayley.generator_bound, **options)
+    return own / cayley.scale
 
 
 def _of_eigenvalues(entries: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

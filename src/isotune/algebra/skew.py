@@ -30,6 +30,28 @@ def skew_order(entries: int) -> int:
     return round((1 + math.sqrt(1 + 8 * entries)) / 2)
 
 
+def generator_scale(n: int) -> float:
+    """The factor of a scaled generator, with which Q is made of the free entries times 1 / (2 √(n − 1)).
+
+    Adam moves every entry by about the learning rate, whatever n is. If their signs are independent, the spectral norm
+    of such a step grows like 2 √(n − 1) times the rate (Wigner's semicircle law). The signs of real gradients agree in
+    part, and it grows faster (docs/evidence/one-rate.md), so that the factor makes the difference smaller.
+
+    Args:
+        n: the size of the matrix.
+
+    Returns:
+        The factor; 1 for n = 1, where Q has no entries.
+
+    Source: OneTrainer, modules/module/oft_utils.py (`oft_scaled`), for the factor.
+
+    Examples:
+        >>> generator_scale(5)
+        0.25
+    """
+    return 1 / (2 * math.sqrt(n - 1)) if n > 1 else 1.0
+
+
 @made_once
 def skew_positions(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Positions of the strict upper triangle, row by row, and of its mirror image in a flattened n × n matrix."""

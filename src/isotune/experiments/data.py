@@ -115,7 +115,7 @@ def read(data: Data) -> tuple[dict[str, list[Row]], Data]:
     """The rows of each split, none of them empty, and the section with the columns of the source that was read."""
     columns: dict[str, Any] = {}
     if data.path is None and data.builtin is not None:
-        rows, columns = builtin_rows(), {"text": ["text"], "label": "label"}
+        rows, columns = builtin_rows(data.builtin), {"text": ["text"], "label": "label"}
     elif data.path is None and data.hub is not None:
         rows = hub_rows(data.hub)
     else:

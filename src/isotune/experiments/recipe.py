@@ -132,7 +132,7 @@ class Data(_Section):
     of training examples that become the validation set, and as many more become the test set where there is none.
     """
 
-    builtin: Literal["stdlib-docstrings"] | None = None
+    builtin: Literal["stdlib-docstrings", "stdlib-word-order"] | None = None
     hub: HubData | None = None
     files: FileData | None = None
     path: str | None = None

@@ -55,6 +55,8 @@ class Entry:
                 parts.append(vector if value else f"no {vector}")
             elif key == "psoft_orth":
                 parts.append("strict" if value else "free R")
+            elif key == "scaled_generator":
+                parts.append("scaled" if value else "not scaled")
             elif key not in ("name", *SHARED_OPTIONS):
                 parts.append(f"{self.size_names.get(key, key)}={value}")
         return " ".join(parts)

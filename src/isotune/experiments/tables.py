@@ -32,15 +32,14 @@ class Row:
     set: str | None = None
 
 
-def builtin_rows() -> dict[str, list[Row]]:
-    """The splits of the standard library's docstrings."""
-    from isotune.experiments import stdlib_docstrings
+def builtin_rows(name: str) -> dict[str, list[Row]]:
+    """The splits of a task that is made from the standard library's docstrings."""
+    from isotune.experiments import stdlib_docstrings, stdlib_word_order
 
+    splits = stdlib_word_order.build() if name == "stdlib-word-order" else stdlib_docstrings.build()[0]
     return {
-        split: [
-            Row({"text": text, "label": label}, f"{split} docstring {i}") for i, (text, label) in enumerate(rows, 1)
-        ]
-        for split, rows in stdlib_docstrings.build()[0].items()
+        split: [Row({"text": text, "label": label}, f"{split} text {i}") for i, (text, label) in enumerate(rows, 1)]
+        for split, rows in splits.items()
     }
 
 

@@ -85,7 +85,7 @@ def import_eigentune(directory: str | os.PathLike[str], base_model: nn.Module) -
     for name, layer in layers.items():
         layer.check_base(weights[name])
     updates = {name: layer.update(weights[name], tensors.get(name, {})) for name, layer in layers.items()}
-    exact = all(own.defect(weights[name], symmetric=False) <= EXACT for name, own in updates.items())
+    exact = all(layers[name].is_exact(weights[name], own) for name, own in updates.items())
     if exact and header["config"]["method"] == "diagonal":
         for own in updates.values():
             own.parameters = {"stretch": own.difference.diagonal()}
@@ -180,6 +180,15 @@ class _Layer:
             raise self.refuse("one of its singular values is zero, and isotune scales what is there.")
         rotated, _, other = torch.linalg.svd(right, full_matrices=False)  # rounded, where the base is half precision
         return ImportedUpdate(rotated @ other, left * values, (core / values[:, None]).double().T)
+
+    def is_exact(self, weight: Tensor, update: ImportedUpdate) -> bool:
+        """Whether U S is W Vᵀ, up to what an exact decomposition in float32 rounds: ε σ₁ / σᵢ of direction i."""
+        allowed = EXACT
+        if self.solver(weight) == "exact":
+            weakest = torch.linalg.vector_norm(update.up, dim=0).min()
+            strongest = torch.linalg.matrix_norm(weight.float(), 2)
+            allowed = max(allowed, 4 * torch.finfo(torch.float32).eps * float(strongest / weakest))
+        return update.defect(weight, symmetric=False) <= allowed
 
     def on_the_weight(self, weight: Tensor, update: ImportedUpdate) -> ImportedUpdate:
         """The same update by directions V and W Vᵀ, where U S is not W Vᵀ since the solver stopped early."""

@@ -66,7 +66,7 @@ def export_peft(
         generators = generators_of(operator)
         if isinstance(operator, OFTOperator):
             # PEFT's exact transform is the inverse of the one its series approaches.
-            series = operator.neumann_terms is not None
+            series = operator.cayley.neumann_terms is not None
             tensors[f"{KEY_PREFIX}{name}.oft_R.weight"] = generators if series else -generators
         else:
             gain = gain_of(operator)
@@ -107,7 +107,7 @@ def _operator(name: str, layer: Layer, adapter_name: str) -> OFTOperator | BOFTO
             f"The adapted module {name!r} is a {type(module).__name__}; PEFT's own rotations compute the same only on "
             f"linear layers. {_INSTEAD}"
         )
-    if isinstance(operator, OFTOperator) and operator.neumann_terms == 1:
+    if isinstance(operator, OFTOperator) and operator.cayley.neumann_terms == 1:
         raise ValueError(f"PEFT has no series with num_cayley_neumann_terms=1, as on {name!r}. {_INSTEAD}")
     if isinstance(operator, BOFTOperator) and len(operator.generator) > 1:
         raise ValueError(
@@ -119,7 +119,7 @@ def _operator(name: str, layer: Layer, adapter_name: str) -> OFTOperator | BOFTO
 
 def _oft_fields(operators: dict[str, Any]) -> dict[str, Any]:
     first = next(iter(operators.values()))
-    terms = first.neumann_terms
+    terms = first.cayley.neumann_terms
     series = {"use_cayley_neumann": False} if terms is None else {"num_cayley_neumann_terms": terms + 2}
     # In a layer of one block, shared and separate blocks look alike.
     shared = any(len(operator.generator) < operator.blocks for operator in operators.values())

@@ -9,6 +9,7 @@ from isotune.methods.lora_xs import LoraXsConfig
 from isotune.methods.oft import OFTConfig
 from isotune.methods.oplora import OploraConfig
 from isotune.methods.psoft import PsoftConfig
+from isotune.methods.road import RoadConfig
 from isotune.methods.svfit import SvfitConfig
 
 METHODS: dict[str, type[IsotuneConfig]] = {
@@ -18,6 +19,7 @@ METHODS: dict[str, type[IsotuneConfig]] = {
     "goft": GOFTConfig,
     "qgoft": QGOFTConfig,
     "hra": HRAConfig,
+    "road": RoadConfig,
     "lora_xs": LoraXsConfig,
     "svfit": SvfitConfig,
     "cersa": CersaConfig,
@@ -36,5 +38,6 @@ __all__ = [
     "OploraConfig",
     "PsoftConfig",
     "QGOFTConfig",
+    "RoadConfig",
     "SvfitConfig",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from isotune.adapter.evaluation import keep_mask
 from isotune.adapter.rotation import RotationAdapter
 from isotune.algebra.butterfly import butterfly_blocks, butterfly_chain
-from isotune.algebra.cayley import orthogonal_difference
+from isotune.algebra.cayley import CayleyMap
 from isotune.algebra.means import generator_means
 from isotune.algebra.skew import skew_order, skew_size
 from isotune.methods.checks import divisor_for, require, require_number, require_positive_integer
@@ -35,8 +35,7 @@ class BOFTConfig(BlockRotationConfig):
         ValueError: a value is not allowed or a combination has no effect; the message says what to change.
     """
 
-    peft_bias = "boft_only"
-    title = "BOFT"
+    peft_bias, title = "boft_only", "BOFT"
     size_names = {"boft_block_size": "b", "boft_n_butterfly_factor": "m"}  # noqa: RUF012
 
     boft_block_size: int = field(default=0)
@@ -92,7 +91,8 @@ class BOFTConfig(BlockRotationConfig):
     def rotation(self, module: str, width: int, out_features: int) -> BOFTOperator:
         size = self.block_size_for(module, width)
         dropout = (self.boft_dropout, self.boft_dropout_factors)
-        return BOFTOperator(width, out_features, size, self.factors_for(module), dropout)
+        cayley = CayleyMap(size, scaled=self.scaled_generator)
+        return BOFTOperator(width, out_features, cayley, self.factors_for(module), dropout)
 
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """The number of blocks times their size, and the length of the gain."""
@@ -106,22 +106,23 @@ class BOFTOperator(RotationAdapter):
     Args:
         width: width of the rotated side.
         out_features: number of rows of W.
-        block_size: b.
+        cayley: how each block, of size b, is made of its generator.
         stages: m.
         dropout: share of the blocks replaced by the identity in training, and share of the stages where this applies.
     """
 
+    cayley: CayleyMap
     evaluated = ("generator",)
     beside = near_one = ("output_gain",)
 
     def __init__(
-        self, width: int, out_features: int, block_size: int, stages: int, dropout: tuple[float, float] = (0, 1)
+        self, width: int, out_features: int, cayley: CayleyMap, stages: int, dropout: tuple[float, float] = (0, 1)
     ) -> None:
-        super().__init__(width, butterfly_chain(width, block_size, stages))
-        self.block_size = block_size
+        super().__init__(width, butterfly_chain(width, cayley.n, stages))
+        self.block_size, self.cayley = cayley.n, cayley
         self.dropout, self.dropped_stages = dropout
-        self.averages = generator_means(None, "output_gain")
-        shape = (stages, width // block_size, skew_size(block_size))
+        self.averages = generator_means(cayley, "output_gain")
+        shape = (stages, width // cayley.n, skew_size(cayley.n))
         self.generator = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
         self.output_gain = nn.Parameter(torch.ones(out_features, dtype=torch.float32))
 
@@ -130,11 +131,11 @@ class BOFTOperator(RotationAdapter):
         return self.output_gain
 
     def batch_key(self) -> Hashable:
-        return self.block_size, bool(self.dropout)
+        return self.cayley, bool(self.dropout)
 
     def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The folded blocks of `butterfly_chain`; with dropout, the blocks of all stages, which are folded later."""
-        difference = orthogonal_difference(parameters["generator"], self.block_size)
+        difference = self.cayley.difference(parameters["generator"])
         return (difference,) if self.dropout else butterfly_blocks(difference, self.block_size)
 
     def complete(self, tensors: tuple[Tensor, ...], drop: bool = False) -> tuple[Tensor, ...]:
@@ -143,7 +144,7 @@ class BOFTOperator(RotationAdapter):
             return tensors
         (difference,) = tensors
         if drop:
-            stages, blocks = difference.shape[:2]
-            kept = keep_mask(self.dropout, difference, stages, blocks, 1, 1)
-            difference = difference * torch.maximum(kept, keep_mask(self.dropped_stages, difference, stages, 1, 1, 1))
+            kept = keep_mask(self.dropout, difference, *difference.shape[:2], 1, 1)
+            stages = keep_mask(self.dropped_stages, difference, len(difference), 1, 1, 1)
+            difference = difference * torch.maximum(kept, stages)
         return butterfly_blocks(difference, self.block_size)

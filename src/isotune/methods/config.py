@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from inspect import get_annotations
 from pathlib import Path
@@ -69,6 +69,9 @@ class IsotuneConfig(ChosenSize, PeftConfig):
     method_type: ClassVar[Any] = None
     runtime_fields: ClassVar[tuple[str, ...]] = ("rank_budget",)
     """Fields that apply only at run time and are never written, so that a file means the same to everyone."""
+    format_since: ClassVar[Mapping[str, int]] = {}
+    """Options that an earlier release would not know -> the first format version with them; a file that has one with
+    another value than its default is of that version, and no other file has it at all."""
     peft_bias: ClassVar[str] = ""
     """The name of bias="isotune_only" in PEFT's own method of the same name."""
 
@@ -204,17 +207,27 @@ class IsotuneConfig(ChosenSize, PeftConfig):
         stored: dict[str, Any] = super().to_dict()
         for name in self.runtime_fields:
             stored.pop(name, None)
+        for name, version in self.format_since.items():
+            if stored[name] in ({}, getattr(type(self), name, {})):  # a class has no attribute for a default of {}
+                del stored[name]
+            else:
+                stored["isotune_format"] = max(stored["isotune_format"], version)
         for name, value in stored.items():
             if isinstance(value, set):
                 stored[name] = sorted(value)  # so that the same adapter always gives the same file
         return stored
 
-    def fit(self, module: str, singular_values: Callable[[], Tensor]) -> None:
-        """Set what depends on the weight of a module, before a new adapter is made for it; by default nothing does.
+    @property
+    def fits_weights(self) -> bool:
+        """Whether `fit` has something to set before a new adapter is made."""
+        return False
+
+    def fit(self, module: str, singular_values: Tensor) -> None:
+        """Set what depends on the weight of a module; only called if `fits_weights`.
 
         Args:
             module: the module's name in the base model.
-            singular_values: gives all singular values of W, (n,), or of each expert, (experts, n), descending.
+            singular_values: of W, or of each expert, all of them, (1 or experts, n), descending.
         """
 
     @abstractmethod

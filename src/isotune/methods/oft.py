@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from isotune.adapter.evaluation import keep_mask
 from isotune.adapter.rotation import RotationAdapter
-from isotune.algebra.cayley import orthogonal_difference
+from isotune.algebra.cayley import CayleyMap
 from isotune.algebra.factors import BlockDiagonal
 from isotune.algebra.means import generator_means
 from isotune.algebra.skew import skew_order, skew_size
@@ -92,6 +92,7 @@ class OFTConfig(BlockRotationConfig):
             shared=self.block_share,
             neumann_terms=self.num_cayley_neumann_terms if self.use_cayley_neumann else None,
             generator_bound=self.eps / math.sqrt(blocks) if self.coft else None,
+            scaled=self.scaled_generator,
             dropout=self.module_dropout,
         )
 
@@ -109,36 +110,29 @@ class OFTOperator(RotationAdapter):
         block_size: b.
         blocks: number of blocks.
         shared: one generator for all blocks, of shape (1, b(b − 1)/2) instead of (blocks, b(b − 1)/2).
-        neumann_terms, generator_bound: as in `isotune.algebra.cayley.orthogonal_difference`.
         dropout: share of the blocks replaced by the identity in training.
+        cayley: neumann_terms, generator_bound and scaled, as in `isotune.algebra.cayley.CayleyMap`.
     """
 
+    cayley: CayleyMap
     evaluated = ("generator",)
 
     def __init__(
-        self,
-        block_size: int,
-        blocks: int,
-        *,
-        shared: bool = False,
-        neumann_terms: int | None = None,
-        generator_bound: float | None = None,
-        dropout: float = 0.0,
+        self, block_size: int, blocks: int, *, shared: bool = False, dropout: float = 0.0, **cayley: Any
     ) -> None:
         super().__init__(block_size * blocks, (BlockDiagonal(block_size),))
         self.block_size, self.blocks, self.dropout = block_size, blocks, dropout
-        self.neumann_terms, self.generator_bound = neumann_terms, generator_bound
-        self.averages, self.orthogonal = generator_means(generator_bound), neumann_terms is None
+        self.cayley = CayleyMap(block_size, **cayley)
+        self.averages, self.orthogonal = generator_means(self.cayley), self.cayley.neumann_terms is None
         shape = (1 if shared else blocks, skew_size(block_size))
         self.generator = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
 
     def batch_key(self) -> Hashable:
-        return self.block_size, self.blocks, self.neumann_terms, self.generator_bound
+        return self.blocks, self.cayley
 
     def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """R − I of all blocks, (..., blocks, b, b)."""
-        generator = parameters["generator"]
-        difference = orthogonal_difference(generator, self.block_size, self.neumann_terms, self.generator_bound)
+        difference = self.cayley.difference(parameters["generator"])
         return (difference.expand(*difference.shape[:-3], self.blocks, -1, -1),)
 
     def complete(self, tensors: tuple[Tensor, ...], drop: bool = False) -> tuple[Tensor, ...]:

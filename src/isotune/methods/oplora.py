@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -64,12 +64,14 @@ class OploraConfig(BasisConfig):
         """k of a module."""
         return int(by_pattern(self.preserved_rank_pattern, module, self.preserved_rank))
 
-    def fit(self, module: str, singular_values: Callable[[], Tensor]) -> None:
-        """With preserved_energy, choose k for a module; experts share the largest."""
-        if self.preserved_energy is None:
-            return
-        every = singular_values()
-        k = max(rank_of_energy(own, self.preserved_energy) for own in every.view(-1, every.shape[-1]))
+    @property
+    def fits_weights(self) -> bool:
+        return self.preserved_energy is not None
+
+    def fit(self, module: str, singular_values: Tensor) -> None:
+        """Choose k for a module by preserved_energy; experts share the largest."""
+        assert self.preserved_energy is not None
+        k = max(rank_of_energy(own, self.preserved_energy) for own in singular_values)
         name = "^" + module.replace(".", r"\.")
         others = {key: rank for key, rank in self.preserved_rank_pattern.items() if key != name}
         self.preserved_rank_pattern = {name: k, **others}

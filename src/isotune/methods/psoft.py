@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from isotune.adapter.subspace import SubspaceAdapter
-from isotune.algebra.cayley import orthogonal_difference
+from isotune.algebra.cayley import CayleyMap
 from isotune.algebra.diagonal import scaled_difference
 from isotune.algebra.means import generator_means, linear_mean
 from isotune.algebra.skew import skew_size
@@ -31,15 +31,16 @@ class PsoftConfig(SubspaceConfig):
         ab_svd_init: "psoft_init" projects the input with the orthonormal rows of V; "pissa_init" splits the singular
             values evenly between the two factors, which preserves no angles.
         psoft_svd: "full" is exact, "lowrank" iterates until it converges, "auto" takes the cheaper for each weight.
-        psoft_svd_lowrank_niter: accepted so that PEFT's configurations run, and ignored: "lowrank" iterates until it
-            converges. Not stored in the file.
-        random_seed: PEFT's seed of "lowrank", ignored, since the start is fixed here. Not stored in the file.
+        psoft_svd_lowrank_niter, random_seed: accepted so that PEFT's configurations run, and ignored, since "lowrank"
+            iterates until it converges, from a fixed start. Not stored in the file.
         psoft_orth: make R orthogonal by the Cayley transform; False trains a free r × r matrix.
         psoft_mag_a: train α, on the input side.
         psoft_mag_b: train β, on the output side; without both, the method is PSOFT-SO.
         use_cayley_neumann: use the truncated Neumann series instead of the exact Cayley transform.
         num_cayley_neumann_terms: highest power of the series; more terms come closer to the exact transform.
         cayley_neumann_eps: bound in (0, 1) on the Frobenius norm of the generator; needs use_cayley_neumann.
+        scaled_generator: make Q of the trained entries divided by 2 √(r − 1), so that one learning rate serves more
+            ranks; the rate is then larger by about that factor.
 
     Raises:
         ValueError: a value is not allowed or a combination has no effect; the message says what to change.
@@ -47,6 +48,7 @@ class PsoftConfig(SubspaceConfig):
 
     runtime_fields = (*SubspaceConfig.runtime_fields, "psoft_svd_lowrank_niter", "random_seed")
     title, usual_learning_rate, alpha_option = "PSOFT", 8e-4, "psoft_alpha"
+    format_since = {**SubspaceConfig.format_since, "scaled_generator": 3}  # noqa: RUF012
     presets = {"psoft_so": ("PSOFT-SO", {"psoft_mag_a": False, "psoft_mag_b": False})}  # noqa: RUF012
 
     psoft_alpha: float | None = field(default=None)
@@ -61,24 +63,24 @@ class PsoftConfig(SubspaceConfig):
     use_cayley_neumann: bool = field(default=False)
     num_cayley_neumann_terms: int = field(default=5)
     cayley_neumann_eps: float | None = field(default=None)
+    scaled_generator: bool = field(default=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_number("psoft_dropout", self.psoft_dropout, below=1)
         require_number("psoft_svd_lowrank_niter", self.psoft_svd_lowrank_niter or 0)
         require_number("random_seed", self.random_seed)
-        if self.use_cayley_neumann and not self.psoft_orth:
-            raise ValueError("use_cayley_neumann=True has no effect with psoft_orth=False; change one of them.")
+        for name in ("use_cayley_neumann", "scaled_generator"):
+            if getattr(self, name) and not self.psoft_orth:
+                raise ValueError(f"{name}=True has no effect with psoft_orth=False; change one of them.")
         require_positive_integer("num_cayley_neumann_terms", self.num_cayley_neumann_terms)
-        bound = self.cayley_neumann_eps
-        if bound is not None:
+        if (bound := self.cayley_neumann_eps) is not None:
             if not self.use_cayley_neumann:
                 raise ValueError(
                     "cayley_neumann_eps bounds the generator of the Neumann series and has no effect with "
                     "use_cayley_neumann=False; leave it None or set use_cayley_neumann=True."
                 )
-            allowed = "it must be between 0 and 1, where the series converges"
-            require(0.0 < bound < 1.0, "cayley_neumann_eps", bound, allowed)
+            require(0.0 < bound < 1.0, "cayley_neumann_eps", bound, "it must be between 0 and 1, where it converges")
         if self.psoft_orth and any(self.scale_of(key) != 1.0 for key in ("", *self.alpha_pattern, *self.rank_pattern)):
             message = "psoft_alpha differs from r, so angles and norms of the principal weights are not strictly kept."
             warnings.warn(f"{message} Leave it at None for the strict method.", IsotuneWarning, stacklevel=3)
@@ -95,6 +97,7 @@ class PsoftConfig(SubspaceConfig):
             output_scale=self.psoft_mag_b,
             neumann_terms=self.num_cayley_neumann_terms if self.use_cayley_neumann else None,
             generator_bound=self.cayley_neumann_eps,
+            scaled=self.scaled_generator,
         )
         operator.dropout, operator.power = self.psoft_dropout, 0.5 if self.ab_svd_init == "pissa_init" else 0.0
         return operator
@@ -107,7 +110,7 @@ class PsoftOperator(SubspaceAdapter):
         size: r.
         orthogonal: whether R is orthogonal; False trains R − I itself, (r, r).
         input_scale, output_scale: whether to train α and β, (r,) each.
-        neumann_terms, generator_bound: as in `isotune.algebra.cayley.orthogonal_difference`.
+        cayley: neumann_terms, generator_bound and scaled, as in `isotune.algebra.cayley.CayleyMap`.
     """
 
     evaluated = ("generator", "input_scale", "output_scale")
@@ -115,20 +118,12 @@ class PsoftOperator(SubspaceAdapter):
     """Parameters that start at 1, around which half precision is too coarse for training."""
 
     def __init__(
-        self,
-        size: int,
-        *,
-        orthogonal: bool = True,
-        input_scale: bool = True,
-        output_scale: bool = True,
-        neumann_terms: int | None = None,
-        generator_bound: float | None = None,
+        self, size: int, *, orthogonal: bool = True, input_scale: bool = True, output_scale: bool = True, **cayley: Any
     ) -> None:
         super().__init__(size)
-        self.orthogonal = orthogonal
-        self.neumann_terms, self.generator_bound = neumann_terms, generator_bound
-        own = generator_means(generator_bound, "input_scale", "output_scale")
-        self.averages = own if orthogonal else {"generator": linear_mean}
+        self.orthogonal, self.cayley = orthogonal, CayleyMap(size, **cayley)
+        scales = ("input_scale", "output_scale")
+        self.averages = generator_means(self.cayley, *scales) if orthogonal else {"generator": linear_mean}
         self.coordinates = {"generator": "skew"} if orthogonal else {}
         entries = skew_size(size) if orthogonal else (size, size)
         self.generator = nn.Parameter(torch.zeros(entries, dtype=torch.float32))
@@ -136,13 +131,13 @@ class PsoftOperator(SubspaceAdapter):
         self.output_scale = nn.Parameter(torch.ones(size, dtype=torch.float32)) if output_scale else None
 
     def batch_key(self) -> Hashable:
-        return self.size, self.orthogonal, self.neumann_terms, self.generator_bound
+        return self.orthogonal, self.cayley
 
     def difference_of(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """M − I = diag(α)(R − I)diag(β) + diag(αβ − 1)."""
         difference = parameters["generator"]
         if self.orthogonal:
-            difference = orthogonal_difference(difference, self.size, self.neumann_terms, self.generator_bound)
+            difference = self.cayley.difference(difference)
         if "input_scale" not in parameters and "output_scale" not in parameters:
             return difference
         ones = difference.new_ones(difference.shape[:-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -23,21 +23,9 @@ class RotationConfig(IsotuneConfig):
             bias unchanged. With "output", what a method's documentation says of inputs applies to outputs.
     """
 
+    format_since: ClassVar[Mapping[str, int]] = {"side": 2}
+
     side: Literal["input", "output"] = field(default="input")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.side == "output":  # an earlier release would ignore it and rotate the inputs
-            self.isotune_format = max(self.isotune_format, 2)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields that the file stores; `side` only if it is not "input"."""
-        stored = super().to_dict()
-        if self.side == "input":
-            del stored["side"]
-        else:  # also if side was set after construction
-            stored["isotune_format"] = max(self.isotune_format, 2)
-        return stored
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> RotationAdapter:
         """A new operator for the configured side of a module, the identity at the start.
@@ -75,11 +63,15 @@ class BlockRotationConfig(RotationConfig):
 
     Args:
         block_size_pattern: module name or regular expression -> block size for these modules.
+        scaled_generator: make Q of the trained entries divided by 2 √(b − 1) for blocks of b, so that one learning rate
+            serves more block sizes; the rate is then larger by about that factor.
     """
 
+    format_since = {**RotationConfig.format_since, "scaled_generator": 3}  # noqa: RUF012
     size_pattern = "block_size_pattern"
 
     block_size_pattern: dict[str, int] = field(default_factory=dict)
+    scaled_generator: bool = field(default=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -136,6 +136,8 @@ class SubspaceConfig(BasisConfig):
             subspaces have moved (`isotune.moving`) say it; leave it empty.
     """
 
+    format_since: ClassVar[Mapping[str, int]] = {"accumulated_ranks": 3}
+
     accumulated_ranks: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -147,15 +149,6 @@ class SubspaceConfig(BasisConfig):
                 f"basis={self.basis!r} is not allowed with accumulated_ranks: the file of an adapter whose subspaces "
                 "have moved holds them themselves. Set basis='embedded', or leave accumulated_ranks empty."
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields that the file stores; a file with accumulated updates has version 3."""
-        stored = super().to_dict()
-        if self.accumulated_ranks:
-            stored["isotune_format"] = max(self.isotune_format, 3)
-        else:
-            del stored["accumulated_ranks"]
-        return stored
 
     def accumulated_rank(self, module: str) -> int | None:
         """The entry of `accumulated_ranks` for a module."""

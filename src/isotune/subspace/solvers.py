@@ -181,8 +181,8 @@ def principal_subspaces(
 def _found_or_solved(
     weight: Tensor, request: SubspaceRequest, solver: str, tolerance: float, seed: int, cache: SubspaceCache | None
 ) -> Subspace:
-    key = ""
-    if cache is not None and cache.directory is not None and worth_hashing(weight.device):
+    key, full = "", request.places is not None  # a full decomposition takes longer than hashing, on a GPU too
+    if cache is not None and cache.directory is not None and (full or worth_hashing(weight.device)):
         how = solver if request.places is None else f"full {request.places}"
         key = subspace_key(weight, request.rank, how, tolerance, seed)
         found = cache.get(key, (request.rank, weight.shape[1]), weight=weight, tolerance=tolerance)

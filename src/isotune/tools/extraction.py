@@ -156,6 +156,7 @@ def extract(
     model = load_base(base, trust_remote_code=trust_remote_code) if isinstance(base, str) else base
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     plain = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    names = {*plain, *dict(model.named_parameters(remove_duplicate=False))}  # tied ones by each of their names
     adapted = get_peft_model(model, config)
     try:
         layers = dict(adapted_layers(adapted, ADAPTER))
@@ -163,7 +164,7 @@ def extract(
         _refuse(layers, saved, config, residual)
         weights = {name: f"{name}.{layer.host.parameter}" for name, layer in layers.items()}
         prefix = str(getattr(model, "base_model_prefix", ""))
-        checkpoint = open_checkpoint(tuned, plain, weights.values(), prefix)
+        checkpoint = open_checkpoint(tuned, names, weights.values(), prefix)
         rows, factors = [], {}
         for name, layer in tqdm(layers.items(), desc="extracting", unit="layer", delay=3.0, leave=False):
             target = layer.host.seen(checkpoint.tensor(weights[name], layer.host.weight)).to(layer.host.weight.device)

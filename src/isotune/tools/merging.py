@@ -116,4 +116,6 @@ def merge_adapters(
 def _part(file: AdapterFile, module: str) -> Part:
     """What an adapter file holds of a module."""
     forms = {name: tensor for name, tensor in sorted(file.layers[module].items()) if name.startswith("isotune_form.")}
-    return Part(file.operator(module), tuple(forms.values()), any(name.endswith(".basis") for name in forms))
+    stored = [tensor for name, tensor in forms.items() if not name.endswith(".moves")]
+    moved = len(forms) > len(stored)
+    return Part(file.operator(module), tuple(stored), any(name.endswith(".basis") for name in forms), moved)

@@ -20,12 +20,10 @@ from isotune.adapter.update import PlacedUpdate
 from isotune.algebra.recording import is_exported
 from isotune.hosts import Backend, host_for, widen
 from isotune.internals.offloading import is_managed
-from isotune.internals.torch_state import is_bare, is_symbolic
+from isotune.internals.torch_state import is_bare
 from isotune.methods.config import IsotuneConfig
-from isotune.parallel.processes import one_for_all, several
 from isotune.parallel.sharding import is_partitioned
 from isotune.parallel.tensor_parallel import Division, mesh_of
-from isotune.subspace.energy import spectrum
 from isotune.tuner.adapted_weight import AdaptedWeight
 from isotune.tuner.merging import MergingLayer
 from isotune.tuner.mixed_batch import BASE, MixedBatch
@@ -108,8 +106,6 @@ class Layer(MergingLayer):
                 f"{self.key!r} is quantised and partitioned by DeepSpeed ZeRO-3, so its weight cannot be read. "
                 "Use ZeRO-2, or load the base unquantised."
             )
-        if config.origin is None:  # a file says what was chosen
-            config.fit(self.key, self._singular_values)
         device = torch.device("cpu") if weight.is_meta else weight.device
         adapter = _moved(self._new_adapter(config), device, torch.promote_types(weight.dtype, torch.float32))
         if not config.init_weights:
@@ -148,24 +144,6 @@ class Layer(MergingLayer):
         """
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in self._new_adapter(config).parameters())
-
-    def _singular_values(self) -> Tensor:
-        """All singular values of the base's W, descending: equal in all processes.
-
-        Raises:
-            ValueError: the weight has no values yet.
-        """
-        matrix = widen(self.unmerged_matrix())
-        if is_symbolic(matrix):
-            raise ValueError(
-                f"The weight of {self.key!r} has no values yet, so nothing can be chosen by its singular values. Load "
-                "the base model before adding the adapter, or give numbers instead of a share of the energy."
-            )
-
-        def solve() -> list[Tensor]:
-            return [torch.stack([spectrum(own, name=self.key) for own in matrix.view(-1, *matrix.shape[-2:])])]
-
-        return one_for_all(f"singular values of {self.key}", solve)[0] if several() else solve()[0]
 
     def _new_adapter(self, config: IsotuneConfig) -> Adapter:
         return config.build_operator(self.key, self.in_features, self.out_features)

@@ -36,6 +36,8 @@ class Part:
     """What is stored of its subspaces, with what is accumulated; none for a rotation of all inputs."""
     embedded: bool
     """Whether those are bases rather than pins."""
+    moved: bool
+    """Whether there is also an update accumulated on earlier subspaces."""
 
 
 def check_request(
@@ -93,7 +95,10 @@ def parts_of(layers: Mapping[str, Layer], adapters: Sequence[str]) -> dict[str, 
         for adapter in adapters:
             bases = layer.bases(adapter)
             parts[name][adapter] = Part(
-                layer.adapter(adapter), tuple(layer.stored_of(adapter)), any(basis.embedded for basis in bases)
+                layer.adapter(adapter),
+                tuple(layer.stored_of(adapter)),
+                embedded=any(basis.embedded for basis in bases),
+                moved=any(basis.accumulated is not None for basis in bases),
             )
     return parts
 
@@ -147,6 +152,11 @@ def combine(parts: Mapping[str, Mapping[str, Part]], weights: Sequence[float], c
     approximated: dict[str, Nearest] = {}
     for name, own in parts.items():
         for adapter, part in own.items():
+            if part.moved and abs(sum(weights) - 1.0) > _SAME_BASIS:
+                raise ValueError(
+                    f"The subspace of {adapter!r} in {name!r} has moved, and the mean keeps all of what is accumulated "
+                    f"on earlier ones, so the weights must sum to 1, not {sum(weights):g}. {_ELSE}"
+                )
             if (scale := part.operator.relative_scale) != 1.0:
                 raise ValueError(
                     f"{adapter!r} has the scale {scale:g} in {name!r}, but only adapters as trained can be averaged; "

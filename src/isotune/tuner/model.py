@@ -71,7 +71,7 @@ class IsotuneModel(Tuner):
         if isinstance(config, BasisConfig):
             refuse_loading_by_one(model)
         # The sizes of a file, and of a mean of adapters, are there already.
-        chooses = config.chooses_sizes and config.origin is None and basis_of is None
+        chooses = (config.chooses_sizes or config.fits_weights) and config.origin is None and basis_of is None
         config.sized = config.sized and not chooses
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         first = not any(isinstance(module, Layer) for module in model.modules())

@@ -50,7 +50,8 @@ class ChosenSizes:
     pattern_option: str
     """The option for the sizes of the others, such as "rank_pattern"."""
     uniform: LayerSize | None
-    """The largest one size for all layers with no more parameters, its energy the layers' mean; None if none fits."""
+    """The largest one size for all layers within the budget, or within these parameters if there is none, with the mean
+    of the layers' energies; None if no one size fits."""
 
     @property
     def parameters(self) -> int:
@@ -79,10 +80,15 @@ class ChosenSizes:
 
 
 def size_layers(model: nn.Module, adapter_name: str, config: IsotuneConfig) -> None:
-    """Choose sizes for an adapter's layers, write them into its configuration, and give the layers their adapters."""
+    """Write what follows from the weights of an adapter's layers into its configuration; give them their adapters."""
     layers = [m for m in model.modules() if isinstance(m, Layer) and m.configs.get(adapter_name) is config]
-    for option, value in choose_sizes(layers, config).options.items():
-        setattr(config, option, value)
+    if config.fits_weights:
+        cache = SubspaceCache() if getattr(config, "subspace_cache", False) else None
+        for layer in tqdm(layers, desc="singular values", unit="weight", delay=_PROGRESS_DELAY_SECONDS):
+            config.fit(layer.key, _singular_values(layer, cache))
+    if config.chooses_sizes:
+        for option, value in choose_sizes(layers, config).options.items():
+            setattr(config, option, value)
     config.sized = True
     for layer in layers:
         layer.update_layer(adapter_name, config)
@@ -131,35 +137,52 @@ def choose_sizes(
         for layer, sizes, index in zip(layers, found, chosen, strict=True)
     )
     result = ChosenSizes(rows, price.option, config.size_pattern, None)
-    return ChosenSizes(rows, price.option, config.size_pattern, price.uniform(layers, found, result.parameters))
+    return ChosenSizes(
+        rows, price.option, config.size_pattern, price.uniform(layers, found, budget or result.parameters)
+    )
 
 
 def _shape(layer: Layer) -> tuple[int, int]:
     return layer.out_features, layer.in_features
 
 
-@torch.no_grad()
-def _energies(layer: Layer, config: SubspaceConfig, moments: Tensor | None, cache: SubspaceCache | None) -> Tensor:
-    """The energy of each principal direction, in their order, (min(out, in),); of experts, the mean of their shares."""
+def _weights(layer: Layer) -> tuple[Tensor, ...]:
+    """The base's W, or that of each expert."""
     if is_symbolic(layer.base_weight):
         raise ValueError(
             f"The weight of {layer.key!r} has no values yet (it is on the meta device), and ranks are chosen by them. "
-            "Load the model first, or give r and rank_pattern, as `isotune rank --json` prints them."
+            "Load the model first, or give numbers: r and rank_pattern, as `isotune rank --json` prints them, or "
+            "preserved_rank."
         )
-    matrix, name = layer.unmerged_matrix(), f"module {layer.key!r}"
-    weights = matrix.unbind() if matrix.ndim == 3 else (matrix,)
+    matrix = layer.unmerged_matrix()
+    return matrix.unbind() if matrix.ndim == 3 else (matrix,)
+
+
+@torch.no_grad()
+def _singular_values(layer: Layer, cache: SubspaceCache | None) -> Tensor:
+    """All singular values of W, or of each expert, (1 or experts, n), descending: equal in all processes."""
+    weights, sample = _weights(layer), sample_of(layer.base_weight)
 
     def solve() -> list[Tensor]:
-        if moments is not None:
-            return [output_energies(weights[0], moments.to(matrix.device), name=name)]
-        return [spectrum(weight, cache=cache, name=name).square() for weight in weights]
+        return [spectrum(weight, cache=cache, name=f"module {layer.key!r}") for weight in weights]
 
-    sample = sample_of(layer.base_weight)
-    energies = [
-        squares.sqrt() if config.rank_measure == "values" else squares
-        for squares in one_for_all(f"sizes {layer.key} {_shape(layer)} {moments is None} {sample}", solve)
-    ]
-    return torch.stack([energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny) for energy in energies]).mean(0)
+    return torch.stack(one_for_all(f"spectra {layer.key} {_shape(layer)} {sample}", solve))
+
+
+@torch.no_grad()
+def _energies(layer: Layer, config: SubspaceConfig, moments: Tensor | None, cache: SubspaceCache | None) -> Tensor:
+    """The energy of each principal direction, in their order, (min(out, in),); of experts, the mean of their shares."""
+    if moments is None:
+        energies = _singular_values(layer, cache).square()
+    else:
+        (weight,), own, sample = _weights(layer), moments, sample_of(layer.base_weight)
+
+        def solve() -> list[Tensor]:
+            return [output_energies(weight, own.to(weight.device), name=f"module {layer.key!r}")]
+
+        energies = torch.stack(one_for_all(f"outputs {layer.key} {_shape(layer)} {sample}", solve))
+    energies = energies.sqrt() if config.rank_measure == "values" else energies
+    return (energies / energies.sum(1, keepdim=True).clamp_min(torch.finfo(energies.dtype).tiny)).mean(0)
 
 
 class _Prices:

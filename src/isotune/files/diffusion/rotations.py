@@ -1,4 +1,4 @@
-"""Exporting isotune's rotations as the single files of kohya's scripts and LyCORIS."""
+"""Exporting isotune's rotations as the single files of kohya's scripts, OneTrainer and LyCORIS."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from isotune.algebra.cayley import bound_entries
 from isotune.algebra.skew import skew_from_vector
 from isotune.files.diffusion.lora import Component, new_file, placed, stems_of, write_file
 from isotune.methods.boft import BOFTOperator
@@ -18,9 +17,9 @@ from isotune.methods.oft import OFTOperator
 from isotune.tuner.layer import Layer
 from isotune.tuner.state import KEY_PREFIX
 
-Format = Literal["kohya", "lycoris"]
+Format = Literal["kohya", "onetrainer", "lycoris"]
 _KOHYA_TERMS = 3
-"""isotune's num_cayley_neumann_terms for the series of 5 terms that kohya's networks.oft_v2 computes."""
+"""isotune's num_cayley_neumann_terms for the series of 5 terms of kohya's networks.oft_v2 and of OneTrainer."""
 
 
 @torch.no_grad()
@@ -34,19 +33,20 @@ def export_rotation(
     component: Component | None = None,
     trust_remote_code: bool = False,
 ) -> int:
-    """Write an OFT or BOFT adapter as a file that computes the same function in kohya's scripts or LyCORIS.
+    """Write an OFT or BOFT adapter as a file that computes the same function in kohya's scripts, OneTrainer or LyCORIS.
 
     "kohya" supports rotations of inputs: the series with num_cayley_neumann_terms=3 as networks.oft_v2
     (`oft_R.weight`), and the exact transform, which oft_v2 lacks, as networks.boft with one factor (`boft_R`,
-    `boft_s`). "lycoris" supports rotations of outputs by the exact transform: `oft_blocks` of diag-oft, which ComfyUI
-    reads too, with `rescale` for BOFT of one factor, or of boft for a butterfly of all factors that its width allows.
+    `boft_s`). "onetrainer" supports that series alone, as OFT_2, with `scaled_oft` if the adapter has scaled_generator.
+    "lycoris" supports rotations of outputs by the exact transform: `oft_blocks` of diag-oft, which ComfyUI reads too,
+    with `rescale` for BOFT of one factor, or of boft for a butterfly of all factors that its width allows.
 
     The bound `alpha` of oft_blocks is written larger than the rotation, so that it has no effect in any reader.
 
     Args:
         model_or_dir: a model with isotune adapters, or the folder of a saved adapter.
         file: a new .safetensors file.
-        form: "kohya" or "lycoris".
+        form: "kohya", "onetrainer" or "lycoris".
         adapter_name: the adapter of a model to export.
         base: for a folder, the base model or its name; by default the one that the adapter's configuration names.
         component: as in `export_lora_file`.
@@ -60,14 +60,17 @@ def export_rotation(
 
     Source: as in `isotune.files.diffusion.single.import_single`.
     """
-    require_choice("form", form, ["kohya", "lycoris"])
+    require_choice("form", form, ["kohya", "onetrainer", "lycoris"])
     path = new_file(file)
     layers, whole, adapter_name = placed(model_or_dir, adapter_name, base, trust_remote_code)
     if form == "lycoris" and component is None and not type(whole).__module__.startswith("diffusers."):
         stems = {name: "lycoris_" + name.removeprefix(KEY_PREFIX).replace(".", "_") for name in layers}
+    elif form == "onetrainer" and component is None:  # diffusers' names, for SDXL too
+        own = stems_of(whole, list(layers), "diffusers")
+        stems = {name: "lora_" + stem.replace(".", "_") for name, stem in own.items()}
     else:
         stems = stems_of(whole, list(layers), "kohya", component)
-    write = _kohya if form == "kohya" else _lycoris
+    write = {"kohya": _kohya, "onetrainer": _onetrainer, "lycoris": _lycoris}[form]
     tensors = {f"{stems[n]}.{key}": t for n, x in layers.items() for key, t in write(n, x, adapter_name).items()}
     write_file(path, tensors)
     return len(layers)
@@ -93,10 +96,8 @@ def _operator(name: str, layer: Layer, adapter_name: str, side: str, form: str) 
 
 
 def generators_of(operator: OFTOperator | BOFTOperator) -> Tensor:
-    """The generators at the current scale, within COFT's bound: (blocks or 1, …) for OFT, (m, blocks, …) for BOFT."""
-    own = operator.in_part("generator", operator.generator.detach().float())
-    bound = operator.generator_bound if isinstance(operator, OFTOperator) else None
-    return own if bound is None else bound_entries(own, bound)
+    """The free entries of Q at the current scale, within its bound: (blocks or 1, …), or (m, blocks, …) for BOFT."""
+    return operator.cayley.generator(operator.in_part("generator", operator.generator.detach().float()))
 
 
 def gain_of(operator: OFTOperator | BOFTOperator) -> Tensor | None:
@@ -104,16 +105,35 @@ def gain_of(operator: OFTOperator | BOFTOperator) -> Tensor | None:
     return None if operator.gain is None else operator.in_part("output_gain", operator.gain.detach().float())
 
 
+def _onetrainer(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
+    operator = _operator(name, layer, adapter_name, "input", "OneTrainer")
+    terms = operator.cayley.neumann_terms
+    if not isinstance(operator, OFTOperator) or terms != _KOHYA_TERMS:
+        how = "the exact transform" if terms is None else f"a series with num_cayley_neumann_terms={terms}"
+        raise ValueError(
+            f"The adapter on {name!r} is a {type(operator).__name__} by {how}; OneTrainer's files can only hold OFT "
+            f"with use_cayley_neumann=True and num_cayley_neumann_terms={_KOHYA_TERMS}. Export the merged model (--to "
+            "merged)."
+        )
+    flag = {"oft_R.scaled_oft": torch.tensor(True)} if operator.cayley.scaled else {}
+    return {"oft_R.weight": _by_kernel(layer, generators_of(operator) / operator.cayley.scale), **flag}
+
+
+def _by_kernel(layer: Layer, own: Tensor) -> Tensor:
+    """The generator of R; kohya and OneTrainer rotate a convolution's kernels by R, but a linear layer's rows by Rᵀ."""
+    return -own if layer.host.weight.ndim > 2 else own
+
+
 def _kohya(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
     operator = _operator(name, layer, adapter_name, "input", "kohya")
     own = generators_of(operator)
-    if isinstance(operator, OFTOperator) and operator.neumann_terms == _KOHYA_TERMS:
-        # kohya rotates a convolution's kernels by R, but a linear layer's rows by Rᵀ.
-        return {"oft_R.weight": -own if layer.host.weight.ndim > 2 else own}
+    terms = operator.cayley.neumann_terms
+    if isinstance(operator, OFTOperator) and terms == _KOHYA_TERMS:
+        return {"oft_R.weight": _by_kernel(layer, own)}
     if isinstance(operator, OFTOperator):
-        if operator.neumann_terms is not None:
+        if terms is not None:
             raise ValueError(
-                f"The adapter on {name!r} is OFT by a series with num_cayley_neumann_terms={operator.neumann_terms}; "
+                f"The adapter on {name!r} is OFT by a series with num_cayley_neumann_terms={terms}; "
                 f"kohya supports only {_KOHYA_TERMS}, or the exact transform. Export the merged model (--to merged)."
             )
         own = own.expand(operator.blocks, -1)[None]
@@ -126,7 +146,7 @@ def _lycoris(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
     operator = _operator(name, layer, adapter_name, "output", "LyCORIS")
     own, size, gain = generators_of(operator), operator.block_size, gain_of(operator)
     if isinstance(operator, OFTOperator):
-        if operator.neumann_terms is not None:
+        if operator.cayley.neumann_terms is not None:
             raise ValueError(
                 f"The adapter on {name!r} is OFT by a Neumann series, but LyCORIS supports only the exact transform. "
                 "Train with use_cayley_neumann=False, or export the merged model (--to merged)."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from isotune.algebra.skew import skew_order, skew_size, vector_from_skew
+from isotune.algebra.skew import generator_scale, skew_order, skew_size, vector_from_skew
 from isotune.errors import AdapterFileError
 from isotune.files.adapter import ADAPTER, new_directory, read_config, refused
 from isotune.files.base_model import load_base, pipeline_of
@@ -202,7 +201,7 @@ def _import_part(file: str, stems: Mapping[str, Stem], base: nn.Module) -> PeftM
 
 def _oft(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:
     """oft_R.weight, (blocks or 1, b(b − 1)/2)."""
-    rows, sizes = {}, {}
+    rows, sizes, scaled = {}, {}, {}
     for layer in layers:
         weight = layer.tensor("oft_R.weight", 2)
         size = sizes[layer.name] = skew_order(weight.shape[1])
@@ -210,14 +209,19 @@ def _oft(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:
             raise layer.refuse(
                 f"oft_R.weight has shape {tuple(weight.shape)}, which does not fit blocks of its {layer.width} inputs."
             )
-        if (flag := layer.tensors.get("oft_R.scaled_oft")) is not None:
-            weight = weight / _scaling(layer, flag, size)
+        scaled[layer.name] = _is_scaled(layer)
         rows[layer.name] = layer.sign * weight
+    if not all(scaled.values()):  # isotune's configuration is for all layers
+        rows = {name: own * generator_scale(sizes[name]) if scaled[name] else own for name, own in rows.items()}
     shared = all(len(own) == 1 for own in rows.values()) and any(x.width > sizes[x.name] for x in layers)
     if not shared:  # expand blocks that only some layers share
         rows = {x.name: rows[x.name].expand(x.width // sizes[x.name], -1) for x in layers}
     config = OFTConfig(
-        **targets_of(layers), **block_options(layers, sizes, "input"), block_share=shared, **series_fields(_TERMS)
+        **targets_of(layers),
+        **block_options(layers, sizes, "input"),
+        block_share=shared,
+        scaled_generator=all(scaled.values()),
+        **series_fields(_TERMS),
     )
     return config, {name: {"generator": own} for name, own in rows.items()}
 
@@ -236,11 +240,14 @@ def _kind(file: str, stem: str, tensors: Mapping[str, Tensor]) -> str:
     return found[0]
 
 
-def _scaling(layer: AdaptedModule, flag: Tensor, size: int) -> float:
-    """The number by which OneTrainer divides the stored weight.
+def _is_scaled(layer: AdaptedModule) -> bool:
+    """Whether OneTrainer divides the stored weight by 2 √(b − 1).
 
     Builds from before scaled OFT was merged wrote an integer instead of a Boolean, and divided by √(b(b − 1)/2).
     """
+    flag = layer.tensors.get("oft_R.scaled_oft")
+    if flag is None:
+        return False
     if not flag.dtype.is_floating_point and flag.dtype != torch.bool:
         raise layer.refuse(
             "its flag scaled_oft is an integer, as written by OneTrainer builds from before scaled OFT was merged, "
@@ -248,7 +255,7 @@ def _scaling(layer: AdaptedModule, flag: Tensor, size: int) -> float:
         )
     if flag.numel() != 1:
         raise layer.refuse(f"its flag scaled_oft has {flag.numel()} values; it must have one.")
-    return 2 * math.sqrt(size - 1) if bool(flag) and size > 1 else 1.0
+    return bool(flag)
 
 
 def _boft(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:

@@ -1,4 +1,4 @@
-"""Importing PEFT's own PSOFT, OFT, BOFT and HRA adapters as isotune's, computing the same function as PEFT."""
+"""Importing PEFT's own PSOFT, OFT, BOFT, HRA and RoAd adapters as isotune's, computing the same function as PEFT."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from isotune.files.adapter import (
     refused,
 )
 from isotune.files.peft_import.psoft import import_psoft
-from isotune.files.peft_import.rotations import import_boft, import_hra, import_oft
+from isotune.files.peft_import.rotations import import_boft, import_hra, import_oft, import_road
 from isotune.files.peft_import.source import Source
 
 __all__ = ["convert_peft", "import_peft"]
@@ -34,12 +34,13 @@ _METHODS = {
     "OFT": (("oft_R", "oft_embedding_R"), import_oft),
     "BOFT": (("boft_R", "boft_s"), import_boft),
     "HRA": (("hra_u",), import_hra),
+    "ROAD": (("road_theta", "road_alpha"), import_road),
 }
 """PEFT's type -> the name parts that follow adapted modules in its files, and the function that imports it."""
 
 
 def import_peft(directory: str | os.PathLike[str], base_model: nn.Module) -> PeftModel:
-    """Import an adapter of PEFT's own PSOFT, OFT, BOFT or HRA as isotune's, computing what PEFT computes here.
+    """Import an adapter of PEFT's own PSOFT, OFT, BOFT, HRA or RoAd as isotune's, computing what PEFT computes here.
 
     PEFT's PSOFT file holds no basis: PEFT recomputes the singular vectors wherever it loads the file, so its meaning
     depends on the machine. Import it where it gives the results that you want to keep, since PEFT's own layer computes
@@ -60,7 +61,7 @@ def import_peft(directory: str | os.PathLike[str], base_model: nn.Module) -> Pef
         AdapterFileError: the folder is damaged or holds another method, does not fit the base, adapts layers other
             than nn.Linear, or computes something that no adapter of isotune can.
 
-    Source: peft/tuners/{psoft,oft,boft,hra}/layer.py of PEFT 0.21.2. PSOFT's R acts as x Rᵀ, and the exact Cayley
+    Source: peft/tuners/{psoft,oft,boft,hra,road}/layer.py of PEFT 0.21.2. PSOFT's R acts as x Rᵀ, and the exact Cayley
     transform of OFT and BOFT is (I − Q)(I + Q)⁻¹, so these generators have the opposite sign; OFT's Neumann series has
     isotune's sign. A series with k ≥ 3 terms is isotune's with max(k − 2, 2).
     """
@@ -80,7 +81,8 @@ def import_peft(directory: str | os.PathLike[str], base_model: nn.Module) -> Pef
         theirs = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(str(folder))
     layers, extras = read_layers(folder, groups)
     model = build(Source(folder, theirs, layers, base_model))
-    _warn_of_lost_biases(folder, model, extras)
+    if hasattr(theirs, "bias"):  # RoAd rotates the biases themselves
+        _warn_of_lost_biases(folder, model, extras)
     if extras:
         done: Any = set_peft_model_state_dict(model, {**get_peft_model_state_dict(model), **extras})
         if done.unexpected_keys:
@@ -112,7 +114,7 @@ def convert_peft(
     *,
     trust_remote_code: bool = False,
 ) -> None:
-    """Import an adapter folder of PEFT's own PSOFT, OFT, BOFT or HRA and write it as isotune's.
+    """Import an adapter folder of PEFT's own PSOFT, OFT, BOFT, HRA or RoAd and write it as isotune's.
 
     `out`, `base` and `trust_remote_code` are as in `export_lora`.
 

@@ -1,4 +1,4 @@
-"""Importing PEFT's own OFT (including COFT), BOFT and HRA as isotune's rotations that compute the same."""
+"""Importing PEFT's own OFT (including COFT), BOFT, HRA and RoAd as isotune's rotations that compute the same."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import math
 from dataclasses import replace
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 from isotune.algebra.cayley import bound_entries
+from isotune.algebra.factors import apply_chain, transpose_chain
 from isotune.algebra.skew import vector_from_skew
 from isotune.errors import AdapterFileError
-from isotune.files.adapter import CONFIG_FILE, WEIGHTS_FILE, refused
+from isotune.files.adapter import ADAPTER, CONFIG_FILE, WEIGHTS_FILE, refused
 from isotune.files.peft_import.source import EXACT, Source, series_fields
-from isotune.methods import BOFTConfig, HRAConfig, OFTConfig
+from isotune.hosts import widen
+from isotune.methods import BOFTConfig, HRAConfig, OFTConfig, RoadConfig
+from isotune.methods.road import RoadOperator
+from isotune.tuner.state import adapted_layers
 
 
 @torch.no_grad()
@@ -97,6 +101,32 @@ def import_hra(source: Source) -> PeftModel:
             vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])
         parameters[name] = {"vectors": vectors}
     return source.adapted(config, parameters)
+
+
+@torch.no_grad()
+def import_road(source: Source) -> PeftModel:
+    """Put isotune's RoAd on the base, whose adapted layers' biases become those that PEFT rotates."""
+    parameters, biased = {}, False
+    for name in source.layers:
+        angles, scales = (source.tensor(name, key, 1) for key in ("road_theta", "road_alpha"))
+        parameters[name] = {"angles": angles, "scales": scales}
+        biased = biased or source.base.get_submodule(name).bias is not None
+    config = source.configured(RoadConfig, "variant", "group_size", bias="isotune_only" if biased else "none")
+    model = source.adapted(config, parameters)
+    for _, layer in adapted_layers(model, ADAPTER):
+        bias, operator = layer.host.module.bias, layer.adapter(ADAPTER)
+        if bias is not None:
+            assert isinstance(bias, Tensor)
+            assert isinstance(operator, RoadOperator)
+            # M b as a row: PEFT computes M (W x + b), isotune M W x with a bias of its own.
+            chain, tensors = transpose_chain(operator.chain, operator.chain_tensors(widen(bias).dtype))
+            bias.copy_(apply_chain(widen(bias), chain, tensors))
+    if biased and not any(key.endswith(".bias") for key in get_peft_model_state_dict(model)):
+        raise AdapterFileError(
+            f"{source.folder}: PEFT's RoAd turns the biases too, which isotune keeps as trained biases, but the "
+            "installed PEFT does not save these: pip install -U peft."
+        )
+    return model
 
 
 def _gram_schmidt(vectors: Tensor) -> Tensor:

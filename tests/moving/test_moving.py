@@ -47,6 +47,7 @@ from isotune.moving.boundary import adapted
 KINDS: dict[str, Any] = {
     "psoft": lambda **o: PsoftConfig(r=4, **o),
     "psoft_so": lambda **o: PsoftConfig(r=4, psoft_mag_a=False, psoft_mag_b=False, **o),
+    "scaled": lambda **o: PsoftConfig(r=4, scaled_generator=True, **o),
     "pissa": lambda **o: PsoftConfig(r=3, ab_svd_init="pissa_init", **o),
     "free": lambda **o: PsoftConfig(r=4, psoft_orth=False, psoft_alpha=2.0, **o),
     "lora_xs": lambda **o: LoraXsConfig(r=4, **o),

@@ -29,6 +29,11 @@ from isotune.tools.fitting import fit
 
 TARGETS = ["first", "second", "third"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "oft-scaled": ("oft", {"oft_block_size": 8, "scaled_generator": True}),
+    "psoft-scaled": (
+        "psoft",
+        {"r": 8, "scaled_generator": True, "psoft_mag_a": False, "psoft_mag_b": False},
+    ),
     "oft": ("oft", {"oft_block_size": 8}),
     "oft-shared-output": ("oft", {"oft_block_size": 8, "block_share": True, "side": "output"}),
     "psoft": ("psoft", {"r": 8}),

@@ -24,7 +24,6 @@ _EXACT = {
     "coft": False,
     "psoft_orth": True,
     "ab_svd_init": "psoft_init",
-    "scaled_generator": False,
     "apply_GS": False,
 }
 
@@ -67,26 +66,27 @@ def fit(adapter: Adapter, weight: Tensor, target: Tensor) -> dict[str, Tensor]:
     """
     weight, target = weight.double(), target.double()
     if isinstance(adapter, PsoftOperator):
-        return _fit_psoft(adapter, weight, target)
+        found = _fit_psoft(adapter, weight, target)
+        return {**found, "generator": found["generator"] / adapter.cayley.scale}
     if adapter.side == "output":  # W' = M W is W'ᵀ = Wᵀ Mᵀ
         weight, target = weight.mT, target.mT
     if isinstance(adapter, OFTOperator):
-        return _fit_oft(adapter, weight, target)
+        return {"generator": _fit_oft(adapter, weight, target) / adapter.cayley.scale}
     assert isinstance(adapter, HRAOperator)
     return _fit_hra(adapter, weight, target)
 
 
-def _fit_oft(adapter: OFTOperator, weight: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """W'ₖ ≈ Wₖ Rₖᵀ for the columns of each block; one R for all of them if it is shared."""
+def _fit_oft(adapter: OFTOperator, weight: Tensor, target: Tensor) -> Tensor:
+    """Q of W'ₖ ≈ Wₖ Rₖᵀ for the columns of each block; one for all of them if it is shared."""
     shape = (len(weight), adapter.blocks, adapter.block_size)
     cross = torch.einsum("okb,okc->kbc", target.reshape(shape), weight.reshape(shape))
     if len(adapter.generator) == 1:
         cross = cross.sum(0, keepdim=True)
-    return {"generator": generator_of(nearest_rotation(cross))}
+    return generator_of(nearest_rotation(cross))
 
 
 def _fit_psoft(adapter: PsoftOperator, weight: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """(W' − W) Vᵀ / s + P ≈ P Mᵀ with Mᵀ = diag(β) Rᵀ diag(α); the rest of W' − W is out of reach."""
+    """Q, α and β of (W' − W) Vᵀ / s + P ≈ P Mᵀ with Mᵀ = diag(β) Rᵀ diag(α); the rest of W' − W is out of reach."""
     down, up = adapter.factors(weight.dtype, weight.device)
     down, up = down[: adapter.size], up[:, : adapter.size]
     wanted = (target - weight) @ down.mT / adapter.scale + up

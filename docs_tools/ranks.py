@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from isotune.experiments import budget, methods, tasks
-from isotune.experiments.files import packaged_object
+from isotune.experiments.files import packaged_object, read_object
 from isotune.experiments.loading import load
 from isotune.experiments.recipe import Method
 from isotune.tools.ranks import choose_ranks
@@ -82,6 +82,7 @@ def published() -> str:
     return "\n".join([head, "|---|" + "---|" * 6, *map(row, SETTINGS)])
 
 
+RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "ranks" / "comparison.json"
 MINILM = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 BUDGET = 40_572
 """The parameters of rank 46 on all linear layers of MiniLM but its pooler, which the demo leaves out."""
@@ -120,6 +121,18 @@ def _range(found: ChosenSizes, kind: str) -> str:
     return f"{min(sizes)} to {max(sizes)} | {min(energies):.0%} to {max(energies):.0%}"
 
 
+def compared() -> str:
+    """Test accuracy of one rank for all layers and of chosen ranks, as the record of the comparison says."""
+    lines = ["| ranks of PSOFT on the demo | adapter parameters | test accuracy | by seed |", "|---|---|---|---|"]
+    for row in read_object(RECORD)["rows"]:
+        options = {key: value for key, value in row["method"].items() if key not in ("name", "rank_budget")}
+        name = ", ".join(f"`{key}={value}`" for key, value in options.items())
+        scores = ", ".join(f"{score:.1%}" for score in row["scores"].values())
+        mean = f"{row['mean']:.1%} ± {row['standard_error']:.1%}"
+        lines.append(f"| {name} | {row['adapter_parameters']:,} | {mean} | {scores} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    path, tables = Path(sys.argv[1]), {"published": published(), "chosen": chosen()}
+    path, tables = Path(sys.argv[1]), {"published": published(), "chosen": chosen(), "compared": compared()}
     path.write_text(written(path.read_text("utf-8"), **tables), "utf-8")

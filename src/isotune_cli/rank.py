@@ -19,7 +19,8 @@ def rank(
         str | None, typer.Option(help="Trainable parameters of all layers together, such as 80k.")
     ] = None,
     energy: Annotated[
-        float | None, typer.Option(help="The share of its energy that each layer keeps. By default it is 0.9.")
+        float | None,
+        typer.Option(help="The share of its energy that each layer keeps. By default 0.9, or 0.95 for CERSA."),
     ] = None,
     data: Annotated[
         str | None,

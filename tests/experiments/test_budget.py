@@ -51,4 +51,5 @@ def test_the_count_is_that_of_the_trained_model(tiny_model: Path, name: str) -> 
     model, head = models.load_classifier(str(tiny_model), "auto", ["a", "b"])
     trained = methods.attach(found, model, head, "SEQ_CLS")
     assert counted == sum(p.numel() for n, p in trained.named_parameters() if p.requires_grad and not is_head(n, head))
-    assert 700 < counted < 3200
+    most = 384  # of SVFit, with a number for every singular value
+    assert counted == most if name == "svfit" else 700 < counted < 3200

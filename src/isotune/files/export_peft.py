@@ -99,8 +99,8 @@ def _operator(name: str, layer: Layer, adapter_name: str) -> OFTOperator | BOFTO
     if not isinstance(operator, OFTOperator | BOFTOperator) or operator.side != "input":
         turned = getattr(operator, "side", None)
         raise ValueError(
-            f"The adapter on {name!r} is a {type(operator).__name__}{f' on the {turned}s' if turned else ''}; PEFT's "
-            f"own OFT and BOFT rotate inputs. {_INSTEAD}"
+            f"The adapter on {name!r} is a {type(operator).__name__}{f' on the {turned}s' if turned else ''}; only "
+            f"OFT and BOFT on inputs can be written for PEFT, whose own rotate inputs. {_INSTEAD}"
         )
     if not isinstance(module, nn.Linear):
         raise ValueError(

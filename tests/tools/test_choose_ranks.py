@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from helpers import tiny_bert, tiny_gpt2, tiny_opt
 from isotune import (
     BOFTConfig,
+    CersaConfig,
     GOFTConfig,
     HRAConfig,
     LoraXsConfig,
     OFTConfig,
+    OploraConfig,
     PsoftConfig,
     QGOFTConfig,
     add_adapter,
@@ -186,13 +189,41 @@ def test_what_is_saved_are_numbers(tmp_path: Path) -> None:
     torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path)(x), model(x))
 
 
-def test_one_configuration_for_two_models_chooses_for_each() -> None:
-    config = PsoftConfig(target_modules=["0"], r="auto", rank_energy=0.9)
-    ranks = []
-    for width in (16, 40):
-        get_peft_model(stack(width, width), config)
-        ranks.append(config.r)
-    assert ranks[0] < ranks[1]
+@pytest.mark.parametrize(
+    "config",
+    [
+        PsoftConfig(target_modules=["0"], r="auto", rank_energy=0.9),
+        PsoftConfig(target_modules=["0"], rank_budget=400),
+        OFTConfig(target_modules=["0"], rank_budget=100),
+        CersaConfig(target_modules=["0"]),
+        OploraConfig(target_modules=["0"], r=2, preserved_energy=0.5),
+    ],
+)
+def test_one_configuration_for_two_models_chooses_for_each(config: IsotuneConfig, tmp_path: Path) -> None:
+    """Each model has a plain configuration of its own, with numbers, and the given one still asks."""
+    before = copy.deepcopy(config)
+    models = [(stack(width, width), get_peft_model(stack(width, width), config)) for width in (16, 40)]
+    assert config == before
+    assert config.chooses
+    for base, model in models:
+        for _ in range(2):
+            model.save_pretrained(tmp_path)
+            model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+            assert not model.peft_config["default"].chooses
+        x = torch.randn(3, base[0].in_features)
+        torch.testing.assert_close(model(x), base(x))
+    one, other = (dataclasses.replace(model.peft_config["default"]) for _, model in models)
+    assert one != other
+    assert not one.chooses
+
+
+def test_heads_and_targets_stand_in_the_file_of_a_choice(tmp_path: Path) -> None:
+    """PEFT writes some of what it finds into the configuration, which then is the model's own."""
+    config = PsoftConfig(target_modules="all-linear", rank_budget=4000, task_type="SEQ_CLS")
+    get_peft_model(tiny_bert(), config).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "classifier" in stored["modules_to_save"]
+    assert stored["target_modules"] != "all-linear"
 
 
 def test_a_second_adapter_and_a_mean_keep_their_own() -> None:
@@ -214,6 +245,10 @@ def test_a_refused_choice_leaves_the_model() -> None:
     with pytest.raises(ValueError, match="too small"):
         get_peft_model(base, PsoftConfig(target_modules=["0"], rank_budget=1))
     assert type(base[0]) is nn.Linear
+    config = OploraConfig(target_modules=["0"], preserved_energy=0.99999)
+    with pytest.raises(ValueError, match="too large"):
+        get_peft_model(base, config)
+    assert (config.preserved_rank_pattern, config.sized) == ({}, True)
     with pytest.raises(ValueError, match="no values yet"):
         get_peft_model(base.to("meta"), PsoftConfig(target_modules=["0"], r="auto"))
 
@@ -244,7 +279,7 @@ def test_contradictions_are_refused(config: type[IsotuneConfig], options: dict[s
 
 
 def test_a_configuration_that_has_met_no_model_is_not_saved(tmp_path: Path) -> None:
-    for config in (PsoftConfig(r="auto"), OFTConfig(rank_budget=100)):
+    for config in (PsoftConfig(r="auto"), OFTConfig(rank_budget=100), OploraConfig(preserved_energy=0.5)):
         with pytest.raises(ValueError, match="has not met one yet"):
             config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no rank yet"):

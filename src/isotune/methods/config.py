@@ -217,13 +217,8 @@ class IsotuneConfig(ChosenSize, PeftConfig):
                 stored[name] = sorted(value)  # so that the same adapter always gives the same file
         return stored
 
-    @property
-    def fits_weights(self) -> bool:
-        """Whether `fit` has something to set before a new adapter is made."""
-        return False
-
     def fit(self, module: str, singular_values: Tensor) -> None:
-        """Set what depends on the weight of a module; only called if `fits_weights`.
+        """Set what depends on the weight of a module; called if something else than sizes is asked for.
 
         Args:
             module: the module's name in the base model.

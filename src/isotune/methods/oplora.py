@@ -31,8 +31,8 @@ class OploraConfig(BasisConfig):
         preserved_rank: k, below the smaller side of each adapted weight.
         preserved_rank_pattern: module name or regular expression -> k for these modules instead of preserved_rank.
         preserved_energy: choose k for each module, when the adapter is added, as the least that holds this share of the
-            weight's squared singular values, instead of preserved_rank. What was chosen stands in
-            preserved_rank_pattern, so that loading chooses nothing.
+            weight's squared singular values, instead of preserved_rank. Not stored in the file, whose
+            preserved_rank_pattern has what was chosen.
         basis: as for PSOFT, of V_k; U_k follows from V_k and W.
 
     Raises:
@@ -40,6 +40,7 @@ class OploraConfig(BasisConfig):
     """
 
     title, usual_learning_rate, alpha_option = "OPLoRA", 6e-4, "lora_alpha"
+    asking = (*BasisConfig.asking, "preserved_energy")
     size_pattern = ""  # its r is that of an update off the principal subspace, whose energy says nothing of it
 
     r: int = field(default=8)
@@ -64,17 +65,11 @@ class OploraConfig(BasisConfig):
         """k of a module."""
         return int(by_pattern(self.preserved_rank_pattern, module, self.preserved_rank))
 
-    @property
-    def fits_weights(self) -> bool:
-        return self.preserved_energy is not None
-
     def fit(self, module: str, singular_values: Tensor) -> None:
         """Choose k for a module by preserved_energy; experts share the largest."""
         assert self.preserved_energy is not None
         k = max(rank_of_energy(own, self.preserved_energy) for own in singular_values)
-        name = "^" + module.replace(".", r"\.")
-        others = {key: rank for key, rank in self.preserved_rank_pattern.items() if key != name}
-        self.preserved_rank_pattern = {name: k, **others}
+        self.preserved_rank_pattern["^" + module.replace(".", r"\.")] = k
 
     def build_basis(self, module: str, in_features: int, device: torch.device) -> SubspaceBasis:
         return self.basis_of_rank(self.preserved_rank_of(module), in_features, device)

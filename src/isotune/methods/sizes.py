@@ -16,8 +16,15 @@ class ChosenSize:
     """Options that set the adapter's size -> their letters in papers; a comparison at equal size sets the first."""
     size_pattern: ClassVar[str] = ""
     """The option for the sizes chosen for modules; empty if there is no measure to choose them by."""
+    asking: ClassVar[tuple[str, ...]] = ("rank_budget", "rank_energy")
+    """Options that ask for a choice; None once it has been made, so that the sizes are then plain numbers."""
     sized: bool = True
     """False while sizes are being chosen; layers then wait for their adapters."""
+
+    @property
+    def chooses(self) -> bool:
+        """Whether anything is chosen when the configuration meets a model."""
+        return any(getattr(self, name, None) is not None for name in self.asking)
 
     @property
     def chooses_sizes(self) -> bool:
@@ -35,7 +42,7 @@ class ChosenSize:
         Raises:
             ValueError: the configuration has not met a model.
         """
-        if self.chooses_sizes and getattr(self, next(iter(self.size_names))) in ("auto", None, 0):
+        if self.chooses:
             raise ValueError(
                 f"The sizes of this {type(self).__name__} are chosen for a model, and it has not met one yet. Save the "
                 "model that get_peft_model makes of it."

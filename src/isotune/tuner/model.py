@@ -71,8 +71,10 @@ class IsotuneModel(Tuner):
         if isinstance(config, BasisConfig):
             refuse_loading_by_one(model)
         # The sizes of a file, and of a mean of adapters, are there already.
-        chooses = (config.chooses_sizes or config.fits_weights) and config.origin is None and basis_of is None
-        config.sized = config.sized and not chooses
+        chooses = config.chooses and config.origin is None and basis_of is None
+        if chooses:  # on a copy, so that the given configuration makes its own choice for every model
+            config = self.peft_config[adapter_name] = copy.deepcopy(config)
+            config.sized = False
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         first = not any(isinstance(module, Layer) for module in model.modules())
         for module in model.modules():
@@ -97,8 +99,6 @@ class IsotuneModel(Tuner):
             for parameter, flag in trainable.items():
                 parameter.requires_grad_(flag)
             raise
-        finally:
-            config.sized = config.sized or chooses
 
     def add_weighted_adapter(
         self,

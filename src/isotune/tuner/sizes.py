@@ -80,15 +80,24 @@ class ChosenSizes:
 
 
 def size_layers(model: nn.Module, adapter_name: str, config: IsotuneConfig) -> None:
-    """Write what follows from the weights of an adapter's layers into its configuration; give them their adapters."""
+    """Replace what a configuration asks for by what its layers' weights give, and give the layers their adapters.
+
+    Args:
+        model: the model with the layers, which have no adapter of this name yet.
+        adapter_name: the adapter's name.
+        config: its configuration, which no other model has.
+    """
     layers = [m for m in model.modules() if isinstance(m, Layer) and m.configs.get(adapter_name) is config]
-    if config.fits_weights:
-        cache = SubspaceCache() if getattr(config, "subspace_cache", False) else None
-        for layer in tqdm(layers, desc="singular values", unit="weight", delay=_PROGRESS_DELAY_SECONDS):
-            config.fit(layer.key, _singular_values(layer, cache))
     if config.chooses_sizes:
         for option, value in choose_sizes(layers, config).options.items():
             setattr(config, option, value)
+    else:
+        cache = SubspaceCache() if getattr(config, "subspace_cache", False) else None
+        for layer in tqdm(layers, desc="singular values", unit="weight", delay=_PROGRESS_DELAY_SECONDS):
+            config.fit(layer.key, _singular_values(layer, cache))
+    for name in config.asking:
+        if hasattr(config, name):
+            setattr(config, name, None)
     config.sized = True
     for layer in layers:
         layer.update_layer(adapter_name, config)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft import get_peft_model as peft_model
 from torch import Tensor, nn
 
-from helpers import Chain, adapted_stack, layers_of, only, randomize, relative_error, tiny_llama, trainable
+from helpers import Chain, adapted_stack, layers_of, only, randomize, relative_error, tiny_bert, tiny_llama, trainable
 from isotune import OploraConfig, get_peft_model
 from isotune.adapter.lowrank import left_vectors
 from isotune.diagnostics.geometry import interference
@@ -232,6 +232,19 @@ def test_k_by_energy_is_chosen_once_and_stored_as_numbers(tmp_path: Path, monkey
     monkeypatch.setattr(OploraConfig, "fit", lambda *_: pytest.fail("a search in loading"))
     x = torch.randn(5, 32)
     assert relative_error(PeftModel.from_pretrained(base, tmp_path)(x).detach(), model(x).detach()) < 1e-5
+
+
+def test_a_file_never_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it is loaded; on a base of another precision k might be another."""
+    asked = OploraConfig(target_modules=["query"], preserved_energy=0.5, r=2)
+    model = tiny_bert().bert
+    model.add_adapter(asked)
+    model.save_pretrained(tmp_path)
+    assert "preserved_energy" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "preserved_energy" not in asked.to_dict()
+    monkeypatch.setattr(OploraConfig, "fit", lambda *_: pytest.fail("a choice in loading"))
+    tiny_bert().bert.load_adapter(str(tmp_path))
+    PeftModel.from_pretrained(tiny_bert().bert, tmp_path, config=PeftConfig.from_pretrained(tmp_path))
 
 
 def test_k_by_energy_needs_values() -> None:

@@ -41,6 +41,7 @@ class OploraConfig(BasisConfig):
 
     title, usual_learning_rate, alpha_option = "OPLoRA", 6e-4, "lora_alpha"
     asking = (*BasisConfig.asking, "preserved_energy")
+    runtime_fields = (*BasisConfig.runtime_fields, "preserved_energy")
     size_pattern = ""  # its r is that of an update off the principal subspace, whose energy says nothing of it
 
     r: int = field(default=8)

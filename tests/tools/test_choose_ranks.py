@@ -61,6 +61,7 @@ def parameters_of(model: nn.Module) -> int:
         (lambda **own: OFTConfig(side="output", **own), 900),
         (lambda **own: OFTConfig(block_share=True, **own), 900),
         (lambda **own: BOFTConfig(boft_n_butterfly_factor=2, **own), 2000),
+        (lambda **own: BOFTConfig(butterfly_factor_pattern={"1": 3}, **own), 2000),
     ],
 )
 def test_a_budget_is_kept(config: Any, budget: int) -> None:

@@ -206,11 +206,13 @@ class _Prices:
         self.config, self.budget = copy.copy(config), budget
         self.option = next(iter(config.size_names))
         setattr(self.config, config.size_pattern, {})
+        # Another pattern, such as butterfly_factor_pattern, gives layers of one shape different prices.
+        self._by_name = any(isinstance(value, dict) and value for value in vars(self.config).values())
         self._known: dict[tuple[Any, ...], int] = {}
 
     def of(self, layer: Layer, size: int) -> int:
         """The parameters of an adapter of this size; raises ValueError if it does not fit the layer."""
-        key = (*_shape(layer), getattr(layer.host, "experts", 1), size)
+        key = (layer.key if self._by_name else "", *_shape(layer), getattr(layer.host, "experts", 1), size)
         if key not in self._known:
             setattr(self.config, self.option, size)
             self._known[key] = layer.count_parameters(self.config)

@@ -262,6 +262,7 @@ def test_k_by_energy_needs_values() -> None:
         ({"preserved_energy": 1.0}, "preserved_energy=1.0.*between 0 and 1"),
         ({"preserved_energy": 0.9999999}, "too large for the module '0'.*preserved_energy"),
         ({"preserved_rank_pattern": {"0": -1}}, r"preserved_rank_pattern\['0'\]=-1"),
+        ({"preserved_rank_pattern": {".*0": 3}, "preserved_energy": 0.5}, "preserved_energy=0.5 chooses k for every"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"lora_alpha": 0.0}, "lora_alpha"),
     ],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from isotune.adapter.lowrank import ComplementAdapter
 from isotune.adapter.subspace import SubspaceBasis
-from isotune.methods.checks import require, require_expressions, require_number, require_positive_integer
+from isotune.methods.checks import require, require_expressions, require_number, require_positive_integer, shown
 from isotune.methods.config import by_pattern
 from isotune.methods.subspace import BasisConfig
 from isotune.subspace.energy import rank_of_energy
@@ -61,6 +61,11 @@ class OploraConfig(BasisConfig):
         share = self.preserved_energy
         fits = share is None or 0.0 < share < 1.0
         require(fits, "preserved_energy", share, "it must be between 0 and 1, or None")
+        if share is not None and self.preserved_rank_pattern:
+            raise ValueError(
+                f"preserved_energy={share} chooses k for every module, but preserved_rank_pattern="
+                f"{shown(self.preserved_rank_pattern)} is given too; leave one of them out."
+            )
 
     def preserved_rank_of(self, module: str) -> int:
         """k of a module."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,3 +116,9 @@ def test_embeddings_are_those_of_the_merged_weight() -> None:
     expected = model(ids).logits
     merged = model.merge_and_unload()(ids).logits
     assert relative_error(merged, expected) < 1e-4
+
+
+@pytest.mark.parametrize("rank", ["auto", 4])
+def test_an_alpha_is_refused(rank: Any) -> None:
+    with pytest.raises(ValueError, match=r"^alpha_pattern=.*no meaning with CersaConfig"):
+        CersaConfig(r=rank, alpha_pattern={"0": 8.0})

@@ -81,7 +81,7 @@ def test_every_knob_changes_the_output() -> None:
     ("options", "named"),
     [
         ({"selection": "band"}, "selection='band'"),
-        ({"alpha_pattern": {"q_proj": 2.0}}, "alpha_pattern.*no meaning for SVFit"),
+        ({"alpha_pattern": {"q_proj": 2.0}}, "alpha_pattern.*no meaning with SvfitConfig"),
         ({"r": 0}, "r=0"),
     ],
 )

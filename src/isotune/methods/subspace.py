@@ -32,7 +32,8 @@ class BasisConfig(IsotuneConfig):
         rank_measure: what energy is: "squares" of the singular values, their "values", or that of the outputs on some
             data, "activations", which recipes have and `isotune.choose_ranks` is given. Not stored in the file.
         rank_pattern: module name or regular expression -> rank for these modules instead of r.
-        alpha_pattern: module name or regular expression -> alpha for these modules instead of the method's own.
+        alpha_pattern: module name or regular expression -> alpha for these modules instead of the method's own; refused
+            where it has none.
         basis: "pinned" stores just enough to find the subspace again on the same base model, which is checked on
             loading (small); "embedded" stores the subspace itself (larger, exact on any base model).
         basis_seed: seed of the fixed Gaussian matrix of the pin.
@@ -63,6 +64,11 @@ class BasisConfig(IsotuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.alpha_pattern and not self.alpha_option:
+            raise ValueError(
+                f"alpha_pattern={shown(self.alpha_pattern)} has no meaning with {type(self).__name__}, whose update "
+                "has no alpha; leave it out."
+            )
         if self.r == "auto" and self.rank_budget is None and self.rank_energy is None:
             self.rank_energy = self.usual_energy
         if self.chooses_sizes:

@@ -29,14 +29,6 @@ class SvfitConfig(SubspaceConfig):
 
     selection: Literal["top", "bottom", "mixed"] = field(default="top")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.alpha_pattern:
-            raise ValueError(
-                f"alpha_pattern={self.alpha_pattern} has no meaning for SVFit, whose factors multiply the singular "
-                "values as they are; leave it out."
-            )
-
     def subspace_operator(self, rank: int) -> SvfitOperator:
         return SvfitOperator(rank)
 

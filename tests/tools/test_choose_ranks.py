@@ -291,6 +291,9 @@ def test_data_that_say_nothing_are_refused() -> None:
     config = PsoftConfig(target_modules=["wte"], rank_budget=100)
     with pytest.raises(ValueError, match="are not vectors that its weight multiplies"):
         choose_ranks(tiny_gpt2(), config, data=[{"input_ids": torch.ones(1, 4).long()}])
+    rotated = OFTConfig(target_modules=["0"], rank_budget=100, side="output")
+    with pytest.raises(ValueError, match='Leave data out, or set side="input"'):
+        choose_ranks(stack(8, 8), rotated, data=batches(8))
     with pytest.raises(ValueError, match="hold no batch"):
         choose_ranks(stack(8, 8), PsoftConfig(target_modules=["0"], rank_budget=100), data=[])
     with pytest.raises(ValueError, match="gives its sizes itself"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from isotune.methods.config import IsotuneConfig
+from isotune.methods.rotation import RotationConfig
 from isotune.tuner.layer import Layer
 from isotune.tuner.model import IsotuneModel
 from isotune.tuner.sizes import ChosenSizes, choose_sizes
@@ -38,7 +39,7 @@ def choose_ranks(
 
     Raises:
         ValueError: the configuration asks for no choice, no module matches, a weight has no values, the budget is too
-            small, there is no batch, or data are given for a layer that is not linear.
+            small, there is no batch, or data are given for a layer that is not linear or for a rotation of outputs.
 
     Examples:
         >>> from isotune import PsoftConfig
@@ -57,6 +58,11 @@ def choose_ranks(
         )
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model has adapters already; give the base model, such as model.unload() returns.")
+    if data is not None and isinstance(config, RotationConfig) and config.side == "output":
+        raise ValueError(
+            'Data are measured at the inputs of layers, and side="output" rotates their outputs, so the data would '
+            'have no effect. Leave data out, or set side="input".'
+        )
     with _layers_of(model, config) as (shadow, layers):
         if data is None:
             return choose_sizes(layers, config)

@@ -234,8 +234,7 @@ class _Prices:
         """All block sizes above 1 that fit a layer; the smallest fitting one if no other does."""
         config = self.config
         assert isinstance(config, RotationConfig)
-        on_inputs = config.side == "input"
-        width = layer.in_features if on_inputs else layer.out_features
+        width = layer.in_features if config.side == "input" else layer.out_features
         prices: dict[int, int] = {}
         for size in (size for size in range(1, width + 1) if width % size == 0):
             try:
@@ -245,7 +244,7 @@ class _Prices:
         if not prices:
             self.of(layer, width)  # raises, and says what does not fit
         sizes = [size for size in prices if size > 1] or list(prices)
-        weight = layer.unmerged_matrix() if on_inputs and moments is not None else None
+        weight = layer.unmerged_matrix() if moments is not None else None
         shares = block_shares(width, sizes, weight, moments)
         return Sizes(sizes, [prices[size] for size in sizes], shares)
 

@@ -261,6 +261,8 @@ def refusals() -> Iterator[Any]:
     yield HRAConfig, {"r": "auto"}, "r='auto' is not allowed"
     yield PsoftConfig, {"r": "atuo"}, "r='atuo' is not allowed"
     yield PsoftConfig, {"r": 46, "rank_budget": 100}, 'set r="auto", or leave rank_budget out'
+    yield PsoftConfig, {"r": 32, "rank_budget": 100}, "r=32 and rank_budget=100"  # the default, given
+    yield PsoftConfig, {"r": 32, "rank_energy": 0.5}, "but r=32 .* is given too"
     yield PsoftConfig, {"rank_pattern": {"q": 2}, "rank_budget": 100}, "rank_pattern"
     yield PsoftConfig, {"r": 46, "rank_energy": 0.5}, 'set r="auto"'
     yield PsoftConfig, {"r": "auto", "rank_energy": 0.5, "rank_budget": 9}, "both given"

@@ -92,9 +92,12 @@ class IsotuneConfig(ChosenSize, PeftConfig):
     """The folder or repository that the configuration was read from, whose tensors are loaded next; never written."""
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
-        """Refuse unknown options before the configuration is initialised."""
-        require_options(cls.__name__, options, config_fields(cls))
-        return super().__new__(cls)
+        """Refuse unknown options before the configuration is initialised, and note which are given."""
+        names = config_fields(cls)
+        require_options(cls.__name__, options, names)
+        config: Any = super().__new__(cls)
+        config.given = frozenset((*names[: len(args)], *options))
+        return config
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

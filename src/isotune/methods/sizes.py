@@ -21,6 +21,9 @@ class ChosenSize:
     sized: bool = True
     """False while sizes are being chosen; layers then wait for their adapters."""
 
+    given: frozenset[str] = frozenset()
+    """The options given at construction, so that a size equal to its default is not taken for the default."""
+
     @property
     def chooses(self) -> bool:
         """Whether anything is chosen when the configuration meets a model."""
@@ -69,7 +72,7 @@ def check_budget(config: Any) -> None:
     sizes = (next(iter(config.size_names)), config.size_pattern, "r", "boft_block_num")
     for option in fields(config):
         value = getattr(config, option.name)
-        if option.name in sizes and value not in ("auto", None, 0, {}, option.default):
+        if option.name in sizes and option.name in config.given and value not in ("auto", None, 0, {}):
             left_out = (
                 'set r="auto"' if option.name == "r" and config.size_pattern == "rank_pattern" else "leave it out"
             )
@@ -97,7 +100,7 @@ def check_choice(config: Any, alpha: float | None) -> None:
             raise ValueError(
                 f"rank_energy={share} and rank_budget={config.rank_budget} are both given; set one of them to None."
             )
-        if config.r not in ("auto", type(config).r) or config.rank_pattern:
+        if ("r" in config.given and config.r != "auto") or config.rank_pattern:
             raise ValueError(
                 f"rank_energy={share} decides the ranks, but r={config.r} with rank_pattern="
                 f'{shown(config.rank_pattern)} is given too; set r="auto" and leave rank_pattern out, or leave '

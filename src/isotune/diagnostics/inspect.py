@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.lowrank import left_vectors
+from isotune.adapter.placement import left_vectors
 from isotune.adapter.rotation import RotationAdapter
 from isotune.diagnostics import geometry
 from isotune.diagnostics.turn import MAX_DENSE, basis_of, turn, turned_weights
@@ -195,7 +195,8 @@ def _measure(file: AdapterFile, module: str, layer: Layer | None, strongest: Ten
     )
     if layer is None or strongest is None:
         return report
-    weight = layer.unmerged_matrix().float()
+    matrix = layer.unmerged_matrix()
+    weight = matrix.float()
     before, after = turned_weights(layer, ADAPTER)
     moved = geometry.angle_change(before, after)
     values: Tensor | None
@@ -214,7 +215,7 @@ def _measure(file: AdapterFile, module: str, layer: Layer | None, strongest: Ten
         own = placement.down[: operator.basis_rank]
         energy = geometry.energy_captured(weight, basis_of(own)) if operator.principal else None
         report = dataclasses.replace(report, base_residual=placement.residual, energy=energy)
-    share = geometry.interference(change, left_vectors(weight @ strongest.mT), strongest)
+    share = geometry.interference(change, left_vectors(weight @ strongest.mT, matrix.dtype), strongest)
     return dataclasses.replace(
         report,
         update_norm=norm,

@@ -65,7 +65,7 @@ class Placement:
     """The two factors of a subspace update on one weight W, and what they were made from.
 
     With the orthonormal basis V (r, in), σᵢ = ‖W vᵢ‖ and the method's power p: down = Σᵖ V, up = W Vᵀ Σ^(−p); without
-    a power, down = V and up = W Vᵀ Σ⁻¹, the singular vectors alone. Both have the dtype of W
+    a power, down = V and up = W Vᵀ Σ⁻¹, the singular vectors alone, zero where σᵢ is rounding. Both have the dtype of W
     (in the form that leaves these directions alone, at least float32) and are padded with zeros to a rank at which
     matrix products are fast. For the experts of a mixture, all have one more leading dimension.
 
@@ -161,9 +161,11 @@ def place(
         if accumulated is not None:
             more_up, more_down = (factor.to(basis) for factor in accumulated)
             up = up + exact_product(more_up, exact_product(more_down, basis.mT))
-    if power != 0.0:
-        values = torch.linalg.vector_norm(up, dim=-2).clamp_min(torch.finfo(basis.dtype).tiny).pow(power or 1.0)
-        down, up = basis if power is None else basis * values[..., :, None], up / values[..., None, :]
+    if power is None:
+        up = left_vectors(up, matrix.dtype)
+    elif power != 0.0:
+        values = torch.linalg.vector_norm(up, dim=-2).clamp_min(torch.finfo(basis.dtype).tiny).pow(power)
+        down, up = basis * values[..., :, None], up / values[..., None, :]
     if accumulated is not None:
         down, up = torch.cat([down, more_down]), torch.cat([up, more_up], dim=1)
     zeros = filling(down.shape[-2])

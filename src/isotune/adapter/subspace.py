@@ -176,6 +176,10 @@ class SubspaceAdapter(PlacedUpdate, Operator):
         """The rank of the update that is accumulated on earlier subspaces."""
         return 0 if self.placement is None else self.placement.accumulated
 
+    def is_identity(self) -> bool:
+        """Whether M is the identity and nothing is accumulated on earlier subspaces."""
+        return not self.accumulated_rank and super().is_identity()
+
     def _scaled(self, difference: Tensor, dtype: torch.dtype) -> Tensor:
         """s (M − I)."""
         difference = difference.to(dtype)

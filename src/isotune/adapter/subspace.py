@@ -203,14 +203,13 @@ class SubspaceAdapter(PlacedUpdate, Operator):
             difference: M − I with its zero padding.
             filled: whether to pad the result with zeros to the size of the factors.
         """
-        placement = self.placement
+        placement, size = self.placement, self.size
         if placement is None or not placement.accumulated:
             return self._scaled(difference if filled else self._own(difference), dtype)
-        own = self._scaled(self._own(difference), dtype)
-        zeros = len(placement.down) - self.size - placement.accumulated
-        ones = torch.eye(placement.accumulated, dtype=dtype, device=own.device) * self.relative_scale
-        filling = [own.new_zeros(zeros, zeros)] if filled else []
-        acting: Tensor = torch.block_diag(own, ones, *filling)  # type: ignore[no-untyped-call]
+        rank = size + placement.accumulated
+        more = (len(placement.down) if filled else rank) - size
+        acting = nn.functional.pad(self._scaled(self._own(difference), dtype), (0, more, 0, more))
+        acting.diagonal()[size:rank].fill_(self.relative_scale)
         return acting
 
     @property
@@ -254,21 +253,23 @@ class SubspaceAdapter(PlacedUpdate, Operator):
             and x.dtype in _WIDE
             and (x.requires_grad or not torch.is_grad_enabled())
         )
-        update, factors = self._acting(tensors[0], x.dtype, filled=True), self.factors(x.dtype, x.device)
+        factors = self.factors(x.dtype, x.device)
         if kernels := decoding_kernels(x, weight, bias, factors):
-            down, up = self._absorbed(tensors[0], update, factors)
+            down, up = self._absorbed(tensors[0], factors)
             rows: Tensor | None = kernels.linear_with_update(x.reshape(1, -1), weight, bias, down, up)
             if rows is not None:
                 return rows.view(*x.shape[:-1], rows.shape[-1])
+        update = self._acting(tensors[0], x.dtype, filled=True)
         return linear_with_update(x, update, factors, weight, bias, on_input=on_input)
 
-    def _absorbed(self, difference: Tensor, update: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _absorbed(self, difference: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """down and up, the smaller one times s·(M − I); kept until a call ends, if `difference` lasts that long."""
         given, sources = self.given, (difference, self.placement, self.scale)
         if given.made is not None and all(map(operator.is_, given.made[0], sources)):
             kept: tuple[Tensor, Tensor] = given.made[1]
             return kept
         down, up = factors
+        update = self._acting(difference, down.dtype, filled=True)
         found = (update.mT @ down, up) if down.shape[1] <= up.shape[0] else (down, up @ update.mT)
         # While a CUDA graph is captured, nothing has a value until the graph is replayed.
         captured = difference.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -317,7 +317,7 @@ def test_the_file_says_what_it_holds(tmp_path: Path) -> None:
     report = inspect(tmp_path, fresh_stack())
     assert report.moves == 3
     assert [layer.accumulated_rank for layer in report.layers] == list(config["accumulated_ranks"].values())
-    assert "moved 3 times" in report.summary()
+    assert "moved up to boundary 3" in report.summary()
     assert "rank 4," in repr(model)
 
     never = get_peft_model(fresh_stack(), KINDS["psoft"](target_modules=["first"]))

@@ -24,7 +24,7 @@ _WIDE = (torch.float32, torch.float64)
 class SubspaceBasis(nn.Module):
     """What a file stores of the subspace of one adapter on one layer: the pin S = V Ω, (r, p), or V itself.
 
-    An adapter whose subspace has moved stores V, and beside it the update W + U D that it has accumulated on earlier
+    An adapter whose subspace has moved stores V, and beside it the update U D that it has accumulated on earlier
     subspaces. All stays float32 whatever the model is cast to. A stored V or pin of zeros means that no subspace has
     been found yet.
 
@@ -294,9 +294,9 @@ class SubspaceAdapter(PlacedUpdate, Operator):
             down, up = down.index_select(0, at), up.index_select(0, at)
         if rows is None:
             return matrix + (up @ update.mT) @ down
-        # Recomputed from the rows (up = W downᵀ, divided if the singular values are split), so that any factor by which
-        # the look-up multiplies rows of W also multiplies their update.
-        # Where up does not follow from W by the rows, they are read, and multiplied by that factor.
+        # Any factor by which the look-up multiplies rows of W must also multiply their update. Where up does not follow
+        # from the rows alone, it is read, and multiplied by that factor; otherwise up is recomputed from the rows, as
+        # W downᵀ, divided if the singular values are split.
         if (self.accumulated_rank or self.power is None) and at is not None:
             up = up.index_select(0, at)
             up = up if multiple is None else up * multiple

@@ -43,7 +43,7 @@ class LayerReport:
     rank: int
     """Rank of the update, or the number of inputs that a rotation acts on."""
     orthogonality_error: float | None
-    """Largest entry of |RᵀR − I|; large by design for a free matrix, None for an update without an operator."""
+    """Largest entry of |RᵀR − I|; large by design for a free matrix or RoAd, None for an update without an operator."""
     largest_angle: float | None
     """Largest rotation angle of R, degrees; None for a free matrix, without one, or if it would take too long."""
     alpha: Range | None
@@ -67,7 +67,6 @@ class LayerReport:
     """k of the next."""
     interference: float | None = None
     """ρ_k, the share of ‖ΔW‖_F² in the span of the k strongest singular vectors of W; None if ΔW is zero."""
-    """Change of the angles between the rows of the principal weight P V, or of W under a rotation, degrees."""
     accumulated_rank: int | None = None
     """Rank of the update accumulated on earlier subspaces; None if the subspace has never moved."""
 
@@ -102,7 +101,7 @@ class AdapterReport:
             parts.append(f"orthogonality error at most {_most(self.layers, 'orthogonality_error'):.1e}")
         if self.moves:
             kept = sorted(layer.accumulated_rank or 0 for layer in self.layers)
-            parts.append(f"moved {self.moves} times, with accumulated updates of rank {kept[0]} to {kept[-1]}")
+            parts.append(f"moved up to boundary {self.moves}, with accumulated updates of rank {kept[0]} to {kept[-1]}")
         if any(layer.largest_angle is not None for layer in self.layers):
             parts.append(f"rotated by at most {_most(self.layers, 'largest_angle'):.1f}°")
         if self.base is not None:

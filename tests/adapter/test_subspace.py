@@ -184,3 +184,28 @@ def test_precision_of_a_tiny_update_in_bfloat16() -> None:
     factors = adapter.factors(torch.bfloat16, matrix.device)
     found = subspace_update(x, adapter.difference(torch.bfloat16), torch.zeros(32, 64, dtype=torch.bfloat16), factors)
     assert relative_error(found, expected) < 4 * torch.finfo(torch.bfloat16).eps
+
+
+def test_decoding_makes_what_acts_on_one_token_once(matrix: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the update is absorbed into a factor until a call ends, M − I is not prepared again for each token."""
+
+    class Kernels:
+        @staticmethod
+        def linear_with_update(x: Tensor, weight: Tensor, bias: None, down: Tensor, up: Tensor) -> Tensor:
+            return x @ weight.T + x @ down.T @ up.T
+
+    adapter, prepared = adapter_for(matrix, scale=0.5), []
+    more_up, more_down = torch.randn(len(matrix), 2).double(), torch.randn(2, matrix.shape[1]).double()
+    basis = adapter.placement.down[:RANK]
+    adapter.placement = place(basis, matrix, [basis], matrix, power=0.0, accumulated=(more_up, more_down))
+    monkeypatch.setattr("isotune.adapter.subspace.decoding_kernels", lambda *_: Kernels)
+    acting = adapter._acting
+    adapter._acting = lambda *given, **options: (prepared.append(1), acting(*given, **options))[1]
+    tensors, x = tuple(tensor.detach() for tensor in adapter.tensors()), torch.randn(1, matrix.shape[1]).double()
+    adapter.given.tensors = tensors  # as within a call of generate
+    expected = x @ (matrix + delta(adapter)).T
+    prepared.clear()
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(adapter.fused(x, tensors, (matrix, None)), expected)
+    assert len(prepared) == 1

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -32,6 +33,7 @@ from helpers import (
 from isotune import get_peft_model
 from isotune.hosts import EmbeddingHost, host_for
 from isotune.methods import METHODS
+from isotune.moving import MovingSchedule
 
 ROWS, WIDTH, PADDING = 14, 12, 3
 TOKENS = torch.tensor([[1, 5, 5, PADDING, 0], [PADDING, 13, 5, 1, 7]])
@@ -386,3 +388,31 @@ def test_training_finds_a_teacher(method: str) -> None:
     assert losses[-1] < 0.5 * losses[0]
     for name, parameter in model.named_parameters():
         assert name not in frozen or torch.equal(parameter, frozen[name]), name
+
+
+class Doubled(nn.Embedding):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return 2 * super().forward(tokens)
+
+
+def test_a_moved_adapter_is_refused_where_a_process_may_not_see_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is accumulated does not follow from the rows: it needs to know by what the forward multiplies them."""
+
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        return get_peft_model(OneLayer(Doubled(ROWS, WIDTH)), METHODS["psoft"](r=3, target_modules=["layer"]))
+
+    model = adapted()
+    randomize(model)
+    MovingSchedule(1).step(model, torch.optim.SGD(trainable(model).values(), lr=0.1))
+    model.save_pretrained(str(tmp_path))
+    unmoved = adapted()
+    monkeypatch.setattr(EmbeddingHost, "gives_rows", False)  # as if split by tensor parallelism
+    assert adapted()(TOKENS).shape == (*TOKENS.shape, WIDTH)
+    with pytest.raises(ValueError, match="PsoftConfig whose subspaces have moved cannot be used on 'layer'"):
+        PeftModel.from_pretrained(OneLayer(Doubled(ROWS, WIDTH)), str(tmp_path))
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="PsoftConfig whose subspaces have moved cannot be used on 'layer'"):
+        set_peft_model_state_dict(unmoved, state)

@@ -108,6 +108,30 @@ def test_a_weight_without_energy_in_some_directions() -> None:
     assert bool(torch.isfinite(model(x)).all())
 
 
+def of_low_rank() -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 32, bias=False)
+    layer.weight.data = torch.randn(32, 2) @ torch.randn(2, 32)
+    return nn.Sequential(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_no_left_vector_belongs_to_a_singular_value_that_is_rounding(dtype: torch.dtype, tmp_path: Path) -> None:
+    """U depends on the weight alone: it is the same after a cast, and on a base of another dtype."""
+    model = get_peft_model(of_low_rank(), CersaConfig(r=4, target_modules=["0"], basis="embedded"))
+    layer = only(model)
+    nn.init.normal_(layer.adapter("default").core)
+    assert not up_of(layer)[:, 2:4].any()
+    torch.testing.assert_close(up_of(layer)[:, :2].norm(dim=0), torch.ones(2))
+    before, x = layer.get_delta_weight("default"), torch.randn(5, 32, dtype=dtype)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(of_low_rank().to(dtype), tmp_path)
+    model.to(dtype)
+    for cast in (model, loaded):
+        cast(x)
+        assert relative_error(only(cast).get_delta_weight("default"), before) < 2e-2
+
+
 def test_embeddings_are_those_of_the_merged_weight() -> None:
     model = get_peft_model(tiny_gpt2(), CersaConfig(r=6, target_modules=["wte"]))
     with torch.no_grad():

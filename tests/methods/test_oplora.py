@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from helpers import Chain, adapted_stack, layers_of, only, randomize, relative_error, tiny_bert, tiny_llama, trainable
 from isotune import OploraConfig, get_peft_model
-from isotune.adapter.lowrank import left_vectors
+from isotune.adapter.placement import left_vectors
 from isotune.diagnostics.geometry import interference
 from isotune.diagnostics.inspect import inspect
 from isotune.errors import BaseMismatchError
@@ -114,9 +114,32 @@ def test_projectors_on_a_half_precision_base_are_float32(dtype: torch.dtype) -> 
 def test_no_vector_belongs_to_a_singular_value_of_zero() -> None:
     left, _, right = torch.linalg.svd(torch.randn(9, 7), full_matrices=False)
     values = torch.tensor([3.0, 1.0, 0.0, 0.0])
-    found = left_vectors((left[:, :4] * values) @ right[:4] @ right[:4].T)
+    found = left_vectors((left[:, :4] * values) @ right[:4] @ right[:4].T, torch.float32)
     torch.testing.assert_close(found[:, :2], left[:, :2], rtol=1e-5, atol=1e-5)
     assert not found[:, 2:].any()
+
+
+def test_weak_triplets_of_a_tall_weight_are_preserved() -> None:
+    """However many rows there are, what counts as rounding does not grow."""
+    left, right = torch.linalg.qr(torch.randn(32768, 8)).Q, torch.linalg.qr(torch.randn(8, 8)).Q
+    values = torch.tensor([100.0, *(0.3 - 0.01 * i for i in range(7))])
+    layer = nn.Linear(8, 32768, bias=False)
+    layer.weight.data = (left * values) @ right.T
+    model = model_of(layer, preserved_rank=4)
+    randomize(model, std=0.3)
+    change = only(model).get_delta_weight("default")
+    assert float((left[:, :4].T @ change).norm() / change.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_weight_of_low_rank_may_be_cast(dtype: torch.dtype) -> None:
+    layer = nn.Linear(32, 32, bias=False)
+    layer.weight.data = torch.randn(32, 2) @ torch.randn(2, 32)
+    model = model_of(layer)
+    randomize(model, std=0.3)
+    before, x = only(model).get_delta_weight("default").double(), torch.randn(5, 32)
+    model.to(dtype)(x.to(dtype))
+    assert relative_error(only(model).get_delta_weight("default").double(), before) < 2e-2
 
 
 # -- start and training ----------------------------------------------------------------------------------------------

@@ -253,6 +253,19 @@ def test_a_pass_for_the_gradient_leaves_no_trace() -> None:
     torch.set_rng_state(before)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_accumulated_has_been_learnt(kind: str) -> None:
+    """Right after a move M is the identity, but the layer is not the base's, and its subspace not to be replaced."""
+    model = moved_stack(kind, steps=2)
+    assert not any(layer.adapter("default").is_identity() for layer in layers_of(model))
+    layer = layers_of(model)[0]
+    before = layer.bases("default")[0].basis.clone()
+    with torch.no_grad():
+        layer.base_layer.weight.normal_()
+    model(torch.randn(8, 24))
+    assert torch.equal(layer.bases("default")[0].basis, before)
+
+
 def test_an_accumulated_update_is_cut_with_its_error_said() -> None:
     model = moved_stack(steps=4)
     layers = layers_of(model)
@@ -304,7 +317,7 @@ def test_the_file_says_what_it_holds(tmp_path: Path) -> None:
     report = inspect(tmp_path, fresh_stack())
     assert report.moves == 3
     assert [layer.accumulated_rank for layer in report.layers] == list(config["accumulated_ranks"].values())
-    assert "moved 3 times" in report.summary()
+    assert "moved up to boundary 3" in report.summary()
     assert "rank 4," in repr(model)
 
     never = get_peft_model(fresh_stack(), KINDS["psoft"](target_modules=["first"]))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from isotune.adapter.evaluation import autocasts
 from isotune.adapter.kernels import complement, decoding_kernels, linear_with_low_rank, low_rank_update
 from isotune.adapter.operator import FrozenLinear
-from isotune.adapter.placement import Placement, place
+from isotune.adapter.placement import Placement, left_vectors, place
 from isotune.adapter.update import PlacedUpdate, Update
 from isotune.parallel.tensor_parallel import Division
 
@@ -114,25 +114,6 @@ class LowRankAdapter(Update):
         return f"rank {self.size}"
 
 
-def left_vectors(product: Tensor) -> Tensor:
-    """The left singular vectors of W that belong to right ones, from W Vᵀ, orthonormal to rounding.
-
-    Args:
-        product: W Vᵀ, (..., out, k), at least float32.
-
-    Returns:
-        U, (..., out, k): W Vᵀ Σ⁻¹ where V holds singular vectors, else an orthonormal basis of the columns of W Vᵀ;
-        zero where σᵢ is rounding noise, since no vector belongs to it.
-    """
-    # With R's diagonal made positive, Q changes as little as W Vᵀ does.
-    left, upper = torch.linalg.qr(product)
-    values = upper.diagonal(dim1=-2, dim2=-1)
-    noise = torch.finfo(product.dtype).eps * max(product.shape[-2:]) * values.abs().amax(-1, keepdim=True)
-    signs = values.sign() * (values.abs() > noise)
-    found: Tensor = left * signs[..., None, :]
-    return found
-
-
 class ComplementAdapter(LowRankAdapter, PlacedUpdate):
     """Down = A (I − Vᵀ V) and Up = (I − U Uᵀ) B: an update that leaves the k strongest singular triplets of W alone.
 
@@ -180,7 +161,7 @@ class ComplementAdapter(LowRankAdapter, PlacedUpdate):
         wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         placement = place(basis, wide, stored, weight, power=0.0)
         down, up = placement.down[..., : self.preserved, :], placement.up[..., : self.preserved]
-        return replace(placement, down=down, up=left_vectors(up))
+        return replace(placement, down=down, up=left_vectors(up, matrix.dtype))
 
     @property
     def placement_key(self) -> Hashable:

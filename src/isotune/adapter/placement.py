@@ -15,6 +15,8 @@ from isotune.subspace.precision import exact_product
 _ALIGNMENT = 16
 """Products with tokens × r results run up to twice as fast on a CPU, and on GPUs too, if r is a multiple of this."""
 _SAMPLES = 32
+_NEGLIGIBLE = 2e-6
+"""Share of the largest singular value below which one is rounding, as for the solvers; coarser in half precision."""
 
 
 def filling(rank: int) -> int:
@@ -63,8 +65,9 @@ class Placement:
     """The two factors of a subspace update on one weight W, and what they were made from.
 
     With the orthonormal basis V (r, in), σᵢ = ‖W vᵢ‖ and the method's power p: down = Σᵖ V, up = W Vᵀ Σ^(−p); without
-    a power, down = V and up = W Vᵀ Σ⁻¹, the singular vectors alone. Both have the dtype of W and are padded with zeros
-    to a rank at which matrix products are fast. For the experts of a mixture, all have one more leading dimension.
+    a power, down = V and up = W Vᵀ Σ⁻¹, the singular vectors alone, zero where σᵢ is rounding. Both have the dtype of W
+    (in the form that leaves these directions alone, at least float32) and are padded with zeros to a rank at which
+    matrix products are fast. For the experts of a mixture, all have one more leading dimension.
 
     If the adapter has accumulated an update U D on earlier subspaces, W + U D stands for W, and the rows of D and the
     columns of U follow those of the subspace.
@@ -102,6 +105,28 @@ class Placement:
         return None if down.is_meta != self.down.is_meta else replace(self, down=down, up=up)
 
 
+def left_vectors(product: Tensor, dtype: torch.dtype) -> Tensor:
+    """The left singular vectors of W that belong to right ones, from W Vᵀ, orthonormal to rounding.
+
+    Args:
+        product: W Vᵀ, (..., out, k), at least float32.
+        dtype: the dtype of W itself, to which its values are rounded.
+
+    Returns:
+        U, (..., out, k): W Vᵀ Σ⁻¹ where V holds singular vectors, else an orthonormal basis of the columns of W Vᵀ;
+        zero where σᵢ is rounding, since no vector belongs to it.
+    """
+    # With R's diagonal made positive, Q changes as little as W Vᵀ does.
+    left, upper = torch.linalg.qr(product)
+    values = upper.diagonal(dim1=-2, dim2=-1)
+    # Rounding errors are independent of each other, so their norm stays far below a quarter of the precision times σ₁,
+    # whatever the size of W. A float64 copy of W is no more exact than V, which is found in float32.
+    share = max(_NEGLIGIBLE, torch.finfo(dtype).eps / 4)
+    signs = values.sign() * (values.abs() > share * values.abs().amax(-1, keepdim=True))
+    found: Tensor = left * signs[..., None, :]
+    return found
+
+
 def place(
     basis: Tensor,
     matrix: Tensor,
@@ -136,9 +161,11 @@ def place(
         if accumulated is not None:
             more_up, more_down = (factor.to(basis) for factor in accumulated)
             up = up + exact_product(more_up, exact_product(more_down, basis.mT))
-    if power != 0.0:
-        values = torch.linalg.vector_norm(up, dim=-2).clamp_min(torch.finfo(basis.dtype).tiny).pow(power or 1.0)
-        down, up = basis if power is None else basis * values[..., :, None], up / values[..., None, :]
+    if power is None:
+        up = left_vectors(up, matrix.dtype)
+    elif power != 0.0:
+        values = torch.linalg.vector_norm(up, dim=-2).clamp_min(torch.finfo(basis.dtype).tiny).pow(power)
+        down, up = basis * values[..., :, None], up / values[..., None, :]
     if accumulated is not None:
         down, up = torch.cat([down, more_down]), torch.cat([up, more_up], dim=1)
     zeros = filling(down.shape[-2])

@@ -24,7 +24,7 @@ _WIDE = (torch.float32, torch.float64)
 class SubspaceBasis(nn.Module):
     """What a file stores of the subspace of one adapter on one layer: the pin S = V Ω, (r, p), or V itself.
 
-    An adapter whose subspace has moved stores V, and beside it the update W + U D that it has accumulated on earlier
+    An adapter whose subspace has moved stores V, and beside it the update U D that it has accumulated on earlier
     subspaces. All stays float32 whatever the model is cast to. A stored V or pin of zeros means that no subspace has
     been found yet.
 
@@ -176,6 +176,10 @@ class SubspaceAdapter(PlacedUpdate, Operator):
         """The rank of the update that is accumulated on earlier subspaces."""
         return 0 if self.placement is None else self.placement.accumulated
 
+    def is_identity(self) -> bool:
+        """Whether M is the identity and nothing is accumulated on earlier subspaces."""
+        return not self.accumulated_rank and super().is_identity()
+
     def _scaled(self, difference: Tensor, dtype: torch.dtype) -> Tensor:
         """s (M − I)."""
         difference = difference.to(dtype)
@@ -199,14 +203,13 @@ class SubspaceAdapter(PlacedUpdate, Operator):
             difference: M − I with its zero padding.
             filled: whether to pad the result with zeros to the size of the factors.
         """
-        placement = self.placement
+        placement, size = self.placement, self.size
         if placement is None or not placement.accumulated:
             return self._scaled(difference if filled else self._own(difference), dtype)
-        own = self._scaled(self._own(difference), dtype)
-        zeros = len(placement.down) - self.size - placement.accumulated
-        ones = torch.eye(placement.accumulated, dtype=dtype, device=own.device) * self.relative_scale
-        filling = [own.new_zeros(zeros, zeros)] if filled else []
-        acting: Tensor = torch.block_diag(own, ones, *filling)  # type: ignore[no-untyped-call]
+        rank = size + placement.accumulated
+        more = (len(placement.down) if filled else rank) - size
+        acting = nn.functional.pad(self._scaled(self._own(difference), dtype), (0, more, 0, more))
+        acting.diagonal()[size:rank].fill_(self.relative_scale)
         return acting
 
     @property
@@ -250,21 +253,23 @@ class SubspaceAdapter(PlacedUpdate, Operator):
             and x.dtype in _WIDE
             and (x.requires_grad or not torch.is_grad_enabled())
         )
-        update, factors = self._acting(tensors[0], x.dtype, filled=True), self.factors(x.dtype, x.device)
+        factors = self.factors(x.dtype, x.device)
         if kernels := decoding_kernels(x, weight, bias, factors):
-            down, up = self._absorbed(tensors[0], update, factors)
+            down, up = self._absorbed(tensors[0], factors)
             rows: Tensor | None = kernels.linear_with_update(x.reshape(1, -1), weight, bias, down, up)
             if rows is not None:
                 return rows.view(*x.shape[:-1], rows.shape[-1])
+        update = self._acting(tensors[0], x.dtype, filled=True)
         return linear_with_update(x, update, factors, weight, bias, on_input=on_input)
 
-    def _absorbed(self, difference: Tensor, update: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _absorbed(self, difference: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """down and up, the smaller one times s·(M − I); kept until a call ends, if `difference` lasts that long."""
         given, sources = self.given, (difference, self.placement, self.scale)
         if given.made is not None and all(map(operator.is_, given.made[0], sources)):
             kept: tuple[Tensor, Tensor] = given.made[1]
             return kept
         down, up = factors
+        update = self._acting(difference, down.dtype, filled=True)
         found = (update.mT @ down, up) if down.shape[1] <= up.shape[0] else (down, up @ update.mT)
         # While a CUDA graph is captured, nothing has a value until the graph is replayed.
         captured = difference.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -289,9 +294,9 @@ class SubspaceAdapter(PlacedUpdate, Operator):
             down, up = down.index_select(0, at), up.index_select(0, at)
         if rows is None:
             return matrix + (up @ update.mT) @ down
-        # Recomputed from the rows (up = W downᵀ, divided if the singular values are split), so that any factor by which
-        # the look-up multiplies rows of W also multiplies their update.
-        # Where up does not follow from W by the rows, they are read, and multiplied by that factor.
+        # Any factor by which the look-up multiplies rows of W must also multiply their update. Where up does not follow
+        # from the rows alone, it is read, and multiplied by that factor; otherwise up is recomputed from the rows, as
+        # W downᵀ, divided if the singular values are split.
         if (self.accumulated_rank or self.power is None) and at is not None:
             up = up.index_select(0, at)
             up = up if multiple is None else up * multiple

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.lowrank import left_vectors
+from isotune.adapter.placement import left_vectors
 from isotune.adapter.rotation import RotationAdapter
 from isotune.diagnostics import geometry
 from isotune.diagnostics.turn import MAX_DENSE, basis_of, turn, turned_weights
@@ -43,7 +43,7 @@ class LayerReport:
     rank: int
     """Rank of the update, or the number of inputs that a rotation acts on."""
     orthogonality_error: float | None
-    """Largest entry of |RᵀR − I|; large by design for a free matrix, None for an update without an operator."""
+    """Largest entry of |RᵀR − I|; large by design for a free matrix or RoAd, None for an update without an operator."""
     largest_angle: float | None
     """Largest rotation angle of R, degrees; None for a free matrix, without one, or if it would take too long."""
     alpha: Range | None
@@ -67,7 +67,6 @@ class LayerReport:
     """k of the next."""
     interference: float | None = None
     """ρ_k, the share of ‖ΔW‖_F² in the span of the k strongest singular vectors of W; None if ΔW is zero."""
-    """Change of the angles between the rows of the principal weight P V, or of W under a rotation, degrees."""
     accumulated_rank: int | None = None
     """Rank of the update accumulated on earlier subspaces; None if the subspace has never moved."""
 
@@ -102,7 +101,7 @@ class AdapterReport:
             parts.append(f"orthogonality error at most {_most(self.layers, 'orthogonality_error'):.1e}")
         if self.moves:
             kept = sorted(layer.accumulated_rank or 0 for layer in self.layers)
-            parts.append(f"moved {self.moves} times, with accumulated updates of rank {kept[0]} to {kept[-1]}")
+            parts.append(f"moved up to boundary {self.moves}, with accumulated updates of rank {kept[0]} to {kept[-1]}")
         if any(layer.largest_angle is not None for layer in self.layers):
             parts.append(f"rotated by at most {_most(self.layers, 'largest_angle'):.1f}°")
         if self.base is not None:
@@ -195,7 +194,8 @@ def _measure(file: AdapterFile, module: str, layer: Layer | None, strongest: Ten
     )
     if layer is None or strongest is None:
         return report
-    weight = layer.unmerged_matrix().float()
+    matrix = layer.unmerged_matrix()
+    weight = matrix.float()
     before, after = turned_weights(layer, ADAPTER)
     moved = geometry.angle_change(before, after)
     values: Tensor | None
@@ -214,7 +214,7 @@ def _measure(file: AdapterFile, module: str, layer: Layer | None, strongest: Ten
         own = placement.down[: operator.basis_rank]
         energy = geometry.energy_captured(weight, basis_of(own)) if operator.principal else None
         report = dataclasses.replace(report, base_residual=placement.residual, energy=energy)
-    share = geometry.interference(change, left_vectors(weight @ strongest.mT), strongest)
+    share = geometry.interference(change, left_vectors(weight @ strongest.mT, matrix.dtype), strongest)
     return dataclasses.replace(
         report,
         update_norm=norm,

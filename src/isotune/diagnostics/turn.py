@@ -22,14 +22,19 @@ class Turn(NamedTuple):
     """How an operator rotates its space."""
 
     orthogonality_error: float | None
-    """Largest entry of |RᵀR − I|; large by design for a free matrix, None for an update without an operator."""
+    """Largest entry of |RᵀR − I|; large by design for a free matrix or RoAd, None for an update without an operator."""
     angles: Tensor | None
-    """(n,), float64, radians, largest first; None for a free matrix, without one, or if it would take too long."""
+    """(n,), float64, radians, largest first; None for a free matrix, without one, or if it would take too long.
+
+    The arguments of the eigenvalues of R, which a common scale of a plane does not change.
+    """
 
 
 @torch.no_grad()
 def turn(operator: Adapter, *, max_dense: int = MAX_DENSE) -> Turn:
-    """The orthogonality error and the rotation angles of an operator, ignoring its scaling vectors.
+    """The orthogonality error and the rotation angles of an operator, without scaling vectors that stand apart from it.
+
+    RoAd's scales do not: they are part of its 2 × 2 blocks, and so of the error.
 
     Args:
         operator: an operator on a subspace, or on all inputs or outputs; any other adapter turns nothing.

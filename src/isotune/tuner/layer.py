@@ -117,12 +117,7 @@ class Layer(MergingLayer):
                 f"{type(self.host.module).__name__}, whose update is added to its weight; set it to 0, or exclude "
                 "the module with exclude_modules."
             )
-        if adapter.needs_rows and not self.host.gives_rows:
-            raise ValueError(
-                f"{type(config).__name__} cannot be used on {self.key!r}, a {type(self.host.module).__name__} split by "
-                "tensor parallelism: its own forward may scale the rows of W, by what cannot be seen in every process. "
-                "Exclude the module with exclude_modules, or use another method on it."
-            )
+        self._check_rows(config, adapter, moved=config.accumulated_rank(self.key) is not None)
         if adapter.side not in (None, *self.host.sides):
             raise ValueError(
                 f"side={adapter.side!r} has no meaning on {self.key!r}, a {type(self.host.module).__name__}: its "
@@ -135,6 +130,20 @@ class Layer(MergingLayer):
         if form is not None:
             self.isotune_form[adapter_name] = form
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _check_rows(self, config: IsotuneConfig, adapter: Adapter, *, moved: bool) -> None:
+        """Refuse an adapter whose update follows the rows of W, or has `moved`, where what is done to them is unseen.
+
+        Raises:
+            ValueError: this is such an adapter, and such a layer.
+        """
+        if (adapter.needs_rows or moved) and not self.host.gives_rows:
+            what = type(config).__name__ + (" whose subspaces have moved" if moved else "")
+            raise ValueError(
+                f"{what} cannot be used on {self.key!r}, a {type(self.host.module).__name__} split by "
+                "tensor parallelism: its own forward may scale the rows of W, by what cannot be seen in every process. "
+                "Exclude the module with exclude_modules, or use another method on it."
+            )
 
     def count_parameters(self, config: IsotuneConfig) -> int:
         """How many parameters an adapter of this configuration has on this layer.
@@ -192,6 +201,7 @@ class Layer(MergingLayer):
         """Place an adapter with the bases V, (r, in) each, on the base's current weight."""
         adapter, matrix = self.subspace(adapter_name), self.unmerged_matrix()
         accumulated = self.accumulated(adapter_name)
+        self._check_rows(self.configs[adapter_name], adapter, moved=accumulated is not None)
         basis = torch.stack(list(bases)) if matrix.ndim == 3 else bases[0]
         placement = adapter.placed(basis, matrix, self.stored_of(adapter_name), self.base_weight, accumulated)
         adapter.placement = replace(placement, residual=residual, is_principal=principal and accumulated is None)

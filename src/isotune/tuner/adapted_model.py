@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from isotune.adapter.evaluation import Call, SharedEvaluation, is_recorded, share_evaluations
 from isotune.adapter.operator import Adapter
 from isotune.adapter.placement import Mark
+from isotune.adapter.subspace import SubspaceBasis
 from isotune.errors import BaseMismatchError
 from isotune.internals.ddp import ignore_buffers
 from isotune.internals.offloading import is_managed
@@ -82,8 +83,9 @@ class AdaptedModel:
             module.__dict__[_KEY] = own
         remove_hooks(model, _after_load)
         model.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
-        buffers = [f"{name}.isotune_form" for name in names]
-        ignore_buffers(model, [name for name, _ in model.named_buffers() if name.startswith(tuple(buffers))])
+        # Also the names of what is None until a subspace moves: DDP reads the names once, when it is made.
+        forms = [(name, module) for name, module in model.named_modules() if isinstance(module, SubspaceBasis)]
+        ignore_buffers(model, [f"{name}.{key}" for name, basis in forms for key in basis.held()])
         return own
 
     def detach(self) -> None:

@@ -217,6 +217,39 @@ def test_the_gradient_is_the_full_one() -> None:
             torch.testing.assert_close(torch.linalg.svdvals(own @ expected.T), torch.ones(4), rtol=0, atol=1e-4)
 
 
+def test_processes_sum_gradients_that_only_one_of_them_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has no batch, or batches that use other layers; what is refused is refused after all sums."""
+    x, sent = torch.randn(6, 24), []
+    monkeypatch.setattr("isotune.moving.choosing.several", lambda: True)
+    monkeypatch.setattr("isotune.moving.choosing.dist.all_reduce", lambda total: sent.append(total.clone()))
+
+    def bases(batches: list[Any], memory: int = 2**30) -> list[Tensor]:
+        model = get_peft_model(fresh_stack(), KINDS["lora_xs"](target_modules=["first", "second"]))
+        loss = lambda m, b: squares(m, b) if len(b) > 1 else m.first(b).sum()  # noqa: E731
+        schedule = MovingSchedule(1, select="gradient", batches=batches, loss=loss, gradient_memory=memory)
+        schedule.step(model, optimiser_of(model))
+        return [layer.bases("default")[0].basis for layer in layers_of(model)]
+
+    expected, others = bases([x]), list(sent)
+    assert [tuple(total.shape) for total in others] == [(), *((len(t), t.shape[1]) for t in others[1:])]
+    for batches in ([], [x[:1]]):
+        for memory in (1, 2**30):
+            rest = iter(others)
+            monkeypatch.setattr("isotune.moving.choosing.dist.all_reduce", lambda total, r=rest: total.add_(next(r)))
+            found = bases(batches, memory)
+            assert next(rest, None) is None
+            torch.testing.assert_close(found[1].abs(), expected[1].abs(), rtol=1e-4, atol=1e-5)
+
+    sent.clear()
+    monkeypatch.setattr("isotune.moving.choosing.dist.all_reduce", lambda total: sent.append(total.clone()))
+    with pytest.raises(ValueError, match="does not depend on 'second'"):
+        bases([x[:1]])
+    assert len(sent) == 3
+    with pytest.raises(ValueError, match="batches is empty"):
+        bases([])
+    assert len(sent) == 4
+
+
 class Scaled(nn.Embedding):
     """As Gemma has it: a look-up that multiplies the rows."""
 

@@ -57,7 +57,8 @@ def gradient_subspaces(
 
     The model runs in evaluation mode, so that nothing is drawn at random, and no `.grad` is touched. A full gradient is
     as large as the weight: only as many are held at once as fit `memory`, at least one, and the batches are run
-    again for the next ones. Of several processes, each runs its own batches and all get the subspaces of the mean.
+    again for the next ones. Of several processes, each runs its own batches and all get the subspaces of the mean; one
+    of them may have no batch.
 
     Args:
         model: the model that `loss` is given.
@@ -71,18 +72,24 @@ def gradient_subspaces(
         (r, in) for each layer.
 
     Raises:
-        ValueError: there is no batch, a layer does not take part in the loss, or a gradient is not finite.
+        ValueError: no process has a batch, a layer takes part in the loss of none, or a gradient is not finite. All
+            processes raise it.
     """
     given = list(batches)
-    if not given:
+    # Whatever is refused is refused by all processes: one that raised alone would leave the others waiting for it.
+    if not int(_summed(torch.tensor(len(given), device=layers[0].base_weight.device))):
         raise ValueError("batches is empty; give at least one batch, from whose gradient the next subspace is chosen.")
     found: list[Tensor] = []
     for group in _groups(layers, memory):
         totals = _gradients(model, group, given, loss)
         for layer in group:
-            total = totals.pop(layer.key)
-            if several():
-                dist.all_reduce(total)
+            total = _summed(totals.pop(layer.key))
+            if not bool(total.any()):
+                raise ValueError(
+                    f"The loss does not depend on {layer.key!r} in any of the batches, so there is no gradient to "
+                    "choose its next subspace from. Give batches in which it takes part, or exclude it with "
+                    "exclude_modules."
+                )
             rank = layer.subspace(adapter_name).size
             found.append(principal_subspace(total, rank, solver="full", name=f"gradient of {layer.key!r}").basis)
     return found
@@ -128,20 +135,22 @@ def _gradients(model: nn.Module, group: Sequence[Layer], batches: Sequence[Any],
         for batch in batches:
             with _calls_of(group) as calls:
                 value = loss(model, _moved(batch, group[0].base_weight.device))
-            used = [call for call in calls if call[1].requires_grad]
-            gradients = torch.autograd.grad(value, [call[1] for call in used], allow_unused=True)
+            used = [call for call in calls if call[1].requires_grad and value.requires_grad]
+            outputs = [call[1] for call in used]
+            gradients = torch.autograd.grad(value, outputs, allow_unused=True) if used else ()
             with torch.no_grad(), without_autocast(value.device):
                 for (layer, _, read), gradient in zip(used, gradients, strict=True):
                     if gradient is not None:
                         read(totals[layer.key], widen(gradient))
-            del calls, used, gradients, value
-    for name, total in totals.items():
-        if not bool(total.any()):
-            raise ValueError(
-                f"The loss does not depend on {name!r} in any of the batches, so there is no gradient to choose its "
-                "next subspace from. Give batches in which it takes part, or exclude it with exclude_modules."
-            )
+            del calls, used, outputs, gradients, value
     return totals
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if several():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 @contextmanager

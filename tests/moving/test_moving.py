@@ -674,6 +674,14 @@ def test_a_resumed_loop_goes_on_where_the_file_says() -> None:
     assert own.model.peft_config is model.peft_config
 
 
+def test_a_schedule_counts_each_model_anew() -> None:
+    schedule = MovingSchedule(4, select="band")
+    for _ in range(2):
+        schedule.history.clear()
+        train(get_peft_model(fresh_stack(), KINDS["psoft"](target_modules=["first"])), schedule, torch.randn(8, 24), 5)
+        assert [move.done for move in schedule.history] == [4]
+
+
 @pytest.mark.parametrize("name", quantisers.parameters("bitsandbytes-nf4", "torchao-int8"))
 def test_a_quantised_base(name: str) -> None:
     torch.manual_seed(0)

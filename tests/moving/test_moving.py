@@ -30,6 +30,7 @@ from isotune import (
     CersaConfig,
     HRAConfig,
     LoraXsConfig,
+    OploraConfig,
     PsoftConfig,
     SvfitConfig,
     get_peft_model,
@@ -570,7 +571,8 @@ def refusal(model: nn.Module, match: str, optimizer: Any = None, **options: Any)
 
 
 def test_what_cannot_move_is_refused() -> None:
-    refusal(get_peft_model(Chain(), HRAConfig(r=4, target_modules=["0"])), "acts on no subspace")
+    for config in (HRAConfig(r=4, target_modules=["0"]), OploraConfig(r=4, preserved_rank=4, target_modules=["0"])):
+        refusal(get_peft_model(Chain(), config), "only methods with an operator on a subspace move")
     refusal(moved_stack(), "no isotune adapter 'other'", adapter="other")
     refusal(nn.Linear(2, 2), "no isotune adapter whose subspaces")
     model = moved_stack()

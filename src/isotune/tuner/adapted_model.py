@@ -27,7 +27,7 @@ from isotune.internals.torch_state import backward_pass, is_symbolic, remove_hoo
 from isotune.parallel.sharding import gather_with, is_partitioned, is_sharded, is_wrapped_by_fsdp
 from isotune.tuner.experts_layer import ExpertsLayer
 from isotune.tuner.layer import Layer
-from isotune.tuner.moved import describe_moves
+from isotune.tuner.moved import update_config
 from isotune.tuner.placing import keeps_its_basis, place_adapter
 from isotune.tuner.rounding import warn_of_rounded
 
@@ -246,7 +246,7 @@ class AdaptedModel:
         """
         configs: dict[str, Any] = getattr(self.model, "peft_config", {})
         for name in dict.fromkeys(name for layer in self.layers for name in layer.isotune_form):
-            describe_moves(configs, self.layers, name)
+            update_config(configs, self.layers, name)
             try:
                 if not all(self._is_placed(layer, name) for layer in self.layers if name in layer.isotune_form):
                     place_adapter(name, self.layers)

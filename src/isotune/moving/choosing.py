@@ -16,6 +16,7 @@ from isotune.parallel.processes import several
 from isotune.subspace.precision import without_autocast
 from isotune.subspace.selection import drawn_start, singular_subspace
 from isotune.subspace.solvers import principal_subspace
+from isotune.tuner.batches import groups_that_fit, on_device
 from isotune.tuner.layer import Layer
 
 SELECTIONS = ("top", "bottom", "band", "gradient")
@@ -80,7 +81,7 @@ def gradient_subspaces(
     if not int(_summed(torch.tensor(len(given), device=layers[0].base_weight.device))):
         raise ValueError("batches is empty; give at least one batch, from whose gradient the next subspace is chosen.")
     found: list[Tensor] = []
-    for group in _groups(layers, memory):
+    for group in groups_that_fit(layers, memory, lambda layer: 4 * layer.out_features * layer.in_features):
         totals = _gradients(model, group, given, loss)
         for layer in group:
             total = _summed(totals.pop(layer.key))
@@ -110,21 +111,6 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
     return found
 
 
-def _groups(layers: Sequence[Layer], memory: int) -> Iterator[list[Layer]]:
-    """Neighbouring layers whose float32 gradients fit the memory together."""
-    group: list[Layer] = []
-    room = memory
-    for layer in layers:
-        size = 4 * layer.out_features * layer.in_features
-        if group and size > room:
-            yield group
-            group, room = [], memory
-        group.append(layer)
-        room -= size
-    if group:
-        yield group
-
-
 def _gradients(model: nn.Module, group: Sequence[Layer], batches: Sequence[Any], loss: Loss) -> dict[str, Tensor]:
     """Layer name -> the sum of its full gradients, (out, in)."""
     totals = {
@@ -134,7 +120,7 @@ def _gradients(model: nn.Module, group: Sequence[Layer], batches: Sequence[Any],
     with _evaluating(model), torch.enable_grad():
         for batch in batches:
             with _calls_of(group) as calls:
-                value = loss(model, _moved(batch, group[0].base_weight.device))
+                value = loss(model, on_device(batch, group[0].base_weight.device))
             used = [call for call in calls if call[1].requires_grad and value.requires_grad]
             outputs = [call[1] for call in used]
             gradients = torch.autograd.grad(value, outputs, allow_unused=True) if used else ()
@@ -162,12 +148,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Mapping):
-        return {name: _moved(value, device) for name, value in batch.items()}
-    return batch.to(device) if isinstance(batch, Tensor) else batch
 
 
 _Call = tuple[Layer, Tensor, Callable[[Tensor, Tensor], Any]]

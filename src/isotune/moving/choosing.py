@@ -14,12 +14,12 @@ from torch import distributed as dist
 from isotune.hosts import widen
 from isotune.parallel.processes import several
 from isotune.subspace.precision import without_autocast
-from isotune.subspace.selection import drawn_start, singular_subspace
+from isotune.subspace.selection import SELECTIONS, drawn_start, singular_subspace
 from isotune.subspace.solvers import principal_subspace
 from isotune.tuner.batches import groups_that_fit, on_device
 from isotune.tuner.layer import Layer
 
-SELECTIONS = ("top", "bottom", "band", "gradient")
+CHOICES = (*(one for one in SELECTIONS if one != "mixed"), "gradient")
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch) -> a scalar."""

@@ -14,7 +14,7 @@ from isotune.errors import IsotuneWarning
 from isotune.internals.torch_state import uncompiled, version_of
 from isotune.methods.checks import require, require_choice, require_positive_integer
 from isotune.moving.boundary import Move, adapted, layers_to_move, move
-from isotune.moving.choosing import SELECTIONS, Loss, gradient_subspaces, loss_of, subspace_of
+from isotune.moving.choosing import CHOICES, Loss, gradient_subspaces, loss_of, subspace_of
 from isotune.moving.optimiser import STATES
 from isotune.tuner.adapted_model import AdaptedModel
 from isotune.tuner.layer import Layer
@@ -92,7 +92,7 @@ class MovingSchedule:
     ) -> None:
         require_positive_integer("every", every)
         require_choice("unit", unit, ("step", "epoch"))
-        require_choice("select", select, SELECTIONS)
+        require_choice("select", select, CHOICES)
         require_choice("optimizer_state", optimizer_state, STATES)
         if max_rank is not None:
             require_positive_integer("max_rank", max_rank)

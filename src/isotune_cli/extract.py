@@ -32,7 +32,7 @@ def extract_adapter(
     residual: Annotated[
         str, typer.Option(help="What becomes of what the adapter leaves: lora keeps it as a LoRA, drop does not.")
     ] = "drop",
-    residual_rank: Annotated[int, typer.Option(help="The largest rank of that LoRA.")] = 8,
+    residual_rank: Annotated[int | None, typer.Option(help="The largest rank of that LoRA; 8 if not given.")] = None,
     trust_remote_code: Trust = False,
 ) -> Result:
     """Find the adapter that is nearest to a fine-tuned model, and say how near it is."""
@@ -44,7 +44,15 @@ def extract_adapter(
     require_choice("--residual", residual, ("lora", "drop"))
     if rank is not None and method == "oft":
         raise ValueError("--rank is for psoft and hra; OFT has oft_block_size=32.")
-    config = METHODS[method](**{**({} if rank is None else {"r": rank}), **parse_options(options or ())})
+    if residual_rank is not None and residual != "lora":
+        raise ValueError("--residual-rank is for --residual lora, which keeps the residual.")
+    given = parse_options(options or ())
+    if rank is not None and given.setdefault("r", rank) != rank:
+        raise ValueError(f"--rank {rank} and r={given['r']} are both given; leave one of them out.")
+    try:
+        config = METHODS[method](**given)
+    except TypeError as error:  # an option that the method does not have
+        raise ValueError(str(error)) from None
     kept: Any = residual
     found = extract(
         base,
@@ -52,7 +60,7 @@ def extract_adapter(
         config,
         output,
         residual=kept,
-        residual_rank=residual_rank,
+        residual_rank=8 if residual_rank is None else residual_rank,
         trust_remote_code=trust_remote_code,
     )
     lines = _table(found, with_residual=residual == "lora")

@@ -171,8 +171,12 @@ def test_biases_that_peft_would_not_save_are_refused(tmp_path: Path, monkeypatch
 
     theirs(linear(True), "road_1", ["layer"]).save_pretrained(tmp_path)
     monkeypatch.setattr(rotations, "get_peft_model_state_dict", lambda model: {})
+    base = linear(True)
+    bias: Any = base.layer.bias
+    before = bias.detach().clone()
     with pytest.raises(AdapterFileError, match="does not save these: pip install -U peft"):
-        import_peft(tmp_path, linear(True))
+        import_peft(tmp_path, base)
+    assert torch.equal(bias, before)
 
 
 # -- options -----------------------------------------------------------------------------------------------------------

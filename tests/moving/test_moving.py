@@ -30,6 +30,7 @@ from isotune import (
     CersaConfig,
     HRAConfig,
     LoraXsConfig,
+    OploraConfig,
     PsoftConfig,
     SvfitConfig,
     get_peft_model,
@@ -215,6 +216,39 @@ def test_the_gradient_is_the_full_one() -> None:
             expected = torch.linalg.svd(getattr(twin, name).weight.grad.double()).Vh[:4].float()
             own = layer.bases("default")[0].basis
             torch.testing.assert_close(torch.linalg.svdvals(own @ expected.T), torch.ones(4), rtol=0, atol=1e-4)
+
+
+def test_processes_sum_gradients_that_only_one_of_them_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has no batch, or batches that use other layers; what is refused is refused after all sums."""
+    x, sent = torch.randn(6, 24), []
+    monkeypatch.setattr("isotune.moving.choosing.several", lambda: True)
+    monkeypatch.setattr("isotune.moving.choosing.dist.all_reduce", lambda total: sent.append(total.clone()))
+
+    def bases(batches: list[Any], memory: int = 2**30) -> list[Tensor]:
+        model = get_peft_model(fresh_stack(), KINDS["lora_xs"](target_modules=["first", "second"]))
+        loss = lambda m, b: squares(m, b) if len(b) > 1 else m.first(b).sum()  # noqa: E731
+        schedule = MovingSchedule(1, select="gradient", batches=batches, loss=loss, gradient_memory=memory)
+        schedule.step(model, optimiser_of(model))
+        return [layer.bases("default")[0].basis for layer in layers_of(model)]
+
+    expected, others = bases([x]), list(sent)
+    assert [tuple(total.shape) for total in others] == [(), *((len(t), t.shape[1]) for t in others[1:])]
+    for batches in ([], [x[:1]]):
+        for memory in (1, 2**30):
+            rest = iter(others)
+            monkeypatch.setattr("isotune.moving.choosing.dist.all_reduce", lambda total, r=rest: total.add_(next(r)))
+            found = bases(batches, memory)
+            assert next(rest, None) is None
+            torch.testing.assert_close(found[1].abs(), expected[1].abs(), rtol=1e-4, atol=1e-5)
+
+    sent.clear()
+    monkeypatch.setattr("isotune.moving.choosing.dist.all_reduce", lambda total: sent.append(total.clone()))
+    with pytest.raises(ValueError, match="does not depend on 'second'"):
+        bases([x[:1]])
+    assert len(sent) == 3
+    with pytest.raises(ValueError, match="batches is empty"):
+        bases([])
+    assert len(sent) == 4
 
 
 class Scaled(nn.Embedding):
@@ -550,7 +584,8 @@ def refusal(model: nn.Module, match: str, optimizer: Any = None, **options: Any)
 
 
 def test_what_cannot_move_is_refused() -> None:
-    refusal(get_peft_model(Chain(), HRAConfig(r=4, target_modules=["0"])), "acts on no subspace")
+    for config in (HRAConfig(r=4, target_modules=["0"]), OploraConfig(r=4, preserved_rank=4, target_modules=["0"])):
+        refusal(get_peft_model(Chain(), config), "only methods with an operator on a subspace move")
     refusal(moved_stack(), "no isotune adapter 'other'", adapter="other")
     refusal(nn.Linear(2, 2), "no isotune adapter whose subspaces")
     model = moved_stack()
@@ -652,6 +687,14 @@ def test_a_resumed_loop_goes_on_where_the_file_says() -> None:
     assert [MovingSchedule(2).step(model, optimiser_of(model), done=done) is None for done in (8, 9)] == [True, True]
     own = adapted(model)
     assert own.model.peft_config is model.peft_config
+
+
+def test_a_schedule_counts_each_model_anew() -> None:
+    schedule = MovingSchedule(4, select="band")
+    for _ in range(2):
+        schedule.history.clear()
+        train(get_peft_model(fresh_stack(), KINDS["psoft"](target_modules=["first"])), schedule, torch.randn(8, 24), 5)
+        assert [move.done for move in schedule.history] == [4]
 
 
 @pytest.mark.parametrize("name", quantisers.parameters("bitsandbytes-nf4", "torchao-int8"))

@@ -17,6 +17,7 @@ from torch import nn
 
 from distributed import worker
 from helpers import PROCESSES, adapted_stack, layers_of, tiny_llama, torchrun, trainable
+from isotune.moving import MovingSchedule
 from isotune.parallel.processes import average_gradients, one_for_all
 
 WORKER = Path(worker.__file__)
@@ -141,6 +142,10 @@ def test_what_ddp_is_told_goes_with_the_adapter() -> None:
     own = {name for name, _ in model.named_buffers() if "isotune" in name}
     assert own
     assert own <= names
+    MovingSchedule(1).step(model, torch.optim.SGD(trainable(model).values(), lr=0.1))
+    moved = {name for name, _ in model.named_buffers() if "isotune" in name}
+    assert moved - own
+    assert moved <= names, "DDP reads the list once, before any subspace moves"
     assert not names & {name for name, _ in model.named_parameters()}
     plain = model.unload()
     assert not layers_of(plain)

@@ -29,7 +29,8 @@ Means = Mapping[str, Callable[..., Tensor | Nearest]]
 """Parameter name -> mean(values, weights, corrected=…), in float64, of values (k, …) with weights (k,) of any sum."""
 
 _HALF_TURN = 1e-6
-_LARGEST_TANGENT = 1e6
+_HALF_TURN_TANGENT = 1e6
+"""tan(θ/2) from which a mean is refused as half a turn; above the LARGEST_TANGENT of generators that are made."""
 _CANCELLED = 1e-9
 """‖Σ wᵢ vᵢ‖ over Σ wᵢ ‖vᵢ‖ below which the sum is the rounding of what cancels."""
 
@@ -101,7 +102,7 @@ def rotation_mean(values: Tensor, weights: Tensor, bound: float | None = None, *
         return linear_mean(entries, weights, corrected=True)
     logarithms = _of_eigenvalues(entries, lambda tangents: 2 * torch.arctan(tangents))
     tangents = _of_eigenvalues(linear_mean(logarithms, weights), lambda angles: torch.tan(angles / 2))
-    if not bool((tangents.abs() < _LARGEST_TANGENT).all()):
+    if not bool((tangents.abs() < _HALF_TURN_TANGENT).all()):
         raise ValueError("the mean turns a plane by half a turn, which no Cayley transform can; change the weights")
     return tangents
 

@@ -23,7 +23,7 @@ from isotune.subspace.lowrank import joined
 from isotune.tuner.adapted_model import AdaptedModel
 from isotune.tuner.experts_layer import ExpertsLayer
 from isotune.tuner.layer import Layer
-from isotune.tuner.moved import describe_moves
+from isotune.tuner.moved import update_config
 
 _PROGRESS_DELAY_SECONDS = 3.0
 
@@ -115,7 +115,7 @@ def _why_fixed(layer: Layer, adapter_name: str, whole: bool) -> str | None:
     """Why the subspace of an adapter on a layer cannot move; None if it can."""
     adapter, parameters = layer.adapter(adapter_name), list(layer.adapter(adapter_name).parameters())
     if not isinstance(adapter, SubspaceAdapter):
-        return "its method acts on no subspace. Use PSOFT, LoRA-XS or another method on subspaces."
+        return "only methods with an operator on a subspace move. Use PSOFT, LoRA-XS, SVFit or CERSA."
     if isinstance(layer, ExpertsLayer):
         return "those of experts stay where they are. Leave target_parameters empty."
     if not whole or any(is_sharded(one) or is_partitioned(one) for one in (layer.base_weight, *parameters)):
@@ -271,7 +271,7 @@ def _exchange(
                 del optimizer.state[parameter]
         configs: dict[str, Any] = getattr(own.model, "peft_config", {})
         undo.append(partial(configs.update, {name: configs[name] for name in configs if name == adapter_name}))
-        describe_moves(configs, [one.layer for one in found], adapter_name)
+        update_config(configs, [one.layer for one in found], adapter_name)
     except BaseException:
         for back in reversed(undo):
             back()

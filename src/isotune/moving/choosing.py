@@ -14,11 +14,12 @@ from torch import distributed as dist
 from isotune.hosts import widen
 from isotune.parallel.processes import several
 from isotune.subspace.precision import without_autocast
-from isotune.subspace.selection import drawn_start, singular_subspace
+from isotune.subspace.selection import SELECTIONS, drawn_start, singular_subspace
 from isotune.subspace.solvers import principal_subspace
+from isotune.tuner.batches import groups_that_fit, on_device
 from isotune.tuner.layer import Layer
 
-SELECTIONS = ("top", "bottom", "band", "gradient")
+CHOICES = (*(one for one in SELECTIONS if one != "mixed"), "gradient")
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch) -> a scalar."""
@@ -57,7 +58,8 @@ def gradient_subspaces(
 
     The model runs in evaluation mode, so that nothing is drawn at random, and no `.grad` is touched. A full gradient is
     as large as the weight: only as many are held at once as fit `memory`, at least one, and the batches are run
-    again for the next ones. Of several processes, each runs its own batches and all get the subspaces of the mean.
+    again for the next ones. Of several processes, each runs its own batches and all get the subspaces of the mean; one
+    of them may have no batch.
 
     Args:
         model: the model that `loss` is given.
@@ -71,18 +73,24 @@ def gradient_subspaces(
         (r, in) for each layer.
 
     Raises:
-        ValueError: there is no batch, a layer does not take part in the loss, or a gradient is not finite.
+        ValueError: no process has a batch, a layer takes part in the loss of none, or a gradient is not finite. All
+            processes raise it.
     """
     given = list(batches)
-    if not given:
+    # Whatever is refused is refused by all processes: one that raised alone would leave the others waiting for it.
+    if not int(_summed(torch.tensor(len(given), device=layers[0].base_weight.device))):
         raise ValueError("batches is empty; give at least one batch, from whose gradient the next subspace is chosen.")
     found: list[Tensor] = []
-    for group in _groups(layers, memory):
+    for group in groups_that_fit(layers, memory, lambda layer: 4 * layer.out_features * layer.in_features):
         totals = _gradients(model, group, given, loss)
         for layer in group:
-            total = totals.pop(layer.key)
-            if several():
-                dist.all_reduce(total)
+            total = _summed(totals.pop(layer.key))
+            if not bool(total.any()):
+                raise ValueError(
+                    f"The loss does not depend on {layer.key!r} in any of the batches, so there is no gradient to "
+                    "choose its next subspace from. Give batches in which it takes part, or exclude it with "
+                    "exclude_modules."
+                )
             rank = layer.subspace(adapter_name).size
             found.append(principal_subspace(total, rank, solver="full", name=f"gradient of {layer.key!r}").basis)
     return found
@@ -103,21 +111,6 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
     return found
 
 
-def _groups(layers: Sequence[Layer], memory: int) -> Iterator[list[Layer]]:
-    """Neighbouring layers whose float32 gradients fit the memory together."""
-    group: list[Layer] = []
-    room = memory
-    for layer in layers:
-        size = 4 * layer.out_features * layer.in_features
-        if group and size > room:
-            yield group
-            group, room = [], memory
-        group.append(layer)
-        room -= size
-    if group:
-        yield group
-
-
 def _gradients(model: nn.Module, group: Sequence[Layer], batches: Sequence[Any], loss: Loss) -> dict[str, Tensor]:
     """Layer name -> the sum of its full gradients, (out, in)."""
     totals = {
@@ -127,21 +120,23 @@ def _gradients(model: nn.Module, group: Sequence[Layer], batches: Sequence[Any],
     with _evaluating(model), torch.enable_grad():
         for batch in batches:
             with _calls_of(group) as calls:
-                value = loss(model, _moved(batch, group[0].base_weight.device))
-            used = [call for call in calls if call[1].requires_grad]
-            gradients = torch.autograd.grad(value, [call[1] for call in used], allow_unused=True)
+                value = loss(model, on_device(batch, group[0].base_weight.device))
+            used = [call for call in calls if call[1].requires_grad and value.requires_grad]
+            outputs = [call[1] for call in used]
+            gradients = torch.autograd.grad(value, outputs, allow_unused=True) if used else ()
             with torch.no_grad(), without_autocast(value.device):
                 for (layer, _, read), gradient in zip(used, gradients, strict=True):
                     if gradient is not None:
                         read(totals[layer.key], widen(gradient))
-            del calls, used, gradients, value
-    for name, total in totals.items():
-        if not bool(total.any()):
-            raise ValueError(
-                f"The loss does not depend on {name!r} in any of the batches, so there is no gradient to choose its "
-                "next subspace from. Give batches in which it takes part, or exclude it with exclude_modules."
-            )
+            del calls, used, outputs, gradients, value
     return totals
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if several():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 @contextmanager
@@ -153,12 +148,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Mapping):
-        return {name: _moved(value, device) for name, value in batch.items()}
-    return batch.to(device) if isinstance(batch, Tensor) else batch
 
 
 _Call = tuple[Layer, Tensor, Callable[[Tensor, Tensor], Any]]

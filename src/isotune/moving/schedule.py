@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -13,8 +14,9 @@ from isotune.errors import IsotuneWarning
 from isotune.internals.torch_state import uncompiled, version_of
 from isotune.methods.checks import require, require_choice, require_positive_integer
 from isotune.moving.boundary import Move, adapted, layers_to_move, move
-from isotune.moving.choosing import SELECTIONS, Loss, gradient_subspaces, loss_of, subspace_of
+from isotune.moving.choosing import CHOICES, Loss, gradient_subspaces, loss_of, subspace_of
 from isotune.moving.optimiser import STATES
+from isotune.tuner.adapted_model import AdaptedModel
 from isotune.tuner.layer import Layer
 from isotune.tuner.moved import moves_of
 
@@ -90,7 +92,7 @@ class MovingSchedule:
     ) -> None:
         require_positive_integer("every", every)
         require_choice("unit", unit, ("step", "epoch"))
-        require_choice("select", select, SELECTIONS)
+        require_choice("select", select, CHOICES)
         require_choice("optimizer_state", optimizer_state, STATES)
         if max_rank is not None:
             require_positive_integer("max_rank", max_rank)
@@ -105,7 +107,8 @@ class MovingSchedule:
         self.batches, self.loss, self.gradient_memory = batches, loss or loss_of, gradient_memory
         self.history: list[Move] = []
         """The moves of this schedule object, oldest first."""
-        self._done: int | None = None
+        self._counted: tuple[weakref.ref[AdaptedModel], int] | None = None
+        """The model of the last step, and how many steps or epochs it had finished."""
         self._read: tuple[Tensor, int, int] | None = None
 
     def step(self, model: nn.Module, optimizer: Any, done: int | None = None) -> Move | None:
@@ -115,27 +118,29 @@ class MovingSchedule:
             model: the model, as trained.
             optimizer: the optimiser that trains the adapter.
             done: how many steps or epochs are finished in all; None counts the calls, from the last boundary that the
-                adapter's file knows of. Give it when a training resumes between two boundaries.
+                adapter's file knows of, for each model anew. Give it when a training resumes between two boundaries.
 
         Returns:
             What was moved; None between boundaries.
 
         Raises:
-            ValueError: the subspaces cannot move here; says why. Raised at the first call, and nothing is changed.
+            ValueError: the subspaces cannot move here; says why. Raised at a model's first call; nothing is changed.
         """
         model = uncompiled(model)
-        if self._done is None:
+        own = adapted(model)
+        before = self._counted[1] if self._counted is not None and self._counted[0]() is own else None
+        if before is None:
             layers_to_move(model, self.adapter, optimizer)
-        moves = self._moves(model)
+        moves = self._moves(own)
         if done is None:
-            done = (moves * self.every if self._done is None else self._done) + 1
-        self._done = done
+            done = (moves * self.every if before is None else before) + 1
+        self._counted = weakref.ref(own), done
         number = done // self.every
         return self._moved(model, optimizer, number, done) if number > moves else None
 
-    def _moves(self, model: nn.Module) -> int:
+    def _moves(self, own: AdaptedModel) -> int:
         """The number of the last boundary, from the adapter itself; reading it from a GPU waits, so that is kept."""
-        layers = [layer for layer in adapted(model).layers if self.adapter in layer.isotune_form]
+        layers = [layer for layer in own.layers if self.adapter in layer.isotune_form]
         moves = layers[0].bases(self.adapter)[0].moves if layers else None
         if moves is None:
             return 0

@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from isotune.errors import IsotuneWarning
 from isotune.files.adapter import ADAPTER, WEIGHTS_FILE, new_directory
 from isotune.files.base_model import load_base
 from isotune.files.checkpoint import Checkpoint, open_checkpoint
@@ -162,6 +164,14 @@ def extract(
         layers = dict(adapted_layers(adapted, ADAPTER))
         saved = _saved(adapted, layers)
         _refuse(layers, saved, config, residual)
+        if residual == "lora" and saved:
+            warnings.warn(
+                "The adapter will have saved modules or biases, which PEFT switches off, or cannot name, where another "
+                "adapter is put around it. To use it with its residual, merge it first (merge_and_unload), and put the "
+                "residual on the merged model.",
+                IsotuneWarning,
+                stacklevel=2,
+            )
         weights = {name: f"{name}.{layer.host.parameter}" for name, layer in layers.items()}
         prefix = str(getattr(model, "base_model_prefix", ""))
         checkpoint = open_checkpoint(tuned, names, weights.values(), prefix)

@@ -115,8 +115,7 @@ def _fit_hra(adapter: HRAOperator, weight: Tensor, target: Tensor) -> dict[str, 
     count, change = len(adapter.vectors), target - weight
     rank = min(count, *change.shape)
     norm = float(change.square().sum()) or 1.0
-    basis = principal_subspace(change, rank, name="the change of the weight").basis.double() if norm else None
-    assert basis is not None
+    basis = principal_subspace(change, rank, name="the change of the weight").basis.double()
     rotation = nearest_rotation((target @ basis.mT).mT @ (weight @ basis.mT))
     directions = reflections_of(generator_of(rotation), count)[0] @ basis
 

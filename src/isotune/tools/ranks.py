@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from isotune.methods.config import IsotuneConfig
 from isotune.methods.rotation import RotationConfig
+from isotune.tuner.batches import groups_that_fit, on_device
 from isotune.tuner.layer import Layer
 from isotune.tuner.model import IsotuneModel
 from isotune.tuner.sizes import ChosenSizes, choose_sizes
@@ -109,7 +110,7 @@ def _moments(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Mappin
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         found[key] = rows.mT @ rows + found.get(key, 0.0)
 
-    parts = _parts(layers)
+    parts = list(groups_that_fit(layers, _MOMENTS_AT_ONCE, lambda layer: 4 * layer.in_features**2))
     with torch.no_grad(), tqdm(total=len(parts) * len(batches), desc="activations", unit="batch", delay=3.0) as bar:
         for part in parts:
             handles = [
@@ -119,9 +120,7 @@ def _moments(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Mappin
             try:
                 model.eval()
                 for batch in batches:
-                    moved = {
-                        name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()
-                    }
+                    moved = on_device(batch, device)
                     mask[0] = moved.get("attention_mask")
                     model(**moved)
                     bar.update()
@@ -135,17 +134,3 @@ def _moments(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Mappin
             "exclude_modules, or give data that use it."
         )
     return found
-
-
-def _parts(layers: Sequence[Layer]) -> list[list[Layer]]:
-    """Groups of layers whose moments fit into memory together, one layer at least."""
-    parts: list[list[Layer]] = [[]]
-    size = 0
-    for layer in layers:
-        own = 4 * layer.in_features**2
-        if parts[-1] and size + own > _MOMENTS_AT_ONCE:
-            parts.append([])
-            size = 0
-        parts[-1].append(layer)
-        size += own
-    return parts

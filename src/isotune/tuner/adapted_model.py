@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from isotune.adapter.evaluation import Call, SharedEvaluation, is_recorded, share_evaluations
 from isotune.adapter.operator import Adapter
 from isotune.adapter.placement import Mark
+from isotune.adapter.subspace import SubspaceBasis
 from isotune.errors import BaseMismatchError
 from isotune.internals.ddp import ignore_buffers
 from isotune.internals.offloading import is_managed
@@ -26,7 +27,7 @@ from isotune.internals.torch_state import backward_pass, is_symbolic, remove_hoo
 from isotune.parallel.sharding import gather_with, is_partitioned, is_sharded, is_wrapped_by_fsdp
 from isotune.tuner.experts_layer import ExpertsLayer
 from isotune.tuner.layer import Layer
-from isotune.tuner.moved import describe_moves
+from isotune.tuner.moved import update_config
 from isotune.tuner.placing import keeps_its_basis, place_adapter
 from isotune.tuner.rounding import warn_of_rounded
 
@@ -82,8 +83,9 @@ class AdaptedModel:
             module.__dict__[_KEY] = own
         remove_hooks(model, _after_load)
         model.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
-        buffers = [f"{name}.isotune_form" for name in names]
-        ignore_buffers(model, [name for name, _ in model.named_buffers() if name.startswith(tuple(buffers))])
+        # Also the names of what is None until a subspace moves: DDP reads the names once, when it is made.
+        forms = [(name, module) for name, module in model.named_modules() if isinstance(module, SubspaceBasis)]
+        ignore_buffers(model, [f"{name}.{key}" for name, basis in forms for key in basis.held()])
         return own
 
     def detach(self) -> None:
@@ -244,7 +246,7 @@ class AdaptedModel:
         """
         configs: dict[str, Any] = getattr(self.model, "peft_config", {})
         for name in dict.fromkeys(name for layer in self.layers for name in layer.isotune_form):
-            describe_moves(configs, self.layers, name)
+            update_config(configs, self.layers, name)
             try:
                 if not all(self._is_placed(layer, name) for layer in self.layers if name in layer.isotune_form):
                     place_adapter(name, self.layers)

@@ -31,7 +31,7 @@ def moved_config(config: SubspaceConfig, layers: Iterable[Layer], adapter_name: 
     return config
 
 
-def describe_moves(configs: MutableMapping[str, Any], layers: Iterable[Layer], adapter_name: str) -> None:
+def update_config(configs: MutableMapping[str, Any], layers: Iterable[Layer], adapter_name: str) -> None:
     """Exchange an adapter's configuration, after tensors were loaded, if it no longer says what is accumulated."""
     known, layers = configs.get(adapter_name), list(layers)
     if not isinstance(known, SubspaceConfig):

@@ -42,7 +42,7 @@ def export_lora_file(
 
     Supported parts are diffusers' UNets and transformers, and CLIP's text encoders.
 
-    As in `export_lora`, PSOFT, LoRA-XS and HRA are exact, and rotations are approximated at a rank or energy. On a
+    As in `export_lora`, updates of low rank are exact, and other rotations are approximated at a rank or energy. On a
     convolution the down factor has its kernel, stride and padding, and the up factor is 1 × 1. Every layer's scale is
     1: all are padded with zeros to the largest rank, which is also kohya's alpha. Where one original layer of FLUX or
     SD3 combines several of diffusers' layers (queries, keys and values), their factors become blocks on a diagonal,

@@ -113,6 +113,11 @@ def import_road(source: Source) -> PeftModel:
         biased = biased or source.base.get_submodule(name).bias is not None
     config = source.configured(RoadConfig, "variant", "group_size", bias="isotune_only" if biased else "none")
     model = source.adapted(config, parameters)
+    if biased and not any(key.endswith(".bias") for key in get_peft_model_state_dict(model)):
+        raise AdapterFileError(
+            f"{source.folder}: PEFT's RoAd turns the biases too, which isotune keeps as trained biases, but the "
+            "installed PEFT does not save these: pip install -U peft."
+        )
     for _, layer in adapted_layers(model, ADAPTER):
         bias, operator = layer.host.module.bias, layer.adapter(ADAPTER)
         if bias is not None:
@@ -121,11 +126,6 @@ def import_road(source: Source) -> PeftModel:
             # M b as a row: PEFT computes M (W x + b), isotune M W x with a bias of its own.
             chain, tensors = transpose_chain(operator.chain, operator.chain_tensors(widen(bias).dtype))
             bias.copy_(apply_chain(widen(bias), chain, tensors))
-    if biased and not any(key.endswith(".bias") for key in get_peft_model_state_dict(model)):
-        raise AdapterFileError(
-            f"{source.folder}: PEFT's RoAd turns the biases too, which isotune keeps as trained biases, but the "
-            "installed PEFT does not save these: pip install -U peft."
-        )
     return model
 
 

@@ -112,7 +112,7 @@ EXCEPTIONS = {
     "tuner/adapted_weight.py": {"_C", "_pytree"},
     "tuner/adapted_model.py": {"_hf_peft_config_loaded", "_parameters"},
     "tuner/layer.py": {"_modules"},
-    "tuner/model.py": {"_tp_size"},
+    "tuner/refusals.py": {"_tp_size"},
     "tuner/backends.py": {"_parameters"},
     "files/base_model.py": {"_class_name"},
     "experiments/engines.py": {"_exit"},

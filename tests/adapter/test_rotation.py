@@ -43,7 +43,8 @@ def test_a_file_says_its_side_and_means_the_same_when_loaded(form: str, tmp_path
     randomize(model)
     model.save_pretrained(str(tmp_path))
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (stored["side"], stored["isotune_format"]) == ("output", 2)
+    own = METHODS[form_of(form)[0]].side  # what a file of this method means that does not say it
+    assert (stored.get("side"), stored["isotune_format"]) == (("output", 2) if own == "input" else (None, 1))
     loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).eval()
     tokens = some_tokens()
     assert relative_error(loaded(tokens).logits.detach(), model(tokens).logits.detach()) < 1e-6

@@ -56,7 +56,14 @@ def test_the_table_is_the_librarys_choice(folder: Path) -> None:
     assert [line.split()[0] for line in lines[3:7]] == [layer.module for layer in expected.layers]
     assert lines[8].startswith("4 layers, mean energy")
     assert lines[8].endswith(f"{expected.parameters:,}")
-    assert lines[-1] == "in a recipe: method.r=auto method.rank_budget=2k; --json prints these sizes as options"
+    hint, _, rest = lines[-1].removeprefix("in a recipe: ").partition("; ")
+    assert rest == "--json prints these sizes as options"
+    assert set(hint.split()) == {
+        "method.name=psoft",
+        "method.r=auto",
+        "method.rank_budget=2k",
+        "method.target_modules=[q_proj,v_proj]",
+    }
 
 
 @pytest.mark.parametrize("file", ["texts.csv", "chats.jsonl", "pairs.jsonl"])

@@ -26,6 +26,7 @@ from isotune.methods import METHODS
 from isotune.tools import extraction
 from isotune.tools.extraction import RESIDUAL, extract
 from isotune.tools.fitting import fit
+from isotune.tuner.layer import Layer
 
 TARGETS = ["first", "second", "third"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -317,14 +318,17 @@ def test_models_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     make().save_pretrained(str(folder))
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    run = CliRunner().invoke
+    run, twice = CliRunner().invoke, [str(tmp_path / "base")] * 2
     for arguments, said in (
         ([str(tmp_path / "base"), str(folder)], "damaged or not complete"),
         ([str(tmp_path / "base"), str(tmp_path / "absent")], "There is no folder"),
-        ([str(tmp_path / "base"), str(tmp_path / "base"), "--as", "boft"], "--as='boft' is not one of"),
-        ([str(tmp_path / "base"), str(tmp_path / "base"), "--rank", "8"], "--rank is for psoft and hra"),
-        ([str(tmp_path / "base"), str(tmp_path / "base"), "--residual", "x"], "--residual='x' is not one of"),
-        ([str(tmp_path / "base"), str(tmp_path / "base"), "--residual-rank", "0"], "residual_rank=0"),
+        ([*twice, "--as", "boft"], "--as='boft' is not one of"),
+        ([*twice, "--rank", "8"], "--rank is for psoft and hra"),
+        ([*twice, "--residual", "x"], "--residual='x' is not one of"),
+        ([*twice, "--residual-rank", "4"], "is for --residual lora"),
+        ([*twice, "--residual", "lora", "--residual-rank", "0"], "residual_rank=0"),
+        ([*twice, "residual=lora"], "unexpected keyword argument 'residual'"),
+        ([*twice, "--as", "psoft", "--rank", "8", "r=4"], "--rank 8 and r=4 are both given"),
     ):
         size = [] if "--rank" in arguments else ["oft_block_size=8"]
         done = run(cli.app, ["extract", *arguments, *size, "-o", str(tmp_path / "new")])
@@ -351,3 +355,17 @@ def test_the_table_says_what_each_part_holds_and_what_is_left_out(tmp_path: Path
     assert any(row.startswith("  model.decoder.layers.*.fc1.bias  2 tensors, 224 numbers, changed by ") for row in rows)
     same = CliRunner().invoke(cli.app, ["extract", str(tmp_path / "base"), str(tmp_path / "base"), "oft_block_size=8"])
     assert same.stdout.splitlines()[-2].split() == ["all", "0.00%", "0.0%", "0.0%"]
+
+
+def test_models_from_which_nothing_can_be_taken_are_refused() -> None:
+    config = OFTConfig(oft_block_size=8, target_modules=TARGETS)
+    base, tuned = stack(), stack()
+    with pytest.raises(ValueError, match="base and tuned are one model"):
+        extract(base, base, config)
+    with pytest.raises(ValueError, match="given as base has adapters"):
+        extract(get_peft_model(stack(), config), tuned, config)
+    with torch.no_grad():
+        tuned.first.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="'first' holds NaN or infinity in the fine-tuned model"):
+        extract(base, tuned, config)
+    assert not any(isinstance(module, Layer) for module in base.modules())

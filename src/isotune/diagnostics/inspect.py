@@ -103,7 +103,7 @@ class AdapterReport:
             kept = sorted(layer.accumulated_rank or 0 for layer in self.layers)
             parts.append(f"moved up to boundary {self.moves}, with accumulated updates of rank {kept[0]} to {kept[-1]}")
         if any(layer.largest_angle is not None for layer in self.layers):
-            parts.append(f"rotated by at most {_most(self.layers, 'largest_angle'):.1f}°")
+            parts.append(f"rotated by at most {_most(self.layers, 'largest_angle'):.1f}°{self._since}")
         if self.base is not None:
             if self.subspaces:
                 energies = [layer.energy for layer in self.layers if layer.energy is not None]
@@ -115,8 +115,15 @@ class AdapterReport:
                 share = _most(self.layers, "interference")
                 parts.append(f"at most {share:.1%} of it in the {k} strongest directions")
             what = "principal weights" if self.subspaces else "weights"
-            parts.append(f"angles of {what} changed by at most {_most(self.layers, 'angle_moved_largest'):.2g}°")
+            parts.append(
+                f"angles of {what} changed by at most {_most(self.layers, 'angle_moved_largest'):.2g}°{self._since}"
+            )
         return "; ".join(parts) + "."
+
+    @property
+    def _since(self) -> str:
+        """From where angles are measured, if not from the base: each subspace is measured by itself."""
+        return " since the last move" if self.moves else ""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: every field, the summary, and what is missing."""

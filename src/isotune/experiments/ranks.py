@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -146,6 +147,13 @@ def _measure(asked: Method, question: Question) -> str:
     return f"of the first r singular values{'' if question.values else ', squared'}"
 
 
+def _shown(value: Any) -> str:
+    """A value as a recipe's command line takes it, in YAML."""
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _to_dict(question: Question, asked: Method, found: ChosenSizes) -> dict[str, Any]:
     uniform = found.uniform
     return {
@@ -172,7 +180,7 @@ def _to_text(question: Question, asked: Method, found: ChosenSizes) -> str:
     if uniform is not None:
         name = f"{letter}={uniform.size} in every layer instead"
         lines.append((name, "", str(uniform.size), f"{uniform.energy:.1%}", f"{uniform.parameters:,}"))
-    given = [f"method.{key}={value}" for key, value in asked.options.items() if key in ("r", *methods.SIZE_CHOICES)]
+    given = [f"method.name={asked.name}", *(f"method.{key}={_shown(value)}" for key, value in asked.options.items())]
     table = aligned(lines, "<<>>>")
     more = 1 if uniform is None else 2
     return "\n".join(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -153,6 +154,13 @@ def extract(
         raise ValueError(f"A {type(config).__name__} cannot be extracted; {', '.join(METHODS)} can be.")
     check_fits(config)
     require_positive_integer("residual_rank", residual_rank)
+    for name, given in (("base", base), ("tuned", tuned)):
+        if isinstance(given, nn.Module) and any(isinstance(module, BaseTunerLayer) for module in given.modules()):
+            raise ValueError(
+                f"The model given as {name} has adapters; give what merge_and_unload() or unload() returns."
+            )
+    if base is tuned:
+        raise ValueError("base and tuned are one model, so there is no change to extract; give two.")
     config = copy.deepcopy(config)
     config.target_modules = config.target_modules or "all-linear"
     model = load_base(base, trust_remote_code=trust_remote_code) if isinstance(base, str) else base
@@ -226,6 +234,8 @@ def _refuse(layers: Mapping[str, Layer], saved: Mapping[str, Tensor], config: Is
 def _extracted(name: str, layer: Layer, target: Tensor) -> tuple[ExtractedLayer, Tensor]:
     """Set a layer's adapter to what comes nearest to W', and measure with it; also W' − W'', float64."""
     weight, adapter = layer.unmerged_matrix(), layer.adapter(ADAPTER)
+    if not bool(torch.isfinite(target).all()):
+        raise ValueError(f"{name!r} holds NaN or infinity in the fine-tuned model; give an earlier checkpoint of it.")
     for parameter, value in fit(adapter, weight, target).items():
         adapter.get_parameter(parameter).copy_(value)
     change = target.double() - weight.double()

@@ -160,6 +160,12 @@ class Layer(MergingLayer):
     def _new_form(self, config: IsotuneConfig, device: torch.device) -> nn.Module | None:
         form, accumulated = config.build_basis(self.key, self.in_features, device), config.accumulated_rank(self.key)
         if form is not None and accumulated is not None:
+            if accumulated > min(self.in_features, self.out_features):
+                raise ValueError(
+                    f"accumulated_ranks has {accumulated} for {self.key!r}, whose weight is {self.out_features} × "
+                    f"{self.in_features}: no update has a higher rank than the smaller. The file is damaged, or of "
+                    "another model."
+                )
             form.allocate(accumulated, self.out_features)
         return form
 

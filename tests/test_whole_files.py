@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from isotune.whole_files import written_whole
+from isotune.whole_files import is_left_of, written_whole
 
 
 def test_a_new_file_in_new_folders(tmp_path: Path) -> None:
@@ -13,8 +13,11 @@ def test_a_new_file_in_new_folders(tmp_path: Path) -> None:
     with written_whole(path) as partial:
         partial.write_bytes(b"new")
         assert partial.suffix == ".png"
+        assert is_left_of(partial, path)
+        assert not is_left_of(partial, path.with_name("other.png"))
         assert not path.exists()
     assert path.read_bytes() == b"new"
+    assert not is_left_of(path, path)
     assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
 
 

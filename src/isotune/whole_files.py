@@ -29,3 +29,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_left_of(path: Path, target: Path) -> bool:
+    """Whether a file is what a process left that was killed while it wrote `target`."""
+    return path.name.startswith(".") and path.name.endswith(f".{target.name}")

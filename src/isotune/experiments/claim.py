@@ -8,6 +8,7 @@ from typing import Any
 from isotune.experiments.files import read_object, write_json
 from isotune.experiments.recipe import Recipe, RecipeError
 from isotune.experiments.text import shown
+from isotune.whole_files import is_left_of
 
 _FREE = ("output", "description", "group", "chart", "check_saved")
 """What may differ between two calls of one experiment without making them two experiments."""
@@ -35,7 +36,9 @@ def claim(folder: Path, own: dict[str, Any], how: str) -> None:
     stored = folder / "experiment.json"
     # An attempt that ended before anything was trained, as by a misspelt model, has left no more than its claim, and a
     # process that was killed while it wrote that no more than the file under its first name.
-    taken = folder.exists() and (not folder.is_dir() or any(not _is_claim(path, stored) for path in folder.iterdir()))
+    taken = folder.exists() and (
+        not folder.is_dir() or any(path != stored and not is_left_of(path, stored) for path in folder.iterdir())
+    )
     if stored.exists():
         other = _completed(read_object(stored), stored)
         if other == own:
@@ -48,10 +51,6 @@ def claim(folder: Path, own: dict[str, Any], how: str) -> None:
     elif taken:
         raise RecipeError(f"{folder} exists and holds something else; give another folder with {how}")
     write_json(stored, own)
-
-
-def _is_claim(path: Path, stored: Path) -> bool:
-    return path == stored or path.name.startswith(f".{stored.name}.")
 
 
 def _completed(stored: dict[str, Any], path: Path) -> dict[str, Any]:

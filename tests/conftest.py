@@ -24,7 +24,7 @@ import pytest
 if TYPE_CHECKING:
     from torch import nn
 
-PRODUCT = 200
+PRODUCT = 100
 """Cases of one test of which all run; of more a part in which every two values of different parameters meet."""
 
 

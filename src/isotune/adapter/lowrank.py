@@ -15,6 +15,7 @@ from isotune.adapter.kernels import complement, decoding_kernels, linear_with_lo
 from isotune.adapter.operator import FrozenLinear
 from isotune.adapter.placement import Placement, left_vectors, place
 from isotune.adapter.update import PlacedUpdate, Update
+from isotune.algebra.recording import is_exported
 from isotune.parallel.tensor_parallel import Division
 
 
@@ -143,7 +144,8 @@ class ComplementAdapter(LowRankAdapter, PlacedUpdate):
         if a.ndim > right.ndim:
             right, left = right[None], left[None]
         down, up = complement(a, right), complement(b.mT, left.mT).mT
-        return down, up if torch.is_grad_enabled() else up.contiguous()  # as the kernels for decoding read it
+        # The kernels for decoding read it as it lies in memory; a trace is checked with gradients off and must not differ.
+        return down, up if torch.is_grad_enabled() or is_exported() else up.contiguous()
 
     def batch_key(self) -> Hashable:
         """r and k."""

@@ -144,7 +144,7 @@ class ComplementAdapter(LowRankAdapter, PlacedUpdate):
         if a.ndim > right.ndim:
             right, left = right[None], left[None]
         down, up = complement(a, right), complement(b.mT, left.mT).mT
-        # The kernels for decoding read it as it lies in memory; a trace is checked with gradients off and must not differ.
+        # As the kernels for decoding read it; but a trace, which is checked with gradients off, must not differ then.
         return down, up if torch.is_grad_enabled() or is_exported() else up.contiguous()
 
     def batch_key(self) -> Hashable:

@@ -102,8 +102,9 @@ def train_beside_eager(model: Any, backend: str, steps: int, dynamic: bool = Tru
     assert not counters["graph_break"]
 
 
+# Without SVFit and CERSA, which compile as LoRA-XS does, and RoAd, which does as GOFT.
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("svfit", "cersa", "road")])
 def test_twenty_steps_with_changing_batches(method: str) -> None:
     train_beside_eager(on_every_host(method), "aot_eager", 20)
 

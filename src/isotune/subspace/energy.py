@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from isotune.subspace.cache import SubspaceCache
-from isotune.subspace.precision import rows_in_parts, without_autocast
+from isotune.subspace.precision import gram_by_rows, without_autocast
 from isotune.subspace.result import Subspace
 from isotune.subspace.solvers import subspace_key, worth_hashing
 
@@ -89,13 +89,10 @@ def output_energies(weight: Tensor, moments: Tensor, *, name: str = "weight") ->
 
 
 def _gram(weight: Tensor, name: str) -> Tensor:
-    """The smaller Gram matrix of a weight, in float64, without a float64 copy of the weight."""
+    """The smaller Gram matrix of a weight, in float64, refused if the weight is not finite."""
     tall = weight.detach() if weight.shape[0] >= weight.shape[1] else weight.detach().mT
-    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
     with without_autocast(tall.device):
-        for part in rows_in_parts(tall):
-            double = part.double()
-            gram.addmm_(double.mT, double)
+        gram = gram_by_rows(tall)
     if not bool(torch.isfinite(gram).all()):
         raise ValueError(f"{name}: the weight holds NaN or infinity; check how the base model was loaded.")
     return gram

@@ -105,3 +105,12 @@ def without_autocast(device: torch.device) -> Iterator[None]:
         for kind in {"cpu", device.type}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def gram_by_rows(tall: Tensor) -> Tensor:
+    """MᵀM of a matrix M in float64, (columns, columns), without a float64 copy of M."""
+    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
+    for part in rows_in_parts(tall):
+        double = part.double()
+        gram.addmm_(double.mT, double)
+    return gram

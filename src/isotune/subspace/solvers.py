@@ -16,7 +16,7 @@ from isotune.subspace.cache import SubspaceCache
 from isotune.subspace.equality import EqualWeights
 from isotune.subspace.iteration import block_size, iterate
 from isotune.subspace.pinning import gaussian
-from isotune.subspace.precision import rows_in_parts, without_autocast
+from isotune.subspace.precision import gram_by_rows, rows_in_parts, without_autocast
 from isotune.subspace.result import Subspace
 from isotune.subspace.result import SubspaceRequest as SubspaceRequest
 
@@ -285,16 +285,11 @@ def _full(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         return basis[:rank], values[:rank]
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if wide else matrix
-    # By rows, so that there is never a whole float64 copy of a large weight.
-    parts = rows_in_parts(tall)
-    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=matrix.device)
-    for part in parts:
-        double = part.double()
-        gram.addmm_(double.T, double)
-    eigenvalues, vectors = torch.linalg.eigh(gram)
+    eigenvalues, vectors = torch.linalg.eigh(gram_by_rows(tall))
     values = eigenvalues[-rank:].flip(0).clamp_min(0.0).sqrt()
     top = vectors[:, -rank:].flip(1)
     # QR removes the strong directions from the weak ones in turn; dividing by the singular value would not.
+    parts = rows_in_parts(tall)  # so that there is never a whole float64 copy of a large weight
     return (torch.linalg.qr(torch.cat([part.double() @ top for part in parts])).Q.T if wide else top.T), values
 
 

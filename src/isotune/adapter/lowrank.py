@@ -8,9 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from isotune.adapter.evaluation import autocasts
 from isotune.adapter.kernels import complement, decoding_kernels, linear_with_low_rank, low_rank_update
 from isotune.adapter.operator import FrozenLinear
 from isotune.adapter.placement import Placement, left_vectors, place
@@ -54,9 +53,7 @@ class LowRankAdapter(Update):
         division: Division | None,
     ) -> Tensor:
         """host(x) + s·(x Downᵀ) Upᵀ, in the dtype of the host's output."""
-        result = host(x)
-        if self.dropout:
-            x = nn.functional.dropout(x, self.dropout, self.training)
+        result, x = host(x), self.dropped(x)
         down, up = self._scaled(tensors, result.dtype)
         of_x = None if division is None else division.of_input(x)
         of_result = None if division is None else division.of_output(result)
@@ -69,7 +66,7 @@ class LowRankAdapter(Update):
     def fused(self, x: Tensor, tensors: tuple[Tensor, ...], linear: FrozenLinear) -> Tensor | None:
         """x Wᵀ + b with its update; None under autocast, with dropout, or if x does not have the dtype of W."""
         weight, bias = linear
-        if x.dtype != weight.dtype or (self.dropout and self.training) or autocasts(x):
+        if not self.fits_one_node(x, weight):
             return None
         down, up = self._scaled(tensors, x.dtype)
         if kernels := decoding_kernels(x, weight, bias, (down, up)):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.evaluation import autocasts, wide
+from isotune.adapter.evaluation import wide
 from isotune.adapter.kernels import decoding_kernels, linear_with_update, subspace_update
 from isotune.adapter.operator import FrozenLinear, Operator
 from isotune.adapter.placement import Placement, filling, place
@@ -226,9 +226,7 @@ class SubspaceAdapter(PlacedUpdate, Operator):
         division: Division | None,
     ) -> Tensor:
         """host(x) + s·((x downᵀ)(M − I)) upᵀ, in the dtype of the host's output."""
-        result = host(x)
-        if self.dropout:
-            x = nn.functional.dropout(x, self.dropout, self.training)
+        result, x = host(x), self.dropped(x)
         (down, up), dtype = self.factors(result.dtype, result.device), result.dtype
         of_x = None if division is None else division.of_input(x)
         of_result = None if division is None else division.of_output(result)
@@ -242,7 +240,7 @@ class SubspaceAdapter(PlacedUpdate, Operator):
     def fused(self, x: Tensor, tensors: tuple[Tensor, ...], linear: FrozenLinear) -> Tensor | None:
         """x Wᵀ + b with its update; None under autocast, with dropout, or if x does not have the dtype of W."""
         weight, bias = linear
-        if x.dtype != weight.dtype or (self.dropout and self.training) or autocasts(x):
+        if not self.fits_one_node(x, weight):
             return None
         # Adding the update to the input saves work if in < out. But it needs ∂L/∂x, which a first layer does not
         # compute, and half precision would round a small update away in x; in both cases it is added to the output.

@@ -7,8 +7,9 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from isotune.adapter.evaluation import autocasts
 from isotune.adapter.operator import Adapter
 from isotune.adapter.placement import Placement
 
@@ -22,6 +23,14 @@ class Update(Adapter):
         super().__init__(size)
         self.configured_scale = self.scale = 1.0
         """s: as configured, and currently."""
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The input of the update, with dropout in training."""
+        return nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def fits_one_node(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the layer and its update may be one node: not under autocast, with dropout, or in two dtypes."""
+        return x.dtype == weight.dtype and not (self.dropout and self.training) and not autocasts(x)
 
     @property
     def has_low_rank(self) -> bool:

@@ -13,7 +13,18 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft import get_peft_model as peft_model
 from torch import Tensor, nn
 
-from helpers import Chain, adapted_stack, layers_of, only, randomize, relative_error, tiny_bert, tiny_llama, trainable
+from helpers import (
+    Chain,
+    adapted_stack,
+    layers_of,
+    only,
+    randomize,
+    relative_error,
+    tiny_bert,
+    tiny_llama,
+    trainable,
+    transformers_takes_peft,
+)
 from isotune import OploraConfig, get_peft_model
 from isotune.adapter.placement import left_vectors
 from isotune.diagnostics.geometry import interference
@@ -257,6 +268,7 @@ def test_k_by_energy_is_chosen_once_and_stored_as_numbers(tmp_path: Path, monkey
     assert relative_error(PeftModel.from_pretrained(base, tmp_path)(x).detach(), model(x).detach()) < 1e-5
 
 
+@transformers_takes_peft
 def test_a_file_never_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However it is loaded; on a base of another precision k might be another."""
     asked = OploraConfig(target_modules=["query"], preserved_energy=0.5, r=2)

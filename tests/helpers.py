@@ -25,6 +25,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from isotune import PsoftConfig, get_peft_model
 from isotune.adapter.lowrank import ComplementAdapter
+from isotune.adapter.restarting import RestartingAdapter
 from isotune.methods import METHODS
 from isotune.methods.rotation import RotationConfig
 from isotune.tuner.layer import Layer
@@ -362,6 +363,8 @@ def reference_update(layer: Layer, adapter: str = "default") -> Tensor:
     scale = layer.configs[adapter].scale_of(layer.key)
     if isinstance(operator, ComplementAdapter):
         return scale * reference_complement(operator, weight, basis)
+    if isinstance(operator, RestartingAdapter):
+        return scale * reference_restarting(operator, weight, basis)
     writer = weight @ basis.T
     if operator.power is None:
         writer = writer / writer.square().sum(0).sqrt()
@@ -376,6 +379,15 @@ def reference_complement(operator: Any, weight: Tensor, basis: Tensor) -> Tensor
     a, b = operator.lora_A.to(weight), operator.lora_B.to(weight)
     a = a @ (torch.eye(weight.shape[1]).to(weight) - basis.T @ basis)
     return (torch.eye(weight.shape[0]).to(weight) - left @ left.T) @ b @ a
+
+
+def reference_restarting(operator: Any, weight: Tensor, basis: Tensor) -> Tensor:
+    """B A, without the part of the weight W Vᵀ V that it started from if that is split off; differentiable."""
+    found = operator.lora_B.to(weight) @ operator.lora_A.to(weight)
+    if not operator.subtracted:
+        return found
+    basis = basis / basis.norm(dim=1, keepdim=True)
+    return found - weight @ basis.T @ basis
 
 
 def rotated(operator: Any, matrix: Tensor) -> Tensor:
@@ -396,6 +408,7 @@ OPTIONS_FOR_12: dict[str, dict[str, Any]] = {
     "svfit": {"r": 4},
     "cersa": {"r": 4},
     "oplora": {"r": 4, "preserved_rank": 3},
+    "rosa": {"r": 4},
     "road": {"group_size": 4, "side": "input"},
 }
 """Options with which each method fits a layer whose W has a multiple of 12 columns."""
@@ -411,6 +424,7 @@ OPTIONS_FOR_TINY: dict[str, dict[str, Any]] = {
     "svfit": {"r": 8},
     "cersa": {"r": 8},
     "oplora": {"r": 8, "preserved_rank": 6},
+    "rosa": {"r": 8},
     "road": {"group_size": 8, "side": "input"},
 }
 """Options with which each method fits every layer of the tiny models."""
@@ -536,8 +550,19 @@ WITH_LORA = (*EVERY_METHOD, LORA)
 FEW = ("psoft", "lora_xs", "oft", "boft", "hra", LORA)
 """What a quick run tests the run-time core with; GOFT, qGOFT and COFT are rotations there as OFT is."""
 
-SUBSPACES = ("psoft", "lora_xs", "svfit", "cersa", "oplora")
+SUBSPACES = ("psoft", "lora_xs", "svfit", "cersa", "oplora", "rosa")
 """Methods whose adapters have a subspace of their base's weight."""
+
+EMBEDDED = ("rosa",)
+"""Those of them that store the subspace itself, and refuse to pin it."""
+
+
+def with_basis(method: str, basis: str) -> dict[str, Any]:
+    """The option, if the method has it; skips a test of what the method refuses."""
+    if method in EMBEDDED and basis == "pinned":
+        pytest.skip("stores its subspace, and refuses to pin it")
+    return {"basis": basis} if method in SUBSPACES else {}
+
 
 DROPOUT: dict[str, dict[str, Any]] = {
     "psoft": {"psoft_dropout": 0.5},

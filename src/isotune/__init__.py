@@ -21,6 +21,7 @@ from isotune.methods import (
     PsoftConfig,
     QGOFTConfig,
     RoadConfig,
+    RosaConfig,
     SvfitConfig,
 )
 from isotune.tools.decoding import evaluated_once
@@ -46,6 +47,7 @@ __all__ = [
     "PsoftConfig",
     "QGOFTConfig",
     "RoadConfig",
+    "RosaConfig",
     "SvfitConfig",
     "__version__",
     "add_adapter",

@@ -16,7 +16,8 @@ from helpers import layers_of, some_tokens, trainable
 from isotune.moving import MovingSchedule
 
 STEPS = 12
-SELECT = ("top", "band", "gradient")
+TRAINED = (("psoft", "top"), ("psoft", "band"), ("psoft", "gradient"), ("rosa", "band"))
+"""Methods, and how their schedule selects."""
 
 
 def batches(rank: int, size: int) -> list[dict[str, torch.Tensor]]:
@@ -48,11 +49,12 @@ def train(model: Any, select: Any, rank: int = 0, size: int = 1) -> list[float]:
 def run(out: Path) -> dict[str, Any]:
     rank, size = dist.get_rank(), dist.get_world_size()
     found: dict[str, Any] = {}
-    for select in SELECT:
-        replica = nn.parallel.DistributedDataParallel(adapted("psoft"))
-        found[select] = train(replica, select, rank, size)
+    for method, select in TRAINED:
+        name = f"{method} {select}"
+        replica = nn.parallel.DistributedDataParallel(adapted(method))
+        found[name] = train(replica, select, rank, size)
         stored = [tensor for layer in layers_of(replica) for tensor in layer.stored_of("default")]
-        found[f"{select} stored"] = [float((t * torch.arange(1, t.numel() + 1).view(t.shape)).sum()) for t in stored]
+        found[f"{name} stored"] = [float((t * torch.arange(1, t.numel() + 1).view(t.shape)).sum()) for t in stored]
     model = sharded(adapted("psoft"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     found["fsdp"] = refused(lambda: MovingSchedule(1).step(model, optimizer))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from isotune.methods import METHODS
-from isotune.methods.subspace import SubspaceConfig
+from isotune.methods.subspace import MovableConfig
 
 HEADS = ("classifier", "score")
 """What transformers calls the last layer of its sequence classifiers; PEFT trains and saves these by itself."""
@@ -39,7 +39,7 @@ class Entry:
     @property
     def on_subspaces(self) -> bool:
         """Whether it is one of isotune's methods on subspaces of the weights."""
-        return self.base in METHODS and issubclass(METHODS[self.base], SubspaceConfig)
+        return self.base in METHODS and issubclass(METHODS[self.base], MovableConfig)
 
     @property
     def size_option(self) -> str | None:

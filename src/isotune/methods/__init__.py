@@ -10,6 +10,7 @@ from isotune.methods.oft import OFTConfig
 from isotune.methods.oplora import OploraConfig
 from isotune.methods.psoft import PsoftConfig
 from isotune.methods.road import RoadConfig
+from isotune.methods.rosa import RosaConfig
 from isotune.methods.svfit import SvfitConfig
 
 METHODS: dict[str, type[IsotuneConfig]] = {
@@ -24,6 +25,7 @@ METHODS: dict[str, type[IsotuneConfig]] = {
     "svfit": SvfitConfig,
     "cersa": CersaConfig,
     "oplora": OploraConfig,
+    "rosa": RosaConfig,
 }
 """Name of each method -> its configuration. The PEFT type is ISOTUNE_ followed by the name in capitals."""
 
@@ -39,5 +41,6 @@ __all__ = [
     "PsoftConfig",
     "QGOFTConfig",
     "RoadConfig",
+    "RosaConfig",
     "SvfitConfig",
 ]

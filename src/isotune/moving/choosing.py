@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,7 +13,7 @@ from torch import distributed as dist
 from isotune.hosts import widen
 from isotune.parallel.processes import several
 from isotune.subspace.precision import without_autocast
-from isotune.subspace.selection import SELECTIONS, drawn_start, singular_subspace
+from isotune.subspace.selection import SELECTIONS, drawn_start, generator_for, singular_subspace
 from isotune.subspace.solvers import principal_subspace
 from isotune.tuner.batches import groups_that_fit, on_device
 from isotune.tuner.layer import Layer
@@ -45,9 +44,7 @@ def subspace_of(current: Tensor, rank: int, select: str, *, seed: int, number: i
     """
     start = None
     if select == "band":
-        digest = hashlib.blake2b(f"{seed} {number} {name}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-        start = drawn_start(min(current.shape), rank, generator)
+        start = drawn_start(min(current.shape), rank, generator_for(seed, number, name))
     return singular_subspace(current, rank, select, start=start, name=f"module {name!r}").basis
 
 

@@ -172,6 +172,7 @@ class MovingSchedule:
             done=done,
             optimizer_state=self.optimizer_state,
             max_rank=self.max_rank,
+            seed=self.seed,
         )
         self.history.append(found)
         if found.error > self.largest_error:

@@ -80,7 +80,7 @@ def parse(text: str, recipe: Recipe, options: Options) -> Variant:
         given |= own.options
         train |= own.train
     train.pop("lr", None)
-    tried, centre = list(options.rates), registry.entry(name).usual_learning_rate
+    tried, centre = list(options.rates), 0.0
     for part in re.split(r"\+(?=[A-Za-z_.]+=)", rest) if rest else ():
         key, separator, value = part.partition("=")
         if not separator or not key:
@@ -99,6 +99,7 @@ def parse(text: str, recipe: Recipe, options: Options) -> Variant:
     # Through the recipe's own check, which names the nearest method to a misspelt one.
     method = validate({**recipe.model_dump(), "method": {"name": name, **given, "train": train}}, text).method
     methods.check(method)
+    centre = centre or registry.entry(name).rate_with(given)
     return Variant(text, method, tuple(sorted(set(tried))) or grid(centre, options.lr_search, options.factor))
 
 

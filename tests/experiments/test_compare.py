@@ -131,7 +131,7 @@ def test_every_method_has_a_usual_rate() -> None:
 
 
 def test_the_grid_lies_around_its_middle() -> None:
-    assert grid(1e-3, 1, 2.5) == (1e-3,)
+    assert grid(1.25e-3, 1, 2.5) == (1.25e-3,)
     assert grid(1e-3, 3, 2.5) == (4e-4, 1e-3, 2.5e-3)
     lower, upper = grid(1e-3, 2, 4.0)
     assert lower * upper == pytest.approx(1e-6, rel=0.05)

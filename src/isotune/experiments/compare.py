@@ -115,8 +115,9 @@ def _numbers(text: str, value: Any) -> list[float]:
 
 
 def grid(centre: float, count: int, factor: float) -> tuple[float, ...]:
-    """`count` learning rates `factor` apart, with `centre` in the middle; rounded to two digits."""
-    return tuple(float(f"{centre * factor ** (i - (count - 1) / 2):.2g}") for i in range(count))
+    """`count` learning rates `factor` apart, with `centre` in the middle; the others rounded to two digits."""
+    powers = (i - (count - 1) / 2 for i in range(count))
+    return tuple(float(f"{centre * factor**power:.2g}") if power else centre for power in powers)
 
 
 def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Schedule:

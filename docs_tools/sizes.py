@@ -39,6 +39,7 @@ FIRST: dict[str, dict[str, Any]] = {
     "svfit": {"r": 128},
     "oplora": {"r": 8},
     "rosa": {"r": 8},
+    "peso": {"r": 8},
     "oft": {"oft_block_size": 32},
     "boft": {"boft_block_size": 8, **BOFT},
     "goft": {},

@@ -409,6 +409,7 @@ OPTIONS_FOR_12: dict[str, dict[str, Any]] = {
     "cersa": {"r": 4},
     "oplora": {"r": 4, "preserved_rank": 3},
     "rosa": {"r": 4},
+    "peso": {"r": 4},
     "road": {"group_size": 4, "side": "input"},
 }
 """Options with which each method fits a layer whose W has a multiple of 12 columns."""
@@ -425,6 +426,7 @@ OPTIONS_FOR_TINY: dict[str, dict[str, Any]] = {
     "cersa": {"r": 8},
     "oplora": {"r": 8, "preserved_rank": 6},
     "rosa": {"r": 8},
+    "peso": {"r": 8},
     "road": {"group_size": 8, "side": "input"},
 }
 """Options with which each method fits every layer of the tiny models."""
@@ -550,10 +552,10 @@ WITH_LORA = (*EVERY_METHOD, LORA)
 FEW = ("psoft", "lora_xs", "oft", "boft", "hra", LORA)
 """What a quick run tests the run-time core with; GOFT, qGOFT and COFT are rotations there as OFT is."""
 
-SUBSPACES = ("psoft", "lora_xs", "svfit", "cersa", "oplora", "rosa")
+SUBSPACES = ("psoft", "lora_xs", "svfit", "cersa", "oplora", "rosa", "peso")
 """Methods whose adapters have a subspace of their base's weight."""
 
-EMBEDDED = ("rosa",)
+EMBEDDED = ("rosa", "peso")
 """Those of them that store the subspace itself, and refuse to pin it."""
 
 

@@ -60,7 +60,7 @@ from isotune.tuner.placing import place_adapter
 from quantisers import QUANTISERS, quantise
 
 RANK = 5
-ADDITIVE = ("psoft", "lora_xs", "svfit", "cersa", "oplora", "rosa")
+ADDITIVE = ("psoft", "lora_xs", "svfit", "cersa", "oplora", "rosa", "peso")
 """Methods that update W; the others rotate its inputs, or its outputs."""
 OF_OUTPUTS = [form for form in FORMS if form not in METHODS]
 
@@ -883,7 +883,7 @@ def test_who_reads_an_adapter_in_train_mode_drops_nothing(method: str, host: Cas
     for _ in range(4):
         for name, found in read().items():
             assert torch.equal(found, right[name]), name
-    if form_of(method)[0] not in ("hra", "qgoft", "oplora", "rosa"):  # which have no mean
+    if form_of(method)[0] not in ("hra", "qgoft", "oplora", "rosa", "peso"):  # which have no mean
         model.add_adapter("other", config(method, host, **dropping(method, host)))
         model.base_model.add_weighted_adapter(["default", "other"], [1.0, 0.0], "mean")
         torch.testing.assert_close(layer.get_delta_weight("mean"), right["delta"], rtol=1e-4, atol=1e-5)

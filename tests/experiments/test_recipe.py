@@ -98,7 +98,7 @@ def test_a_methods_own_training_settings_go_over_the_recipes(path: str) -> None:
         ("train.start_from_head=true", ["needs 'head' among the baselines"]),
         ("method.train={lrr: 1}", ["in 'train' of method lora", "'lrr'", "did you mean 'lr'?"]),
         ("train.moving={every: 2}", ["train.moving is for methods on subspaces", "psoft", "lora is none"]),
-        ("method.train.moving.select=gradient", ["select", "'top', 'bottom' or 'band'", "'gradient'"]),
+        ("method.train.moving.select=gradient", ["select", "'top', 'bottom', 'band' or 'warm'", "'gradient'"]),
         ("model", ["an override is key=value", "'model'"]),
         ("=3", ["an override is key=value"]),
         ("train..lr=3", ["an override is key=value"]),

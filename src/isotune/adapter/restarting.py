@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from isotune.adapter.lowrank import PlacedLowRank
 from isotune.adapter.placement import Placement, place
-from isotune.algebra.recording import is_exported
 
 
 class RestartingAdapter(PlacedLowRank):
@@ -63,9 +62,7 @@ class RestartingAdapter(PlacedLowRank):
         if self.accumulated_rank:
             downs.append(down[..., self.size :, :])
             ups.append(up[..., self.size :])
-        if len(downs) == 1:
-            # As the kernels for decoding read it; but a trace must not differ with gradients off.
-            return a, ups[0] if torch.is_grad_enabled() or is_exported() else ups[0].contiguous()
+        # Copies, even of A alone: the owner of the parameters may take them away before the layer uses the factors.
         return torch.cat(downs, -2), torch.cat(ups, -1)
 
     def _scaled(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from isotune.methods.hra import HRAConfig
 from isotune.methods.lora_xs import LoraXsConfig
 from isotune.methods.oft import OFTConfig
 from isotune.methods.oplora import OploraConfig
+from isotune.methods.peso import PesoConfig
 from isotune.methods.psoft import PsoftConfig
 from isotune.methods.road import RoadConfig
 from isotune.methods.rosa import RosaConfig
@@ -26,6 +27,7 @@ METHODS: dict[str, type[IsotuneConfig]] = {
     "cersa": CersaConfig,
     "oplora": OploraConfig,
     "rosa": RosaConfig,
+    "peso": PesoConfig,
 }
 """Name of each method -> its configuration. The PEFT type is ISOTUNE_ followed by the name in capitals."""
 
@@ -38,6 +40,7 @@ __all__ = [
     "LoraXsConfig",
     "OFTConfig",
     "OploraConfig",
+    "PesoConfig",
     "PsoftConfig",
     "QGOFTConfig",
     "RoadConfig",

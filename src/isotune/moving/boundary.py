@@ -37,7 +37,7 @@ class Move:
     """What happened at one boundary."""
 
     number: int
-    """The number of the boundary, from 1."""
+    """The number of the boundary, from 1; 0 for one before the first step."""
     done: int
     """How many steps or epochs were finished."""
     ranks: Mapping[str, int]

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from chats import conversations, preferences, words
 from isotune.experiments.loading import load, packaged
 from isotune.experiments.recipe import Recipe, keys_of
-from isotune.experiments.registry import entry
 from isotune.experiments.starting import KINDS, METHOD, starting
+from isotune.methods import METHODS
 from isotune_cli import app
 
 runner = CliRunner()
@@ -48,7 +48,8 @@ def test_every_key_has_a_comment_and_the_value_of_the_schema(kind: str) -> None:
     assert {key for key in written if not key.startswith("method.")} <= set(keys_of(Recipe))
     # What docs/choose.md says: language models want less than the small models by which the usual rate was found.
     of_language = {"chat": 5e-4, "completion": 5e-4, "preference": 1e-4}
-    assert written["train.lr"] == of_language.get(kind, entry(METHOD).usual_learning_rate)
+    assert written["train.lr"] == of_language.get(kind, METHODS[METHOD].scaled_learning_rate)
+    assert written.get("method.scaled_generator", False) == (kind not in of_language)
     plain = Recipe.model_validate(
         {"task": KINDS[kind].task, "model": "m", "data": {"files": {"train": "d.jsonl"}}, "method": METHOD}
     )

@@ -31,7 +31,8 @@ class Kind:
         form: what the data look like.
         model: a usual one.
         keys: those of its own, in order.
-        train: settings that are not the default.
+        train: settings that are not the default. With a learning rate of the published kind among them, the method has
+            its published form; otherwise generators are scaled, whose usual rate fits every size.
     """
 
     task: str
@@ -143,13 +144,16 @@ def starting(kind: str = "chat", model: str | None = None, data: str | None = No
     known, method = KINDS[kind], entry(METHOD)
     size = method.size_option
     assert size is not None
+    options = {size: getattr(METHODS[METHOD](), size)}
+    if "lr" not in known.train:
+        options["scaled_generator"] = True
     raw = {
         "description": f"{method.title} on data of my own: {known.learnt}.",
         "task": known.task,
         "model": model or known.model,
         "data": {"files": {"train": data or known.file}},
-        "method": {"name": METHOD, size: getattr(METHODS[METHOD](), size)},
-        "train": {"lr": method.usual_learning_rate, **known.train},
+        "method": {"name": METHOD, **options},
+        "train": {"lr": method.rate_with(options), **known.train},
         "check_saved": True,
         "output": f"runs/{name}",
     }
@@ -159,11 +163,12 @@ def starting(kind: str = "chat", model: str | None = None, data: str | None = No
         "task": f"What is learnt: {known.learnt}.",
         "data.files.train": known.form,
         f"method.{size}": "The size of the adapter: more trains more parameters.",
+        "method.scaled_generator": "true: one learning rate for all sizes. PSOFT, OFT and BOFT have it.",
         "train.lr": f"The adapter's learning rate to begin with. {ABOUT['train.lr']}",
     }
     own = {part: [key for key in known.keys if key.startswith(part)] for part in ("data.", "train.", "preference.")}
     alone = [key for key in known.keys if "." not in key]
-    keys = [*_FIRST, *alone, *_SOURCES, *own["data."], "method.name", f"method.{size}"]
+    keys = [*_FIRST, *alone, *_SOURCES, *own["data."], "method.name", *(f"method.{option}" for option in options)]
     keys += [*_SCHEDULE, *own["train."], *own["preference."], *_LAST]
     return "\n".join(_lines(recipe, keys, about)) + "\n"
 

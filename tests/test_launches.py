@@ -41,6 +41,8 @@ CONFIGURATIONS: dict[str, PeftConfig] = {
     **{f"PSOFT r={r}": isotune.PsoftConfig(r=r) for r in (8, 46, 128)},
     **{f"LoRA-XS r={r}": isotune.LoraXsConfig(r=r) for r in (8, 46)},
     **{f"OPLoRA r={r}": isotune.OploraConfig(r=r) for r in (8, 32)},
+    "ROSA r=8": isotune.RosaConfig(r=8),
+    "PESO r=8": isotune.PesoConfig(r=8),
     **{f"OFT b={b}": isotune.OFTConfig(oft_block_size=b) for b in (8, 32)},
     "COFT b=32": isotune.OFTConfig(oft_block_size=32, coft=True, eps=0.5),
     **{f"HRA r={r}": isotune.HRAConfig(r=r) for r in (2, 8)},
@@ -50,13 +52,14 @@ CONFIGURATIONS: dict[str, PeftConfig] = {
     "qGOFT": isotune.QGOFTConfig(),
 }
 
-LAYER = {"PSOFT": 8, "LoRA-XS": 9, "OPLoRA": 15, "OFT": 5, "COFT": 5, "HRA": 7, "BOFT": 12, "GOFT": 18, "qGOFT": 18}
+LAYER = {"PSOFT": 8, "LoRA-XS": 9, "OPLoRA": 15, "ROSA": 12, "PESO": 8}
+LAYER |= {"OFT": 5, "COFT": 5, "HRA": 7, "BOFT": 12, "GOFT": 18, "qGOFT": 18}
 """The most operations that an adapted layer adds to a step without kernels, as measured."""
 
 WITH_KERNELS = {**LAYER, "OFT": 2, "COFT": 2, "BOFT": 6, "GOFT": 9, "qGOFT": 9}
 """The same with them."""
 
-OF_ITS_OWN = ("OPLoRA",)
+OF_ITS_OWN = ("OPLoRA", "ROSA", "PESO")
 """Methods whose layers are evaluated each for itself, within the operations of a layer: five more than LoRA's."""
 
 AS_LORA = ("PSOFT", "LoRA-XS", "OFT", "COFT", "HRA")

@@ -74,6 +74,23 @@ def test_an_adapter_is_trained_scored_and_saved(tiny: dict[str, Any], method: st
     assert not any(name.endswith((".bin", ".pt", ".pth")) or "checkpoint" in name for name in files_of(folder))
 
 
+@pytest.mark.parametrize(
+    ("name", "moving", "boundary"),
+    [("rosa", {"select": "band"}, 1), ("peso", {"every": 6, "unit": "step", "select": "warm"}, 2)],
+)
+def test_subspaces_move_as_the_training_says(
+    tiny: dict[str, Any], name: str, moving: dict[str, Any], boundary: int
+) -> None:
+    tiny["method"] = {"name": name, "r": 3, "train": {"moving": moving}}
+    tiny["train"]["select_best"] = False
+    result = run(validate(tiny))
+    folder = Path(tiny["output"]) / name / "adapter"
+    stored, tensors = read_json(folder / "adapter_config.json"), load_file(folder / "adapter_model.safetensors")
+    assert set(stored["accumulated_ranks"].values()) <= {3, 6}
+    assert {float(tensor) for key, tensor in tensors.items() if key.endswith(".moves")} == {boundary}
+    assert all(np.isfinite(row.get("loss", 0.0)) for row in result["runs"][0]["curve"])
+
+
 @pytest.mark.slow
 def test_the_task_is_learnt(tiny: dict[str, Any]) -> None:
     tiny["method"] = "full"  # the encoder is random, so there is no knowledge to rotate

@@ -24,6 +24,7 @@ from helpers import (
     layers_of,
     randomize,
     reference_complement,
+    reference_restarting,
     relative_error,
     snapshot,
     some_tokens,
@@ -31,7 +32,7 @@ from helpers import (
     up_of,
 )
 from isotune import BOFTConfig, OFTConfig, PsoftConfig, get_peft_model
-from isotune.adapter.lowrank import ComplementAdapter
+from isotune.adapter.lowrank import ComplementAdapter, PlacedLowRank
 from isotune.adapter.rotation import RotationAdapter
 from isotune.adapter.subspace import SubspaceBasis
 from isotune.algebra.factors import apply_chain
@@ -53,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hra": {"r": 4},
     "lora_xs": {"r": 6},
     "oplora": {"r": 6, "preserved_rank": 4},
+    "rosa": {"r": 6},
     "goft": {},
     "qgoft": {},
 }
@@ -128,10 +130,11 @@ def folded(layer: ExpertsLayer, parameters: dict[str, Tensor], name: str = "defa
     result = []
     for index, matrix in enumerate(layer.host.matrix().double()):
         own = {key: value[index] for key, value in parameters.items()}
-        if isinstance(single, ComplementAdapter):
+        if isinstance(single, PlacedLowRank):
             single.lora_A, single.lora_B = None, None
             vars(single).update(own)
-            result.append(matrix + reference_complement(single, matrix, down_of(layer, name)[index].double()))
+            reference = reference_complement if isinstance(single, ComplementAdapter) else reference_restarting
+            result.append(matrix + reference(single, matrix, down_of(layer, name)[index].double()))
             continue
         eye = torch.eye(single.size, dtype=torch.float64)
         tensors = single.evaluate(own)

@@ -277,7 +277,7 @@ class AdaptedModel:
         # The update belongs to the base's own weight, which is still kept while another tuner is merged into it.
         weight_holds = not seen or placement.weight.is_of(weight) or any(o.merged for o in layer.other_tuners())
         if not weight_holds and not self._is_moved_by_others() and not keeps_its_basis(layer, adapter_name):
-            if adapter.is_untrained():
+            if layer.accumulated(adapter_name) is None and adapter.is_untrained():
                 for basis in layer.bases(adapter_name):
                     basis.record(torch.zeros_like(basis.stored))
                 for parameter in adapter.parameters() if adapter.starts_by_placement else ():

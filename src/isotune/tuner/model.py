@@ -88,11 +88,11 @@ class IsotuneModel(Tuner):
             own = AdaptedModel.attach(model)
             if first:
                 own.trainable.update(trainable)
-            _make_replicas(model, own.layers, adapter_name)
             if basis_of is not None:
                 share_basis(adapter_name, basis_of, own.layers)
             elif config.origin is None:  # otherwise the file's tensors come next and are placed then
                 place_adapter(adapter_name, own.layers)
+            _make_replicas(model, own.layers, adapter_name)  # some start where they are placed
         except BaseException:
             remove_adapter(model, adapter_name)
             self.peft_config.pop(adapter_name, None)

@@ -91,10 +91,10 @@ def size_layers(model: nn.Module, adapter_name: str, config: IsotuneConfig) -> N
     if config.chooses_sizes:
         for option, value in choose_sizes(layers, config).options.items():
             setattr(config, option, value)
-    else:
+    if config.fits:
         cache = SubspaceCache() if getattr(config, "subspace_cache", False) else None
         for layer in tqdm(layers, desc="singular values", unit="weight", delay=_PROGRESS_DELAY_SECONDS):
-            config.fit(layer.key, _singular_values(layer, cache))
+            config.fit(layer.key, _shape(layer), _singular_values(layer, cache))
     for name in config.asking:
         if hasattr(config, name):
             setattr(config, name, None)

@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--beta", type=float, nargs="+", default=[0.5, 0.8, 0.95])
     options = parser.parse_args()
     warnings.simplefilter("ignore", IsotuneWarning)
-    base = load_base(options.model).float()
+    base = nn.Module.float(load_base(options.model))  # transformers refuses it of a GGUF file
     data = batches(resolve_base(options.model))
     print(f"{options.model}, float32, all linear layers: {held(base):.1f} MiB; torch {torch.__version__}\n")
     print("| β | α | truncated layers | k | model and adapter, MiB | trained, MiB | outputs change |")

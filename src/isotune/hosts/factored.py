@@ -12,6 +12,7 @@ from isotune.parallel.sharding import gathered, is_sharded
 
 _UNSEEN = 1e-3
 """Share of a change of W that may lie outside of the rows of the layer: that of rounding."""
+_FACTORS = ("left", "values", "right")
 _ALIKE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Relative difference up to which an adapter's factors count as the layer's own."""
 
@@ -52,6 +53,8 @@ class FactoredLinear(nn.Module):
         self.right = nn.Parameter(pad(right, (0, 0, 0, filling)).contiguous(), requires_grad=False)
         self.bias = bias
         self.transposed, self.energy = transposed, energy
+        self.register_state_dict_post_hook(_write_dense)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_read_dense)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """y, by two products."""
@@ -99,28 +102,29 @@ class FactoredLinear(nn.Module):
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
         return f"{sizes}, bias={self.bias is not None}"
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not prefix.endswith("base_layer."):
-            for name in ("left", "values", "right"):
-                del destination[prefix + name]
-            destination[prefix + "weight"] = self.weight.contiguous()
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
-    ) -> None:
-        dense = state_dict.get(prefix + "weight")
-        if dense is not None and dense.shape == self.weight.shape:
-            left = self.left.detach()
-            try:
-                left = self.left_of((dense.mT if self.transposed else dense).to(left.device))
-            except ValueError as error:
-                errors.append(f"{prefix}weight: {error}")
-            held = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-            del held[prefix + "weight"]
-            own = {"left": left, "values": self.values.detach(), "right": self.right.detach()}
-            state_dict = {**held, **{prefix + name: factor for name, factor in own.items()}}
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+def _write_dense(module: FactoredLinear, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """In a state dict, replace the factors by W_k unless they are those of an adapted layer."""
+    if not prefix.endswith("base_layer."):
+        for name in _FACTORS:
+            del state_dict[prefix + name]
+        state_dict[prefix + "weight"] = module.weight.contiguous()
+
+
+def _read_dense(
+    module: FactoredLinear, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+) -> None:
+    """In a state dict that is about to be loaded, replace a dense weight by the factors that hold it."""
+    dense = state_dict.get(prefix + "weight")
+    if dense is None or dense.shape != module.weight.shape:
+        return
+    del state_dict[prefix + "weight"]
+    state_dict.update({prefix + name: getattr(module, name).detach() for name in _FACTORS})
+    try:
+        matrix = (dense.mT if module.transposed else dense).to(module.left.device)
+        state_dict[prefix + "left"] = module.left_of(matrix)
+    except ValueError as error:
+        lists[-1].append(f"{prefix}weight: {error}")
 
 
 class FactoredHost(Host):

@@ -426,6 +426,11 @@ def test_a_model_with_other_adapters_is_refused() -> None:
     with pytest.raises(ValueError, match="would change the weights below 'default'"):
         isotune.add_adapter(model, "second", cersa(target_modules=["layers.1"]))
     assert_unchanged(model, before)
+    base = wrapped_in_lora()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"would change the weights below 'peft\.tuners\.lora"):
+        get_peft_model(base, cersa(target_modules=["layers.0"]))
+    assert_unchanged(base, before)
 
 
 class Other(nn.Linear):

@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -71,11 +73,16 @@ def summary(layers: Sequence[TruncatedLayer]) -> str:
         '1 of 2 layers truncated to rank 2, with 90.0 % of the energy: 98 numbers instead of 128'
     """
     done = [layer for layer in layers if layer.rank is not None]
-    ranks = sorted({layer.rank for layer in done if layer.rank is not None}) or [0]
-    shares = sorted({f"{layer.energy:.1%}".replace("%", " %") for layer in done}) or ["0.0 %"]
-    rank, share = (str(one[0]) if len(one) == 1 else f"{one[0]} to {one[-1]}" for one in (ranks, shares))
+    ranks = _span([f"{layer.rank}" for layer in sorted(done, key=lambda layer: layer.rank or 0)])
+    shares = _span([f"{100 * layer.energy:.1f} %" for layer in sorted(done, key=lambda layer: layer.energy)])
     numbers = f"{sum(one.after for one in layers):,} numbers instead of {sum(one.before for one in layers):,}"
-    return f"{len(done)} of {len(layers)} layers truncated to rank {rank}, with {share} of the energy: {numbers}"
+    return f"{len(done)} of {len(layers)} layers truncated to rank {ranks}, with {shares} of the energy: {numbers}"
+
+
+def _span(ordered: Sequence[str]) -> str:
+    """The first and the last, or the only one."""
+    ends = list(dict.fromkeys([*ordered[:1], *ordered[-1:]]))
+    return " to ".join(ends) or "none"
 
 
 def refuse_untruncatable(model: nn.Module, adapter_name: str, config: IsotuneConfig) -> None:
@@ -135,20 +142,18 @@ def refuse_other_truncation(model: nn.Module, adapter_name: str, config: Isotune
             )
             + " Nothing was changed."
         )
-    others = {name for layer in _layers(model) for name in layer.configs if name != adapter_name}
+    tuners: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    others = [name for layer in tuners if isinstance(layer, Layer) for name in layer.configs if name != adapter_name]
+    others += [f"{type(one).__module__}.{type(one).__name__}" for one in tuners if not isinstance(one, Layer)]
     if others:
         raise ValueError(
-            f"truncate_base would change the weights below {min(others)!r}, an adapter that this model already has. "
-            "Load the base once more for this adapter, or delete the other first. Nothing was changed."
+            f"truncate_base would change the weights below {others[0]!r}, an adapter that this model "
+            "already has. Load the base once more for this adapter, or delete the other first. Nothing was changed."
         )
 
 
-def _layers(model: nn.Module) -> list[Layer]:
-    return [module for module in model.modules() if isinstance(module, Layer)]
-
-
 def _own(model: nn.Module, adapter_name: str) -> list[Layer]:
-    return [layer for layer in _layers(model) if adapter_name in layer.configs]
+    return [module for module in model.modules() if isinstance(module, Layer) and adapter_name in module.configs]
 
 
 def _why_whole(layer: Layer, holders: int) -> str | None:

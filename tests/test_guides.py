@@ -82,6 +82,7 @@ def test_every_page_is_run_or_says_why_not(page: str, request: pytest.FixtureReq
         assert f'run("{page}"' in tests
 
 
+@pytest.mark.filterwarnings("ignore:truncate_base has changed:isotune.errors.IsotuneWarning")
 @pytest.mark.parametrize("page", ALONE)
 def test_pages_that_need_nothing(page: str, hub: Path) -> None:
     run(page)

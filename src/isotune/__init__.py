@@ -30,6 +30,7 @@ from isotune.tools.hotswap import hotswap_adapter
 from isotune.tools.ranks import choose_ranks
 from isotune.tools.regularization import regularization_callback, regularization_loss
 from isotune.tools.several import add_adapter, load_adapter
+from isotune.tools.truncation import truncation_error
 from isotune.tuner.register import register
 
 __version__ = "0.1.0"
@@ -60,4 +61,5 @@ __all__ = [
     "load_adapter",
     "regularization_callback",
     "regularization_loss",
+    "truncation_error",
 ]

@@ -240,6 +240,11 @@ def factors_of(module: str, layer: Layer, adapter_name: str, rank: int | None, e
     Raises:
         ValueError: the adapter is a rotation, whose update has full rank, and neither rank nor energy is given.
     """
+    if layer.host.stands_in:
+        raise ValueError(
+            f"The adapter truncates the weight of {module!r} (truncate_base), "
+            "which no LoRA on the base model does; export the merged model instead (--to merged)."
+        )
     if layer.supports_lora_conversion(adapter_name):
         return truncate_product(*layer.low_rank(adapter_name), rank=rank, energy=energy)
     if rank is None and energy is None:

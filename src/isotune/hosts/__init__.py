@@ -7,6 +7,7 @@ from torch import nn
 from isotune.hosts.conv import ConvHost
 from isotune.hosts.embedding import EmbeddingHost
 from isotune.hosts.experts import ExpertsHost
+from isotune.hosts.factored import FactoredHost, FactoredLinear
 from isotune.hosts.host import Host, Kept, widen
 from isotune.hosts.linear import LinearHost
 from isotune.hosts.quantised import Backend, Functions, QuantisedHost, functions_for, product_with_identity
@@ -17,6 +18,8 @@ __all__ = [
     "ConvHost",
     "EmbeddingHost",
     "ExpertsHost",
+    "FactoredHost",
+    "FactoredLinear",
     "Functions",
     "Host",
     "Kept",
@@ -28,7 +31,7 @@ __all__ = [
     "widen",
 ]
 
-_HOSTS: tuple[type[Host], ...] = (LinearHost, ConvHost, EmbeddingHost)
+_HOSTS: tuple[type[Host], ...] = (LinearHost, ConvHost, EmbeddingHost, FactoredHost)
 
 
 def host_for(module: nn.Module, name: str = "", backend: Backend | None = None, parameter: str | None = None) -> Host:

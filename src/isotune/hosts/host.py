@@ -56,6 +56,8 @@ class Host:
     """Whether, if rows of W are looked up, it is known by what they are multiplied."""
     multiplies = False
     """Whether the module only computes x Wᵀ + b from its weight and bias, so that this may be computed in its place."""
+    stands_in = False
+    """Whether the module approximates the base's own layer, so that an update means something on it alone."""
     parameter = "weight"
     """Name of the parameter that holds W."""
     transposed = False
@@ -115,6 +117,11 @@ class Host:
         """The tensor that holds W, in the module's own layout."""
         weight: Tensor = getattr(self.module, self.parameter)
         return weight
+
+    @property
+    def as_read(self) -> Tensor:
+        """The weight that code finds which reads it from the module instead of calling it."""
+        return self.weight
 
     def shape(self) -> tuple[int, int]:
         """The shape of W, even if this process holds only a part of it."""
@@ -189,6 +196,10 @@ class Host:
         weight = self.stored(matrix).contiguous().to(before.device, before.dtype)
         weight = weight if mesh_of(self.module) is None else split_like(weight, before)
         setattr(self.module, self.parameter, nn.Parameter(weight, requires_grad=before.requires_grad))
+
+    def shared(self, down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """The factors of an update, down (rank or more, in) and up (out, rank or more), or the layer's own for them."""
+        return down, up
 
     def keep(self) -> Kept:
         """Save what `restore` needs to undo a later `set_matrix`."""

@@ -26,7 +26,7 @@ from isotune.methods.checks import require_positive_integer as require_positive_
 from isotune.methods.sizes import ChosenSize, check_budget
 from isotune.model_card import WEIGHTS, update_list, write_card
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Newest version of the adapter format (docs/adapter-format.md); each file is given the lowest that can express it."""
 
 
@@ -222,11 +222,16 @@ class IsotuneConfig(ChosenSize, PeftConfig):
                 stored[name] = sorted(value)  # so that the same adapter always gives the same file
         return stored
 
-    def fit(self, module: str, singular_values: Tensor) -> None:
+    def base_rank(self, module: str) -> int | None:
+        """The rank to which a module's own weight is truncated before the adapter acts; None if it stays whole."""
+        return None
+
+    def fit(self, module: str, shape: tuple[int, int], singular_values: Tensor) -> None:
         """Set what depends on the weight of a module; called if something else than sizes is asked for.
 
         Args:
             module: the module's name in the base model.
+            shape: (out, in) of W.
             singular_values: of W, or of each expert, all of them, (1 or experts, n), descending.
         """
 

@@ -71,7 +71,7 @@ class OploraConfig(BasisConfig):
         """k of a module."""
         return int(by_pattern(self.preserved_rank_pattern, module, self.preserved_rank))
 
-    def fit(self, module: str, singular_values: Tensor) -> None:
+    def fit(self, module: str, shape: tuple[int, int], singular_values: Tensor) -> None:
         """Choose k for a module by preserved_energy; experts share the largest."""
         assert self.preserved_energy is not None
         k = max(rank_of_energy(own, self.preserved_energy) for own in singular_values)

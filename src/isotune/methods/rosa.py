@@ -65,10 +65,10 @@ class RosaConfig(RestartingConfig):
         start = drawn_start(count, rank, generator_for(self.basis_seed, 0, module)) if drawn else None
         return chosen(count, rank, self.selection, start=start)
 
-    def fit(self, module: str, singular_values: Tensor) -> None:
+    def fit(self, module: str, shape: tuple[int, int], singular_values: Tensor) -> None:
         """Choose the rank of a module by rank_share."""
         assert self.rank_share is not None
-        self.rank_pattern["^" + module.replace(".", r"\.")] = max(int(self.rank_share * singular_values.shape[-1]), 1)
+        self.rank_pattern["^" + module.replace(".", r"\.")] = max(int(self.rank_share * min(shape)), 1)
 
     def restarting(self, rank: int, in_features: int, out_features: int) -> RosaAdapter:
         return RosaAdapter(rank, in_features, out_features, self.factorize_method)

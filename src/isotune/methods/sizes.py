@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
 from isotune.methods.checks import require, shown, whole_number
+
+_SIZES = ("rank_budget", "rank_energy")
+"""Options that ask for the sizes themselves."""
 
 
 class ChosenSize:
@@ -16,10 +19,10 @@ class ChosenSize:
     """Options that set the adapter's size -> their letters in papers; a comparison at equal size sets the first."""
     size_pattern: ClassVar[str] = ""
     """The option for the sizes chosen for modules; empty if there is no measure to choose them by."""
-    asking: ClassVar[tuple[str, ...]] = ("rank_budget", "rank_energy")
+    asking: ClassVar[tuple[str, ...]] = _SIZES
     """Options that ask for a choice; None once it has been made, so that the sizes are then plain numbers."""
     fits_by_shape: ClassVar[bool] = False
-    """Whether `fit` reads only how many singular values there are, so that it is given them without values."""
+    """Whether `fit` reads the shape alone, so that it is given no singular values."""
     sized: bool = True
     """False while sizes are being chosen; layers then wait for their adapters."""
 
@@ -29,12 +32,20 @@ class ChosenSize:
     @property
     def chooses(self) -> bool:
         """Whether anything is chosen when the configuration meets a model."""
-        return any(getattr(self, name, None) is not None for name in self.asking)
+        return self._asks(self.asking)
 
     @property
     def chooses_sizes(self) -> bool:
         """Whether sizes are chosen for the model: the configuration has `rank_budget` or `rank_energy`."""
-        return any(getattr(self, name, None) is not None for name in ("rank_budget", "rank_energy"))
+        return self._asks(_SIZES)
+
+    @property
+    def fits(self) -> bool:
+        """Whether something else than sizes is chosen by each module's singular values."""
+        return self._asks(name for name in self.asking if name not in _SIZES)
+
+    def _asks(self, options: Iterable[str]) -> bool:
+        return any(getattr(self, name, None) is not None for name in options)
 
     @property
     def by_activations(self) -> bool:

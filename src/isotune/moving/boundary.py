@@ -121,6 +121,8 @@ def _why_fixed(layer: Layer, adapter_name: str, whole: bool) -> str | None:
         return "its method has no subspace. Use PSOFT, LoRA-XS, SVFit, CERSA, ROSA or PESO."
     if isinstance(layer, ExpertsLayer):
         return "those of experts stay where they are. Leave target_parameters empty."
+    if layer.host.stands_in:
+        return "truncate_base has truncated its weight, and the other directions are gone. Use CERSA without it."
     if not whole or any(is_sharded(one) or is_partitioned(one) for one in (layer.base_weight, *parameters)):
         return "the model is spread over processes (FSDP, ZeRO-3 or tensor parallelism). Use DDP, or one process."
     if is_managed(layer.host.module):

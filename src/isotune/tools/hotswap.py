@@ -137,6 +137,13 @@ def _check(
             f"({shown(ranks[0])} instead of {shown(ranks[1])}), and they do not fit the same tensors. Load it as "
             "another adapter with isotune.load_adapter and switch with set_adapter."
         )
+    truncations = [getattr(one, "base_rank_pattern", {}) for one in (file.config, config)]
+    if truncations[0] != truncations[1]:
+        raise ValueError(
+            f"{file.directory} is for a base that is truncated otherwise than for {adapter_name!r} "
+            f"(base_rank_pattern={shown(truncations[0])} instead of {shown(truncations[1])}). Load it on the base "
+            "model, loaded once more."
+        )
     where = f"for the adapter {adapter_name!r} of this model; only one of the same shapes can be swapped in"
     check_tensors(held, given, where)
     for name, layer in layers.items():

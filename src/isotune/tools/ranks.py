@@ -57,27 +57,34 @@ def choose_ranks(
         raise ValueError(
             "The configuration gives its sizes itself; ask for a choice by rank_budget, or by r='auto' and rank_energy."
         )
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError("The model has adapters already; give the base model, such as model.unload() returns.")
     if data is not None and isinstance(config, RotationConfig) and config.side == "output":
         raise ValueError(
             'Data are measured at the inputs of layers, and side="output" rotates their outputs, so the data would '
             'have no effect. Leave data out, or set side="input".'
         )
-    with _layers_of(model, config) as (shadow, layers):
+    with adapted_copy(model, config, placed=False) as (shadow, layers):
         if data is None:
             return choose_sizes(layers, config)
         return choose_sizes(layers, config, _moments(shadow, layers, list(data)))
 
 
 @contextmanager
-def _layers_of(model: nn.Module, config: IsotuneConfig) -> Iterator[tuple[nn.Module, list[Layer]]]:
-    """A copy of the model around the same tensors, and in it the layers that the configuration adapts."""
+def adapted_copy(model: nn.Module, config: IsotuneConfig, *, placed: bool) -> Iterator[tuple[nn.Module, list[Layer]]]:
+    """A copy of the model around the same tensors, and in it the layers that the configuration adapts.
+
+    With `placed` it has the adapter as get_peft_model adds it, otherwise only layers in which nothing is chosen yet.
+
+    Raises:
+        ValueError: the model has adapters already.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("The model has adapters already; give the base model, such as model.unload() returns.")
     tensors = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     shadow, asked = copy.deepcopy(model, dict(tensors)), copy.deepcopy(config)
-    setattr(asked, "origin", "")  # noqa: B010 (a ClassVar): as if a file's tensors came next, nothing is placed
-    asked.sized = False
+    if not placed:
+        setattr(asked, "origin", "")  # noqa: B010 (a ClassVar): as if a file's tensors came next, nothing is placed
+        asked.sized = False
     try:
         IsotuneModel(shadow, {"default": asked}, "default")
         yield shadow, [module for module in shadow.modules() if isinstance(module, Layer)]

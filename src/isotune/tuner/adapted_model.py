@@ -116,7 +116,7 @@ class AdaptedModel:
         names = {name for name, module in model.named_modules() if isinstance(module, Layer)}
         around = {".".join(name.split(".")[:depth]) for name in names for depth in range(name.count(".") + 2)}
         self.surroundings = [model.get_submodule(name) for name in around]
-        self.surroundings += [m for layer in self.layers for m in (layer.host.module, *layer.isotune_operator.values())]
+        self.surroundings += [m for layer in self.layers for m in layer.isotune_operator.values()]
         self._find_others(model)
         self.built = True
 
@@ -310,7 +310,9 @@ class AdaptedModel:
     def _is_moved_by_others(self) -> bool:
         """Whether FSDP, accelerate or diffusers moves the weights in and out, which makes their marks meaningless."""
         model = self.model
-        return model is not None and (is_wrapped_by_fsdp(model) or any(map(is_managed, self.surroundings)))
+        hosts = (layer.host.module for layer in self.layers)
+        around = itertools.chain(self.surroundings, hosts)
+        return model is not None and (is_wrapped_by_fsdp(model) or any(map(is_managed, around)))
 
 
 class _Running(threading.local):

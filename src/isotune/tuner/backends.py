@@ -7,7 +7,15 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from isotune.hosts import Backend, Functions, LinearHost, QuantisedHost, functions_for, product_with_identity
+from isotune.hosts import (
+    Backend,
+    FactoredLinear,
+    Functions,
+    LinearHost,
+    QuantisedHost,
+    functions_for,
+    product_with_identity,
+)
 from isotune.internals.peft_quantisation import is_forward_only, resolve_quantization_backend
 from isotune.tuner.layer import Layer, Linear
 
@@ -37,7 +45,7 @@ def _backend_of(module: nn.Module, key: str, get_apply_tensor_subclass: Any = No
     if own is not None:
         return own
     weight = module._parameters.get("weight")
-    if type(weight) is nn.Parameter and weight.is_floating_point():
+    if isinstance(module, FactoredLinear) or (type(weight) is nn.Parameter and weight.is_floating_point()):
         return None  # PEFT would import every installed quantisation library
     backend: Any = resolve_quantization_backend(
         module, get_apply_tensor_subclass=get_apply_tensor_subclass or _unknown_configuration

@@ -210,7 +210,13 @@ class Layer(MergingLayer):
         self._check_rows(self.configs[adapter_name], adapter, moved=accumulated is not None)
         basis = torch.stack(list(bases)) if matrix.ndim == 3 else bases[0]
         placement = adapter.placed(basis, matrix, self.stored_of(adapter_name), self.base_weight, accumulated)
-        adapter.placement = replace(placement, residual=residual, is_principal=principal and accumulated is None)
+        down, up = self.host.shared(placement.down, placement.up, adapter.basis_rank)
+        principal = principal and accumulated is None
+        adapter.placement = replace(placement, down=down, up=up, residual=residual, is_principal=principal)
+
+    def stand_on(self, module: nn.Module) -> None:
+        """Exchange the host's module for another, which then is the base's."""
+        self.base_layer, self.host = module, host_for(module, self.key)
 
     def without_adapters(self) -> Layer:
         """Make another layer on the same host, without adapters and not part of the model."""
@@ -346,7 +352,7 @@ class Layer(MergingLayer):
         where no weight can do what the layer does: in a batch of several adapters, and in training with dropout. A
         quantised weight is returned as it is.
         """
-        base: Tensor = self.host.weight
+        base: Tensor = self.host.as_read
         if self.host.quantised or not (self.active_here() or self.mixed_batch is not None):
             return base
         return self._adapted_weight() if is_recorded() else AdaptedWeight.of(base, self._adapted_weight)

@@ -65,6 +65,9 @@ def check_request(
     types = {name: type_of(configs[name]) for name in adapters}
     if len(set(types.values())) > 1:
         raise ValueError(f"Adapters of different methods have no weighted mean: {types}. {_ELSE}")
+    ranks = [getattr(configs[name], "base_rank_pattern", {}) for name in adapters]
+    if any(own != ranks[0] for own in ranks):
+        raise ValueError(f"{list(adapters)} truncate the base differently (base_rank_pattern), hence have no mean.")
     for name in adapters:
         config = configs[name]
         if config.modules_to_save or config.bias != "none":

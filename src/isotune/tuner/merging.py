@@ -237,5 +237,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
             self.host.restore(merged)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the update has low rank, so that it can be exported as LoRA."""
-        return adapter_name not in self.isotune_operator or self.adapter(adapter_name).has_low_rank
+        """Whether the update has low rank, so that it can be exported as LoRA of the base model."""
+        if adapter_name not in self.isotune_operator:
+            return True
+        return not self.host.stands_in and self.adapter(adapter_name).has_low_rank

@@ -38,6 +38,7 @@ from isotune.tuner.refusals import (
 )
 from isotune.tuner.sizes import size_layers
 from isotune.tuner.state import check_file, current_key, keys_in_model
+from isotune.tuner.truncating import refuse_other_truncation, refuse_untruncatable
 
 _PREFIX = "isotune_"
 
@@ -83,8 +84,10 @@ class IsotuneModel(Tuner):
             refuse_names_of_saved(model, self.peft_config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             refuse_several_places(model)
+            refuse_untruncatable(model, adapter_name, config)
             if chooses:
                 size_layers(model, adapter_name, config)
+            refuse_other_truncation(model, adapter_name, config)
             own = AdaptedModel.attach(model)
             if first:
                 own.trainable.update(trainable)
@@ -95,7 +98,7 @@ class IsotuneModel(Tuner):
             _make_replicas(model, own.layers, adapter_name)  # some start where they are placed
         except BaseException:
             remove_adapter(model, adapter_name)
-            self.peft_config.pop(adapter_name, None)
+            getattr(self, "peft_config", {}).pop(adapter_name, None)  # gone with the model's last adapter
             for parameter, flag in trainable.items():
                 parameter.requires_grad_(flag)
             raise

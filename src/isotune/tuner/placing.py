@@ -13,6 +13,7 @@ from isotune.adapter.placement import Mark, Placement
 from isotune.adapter.subspace import SubspaceBasis
 from isotune.adapter.update import PlacedUpdate
 from isotune.errors import BaseMismatchError, IsotuneWarning
+from isotune.hosts import FactoredHost
 from isotune.internals.offloading import is_managed
 from isotune.internals.torch_state import is_symbolic
 from isotune.methods.subspace import BasisConfig
@@ -23,6 +24,7 @@ from isotune.subspace.pinning import CANDIDATE_TOLERANCE, MAX_RESIDUAL, candidat
 from isotune.subspace.selection import chosen, generator_for
 from isotune.subspace.solvers import SubspaceRequest, principal_subspaces
 from isotune.tuner.layer import Layer
+from isotune.tuner.truncating import truncated
 
 _SAME_WEIGHT = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Relative difference of W downᵀ up to which a moved or cast weight counts as the one the adapter was placed on."""
@@ -51,6 +53,8 @@ class _Place:
 def place_adapter(adapter_name: str, layers: Iterable[Layer]) -> None:
     """Place an adapter on all layers where it has a subspace but no placement yet: solve, or recover from a file.
 
+    Weights that the adapter truncates are truncated first; if it cannot be placed, they are as they were.
+
     Args:
         adapter_name: the adapter.
         layers: the layers; those without the adapter, or where it is placed already, are left as they are.
@@ -60,6 +64,12 @@ def place_adapter(adapter_name: str, layers: Iterable[Layer]) -> None:
             placed then.
         ValueError: a weight has no principal subspace (it holds NaN, …).
     """
+    layers = list(layers)
+    with truncated(adapter_name, layers):
+        _place(adapter_name, layers)
+
+
+def _place(adapter_name: str, layers: Sequence[Layer]) -> None:
     pending = []
     for layer in layers:
         if adapter_name not in layer.isotune_form:
@@ -113,15 +123,20 @@ def keeps_its_basis(layer: Layer, adapter_name: str) -> bool:
     wide = torch.promote_types(matrix.dtype, torch.float32)
     basis = nn.functional.normalize(placement.down[..., : adapter.basis_rank, :].to(matrix.device, wide), dim=-1)
     now = adapter.placed(basis, matrix, (), layer.base_weight, accumulated)
-    norm = torch.linalg.vector_norm
+    norm, rank = torch.linalg.vector_norm, adapter.basis_rank + placement.accumulated  # beyond it nothing acts
     change = max(
         float(norm(one.to(wide) - other.to(one.device, wide)) / norm(other.to(wide)).clamp_min(torch.finfo(wide).tiny))
-        for one, other in zip(now.factors, placement.factors, strict=True)
+        for one, other in (
+            (now.down[..., :rank, :], placement.down[..., :rank, :]),
+            (now.up[..., :rank], placement.up[..., :rank]),
+        )
     )
     if change > max(_SAME_WEIGHT.get(dtype, 2e-2) for dtype in (matrix.dtype, placement.up.dtype)):
         if change > MAX_RESIDUAL:
             return False
-        adapter.placement = replace(placement, down=now.down, up=now.up)
+        placement = replace(placement, down=now.down, up=now.up)
+    down, up = layer.host.shared(placement.down, placement.up, adapter.basis_rank)
+    adapter.placement = replace(placement, down=down, up=up)
     return True
 
 
@@ -208,6 +223,9 @@ def _solve(adapter_name: str, layers: Sequence[Layer]) -> None:
 
 def _subspaces(adapter_name: str, places: Sequence[_Place]) -> list[Tensor]:
     """The leading right singular vectors of the weights, (k, in) each, k ≥ r."""
+    if any(one.layer.host.stands_in for one in places):
+        others = iter(_subspaces(adapter_name, [one for one in places if not one.layer.host.stands_in]))
+        return [_leading(one, adapter_name) if one.layer.host.stands_in else next(others) for one in places]
     if not places:
         return []
     if len(places) > 1 and any(is_sharded(one.layer.base_weight) for one in places):
@@ -216,10 +234,7 @@ def _subspaces(adapter_name: str, places: Sequence[_Place]) -> list[Tensor]:
     config = _config(places[0].layer, adapter_name)
     requests = []
     for one in places:
-        rank, layer = one.basis.stored.shape[0], one.layer
-        if config.basis == "pinned":
-            # A few more than r: elsewhere, a cut between nearly equal singular values may fall differently.
-            rank = candidate_rank(rank, layer.in_features, layer.out_features)
+        rank, layer = _rank_to_find(one, config), one.layer
         # Quantised weights are dequantised one at a time, so that they are not all in memory at once.
         weight = one.matrix if layer.host.quantised else one.matrix()
         at = None
@@ -239,6 +254,19 @@ def _subspaces(adapter_name: str, places: Sequence[_Place]) -> list[Tensor]:
         for one, request in zip(places, requests, strict=True)
     ]
     return one_for_all(f"{config.solver} {config.selection} {same}", solve)
+
+
+def _rank_to_find(place: _Place, config: BasisConfig) -> int:
+    """r; of a pinned basis a few more, as elsewhere a cut between nearly equal singular values may fall differently."""
+    rank, layer = place.basis.stored.shape[0], place.layer
+    return candidate_rank(rank, layer.in_features, layer.out_features) if config.basis == "pinned" else rank
+
+
+def _leading(place: _Place, adapter_name: str) -> Tensor:
+    """The leading right singular vectors of a weight that is held as its factors, (k, in)."""
+    host = place.layer.host
+    assert isinstance(host, FactoredHost)
+    return host.leading(_rank_to_find(place, _config(place.layer, adapter_name)))
 
 
 def _among(candidates: Tensor, rank: int, config: BasisConfig) -> Tensor:

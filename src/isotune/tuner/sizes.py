@@ -91,12 +91,11 @@ def size_layers(model: nn.Module, adapter_name: str, config: IsotuneConfig) -> N
     if config.chooses_sizes:
         for option, value in choose_sizes(layers, config).options.items():
             setattr(config, option, value)
-    else:
+    if config.fits:
         cache = SubspaceCache() if getattr(config, "subspace_cache", False) else None
         for layer in tqdm(layers, desc="singular values", unit="weight", delay=_PROGRESS_DELAY_SECONDS):
-            count = min(_shape(layer))
-            values = torch.empty(1, count, device="meta") if config.fits_by_shape else _singular_values(layer, cache)
-            config.fit(layer.key, values)
+            values = torch.empty(0) if config.fits_by_shape else _singular_values(layer, cache)
+            config.fit(layer.key, _shape(layer), values)
     for name in config.asking:
         if hasattr(config, name):
             setattr(config, name, None)

@@ -20,6 +20,8 @@ from helpers import (
     DROPOUT,
     EXACT_START,
     FORMS,
+    SUBSPACES,
+    UPDATES,
     OneLayer,
     adapt,
     assert_gradients_are_right,
@@ -32,6 +34,7 @@ from helpers import (
     only,
     randomize,
     reference_complement,
+    reference_shared,
     relative_error,
     rotated,
     snapshot,
@@ -45,6 +48,7 @@ from isotune.adapter.kernels import subspace_update
 from isotune.adapter.lowrank import ComplementAdapter, LowRankAdapter
 from isotune.adapter.operator import Adapter, Operator
 from isotune.adapter.rotation import RotationAdapter
+from isotune.adapter.shared import SharedAdapter
 from isotune.adapter.subspace import SubspaceAdapter
 from isotune.algebra.factors import LowRank, apply_chain
 from isotune.diagnostics.turn import turned_weights
@@ -57,8 +61,6 @@ from isotune.tuner.placing import place_adapter
 from quantisers import QUANTISERS, quantise
 
 RANK = 5
-ADDITIVE = ("psoft", "lora_xs", "svfit", "cersa", "oplora")
-"""Methods that update W; the others rotate its inputs, or its outputs."""
 OF_OUTPUTS = [form for form in FORMS if form not in METHODS]
 
 
@@ -167,7 +169,7 @@ def fitting(method: str, width: int, *, other: bool = False) -> dict[str, Any]:
     """Options with which a method fits that many inputs or outputs; `other` gives an adapter of another size."""
     block = max(d for d in range(1, 9) if width % d == 0)
     block = width if block == 1 or other else block
-    if method in ADDITIVE:
+    if method in UPDATES:
         return {"r": RANK - 1 if other else RANK, **({"preserved_rank": 2} if method == "oplora" else {})}
     if method == "oft":
         return {"oft_block_size": block}
@@ -481,6 +483,10 @@ def change(operator: Adapter, dtype: torch.dtype) -> Tensor:
             return tensors[0] @ tensors[1]
         eye = torch.eye(operator.size, dtype=torch.float64)
         return apply_chain(eye, operator.chain, tensors) - eye
+    if isinstance(operator, SharedAdapter):
+        d, b = (tensor.double() for tensor in operator.tensors(dtype))
+        down, up = operator.matrices(torch.float64, d.device)
+        return torch.diag(b) @ up @ torch.diag(d) @ down
     if isinstance(operator, LowRankAdapter):
         down, up = (tensor.double() for tensor in operator.tensors(dtype))
         return up @ down
@@ -573,6 +579,8 @@ def test_gradients_equal_a_plain_torch_twin(method: str, host: Case, needs_input
     weight, operator = layer.host.matrix(), copy.deepcopy(layer.adapter("default"))
     if isinstance(operator, ComplementAdapter):
         weight = weight + reference_complement(operator, weight, down_of(layer))
+    elif isinstance(operator, SharedAdapter):
+        weight = weight + reference_shared(operator, weight)
     elif operator.additive:
         weight = weight + up_of(layer) @ operator.difference().T @ down_of(layer)
     else:
@@ -653,7 +661,7 @@ def test_adapters_of_different_methods_compose_in_their_order(
         torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-11)
         layer.unmerge()
     # Two updates of the same base are a sum, and rotations of different sides meet only in a gain before the outputs'.
-    commute = method in ADDITIVE and second in ADDITIVE
+    commute = method in UPDATES and second in UPDATES
     sides = {layer.adapter(name).side: layer.adapter(name) for name in ("default", "other")}
     commute = commute or (sides.keys() == {"input", "output"} and sides["input"].gain is None)
     assert (relative_error(outputs[0], outputs[1]) < 1e-10) is commute
@@ -853,7 +861,7 @@ def test_a_training_step_under_fake_tensors(method: str, host: Case) -> None:
 def dropping(method: str, host: Case) -> dict[str, Any]:
     """Options with which a method drops at random on a host, if it can."""
     folds = host.sample is not None  # there the update's input is not seen, so that nothing of it can be dropped
-    return {} if method in ("psoft", "oplora") and folds else DROPOUT.get(form_of(method)[0], {})
+    return {} if method in ("psoft", "oplora", "uora") and folds else DROPOUT.get(form_of(method)[0], {})
 
 
 def test_who_reads_an_adapter_in_train_mode_drops_nothing(method: str, host: Case) -> None:
@@ -877,7 +885,7 @@ def test_who_reads_an_adapter_in_train_mode_drops_nothing(method: str, host: Cas
     for _ in range(4):
         for name, found in read().items():
             assert torch.equal(found, right[name]), name
-    if form_of(method)[0] not in ("hra", "qgoft", "oplora"):  # which have no mean
+    if form_of(method)[0] not in ("hra", "qgoft", "oplora", "uora"):  # which have no mean
         model.add_adapter("other", config(method, host, **dropping(method, host)))
         model.base_model.add_weighted_adapter(["default", "other"], [1.0, 0.0], "mean")
         torch.testing.assert_close(layer.get_delta_weight("mean"), right["delta"], rtol=1e-4, atol=1e-5)
@@ -1162,7 +1170,7 @@ def test_quantised_each_sample_of_a_mixed_batch_is_as_if_alone(method: str, pack
 
 @pytest.mark.parametrize("basis", ["pinned", "embedded"])
 def test_quantised_save_and_load(method: str, packed: str, basis: str, tmp_path: Path) -> None:
-    options = {"basis": basis} if method in ADDITIVE else {}
+    options = {"basis": basis} if method in SUBSPACES else {}
     base = quantise(OneLayer(WIDE.build()), packed)
     again = copy.deepcopy(base).eval()
     model = get_peft_model(base, config(method, WIDE, **options)).eval()

@@ -22,6 +22,7 @@ from isotune.methods import (
     QGOFTConfig,
     RoadConfig,
     SvfitConfig,
+    UoraConfig,
 )
 from isotune.tools.decoding import evaluated_once
 from isotune.tools.hotswap import hotswap_adapter
@@ -47,6 +48,7 @@ __all__ = [
     "QGOFTConfig",
     "RoadConfig",
     "SvfitConfig",
+    "UoraConfig",
     "__version__",
     "add_adapter",
     "choose_ranks",

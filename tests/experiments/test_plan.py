@@ -36,6 +36,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [  # the first three on every archit
     ("psoft", {"r": 8, "basis": "embedded", "target_modules": ["q_proj"]}),
     ("lora_xs", {"r": 8}),
     ("oplora", {"r": 8}),
+    ("uora", {"r": 8}),
     ("hra", {"r": 4}),
     ("full", {}),
 ]

@@ -24,6 +24,7 @@ from helpers import (
     layers_of,
     randomize,
     reference_complement,
+    reference_shared,
     relative_error,
     snapshot,
     some_tokens,
@@ -33,6 +34,7 @@ from helpers import (
 from isotune import BOFTConfig, OFTConfig, PsoftConfig, get_peft_model
 from isotune.adapter.lowrank import ComplementAdapter
 from isotune.adapter.rotation import RotationAdapter
+from isotune.adapter.shared import SharedAdapter
 from isotune.adapter.subspace import SubspaceBasis
 from isotune.algebra.factors import apply_chain
 from isotune.errors import AdapterFileError, BaseMismatchError, IsotuneWarning
@@ -53,6 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hra": {"r": 4},
     "lora_xs": {"r": 6},
     "oplora": {"r": 6, "preserved_rank": 4},
+    "uora": {"r": 6},
     "goft": {},
     "qgoft": {},
 }
@@ -132,6 +135,11 @@ def folded(layer: ExpertsLayer, parameters: dict[str, Tensor], name: str = "defa
             single.lora_A, single.lora_B = None, None
             vars(single).update(own)
             result.append(matrix + reference_complement(single, matrix, down_of(layer, name)[index].double()))
+            continue
+        if isinstance(single, SharedAdapter):
+            single.vera_lambda_d, single.vera_lambda_b = None, None
+            vars(single).update(own)
+            result.append(matrix + reference_shared(single, matrix))
             continue
         eye = torch.eye(single.size, dtype=torch.float64)
         tensors = single.evaluate(own)

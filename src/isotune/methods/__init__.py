@@ -11,6 +11,7 @@ from isotune.methods.oplora import OploraConfig
 from isotune.methods.psoft import PsoftConfig
 from isotune.methods.road import RoadConfig
 from isotune.methods.svfit import SvfitConfig
+from isotune.methods.uora import UoraConfig
 
 METHODS: dict[str, type[IsotuneConfig]] = {
     "psoft": PsoftConfig,
@@ -24,6 +25,7 @@ METHODS: dict[str, type[IsotuneConfig]] = {
     "svfit": SvfitConfig,
     "cersa": CersaConfig,
     "oplora": OploraConfig,
+    "uora": UoraConfig,
 }
 """Name of each method -> its configuration. The PEFT type is ISOTUNE_ followed by the name in capitals."""
 
@@ -40,4 +42,5 @@ __all__ = [
     "QGOFTConfig",
     "RoadConfig",
     "SvfitConfig",
+    "UoraConfig",
 ]

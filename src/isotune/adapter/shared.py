@@ -248,6 +248,13 @@ class SharedAdapter(LowRankAdapter):
         if held is None or not same or held.down.dtype != wanted:
             self._held = self._made(wanted)
 
+    def in_use(self) -> dict[Hashable, Tensor]:
+        """A and B as this layer holds them, by what the layers that share them have in common."""
+        if self._held is None:
+            return {}
+        held = (self._held.down, self.in_features), (self._held.up, self.out_features)
+        return {(self.seed, part, self.size, n, one.dtype): one for part, (one, n) in enumerate(held)}
+
     @property
     def rows(self) -> tuple[RandomRows, RandomRows]:
         """What A and Bᵀ follow from; reading it from a GPU waits."""

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from isotune.adapter.shared import SharedAdapter
 from isotune.adapter.update import PlacedUpdate
@@ -64,7 +64,9 @@ def factor_bytes(model: nn.Module) -> int:
     tensors = {id(b): b for layer in _layers(model) for form in layer.isotune_form.values() for b in form.buffers()}
     placements = (module.placement for module in model.modules() if isinstance(module, PlacedUpdate))
     factors = {id(t): t for placement in placements if placement is not None for t in placement.factors}
-    random = {key: t for m in model.modules() if isinstance(m, SharedAdapter) for key, t in m.in_use().items()}
+    random: dict[Any, Tensor] = {}
+    for module in model.modules():
+        random |= module.in_use() if isinstance(module, SharedAdapter) else {}
     return sum(t.nbytes for t in {**tensors, **factors, **random}.values())
 
 

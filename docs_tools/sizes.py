@@ -38,6 +38,7 @@ FIRST: dict[str, dict[str, Any]] = {
     "lora_xs": {"r": 64},
     "svfit": {"r": 128},
     "oplora": {"r": 8},
+    "uora": {"r": 256},
     "oft": {"oft_block_size": 32},
     "boft": {"boft_block_size": 8, **BOFT},
     "goft": {},

@@ -125,7 +125,7 @@ def test_a_method_is_given_settings_within_a_section(tiny: dict[str, Any]) -> No
     text = "uora:r=2+train.reinit.threshold=0.1+train.reinit.weight=0.5+train.reinit.every=3"
     variant = parse(text, validate(tiny), Options())
     assert variant.method.train == {"reinit": {"threshold": 0.1, "weight": 0.5, "every": 3}}
-    with pytest.raises(RecipeError, match="needs train.reinit with threshold, weight and every"):
+    with pytest.raises(RecipeError, match=r"needs .* threshold, weight and every"):
         parse("uora:r=2", validate(tiny), Options())
 
 

@@ -98,9 +98,10 @@ def shared_update(
 class _Held:
     """The matrices that an adapter uses, and the state of the counts from which they follow."""
 
-    counts: int
+    counts: Tensor
+    """The buffer itself: another one could be given the id of one that is gone."""
     version: int
-    """The buffer's id, and how often it was written to."""
+    """How often it had been written to."""
     rows: tuple[RandomRows, RandomRows] | None
     """None for matrices without values."""
     masters: tuple[Tensor, ...]
@@ -118,7 +119,7 @@ class _Held:
         up: Tensor,
     ) -> _Held:
         """A and B from A (r, in) and Bᵀ (r, out), with the state of the counts now."""
-        return cls(id(counts), version_of(counts), rows, masters, down, up.t())
+        return cls(counts, version_of(counts), rows, masters, down, up.t())
 
     def __deepcopy__(self, memo: Any) -> _Held:
         return self  # nothing of it is ever written to
@@ -244,7 +245,7 @@ class SharedAdapter(LowRankAdapter):
         """Make A and B anew if the counts were replaced or written to; reading these from a GPU waits."""
         held, counts = self._held, self.reinitializations
         wanted = dtype or self._dtype
-        same = held is not None and held.counts == id(counts) and held.version == version_of(counts)
+        same = held is not None and held.counts is counts and held.version == version_of(counts)
         if held is None or not same or held.down.dtype != wanted:
             self._held = self._made(wanted)
 
@@ -301,7 +302,7 @@ class SharedAdapter(LowRankAdapter):
 
     def exchange(self, new: Renewal) -> Renewal:
         """Take other buffers and matrices, and return those that were there."""
-        old = Renewal(dict(self._buffers), self._held)
+        old = Renewal(self.held(), self._held)
         for name, tensor in new.buffers.items():
             setattr(self, name, tensor)
         self._held = new.held
@@ -313,7 +314,7 @@ class SharedAdapter(LowRankAdapter):
             self.refresh()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SharedAdapter:
-        before, held = dict(self._buffers), self._held
+        before, held = self.held(), self._held
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in before.items():
             now = getattr(self, name)

@@ -85,7 +85,7 @@ class AdaptedModel:
         model.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
         # Also the names of what is None until a subspace moves: DDP reads the names once, when it is made.
         holders = [(name, m) for name, m in model.named_modules() if isinstance(m, (SubspaceBasis, Adapter))]
-        ignore_buffers(model, [f"{name}.{key}" for name, module in holders for key in module._buffers])
+        ignore_buffers(model, [f"{name}.{key}" for name, holder in holders for key in holder.held()])
         return own
 
     def detach(self) -> None:

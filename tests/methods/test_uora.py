@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, VeraConfig
 from torch import nn
 
 from helpers import Chain, error_of_update, layers_of, move, relative_error
@@ -111,6 +112,23 @@ def test_compiled_code_has_the_matrices_of_a_copied_or_loaded_model(tmp_path: Pa
         compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
         with torch.no_grad():
             torch.testing.assert_close(compiled(torch.ones(2, 12)), model(torch.ones(2, 12)))
+
+
+def test_the_update_is_that_of_pefts_vera_on_these_matrices() -> None:
+    ours, x = move(model_of(12, 20)), torch.randn(5, 12)
+    theirs: Any = peft.get_peft_model(Chain(12, 20), VeraConfig(r=RANK, target_modules=["layers.0"]))
+    (adapter,), layer = adapters(ours), theirs.base_model.model.layers[0]
+    down, up = adapter.matrices(torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        layer.vera_A["default"].copy_(down)
+        layer.vera_B["default"].copy_(up)
+        layer.vera_lambda_d["default"].copy_(adapter.vera_lambda_d)
+        layer.vera_lambda_b["default"].copy_(adapter.vera_lambda_b)
+    for model in (ours, theirs):
+        model(x).square().sum().backward()
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(adapter.vera_lambda_d.grad, layer.vera_lambda_d["default"].grad)
+    torch.testing.assert_close(adapter.vera_lambda_b.grad, layer.vera_lambda_b["default"].grad)
 
 
 # -- the file ------------------------------------------------------------------------------------------------------

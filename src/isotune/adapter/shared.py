@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.adapter.evaluation import is_recorded
+from isotune.adapter.kernels import frozen_linear
 from isotune.adapter.lowrank import LowRankAdapter
 from isotune.adapter.operator import FrozenLinear
 from isotune.algebra.factors import refuse_double_backward
@@ -50,19 +51,54 @@ class _SharedUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        coordinates, d, b = ctx.saved_tensors
-        down, up = ctx.factors
-        needs_x, needs_d, needs_b, needs_residual, *_ = ctx.needs_input_grad
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        grad_b = (torch.mm(flat.t(), coordinates * d) * up).sum(1) if needs_b else None
-        read = torch.mm(flat, up * b[:, None])
-        if ctx.of_residual is not None:
-            read = ctx.of_residual.total(read)
-        grad_d = (read * coordinates).sum(0) if needs_d else None
-        grad_x = None
-        if needs_x:
-            grad_x = torch.mm(read * d, down).view(*gradient.shape[:-1], down.shape[1])
+        read, grad_d, grad_b = _vector_gradients(ctx, gradient, ctx.of_residual)
+        down, _ = ctx.factors
+        needs_x, needs_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        grad_x = torch.mm(read, down).view(*gradient.shape[:-1], down.shape[1]) if needs_x else None
         return grad_x, grad_d, grad_b, gradient if needs_residual else None, None, None, None
+
+
+def _vector_gradients(
+    ctx: Any, gradient: Tensor, of_residual: Share | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradient of x downᵀ, (tokens, r), and those of d and b if they are needed."""
+    coordinates, d, b = ctx.saved_tensors
+    _, up = ctx.factors
+    _, needs_d, needs_b, *_ = ctx.needs_input_grad
+    flat = gradient.reshape(-1, gradient.shape[-1])
+    grad_b = (torch.mm(flat.t(), coordinates * d) * up).sum(1) if needs_b else None
+    read = torch.mm(flat, up * b[:, None])
+    if of_residual is not None:
+        read = of_residual.total(read)
+    return read * d, (read * coordinates).sum(0) if needs_d else None, grad_b
+
+
+class _LinearSharedUpdate(torch.autograd.Function):
+    """x Wᵀ + bias and the update in one node, for a frozen plain linear layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, d: Tensor, b: Tensor, factors: tuple[Tensor, Tensor], linear: FrozenLinear
+    ) -> Tensor:
+        down, up = factors
+        weight, bias = linear
+        flat = x.reshape(-1, x.shape[-1])
+        coordinates = torch.mm(flat, down.t())
+        ctx.save_for_backward(coordinates, d, b)
+        ctx.factors, ctx.weight = factors, weight
+        result, rows = frozen_linear(flat, x.shape, weight, bias)
+        rows.addmm_(coordinates * d, (up * b[:, None]).t())
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        read, grad_d, grad_b = _vector_gradients(ctx, gradient)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_d, grad_b, None, None
+        down, _ = ctx.factors
+        grad_x = torch.mm(gradient.reshape(-1, gradient.shape[-1]), ctx.weight).addmm_(read, down)
+        return grad_x.view(*gradient.shape[:-1], down.shape[1]), grad_d, grad_b, None, None
 
 
 def shared_update(
@@ -195,9 +231,14 @@ class SharedAdapter(LowRankAdapter):
 
     def _scaled(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """s·Down and Up, where they are needed whole."""
-        d, b = (tensor.to(dtype) for tensor in tensors)
+        d, b = self._vectors(tensors, dtype)
         down, up = self.matrices(dtype, d.device)
-        return self.scale * d[..., :, None] * down, b[..., :, None] * up
+        return d[..., :, None] * down, b[..., :, None] * up
+
+    def _vectors(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """s·d and b."""
+        d, b = (tensor.to(dtype) for tensor in tensors)
+        return d if self.scale == 1.0 else d * self.scale, b
 
     def output(
         self,
@@ -209,7 +250,7 @@ class SharedAdapter(LowRankAdapter):
     ) -> Tensor:
         """host(x) + s·b ⊙ (((x Aᵀ) ⊙ d) Bᵀ), in the dtype of the host's output."""
         result, x = host(x), self.dropped(x)
-        d, b = (tensor.to(result.dtype) for tensor in tensors)
+        d, b = self._vectors(tensors, result.dtype)
         down, up = self.matrices(result.dtype, result.device)
         of_x = None if division is None else division.of_input(x)
         of_result = None if division is None else division.of_output(result)
@@ -217,12 +258,16 @@ class SharedAdapter(LowRankAdapter):
             down = down[:, of_x.span]
         if of_result is not None:
             up, b = up[of_result.span], of_result.of(b)
-        d = d if self.scale == 1.0 else d * self.scale
         return shared_update(x.to(result.dtype), d, b, result, (down, up), of_x, of_result)
 
     def fused(self, x: Tensor, tensors: tuple[Tensor, ...], linear: FrozenLinear) -> Tensor | None:
-        """None: the output has no faster way."""
-        return None
+        """x Wᵀ + bias with its update; None under autocast, with dropout, or if x does not have the dtype of W."""
+        if not self.fits_one_node(x, linear[0]):
+            return None
+        d, b = self._vectors(tensors, x.dtype)
+        factors = self.matrices(x.dtype, x.device)
+        result: Tensor = _LinearSharedUpdate.apply(x, d, b, factors, linear)  # type: ignore[no-untyped-call]
+        return result
 
     def kept(self, in_features: int) -> int:
         """x Aᵀ."""

@@ -25,6 +25,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from isotune import PsoftConfig, get_peft_model
 from isotune.adapter.lowrank import ComplementAdapter
+from isotune.adapter.restarting import RestartingAdapter
 from isotune.adapter.shared import SharedAdapter
 from isotune.methods import METHODS
 from isotune.methods.rotation import RotationConfig
@@ -365,6 +366,8 @@ def reference_update(layer: Layer, adapter: str = "default") -> Tensor:
     scale = layer.configs[adapter].scale_of(layer.key)
     if isinstance(operator, ComplementAdapter):
         return scale * reference_complement(operator, weight, basis)
+    if isinstance(operator, RestartingAdapter):
+        return scale * reference_restarting(operator, weight, basis)
     writer = weight @ basis.T
     if operator.power is None:
         writer = writer / writer.square().sum(0).sqrt()
@@ -387,6 +390,15 @@ def reference_complement(operator: Any, weight: Tensor, basis: Tensor) -> Tensor
     return (torch.eye(weight.shape[0]).to(weight) - left @ left.T) @ b @ a
 
 
+def reference_restarting(operator: Any, weight: Tensor, basis: Tensor) -> Tensor:
+    """B A, without the part of the weight W Vᵀ V that it started from if that is split off; differentiable."""
+    found = operator.lora_B.to(weight) @ operator.lora_A.to(weight)
+    if not operator.subtracted:
+        return found
+    basis = basis / basis.norm(dim=1, keepdim=True)
+    return found - weight @ basis.T @ basis
+
+
 def rotated(operator: Any, matrix: Tensor) -> Tensor:
     """W under a rotation of all inputs or outputs, and its gain, by the definition of the two forms."""
     own = operator.matrix().to(matrix.dtype)
@@ -405,6 +417,8 @@ OPTIONS_FOR_12: dict[str, dict[str, Any]] = {
     "svfit": {"r": 4},
     "cersa": {"r": 4},
     "oplora": {"r": 4, "preserved_rank": 3},
+    "rosa": {"r": 4},
+    "peso": {"r": 4},
     "uora": {"r": 4, "d_initial": 1.0},
     "road": {"group_size": 4, "side": "input"},
 }
@@ -421,6 +435,8 @@ OPTIONS_FOR_TINY: dict[str, dict[str, Any]] = {
     "svfit": {"r": 8},
     "cersa": {"r": 8},
     "oplora": {"r": 8, "preserved_rank": 6},
+    "rosa": {"r": 8},
+    "peso": {"r": 8},
     "uora": {"r": 8, "d_initial": 1.0},
     "road": {"group_size": 8, "side": "input"},
 }
@@ -547,10 +563,21 @@ WITH_LORA = (*EVERY_METHOD, LORA)
 FEW = ("psoft", "lora_xs", "oft", "boft", "hra", LORA)
 """What a quick run tests the run-time core with; GOFT, qGOFT and COFT are rotations there as OFT is."""
 
-SUBSPACES = ("psoft", "lora_xs", "svfit", "cersa", "oplora")
+SUBSPACES = ("psoft", "lora_xs", "svfit", "cersa", "oplora", "rosa", "peso")
 """Methods whose adapters have a subspace of their base's weight."""
 UPDATES = (*SUBSPACES, "uora")
 """Methods that update the weight; the others rotate the inputs of a layer, or its outputs."""
+
+EMBEDDED = ("rosa", "peso")
+"""Those of them that store the subspace itself, and refuse to pin it."""
+
+
+def with_basis(method: str, basis: str) -> dict[str, Any]:
+    """The option, if the method has it; skips a test of what the method refuses."""
+    if method in EMBEDDED and basis == "pinned":
+        pytest.skip("stores its subspace, and refuses to pin it")
+    return {"basis": basis} if method in SUBSPACES else {}
+
 
 DROPOUT: dict[str, dict[str, Any]] = {
     "psoft": {"psoft_dropout": 0.5},

@@ -20,7 +20,6 @@ from helpers import (
     DROPOUT,
     EXACT_START,
     FORMS,
-    SUBSPACES,
     UPDATES,
     OneLayer,
     adapt,
@@ -34,6 +33,7 @@ from helpers import (
     only,
     randomize,
     reference_complement,
+    reference_restarting,
     reference_shared,
     relative_error,
     rotated,
@@ -42,11 +42,13 @@ from helpers import (
     tiny_opt,
     trainable,
     up_of,
+    with_basis,
 )
 from isotune import get_peft_model
 from isotune.adapter.kernels import subspace_update
 from isotune.adapter.lowrank import ComplementAdapter, LowRankAdapter
 from isotune.adapter.operator import Adapter, Operator
+from isotune.adapter.restarting import RestartingAdapter
 from isotune.adapter.rotation import RotationAdapter
 from isotune.adapter.shared import SharedAdapter
 from isotune.adapter.subspace import SubspaceAdapter
@@ -61,6 +63,8 @@ from isotune.tuner.placing import place_adapter
 from quantisers import QUANTISERS, quantise
 
 RANK = 5
+ADDITIVE = ("psoft", "lora_xs", "svfit", "cersa", "oplora", "rosa", "peso", "uora")
+"""Methods that update W; the others rotate its inputs, or its outputs."""
 OF_OUTPUTS = [form for form in FORMS if form not in METHODS]
 
 
@@ -579,6 +583,8 @@ def test_gradients_equal_a_plain_torch_twin(method: str, host: Case, needs_input
     weight, operator = layer.host.matrix(), copy.deepcopy(layer.adapter("default"))
     if isinstance(operator, ComplementAdapter):
         weight = weight + reference_complement(operator, weight, down_of(layer))
+    elif isinstance(operator, RestartingAdapter):
+        weight = weight + reference_restarting(operator, weight, down_of(layer))
     elif isinstance(operator, SharedAdapter):
         weight = weight + reference_shared(operator, weight)
     elif operator.additive:
@@ -822,7 +828,8 @@ def test_kept_for_backward_in_a_whole_model(method: str, build_model: Callable[.
         block, _, name = layer.key.rpartition(".")
         own = layer.adapter("default").kept(layer.in_features)
         if layer.adapter("default").additive:
-            shared[layer.key], own = RANK, own - RANK
+            products = layer.adapter("default").kept(0)  # all but the input
+            shared[layer.key], own = products, own - products
         elif layer.adapter("default").side == "output":
             shared[layer.key], own = own, 0
         if own:  # q, k and v read the same input, and so do gate and up
@@ -885,7 +892,7 @@ def test_who_reads_an_adapter_in_train_mode_drops_nothing(method: str, host: Cas
     for _ in range(4):
         for name, found in read().items():
             assert torch.equal(found, right[name]), name
-    if form_of(method)[0] not in ("hra", "qgoft", "oplora", "uora"):  # which have no mean
+    if form_of(method)[0] not in ("hra", "qgoft", "oplora", "rosa", "peso", "uora"):  # which have no mean
         model.add_adapter("other", config(method, host, **dropping(method, host)))
         model.base_model.add_weighted_adapter(["default", "other"], [1.0, 0.0], "mean")
         torch.testing.assert_close(layer.get_delta_weight("mean"), right["delta"], rtol=1e-4, atol=1e-5)
@@ -1170,7 +1177,7 @@ def test_quantised_each_sample_of_a_mixed_batch_is_as_if_alone(method: str, pack
 
 @pytest.mark.parametrize("basis", ["pinned", "embedded"])
 def test_quantised_save_and_load(method: str, packed: str, basis: str, tmp_path: Path) -> None:
-    options = {"basis": basis} if method in SUBSPACES else {}
+    options = with_basis(method, basis)
     base = quantise(OneLayer(WIDE.build()), packed)
     again = copy.deepcopy(base).eval()
     model = get_peft_model(base, config(method, WIDE, **options)).eval()

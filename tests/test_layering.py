@@ -44,7 +44,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "integrations": ("methods", "model_card"),
 }
 """Package -> those of isotune that it may import, besides itself, `errors`, `json_files` and `whole_files`."""
-SHARED_BY_METHODS = ("methods.config", "methods.checks", "methods.rotation", "methods.subspace")
+SHARED_BY_METHODS = ("methods.config", "methods.checks", "methods.rotation", "methods.subspace", "methods.restarting")
 MAY_IMPORT_PEFT = (
     "methods.config",
     "tuner",

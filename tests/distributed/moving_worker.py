@@ -16,7 +16,8 @@ from helpers import layers_of, some_tokens, trainable
 from isotune.moving import MovingSchedule, UoraSchedule
 
 STEPS = 12
-SELECT = ("top", "band", "gradient")
+TRAINED = (("psoft", "top"), ("psoft", "band"), ("psoft", "gradient"), ("rosa", "band"))
+"""Methods, and how their schedule selects."""
 UORA = "uora"
 """In place of a selection: rows of UORA are renewed instead."""
 
@@ -54,11 +55,12 @@ def train(model: Any, select: Any, rank: int = 0, size: int = 1) -> list[float]:
 def run(out: Path) -> dict[str, Any]:
     rank, size = dist.get_rank(), dist.get_world_size()
     found: dict[str, Any] = {}
-    for select in SELECT:
-        replica = nn.parallel.DistributedDataParallel(adapted("psoft"))
-        found[select] = train(replica, select, rank, size)
+    for method, select in TRAINED:
+        name = f"{method} {select}"
+        replica = nn.parallel.DistributedDataParallel(adapted(method))
+        found[name] = train(replica, select, rank, size)
         stored = [tensor for layer in layers_of(replica) for tensor in layer.stored_of("default")]
-        found[f"{select} stored"] = [float((t * torch.arange(1, t.numel() + 1).view(t.shape)).sum()) for t in stored]
+        found[f"{name} stored"] = [float((t * torch.arange(1, t.numel() + 1).view(t.shape)).sum()) for t in stored]
     found[UORA] = train(replica := nn.parallel.DistributedDataParallel(adapted(UORA)), UORA, rank, size)
     found["counts"] = [layer.adapter("default").reinitializations.tolist() for layer in layers_of(replica)]
     model = sharded(adapted("psoft"))

@@ -119,6 +119,11 @@ def test_a_method_is_a_name_with_options(tiny: dict[str, Any]) -> None:
     assert parse("psoft_so", recipe, Options()).method.options == {}
     assert parse("lora:lr=1e-2", recipe, Options(lr_search=3, factor=10)).rates == (1e-3, 1e-2, 1e-1)
     assert parse("lora", recipe, Options(rates=rates("3e-3,1e-3"))).rates == (1e-3, 3e-3)
+    # A scaled generator has a usual rate of its own, unless another is given.
+    for method, usual in (("psoft", 5e-3), ("psoft_so", 5e-3), ("oft", 1.25e-2), ("coft", 1.25e-2)):
+        assert parse(f"{method}:scaled_generator=true", recipe, Options(lr_search=1)).rates == (usual,)
+        assert parse(f"{method}:scaled_generator=true+lr=7e-3", recipe, Options(lr_search=1)).rates == (7e-3,)
+    assert parse("psoft:scaled_generator=false", recipe, Options(lr_search=1)).rates == (8e-4,)
 
 
 def test_a_method_is_given_settings_within_a_section(tiny: dict[str, Any]) -> None:
@@ -134,7 +139,7 @@ def test_every_method_has_a_usual_rate() -> None:
 
 
 def test_the_grid_lies_around_its_middle() -> None:
-    assert grid(1e-3, 1, 2.5) == (1e-3,)
+    assert grid(1.25e-3, 1, 2.5) == (1.25e-3,)
     assert grid(1e-3, 3, 2.5) == (4e-4, 1e-3, 2.5e-3)
     lower, upper = grid(1e-3, 2, 4.0)
     assert lower * upper == pytest.approx(1e-6, rel=0.05)

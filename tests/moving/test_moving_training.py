@@ -12,15 +12,16 @@ from transformers import Trainer, TrainingArguments
 
 from distributed import moving_worker, worker
 from helpers import PROCESSES, layers_of, some_tokens, tiny_llama, torchrun
-from isotune import PsoftConfig, get_peft_model
+from isotune import get_peft_model
+from isotune.methods import METHODS
 from isotune.moving import MovingSchedule
 
 STEPS = 9
 
 
-def trainer(folder: Path, schedule: MovingSchedule, **options: Any) -> Trainer:
+def trainer(folder: Path, schedule: MovingSchedule, method: str = "psoft", **options: Any) -> Trainer:
     torch.manual_seed(0)
-    model = get_peft_model(tiny_llama(layers=1), PsoftConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    model = get_peft_model(tiny_llama(layers=1), METHODS[method](r=4, target_modules=["q_proj", "v_proj"]))
     rows = [{"input_ids": row, "labels": row} for row in some_tokens(16, 9, seed=3)]
     settings = TrainingArguments(
         str(folder),
@@ -45,11 +46,15 @@ def curve(trained: Trainer) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("every", "unit", "boundaries", "stops"),
-    [(3, "step", [3, 6], (2, 3)), (1, "epoch", [1, 2], (3, 4))],
+    ("method", "every", "unit", "boundaries", "stops"),
+    [
+        ("psoft", 3, "step", [3, 6], (2, 3)),
+        ("psoft", 1, "epoch", [1, 2], (3, 4)),
+        ("rosa", 1, "epoch", [1, 2], (3, 4)),
+    ],
 )
 def test_a_resumed_training_has_the_same_curve(
-    every: int, unit: Any, boundaries: list[int], stops: tuple[int, ...], tmp_path: Path
+    method: str, every: int, unit: Any, boundaries: list[int], stops: tuple[int, ...], tmp_path: Path
 ) -> None:
     """Between boundaries and at them, without a move more or less."""
 
@@ -57,14 +62,14 @@ def test_a_resumed_training_has_the_same_curve(
         return MovingSchedule(every, unit=unit, select="band", optimizer_state="project")
 
     whole = schedule()
-    trained = trainer(tmp_path / "whole", whole)
+    trained = trainer(tmp_path / "whole", whole, method)
     trained.train()
     expected = curve(trained)
     assert [move.done for move in whole.history] == boundaries
     logits = trained.model.eval()(input_ids=some_tokens()).logits
     for stop in stops:
         part = schedule()
-        again = trainer(tmp_path / f"from-{stop}", part)
+        again = trainer(tmp_path / f"from-{stop}", part, method)
         again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
         assert curve(again) == pytest.approx(expected, abs=1e-6)
         steps = [done * 4 if unit == "epoch" else done for done in boundaries]
@@ -97,12 +102,12 @@ def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def test_several_processes_give_the_curve_of_one(processes: list[Any]) -> None:
-    for select in moving_worker.SELECT:
-        alone = moving_worker.train(worker.adapted("psoft"), select)
+    for method, select in moving_worker.TRAINED:
+        alone = moving_worker.train(worker.adapted(method), select)
         assert alone[-1] < alone[0]
         for found in processes:
-            assert found[select] == pytest.approx(alone, abs=1e-4), select
-            assert found[f"{select} stored"] == processes[0][f"{select} stored"]
+            assert found[f"{method} {select}"] == pytest.approx(alone, abs=1e-4), (method, select)
+            assert found[f"{method} {select} stored"] == processes[0][f"{method} {select} stored"]
 
 
 def test_several_processes_renew_the_rows_of_one(processes: list[Any]) -> None:

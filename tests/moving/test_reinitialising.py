@@ -273,7 +273,7 @@ def test_a_merged_adapter_another_weight_and_one_that_has_diverged_are_refused()
         adapters(model)[1].vera_lambda_d[0] = float("nan")
     with pytest.raises(ValueError, match="diverged"):
         schedule(every=1).step(model, own, 40)
-    with pytest.raises(ValueError, match="only methods with an operator on a subspace move"):
+    with pytest.raises(ValueError, match="cannot move: its method has no subspace"):
         MovingSchedule(1).step(model, own)
 
 

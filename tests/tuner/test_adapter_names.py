@@ -21,6 +21,7 @@ from helpers import (
     move,
     relative_error,
     snapshot,
+    with_basis,
 )
 from isotune import get_peft_model
 
@@ -104,7 +105,7 @@ def test_a_reference_by_copied_parameters(
     method: str, basis: str, signs: bool, base_dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """Also where the file has the singular vectors of another solver, with other signs."""
-    options = {"basis": basis} if method in SUBSPACES else {}
+    options = with_basis(method, basis)
     as_trained(method, **options).save_pretrained(tmp_path)
     if signs:
         file = tmp_path / "adapter_model.safetensors"
@@ -128,7 +129,7 @@ def test_a_reference_by_copied_parameters(
 @pytest.mark.parametrize("basis", ["pinned", "embedded"])
 def test_references_of_several_adapters(method: str, basis: str, tmp_path: Path) -> None:
     """Each from its own, with configurations that are equal, or differ in what the basis depends on."""
-    options = {"basis": basis} if method in SUBSPACES else {}
+    options = with_basis(method, basis)
     model, x = as_trained(method, **options), torch.randn(4, 12)
     other = {"r": 3} if "r" in options or method in (*SUBSPACES, "hra") else {}
     if method == "hra":

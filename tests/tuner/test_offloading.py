@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 from helpers import (
+    EMBEDDED,
     EVERY_METHOD,
     FEW,
     HOSTS_OF_12,
@@ -140,6 +141,8 @@ def test_group_offloading(method: str, way: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", [True, False])
 def test_layerwise_casting(method: str, first: bool) -> None:
     """The frozen weights are stored in bfloat16 and computed with in float32."""
+    if first and method in EMBEDDED:
+        pytest.skip("starts on the singular vectors of the rounded weights, whose signs are free")
     hooks = pytest.importorskip("diffusers.hooks")
     expected, x, base = as_trained(method), torch.randn(5, 12), Chain()
     dtypes = {"storage_dtype": torch.bfloat16, "compute_dtype": torch.float32}

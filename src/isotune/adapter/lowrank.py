@@ -112,7 +112,21 @@ class LowRankAdapter(Update):
         return f"rank {self.size}"
 
 
-class ComplementAdapter(LowRankAdapter, PlacedUpdate):
+class PlacedLowRank(LowRankAdapter, PlacedUpdate):
+    """Factors that also depend on the placement, which stays at least float32 whatever the model is cast to."""
+
+    batched = False
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PlacedLowRank:
+        before = self.placement
+        super()._apply(fn, recurse)
+        now = self.placement
+        if before is not None and now is not None and now.down.itemsize < 4:  # their differences are small
+            self.placement = before.moved(lambda tensor: tensor.to(now.down.device))
+        return self
+
+
+class ComplementAdapter(PlacedLowRank):
     """Down = A (I − Vᵀ V) and Up = (I − U Uᵀ) B: an update that leaves the k strongest singular triplets of W alone.
 
     The placement's `down` is V, (k, in), and its `up` is U, (out, k): singular vectors of W, both at least float32.
@@ -123,8 +137,6 @@ class ComplementAdapter(LowRankAdapter, PlacedUpdate):
 
     Source: Xiong and Xie, OPLoRA (AAAI 2026, arXiv 2510.13003), abstract.
     """
-
-    batched = False
 
     def __init__(self, size: int, preserved: int) -> None:
         super().__init__(size)
@@ -171,14 +183,6 @@ class ComplementAdapter(LowRankAdapter, PlacedUpdate):
     def basis_rank(self) -> int:
         """k."""
         return self.preserved
-
-    def _apply(self, fn: Any, recurse: bool = True) -> ComplementAdapter:
-        before = self.placement
-        super()._apply(fn, recurse)
-        now = self.placement
-        if before is not None and now is not None and now.down.itemsize < 4:  # projectors are not rounded
-            self.placement = before.moved(lambda tensor: tensor.to(now.down.device))
-        return self
 
     def describe(self) -> str:
         """The rank, and how many singular triplets are preserved."""

@@ -50,6 +50,9 @@ class Adapter(nn.Module, ABC):
     placement: object = None
     """Where the adapter acts on its layer's weight, exchanged as a whole; None if that is not or need not be found."""
 
+    starts_by_placement: ClassVar[bool] = False
+    """Whether the values at which its parameters start follow from a placement; until then they are zero."""
+
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size

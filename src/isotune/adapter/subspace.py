@@ -171,11 +171,6 @@ class SubspaceAdapter(PlacedUpdate, Operator):
         """x M for x of shape (..., r)."""
         return x + x @ self.difference(x.dtype)
 
-    @property
-    def accumulated_rank(self) -> int:
-        """The rank of the update that is accumulated on earlier subspaces."""
-        return 0 if self.placement is None else self.placement.accumulated
-
     def is_identity(self) -> bool:
         """Whether M is the identity and nothing is accumulated on earlier subspaces."""
         return not self.accumulated_rank and super().is_identity()
@@ -319,14 +314,24 @@ class SubspaceAdapter(PlacedUpdate, Operator):
         return f"rank {self.size}, {more} more accumulated" if more else f"rank {self.size}"
 
     def identity(self) -> dict[str, Tensor]:
-        """The values of the parameters at which M is the identity: ones for those that start at 1, zeros for others.
-
-        Raises:
-            ValueError: M is not the identity there.
-        """
+        """The parameters of the identity, if there is one: ones for those that start at 1, zeros for others."""
         ones = getattr(self, "near_one", ())
-        parameters = {name: p.detach() for name, p in self.named_parameters()}
-        values = {name: torch.full_like(p, float(name in ones)) for name, p in parameters.items()}
-        if bool(self.difference_of(wide(tuple(values), tuple(values.values()))).any()):
-            raise ValueError(f"{type(self).__name__} is not the identity where its parameters are zero.")
-        return values
+        return {name: torch.full_like(p.detach(), float(name in ones)) for name, p in self.named_parameters()}
+
+    @property
+    def fixed(self) -> str | None:
+        """That M is not the identity where its parameters are zero, so that it cannot start anew."""
+        values = self.identity()
+        if not bool(self.difference_of(wide(tuple(values), tuple(values.values()))).any()):
+            return None
+        name = type(self).__name__
+        return f"{name} is not the identity where its parameters are zero. Use PSOFT, LoRA-XS or another that is."
+
+    def start(self, placement: Placement, generator: torch.Generator) -> dict[str, Tensor]:
+        """The identity."""
+        return self.identity()
+
+    def spanning(self) -> Tensor:
+        """down, without what is accumulated."""
+        down, _ = self.factors(torch.float32, next(self.parameters()).device)
+        return down[: self.size]

@@ -84,6 +84,29 @@ class PlacedUpdate(Update):
         """k, the number of vectors of the basis."""
         return self.size
 
+    @property
+    def accumulated_rank(self) -> int:
+        """The rank of the update that is accumulated on earlier subspaces."""
+        return 0 if self.placement is None else self.placement.accumulated
+
+    @property
+    def fixed(self) -> str | None:
+        """Why its subspace cannot move in training, and what to do; None if it can."""
+        return "its method has one subspace for good. Use PSOFT, LoRA-XS, SVFit, CERSA, ROSA or PESO."
+
+    def start(self, placement: Placement, generator: torch.Generator) -> dict[str, Tensor]:
+        """The values at which the parameters start on a new placement.
+
+        Args:
+            placement: the new one.
+            generator: on the CPU, for what is drawn at random.
+        """
+        raise NotImplementedError
+
+    def spanning(self) -> Tensor:
+        """Rows, (r, in), that span the subspace in which the update acts now."""
+        raise NotImplementedError
+
     def factors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """The two frozen factors of the placement, down and up, in this dtype and on this device.
 

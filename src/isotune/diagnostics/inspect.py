@@ -122,8 +122,8 @@ class AdapterReport:
 
     @property
     def _since(self) -> str:
-        """From where angles are measured, if not from the base: each subspace is measured by itself."""
-        return " since the last move" if self.moves else ""
+        """From where angles are measured, if not from the base: each principal subspace is measured by itself."""
+        return " since the last move" if self.moves and self.subspaces else ""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: every field, the summary, and what is missing."""

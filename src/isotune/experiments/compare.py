@@ -81,7 +81,7 @@ def parse(text: str, recipe: Recipe, options: Options) -> Variant:
         given |= own.options
         train |= own.train
     train.pop("lr", None)
-    tried, centre = list(options.rates), registry.entry(name).usual_learning_rate
+    tried, centre = list(options.rates), 0.0
     for part in re.split(r"\+(?=[A-Za-z_.]+=)", rest) if rest else ():
         key, separator, value = part.partition("=")
         if not separator or not key:
@@ -102,6 +102,7 @@ def parse(text: str, recipe: Recipe, options: Options) -> Variant:
     # Through the recipe's own check, which names the nearest method to a misspelt one.
     method = validate({**recipe.model_dump(), "method": {"name": name, **given, "train": train}}, text).method
     methods.check(method)
+    centre = centre or registry.entry(name).rate_with(given)
     return Variant(text, method, tuple(sorted(set(tried))) or grid(centre, options.lr_search, options.factor))
 
 
@@ -117,8 +118,9 @@ def _numbers(text: str, value: Any) -> list[float]:
 
 
 def grid(centre: float, count: int, factor: float) -> tuple[float, ...]:
-    """`count` learning rates `factor` apart, with `centre` in the middle; rounded to two digits."""
-    return tuple(float(f"{centre * factor ** (i - (count - 1) / 2):.2g}") for i in range(count))
+    """`count` learning rates `factor` apart, with `centre` in the middle; the others rounded to two digits."""
+    powers = (i - (count - 1) / 2 for i in range(count))
+    return tuple(float(f"{centre * factor**power:.2g}") if power else centre for power in powers)
 
 
 def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Schedule:

@@ -182,7 +182,7 @@ class Moving(_Section):
 
     every: Count = 1
     unit: Literal["step", "epoch"] = "epoch"
-    select: Literal["top", "bottom", "band"] = "top"
+    select: Literal["top", "bottom", "band", "warm"] = "top"
     optimizer_state: Literal["reset", "keep", "project"] = "reset"
     max_rank: Count | None = None
     seed: Seed = 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from isotune.methods import METHODS
-from isotune.methods.subspace import SubspaceConfig
+from isotune.methods.subspace import MovableConfig
 from isotune.methods.uora import UoraConfig
 
 HEADS = ("classifier", "score")
@@ -27,6 +27,7 @@ class Entry:
         fixed: options of that class which the name fixes.
         size_names: option that sets how large the adapter is -> its letter in papers; the first one is matched.
         size_step: what the first of these must be a multiple of.
+        scaled_learning_rate: as `usual_learning_rate`, with scaled_generator.
     """
 
     name: str
@@ -36,11 +37,17 @@ class Entry:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     size_names: Mapping[str, str] = field(default_factory=dict)
     size_step: int = 1
+    scaled_learning_rate: float | None = None
+
+    def rate_with(self, options: Mapping[str, Any]) -> float:
+        """The usual learning rate of the method with these options."""
+        scaled = {**self.fixed, **options}.get("scaled_generator") and self.scaled_learning_rate
+        return scaled or self.usual_learning_rate
 
     @property
     def on_subspaces(self) -> bool:
         """Whether it is one of isotune's methods on subspaces of the weights."""
-        return self.base in METHODS and issubclass(METHODS[self.base], SubspaceConfig)
+        return self.base in METHODS and issubclass(METHODS[self.base], MovableConfig)
 
     @property
     def renews_rows(self) -> bool:
@@ -90,8 +97,9 @@ def entries() -> dict[str, Entry]:
     for name, config in METHODS.items():
         about = (config.usual_learning_rate, name)
         size = (config.size_names, config.size_step)
-        found.append(Entry(name, config.title or name.upper(), *about, {}, *size))
-        found += [Entry(own, title, *about, fixed, *size) for own, (title, fixed) in config.presets.items()]
+        named = [(name, config.title or name.upper(), {}), *((own, *preset) for own, preset in config.presets.items())]
+        scaled = config.scaled_learning_rate
+        found += [Entry(own, title, *about, fixed, *size, scaled) for own, title, fixed in named]
     return {entry.name: entry for entry in (*found, *_OTHERS)}
 
 

@@ -8,8 +8,10 @@ from isotune.methods.hra import HRAConfig
 from isotune.methods.lora_xs import LoraXsConfig
 from isotune.methods.oft import OFTConfig
 from isotune.methods.oplora import OploraConfig
+from isotune.methods.peso import PesoConfig
 from isotune.methods.psoft import PsoftConfig
 from isotune.methods.road import RoadConfig
+from isotune.methods.rosa import RosaConfig
 from isotune.methods.svfit import SvfitConfig
 from isotune.methods.uora import UoraConfig
 
@@ -25,6 +27,8 @@ METHODS: dict[str, type[IsotuneConfig]] = {
     "svfit": SvfitConfig,
     "cersa": CersaConfig,
     "oplora": OploraConfig,
+    "rosa": RosaConfig,
+    "peso": PesoConfig,
     "uora": UoraConfig,
 }
 """Name of each method -> its configuration. The PEFT type is ISOTUNE_ followed by the name in capitals."""
@@ -38,9 +42,11 @@ __all__ = [
     "LoraXsConfig",
     "OFTConfig",
     "OploraConfig",
+    "PesoConfig",
     "PsoftConfig",
     "QGOFTConfig",
     "RoadConfig",
+    "RosaConfig",
     "SvfitConfig",
     "UoraConfig",
 ]

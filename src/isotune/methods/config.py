@@ -61,6 +61,8 @@ class IsotuneConfig(ChosenSize, PeftConfig):
     """The method's name in tables, such as PSOFT; if empty, the registered name in capitals."""
     usual_learning_rate: ClassVar[float] = 1e-3
     """The learning rate around which a comparison searches for the best."""
+    scaled_learning_rate: ClassVar[float | None] = None
+    """The same with `scaled_generator`, where a method has it."""
     size_step: ClassVar[int] = 1
     """The first option in `size_names` must be a multiple of this."""
     presets: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {}

@@ -48,6 +48,7 @@ class PsoftConfig(SubspaceConfig):
 
     runtime_fields = (*SubspaceConfig.runtime_fields, "psoft_svd_lowrank_niter", "random_seed")
     title, usual_learning_rate, alpha_option = "PSOFT", 8e-4, "psoft_alpha"
+    scaled_learning_rate = 5e-3
     format_since = {**SubspaceConfig.format_since, "scaled_generator": 3}  # noqa: RUF012
     presets = {"psoft_so": ("PSOFT-SO", {"psoft_mag_a": False, "psoft_mag_b": False})}  # noqa: RUF012
 

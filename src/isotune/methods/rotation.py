@@ -69,6 +69,7 @@ class BlockRotationConfig(RotationConfig):
 
     format_since = {**RotationConfig.format_since, "scaled_generator": 3}  # noqa: RUF012
     size_pattern = "block_size_pattern"
+    scaled_learning_rate = 1.25e-2
 
     block_size_pattern: dict[str, int] = field(default_factory=dict)
     scaled_generator: bool = field(default=False)

@@ -18,6 +18,8 @@ class ChosenSize:
     """The option for the sizes chosen for modules; empty if there is no measure to choose them by."""
     asking: ClassVar[tuple[str, ...]] = ("rank_budget", "rank_energy")
     """Options that ask for a choice; None once it has been made, so that the sizes are then plain numbers."""
+    fits_by_shape: ClassVar[bool] = False
+    """Whether `fit` reads only how many singular values there are, so that it is given them without values."""
     sized: bool = True
     """False while sizes are being chosen; layers then wait for their adapters."""
 

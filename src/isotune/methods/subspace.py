@@ -15,6 +15,7 @@ from isotune.methods.checks import require, require_expressions, require_positiv
 from isotune.methods.config import IsotuneConfig, by_pattern
 from isotune.methods.sizes import check_choice
 from isotune.subspace.pinning import pin_width
+from isotune.subspace.selection import chosen
 
 _SEED_LIMIT = 2**32
 """Seeds of numpy's frozen random stream lie below this."""
@@ -103,6 +104,10 @@ class BasisConfig(IsotuneConfig):
         """Which singular directions of each weight are adapted, as in `isotune.subspace.selection.chosen`."""
         return "top"
 
+    def directions(self, module: str, count: int, rank: int) -> Tensor:
+        """The places of a module's singular directions among all n, (r,), as `chosen` gives them."""
+        return chosen(count, rank, self.selection)
+
     def rank_of(self, module: str) -> int:
         """The rank of a module: from `rank_pattern`, or else r.
 
@@ -134,8 +139,8 @@ class BasisConfig(IsotuneConfig):
 
 
 @dataclass
-class SubspaceConfig(BasisConfig):
-    """Fields shared by the methods that act on the principal subspace of each weight.
+class MovableConfig(BasisConfig):
+    """Fields shared by the methods whose subspaces may move in training.
 
     Args:
         accumulated_ranks: module name -> rank of the update accumulated on earlier subspaces. Files of adapters whose
@@ -160,11 +165,11 @@ class SubspaceConfig(BasisConfig):
         """The entry of `accumulated_ranks` for a module."""
         return self.accumulated_ranks.get(module)
 
-    def build_operator(self, module: str, in_features: int, out_features: int) -> SubspaceAdapter:
-        """A new operator on the coordinates of the subspace, not placed yet.
+    def check_rank(self, module: str, in_features: int, out_features: int) -> None:
+        """Refuse a rank that is larger than the smaller side of a module's weight.
 
         Raises:
-            ValueError: the rank is larger than the smaller side of the weight.
+            ValueError: it is.
         """
         rank, limit = self.rank_of(module), min(in_features, out_features)
         if rank > limit:
@@ -173,6 +178,19 @@ class SubspaceConfig(BasisConfig):
                 f"rank may be at most {limit}. Choose a smaller r, give this module its own with "
                 f"rank_pattern={{{module!r}: {limit}}}, or exclude it with exclude_modules."
             )
+
+
+@dataclass
+class SubspaceConfig(MovableConfig):
+    """Fields shared by the methods that act on the principal subspace of each weight."""
+
+    def build_operator(self, module: str, in_features: int, out_features: int) -> SubspaceAdapter:
+        """A new operator on the coordinates of the subspace, not placed yet.
+
+        Raises:
+            ValueError: the rank is larger than the smaller side of the weight.
+        """
+        self.check_rank(module, in_features, out_features)
         return self.operator_of(module, {})
 
     def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> SubspaceAdapter:

@@ -36,7 +36,7 @@ class UoraConfig(IsotuneConfig):
         ValueError: a value is not allowed; the message says what to change.
     """
 
-    title, usual_learning_rate = "UORA", 1e-2
+    title, usual_learning_rate = "UORA", 5e-2
 
     r: int = field(default=256)
     d_initial: float = field(default=0.1)

@@ -60,18 +60,29 @@ class BoundarySchedule(ABC, Generic[Record]):
             self._check(model, optimizer)
         last = self._last(own)
         if done is None:
-            done = (last * self.every if before is None else before) + 1
+            done = ((last or 0) * self.every if before is None else before) + 1
+        starts = self._starts(last, done, first=before is None)
         self._counted = weakref.ref(own), done
         number = done // self.every
-        return self._act(model, optimizer, number, done) if number > last else None
+        return self._act(model, optimizer, number, done) if starts or number > (last or 0) else None
+
+    def _starts(self, last: int | None, done: int, *, first: bool) -> bool:
+        """Whether to act before the first step, too.
+
+        Args:
+            last: as `_last` says.
+            done: how many steps or epochs are finished.
+            first: whether this is the model's first call.
+        """
+        return False
 
     @abstractmethod
     def _check(self, model: nn.Module, optimizer: Any) -> Any:
         """Refuse, by a ValueError, a model on which the schedule cannot act."""
 
     @abstractmethod
-    def _last(self, own: AdaptedModel) -> int:
-        """The number of the last boundary, from the adapter itself; 0 before the first."""
+    def _last(self, own: AdaptedModel) -> int | None:
+        """The number of the last boundary, from the adapter itself; 0 or None before the first."""
 
     @abstractmethod
     def _act(self, model: nn.Module, optimizer: Any, number: int, done: int) -> Record:

@@ -13,13 +13,14 @@ from tqdm.auto import tqdm
 
 from isotune.adapter.evaluation import without_autocast
 from isotune.adapter.placement import Placement
-from isotune.adapter.subspace import SubspaceAdapter
+from isotune.adapter.update import PlacedUpdate
 from isotune.hosts import widen
 from isotune.internals.offloading import is_managed
-from isotune.moving.optimiser import Overlap, held_by, project
+from isotune.moving.optimiser import between, held_by, project
 from isotune.parallel.processes import one_for_all, sample_of, several
 from isotune.parallel.sharding import is_partitioned, is_sharded, is_wrapped_by_fsdp
 from isotune.subspace.lowrank import joined
+from isotune.subspace.selection import generator_for
 from isotune.tuner.adapted_model import AdaptedModel
 from isotune.tuner.experts_layer import ExpertsLayer
 from isotune.tuner.layer import Layer
@@ -36,7 +37,7 @@ class Move:
     """What happened at one boundary."""
 
     number: int
-    """The number of the boundary, from 1."""
+    """The number of the boundary, from 1; 0 for one before the first step."""
     done: int
     """How many steps or epochs were finished."""
     ranks: Mapping[str, int]
@@ -62,6 +63,8 @@ class _Next:
     layer: Layer
     buffers: dict[str, Tensor | None]
     placement: Placement
+    values: Mapping[str, Tensor]
+    """Parameter name -> the value at which it starts again."""
     error: float
 
 
@@ -114,8 +117,8 @@ def layers_to_move(model: nn.Module, adapter_name: str, optimizer: Any) -> list[
 def _why_fixed(layer: Layer, adapter_name: str, whole: bool) -> str | None:
     """Why the subspace of an adapter on a layer cannot move; None if it can."""
     adapter, parameters = layer.adapter(adapter_name), list(layer.adapter(adapter_name).parameters())
-    if not isinstance(adapter, SubspaceAdapter):
-        return "only methods with an operator on a subspace move. Use PSOFT, LoRA-XS, SVFit or CERSA."
+    if not isinstance(adapter, PlacedUpdate):
+        return "its method has no subspace. Use PSOFT, LoRA-XS, SVFit, CERSA, ROSA or PESO."
     if isinstance(layer, ExpertsLayer):
         return "those of experts stay where they are. Leave target_parameters empty."
     if not whole or any(is_sharded(one) or is_partitioned(one) for one in (layer.base_weight, *parameters)):
@@ -126,18 +129,7 @@ def _why_fixed(layer: Layer, adapter_name: str, whole: bool) -> str | None:
         return "an adapter is merged into the layer. Call unmerge_adapter() first."
     if adapter.relative_scale != 1.0:
         return f"it has the scale {adapter.relative_scale:g}, and only adapters as trained move. Set its scale to 1."
-    try:
-        adapter.identity()
-    except ValueError as error:
-        return f"{error} Use PSOFT, LoRA-XS or another method that starts there."
-    return None
-
-
-def _operator(layer: Layer, adapter_name: str) -> SubspaceAdapter:
-    """The adapter of this name, which must be an operator on a subspace."""
-    adapter = layer.adapter(adapter_name)
-    assert isinstance(adapter, SubspaceAdapter)
-    return adapter
+    return adapter.fixed
 
 
 @torch.no_grad()
@@ -151,6 +143,7 @@ def move(
     done: int,
     optimizer_state: str,
     max_rank: int | None,
+    seed: int = 0,
 ) -> Move:
     """Fold the update of each layer into its accumulated one and go on in the next subspace; the function stays.
 
@@ -162,6 +155,7 @@ def move(
         number, done: as in `Move`.
         optimizer_state: "reset", "keep" or "project".
         max_rank: the largest rank of an accumulated update; None for no limit.
+        seed: of what a method draws at random where it starts again.
 
     Raises:
         ValueError: as in `layers_to_move`, or the choice or the projection is not possible. Nothing is changed then,
@@ -170,20 +164,19 @@ def move(
     layers = layers_to_move(model, adapter_name, optimizer)
     own = adapted(model)
     own.place()
-    found = _next_of_all(layers, adapter_name, choose, number, max_rank)
-    values = {layer.key: _operator(layer, adapter_name).identity() for layer in layers}
+    found = _next_of_all(layers, adapter_name, choose, number, max_rank, seed)
     states = {
         parameter: state
         for one in found
         for parameter, state in _states(optimizer, one, adapter_name, optimizer_state).items()
     }
-    _exchange(own, adapter_name, found, values, optimizer, states)
+    _exchange(own, adapter_name, found, optimizer, states)
     ranks = {one.layer.key: one.placement.accumulated for one in found}
     return Move(number, done, ranks, {one.layer.key: one.error for one in found})
 
 
 def _next_of_all(
-    layers: Sequence[Layer], adapter_name: str, choose: Choose, number: int, max_rank: int | None
+    layers: Sequence[Layer], adapter_name: str, choose: Choose, number: int, max_rank: int | None, seed: int
 ) -> list[_Next]:
     """The next values of all layers, the same in all processes."""
 
@@ -193,7 +186,7 @@ def _next_of_all(
 
     same = [(layer.key, sample_of(layer.base_weight)) for layer in layers] if several() else []
     tensors = iter(one_for_all(f"move {number} of {adapter_name}: {same}", make))
-    return [_placed(layer, adapter_name, [next(tensors) for _ in range(4)], number) for layer in layers]
+    return [_placed(layer, adapter_name, [next(tensors) for _ in range(4)], number, seed) for layer in layers]
 
 
 def _computed(layer: Layer, adapter_name: str, choose: Choose, max_rank: int | None) -> list[Tensor]:
@@ -201,7 +194,8 @@ def _computed(layer: Layer, adapter_name: str, choose: Choose, max_rank: int | N
     adapter, matrix = layer.subspace(adapter_name), layer.unmerged_matrix()
     with without_autocast(matrix):
         up, down = adapter.low_rank(matrix)
-        updates = [(up[:, : adapter.size], down[: adapter.size])]
+        own = len(down) - adapter.accumulated_rank
+        updates = [(up[:, :own], down[:own])]
         # The accumulated factors as stored, since those of the placement have been rounded to the dtype of W.
         if (accumulated := layer.accumulated(adapter_name)) is not None:
             updates.insert(0, tuple(factor.to(up) for factor in accumulated))  # type: ignore[arg-type]
@@ -218,29 +212,26 @@ def _computed(layer: Layer, adapter_name: str, choose: Choose, max_rank: int | N
     return [new_up, new_down, basis, torch.tensor(whole.missing / whole.norm if whole.norm else 0.0).double()]
 
 
-def _placed(layer: Layer, adapter_name: str, tensors: Sequence[Tensor], number: int) -> _Next:
+def _placed(layer: Layer, adapter_name: str, tensors: Sequence[Tensor], number: int, seed: int) -> _Next:
     """The layer's next placement, on its device and on the very tensors that will be stored."""
     adapter, matrix = layer.subspace(adapter_name), layer.unmerged_matrix()
     up, down, basis = (tensor.to(matrix.device) for tensor in tensors[:3])
     placement = adapter.placed(basis, matrix, [basis, up, down], layer.base_weight, (up, down))
     moves = torch.tensor(float(number), device=matrix.device)
     buffers: dict[str, Tensor | None] = {"pin": None, "basis": basis, "up": up, "down": down, "moves": moves}
-    return _Next(layer, buffers, placement, float(tensors[3]))
+    values = adapter.start(placement, generator_for(seed, number, layer.key))
+    return _Next(layer, buffers, placement, values, float(tensors[3]))
 
 
 def _states(optimizer: Any, found: _Next, adapter_name: str, treatment: str) -> dict[nn.Parameter, dict[str, Any]]:
     """The next state of each parameter that has one and does not keep it; an empty one stands for none."""
-    adapter = _operator(found.layer, adapter_name)
+    adapter = found.layer.subspace(adapter_name)
     own = {name: parameter for name, parameter in adapter.named_parameters() if parameter in optimizer.state}
     if treatment == "keep":
         return {}
     if treatment == "reset":
         return {parameter: {} for parameter in own.values()}
-    before = adapter.placement
-    assert before is not None
-    (old_down, old_up), (new_down, new_up), rank = before.factors, found.placement.factors, adapter.size
-    ups = (old_up[:, :rank], new_up[:, :rank]) if adapter.power is None else None
-    overlap = Overlap.of(old_down[:rank], new_down[:rank], ups)
+    overlap = between(adapter, found.placement, found.values)
     return {p: project(adapter, name, optimizer.state[p], overlap) for name, p in own.items()}
 
 
@@ -248,7 +239,6 @@ def _exchange(
     own: AdaptedModel,
     adapter_name: str,
     found: Sequence[_Next],
-    values: Mapping[str, Mapping[str, Tensor]],
     optimizer: Any,
     states: Mapping[nn.Parameter, dict[str, Any]],
 ) -> None:
@@ -260,7 +250,7 @@ def _exchange(
             kept = {p: p.detach().clone() for p in adapter.parameters()}
             undo.append(_back(basis.held(), adapter.placement, layer, adapter_name, kept))
             basis.hold(one.buffers)
-            for name, value in values[layer.key].items():
+            for name, value in one.values.items():
                 adapter.get_parameter(name).copy_(value)
             adapter.placement = one.placement
         for parameter, state in states.items():

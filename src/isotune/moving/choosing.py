@@ -1,8 +1,7 @@
-"""The next subspace of a layer: singular vectors of the current weight, or of its full gradient."""
+"""The next subspace of a layer: singular vectors of the current weight or of its full gradient, or the present one."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,13 +12,13 @@ from torch import distributed as dist
 
 from isotune.hosts import widen
 from isotune.parallel.processes import several
-from isotune.subspace.precision import without_autocast
-from isotune.subspace.selection import SELECTIONS, drawn_start, singular_subspace
+from isotune.subspace.precision import doubled, without_autocast
+from isotune.subspace.selection import SELECTIONS, drawn_start, generator_for, singular_subspace
 from isotune.subspace.solvers import principal_subspace
 from isotune.tuner.batches import groups_that_fit, on_device
 from isotune.tuner.layer import Layer
 
-CHOICES = (*(one for one in SELECTIONS if one != "mixed"), "gradient")
+CHOICES = (*(one for one in SELECTIONS if one != "mixed"), "warm", "gradient")
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch) -> a scalar."""
@@ -45,10 +44,20 @@ def subspace_of(current: Tensor, rank: int, select: str, *, seed: int, number: i
     """
     start = None
     if select == "band":
-        digest = hashlib.blake2b(f"{seed} {number} {name}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-        start = drawn_start(min(current.shape), rank, generator)
+        start = drawn_start(min(current.shape), rank, generator_for(seed, number, name))
     return singular_subspace(current, rank, select, start=start, name=f"module {name!r}").basis
+
+
+def present_subspace(layer: Layer, adapter_name: str) -> Tensor:
+    """An orthonormal basis of the subspace that an adapter acts in now, (r, in): the one nearest to its own rows.
+
+    Of two factors these are the rows of A, as trained; of an operator the basis that it stands on.
+
+    Source: Higham, Computing the polar decomposition (1986): the polar factor is the nearest matrix with such rows.
+    """
+    left, _, right = torch.linalg.svd(doubled(layer.subspace(adapter_name).spanning()), full_matrices=False)
+    basis: Tensor = left @ right
+    return basis
 
 
 def gradient_subspaces(

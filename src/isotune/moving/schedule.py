@@ -14,13 +14,13 @@ from isotune.internals.torch_state import version_of
 from isotune.methods.checks import require, require_choice, require_positive_integer
 from isotune.moving.boundaries import BoundarySchedule
 from isotune.moving.boundary import Move, layers_to_move, move
-from isotune.moving.choosing import CHOICES, Loss, gradient_subspaces, loss_of, subspace_of
+from isotune.moving.choosing import CHOICES, Loss, gradient_subspaces, loss_of, present_subspace, subspace_of
 from isotune.moving.optimiser import STATES
 from isotune.tuner.adapted_model import AdaptedModel
 from isotune.tuner.layer import Layer
 from isotune.tuner.moved import moves_of
 
-Select = Literal["top", "bottom", "band", "gradient"]
+Select = Literal["top", "bottom", "band", "warm", "gradient"]
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
@@ -39,9 +39,12 @@ class MovingSchedule(BoundarySchedule[Move]):
         every: steps or epochs from one boundary to the next.
         unit: "step" or "epoch".
         select: the next subspace: the "top" or "bottom" right singular vectors of the current weight, a "band" of
-            neighbours at a random place, or the top ones of the full "gradient" of the weight.
+            neighbours at a random place, the top ones of the full "gradient" of the weight, or "warm", the present
+            subspace again, on the weight so far.
         optimizer_state: "reset" forgets what the optimiser keeps for the adapter's parameters, "keep" leaves it, and
             "project" carries the moments of AdamW, Adam or SGD to the coordinates of the next subspace.
+        at_start: whether to choose a subspace before the first step too, by `select`. A loop of your own then calls
+            `step(model, optimizer, done=0)` before its first step; transformers' trainers do.
         max_rank: the largest rank of an accumulated update. Above it the smallest singular values are cut off;
             `history` has the error. None keeps everything, of a rank that grows by at most r with each move.
         largest_error: an error of a cut above it, relative to the layer's accumulated update, gives a warning.
@@ -71,8 +74,9 @@ class MovingSchedule(BoundarySchedule[Move]):
         [(2, {'0': 2}), (4, {'0': 4})]
 
     Source: the idea is ReLoRA's (Lialin et al., arXiv 2307.05695) and ROSA's (Hameed et al., arXiv 2407.07802), which
-    merge into the weight; restarting along the full gradient is PESO's (Lou et al., arXiv 2512.02216). That the base
-    stays and the accumulated update is kept as factors, and how "project" works, is isotune's own.
+    merge into the weight; restarting along the full gradient, and warm starts, are PESO's (Lou et al., arXiv
+    2512.02216). That the base stays and the accumulated update is kept as factors, what "warm" takes, and how "project"
+    works, is isotune's own.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class MovingSchedule(BoundarySchedule[Move]):
         unit: Literal["step", "epoch"] = "step",
         select: Select = "top",
         optimizer_state: Literal["reset", "keep", "project"] = "reset",
+        at_start: bool = False,
         max_rank: int | None = None,
         largest_error: float = 0.01,
         seed: int = 0,
@@ -97,11 +102,12 @@ class MovingSchedule(BoundarySchedule[Move]):
             require_positive_integer("max_rank", max_rank)
         require(0.0 <= largest_error < math.inf, "largest_error", largest_error, "it must be a number of at least 0")
         require(isinstance(seed, int), "seed", seed, "it must be an integer")
+        require(isinstance(at_start, bool), "at_start", at_start, "it must be True or False")
         require_positive_integer("gradient_memory", gradient_memory)
         if (select == "gradient") != (batches is not None):
             need = "needs batches=, whose gradients it sums" if batches is None else "does not use batches"
             raise ValueError(f"select={select!r} {need}; give batches with select='gradient' and with no other.")
-        self.select, self.optimizer_state = select, optimizer_state
+        self.select, self.optimizer_state, self.at_start = select, optimizer_state, at_start
         self.max_rank, self.largest_error, self.seed = max_rank, largest_error, seed
         self.batches, self.loss, self.gradient_memory = batches, loss or loss_of, gradient_memory
         self._read: tuple[Tensor, int, int] | None = None
@@ -110,12 +116,22 @@ class MovingSchedule(BoundarySchedule[Move]):
         """Refuse a model whose subspaces cannot move."""
         return layers_to_move(model, self.adapter, optimizer)
 
-    def _last(self, own: AdaptedModel) -> int:
+    def _starts(self, last: int | None, done: int, *, first: bool) -> bool:
+        """Whether `at_start` asks for a subspace now."""
+        starts = self.at_start and last is None and done == 0
+        if self.at_start and last is None and first and not starts:
+            raise ValueError(
+                f"at_start=True, but {done} {self.unit}s are finished and the subspaces of {self.adapter!r} have never "
+                "moved. Call step(model, optimizer, done=0) before the first step."
+            )
+        return starts
+
+    def _last(self, own: AdaptedModel) -> int | None:
         """The number of the last boundary, from the adapter itself; reading it from a GPU waits, so that is kept."""
         layers = [layer for layer in own.layers if self.adapter in layer.isotune_form]
         moves = layers[0].bases(self.adapter)[0].moves if layers else None
         if moves is None:
-            return 0
+            return None
         if self._read is None or self._read[0] is not moves or self._read[1] != version_of(moves):
             self._read = moves, version_of(moves), moves_of(layers, self.adapter)
         return self._read[2]
@@ -132,6 +148,8 @@ class MovingSchedule(BoundarySchedule[Move]):
         def choose(current: Tensor, layer: Layer) -> Tensor:
             if layer.key in chosen:
                 return chosen[layer.key].to(current)
+            if self.select == "warm":
+                return present_subspace(layer, self.adapter)
             rank = layer.subspace(self.adapter).size
             return subspace_of(current, rank, self.select, seed=self.seed, number=number, name=layer.key)
 
@@ -144,6 +162,7 @@ class MovingSchedule(BoundarySchedule[Move]):
             done=done,
             optimizer_state=self.optimizer_state,
             max_rank=self.max_rank,
+            seed=self.seed,
         )
         self.history.append(found)
         if found.error > self.largest_error:

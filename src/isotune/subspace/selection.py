@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,18 @@ def chosen(count: int, rank: int, selection: str = "top", *, start: int | None =
         return torch.cat([torch.arange(strong), torch.arange(count - (rank - strong), count)])
     first = {"top": 0, "bottom": count - rank}.get(selection, start or 0)
     return torch.arange(first, first + rank)
+
+
+def generator_for(seed: int, number: int, name: str) -> torch.Generator:
+    """A generator on the CPU whose draws depend on these alone, so that every process and a resumed one draw the same.
+
+    Args:
+        seed: a configuration's or a schedule's.
+        number: of the boundary at which a subspace is chosen; 0 when an adapter is made.
+        name: the layer's name.
+    """
+    digest = hashlib.blake2b(f"{seed} {number} {name}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 def drawn_start(count: int, rank: int, generator: torch.Generator) -> int:

@@ -285,6 +285,8 @@ class AdaptedModel:
             if adapter.is_untrained():
                 for basis in layer.bases(adapter_name):
                     basis.record(torch.zeros_like(basis.stored))
+                for parameter in adapter.parameters() if adapter.starts_by_placement else ():
+                    parameter.data.zero_()
             adapter.placement = None
             return False
         if not (pins_hold and weight_holds):

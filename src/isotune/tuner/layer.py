@@ -108,7 +108,7 @@ class Layer(MergingLayer):
             )
         device = torch.device("cpu") if weight.is_meta else weight.device
         adapter = _moved(self._new_adapter(config), device, torch.promote_types(weight.dtype, torch.float32))
-        if not config.init_weights:
+        if not config.init_weights and not adapter.starts_by_placement:
             adapter.randomize_parameters()
         if adapter.dropout and self.host.folds and adapter.additive:
             option = next(name for name in vars(config) if name.endswith("_dropout"))

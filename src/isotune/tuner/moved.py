@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from isotune.methods.subspace import SubspaceConfig
+from isotune.methods.subspace import MovableConfig
 from isotune.tuner.layer import Layer
 from isotune.tuner.state import KEY_PREFIX, adapted_layers
 
 
-def moved_config(config: SubspaceConfig, layers: Iterable[Layer], adapter_name: str) -> SubspaceConfig:
+def moved_config(config: MovableConfig, layers: Iterable[Layer], adapter_name: str) -> MovableConfig:
     """The configuration that says what the layers of an adapter have accumulated; the same one if it does already.
 
     Args:
@@ -34,7 +34,7 @@ def moved_config(config: SubspaceConfig, layers: Iterable[Layer], adapter_name: 
 def update_config(configs: MutableMapping[str, Any], layers: Iterable[Layer], adapter_name: str) -> None:
     """Exchange an adapter's configuration, after tensors were loaded, if it no longer says what is accumulated."""
     known, layers = configs.get(adapter_name), list(layers)
-    if not isinstance(known, SubspaceConfig):
+    if not isinstance(known, MovableConfig):
         return
     config = moved_config(known, layers, adapter_name)
     if config is not known:

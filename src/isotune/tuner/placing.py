@@ -20,7 +20,7 @@ from isotune.parallel.processes import one_for_all, sample_of, several
 from isotune.parallel.sharding import is_sharded
 from isotune.subspace.cache import SubspaceCache
 from isotune.subspace.pinning import CANDIDATE_TOLERANCE, MAX_RESIDUAL, candidate_rank, pin, recover
-from isotune.subspace.selection import chosen
+from isotune.subspace.selection import chosen, generator_for
 from isotune.subspace.solvers import SubspaceRequest, principal_subspaces
 from isotune.tuner.layer import Layer
 
@@ -80,6 +80,18 @@ def place_adapter(adapter_name: str, layers: Iterable[Layer]) -> None:
         bases, residuals = zip(*(found.pop(0) for _ in places[id(layer)]), strict=True)
         layer.put_on_basis(adapter_name, bases, residual=max(residuals), principal=True)
     _solve(adapter_name, [layer for layer in pending if layer not in stored])
+
+
+def _start(layer: Layer, adapter_name: str) -> None:
+    """Give an adapter whose start follows from its placement the parameters of that start, if it has none yet."""
+    adapter, config = layer.subspace(adapter_name), _config(layer, adapter_name)
+    placement = adapter.placement
+    if not adapter.starts_by_placement or placement is None or any(bool(p.any()) for p in adapter.parameters()):
+        return  # set by whoever copies an adapter's parameters, before a pass finds that it is not placed
+    for name, value in adapter.start(placement, generator_for(config.basis_seed, 0, layer.key)).items():
+        adapter.get_parameter(name).copy_(value)
+    if not config.init_weights:
+        adapter.randomize_parameters()
 
 
 def share_basis(adapter_name: str, other: str, layers: Iterable[Layer]) -> None:
@@ -172,6 +184,7 @@ def _solve(adapter_name: str, layers: Sequence[Layer]) -> None:
             fresh.append(layer)
         else:
             _take(layer, adapter_name, other)
+            _start(layer, adapter_name)
     places = [one for layer in fresh for one in _places(layer, adapter_name)]
     subspaces = _subspaces(adapter_name, places)
     taken: dict[tuple[int, int], Placement] = {}
@@ -186,10 +199,11 @@ def _solve(adapter_name: str, layers: Sequence[Layer]) -> None:
         key = id(own[0][1]), layer.base_weight.data_ptr()
         if len(own) == 1 and key in taken:
             adapter.placement = _on_pins_of(layer, adapter_name, taken[key])
-            continue
-        layer.put_on_basis(adapter_name, bases, principal=True)
-        assert adapter.placement is not None
-        taken[key] = adapter.placement
+        else:
+            layer.put_on_basis(adapter_name, bases, principal=True)
+            assert adapter.placement is not None
+            taken[key] = adapter.placement
+        _start(layer, adapter_name)
 
 
 def _subspaces(adapter_name: str, places: Sequence[_Place]) -> list[Tensor]:
@@ -210,7 +224,7 @@ def _subspaces(adapter_name: str, places: Sequence[_Place]) -> list[Tensor]:
         weight = one.matrix if layer.host.quantised else one.matrix()
         at = None
         if config.selection != "top":  # for which there are faster solvers
-            at = tuple(chosen(min(layer.in_features, layer.out_features), rank, config.selection).tolist())
+            at = tuple(config.directions(one.key, min(layer.in_features, layer.out_features), rank).tolist())
         requests.append(SubspaceRequest(weight, rank, f"module {layer.key!r}", at))
     cache = SubspaceCache() if config.subspace_cache else None
 
@@ -229,6 +243,8 @@ def _subspaces(adapter_name: str, places: Sequence[_Place]) -> list[Tensor]:
 
 def _among(candidates: Tensor, rank: int, config: BasisConfig) -> Tensor:
     """The basis, (r, in), among the r or more singular vectors that were found for it; a copy."""
+    if len(candidates) == rank:
+        return candidates.clone()
     return candidates[chosen(len(candidates), rank, config.selection)]
 
 

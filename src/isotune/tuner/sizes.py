@@ -94,7 +94,9 @@ def size_layers(model: nn.Module, adapter_name: str, config: IsotuneConfig) -> N
     else:
         cache = SubspaceCache() if getattr(config, "subspace_cache", False) else None
         for layer in tqdm(layers, desc="singular values", unit="weight", delay=_PROGRESS_DELAY_SECONDS):
-            config.fit(layer.key, _singular_values(layer, cache))
+            count = min(_shape(layer))
+            values = torch.empty(1, count, device="meta") if config.fits_by_shape else _singular_values(layer, cache)
+            config.fit(layer.key, values)
     for name in config.asking:
         if hasattr(config, name):
             setattr(config, name, None)

@@ -40,6 +40,7 @@ FIRST: dict[str, dict[str, Any]] = {
     "oplora": {"r": 8},
     "rosa": {"r": 8},
     "peso": {"r": 8},
+    "uora": {"r": 256},
     "oft": {"oft_block_size": 32},
     "boft": {"boft_block_size": 8, **BOFT},
     "goft": {},

@@ -26,6 +26,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from isotune import PsoftConfig, get_peft_model
 from isotune.adapter.lowrank import ComplementAdapter
 from isotune.adapter.restarting import RestartingAdapter
+from isotune.adapter.shared import SharedAdapter
 from isotune.methods import METHODS
 from isotune.methods.rotation import RotationConfig
 from isotune.tuner.layer import Layer
@@ -359,6 +360,8 @@ def reference_update(layer: Layer, adapter: str = "default") -> Tensor:
     """The change of W by the definition s·P(Mᵀ − I)V, from the layer's reader and a plain inverse, (out, in)."""
     operator = layer.adapter(adapter)
     weight = layer.unmerged_matrix().to(torch.promote_types(layer.host.weight.dtype, torch.float32))
+    if isinstance(operator, SharedAdapter):
+        return reference_shared(operator, weight)
     basis = down_of(layer, adapter).to(weight)
     scale = layer.configs[adapter].scale_of(layer.key)
     if isinstance(operator, ComplementAdapter):
@@ -371,6 +374,12 @@ def reference_update(layer: Layer, adapter: str = "default") -> Tensor:
     elif operator.power:
         writer = writer / basis.square().sum(1)
     return scale * writer @ reference_difference(operator).to(weight).T @ basis
+
+
+def reference_shared(operator: Any, weight: Tensor) -> Tensor:
+    """diag(b) B diag(d) A by the definition, from the adapter's own A and B; differentiable."""
+    down, up = operator.matrices(weight.dtype, weight.device)
+    return torch.diag(operator.vera_lambda_b.to(weight)) @ up @ torch.diag(operator.vera_lambda_d.to(weight)) @ down
 
 
 def reference_complement(operator: Any, weight: Tensor, basis: Tensor) -> Tensor:
@@ -410,6 +419,7 @@ OPTIONS_FOR_12: dict[str, dict[str, Any]] = {
     "oplora": {"r": 4, "preserved_rank": 3},
     "rosa": {"r": 4},
     "peso": {"r": 4},
+    "uora": {"r": 4, "d_initial": 1.0},
     "road": {"group_size": 4, "side": "input"},
 }
 """Options with which each method fits a layer whose W has a multiple of 12 columns."""
@@ -427,6 +437,7 @@ OPTIONS_FOR_TINY: dict[str, dict[str, Any]] = {
     "oplora": {"r": 8, "preserved_rank": 6},
     "rosa": {"r": 8},
     "peso": {"r": 8},
+    "uora": {"r": 8, "d_initial": 1.0},
     "road": {"group_size": 8, "side": "input"},
 }
 """Options with which each method fits every layer of the tiny models."""
@@ -554,6 +565,8 @@ FEW = ("psoft", "lora_xs", "oft", "boft", "hra", LORA)
 
 SUBSPACES = ("psoft", "lora_xs", "svfit", "cersa", "oplora", "rosa", "peso")
 """Methods whose adapters have a subspace of their base's weight."""
+UPDATES = (*SUBSPACES, "uora")
+"""Methods that update the weight; the others rotate the inputs of a layer, or its outputs."""
 
 EMBEDDED = ("rosa", "peso")
 """Those of them that store the subspace itself, and refuse to pin it."""
@@ -572,6 +585,7 @@ DROPOUT: dict[str, dict[str, Any]] = {
     "coft": {"module_dropout": 0.5},
     "boft": {"boft_dropout": 0.5},
     "oplora": {"lora_dropout": 0.5},
+    "uora": {"vera_dropout": 0.5},
     LORA: {"lora_dropout": 0.5},
 }
 """Options with which the methods that can drop at random do."""

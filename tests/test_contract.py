@@ -20,6 +20,7 @@ from helpers import (
     DROPOUT,
     EXACT_START,
     FORMS,
+    UPDATES,
     OneLayer,
     adapt,
     assert_gradients_are_right,
@@ -33,6 +34,7 @@ from helpers import (
     randomize,
     reference_complement,
     reference_restarting,
+    reference_shared,
     relative_error,
     rotated,
     snapshot,
@@ -48,6 +50,7 @@ from isotune.adapter.lowrank import ComplementAdapter, LowRankAdapter
 from isotune.adapter.operator import Adapter, Operator
 from isotune.adapter.restarting import RestartingAdapter
 from isotune.adapter.rotation import RotationAdapter
+from isotune.adapter.shared import SharedAdapter
 from isotune.adapter.subspace import SubspaceAdapter
 from isotune.algebra.factors import LowRank, apply_chain
 from isotune.diagnostics.turn import turned_weights
@@ -60,7 +63,7 @@ from isotune.tuner.placing import place_adapter
 from quantisers import QUANTISERS, quantise
 
 RANK = 5
-ADDITIVE = ("psoft", "lora_xs", "svfit", "cersa", "oplora", "rosa", "peso")
+ADDITIVE = ("psoft", "lora_xs", "svfit", "cersa", "oplora", "rosa", "peso", "uora")
 """Methods that update W; the others rotate its inputs, or its outputs."""
 OF_OUTPUTS = [form for form in FORMS if form not in METHODS]
 
@@ -170,7 +173,7 @@ def fitting(method: str, width: int, *, other: bool = False) -> dict[str, Any]:
     """Options with which a method fits that many inputs or outputs; `other` gives an adapter of another size."""
     block = max(d for d in range(1, 9) if width % d == 0)
     block = width if block == 1 or other else block
-    if method in ADDITIVE:
+    if method in UPDATES:
         return {"r": RANK - 1 if other else RANK, **({"preserved_rank": 2} if method == "oplora" else {})}
     if method == "oft":
         return {"oft_block_size": block}
@@ -484,6 +487,10 @@ def change(operator: Adapter, dtype: torch.dtype) -> Tensor:
             return tensors[0] @ tensors[1]
         eye = torch.eye(operator.size, dtype=torch.float64)
         return apply_chain(eye, operator.chain, tensors) - eye
+    if isinstance(operator, SharedAdapter):
+        d, b = (tensor.double() for tensor in operator.tensors(dtype))
+        down, up = operator.matrices(torch.float64, d.device)
+        return torch.diag(b) @ up @ torch.diag(d) @ down
     if isinstance(operator, LowRankAdapter):
         down, up = (tensor.double() for tensor in operator.tensors(dtype))
         return up @ down
@@ -578,6 +585,8 @@ def test_gradients_equal_a_plain_torch_twin(method: str, host: Case, needs_input
         weight = weight + reference_complement(operator, weight, down_of(layer))
     elif isinstance(operator, RestartingAdapter):
         weight = weight + reference_restarting(operator, weight, down_of(layer))
+    elif isinstance(operator, SharedAdapter):
+        weight = weight + reference_shared(operator, weight)
     elif operator.additive:
         weight = weight + up_of(layer) @ operator.difference().T @ down_of(layer)
     else:
@@ -658,7 +667,7 @@ def test_adapters_of_different_methods_compose_in_their_order(
         torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-11)
         layer.unmerge()
     # Two updates of the same base are a sum, and rotations of different sides meet only in a gain before the outputs'.
-    commute = method in ADDITIVE and second in ADDITIVE
+    commute = method in UPDATES and second in UPDATES
     sides = {layer.adapter(name).side: layer.adapter(name) for name in ("default", "other")}
     commute = commute or (sides.keys() == {"input", "output"} and sides["input"].gain is None)
     assert (relative_error(outputs[0], outputs[1]) < 1e-10) is commute
@@ -859,7 +868,7 @@ def test_a_training_step_under_fake_tensors(method: str, host: Case) -> None:
 def dropping(method: str, host: Case) -> dict[str, Any]:
     """Options with which a method drops at random on a host, if it can."""
     folds = host.sample is not None  # there the update's input is not seen, so that nothing of it can be dropped
-    return {} if method in ("psoft", "oplora") and folds else DROPOUT.get(form_of(method)[0], {})
+    return {} if method in ("psoft", "oplora", "uora") and folds else DROPOUT.get(form_of(method)[0], {})
 
 
 def test_who_reads_an_adapter_in_train_mode_drops_nothing(method: str, host: Case) -> None:
@@ -883,7 +892,7 @@ def test_who_reads_an_adapter_in_train_mode_drops_nothing(method: str, host: Cas
     for _ in range(4):
         for name, found in read().items():
             assert torch.equal(found, right[name]), name
-    if form_of(method)[0] not in ("hra", "qgoft", "oplora", "rosa", "peso"):  # which have no mean
+    if form_of(method)[0] not in ("hra", "qgoft", "oplora", "rosa", "peso", "uora"):  # which have no mean
         model.add_adapter("other", config(method, host, **dropping(method, host)))
         model.base_model.add_weighted_adapter(["default", "other"], [1.0, 0.0], "mean")
         torch.testing.assert_close(layer.get_delta_weight("mean"), right["delta"], rtol=1e-4, atol=1e-5)

@@ -17,7 +17,21 @@ from pages import PAGES, blocks, text_of
 WRITTEN = {page: [block.text for block in blocks(page, "python")] for page in PAGES}
 ALONE = [
     f"docs/methods/{name}.md"
-    for name in ("psoft", "oft", "boft", "goft", "hra", "road", "lora-xs", "svfit", "cersa", "oplora", "rosa", "peso")
+    for name in (
+        "psoft",
+        "oft",
+        "boft",
+        "goft",
+        "hra",
+        "road",
+        "lora-xs",
+        "svfit",
+        "cersa",
+        "oplora",
+        "rosa",
+        "peso",
+        "uora",
+    )
 ] + [f"docs/guides/{name}.md" for name in ("layers", "many-adapters", "from-peft", "ranks", "moving", "merging")]
 """Pages that need nothing but a folder to write to."""
 NOT_RUN = {

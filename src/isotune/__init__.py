@@ -24,6 +24,7 @@ from isotune.methods import (
     RoadConfig,
     RosaConfig,
     SvfitConfig,
+    UoraConfig,
 )
 from isotune.tools.decoding import evaluated_once
 from isotune.tools.hotswap import hotswap_adapter
@@ -52,6 +53,7 @@ __all__ = [
     "RoadConfig",
     "RosaConfig",
     "SvfitConfig",
+    "UoraConfig",
     "__version__",
     "add_adapter",
     "choose_ranks",

@@ -207,8 +207,8 @@ Loading isotune's adapters needs isotune: {REQUIRES}. Without it PEFT says `KeyE
 def _counted(folder: Path, config: Any) -> tuple[int, int]:
     """The number of trainable parameters in the file and of the layers that it adapts.
 
-    A file also holds tensors that are not trained: bases and pins, counters of saved modules, the embeddings of an
-    extended vocabulary.
+    A file also holds tensors that are not trained: bases and pins, UORA's counts, counters of saved modules, the
+    embeddings of an extended vocabulary.
     """
     layers, count = set(), 0
     if not (folder / WEIGHTS).is_file():
@@ -218,7 +218,8 @@ def _counted(folder: Path, config: Any) -> tuple[int, int]:
         for key in opened.keys():  # noqa: SIM118 (not a dictionary)
             layer, own, rest = key.partition(".isotune_")
             layers |= {layer} if own else set()
-            trained = rest.startswith("operator.") if own else key.endswith(".bias") and config.bias != "none"
+            of_operator = rest.startswith("operator.") and not rest.startswith("operator.reinit")
+            trained = of_operator if own else key.endswith(".bias") and config.bias != "none"
             whole = any(name in f".{key}" for name in saved) and not key.endswith(_COUNTERS)
             count += math.prod(opened.get_slice(key).get_shape()) if trained or whole else 0
     return count, len(layers)

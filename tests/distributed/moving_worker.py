@@ -13,11 +13,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from distributed.worker import ROWS, adapted, main, refused, sharded
 from helpers import layers_of, some_tokens, trainable
-from isotune.moving import MovingSchedule
+from isotune.moving import MovingSchedule, UoraSchedule
 
 STEPS = 12
 TRAINED = (("psoft", "top"), ("psoft", "band"), ("psoft", "gradient"), ("rosa", "band"))
 """Methods, and how their schedule selects."""
+UORA = "uora"
+"""In place of a selection: rows of UORA are renewed instead."""
 
 
 def batches(rank: int, size: int) -> list[dict[str, torch.Tensor]]:
@@ -28,7 +30,11 @@ def batches(rank: int, size: int) -> list[dict[str, torch.Tensor]]:
 def train(model: Any, select: Any, rank: int = 0, size: int = 1) -> list[float]:
     """The loss of all rows at each step, of a training that moves after the fourth and the eighth."""
     given = {"batches": batches(rank, size)} if select == "gradient" else {}
-    schedule = MovingSchedule(4, select=select, optimizer_state="project", **given)
+    schedule: Any
+    if select == UORA:
+        schedule = UoraSchedule(threshold=1.0, weight=0.4, every=4)
+    else:
+        schedule = MovingSchedule(4, select=select, optimizer_state="project", **given)
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.01)
     losses = []
     for step in range(STEPS):
@@ -55,8 +61,13 @@ def run(out: Path) -> dict[str, Any]:
         found[name] = train(replica, select, rank, size)
         stored = [tensor for layer in layers_of(replica) for tensor in layer.stored_of("default")]
         found[f"{name} stored"] = [float((t * torch.arange(1, t.numel() + 1).view(t.shape)).sum()) for t in stored]
+    found[UORA] = train(replica := nn.parallel.DistributedDataParallel(adapted(UORA)), UORA, rank, size)
+    found["counts"] = [layer.adapter("default").reinitializations.tolist() for layer in layers_of(replica)]
     model = sharded(adapted("psoft"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    found["fsdp uora"] = refused(
+        lambda: UoraSchedule(threshold=0.1, weight=0.4, every=1).step(sharded(adapted(UORA)), None)
+    )
     found["fsdp"] = refused(lambda: MovingSchedule(1).step(model, optimizer))
     return found
 

@@ -126,6 +126,14 @@ def test_a_method_is_a_name_with_options(tiny: dict[str, Any]) -> None:
     assert parse("psoft:scaled_generator=false", recipe, Options(lr_search=1)).rates == (8e-4,)
 
 
+def test_a_method_is_given_settings_within_a_section(tiny: dict[str, Any]) -> None:
+    text = "uora:r=2+train.reinit.threshold=0.1+train.reinit.weight=0.5+train.reinit.every=3"
+    variant = parse(text, validate(tiny), Options())
+    assert variant.method.train == {"reinit": {"threshold": 0.1, "weight": 0.5, "every": 3}}
+    with pytest.raises(RecipeError, match=r"needs .* threshold, weight and every"):
+        parse("uora:r=2", validate(tiny), Options())
+
+
 def test_every_method_has_a_usual_rate() -> None:
     assert all(entry.usual_learning_rate > 0 for entry in registry.entries().values())
 

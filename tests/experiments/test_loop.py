@@ -91,6 +91,18 @@ def test_subspaces_move_as_the_training_says(
     assert all(np.isfinite(row.get("loss", 0.0)) for row in result["runs"][0]["curve"])
 
 
+def test_a_recipe_of_uora_renews_rows(tiny: dict[str, Any]) -> None:
+    reinit = {"threshold": 0.1, "weight": 0.5, "every": 3}
+    tiny["method"] = {"name": "uora", "r": 8, "target_modules": "all-linear", "train": {"lr": 0.05, "reinit": reinit}}
+    result = run(validate(tiny))
+    stored = load_file(Path(tiny["output"]) / "uora" / "adapter" / "adapter_model.safetensors")
+    last = result["runs"][0]["best_step"] // 3
+    history = {name.rpartition(".")[2]: t for name, t in stored.items() if ".isotune_operator.reinit" in name}
+    assert 2 <= float(history["reinit_boundary"]) == last
+    assert float(history["reinit_weight"]) == 0.5
+    assert history["reinitializations"].any()
+
+
 @pytest.mark.slow
 def test_the_task_is_learnt(tiny: dict[str, Any]) -> None:
     tiny["method"] = "full"  # the encoder is random, so there is no knowledge to rotate

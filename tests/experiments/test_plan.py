@@ -37,6 +37,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [  # the first three on every archit
     ("lora_xs", {"r": 8}),
     ("oplora", {"r": 8}),
     ("rosa", {"r": 8}),
+    ("uora", {"r": 8}),
     ("hra", {"r": 4}),
     ("full", {}),
 ]

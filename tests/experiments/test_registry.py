@@ -67,6 +67,7 @@ def test_every_method_of_the_package_says_its_title_rate_and_size() -> None:
         "goft",
         "qgoft",
         "road",
+        "uora",
         "vera",
         "head",
         "full",

@@ -25,6 +25,7 @@ from helpers import (
     randomize,
     reference_complement,
     reference_restarting,
+    reference_shared,
     relative_error,
     snapshot,
     some_tokens,
@@ -34,6 +35,7 @@ from helpers import (
 from isotune import BOFTConfig, OFTConfig, PsoftConfig, get_peft_model
 from isotune.adapter.lowrank import ComplementAdapter, PlacedLowRank
 from isotune.adapter.rotation import RotationAdapter
+from isotune.adapter.shared import SharedAdapter
 from isotune.adapter.subspace import SubspaceBasis
 from isotune.algebra.factors import apply_chain
 from isotune.errors import AdapterFileError, BaseMismatchError, IsotuneWarning
@@ -55,6 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lora_xs": {"r": 6},
     "oplora": {"r": 6, "preserved_rank": 4},
     "rosa": {"r": 6},
+    "uora": {"r": 6},
     "goft": {},
     "qgoft": {},
 }
@@ -135,6 +138,11 @@ def folded(layer: ExpertsLayer, parameters: dict[str, Tensor], name: str = "defa
             vars(single).update(own)
             reference = reference_complement if isinstance(single, ComplementAdapter) else reference_restarting
             result.append(matrix + reference(single, matrix, down_of(layer, name)[index].double()))
+            continue
+        if isinstance(single, SharedAdapter):
+            single.vera_lambda_d, single.vera_lambda_b = None, None
+            vars(single).update(own)
+            result.append(matrix + reference_shared(single, matrix))
             continue
         eye = torch.eye(single.size, dtype=torch.float64)
         tensors = single.evaluate(own)

@@ -29,6 +29,7 @@ FORMULAS: dict[str, tuple[dict[str, Any], Callable[[int, int], int]]] = {
     "rosa": ({"r": 8}, lambda d, n: 8 * (d + n)),
     "peso": ({"r": 8}, lambda d, n: 8 * (d + n)),
     "cersa": ({"r": 46}, lambda d, n: 46 * 46),
+    "uora": ({"r": 256}, lambda d, n: 256 + n),
 }
 """Method -> options, and what a layer with d inputs and n outputs trains."""
 

@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from distributed import moving_worker, worker
-from helpers import PROCESSES, some_tokens, tiny_llama, torchrun
+from helpers import PROCESSES, layers_of, some_tokens, tiny_llama, torchrun
 from isotune import get_peft_model
 from isotune.methods import METHODS
 from isotune.moving import MovingSchedule
@@ -110,5 +110,14 @@ def test_several_processes_give_the_curve_of_one(processes: list[Any]) -> None:
             assert found[f"{method} {select} stored"] == processes[0][f"{method} {select} stored"]
 
 
+def test_several_processes_renew_the_rows_of_one(processes: list[Any]) -> None:
+    alone = moving_worker.train(model := worker.adapted("uora"), moving_worker.UORA)
+    counts = [layer.adapter("default").reinitializations.tolist() for layer in layers_of(model)]
+    assert any(map(sum, counts))
+    for found in processes:
+        assert found["uora"] == pytest.approx(alone, abs=1e-4)
+        assert found["counts"] == counts
+
+
 def test_a_sharded_model_is_refused(processes: list[Any]) -> None:
-    assert all("FSDP" in found["fsdp"] for found in processes)
+    assert all("FSDP" in found["fsdp"] and "FSDP" in found["fsdp uora"] for found in processes)

@@ -16,7 +16,7 @@ from helpers import (
     FEW,
     HOSTS_OF_12,
     LORA,
-    SUBSPACES,
+    UPDATES,
     OneLayer,
     assert_unchanged,
     configured,
@@ -84,7 +84,7 @@ def test_fused_as_diffusers_does(method: str, host: str, inner: str, order: int)
     """Every tuner layer is merged, then every one unmerged, in the order of the model or against it."""
     model, x = both(method, host, inner), HOSTS_OF_12[host][1]()
     base, expected = outputs(seeded_host(host), x), outputs(model, x)
-    beside = inner == "isotune" or (method not in SUBSPACES and host in ("conv1d", "embedding"))
+    beside = inner == "isotune" or (method not in UPDATES and host in ("conv1d", "embedding"))
     for layer in tuned(model)[::order]:
         try:
             layer.merge()

@@ -13,7 +13,7 @@ from helpers import (
     EVERY_METHOD,
     FEW,
     HOSTS_OF_12,
-    SUBSPACES,
+    UPDATES,
     OneLayer,
     as_trained,
     assert_gradients_are_right,
@@ -98,7 +98,7 @@ def test_a_scale_acts_alike_in_every_way_of_running(method: str, scale: float) -
         pytest.skip("a generator of twice its bound is bounded again")
     twin = copy.deepcopy(model)
     layer.set_scale("default", scale)
-    if method in SUBSPACES:
+    if method in UPDATES:
         expected = base + scale * (full - base)
     else:
         scaled_parameters(only(twin), scale)
@@ -107,7 +107,7 @@ def test_a_scale_acts_alike_in_every_way_of_running(method: str, scale: float) -
     found: dict[str, Any] = {"training": model.train()(x), "input with a gradient": model(x.clone().requires_grad_())}
     with torch.no_grad():
         found["no gradients"] = model.eval()(x)
-    if method in SUBSPACES:
+    if method in UPDATES:
         up, down = layer.low_rank("default")
         found["low rank"] = base + x @ (up @ down).T
     found["the weight"] = nn.functional.linear(x, layer.weight, layer.get_base_layer().bias)

@@ -16,7 +16,7 @@ from isotune.parallel.tensor_parallel import Share
 from isotune.subspace.precision import exact_product, reduces_float32
 
 
-def _frozen_linear(flat: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def frozen_linear(flat: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """flat Wᵀ + b without a graph, as (..., out) and as a view (tokens, out); flat is (tokens, in), from `shape`.
 
     The result is allocated in its final shape and filled through the view: if it were a view itself, later operations
@@ -120,7 +120,7 @@ class _LinearSubspaceUpdate(torch.autograd.Function):
         update = torch.mm(coordinates, difference)
         if on_input:
             flat = torch.addmm(flat, update, down)
-        result, rows = _frozen_linear(flat, shape, weight, bias)
+        result, rows = frozen_linear(flat, shape, weight, bias)
         if not on_input:
             rows.addmm_(update, up.t())
         return result
@@ -251,7 +251,7 @@ class _LinearLowRankUpdate(torch.autograd.Function):
         coordinates = torch.mm(flat, down.t())
         ctx.save_for_backward(x, coordinates, down, up)
         ctx.weight = weight
-        result, rows = _frozen_linear(flat, x.shape, weight, bias)
+        result, rows = frozen_linear(flat, x.shape, weight, bias)
         rows.addmm_(coordinates, up.t())
         return result
 
@@ -346,7 +346,7 @@ class _RotatedLinear(torch.autograd.Function):
         ctx.chain, ctx.weight = chain, weight
         rotated = chain_forward(x.reshape(-1, x.shape[-1]), chain, tensors)
         bias = None if bias is None else bias.to(x.dtype)
-        result, rows = _frozen_linear(rotated, x.shape, weight.to(x.dtype), bias)
+        result, rows = frozen_linear(rotated, x.shape, weight.to(x.dtype), bias)
         if gain is not None:
             # The gain stays in float32, so the product is rounded once and a gain of one changes no bit. With a bias,
             # add what the gain changes in the layer's own output.

@@ -159,6 +159,17 @@ class Adapter(nn.Module, ABC):
         # Copying one layer must not copy the whole model; a copied model groups its evaluations again.
         return {**self.__dict__, "shared": None, "slot": -1}
 
+    def held(self) -> dict[str, Tensor | None]:
+        """All buffers by name."""
+        return dict(self._buffers)
+
+    def refresh(self, dtype: torch.dtype | None = None) -> None:
+        """Make what follows from the adapter's buffers, if they have changed; nothing, unless a form has any.
+
+        Args:
+            dtype: the dtype in which the layer computes; None leaves it.
+        """
+
     def is_identity(self) -> bool:
         """Whether the layer is exactly as without the adapter, as before training."""
         return not any(bool(tensor.any()) for tensor in evaluate_alone(self, self.parameters_read(), None))

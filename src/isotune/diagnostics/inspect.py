@@ -166,7 +166,7 @@ def inspect(
             if base is not None:
                 raise
     placed = {} if model is None else file.place(model)
-    parameters = sum(t.numel() for layer in file.layers.values() for k, t in layer.items() if "_operator." in k)
+    parameters = sum(p.numel() for module in file.layers for p in file.operator(module).parameters())
     with torch.no_grad():
         strongest = _strongest(placed, top)
         layers = [_measure(file, module, placed.get(module), strongest.get(module)) for module in file.layers]

@@ -65,8 +65,9 @@ def parse(text: str, recipe: Recipe, options: Options) -> Variant:
     """A method as the command line gives it: `psoft`, or with options `psoft:r=64+psoft_mag_a=false`.
 
     Options are those of the method's configuration, values are YAML. `lr=X` moves the middle of its search to X,
-    `lr=[X,Y]` says which rates to try, and `train.KEY=VALUE` gives it a training setting of its own. What the recipe
-    says of the same method, but for the learning rate, holds where nothing is given.
+    `lr=[X,Y]` says which rates to try, and `train.KEY=VALUE` gives it a training setting of its own, also one within a
+    section, as train.moving.every is. What the recipe says of the same method, but for the learning rate, holds where
+    nothing is given.
 
     Raises:
         RecipeError: no such method or option, or a value that is not allowed.
@@ -93,7 +94,9 @@ def parse(text: str, recipe: Recipe, options: Options) -> Variant:
             numbers = _numbers(text, read)
             tried, centre = (numbers, centre) if isinstance(read, list) else ([], numbers[0])
         elif key.startswith("train."):
-            train[key.removeprefix("train.")] = read
+            own_key, _, inner = key.removeprefix("train.").partition(".")
+            known = train.get(own_key)
+            train[own_key] = {**(known if isinstance(known, dict) else {}), inner: read} if inner else read
         else:
             given[key] = read
     # Through the recipe's own check, which names the nearest method to a misspelt one.

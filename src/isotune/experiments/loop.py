@@ -20,7 +20,7 @@ from isotune.experiments.recipe import LESS_IS_BETTER
 from isotune.experiments.run import Run
 from isotune.experiments.tracking import tracked
 from isotune.files.base_model import quiet
-from isotune.moving import MovingSchedule
+from isotune.moving import MovingSchedule, UoraSchedule
 from isotune.tools.regularization import has_regularization, regularization_callback
 
 _CHECKPOINTING = next(
@@ -136,7 +136,8 @@ def train(
     processes.wait_for_all()
     resume = last_checkpoint(folder)
     regularizers = [regularization_callback()] if has_regularization(model) else []
-    schedules = [MovingSchedule(**settings.moving.model_dump())] if settings.moving else []
+    schedules: list[Any] = [MovingSchedule(**settings.moving.model_dump())] if settings.moving else []
+    schedules += [UoraSchedule(**settings.reinit.model_dump())] if settings.reinit else []
     with tracked(run) as tracking:
         arguments = task.arguments(
             output_dir=str(folder),

@@ -188,12 +188,21 @@ class Moving(_Section):
     seed: Seed = 0
 
 
+class Reinit(_Section):
+    """Rows of UORA that are re-initialised; the keys are the options of `isotune.moving.UoraSchedule`."""
+
+    threshold: Rate
+    weight: Annotated[FiniteFloat, Field(gt=0, le=1)]
+    every: Count
+    unit: Literal["step", "epoch"] = "step"
+
+
 class Train(_Section):
     """How to train: AdamW with a learning rate for the adapter (several: a search) and one for the head.
 
     `batch_size` is that of an update, computed in `gradient_accumulation` equal parts; `warmup_steps` goes over
     `warmup_ratio`. `report_to` names what the course of training is shown in besides. `moving` moves
-    the subspaces of methods that have them.
+    the subspaces of methods that have them, and `reinit` renews rows of UORA.
     """
 
     epochs: FiniteFloat = Field(default=3, gt=0)
@@ -217,10 +226,12 @@ class Train(_Section):
     start_from_head: bool = False
     report_to: Annotated[list[Tracker], BeforeValidator(_as_list)] = Field(default_factory=list)
     moving: Moving | None = None
+    reinit: Reinit | None = None
 
     def described(self) -> dict[str, Any]:
         """As JSON, but for what changes no result."""
-        return self.model_dump(mode="json", exclude={"report_to"} if self.moving else {"report_to", "moving"})
+        unused = {name for name in ("moving", "reinit") if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude={"report_to", *unused})
 
     @model_validator(mode="after")
     def _whole_parts(self) -> Train:
@@ -313,6 +324,7 @@ def validate(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
         raise RecipeError(f"{where}: {_explain(error, Recipe)}") from error
     try:
         for method in recipe.methods:
+            _check_reinit(recipe.training(method), method.name, where)
             if recipe.training(method).moving and not registry.entries()[method.name].on_subspaces:
                 known = ", ".join(name for name, entry in registry.entries().items() if entry.on_subspaces)
                 raise RecipeError(
@@ -322,6 +334,21 @@ def validate(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     except ValidationError as error:
         raise RecipeError(f"{where}: in 'train' of method {method.name}: {_explain(error, Train)}") from error
     return recipe
+
+
+def _check_reinit(train: Train, method: str, where: str) -> None:
+    """Refuse UORA without the numbers that its paper does not tell, and another method with them."""
+    known = [name for name, entry in registry.entries().items() if entry.renews_rows]
+    if method in known and train.reinit is None:
+        raise RecipeError(
+            f"{where}: {method} needs train.reinit with threshold, weight and every, which have no default since the "
+            "paper's are not public; give it in the 'train' of this method"
+        )
+    if train.reinit is not None and method not in known:
+        raise RecipeError(
+            f"{where}: train.reinit is for {', '.join(known)}, and not for {method}; give it in the 'train' of that "
+            "method alone"
+        )
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

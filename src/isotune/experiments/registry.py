@@ -8,6 +8,7 @@ from typing import Any
 
 from isotune.methods import METHODS
 from isotune.methods.subspace import MovableConfig
+from isotune.methods.uora import UoraConfig
 
 HEADS = ("classifier", "score")
 """What transformers calls the last layer of its sequence classifiers; PEFT trains and saves these by itself."""
@@ -47,6 +48,11 @@ class Entry:
     def on_subspaces(self) -> bool:
         """Whether it is one of isotune's methods on subspaces of the weights."""
         return self.base in METHODS and issubclass(METHODS[self.base], MovableConfig)
+
+    @property
+    def renews_rows(self) -> bool:
+        """Whether rows of its random matrices are re-initialised in training, by `train.reinit` of a recipe."""
+        return self.base in METHODS and issubclass(METHODS[self.base], UoraConfig)
 
     @property
     def size_option(self) -> str | None:

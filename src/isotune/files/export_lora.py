@@ -105,9 +105,9 @@ def export_lora(
 ) -> LoraExport:
     """Write an adapter as an ordinary PEFT LoRA folder, which plain PEFT loads without isotune.
 
-    An update of low rank (PSOFT, LoRA-XS, SVFit, CERSA, OPLoRA, ROSA, PESO, HRA) is written exactly, at its own rank,
-    unless `rank` or `energy` asks for less. A rotation of all inputs or outputs (OFT, BOFT, GOFT, qGOFT, RoAd) changes
-    W by a matrix of full rank; `rank` or `energy` then sets how good the best approximation is to be.
+    An update of low rank (PSOFT, LoRA-XS, SVFit, CERSA, OPLoRA, ROSA, PESO, UORA, HRA) is written exactly, at its own
+    rank, unless `rank` or `energy` asks for less. A rotation of all inputs or outputs (OFT, BOFT, GOFT, qGOFT, RoAd)
+    changes W by a matrix of full rank; `rank` or `energy` then sets how good the best approximation is to be.
 
     B is (out, r) and A is (r, in) with lora_alpha = r, so the scaling is 1 in every layer. Saved modules, trained
     biases and embeddings are written as they are. The file LORA_REPORT in the folder records each layer's error.

@@ -13,6 +13,7 @@ from isotune.methods.psoft import PsoftConfig
 from isotune.methods.road import RoadConfig
 from isotune.methods.rosa import RosaConfig
 from isotune.methods.svfit import SvfitConfig
+from isotune.methods.uora import UoraConfig
 
 METHODS: dict[str, type[IsotuneConfig]] = {
     "psoft": PsoftConfig,
@@ -28,6 +29,7 @@ METHODS: dict[str, type[IsotuneConfig]] = {
     "oplora": OploraConfig,
     "rosa": RosaConfig,
     "peso": PesoConfig,
+    "uora": UoraConfig,
 }
 """Name of each method -> its configuration. The PEFT type is ISOTUNE_ followed by the name in capitals."""
 
@@ -46,4 +48,5 @@ __all__ = [
     "RoadConfig",
     "RosaConfig",
     "SvfitConfig",
+    "UoraConfig",
 ]

@@ -2,6 +2,7 @@
 and goes on in another subspace of the current weight."""
 
 from isotune.moving.boundary import Move
+from isotune.moving.reinitialising import Reinitialization, UoraSchedule
 from isotune.moving.schedule import MovingSchedule
 
-__all__ = ["Move", "MovingSchedule"]
+__all__ = ["Move", "MovingSchedule", "Reinitialization", "UoraSchedule"]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from isotune.errors import IsotuneWarning
-from isotune.internals.torch_state import uncompiled, version_of
+from isotune.internals.torch_state import version_of
 from isotune.methods.checks import require, require_choice, require_positive_integer
-from isotune.moving.boundary import Move, adapted, layers_to_move, move
+from isotune.moving.boundaries import BoundarySchedule
+from isotune.moving.boundary import Move, layers_to_move, move
 from isotune.moving.choosing import CHOICES, Loss, gradient_subspaces, loss_of, present_subspace, subspace_of
 from isotune.moving.optimiser import STATES
 from isotune.tuner.adapted_model import AdaptedModel
@@ -24,7 +24,7 @@ Select = Literal["top", "bottom", "band", "warm", "gradient"]
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
-class MovingSchedule:
+class MovingSchedule(BoundarySchedule[Move]):
     """Moves the subspaces of an adapter during training, every few optimiser steps or epochs.
 
     At each boundary the update of every layer is folded into an accumulated one, W + U D; the next subspace is chosen
@@ -95,8 +95,7 @@ class MovingSchedule:
         loss: Loss | None = None,
         gradient_memory: int = 2**30,
     ) -> None:
-        require_positive_integer("every", every)
-        require_choice("unit", unit, ("step", "epoch"))
+        super().__init__(every, unit, adapter)
         require_choice("select", select, CHOICES)
         require_choice("optimizer_state", optimizer_state, STATES)
         if max_rank is not None:
@@ -108,55 +107,27 @@ class MovingSchedule:
         if (select == "gradient") != (batches is not None):
             need = "needs batches=, whose gradients it sums" if batches is None else "does not use batches"
             raise ValueError(f"select={select!r} {need}; give batches with select='gradient' and with no other.")
-        self.every, self.unit, self.select, self.optimizer_state = every, unit, select, optimizer_state
-        self.at_start = at_start
-        self.max_rank, self.largest_error, self.seed, self.adapter = max_rank, largest_error, seed, adapter
+        self.select, self.optimizer_state, self.at_start = select, optimizer_state, at_start
+        self.max_rank, self.largest_error, self.seed = max_rank, largest_error, seed
         self.batches, self.loss, self.gradient_memory = batches, loss or loss_of, gradient_memory
-        self.history: list[Move] = []
-        """The moves of this schedule object, oldest first."""
-        self._counted: tuple[weakref.ref[AdaptedModel], int] | None = None
-        """The model of the last step, and how many steps or epochs it had finished."""
         self._read: tuple[Tensor, int, int] | None = None
 
-    def step(self, model: nn.Module, optimizer: Any, done: int | None = None) -> Move | None:
-        """Count one step or epoch, and move if a boundary is reached; after the optimiser's step, before the next pass.
+    def _check(self, model: nn.Module, optimizer: Any) -> list[Layer]:
+        """Refuse a model whose subspaces cannot move."""
+        return layers_to_move(model, self.adapter, optimizer)
 
-        Args:
-            model: the model, as trained.
-            optimizer: the optimiser that trains the adapter.
-            done: how many steps or epochs are finished in all; None counts the calls, from the last boundary that the
-                adapter's file knows of, for each model anew. Give it when a training resumes between two boundaries.
-
-        Returns:
-            What was moved; None between boundaries.
-
-        Raises:
-            ValueError: the subspaces cannot move here, or should have moved at the start; says why. Raised at a model's
-                first call; nothing is changed.
-        """
-        model = uncompiled(model)
-        own = adapted(model)
-        before = self._counted[1] if self._counted is not None and self._counted[0]() is own else None
-        if before is None:
-            layers_to_move(model, self.adapter, optimizer)
-        moves = self._moves(own)
-        if done is None:
-            done = ((moves or 0) * self.every if before is None else before) + 1
-        starts = self.at_start and moves is None and done == 0
-        if self.at_start and moves is None and before is None and not starts:
+    def _starts(self, last: int | None, done: int, *, first: bool) -> bool:
+        """Whether `at_start` asks for a subspace now."""
+        starts = self.at_start and last is None and done == 0
+        if self.at_start and last is None and first and not starts:
             raise ValueError(
                 f"at_start=True, but {done} {self.unit}s are finished and the subspaces of {self.adapter!r} have never "
                 "moved. Call step(model, optimizer, done=0) before the first step."
             )
-        self._counted = weakref.ref(own), done
-        number = done // self.every
-        return self._moved(model, optimizer, number, done) if starts or number > (moves or 0) else None
+        return starts
 
-    def _moves(self, own: AdaptedModel) -> int | None:
-        """The number of the last boundary, from the adapter itself; reading it from a GPU waits, so that is kept.
-
-        None before the first move.
-        """
+    def _last(self, own: AdaptedModel) -> int | None:
+        """The number of the last boundary, from the adapter itself; reading it from a GPU waits, so that is kept."""
         layers = [layer for layer in own.layers if self.adapter in layer.isotune_form]
         moves = layers[0].bases(self.adapter)[0].moves if layers else None
         if moves is None:
@@ -165,7 +136,7 @@ class MovingSchedule:
             self._read = moves, version_of(moves), moves_of(layers, self.adapter)
         return self._read[2]
 
-    def _moved(self, model: nn.Module, optimizer: Any, number: int, done: int) -> Move:
+    def _act(self, model: nn.Module, optimizer: Any, number: int, done: int) -> Move:
         chosen: dict[str, Tensor] = {}
         if self.select == "gradient":
             layers = layers_to_move(model, self.adapter, optimizer)
@@ -203,21 +174,3 @@ class MovingSchedule:
                 stacklevel=2,
             )
         return found
-
-    # -- as a TrainerCallback ------------------------------------------------------------------------------------------
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Move before the first step after a boundary."""
-        # The Trainer adds up shares of an epoch; at its end the sum is a whole number up to rounding.
-        done = state.global_step if self.unit == "step" else int(state.epoch + 1e-6)
-        self.step(given["model"], given["optimizer"], done)
-
-    def __getattr__(self, name: str) -> Any:
-        """The other events of a TrainerCallback, of which none concerns a schedule."""
-        if name.startswith("on_"):
-            return _nothing
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None

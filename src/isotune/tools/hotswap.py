@@ -99,6 +99,7 @@ def hotswap_adapter(
         for adapter, placement in placements:
             adapter.placement = placement
         for layer in layers.values():
+            layer.refresh()
             layer.configs[adapter_name] = file.config
         inner.peft_config[adapter_name] = file.config
 

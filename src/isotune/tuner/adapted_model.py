@@ -84,8 +84,8 @@ class AdaptedModel:
         remove_hooks(model, _after_load)
         model.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
         # Also the names of what is None until a subspace moves: DDP reads the names once, when it is made.
-        forms = [(name, module) for name, module in model.named_modules() if isinstance(module, SubspaceBasis)]
-        ignore_buffers(model, [f"{name}.{key}" for name, basis in forms for key in basis.held()])
+        holders = [(name, m) for name, m in model.named_modules() if isinstance(m, (SubspaceBasis, Adapter))]
+        ignore_buffers(model, [f"{name}.{key}" for name, holder in holders for key in holder.held()])
         return own
 
     def detach(self) -> None:
@@ -224,6 +224,9 @@ class AdaptedModel:
                     stale[name] = None
         for name in stale:
             place_adapter(name, self.layers)
+        if not self._is_moved_by_others():  # or the buffers may have any contents
+            for layer in self.layers:
+                layer.refresh()
 
     def place_on(self, layer: nn.Module) -> None:
         """Check one layer and place its adapters, as the beginning of a pass does for all layers.
@@ -237,6 +240,8 @@ class AdaptedModel:
         for name in layer.isotune_form:
             if not self._is_placed(layer, name):
                 place_adapter(name, [layer])
+        if not self._is_moved_by_others():
+            layer.refresh()
 
     def place_after_load(self) -> None:
         """Place adapters that were just loaded, and remove one that does not fit this base.

@@ -124,6 +124,7 @@ class Layer(MergingLayer):
                 "weight has a row for each token, and W' = M W would mix the rows of different tokens. Set "
                 "side='input', which rotates the embedding vectors, or exclude the module with exclude_modules."
             )
+        adapter.refresh(weight.dtype if weight.is_floating_point() else None)
         self.configs[adapter_name] = config
         self.isotune_operator[adapter_name] = adapter
         form = self._new_form(config, device)
@@ -173,6 +174,11 @@ class Layer(MergingLayer):
         """The adapter of this name."""
         adapter: Adapter = self.isotune_operator[adapter_name]  # type: ignore[assignment]
         return adapter
+
+    def refresh(self) -> None:
+        """Have each adapter make what follows from its buffers, if they have changed."""
+        for name in self.isotune_operator:
+            self.adapter(name).refresh()
 
     def subspace(self, adapter_name: str) -> PlacedUpdate:
         """The adapter of this name, which must be placed by a subspace."""

@@ -146,6 +146,8 @@ def check_values(name: str, tensor: Tensor, *, file: str = THE_FILE, like: Tenso
             f"{name!r} in {file} holds {tensor.flatten()[:3].tolist()}; it counts moves, so it must be one whole "
             "number of at least 0. It is damaged; load an earlier checkpoint."
         )
+    if ".isotune_operator.reinit" in f".{name}":
+        _check_reinitialised(name, tensor, file)
     if name.endswith(".basis"):
         defect = _orthonormality_defect(tensor)
         if not defect <= ORTHONORMAL:
@@ -153,6 +155,17 @@ def check_values(name: str, tensor: Tensor, *, file: str = THE_FILE, like: Tenso
                 f"{name!r} in {file} is a basis whose rows are not orthonormal: V Vᵀ − I has an entry of {defect:.2g}, "
                 f"and at most {ORTHONORMAL} is allowed. It is damaged; load an earlier checkpoint."
             )
+
+
+def _check_reinitialised(name: str, tensor: Tensor, file: str) -> None:
+    """Refuse counts of re-initialised rows, or the share of a new row, that no training can have."""
+    share = name.endswith("_weight")
+    if not bool((((tensor <= 1.0) if share else (tensor == tensor.round())) & (tensor >= 0.0)).all()):
+        what = "be from 0 to 1" if share else "hold whole numbers of at least 0"
+        raise AdapterFileError(
+            f"{name!r} in {file} holds {tensor.flatten()[:3].tolist()}; it says how rows were re-initialised, so it "
+            f"must {what}. It is damaged; load an earlier checkpoint."
+        )
 
 
 def _orthonormality_defect(basis: Tensor) -> float:

@@ -6,8 +6,9 @@ import math
 import re
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from isotune.adapter.shared import SharedAdapter
 from isotune.adapter.update import PlacedUpdate
 from isotune.experiments import methods, paper, registry
 from isotune.experiments.planning.setting import Setting
@@ -59,11 +60,14 @@ def _formula(method: str) -> str | None:
 
 
 def factor_bytes(model: nn.Module) -> int:
-    """Down, up and pin of every subspace; tensors that adapters share count once."""
+    """Down, up and pin of every subspace, and random matrices; tensors that adapters share count once."""
     tensors = {id(b): b for layer in _layers(model) for form in layer.isotune_form.values() for b in form.buffers()}
     placements = (module.placement for module in model.modules() if isinstance(module, PlacedUpdate))
     factors = {id(t): t for placement in placements if placement is not None for t in placement.factors}
-    return sum(t.nbytes for t in {**tensors, **factors}.values())
+    random: dict[Any, Tensor] = {}
+    for module in model.modules():
+        random |= module.in_use() if isinstance(module, SharedAdapter) else {}
+    return sum(t.nbytes for t in {**tensors, **factors, **random}.values())
 
 
 def _layers(model: nn.Module) -> list[Layer]:

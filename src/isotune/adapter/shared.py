@@ -1,0 +1,370 @@
+"""The form of UORA and VeRA: y = host(x) + s·b ⊙ (((x Aᵀ) ⊙ d) Bᵀ), with frozen A and B that all layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isotune.adapter.evaluation import is_recorded
+from isotune.adapter.kernels import frozen_linear
+from isotune.adapter.lowrank import LowRankAdapter
+from isotune.adapter.operator import FrozenLinear
+from isotune.algebra.factors import refuse_double_backward
+from isotune.algebra.recording import is_exported
+from isotune.internals.torch_state import is_symbolic, version_of
+from isotune.parallel.tensor_parallel import Division, Share
+from isotune.subspace.random_rows import RandomRows
+
+
+class _SharedUpdate(torch.autograd.Function):
+    """residual + b ⊙ (((x downᵀ) ⊙ d) upᵀ) with frozen factors, saving only x downᵀ (tokens × r) for backward.
+
+    If x or residual is tensor-parallel, down or up and b hold this process's columns or rows, as in `subspace_update`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        d: Tensor,
+        b: Tensor,
+        residual: Tensor,
+        factors: tuple[Tensor, Tensor],
+        of_x: Share | None,
+        of_residual: Share | None,
+    ) -> Tensor:
+        down, up = factors
+        coordinates = torch.mm(x.reshape(-1, x.shape[-1]), down.t())
+        if of_x is not None:
+            coordinates = of_x.total(coordinates)
+        ctx.save_for_backward(coordinates, d, b)
+        ctx.factors, ctx.of_residual = factors, of_residual
+        result = residual.clone(memory_format=torch.contiguous_format)
+        # Rows of the factor are scaled, not outputs, of which there is one for each token.
+        result.view(len(coordinates), result.shape[-1]).addmm_(coordinates * d, (up * b[:, None]).t())
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        read, grad_d, grad_b = _vector_gradients(ctx, gradient, ctx.of_residual)
+        down, _ = ctx.factors
+        needs_x, needs_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        grad_x = torch.mm(read, down).view(*gradient.shape[:-1], down.shape[1]) if needs_x else None
+        return grad_x, grad_d, grad_b, gradient if needs_residual else None, None, None, None
+
+
+def _vector_gradients(
+    ctx: Any, gradient: Tensor, of_residual: Share | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradient of x downᵀ, (tokens, r), and those of d and b if they are needed."""
+    coordinates, d, b = ctx.saved_tensors
+    _, up = ctx.factors
+    _, needs_d, needs_b, *_ = ctx.needs_input_grad
+    flat = gradient.reshape(-1, gradient.shape[-1])
+    grad_b = (torch.mm(flat.t(), coordinates * d) * up).sum(1) if needs_b else None
+    read = torch.mm(flat, up * b[:, None])
+    if of_residual is not None:
+        read = of_residual.total(read)
+    return read * d, (read * coordinates).sum(0) if needs_d else None, grad_b
+
+
+class _LinearSharedUpdate(torch.autograd.Function):
+    """x Wᵀ + bias and the update in one node, for a frozen plain linear layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, d: Tensor, b: Tensor, factors: tuple[Tensor, Tensor], linear: FrozenLinear
+    ) -> Tensor:
+        down, up = factors
+        weight, bias = linear
+        flat = x.reshape(-1, x.shape[-1])
+        coordinates = torch.mm(flat, down.t())
+        ctx.save_for_backward(coordinates, d, b)
+        ctx.factors, ctx.weight = factors, weight
+        result, rows = frozen_linear(flat, x.shape, weight, bias)
+        rows.addmm_(coordinates * d, (up * b[:, None]).t())
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        read, grad_d, grad_b = _vector_gradients(ctx, gradient)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_d, grad_b, None, None
+        down, _ = ctx.factors
+        grad_x = torch.mm(gradient.reshape(-1, gradient.shape[-1]), ctx.weight).addmm_(read, down)
+        return grad_x.view(*gradient.shape[:-1], down.shape[1]), grad_d, grad_b, None, None
+
+
+def shared_update(
+    x: Tensor,
+    d: Tensor,
+    b: Tensor,
+    residual: Tensor,
+    factors: tuple[Tensor, Tensor],
+    of_x: Share | None = None,
+    of_residual: Share | None = None,
+) -> Tensor:
+    """Add an update of frozen factors between trained vectors to the output of any layer.
+
+    Args:
+        x: (..., in), or with `of_x` this process's share of its columns.
+        d: (r,), times the scale.
+        b: (out,), cut to the share.
+        residual: (..., out), the layer's own output, or with `of_residual` this process's share of its columns.
+        factors: A (r, in) and B (out, r), in the dtype of `residual` and cut to the shares.
+        of_x, of_residual: this process's shares under tensor parallelism; None for whole tensors.
+
+    Returns:
+        residual + b ⊙ (((x Aᵀ) ⊙ d) Bᵀ), differentiable once.
+    """
+    if is_exported():
+        down, up = factors
+        return residual + b * ((d * (x @ down.t())) @ up.t())
+    result: Tensor = _SharedUpdate.apply(x, d, b, residual, factors, of_x, of_residual)  # type: ignore[no-untyped-call]
+    return result
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The matrices that an adapter uses, and the state of the counts from which they follow."""
+
+    counts: Tensor
+    """The buffer itself: another one could be given the id of one that is gone."""
+    version: int
+    """How often it had been written to."""
+    rows: tuple[RandomRows, RandomRows] | None
+    """None for matrices without values."""
+    masters: tuple[Tensor, ...]
+    """A and Bᵀ in float32 on the CPU; held, so that no layer has to make them again."""
+    down: Tensor
+    up: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        counts: Tensor,
+        rows: tuple[RandomRows, RandomRows] | None,
+        masters: tuple[Tensor, ...],
+        down: Tensor,
+        up: Tensor,
+    ) -> _Held:
+        """A and B from A (r, in) and Bᵀ (r, out), with the state of the counts now."""
+        return cls(counts, version_of(counts), rows, masters, down, up.t())
+
+    def __deepcopy__(self, memo: Any) -> _Held:
+        return self  # nothing of it is ever written to
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a pickle of the model holds what it follows from
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """The buffers of an adapter after a boundary, and the matrices that follow from them."""
+
+    buffers: Mapping[str, Tensor | None]
+    held: _Held | None
+
+    @property
+    def rows(self) -> tuple[RandomRows, RandomRows]:
+        """What A and Bᵀ follow from."""
+        assert self.held is not None
+        assert self.held.rows is not None
+        return self.held.rows
+
+
+class SharedAdapter(LowRankAdapter):
+    """Down = diag(d) A and Up = diag(b) B with trained vectors and random A and B that all layers of their shape share.
+
+    A and B are neither parameters nor buffers: they follow from the seed, their shapes, and how many times each
+    row of A, with the same column of B, has been re-initialised. For backward a layer keeps x Aᵀ alone.
+
+    Args:
+        size: r.
+        in_features: of W; 0 if it is not known, so that nothing can be computed.
+        out_features: of W.
+        seed: of A and B.
+        start: d at the start; b starts at zero.
+
+    Source: Kopiczko, Blankevoort and Asano, VeRA (ICLR 2024, arXiv 2310.11454), equation 2.
+    """
+
+    evaluated = ("vera_lambda_d", "vera_lambda_b")
+    reinitializations: Tensor
+    """How many times each row of A and column of B has been re-initialised, (r,); whole numbers in float32."""
+    reinit_boundary: Tensor
+    """The number of the last boundary of a schedule, a scalar."""
+    reinit_weight: Tensor
+    """The share of the new row in each re-initialisation, a scalar; 0 before the first boundary."""
+
+    def __init__(self, size: int, in_features: int, out_features: int, seed: int, start: float) -> None:
+        super().__init__(size)
+        self.in_features, self.out_features, self.seed = in_features, out_features, seed
+        self.vera_lambda_d = nn.Parameter(torch.full((size,), start, dtype=torch.float32))
+        self.vera_lambda_b = nn.Parameter(torch.zeros(out_features, dtype=torch.float32))
+        self.register_buffer("reinitializations", torch.zeros(size, dtype=torch.float32))
+        self.register_buffer("reinit_boundary", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("reinit_weight", torch.zeros((), dtype=torch.float32))
+        self._held: _Held | None = None
+
+    def batch_key(self) -> Hashable:
+        """r and the seed."""
+        return self.size, self.seed
+
+    def is_identity(self) -> bool:
+        """Whether b is zero."""
+        return not bool(self.vera_lambda_b.detach().any())
+
+    def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """d (..., r) and b (..., out): the factors themselves would be as large as A and B for each layer."""
+        return parameters["vera_lambda_d"], parameters["vera_lambda_b"]
+
+    def forward(self, dtype: torch.dtype | None = None, at: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Copies of d and b, since who brought the parameters for this call may take them away afterwards."""
+        return tuple(tensor.clone() for tensor in super().forward(dtype, at))
+
+    def _scaled(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """s·Down and Up, where they are needed whole."""
+        d, b = self._vectors(tensors, dtype)
+        down, up = self.matrices(dtype, d.device)
+        return d[..., :, None] * down, b[..., :, None] * up
+
+    def _vectors(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """s·d and b."""
+        d, b = (tensor.to(dtype) for tensor in tensors)
+        return d if self.scale == 1.0 else d * self.scale, b
+
+    def output(
+        self,
+        x: Tensor,
+        tensors: tuple[Tensor, ...],
+        host: Callable[[Tensor], Tensor],
+        bias: Tensor | None,
+        division: Division | None,
+    ) -> Tensor:
+        """host(x) + s·b ⊙ (((x Aᵀ) ⊙ d) Bᵀ), in the dtype of the host's output."""
+        result, x = host(x), self.dropped(x)
+        d, b = self._vectors(tensors, result.dtype)
+        down, up = self.matrices(result.dtype, result.device)
+        of_x = None if division is None else division.of_input(x)
+        of_result = None if division is None else division.of_output(result)
+        if of_x is not None:
+            down = down[:, of_x.span]
+        if of_result is not None:
+            up, b = up[of_result.span], of_result.of(b)
+        return shared_update(x.to(result.dtype), d, b, result, (down, up), of_x, of_result)
+
+    def fused(self, x: Tensor, tensors: tuple[Tensor, ...], linear: FrozenLinear) -> Tensor | None:
+        """x Wᵀ + bias with its update; None under autocast, with dropout, or if x does not have the dtype of W."""
+        if not self.fits_one_node(x, linear[0]):
+            return None
+        d, b = self._vectors(tensors, x.dtype)
+        factors = self.matrices(x.dtype, x.device)
+        result: Tensor = _LinearSharedUpdate.apply(x, d, b, factors, linear)  # type: ignore[no-untyped-call]
+        return result
+
+    def kept(self, in_features: int) -> int:
+        """x Aᵀ."""
+        return self.size
+
+    # -- A and B -------------------------------------------------------------------------------------------------------
+
+    def matrices(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) in this dtype and on this device; shared, so not to be written to."""
+        held = self._held or self._made(dtype)
+        if (held.down.dtype, held.down.device) != (dtype, device):
+            if is_recorded() or held.rows is None:
+                return held.down.to(device, dtype), held.up.to(device, dtype)
+            down, up = (one.matrix(dtype, device) for one in held.rows)
+            held = replace(held, down=down, up=up.t())
+        self._held = held
+        return held.down, held.up
+
+    def refresh(self, dtype: torch.dtype | None = None) -> None:
+        """Make A and B anew if the counts were replaced or written to; reading these from a GPU waits."""
+        held, counts = self._held, self.reinitializations
+        wanted = dtype or self._dtype
+        same = held is not None and held.counts is counts and held.version == version_of(counts)
+        if held is None or not same or held.down.dtype != wanted:
+            self._held = self._made(wanted)
+
+    def in_use(self) -> dict[Hashable, Tensor]:
+        """A and B as this layer holds them, by what the layers that share them have in common."""
+        if self._held is None:
+            return {}
+        held = (self._held.down, self.in_features), (self._held.up, self.out_features)
+        return {(self.seed, part, self.size, n, one.dtype): one for part, (one, n) in enumerate(held)}
+
+    @property
+    def rows(self) -> tuple[RandomRows, RandomRows]:
+        """What A and Bᵀ follow from; reading it from a GPU waits."""
+        counts, weight = self.reinitializations.tolist(), float(self.reinit_weight)
+        widths = (self.in_features, self.out_features)
+        first, second = (
+            RandomRows.of(self.seed, part, self.size, width, counts, weight) for part, width in enumerate(widths)
+        )
+        return first, second
+
+    def _made(self, dtype: torch.dtype) -> _Held:
+        counts = self.reinitializations
+        if is_symbolic(counts):
+            down, up = (counts.new_empty(self.size, n, dtype=dtype) for n in (self.in_features, self.out_features))
+            return _Held.of(counts, None, (), down, up)
+        rows = self.rows
+        masters = tuple(one.matrix() for one in rows)
+        return _Held.of(counts, rows, masters, *(one.matrix(dtype, counts.device) for one in rows))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The dtype of the matrices in use."""
+        return torch.float32 if self._held is None else self._held.down.dtype
+
+    def renewed(self, chosen: Collection[int], number: int, weight: float) -> Renewal:
+        """What the adapter becomes when rows of A and columns of B are re-initialised; nothing is changed yet.
+
+        Args:
+            chosen: indices of the rows; there may be none.
+            number: the number of the boundary.
+            weight: the share of the new row.
+        """
+        counts, mask = self.reinitializations, torch.zeros(self.size)
+        mask[list(chosen)] = 1.0
+        after = counts + mask.to(counts)
+        buffers = {
+            "reinitializations": after,
+            "reinit_boundary": torch.full_like(self.reinit_boundary, number),
+            "reinit_weight": torch.full_like(self.reinit_weight, weight),
+        }
+        (first, down), (second, up) = (one.reinitialised(chosen, weight) for one in self.rows)
+        used = (one.matrix(self._dtype, counts.device) for one in (first, second))
+        return Renewal(buffers, _Held.of(after, (first, second), (down, up), *used))
+
+    def exchange(self, new: Renewal) -> Renewal:
+        """Take other buffers and matrices, and return those that were there."""
+        old = Renewal(self.held(), self._held)
+        for name, tensor in new.buffers.items():
+            setattr(self, name, tensor)
+        self._held = new.held
+        return old
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self._held is not None:
+            self.refresh()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SharedAdapter:
+        before, held = self.held(), self._held
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in before.items():
+            now = getattr(self, name)
+            if tensor is not None and now.dtype != tensor.dtype:  # counts are not rounded
+                setattr(self, name, tensor.to(now.device))
+        if held is not None:
+            self.refresh(fn(held.down.new_empty(1)).dtype)
+        return self

@@ -1,0 +1,107 @@
+"""What schedules have in common: boundaries every few steps or epochs, in a loop and in transformers' trainers."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from typing import Any, Generic, Literal, TypeVar
+
+from torch import nn
+
+from isotune.internals.torch_state import uncompiled
+from isotune.methods.checks import require_choice, require_positive_integer
+from isotune.moving.boundary import adapted
+from isotune.tuner.adapted_model import AdaptedModel
+
+Record = TypeVar("Record")
+"""What a schedule says of one boundary."""
+
+
+class BoundarySchedule(ABC, Generic[Record]):
+    """Counts the steps or epochs of a training and acts at each boundary, once.
+
+    Args:
+        every: steps or epochs from one boundary to the next.
+        unit: "step" or "epoch".
+        adapter: the adapter's name.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+
+    def __init__(self, every: int, unit: Literal["step", "epoch"], adapter: str) -> None:
+        require_positive_integer("every", every)
+        require_choice("unit", unit, ("step", "epoch"))
+        self.every, self.unit, self.adapter = every, unit, adapter
+        self.history: list[Record] = []
+        """What this schedule object did at its boundaries, oldest first."""
+        self._counted: tuple[weakref.ref[AdaptedModel], int] | None = None
+        """The model of the last step, and how many steps or epochs it had finished."""
+
+    def step(self, model: nn.Module, optimizer: Any, done: int | None = None) -> Record | None:
+        """Count one step or epoch, and act if a boundary is reached; after the optimiser's step, before the next pass.
+
+        Args:
+            model: the model, as trained.
+            optimizer: the optimiser that trains the adapter.
+            done: how many steps or epochs are finished in all; None counts the calls, from the last boundary that the
+                adapter's file knows of, for each model anew. Give it when a training resumes between two boundaries.
+
+        Returns:
+            What was done, as in `history`; None between boundaries.
+
+        Raises:
+            ValueError: the schedule cannot act here; says why. Raised at a model's first call; nothing is changed.
+        """
+        model = uncompiled(model)
+        own = adapted(model)
+        before = self._counted[1] if self._counted is not None and self._counted[0]() is own else None
+        if before is None:
+            self._check(model, optimizer)
+        last = self._last(own)
+        if done is None:
+            done = ((last or 0) * self.every if before is None else before) + 1
+        starts = self._starts(last, done, first=before is None)
+        self._counted = weakref.ref(own), done
+        number = done // self.every
+        return self._act(model, optimizer, number, done) if starts or number > (last or 0) else None
+
+    def _starts(self, last: int | None, done: int, *, first: bool) -> bool:
+        """Whether to act before the first step, too.
+
+        Args:
+            last: as `_last` says.
+            done: how many steps or epochs are finished.
+            first: whether this is the model's first call.
+        """
+        return False
+
+    @abstractmethod
+    def _check(self, model: nn.Module, optimizer: Any) -> Any:
+        """Refuse, by a ValueError, a model on which the schedule cannot act."""
+
+    @abstractmethod
+    def _last(self, own: AdaptedModel) -> int | None:
+        """The number of the last boundary, from the adapter itself; 0 or None before the first."""
+
+    @abstractmethod
+    def _act(self, model: nn.Module, optimizer: Any, number: int, done: int) -> Record:
+        """Do what belongs to the boundary of this number, after so many steps or epochs, and note it in `history`."""
+
+    # -- as a TrainerCallback ------------------------------------------------------------------------------------------
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Act before the first step after a boundary."""
+        # The Trainer adds up shares of an epoch; at its end the sum is a whole number up to rounding.
+        done = state.global_step if self.unit == "step" else int(state.epoch + 1e-6)
+        self.step(given["model"], given["optimizer"], done)
+
+    def __getattr__(self, name: str) -> Any:
+        """The other events of a TrainerCallback, of which none concerns a schedule."""
+        if name.startswith("on_"):
+            return _nothing
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None

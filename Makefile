@@ -46,7 +46,7 @@ product: $(VENV)/.test
 lowest: $(LOWEST)/.test
 	ISOTUNE_TESTS=quick $(ALONE) $(LOWEST)/bin/python -m pytest $(WORKERS) -m "not slow and not matrix" \
 		tests/test_contract.py tests/test_versions.py tests/test_internals.py tests/test_user_paths.py \
-		tests/test_family_paths.py tests/files tests/hosts tests/methods tests/tools tests/tuner
+		tests/test_family_paths.py tests/files tests/hosts tests/tools tests/tuner
 
 trainers: $(TRAINERS)/.trainers
 	$(ALONE) PYTHONPATH=src $(TRAINERS)/bin/python tests/integrations/run_trainers.py $(TOOL)

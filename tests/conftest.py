@@ -15,7 +15,7 @@ os.environ["ISOTUNE_CACHE"] = "off"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,9 +97,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     In a module marked `covered(name=(values, …), …)` the parameters named there keep these values alone, and of the
     product of the rest a part remains in which every two values of different parameters meet. The whole product, with
-    all values, runs beside it up to PRODUCT cases; of a larger one such a part of all values, unless
-    ISOTUNE_TESTS=product asks for everything.
+    all values, runs beside it up to PRODUCT cases; of a larger one such a part of all values, in which methods of one
+    mechanism (`helpers.ALIKE`) count as one but for one case of each, unless ISOTUNE_TESTS=product asks for everything.
     """
+    from helpers import ALIKE
+
     items[:] = [item for item in items if not rotates_an_embedding(item)]
     tests: dict[str, list[pytest.Function]] = {}
     for item in items:
@@ -118,7 +120,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in set(cases) - quick:
             item.add_marker(pytest.mark.matrix)
         if len(cases) > PRODUCT and os.environ.get("ISOTUNE_TESTS") != "product":
-            left_out |= set(cases) - quick - set(covering(cases))
+            left_out |= set(cases) - quick - set(covering(cases, ALIKE))
     items[:] = [item for item in items if item not in left_out]
 
 
@@ -128,13 +130,21 @@ def rotates_an_embedding(item: pytest.Item) -> bool:
     return any(value.endswith("-output") for value in values) and any("embedding" in value for value in values)
 
 
-def covering(items: Sequence[pytest.Function]) -> list[pytest.Function]:
-    """Few of these cases of one test in which each two values that meet in any of them meet."""
-    numbers: dict[Hashable, int] = {}
+def covering(items: Sequence[pytest.Function], alike: Mapping[str, str] | None = None) -> list[pytest.Function]:
+    """Few of these cases of one test in which each two values that meet in any of them meet.
+
+    Args:
+        items: the cases.
+        alike: values -> the value for which they may stand in a pair; by itself each value occurs.
+    """
+    stand_in, numbers = alike or {}, dict[Hashable, int]()
     pairs: dict[pytest.Function, int] = {}  # sets as bits, since there are thousands of cases
     for item in items:
-        values = [(name, repr(value)) for name, value in sorted(item.callspec.params.items())]
-        met = list(itertools.combinations(values, 2)) or values
+        own = sorted(item.callspec.params.items())
+        values = [
+            (name, repr((alike or {}).get(value, value) if isinstance(value, str) else value)) for name, value in own
+        ]
+        met = [*itertools.combinations(values, 2), *((name, repr(value)) for name, value in own)]
         pairs[item] = sum(1 << numbers.setdefault(pair, len(numbers)) for pair in met)
     missing, chosen = (1 << len(numbers)) - 1, []
     while missing:

@@ -559,6 +559,9 @@ def form_of(form: str) -> tuple[str, dict[str, Any]]:
 EVERY_METHOD = (*METHODS, "coft", "oft-output")
 """All methods, OFT with its constraint, which takes a path of its own, and one rotation of outputs."""
 
+ALIKE = {"svfit": "psoft", "cersa": "lora_xs", "coft": "oft", "qgoft": "goft", "peso": "rosa"}
+"""Methods whose adapters are another's but for the matrix that is made of their parameters, and where they start."""
+
 WITH_LORA = (*EVERY_METHOD, LORA)
 FEW = ("psoft", "lora_xs", "oft", "boft", "hra", LORA)
 """What a quick run tests the run-time core with; GOFT, qGOFT and COFT are rotations there as OFT is."""

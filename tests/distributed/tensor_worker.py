@@ -14,12 +14,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from peft import PeftModel
 
 from distributed import worker
-from helpers import OPTIONS_FOR_TINY, form_of, gradients, layers_of, randomize, some_tokens, tiny_llama, trainable
+from helpers import (
+    ALIKE,
+    OPTIONS_FOR_TINY,
+    form_of,
+    gradients,
+    layers_of,
+    randomize,
+    some_tokens,
+    tiny_llama,
+    trainable,
+)
 from isotune import add_adapter, get_peft_model
 from isotune.methods import METHODS
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EVERYWHERE = [*PROJECTIONS, "lm_head", "embed_tokens"]
+METHODS_APART = [method for method in METHODS if method not in ALIKE]
 CURVES = ["psoft", "oft", "boft"]
 UNEVEN = ["psoft", "hra"]
 SPLIT = ["psoft", "boft"]
@@ -90,7 +101,7 @@ def one_step(model: Any) -> dict[str, torch.Tensor]:
 
 def steps_of_all(base: Any) -> dict[str, dict[str, torch.Tensor]]:
     """`one_step` of everything that is compared; `base` gives a fresh model of a kind."""
-    found = {method: one_step(adapted(base("even"), method, EVERYWHERE)) for method in METHODS}
+    found = {method: one_step(adapted(base("even"), method, EVERYWHERE)) for method in METHODS_APART}
     for method in SPLIT:
         found[f"{method} split"] = one_step(adapted(base("split"), method, EVERYWHERE))
     for method in OF_OUTPUTS:

@@ -21,7 +21,7 @@ from isotune.methods import METHODS
 SCRIPT = Path(tensor_worker.__file__)
 pytest.importorskip("transformers", minversion="5.17")
 CASES = [
-    *METHODS,
+    *tensor_worker.METHODS_APART,
     *tensor_worker.OF_OUTPUTS,
     *(f"{method} split" for method in tensor_worker.SPLIT),
     *(f"{method} uneven" for method in tensor_worker.UNEVEN),

@@ -141,9 +141,7 @@ def covering(items: Sequence[pytest.Function], alike: Mapping[str, str] | None =
     pairs: dict[pytest.Function, int] = {}  # sets as bits, since there are thousands of cases
     for item in items:
         own = sorted(item.callspec.params.items())
-        values = [
-            (name, repr((alike or {}).get(value, value) if isinstance(value, str) else value)) for name, value in own
-        ]
+        values = [(name, repr(stand_in.get(one, one) if isinstance(one, str) else one)) for name, one in own]
         met = [*itertools.combinations(values, 2), *((name, repr(value)) for name, value in own)]
         pairs[item] = sum(1 << numbers.setdefault(pair, len(numbers)) for pair in met)
     missing, chosen = (1 << len(numbers)) - 1, []

@@ -108,7 +108,7 @@ def by_hand(out: Path) -> dict[str, Any]:
 
 
 def trainer_of(out: Path, fsdp: dict[str, Any] | None) -> Any:
-    """A Trainer of 20 steps with eight rows each over all processes, which saves at half of them."""
+    """A Trainer of STEPS steps with eight rows each over all processes, which saves at half of them."""
     from transformers import Trainer, TrainingArguments
 
     size = dist.get_world_size() if fsdp is not None else 1

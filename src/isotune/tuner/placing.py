@@ -177,15 +177,20 @@ def _on_pins_of(layer: Layer, adapter_name: str, placement: Placement) -> Placem
 def _with_equal_basis(layer: Layer, adapter_name: str) -> str | None:
     """Another adapter on the same layer whose basis suits this adapter's configuration, or None."""
 
-    def key(name: str) -> tuple[object, ...]:
-        config, adapter = _config(layer, name), layer.subspace(name)
-        return config.basis, config.basis_seed, config.selection, adapter.placement_key
+    own = _config(layer, adapter_name)
 
-    for name in layer.isotune_form:
+    def key(name: str) -> tuple[object, ...]:
+        config, adapter, accumulated = _config(layer, name), layer.subspace(name), layer.accumulated(name)
+        shapes = None if accumulated is None else [factor.shape for factor in accumulated]
+        return config.basis, config.basis_seed, config.selection, adapter.placement_key, shapes
+
+    # The very configuration first, as several adapters that have moved may be alike in all of this.
+    for name in sorted(layer.isotune_form, key=lambda name: _config(layer, name) is not own):
         placement = layer.subspace(name).placement
-        if name == adapter_name or placement is None or is_symbolic(placement.down) or not placement.is_principal:
+        if name == adapter_name or placement is None or is_symbolic(placement.down):
             continue
-        if key(name) == key(adapter_name):
+        # The configuration of an adapter that has moved asks for what that one has accumulated, too.
+        if key(name) == key(adapter_name) and (placement.is_principal or layer.accumulated(name) is not None):
             return name
     return None
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from helpers import Chain, OneLayer, layers_of, only, relative_error, trainable
-from isotune import RosaConfig, get_peft_model
+from isotune import PesoConfig, RosaConfig, get_peft_model
 from isotune.files.export_lora import export_lora
 from isotune.moving import MovingSchedule
 from isotune.moving.optimiser import Factors, project
@@ -277,6 +277,17 @@ def test_a_share_of_the_rank(tmp_path: Path) -> None:
     assert sorted(stored["rank_pattern"].values()) == [1, 1, 2, 4]
     loaded = PeftModel.from_pretrained(Chain(12, 24, 24, 4, 12), tmp_path)
     assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("config", [RosaConfig, PesoConfig])
+def test_an_adapter_on_the_meta_device_waits_for_its_values(config: Any) -> None:
+    """low_cpu_mem_usage: the values come from a file."""
+    options, x = {"r": RANK, "target_modules": ["layers.0", "layers.1"]}, torch.randn(4, 12)
+    trained = get_peft_model(Chain(), config(init_weights=False, **options))
+    model = get_peft_model(Chain(), config(**options), low_cpu_mem_usage=True)
+    state = get_peft_model_state_dict(trained)
+    assert not set_peft_model_state_dict(model, state, low_cpu_mem_usage=True).unexpected_keys
+    assert relative_error(model(x).detach(), trained(x).detach()) < 1e-6
 
 
 def test_weights_without_values_wait_for_them() -> None:

@@ -95,8 +95,10 @@ def _place(adapter_name: str, layers: Sequence[Layer]) -> None:
 def _start(layer: Layer, adapter_name: str) -> None:
     """Give an adapter whose start follows from its placement the parameters of that start, if it has none yet."""
     adapter, config = layer.subspace(adapter_name), _config(layer, adapter_name)
-    placement = adapter.placement
-    if not adapter.starts_by_placement or placement is None or any(bool(p.any()) for p in adapter.parameters()):
+    placement, parameters = adapter.placement, list(adapter.parameters())
+    if not adapter.starts_by_placement or placement is None or any(p.is_meta for p in parameters):
+        return  # values that are loaded later replace those on the meta device
+    if any(bool(p.any()) for p in parameters):
         return  # set by whoever copies an adapter's parameters, before a pass finds that it is not placed
     for name, value in adapter.start(placement, generator_for(config.basis_seed, 0, layer.key)).items():
         adapter.get_parameter(name).copy_(value)

@@ -279,6 +279,29 @@ def test_a_share_of_the_rank(tmp_path: Path) -> None:
     assert torch.equal(loaded(x), model(x))
 
 
+@pytest.mark.parametrize("change", [1e-3, 1e-2])
+def test_an_untrained_adapter_starts_at_a_weight_that_has_changed_little(change: float) -> None:
+    """As of a checkpoint of the same base that is loaded afterwards."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(12, 20), torch.randn(4, 12)
+    model = rosa(copy.deepcopy(layer), sample_method="top")
+    model(x)
+    with torch.no_grad():
+        layer.weight.add_(torch.randn(20, 12), alpha=change * float(layer.weight.std()))
+    only(model).base_layer.load_state_dict(layer.state_dict())
+    assert torch.equal(model(x), layer(x))
+    assert only(model).adapter("default").is_identity()
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.01)
+    model(x).square().sum().backward()
+    optimizer.step()
+    learnt = {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
+    with torch.no_grad():
+        only(model).base_weight.mul_(1.0 + change)
+    model(x)
+    for name, parameter in trainable(model).items():
+        assert torch.equal(parameter, learnt[name])  # what has been learnt stays
+
+
 @pytest.mark.parametrize("config", [RosaConfig, PesoConfig])
 def test_an_adapter_on_the_meta_device_waits_for_its_values(config: Any) -> None:
     """low_cpu_mem_usage: the values come from a file."""

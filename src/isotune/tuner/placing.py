@@ -100,10 +100,16 @@ def _start(layer: Layer, adapter_name: str) -> None:
         return  # values that are loaded later replace those on the meta device
     if any(bool(p.any()) for p in parameters):
         return  # set by whoever copies an adapter's parameters, before a pass finds that it is not placed
-    for name, value in adapter.start(placement, generator_for(config.basis_seed, 0, layer.key)).items():
+    for name, value in _start_of(layer, adapter_name, placement).items():
         adapter.get_parameter(name).copy_(value)
     if not config.init_weights:
         adapter.randomize_parameters()
+
+
+def _start_of(layer: Layer, adapter_name: str, placement: Placement) -> dict[str, Tensor]:
+    """The parameters with which an adapter starts on its first placement."""
+    generator = generator_for(_config(layer, adapter_name).basis_seed, 0, layer.key)
+    return layer.subspace(adapter_name).start(placement, generator)
 
 
 def share_basis(adapter_name: str, other: str, layers: Iterable[Layer]) -> None:
@@ -117,7 +123,8 @@ def share_basis(adapter_name: str, other: str, layers: Iterable[Layer]) -> None:
 def keeps_its_basis(layer: Layer, adapter_name: str) -> bool:
     """Whether the base's weight is still the one an adapter was placed on, apart from a move, cast or rounding.
 
-    If the weight was rounded, the factors are recomputed from it with the same basis.
+    If the weight was rounded, the factors are recomputed from it with the same basis, and parameters that are still
+    where the former ones let them start, start there again.
     """
     adapter, matrix = layer.subspace(adapter_name), layer.unmerged_matrix()
     placement, accumulated = adapter.placement, layer.accumulated(adapter_name)
@@ -136,7 +143,10 @@ def keeps_its_basis(layer: Layer, adapter_name: str) -> bool:
     if change > max(_SAME_WEIGHT.get(dtype, 2e-2) for dtype in (matrix.dtype, placement.up.dtype)):
         if change > MAX_RESIDUAL:
             return False
+        starts = adapter.starts_by_placement and adapter.is_untrained()  # on what the weight was
         placement = replace(placement, down=now.down, up=now.up)
+        for name, value in _start_of(layer, adapter_name, placement).items() if starts else ():
+            adapter.get_parameter(name).copy_(value)
     down, up = layer.host.shared(placement.down, placement.up, adapter.basis_rank)
     adapter.placement = replace(placement, down=down, up=up)
     return True

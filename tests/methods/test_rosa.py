@@ -302,6 +302,23 @@ def test_an_untrained_adapter_starts_at_a_weight_that_has_changed_little(change:
         assert torch.equal(parameter, learnt[name])  # what has been learnt stays
 
 
+def test_a_rounded_weight_gives_what_its_file_gives(tmp_path: Path) -> None:
+    """In half precision, where other adapters take a weight that has changed by as much as rounding for the same."""
+    base, x = Chain(), torch.randn(5, 12).bfloat16()
+    options: dict[str, Any] = {"r": RANK, "init_weights": False, "target_modules": ["layers.0", "layers.1"]}
+    model = get_peft_model(copy.deepcopy(base), RosaConfig(**options))
+    model.to(torch.bfloat16)
+    expected = model(x).detach()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base).bfloat16(), tmp_path)
+    for layer, other in zip(layers_of(model), layers_of(loaded), strict=True):
+        for one, found in zip(
+            layer.adapter("default").placement.factors, other.adapter("default").placement.factors, strict=True
+        ):
+            torch.testing.assert_close(one, found, rtol=1e-5, atol=1e-6)
+    assert relative_error(loaded(x).detach(), expected) < 1e-3
+
+
 @pytest.mark.parametrize("config", [RosaConfig, PesoConfig])
 def test_an_adapter_on_the_meta_device_waits_for_its_values(config: Any) -> None:
     """low_cpu_mem_usage: the values come from a file."""

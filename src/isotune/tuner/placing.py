@@ -140,7 +140,10 @@ def keeps_its_basis(layer: Layer, adapter_name: str) -> bool:
             (now.up[..., :rank], placement.up[..., :rank]),
         )
     )
-    if change > max(_SAME_WEIGHT.get(dtype, 2e-2) for dtype in (matrix.dtype, placement.up.dtype)):
+    dtypes: tuple[torch.dtype, ...] = (matrix.dtype, placement.up.dtype)
+    if adapter.starts_by_placement:
+        dtypes = (torch.float32,)  # its parameters hold a part of the weight itself, and its factors are not rounded
+    if change > max(_SAME_WEIGHT.get(dtype, 2e-2) for dtype in dtypes):
         if change > MAX_RESIDUAL:
             return False
         starts = adapter.starts_by_placement and adapter.is_untrained()  # on what the weight was

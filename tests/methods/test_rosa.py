@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from helpers import Chain, OneLayer, layers_of, only, relative_error, trainable
-from isotune import RosaConfig, get_peft_model
+from isotune import PesoConfig, RosaConfig, get_peft_model
 from isotune.files.export_lora import export_lora
 from isotune.moving import MovingSchedule
 from isotune.moving.optimiser import Factors, project
@@ -277,6 +277,57 @@ def test_a_share_of_the_rank(tmp_path: Path) -> None:
     assert sorted(stored["rank_pattern"].values()) == [1, 1, 2, 4]
     loaded = PeftModel.from_pretrained(Chain(12, 24, 24, 4, 12), tmp_path)
     assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("change", [1e-3, 1e-2])
+def test_an_untrained_adapter_starts_at_a_weight_that_has_changed_little(change: float) -> None:
+    """As of a checkpoint of the same base that is loaded afterwards."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(12, 20), torch.randn(4, 12)
+    model = rosa(copy.deepcopy(layer), sample_method="top")
+    model(x)
+    with torch.no_grad():
+        layer.weight.add_(torch.randn(20, 12), alpha=change * float(layer.weight.std()))
+    only(model).base_layer.load_state_dict(layer.state_dict())
+    assert torch.equal(model(x), layer(x))
+    assert only(model).adapter("default").is_identity()
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.01)
+    model(x).square().sum().backward()
+    optimizer.step()
+    learnt = {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
+    with torch.no_grad():
+        only(model).base_weight.mul_(1.0 + change)
+    model(x)
+    for name, parameter in trainable(model).items():
+        assert torch.equal(parameter, learnt[name])  # what has been learnt stays
+
+
+def test_a_rounded_weight_gives_what_its_file_gives(tmp_path: Path) -> None:
+    """In half precision, where other adapters take a weight that has changed by as much as rounding for the same."""
+    base, x = Chain(), torch.randn(5, 12).bfloat16()
+    options: dict[str, Any] = {"r": RANK, "init_weights": False, "target_modules": ["layers.0", "layers.1"]}
+    model = get_peft_model(copy.deepcopy(base), RosaConfig(**options))
+    model.to(torch.bfloat16)
+    expected = model(x).detach()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base).bfloat16(), tmp_path)
+    for layer, other in zip(layers_of(model), layers_of(loaded), strict=True):
+        for one, found in zip(
+            layer.adapter("default").placement.factors, other.adapter("default").placement.factors, strict=True
+        ):
+            torch.testing.assert_close(one, found, rtol=1e-5, atol=1e-6)
+    assert relative_error(loaded(x).detach(), expected) < 1e-3
+
+
+@pytest.mark.parametrize("config", [RosaConfig, PesoConfig])
+def test_an_adapter_on_the_meta_device_waits_for_its_values(config: Any) -> None:
+    """low_cpu_mem_usage: the values come from a file."""
+    options, x = {"r": RANK, "target_modules": ["layers.0", "layers.1"]}, torch.randn(4, 12)
+    trained = get_peft_model(Chain(), config(init_weights=False, **options))
+    model = get_peft_model(Chain(), config(**options), low_cpu_mem_usage=True)
+    state = get_peft_model_state_dict(trained)
+    assert not set_peft_model_state_dict(model, state, low_cpu_mem_usage=True).unexpected_keys
+    assert relative_error(model(x).detach(), trained(x).detach()) < 1e-6
 
 
 def test_weights_without_values_wait_for_them() -> None:

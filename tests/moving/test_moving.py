@@ -440,6 +440,34 @@ def test_a_checkpoint_of_other_sizes_is_loaded_into_an_adapter_in_use(basis: Any
                 assert (tmp_path / "again" / file).read_bytes() == expected
 
 
+@pytest.mark.parametrize("kind", ["psoft", "lora_xs", "rosa", "peso"])
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_reference_by_copied_parameters_has_what_is_accumulated(kind: str, loaded: bool, tmp_path: Path) -> None:
+    """As TRL's trainers make it: add_adapter with the configuration of an adapter, and a copy of its parameters."""
+    model, x = moved_stack(kind), torch.randn(8, 24)
+    if loaded:
+        model.save_pretrained(tmp_path)
+        model = PeftModel.from_pretrained(fresh_stack(), tmp_path, is_trainable=True)
+    model.add_adapter("other", KINDS[kind](target_modules=["first", "second"]))  # which moves as often
+    model.set_adapter("other")
+    train(model, MovingSchedule(2, select="bottom", adapter="other"), torch.randn(8, 24), 4)
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        expected = model(x).detach()
+        model.add_adapter(f"{name}-copy", model.peft_config[name])
+        for layer in layers_of(model):
+            layer.adapter(f"{name}-copy").load_state_dict(layer.adapter(name).state_dict())
+        model.set_adapter(f"{name}-copy")
+        assert torch.equal(model(x), expected), name
+        model.set_adapter(name)
+        train(model, MovingSchedule(2, select="band", adapter=name), torch.randn(8, 24), 4)
+        model.set_adapter(f"{name}-copy")
+        assert torch.equal(model(x), expected), name
+    model.add_adapter("unmoved", KINDS[kind](target_modules=["first", "second"]))
+    model.set_adapter("unmoved")
+    torch.testing.assert_close(model(x), fresh_stack()(x), rtol=0, atol=1e-3)
+
+
 def test_export_to_lora_is_exact_at_the_summed_rank(tmp_path: Path) -> None:
     model, x = moved_stack("free", steps=5), torch.randn(5, 24)
     expected = model(x).detach()

@@ -95,13 +95,21 @@ def _place(adapter_name: str, layers: Sequence[Layer]) -> None:
 def _start(layer: Layer, adapter_name: str) -> None:
     """Give an adapter whose start follows from its placement the parameters of that start, if it has none yet."""
     adapter, config = layer.subspace(adapter_name), _config(layer, adapter_name)
-    placement = adapter.placement
-    if not adapter.starts_by_placement or placement is None or any(bool(p.any()) for p in adapter.parameters()):
+    placement, parameters = adapter.placement, list(adapter.parameters())
+    if not adapter.starts_by_placement or placement is None or any(p.is_meta for p in parameters):
+        return  # values that are loaded later replace those on the meta device
+    if any(bool(p.any()) for p in parameters):
         return  # set by whoever copies an adapter's parameters, before a pass finds that it is not placed
-    for name, value in adapter.start(placement, generator_for(config.basis_seed, 0, layer.key)).items():
+    for name, value in _start_of(layer, adapter_name, placement).items():
         adapter.get_parameter(name).copy_(value)
     if not config.init_weights:
         adapter.randomize_parameters()
+
+
+def _start_of(layer: Layer, adapter_name: str, placement: Placement) -> dict[str, Tensor]:
+    """The parameters with which an adapter starts on its first placement."""
+    generator = generator_for(_config(layer, adapter_name).basis_seed, 0, layer.key)
+    return layer.subspace(adapter_name).start(placement, generator)
 
 
 def share_basis(adapter_name: str, other: str, layers: Iterable[Layer]) -> None:
@@ -115,7 +123,8 @@ def share_basis(adapter_name: str, other: str, layers: Iterable[Layer]) -> None:
 def keeps_its_basis(layer: Layer, adapter_name: str) -> bool:
     """Whether the base's weight is still the one an adapter was placed on, apart from a move, cast or rounding.
 
-    If the weight was rounded, the factors are recomputed from it with the same basis.
+    If the weight was rounded, the factors are recomputed from it with the same basis, and parameters that are still
+    where the former ones let them start, start there again.
     """
     adapter, matrix = layer.subspace(adapter_name), layer.unmerged_matrix()
     placement, accumulated = adapter.placement, layer.accumulated(adapter_name)
@@ -131,10 +140,16 @@ def keeps_its_basis(layer: Layer, adapter_name: str) -> bool:
             (now.up[..., :rank], placement.up[..., :rank]),
         )
     )
-    if change > max(_SAME_WEIGHT.get(dtype, 2e-2) for dtype in (matrix.dtype, placement.up.dtype)):
+    dtypes: tuple[torch.dtype, ...] = (matrix.dtype, placement.up.dtype)
+    if adapter.starts_by_placement:
+        dtypes = (torch.float32,)  # its parameters hold a part of the weight itself, and its factors are not rounded
+    if change > max(_SAME_WEIGHT.get(dtype, 2e-2) for dtype in dtypes):
         if change > MAX_RESIDUAL:
             return False
+        starts = adapter.starts_by_placement and adapter.is_untrained()  # on what the weight was
         placement = replace(placement, down=now.down, up=now.up)
+        for name, value in _start_of(layer, adapter_name, placement).items() if starts else ():
+            adapter.get_parameter(name).copy_(value)
     down, up = layer.host.shared(placement.down, placement.up, adapter.basis_rank)
     adapter.placement = replace(placement, down=down, up=up)
     return True
@@ -177,15 +192,20 @@ def _on_pins_of(layer: Layer, adapter_name: str, placement: Placement) -> Placem
 def _with_equal_basis(layer: Layer, adapter_name: str) -> str | None:
     """Another adapter on the same layer whose basis suits this adapter's configuration, or None."""
 
-    def key(name: str) -> tuple[object, ...]:
-        config, adapter = _config(layer, name), layer.subspace(name)
-        return config.basis, config.basis_seed, config.selection, adapter.placement_key
+    own = _config(layer, adapter_name)
 
-    for name in layer.isotune_form:
+    def key(name: str) -> tuple[object, ...]:
+        config, adapter, accumulated = _config(layer, name), layer.subspace(name), layer.accumulated(name)
+        shapes = None if accumulated is None else [factor.shape for factor in accumulated]
+        return config.basis, config.basis_seed, config.selection, adapter.placement_key, shapes
+
+    # The very configuration first, as several adapters that have moved may be alike in all of this.
+    for name in sorted(layer.isotune_form, key=lambda name: _config(layer, name) is not own):
         placement = layer.subspace(name).placement
-        if name == adapter_name or placement is None or is_symbolic(placement.down) or not placement.is_principal:
+        if name == adapter_name or placement is None or is_symbolic(placement.down):
             continue
-        if key(name) == key(adapter_name):
+        # The configuration of an adapter that has moved asks for what that one has accumulated, too.
+        if key(name) == key(adapter_name) and (placement.is_principal or layer.accumulated(name) is not None):
             return name
     return None
 

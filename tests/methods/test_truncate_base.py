@@ -385,6 +385,24 @@ def test_several_adapters_of_one_truncation(tmp_path: Path) -> None:
     assert relative_error(both.merge_and_unload()(x), outputs[0]) < 1e-5
 
 
+def test_a_swapped_adapter_does_not_write_to_the_base(tmp_path: Path) -> None:
+    """Its basis is that of a base of other rounding, and the factors of the adapter before it are the layer's."""
+    model = adapted()
+    found = model.peft_config["default"]
+    other = chain()
+    with torch.no_grad():
+        for layer in other.layers:
+            layer.weight *= 1 + 1e-4 * torch.randn(layer.weight.shape)
+    options = {"r": found.r, "rank_pattern": found.rank_pattern, "base_rank_pattern": found.base_rank_pattern}
+    adapted(other, seed=2, **options).save_pretrained(tmp_path)
+    before = [snapshot(layer.base_layer) for layer in layers_of(model)]
+    hotswap_adapter(model, tmp_path)
+    for layer, values in zip(layers_of(model), before, strict=True):
+        assert_unchanged(layer.base_layer, values)
+    x = torch.randn(5, 24)
+    assert relative_error(model(x), PeftModel.from_pretrained(chain(), tmp_path)(x)) < 1e-6
+
+
 def test_other_adapters_are_refused_on_a_truncated_base(tmp_path: Path) -> None:
     model = adapted()
     model.save_pretrained(tmp_path / "first")

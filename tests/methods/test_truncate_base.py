@@ -301,6 +301,17 @@ def test_a_file_that_is_refused_leaves_the_base_whole(damage: str, tmp_path: Pat
     assert_unchanged(base, before)
 
 
+def test_a_file_of_more_directions_than_a_weight_has(tmp_path: Path) -> None:
+    adapted(target_modules=["layers.0"]).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_rank_pattern": {"layers.0": 25}}))
+    base = chain()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"k=25 is too large for the module 'layers\.0'"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert_unchanged(base, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     model = adapted()

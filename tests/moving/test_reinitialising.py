@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -219,28 +220,53 @@ def test_a_trainer_resumed_at_and_between_boundaries_has_the_same_curve(tmp_path
         assert torch.equal(adapters(again.model)[0].reinitializations, adapters(whole.model)[0].reinitializations)
 
 
-def test_an_interrupted_boundary_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_at_any_line_of_a_boundary_changes_nothing() -> None:
     model = model_of()
     own = optimiser(model)
     train(model, None, own)
-    x = data(0)[0]
-    expected, state = model(x).detach(), copy.deepcopy(model.state_dict())
-    exchange, calls = SharedAdapter.exchange, []
+    using, functions = schedule(every=1), [UoraSchedule._act.__wrapped__, SharedAdapter.exchange]  # type: ignore[attr-defined]
+    codes = {function.__code__ for function in functions}
+    whole = copy.deepcopy(model)
+    assert schedule(every=1).step(whole, own) is not None
+    after = whole.state_dict()
 
-    def interrupted(self: SharedAdapter, new: Any) -> Any:
-        calls.append(self)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return exchange(self, new)
+    def interrupted(at: int) -> bool:
+        """Renew rows until that line of the two functions; returns whether there is such a line."""
+        lines = 0
 
-    monkeypatch.setattr(SharedAdapter, "exchange", interrupted)
-    using = schedule(every=1)
-    with pytest.raises(KeyboardInterrupt):
-        using.step(model, own)
-    assert not using.history
-    assert torch.equal(model(x), expected)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert using.step(model, own, 1) is not None
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            nonlocal lines
+            if frame.f_code not in codes:
+                return None
+            if event == "line":
+                lines += 1
+                if lines > at:
+                    sys.settrace(before)
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            using.step(model, own, 1)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    x, state = data(0)[0], copy.deepcopy(model.state_dict())
+    expected, at = model(x).detach(), 0
+    while interrupted(at):
+        now = model.state_dict()
+        if using.history:  # all is done, and only the answer was lost
+            assert all(torch.equal(tensor, after[name]) for name, tensor in now.items()), at
+            break
+        assert all(torch.equal(tensor, state[name]) for name, tensor in now.items()), at
+        assert torch.equal(model(x), expected), at
+        at += 1
+    assert at > 30
+    assert len(using.history) == 1
 
 
 REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [

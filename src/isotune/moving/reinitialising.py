@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -171,24 +170,17 @@ class UoraSchedule(BoundarySchedule[Reinitialization]):
         for key, adapter in tqdm(own.items(), desc="renewed rows", unit="weight", delay=_PROGRESS_DELAY_SECONDS):
             new[key] = adapter.renewed(rows, number, self.weight)
             changes[key] = _change(adapter, new[key], rows)
-        undo: list[tuple[SharedAdapter, Renewal]] = []
-        with _undone(undo):
-            for key, adapter in own.items():
-                undo.append((adapter, adapter.exchange(new[key])))
         found = Reinitialization(number, done, rows, changes)
-        self.history.append(found)
+        undo = [(adapter, adapter.current()) for adapter in own.values()]
+        try:  # whatever interrupts the exchange, be it between two tensors of a layer, the old values are put back
+            for key, adapter in own.items():
+                adapter.exchange(new[key])
+            self.history.append(found)
+        except BaseException:
+            for adapter, old in undo:
+                adapter.exchange(old)
+            raise
         return found
-
-
-@contextmanager
-def _undone(undo: list[tuple[SharedAdapter, Renewal]]) -> Iterator[None]:
-    """Exchange everything, or nothing: whatever interrupts the block, the old values are put back."""
-    try:
-        yield
-    except BaseException:
-        for adapter, old in reversed(undo):
-            adapter.exchange(old)
-        raise
 
 
 def _change(adapter: SharedAdapter, new: Renewal, rows: Sequence[int]) -> float:

@@ -310,7 +310,15 @@ def test_what_is_not_public_has_no_default(left_out: str) -> None:
         UoraSchedule(**{name: value for name, value in given.items() if name != left_out})
 
 
-@pytest.mark.parametrize("options", [{"threshold": 0.0}, {"weight": 0.0}, {"weight": 1.5}, {"every": 0}, {"unit": "s"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *[{"threshold": value} for value in (0.0, float("nan"), "0.1", True)],
+        *[{"weight": value} for value in (0.0, 1.5, 1e-60, "0.5", True)],
+        {"every": 0},
+        {"unit": "s"},
+    ],
+)
 def test_values_that_are_not_allowed(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         schedule(**options)

@@ -95,10 +95,11 @@ class UoraSchedule(BoundarySchedule[Reinitialization]):
         adapter: str = "default",
     ) -> None:
         super().__init__(every, unit, adapter)
-        require(0.0 < threshold < float("inf"), "threshold", threshold, "it must be above 0 and finite")
-        require(0.0 < weight <= 1.0, "weight", weight, "it must be in (0, 1]")
-        self.threshold = threshold
-        self.weight = float(torch.tensor(weight, dtype=torch.float32))  # as the adapter's file holds it
+        finite = _is_number(threshold) and 0.0 < threshold < float("inf")
+        require(finite, "threshold", threshold, "it must be a number above 0 and finite")
+        share = float(torch.tensor(weight, dtype=torch.float32)) if _is_number(weight) else 0.0  # as in the file
+        require(0.0 < share <= 1.0, "weight", weight, "it must be a number in (0, 1], rounded to float32")
+        self.threshold, self.weight = threshold, share
         self._read: tuple[Tensor, int, int] | None = None
 
     def _check(self, model: nn.Module, optimizer: Any) -> list[Layer]:
@@ -181,6 +182,10 @@ class UoraSchedule(BoundarySchedule[Reinitialization]):
                 adapter.exchange(old)
             raise
         return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _change(adapter: SharedAdapter, new: Renewal, rows: Sequence[int]) -> float:

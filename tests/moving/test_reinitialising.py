@@ -220,6 +220,20 @@ def test_a_trainer_resumed_at_and_between_boundaries_has_the_same_curve(tmp_path
         assert torch.equal(adapters(again.model)[0].reinitializations, adapters(whole.model)[0].reinitializations)
 
 
+@pytest.mark.parametrize(("weight", "times"), [(0.5, 0.87), (1.0, 1.41)])
+def test_how_much_an_update_changes_where_all_of_d_are_equal(weight: float, times: float) -> None:
+    """As the method's page has it: about the root of the share of the rows, times a factor of the weight."""
+    model = get_peft_model(Chain(96, 96), UoraConfig(r=64, target_modules=["layers.0"]))
+    (adapter,) = adapters(model)
+    with torch.no_grad():
+        adapter.vera_lambda_b.normal_(generator=torch.Generator().manual_seed(0))
+        adapter.vera_lambda_d[:8].mul_(0.999)
+    found = UoraSchedule(threshold=0.09995, weight=weight, every=1).step(model, None)
+    assert found is not None
+    assert len(found.rows) == 8
+    assert found.change == pytest.approx(times * (8 / 64) ** 0.5, rel=0.15)
+
+
 def test_ctrl_c_at_any_line_of_a_boundary_changes_nothing() -> None:
     model = model_of()
     own = optimiser(model)

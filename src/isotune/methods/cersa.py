@@ -110,7 +110,8 @@ class CersaConfig(SubspaceConfig):
         if k is not None and rank > k:
             raise ValueError(
                 f"r={rank} is too large for the module {module!r}, of which truncate_base keeps k={k} directions. "
-                "Choose a smaller r, rank_pattern or rank_energy, or keep more by base_energy or base_rank_pattern."
+                "Choose a smaller r, rank_pattern, rank_energy or rank_budget, or keep more by base_energy or "
+                "base_rank_pattern."
             )
         return super().build_operator(module, in_features, out_features)
 

@@ -301,6 +301,17 @@ def test_a_file_that_is_refused_leaves_the_base_whole(damage: str, tmp_path: Pat
     assert_unchanged(base, before)
 
 
+def test_a_file_of_more_directions_than_a_weight_has(tmp_path: Path) -> None:
+    adapted(target_modules=["layers.0"]).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_rank_pattern": {"layers.0": 25}}))
+    base = chain()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"k=25 is too large for the module 'layers\.0'"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert_unchanged(base, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     model = adapted()
@@ -383,6 +394,24 @@ def test_several_adapters_of_one_truncation(tmp_path: Path) -> None:
     both.delete_adapter("mean")
     both.delete_adapter("other")
     assert relative_error(both.merge_and_unload()(x), outputs[0]) < 1e-5
+
+
+def test_a_swapped_adapter_does_not_write_to_the_base(tmp_path: Path) -> None:
+    """Its basis is that of a base of other rounding, and the factors of the adapter before it are the layer's."""
+    model = adapted()
+    found = model.peft_config["default"]
+    other = chain()
+    with torch.no_grad():
+        for layer in other.layers:
+            layer.weight *= 1 + 1e-4 * torch.randn(layer.weight.shape)
+    options = {"r": found.r, "rank_pattern": found.rank_pattern, "base_rank_pattern": found.base_rank_pattern}
+    adapted(other, seed=2, **options).save_pretrained(tmp_path)
+    before = [snapshot(layer.base_layer) for layer in layers_of(model)]
+    hotswap_adapter(model, tmp_path)
+    for layer, values in zip(layers_of(model), before, strict=True):
+        assert_unchanged(layer.base_layer, values)
+    x = torch.randn(5, 24)
+    assert relative_error(model(x), PeftModel.from_pretrained(chain(), tmp_path)(x)) < 1e-6
 
 
 def test_other_adapters_are_refused_on_a_truncated_base(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel, VeraConfig
 from torch import nn
 
-from helpers import Chain, error_of_update, layers_of, move, relative_error
+from helpers import Chain, assert_unchanged, error_of_update, layers_of, move, relative_error, snapshot
 from isotune import UoraConfig, get_peft_model, hotswap_adapter
 from isotune.adapter.shared import SharedAdapter
 from isotune.diagnostics.inspect import inspect
@@ -182,6 +182,21 @@ def test_a_damaged_history_is_refused(name: str, value: float, said: str, tmp_pa
     model.save_pretrained(tmp_path)
     with pytest.raises(AdapterFileError, match=said):
         PeftModel.from_pretrained(Chain(*SIZES), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("reinitializations", 1e9), ("reinit_boundary", 1.0), ("reinit_weight", 0.0)]
+)
+def test_a_history_that_contradicts_itself_is_refused(name: str, value: float, tmp_path: Path) -> None:
+    """A count of 1e9 would be a load of hours."""
+    model = renewed(model_of())
+    getattr(adapters(model)[1], name).data.fill_(value)
+    model.save_pretrained(tmp_path)
+    base = Chain(*SIZES)
+    before = snapshot(base)
+    with pytest.raises(AdapterFileError, match="says that a row was re-initialised"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert_unchanged(base, before)
 
 
 def test_another_seed_is_refused_for_a_swap(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -219,28 +220,67 @@ def test_a_trainer_resumed_at_and_between_boundaries_has_the_same_curve(tmp_path
         assert torch.equal(adapters(again.model)[0].reinitializations, adapters(whole.model)[0].reinitializations)
 
 
-def test_an_interrupted_boundary_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("weight", "times"), [(0.5, 0.87), (1.0, 1.41)])
+def test_how_much_an_update_changes_where_all_of_d_are_equal(weight: float, times: float) -> None:
+    """As the method's page has it: about the root of the share of the rows, times a factor of the weight."""
+    model = get_peft_model(Chain(96, 96), UoraConfig(r=64, target_modules=["layers.0"]))
+    (adapter,) = adapters(model)
+    with torch.no_grad():
+        adapter.vera_lambda_b.normal_(generator=torch.Generator().manual_seed(0))
+        adapter.vera_lambda_d[:8].mul_(0.999)
+    found = UoraSchedule(threshold=0.09995, weight=weight, every=1).step(model, None)
+    assert found is not None
+    assert len(found.rows) == 8
+    assert found.change == pytest.approx(times * (8 / 64) ** 0.5, rel=0.15)
+
+
+def test_ctrl_c_at_any_line_of_a_boundary_changes_nothing() -> None:
     model = model_of()
     own = optimiser(model)
     train(model, None, own)
-    x = data(0)[0]
-    expected, state = model(x).detach(), copy.deepcopy(model.state_dict())
-    exchange, calls = SharedAdapter.exchange, []
+    using, functions = schedule(every=1), [UoraSchedule._act.__wrapped__, SharedAdapter.exchange]  # type: ignore[attr-defined]
+    codes = {function.__code__ for function in functions}
+    whole = copy.deepcopy(model)
+    assert schedule(every=1).step(whole, own) is not None
+    after = whole.state_dict()
 
-    def interrupted(self: SharedAdapter, new: Any) -> Any:
-        calls.append(self)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return exchange(self, new)
+    def interrupted(at: int) -> bool:
+        """Renew rows until that line of the two functions; returns whether there is such a line."""
+        lines = 0
 
-    monkeypatch.setattr(SharedAdapter, "exchange", interrupted)
-    using = schedule(every=1)
-    with pytest.raises(KeyboardInterrupt):
-        using.step(model, own)
-    assert not using.history
-    assert torch.equal(model(x), expected)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert using.step(model, own, 1) is not None
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            nonlocal lines
+            if frame.f_code not in codes:
+                return None
+            if event == "line":
+                lines += 1
+                if lines > at:
+                    sys.settrace(before)
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            using.step(model, own, 1)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    x, state = data(0)[0], copy.deepcopy(model.state_dict())
+    expected, at = model(x).detach(), 0
+    while interrupted(at):
+        now = model.state_dict()
+        if using.history:  # all is done, and only the answer was lost
+            assert all(torch.equal(tensor, after[name]) for name, tensor in now.items()), at
+            break
+        assert all(torch.equal(tensor, state[name]) for name, tensor in now.items()), at
+        assert torch.equal(model(x), expected), at
+        at += 1
+    assert at > 30
+    assert len(using.history) == 1
 
 
 REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
@@ -284,7 +324,15 @@ def test_what_is_not_public_has_no_default(left_out: str) -> None:
         UoraSchedule(**{name: value for name, value in given.items() if name != left_out})
 
 
-@pytest.mark.parametrize("options", [{"threshold": 0.0}, {"weight": 0.0}, {"weight": 1.5}, {"every": 0}, {"unit": "s"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *[{"threshold": value} for value in (0.0, float("nan"), "0.1", True)],
+        *[{"weight": value} for value in (0.0, 1.5, 1e-60, "0.5", True)],
+        {"every": 0},
+        {"unit": "s"},
+    ],
+)
 def test_values_that_are_not_allowed(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         schedule(**options)

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from helpers import (
     OPTIONS_FOR_TINY,
+    Chain,
     OneLayer,
     adapt,
+    assert_unchanged,
     layers_of,
     psoft,
     randomize,
     relative_error,
+    snapshot,
     some_tokens,
     tiny_bert,
     tiny_llama,
@@ -232,6 +235,16 @@ def test_transformers_itself_holds_adapters_of_different_methods(tmp_path: Path)
         again.load_adapter(str(tmp_path / name), adapter_name=name)
     for name, logits in expected.items():
         assert relative_error(logits_of(again, name), logits) < 1e-6
+
+
+def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
+    """PEFT would load the tensors alone, which with another seed or scale mean something else."""
+    get_peft_model(Chain(), PsoftConfig(r=2, psoft_alpha=8, target_modules=["layers.0"])).save_pretrained(tmp_path)
+    model = get_peft_model(Chain(), PsoftConfig(r=2, psoft_alpha=4, target_modules=["layers.0"]))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="has an adapter 'default'"):
+        load_adapter(model, tmp_path, "default")
+    assert_unchanged(model, before)
 
 
 def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:

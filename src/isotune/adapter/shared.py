@@ -345,13 +345,15 @@ class SharedAdapter(LowRankAdapter):
         used = (one.matrix(self._dtype, counts.device) for one in (first, second))
         return Renewal(buffers, _Held.of(after, (first, second), (down, up), *used))
 
-    def exchange(self, new: Renewal) -> Renewal:
-        """Take other buffers and matrices, and return those that were there."""
-        old = Renewal(self.held(), self._held)
+    def current(self) -> Renewal:
+        """The buffers and matrices that are there, to which `exchange` goes back."""
+        return Renewal(self.held(), self._held)
+
+    def exchange(self, new: Renewal) -> None:
+        """Take other buffers and matrices."""
         for name, tensor in new.buffers.items():
             setattr(self, name, tensor)
         self._held = new.held
-        return old
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

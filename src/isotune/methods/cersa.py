@@ -100,12 +100,18 @@ class CersaConfig(SubspaceConfig):
             self.base_rank_pattern["^" + re.escape(module)] = k
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> SubspaceAdapter:
-        """As for every method on subspaces; raises ValueError if the rank is larger than k, too."""
-        rank, k = self.rank_of(module), self.base_rank(module)
+        """As for every method on subspaces; raises ValueError if k does not fit the weight or r, too."""
+        rank, k, limit = self.rank_of(module), self.base_rank(module), min(in_features, out_features)
+        if k is not None and k > limit:
+            raise ValueError(
+                f"k={k} is too large for the module {module!r}, whose weight of shape ({out_features}, {in_features}) "
+                f"has {limit} directions. Choose a smaller one in base_rank_pattern, or leave the module out of it."
+            )
         if k is not None and rank > k:
             raise ValueError(
                 f"r={rank} is too large for the module {module!r}, of which truncate_base keeps k={k} directions. "
-                "Choose a smaller r, rank_pattern or rank_energy, or keep more by base_energy or base_rank_pattern."
+                "Choose a smaller r, rank_pattern, rank_energy or rank_budget, or keep more by base_energy or "
+                "base_rank_pattern."
             )
         return super().build_operator(module, in_features, out_features)
 

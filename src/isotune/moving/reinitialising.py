@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,10 +95,11 @@ class UoraSchedule(BoundarySchedule[Reinitialization]):
         adapter: str = "default",
     ) -> None:
         super().__init__(every, unit, adapter)
-        require(0.0 < threshold < float("inf"), "threshold", threshold, "it must be above 0 and finite")
-        require(0.0 < weight <= 1.0, "weight", weight, "it must be in (0, 1]")
-        self.threshold = threshold
-        self.weight = float(torch.tensor(weight, dtype=torch.float32))  # as the adapter's file holds it
+        finite = _is_number(threshold) and 0.0 < threshold < float("inf")
+        require(finite, "threshold", threshold, "it must be a number above 0 and finite")
+        share = float(torch.tensor(weight, dtype=torch.float32)) if _is_number(weight) else 0.0  # as in the file
+        require(0.0 < share <= 1.0, "weight", weight, "it must be a number in (0, 1], rounded to float32")
+        self.threshold, self.weight = threshold, share
         self._read: tuple[Tensor, int, int] | None = None
 
     def _check(self, model: nn.Module, optimizer: Any) -> list[Layer]:
@@ -171,24 +171,21 @@ class UoraSchedule(BoundarySchedule[Reinitialization]):
         for key, adapter in tqdm(own.items(), desc="renewed rows", unit="weight", delay=_PROGRESS_DELAY_SECONDS):
             new[key] = adapter.renewed(rows, number, self.weight)
             changes[key] = _change(adapter, new[key], rows)
-        undo: list[tuple[SharedAdapter, Renewal]] = []
-        with _undone(undo):
-            for key, adapter in own.items():
-                undo.append((adapter, adapter.exchange(new[key])))
         found = Reinitialization(number, done, rows, changes)
-        self.history.append(found)
+        undo = [(adapter, adapter.current()) for adapter in own.values()]
+        try:  # whatever interrupts the exchange, be it between two tensors of a layer, the old values are put back
+            for key, adapter in own.items():
+                adapter.exchange(new[key])
+            self.history.append(found)
+        except BaseException:
+            for adapter, old in undo:
+                adapter.exchange(old)
+            raise
         return found
 
 
-@contextmanager
-def _undone(undo: list[tuple[SharedAdapter, Renewal]]) -> Iterator[None]:
-    """Exchange everything, or nothing: whatever interrupts the block, the old values are put back."""
-    try:
-        yield
-    except BaseException:
-        for adapter, old in reversed(undo):
-            adapter.exchange(old)
-        raise
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _change(adapter: SharedAdapter, new: Renewal, rows: Sequence[int]) -> float:

@@ -189,7 +189,8 @@ def _place_beside(
         copies += zip(
             layers[name].isotune_form[adapter_name].buffers(), other.isotune_form[ADAPTER].buffers(), strict=True
         )
-        if old is not None and users[id(old.down)] == 1:
+        # Factors of a layer that stands in for the base's may be that layer's own, which are never written to.
+        if old is not None and users[id(old.down)] == 1 and not layers[name].host.stands_in:
             copies += [(old.down, placement.down), (old.up, placement.up)]
             placement = replace(placement, down=old.down, up=old.up)
         placements.append((adapter, placement))

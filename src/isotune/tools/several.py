@@ -59,6 +59,11 @@ def load_adapter(model: PeftModel, directory: str | os.PathLike[str], adapter_na
         ['default', 'reflections']
     """
     with _open_to(model, describe(directory).config):
+        if adapter_name in model.peft_config:  # PEFT would load the tensors and leave the options
+            raise ValueError(
+                f"The model has an adapter {adapter_name!r}. Choose another name, delete that one first, or exchange "
+                "it with isotune.hotswap_adapter, which checks that the two are computed alike."
+            )
         model.load_adapter(os.fspath(directory), adapter_name, **options)
 
 

@@ -26,6 +26,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 THE_FILE = "the adapter file"
 
 _SAVED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
+_COUNTS, _BOUNDARY, _SHARE = (f"isotune_operator.reinit{end}" for end in ("ializations", "_boundary", "_weight"))
 _NAMED_FORMS = re.compile(r"\.isotune_form\.[^.]+\.forms\.")
 
 
@@ -96,6 +97,9 @@ def check_tensors(
                 f"{name!r} has shape {tuple(given[name].shape)} in {file}, and {tuple(tensor.shape)} is needed {where}."
             )
         check_values(name, given[name], file=file, like=tensor)
+    for name in needed:
+        if name.endswith(_COUNTS):
+            _check_history(name, given, file)
     for name in sorted(given.keys() - needed.keys() - set(also)):
         if name in base:
             raise AdapterFileError(
@@ -165,6 +169,18 @@ def _check_reinitialised(name: str, tensor: Tensor, file: str) -> None:
         raise AdapterFileError(
             f"{name!r} in {file} holds {tensor.flatten()[:3].tolist()}; it says how rows were re-initialised, so it "
             f"must {what}. It is damaged; load an earlier checkpoint."
+        )
+
+
+def _check_history(name: str, given: Mapping[str, Tensor], file: str) -> None:
+    """Refuse counts of re-initialised rows that do not go with the boundaries or the share of a new row."""
+    most = float(given[name].max())
+    boundary, share = (float(given[name.removesuffix(_COUNTS) + key]) for key in (_BOUNDARY, _SHARE))
+    if most > boundary or (most and not share):
+        raise AdapterFileError(
+            f"{name!r} in {file} says that a row was re-initialised {most:g} times, which can be neither more than the "
+            f"boundaries ({boundary:g}) nor without a share of the new row ({share:g}). It is damaged; load an earlier "
+            "checkpoint."
         )
 
 

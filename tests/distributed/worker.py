@@ -21,7 +21,7 @@ from isotune import get_peft_model, regularization_loss
 from isotune.methods import METHODS
 from isotune.parallel.processes import average_gradients
 
-STEPS = 12
+STEPS = 20
 ROWS = 8
 SOLVED: list[str] = []
 

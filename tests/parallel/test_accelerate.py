@@ -72,7 +72,7 @@ def test_the_loss_curve_is_that_of_one_process(
 def test_half_precision_follows_the_curve(by_hand: Any, alone: dict[str, list[float]]) -> None:
     for found in by_hand[1]:
         assert found["half"] == pytest.approx(alone["psoft"], abs=0.05)
-        assert found["half"][-1] < found["half"][0] - 0.1
+        assert found["half"][-1] < found["half"][0] - 0.2
 
 
 def test_the_first_process_finds_the_subspaces_for_all(by_hand: Any) -> None:

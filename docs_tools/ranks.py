@@ -82,7 +82,7 @@ def published() -> str:
     return "\n".join([head, "|---|" + "---|" * 6, *map(row, SETTINGS)])
 
 
-RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "ranks" / "comparison.json"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 MINILM = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 BUDGET = 40_572
 """The parameters of rank 46 on all linear layers of MiniLM but its pooler, which the demo leaves out."""
@@ -121,12 +121,29 @@ def _range(found: ChosenSizes, kind: str) -> str:
     return f"{min(sizes)} to {max(sizes)} | {min(energies):.0%} to {max(energies):.0%}"
 
 
+def _rows(folder: str) -> list[tuple[dict[str, Any], str]]:
+    """The rows of a comparison's record, each with its options of ranks."""
+    rows = read_object(RESULTS / folder / "comparison.json")["rows"]
+    named = ({key: value for key, value in row["method"].items() if key not in ("name", "rank_budget")} for row in rows)
+    return [(row, ", ".join(f"`{k}={v}`" for k, v in own.items())) for row, own in zip(rows, named, strict=True)]
+
+
+def language() -> str:
+    """The losses of the same choices on a language model."""
+    lines = [
+        "| ranks of PSOFT on Gemma 3 270M | adapter parameters | test loss | validation loss |",
+        "|---|---|---|---|",
+    ]
+    for row, name in _rows("ranks-gemma"):
+        losses = f"{row['mean']:.3f} | {row['validation_score']:.3f}"
+        lines.append(f"| {name} | {row['adapter_parameters']:,} | {losses} |")
+    return "\n".join(lines)
+
+
 def compared() -> str:
     """Test accuracy of one rank for all layers and of chosen ranks, as the record of the comparison says."""
     lines = ["| ranks of PSOFT on the demo | adapter parameters | test accuracy | by seed |", "|---|---|---|---|"]
-    for row in read_object(RECORD)["rows"]:
-        options = {key: value for key, value in row["method"].items() if key not in ("name", "rank_budget")}
-        name = ", ".join(f"`{key}={value}`" for key, value in options.items())
+    for row, name in _rows("ranks"):
         scores = ", ".join(f"{score:.1%}" for score in row["scores"].values())
         mean = f"{row['mean']:.1%} ± {row['standard_error']:.1%}"
         lines.append(f"| {name} | {row['adapter_parameters']:,} | {mean} | {scores} |")
@@ -134,5 +151,6 @@ def compared() -> str:
 
 
 if __name__ == "__main__":
-    path, tables = Path(sys.argv[1]), {"published": published(), "chosen": chosen(), "compared": compared()}
+    path = Path(sys.argv[1])
+    tables = {"published": published(), "chosen": chosen(), "compared": compared(), "language": language()}
     path.write_text(written(path.read_text("utf-8"), **tables), "utf-8")

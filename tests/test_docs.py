@@ -118,6 +118,7 @@ def test_the_published_ranks_are_counted(monkeypatch: pytest.MonkeyPatch) -> Non
     page = text_of("docs/guides/ranks.md")
     assert ranks.row(ranks.SETTINGS[0]) in page
     assert ranks.compared() in page
+    assert ranks.language() in page
 
 
 def test_the_pictures_of_methods_are_those_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from isotune.internals.safetensors_files import readable
 from isotune.internals.transformers_state import forget_quantisation
 from isotune.json_files import json_object
 from isotune.methods import METHODS
-from isotune.methods.config import IsotuneConfig, type_of
+from isotune.methods.config import IsotuneConfig, exactly, type_of
 from isotune.tuner.backends import adapt
 from isotune.tuner.layer import Layer
 from isotune.tuner.placing import place_adapter
@@ -364,4 +364,4 @@ def rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:
         >>> rank_pattern({"layers.0.q": 4, "layers.0.k": 8}, 8)
         {'^layers\\\\.0\\\\.q': 4}
     """
-    return {"^" + name.replace(".", r"\."): rank for name, rank in ranks.items() if rank != default}
+    return {exactly(name): rank for name, rank in ranks.items() if rank != default}

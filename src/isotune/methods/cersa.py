@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from isotune.adapter.subspace import SubspaceAdapter
 from isotune.algebra.means import linear_mean
 from isotune.methods.checks import require, require_expressions, require_positive_integer, shown
-from isotune.methods.config import by_pattern
+from isotune.methods.config import by_pattern, exactly
 from isotune.methods.subspace import SubspaceConfig
 from isotune.subspace.energy import kept_shares, least_size
 
@@ -97,7 +96,7 @@ class CersaConfig(SubspaceConfig):
         while k < len(values) and values[k] > (1.0 - _TIE) * values[k - 1]:
             k += 1
         if k * (sum(shape) + 1) < math.prod(shape):
-            self.base_rank_pattern["^" + re.escape(module)] = k
+            self.base_rank_pattern[exactly(module)] = k
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> SubspaceAdapter:
         """As for every method on subspaces; raises ValueError if k does not fit the weight or r, too."""

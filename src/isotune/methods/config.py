@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -267,6 +268,16 @@ class IsotuneConfig(ChosenSize, PeftConfig):
 def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The entry for a module by PEFT's rule: a key is the module's name, the end of it, or a regular expression."""
     return patterns.get(get_pattern_key(list(patterns), module), default)
+
+
+def exactly(module: str) -> str:
+    """The key of a pattern that names this module alone: by PEFT's rule a name is also that of all that end with it.
+
+    Examples:
+        >>> exactly("layers.0.q_proj")
+        '^layers\\\\.0\\\\.q_proj'
+    """
+    return f"^{re.escape(module)}"
 
 
 def type_of(config: Any) -> str:

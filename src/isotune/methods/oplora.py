@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from isotune.adapter.lowrank import ComplementAdapter
 from isotune.adapter.subspace import SubspaceBasis
 from isotune.methods.checks import require, require_expressions, require_number, require_positive_integer, shown
-from isotune.methods.config import by_pattern
+from isotune.methods.config import by_pattern, exactly
 from isotune.methods.subspace import BasisConfig
 from isotune.subspace.energy import rank_of_energy
 
@@ -75,7 +75,7 @@ class OploraConfig(BasisConfig):
         """Choose k for a module by preserved_energy; experts share the largest."""
         assert self.preserved_energy is not None
         k = max(rank_of_energy(own, self.preserved_energy) for own in singular_values)
-        self.preserved_rank_pattern["^" + module.replace(".", r"\.")] = k
+        self.preserved_rank_pattern[exactly(module)] = k
 
     def build_basis(self, module: str, in_features: int, device: torch.device) -> SubspaceBasis:
         return self.basis_of_rank(self.preserved_rank_of(module), in_features, device)

@@ -11,6 +11,7 @@ from torch import Tensor
 from isotune.adapter.placement import Placement
 from isotune.adapter.restarting import RestartingAdapter
 from isotune.methods.checks import require, require_choice, shown
+from isotune.methods.config import exactly
 from isotune.methods.restarting import RestartingConfig
 from isotune.subspace.selection import chosen, drawn_start, generator_for
 
@@ -68,7 +69,7 @@ class RosaConfig(RestartingConfig):
     def fit(self, module: str, shape: tuple[int, int], singular_values: Tensor) -> None:
         """Choose the rank of a module by rank_share."""
         assert self.rank_share is not None
-        self.rank_pattern["^" + module.replace(".", r"\.")] = max(int(self.rank_share * min(shape)), 1)
+        self.rank_pattern[exactly(module)] = max(int(self.rank_share * min(shape)), 1)
 
     def restarting(self, rank: int, in_features: int, out_features: int) -> RosaAdapter:
         return RosaAdapter(rank, in_features, out_features, self.factorize_method)

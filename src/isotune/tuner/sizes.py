@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from isotune.internals.torch_state import is_symbolic
-from isotune.methods.config import IsotuneConfig, by_pattern
+from isotune.methods.config import IsotuneConfig, by_pattern, exactly
 from isotune.methods.rotation import RotationConfig
 from isotune.methods.subspace import SubspaceConfig
 from isotune.parallel.processes import one_for_all, sample_of
@@ -70,7 +69,7 @@ class ChosenSizes:
         usual = min(counted, key=lambda size: (-counted[size], size))
         others = {layer.module: layer.size for layer in self.layers if layer.size != usual}
         if not self._is_given_by(others, usual):  # one name ends with another
-            others = {f"^{re.escape(name)}": size for name, size in others.items()}
+            others = {exactly(name): size for name, size in others.items()}
         return {self.size_option: usual, self.pattern_option: others}
 
     def _is_given_by(self, pattern: Mapping[str, int], usual: int) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from isotune.errors import AdapterFileError
 from isotune.hosts import widen
+from isotune.methods.config import exactly
 
 Parameters = dict[str, dict[str, Tensor]]
 """Module name -> the parameters of its operator."""
@@ -84,9 +85,7 @@ def _by_module(option: str, pattern: str, values: Mapping[str, int]) -> dict[str
     ((common, count), *_) = Counter(values.values()).most_common(1)
     if count == len(values):
         return {option: common}
-    # By PEFT's rule a key also matches the end of a name; anchored, it must match the whole.
-    own = {f"^{re.escape(name)}": value for name, value in values.items()}
-    return {option: common, pattern: own}
+    return {option: common, pattern: {exactly(name): value for name, value in values.items()}}
 
 
 def targets_of(layers: list[AdaptedModule]) -> dict[str, Any]:

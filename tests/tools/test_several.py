@@ -238,9 +238,9 @@ def test_transformers_itself_holds_adapters_of_different_methods(tmp_path: Path)
 
 
 def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
-    """PEFT would load the tensors alone, which with another seed or scale mean something else."""
-    get_peft_model(Chain(), PsoftConfig(r=2, psoft_alpha=8, target_modules=["layers.0"])).save_pretrained(tmp_path)
-    model = get_peft_model(Chain(), PsoftConfig(r=2, psoft_alpha=4, target_modules=["layers.0"]))
+    """PEFT would load the tensors alone, which with another seed mean something else."""
+    get_peft_model(Chain(), PsoftConfig(r=2, basis_seed=1, target_modules=["layers.0"])).save_pretrained(tmp_path)
+    model = get_peft_model(Chain(), PsoftConfig(r=2, target_modules=["layers.0"]))
     before = snapshot(model)
     with pytest.raises(ValueError, match="has an adapter 'default'"):
         load_adapter(model, tmp_path, "default")

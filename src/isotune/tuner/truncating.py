@@ -197,7 +197,7 @@ def truncated(adapter_name: str, layers: Sequence[Layer]) -> Iterator[None]:
             layer.stand_on(module)
         yield
         if any(layer.owner is not None for layer, _ in made):  # in the block: a filter may turn warnings into errors
-            done = summary([TruncatedLayer.of(layer) for layer in own])
+            done = summary(list(map(TruncatedLayer.of, own)))
             warnings.warn(
                 f"truncate_base has changed the base model: {done}. It computes something else from now on, before any "
                 "training and also without the adapter (disabled, unmerged, unloaded); isotune.truncation_error "

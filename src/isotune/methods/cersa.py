@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from isotune.adapter.subspace import SubspaceAdapter
 from isotune.algebra.means import linear_mean
-from isotune.methods.checks import require, require_expressions, require_positive_integer, shown
+from isotune.methods.checks import require, require_sizes, shown
 from isotune.methods.config import by_pattern, exactly
 from isotune.methods.subspace import SubspaceConfig
 from isotune.subspace.energy import kept_shares, least_size
@@ -58,9 +58,7 @@ class CersaConfig(SubspaceConfig):
     def __post_init__(self) -> None:
         trained, share, pattern = self.rank_energy, self.base_energy, self.base_rank_pattern
         super().__post_init__()
-        require_expressions("base_rank_pattern", pattern)
-        for name, rank in pattern.items():
-            require_positive_integer(f"base_rank_pattern[{name!r}]", rank)
+        require_sizes("base_rank_pattern", pattern)
         self.truncate_base |= bool(pattern) and "truncate_base" not in self.given  # a file has the numbers alone
         if not self.truncate_base and (share is not None or pattern):
             raise ValueError(

@@ -132,6 +132,15 @@ def require_positive_integer(name: str, value: Any) -> None:
     require(fits, name, value, "it must be an integer of at least 1")
 
 
+_SEED_LIMIT = 2**32
+"""Seeds of numpy's frozen random stream lie below this."""
+
+
+def require_seed(name: str, value: int) -> None:
+    """`require` a seed of numpy's frozen random stream."""
+    require(0 <= value < _SEED_LIMIT, name, value, f"it must be an integer from 0 to {_SEED_LIMIT - 1}")
+
+
 def require_number(name: str, value: float, below: float = math.inf) -> None:
     """`require` a finite number of at least 0 and below a limit, such as 1 for a probability."""
     allowed = "a number of at least 0" if below == math.inf else f"in [0, {below:g})"
@@ -235,6 +244,17 @@ def require_expressions(name: str, given: str | Mapping[str, Any]) -> None:
                 else f"{name} has the key {shown(expression)}, which is neither a module name nor a valid "
                 f"regular expression ({error}); correct or remove it."
             ) from None
+
+
+def require_sizes(name: str, given: Mapping[str, Any]) -> None:
+    """Refuse an option by module whose keys are no names or expressions, or whose values are no positive integers.
+
+    Raises:
+        ValueError: names the option, the key and what is wrong.
+    """
+    require_expressions(name, given)
+    for key, size in given.items():
+        require_positive_integer(f"{name}[{key!r}]", size)
 
 
 def divisor_for(name: str, value: int, module: str, width: int, adjust: str = "refuse", *, side: str = "input") -> int:

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from isotune.adapter.rotation import RotationAdapter
-from isotune.methods.checks import divisor_for, require_expressions, require_positive_integer
+from isotune.methods.checks import divisor_for, require_sizes
 from isotune.methods.config import IsotuneConfig, by_pattern
 
 
@@ -78,9 +78,7 @@ class BlockRotationConfig(RotationConfig):
         super().__post_init__()
         for name, value in vars(self).items():
             if name.endswith("_pattern") and isinstance(value, dict):
-                require_expressions(name, value)
-                for key, size in value.items():
-                    require_positive_integer(f"{name}[{key!r}]", size)
+                require_sizes(name, value)
 
     def own_block_size(self, module: str, width: int) -> int | None:
         """The block size that the pattern gives a module whose rotated side has this width; None if it gives none.

@@ -11,14 +11,18 @@ import torch
 from torch import Tensor
 
 from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
-from isotune.methods.checks import require, require_expressions, require_positive_integer, shown
+from isotune.methods.checks import (
+    require,
+    require_expressions,
+    require_positive_integer,
+    require_seed,
+    require_sizes,
+    shown,
+)
 from isotune.methods.config import IsotuneConfig, by_pattern
 from isotune.methods.sizes import check_choice
 from isotune.subspace.pinning import pin_width
 from isotune.subspace.selection import chosen
-
-_SEED_LIMIT = 2**32
-"""Seeds of numpy's frozen random stream lie below this."""
 
 
 @dataclass
@@ -77,12 +81,9 @@ class BasisConfig(IsotuneConfig):
             self.r = "auto"
         else:
             require_positive_integer("r", self.r)
-        allowed = f"it must be an integer from 0 to {_SEED_LIMIT - 1}"
-        require(0 <= self.basis_seed < _SEED_LIMIT, "basis_seed", self.basis_seed, allowed)
-        require_expressions("rank_pattern", self.rank_pattern)
+        require_seed("basis_seed", self.basis_seed)
+        require_sizes("rank_pattern", self.rank_pattern)
         require_expressions("alpha_pattern", self.alpha_pattern)
-        for name, rank in self.rank_pattern.items():
-            require_positive_integer(f"rank_pattern[{name!r}]", rank)
         name, alphas = self.alpha_option, (self._alpha, *self.alpha_pattern.values())
         if name and not all(alpha is None or 0 < alpha < float("inf") for alpha in alphas):
             raise ValueError(

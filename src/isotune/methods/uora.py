@@ -8,11 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from isotune.adapter.shared import SharedAdapter
-from isotune.methods.checks import require, require_number, require_positive_integer
+from isotune.methods.checks import require, require_number, require_positive_integer, require_seed
 from isotune.methods.config import IsotuneConfig
-
-_SEED_LIMIT = 2**32
-"""Seeds of numpy's frozen random stream lie below this."""
 
 
 @dataclass
@@ -49,8 +46,7 @@ class UoraConfig(IsotuneConfig):
         fits = 0.0 < self.d_initial < float("inf")
         require(fits, "d_initial", self.d_initial, "it must be above 0 and finite, since b starts at zero")
         require_number("vera_dropout", self.vera_dropout, below=1)
-        seed, allowed = self.projection_prng_key, f"it must be an integer from 0 to {_SEED_LIMIT - 1}"
-        require(0 <= seed < _SEED_LIMIT, "projection_prng_key", seed, allowed)
+        require_seed("projection_prng_key", self.projection_prng_key)
 
     def build_operator(self, module: str, in_features: int, out_features: int) -> SharedAdapter:
         """A new adapter, whose update is zero."""

@@ -23,8 +23,15 @@ def compare(
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds each method has at its best learning rate.")] = 3,
     lr_search: Annotated[
-        int, typer.Option(help="How many learning rates are tried for each method, around its usual one.")
-    ] = 3,
+        str,
+        typer.Option(
+            help="How many learning rates are tried for each method, around its usual one; or auto: as many as it "
+            "takes for the best to lie inside."
+        ),
+    ] = "3",
+    lr_runs: Annotated[
+        int | None, typer.Option(help="How many learning rates --lr-search auto may try for each method, 8 by default.")
+    ] = None,
     lr: Annotated[
         str | None, typer.Option(help="The learning rates to try for every method instead, such as 1e-3,2e-3.")
     ] = None,
@@ -64,7 +71,8 @@ def compare(
     options = comparing.Options(
         methods=[one for text in methods or () for one in comparing.split_methods(text)],
         seeds=seeds,
-        lr_search=lr_search,
+        lr_search=comparing.searched(lr_search),
+        lr_runs=lr_runs,
         rates=comparing.rates(lr) if lr else (),
         factor=lr_factor,
         match_params=comparing.whole_number(match_params) if match_params is not None else None,

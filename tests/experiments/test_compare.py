@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import errno
+import importlib.util
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,20 +21,23 @@ import yaml
 from typer.testing import CliRunner
 
 from isotune.experiments import execute, registry
-from isotune.experiments.compare import Options, grid, parse, plan, rates, split_methods
+from isotune.experiments.compare import Options, parse, plan, rates, searched, split_methods
 from isotune.experiments.compare import whole_number as read_number
 from isotune.experiments.engines import LocalProcesses, RayTasks
 from isotune.experiments.engines import make as make_engine
 from isotune.experiments.files import StorageError, read_json
 from isotune.experiments.recipe import Recipe, RecipeError, validate
-from isotune.experiments.run import Run
+from isotune.experiments.run import WEIGHTS, Run
 from isotune.experiments.runner import carry_out
 from isotune.experiments.schedule import Schedule
 from isotune.experiments.table import table
 from isotune_cli import app
 
 # What depends on the speed and the state of the machine.
-MEASURED = ("seconds", "train_seconds", "tokens_per_second", "peak_memory_bytes", "hardware", "phase")
+MEASURED = (
+    *("load_seconds", "setup_seconds", "train_seconds", "tokens_per_second", "peak_memory_bytes", "hardware"),
+    *("phase", "lr_search"),
+)
 
 
 class Fake:
@@ -57,6 +63,9 @@ class Fake:
 
     def wait(self) -> list[tuple[Run, dict[str, Any]]]:
         spec = self.waiting.pop()
+        if spec.phase == "start":
+            (spec.folder / WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
+            (spec.folder / WEIGHTS).touch()
         return [(spec, self.outcome(spec))]
 
     def stop(self) -> None:
@@ -136,13 +145,6 @@ def test_a_method_is_given_settings_within_a_section(tiny: dict[str, Any]) -> No
 
 def test_every_method_has_a_usual_rate() -> None:
     assert all(entry.usual_learning_rate > 0 for entry in registry.entries().values())
-
-
-def test_the_grid_lies_around_its_middle() -> None:
-    assert grid(1.25e-3, 1, 2.5) == (1.25e-3,)
-    assert grid(1e-3, 3, 2.5) == (4e-4, 1e-3, 2.5e-3)
-    lower, upper = grid(1e-3, 2, 4.0)
-    assert lower * upper == pytest.approx(1e-6, rel=0.05)
 
 
 def test_which_layers_are_adapted_is_said_once_for_all(tiny: dict[str, Any]) -> None:
@@ -344,6 +346,13 @@ def test_heads_to_start_from_come_first_one_for_each_seed(tiny: dict[str, Any]) 
     heads = {spec.seed: spec.folder for spec in engine.started if spec.phase == "start"}
     for spec in engine.started[2:]:
         assert spec.start_from == (heads[spec.seed] if spec.label == "psoft" else None)
+    # Where only the records were kept, a head is trained again once something starts from it, and not before.
+    shutil.rmtree(heads[1])
+    again = Fake(scored(lambda spec: spec.lr, lambda spec: 0.5))
+    carry_out(planned(tiny, "head", "psoft", lr_search=1, seeds=2), again)
+    assert again.started == []
+    carry_out(planned(tiny, "head", "psoft", "lora", lr_search=1, seeds=2), again)
+    assert [(spec.phase, spec.seed) for spec in again.started] == [("search", 0), ("start", 1), ("seed", 1)]
     # A head that fails takes with it only what starts from it.
     tiny["output"] = str(Path(tiny["output"]).parent / "other" / "run")
     good = scored(lambda spec: spec.lr, lambda spec: 0.5)
@@ -361,6 +370,87 @@ def test_a_run_starts_from_the_trained_head(tiny: dict[str, Any]) -> None:
     first = execute.execute(head)
     assert execute.execute(psoft)["test"] == first["test"]
     assert first["test"] != first["untrained"]
+
+
+def test_a_search_goes_on_until_the_best_lies_inside(tiny: dict[str, Any]) -> None:
+    """The best rate lies two steps above the usual one; the second method's lies at it."""
+    peaks = {"psoft:lr=1e-3": 6e-3, "lora:lr=1e-3": 1e-3}
+    engine = Fake(scored(lambda spec: -abs(math.log(spec.lr / peaks[spec.label])), lambda spec: 0.5))
+    options: dict[str, Any] = {"lr_search": "auto", "seeds": 2}
+    found = planned(tiny, *peaks, **options)
+    assert found.total() == 2 * 4
+    result = carry_out(found, engine)
+    psoft, lora = result["rows"]
+    assert psoft["lr_tried"] == [4e-4, 1e-3, 2.5e-3, 4e-3, 6.3e-3, 1e-2, 1.6e-2]
+    assert lora["lr_tried"] == [4e-4, 6.3e-4, 1e-3, 1.6e-3, 2.5e-3]
+    assert (psoft["lr"], lora["lr"]) == (6.3e-3, 1e-3)
+    assert (psoft["lr_at_border"], lora["lr_at_border"]) == (False, False)
+    assert result["complete"] is True
+    assert [spec.phase for spec in engine.started].count("seed") == 2
+    # Each run knows those that ended before it could begin, whatever ran beside it.
+    earlier = {spec.lr: len(spec.earlier) for spec in engine.started if spec.label == "psoft:lr=1e-3" and not spec.seed}
+    assert earlier == {4e-4: 0, 1e-3: 0, 2.5e-3: 0, 6.3e-3: 3, 1.6e-2: 4, 4e-3: 5, 1e-2: 5}
+    assert all(path.exists() for spec in engine.started for path in spec.earlier)
+    again = Fake(engine.outcome)
+    assert carry_out(planned(tiny, *peaks, **options), again) == result
+    assert again.started == []
+
+
+def test_a_search_ends_at_its_limit_which_is_the_same_for_all(tiny: dict[str, Any]) -> None:
+    rising = Fake(scored(lambda spec: spec.lr, lambda spec: 0.5))
+    result = carry_out(planned(tiny, "psoft", "lora", lr_search="auto", lr_runs=4, seeds=1), rising)
+    assert [len(row["lr_tried"]) for row in result["rows"]] == [4, 4]
+    assert all(row["lr_at_border"] for row in result["rows"])
+    assert "a better one may lie beyond" in table(result)
+
+
+def test_a_run_that_was_stopped_is_not_chosen(tiny: dict[str, Any]) -> None:
+    """Its score was the best while it ran; the search goes on around the best of the others."""
+    whole = scored(lambda spec: 0.9 if spec.lr > 5e-3 else spec.lr, lambda spec: 0.5)
+
+    def outcome(spec: Run) -> dict[str, Any]:
+        found = whole(spec)
+        return found if spec.lr < 5e-3 else {**found, "test": {}, "stopped": {"step": 3, "of": 6, "rule": "halving"}}
+
+    result = carry_out(planned(tiny, "psoft:lr=1e-3", lr_search="auto", seeds=2), Fake(outcome))
+    (row,) = result["rows"]
+    assert row["lr_stopped"] == [6.3e-3]
+    assert row["lr"] == 4e-3
+    assert row["seeds"] == 2
+    assert row["failed"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_search": "auto", "lr_runs": 2}, "--lr-runs is 2; it is for --lr-search auto, which tries at least 3"),
+        ({"lr_search": 3, "lr_runs": 8}, "--lr-runs is 8; it is for --lr-search auto"),
+        ({"lr_search": "auto", "rates": [1e-3]}, "--lr-search auto finds the rates itself"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(tiny: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        planned(tiny, "psoft", **options)
+
+
+def test_methods_with_given_rates_have_no_part_in_an_automatic_search(tiny: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="the same number of learning rates, but lora:lr=\\[1e-3\\] 1 and psoft 8"):
+        planned(tiny, "psoft", "lora:lr=[1e-3]", lr_search="auto")
+
+
+def test_an_automatic_search_needs_optuna(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "optuna" else there(name, *rest)
+    )
+    with pytest.raises(RecipeError, match=r"needs optuna: pip install 'isotune\[search\]'"):
+        planned(tiny, "psoft", lr_search="auto")
+
+
+def test_a_search_is_a_number_or_auto() -> None:
+    assert (searched("auto"), searched("4")) == ("auto", 4)
+    with pytest.raises(RecipeError, match=r"--lr-search is .*often.* such as 3, or auto"):
+        searched("often")
 
 
 def test_ctrl_c_stops_the_engine_and_keeps_what_is_done(tiny: dict[str, Any]) -> None:

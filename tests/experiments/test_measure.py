@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -69,50 +68,6 @@ def test_peak_memory_grows_with_what_is_held() -> None:
     assert after > before + peak * 3 // 4
     # What is let go no longer counts once the mark is set anew; this test needs Linux, as CI has.
     assert later < after - peak // 2
-
-
-def test_wilsons_interval_is_the_published_one() -> None:
-    found = measure.interval("accuracy", 0.8, [1] * 8 + [0] * 2, [1] * 10)
-    assert found is not None
-    # Brown, Cai and DasGupta (2001) give the formula; 8 of 10 is 0.4902 to 0.9433.
-    assert (round(found["low"], 4), round(found["high"], 4)) == (0.4902, 0.9433)
-    assert measure.interval("accuracy", 1.0, [1], [1]) is None
-    assert measure.interval("loss", 1.0, [1, 2], [1, 2]) is None
-
-
-def test_the_resampled_matthews_correlation_is_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sklearn.metrics import matthews_corrcoef
-
-    generator = np.random.default_rng(1)
-    labels = generator.integers(0, 4, 60)
-    predictions = np.where(generator.random(60) < 0.5, labels, generator.integers(0, 4, 60))
-
-    class Unchanged:
-        def multinomial(self, count: int, shares: Any, size: int) -> Any:
-            return np.tile(np.round(shares * count).astype(int), (size, 1))
-
-    monkeypatch.setattr(measure.np.random, "default_rng", lambda seed: Unchanged())
-    found = measure.interval("matthews_correlation", 0.5, predictions.tolist(), labels.tolist())
-    assert found is not None
-    assert found["low"] == pytest.approx(matthews_corrcoef(labels, predictions), abs=1e-12)
-
-
-@pytest.mark.parametrize("metric", ["matthews_correlation", "pearson"])
-def test_the_bootstrap_has_a_fixed_seed_and_narrows_with_more_examples(metric: str) -> None:
-    generator = np.random.default_rng(0)
-
-    def width(count: int) -> float:
-        labels = generator.integers(0, 2, count)
-        predictions = np.where(generator.random(count) < 0.8, labels, 1 - labels)
-        found = measure.interval(metric, 0.6, predictions.tolist(), labels.tolist())
-        again = measure.interval(metric, 0.6, predictions.tolist(), labels.tolist())
-        assert found is not None
-        assert found == again
-        correlation = np.corrcoef(predictions, labels)[0, 1]  # of two classes Matthews' is Pearson's
-        assert found["low"] < correlation < found["high"]
-        return float(found["high"] - found["low"])
-
-    assert width(400) < 0.6 * width(50)
 
 
 def test_the_general_text_is_prose_and_always_the_same() -> None:

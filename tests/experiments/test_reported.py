@@ -42,7 +42,13 @@ def test_a_comparison_is_reported_with_all_that_it_recorded(tiny: dict[str, Any]
         assert variant.average("train_seconds") == pytest.approx(row["train_seconds"])
         assert all(run.interval and run.curve and run.forgetting is not None for run in variant.runs)
         assert len(variant.search) == 2
-    assert {column.key for column in columns_of(comparison, details=True)} == {column.key for column in COLUMNS}
+    keys = {column.key for column in columns_of(comparison, details=True)}
+    assert keys == {"difference", *(column.key for column in COLUMNS)}
+    apart = {row["label"]: row["difference"] and row["difference"]["mean"] for row in found.result()["rows"]}
+    means = {variant.label: variant.mean or 0.0 for variant in comparison.variants}
+    assert apart == {
+        label: None if label == "lora:r=2" else pytest.approx(means[label] - means["lora:r=2"]) for label in apart
+    }
     strict, relaxed, lora = (variant.geometry for variant in comparison.variants)
     assert strict is not None
     assert relaxed is not None

@@ -132,3 +132,21 @@ def test_the_command_writes_each_format(folder: Path, tmp_path: Path) -> None:
     assert (done.exit_code, "html, md, csv, latex" in done.output) == (2, True)
     done = run(cli.app, ["report", str(tmp_path / "new")])
     assert (done.exit_code, "isotune compare" in done.output) == (2, True)
+
+
+def test_a_method_is_set_against_lora_example_by_example(tmp_path: Path) -> None:
+    """Of 100 examples LoRA has 60 right in each seed, PSOFT those and 10 more; HRA's answers were not kept."""
+    place = write_comparison(tmp_path, methods=FEW)
+    for label, hits in (("psoft_r=46", 70), ("lora_r=8", 60)):
+        for path in (place / "runs" / label).iterdir():
+            right = " ".join(["1"] * hits + ["0"] * (100 - hits))
+            answers = {"predictions": right, "references": " ".join(["1"] * 100)}
+            path.write_text(json.dumps({**json.loads(path.read_text()), "answers": answers}))
+    comparison = read(place)
+    head, _, *rows = (line.strip("| ").split(" | ") for line in markdown([comparison]).splitlines() if line[0:1] == "|")
+    column = head.index("Difference to LoRA r=8")
+    shown = {row[0]: row[column] for row in rows}
+    assert shown["LoRA r=8"] == shown["HRA r=8"] == "–"
+    assert shown["PSOFT r=46"].startswith("+10.0 % (+")
+    (record,) = [row for row in csv.DictReader(io.StringIO(comma_separated([comparison]))) if row["method"] == "psoft"]
+    assert float(record["difference"]) == pytest.approx(0.1)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from isotune.experiments.measure import LEVEL
 from isotune.experiments.records import number
+from isotune.experiments.resampling import LEVEL
 from isotune.whole_files import written_whole
 
 INK, OWN = "#7b8088", "#3f7fd0"

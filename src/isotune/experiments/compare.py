@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from isotune.experiments import methods, registry
 from isotune.experiments.execute import check_extras
+from isotune.experiments.rates import MOST_RUNS, Given, Search, Widening, grid
 from isotune.experiments.recipe import Recipe, RecipeError, validate
 from isotune.experiments.schedule import Schedule, Variant
 from isotune.experiments.text import YamlError, from_yaml, shown
@@ -24,7 +26,9 @@ class Options:
     Args:
         methods: as `parse` reads them; empty for those of the recipe.
         seeds: how many, the search's own included, at each method's best rate.
-        lr_search: how many learning rates are tried for each method, `factor` apart around its usual one.
+        lr_search: how many learning rates are tried for each method, `factor` apart around its usual one; or "auto", as
+            many as it takes for the best to lie inside (`rates.Widening`).
+        lr_runs: how many rates a search by "auto" may try for each method; None for `rates.MOST_RUNS`.
         rates: those to try for every method instead.
         match_params: how many parameters the adapters are to have, as near as each method's rank or block size allows.
         threads: of a run.
@@ -34,7 +38,8 @@ class Options:
 
     methods: Sequence[str] = ()
     seeds: int = 3
-    lr_search: int = 3
+    lr_search: int | Literal["auto"] = 3
+    lr_runs: int | None = None
     rates: Sequence[float] = ()
     factor: float = 2.5
     match_params: int | None = None
@@ -49,6 +54,15 @@ def whole_number(text: str) -> int:
         return checks.whole_number("--match-params", text)
     except ValueError as error:
         raise RecipeError(str(error)) from error
+
+
+def searched(text: str) -> int | Literal["auto"]:
+    """A number of learning rates, or "auto"."""
+    if text == "auto":
+        return "auto"
+    if not re.fullmatch(r"-?\d{1,9}", text):
+        raise RecipeError(f"--lr-search is {shown(text)} and must be a number of learning rates, such as 3, or auto")
+    return int(text)
 
 
 def split_methods(text: str) -> list[str]:
@@ -103,7 +117,15 @@ def parse(text: str, recipe: Recipe, options: Options) -> Variant:
     method = validate({**recipe.model_dump(), "method": {"name": name, **given, "train": train}}, text).method
     methods.check(method)
     centre = centre or registry.entry(name).rate_with(given)
-    return Variant(text, method, tuple(sorted(set(tried))) or grid(centre, options.lr_search, options.factor))
+    return Variant(text, method, _search(tried, centre, options))
+
+
+def _search(tried: Sequence[float], centre: float, options: Options) -> Search:
+    if tried:
+        return Given(tuple(sorted(set(tried))))
+    if options.lr_search == "auto":
+        return Widening(centre, options.factor, options.lr_runs or MOST_RUNS)
+    return Given(grid(centre, options.lr_search, options.factor))
 
 
 def _numbers(text: str, value: Any) -> list[float]:
@@ -115,12 +137,6 @@ def _numbers(text: str, value: Any) -> list[float]:
     if not numbers or not all(0 < n < math.inf for n in numbers):
         raise RecipeError(f"{text}: a learning rate is a number above 0, such as 1e-3, not {shown(value)}")
     return numbers
-
-
-def grid(centre: float, count: int, factor: float) -> tuple[float, ...]:
-    """`count` learning rates `factor` apart, with `centre` in the middle; the others rounded to two digits."""
-    powers = (i - (count - 1) / 2 for i in range(count))
-    return tuple(float(f"{centre * factor**power:.2g}") if power else centre for power in powers)
 
 
 def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Schedule:
@@ -136,16 +152,23 @@ def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Schedule:
     """
     from isotune.experiments import tasks
 
+    auto = options.lr_search == "auto"
     whole = {"--seeds": options.seeds, "--lr-search": options.lr_search, "--match-params": options.match_params}
     for key, value in whole.items():
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             raise RecipeError(f"{key} is {value} and must be at least 1")
+    if options.lr_runs is not None and (not auto or options.lr_runs < 3):
+        raise RecipeError(f"--lr-runs is {options.lr_runs}; it is for --lr-search auto, which tries at least 3 rates")
+    if auto and importlib.util.find_spec("optuna") is None:
+        raise RecipeError("--lr-search auto needs optuna: pip install 'isotune[search]'")
+    if auto and options.rates:
+        raise RecipeError("--lr-search auto finds the rates itself; leave it out, or --lr")
     if not 1 < options.factor < math.inf:
         raise RecipeError(f"--lr-factor is {options.factor:g} and must be above 1")
     given = list(options.methods) or [method.name for method in recipe.methods]
     variants = [parse(text, recipe, options) for text in given]
     check_extras(recipe, [variant.method for variant in variants])
-    trials = {len(variant.rates): variant.label for variant in variants}
+    trials = {variant.search.runs: variant.label for variant in variants}
     if len(trials) > 1:
         counts = " and ".join(f"{label} {count}" for count, label in sorted(trials.items()))
         raise RecipeError(f"every method is given the same number of learning rates, but {counts}")
@@ -155,7 +178,7 @@ def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Schedule:
     )
     if options.match_params is not None:
         found.variants, found.notes = _matched(variants, found.task, options.match_params)
-    found.details = {key: getattr(options, key) for key in ("lr_search", "match_params", "command")}
+    found.details = {key: getattr(options, key) for key in ("lr_search", "lr_runs", "match_params", "command")}
     return found
 
 

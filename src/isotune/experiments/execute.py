@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -15,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from isotune.experiments import processes
-from isotune.experiments.files import read_object, storing, write_json
+from isotune.experiments.files import read_json, read_object, storing, write_json
 from isotune.experiments.recipe import Method, Recipe, RecipeError
-from isotune.experiments.run import Run
+from isotune.experiments.run import WEIGHTS, Run
 from isotune.experiments.tasks.task import Task
 from isotune.experiments.text import first_line
 
+PREDICTIONS = "predictions.json"
+"""In a run's folder, what the trained model answered to the test examples."""
 RELOADED = "reloaded.json"
 """In a run's folder, the scores of what it saved, as `reload.py` finds them in another process."""
 
@@ -40,7 +44,7 @@ def execute(run: Run, task: Task | None = None) -> dict[str, Any]:
 
     from isotune.experiments import tasks
 
-    if run.record.exists() and "failed" not in (stored := read_object(run.record)):
+    if run.record.exists() and not run.needs_weights and "failed" not in (stored := read_object(run.record)):
         return stored
     if run.threads is not None:
         torch.set_num_threads(run.threads)
@@ -66,7 +70,7 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     from safetensors.torch import load_file
     from transformers import set_seed
 
-    from isotune.experiments import angles, loop, measure, methods
+    from isotune.experiments import angles, loop, measure, methods, resampling
     from isotune.files.adapter import LABELS_FILE
     from isotune.files.base_model import quiet
     from isotune.methods.config import IsotuneConfig
@@ -78,53 +82,79 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     if run.settings.start_from_head and run.method.name != "head":
         if run.start_from is None:
             raise RecipeError(f"start_from_head needs the method head to be trained before {run.method.name}")
-        model.load_state_dict(load_file(run.start_from / "adapter" / "model.safetensors"), strict=False)
-    setup = time.perf_counter() - began
+        model.load_state_dict(load_file(run.start_from / WEIGHTS), strict=False)
+    loading = time.perf_counter() - began
+    untrained = _untrained(run, task, model)
     forgetting = None if task.tokenizer is None else measure.Forgetting(model, task.tokenizer)
     measure.reset_peak_memory()
     began = time.perf_counter()
     with quiet():
         method = methods.with_sizes(run.method, model, head, task.peft_type, task.inputs)
         model = methods.attach(method, model, head, task.peft_type)
-    setup += time.perf_counter() - began
+    setup = time.perf_counter() - began
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     in_head = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and loop.is_head(n, head))
     outcome = task.train(model, run, head)
     if not processes.is_main():
         return {}
     peak = measure.peak_memory()  # before what follows, which is no part of the run
-    with storing(f"the trained weights in {run.folder}"):
-        saved = _save(run.method, outcome.model, run.folder / "adapter")
-    if labels := task.about().get("labels"):
-        write_json(run.folder / "adapter" / LABELS_FILE, {"id2label": {str(i): name for i, name in enumerate(labels)}})
-    write_json(run.folder / "predictions.json", outcome.predictions)
-    metric = run.recipe.metric
-    interval = measure.interval(metric, outcome.test[metric], outcome.predictions, outcome.references)
-    if len(task.about().get("sets", {})) > 1:
-        interval = None  # it is of examples that all count alike, and the score is the mean over test sets
-    config = getattr(outcome.model, "peft_config", {}).get("default")
-    if isinstance(config, IsotuneConfig):
-        write_card(run.folder / "adapter", config, {f"test {name}": value for name, value in outcome.test.items()})
-    return {
+    found = {
+        "lr_search": run.search,
         "lr_head": run.settings.lr_head or run.lr,
         "trainable_parameters": trainable,
         "head_parameters": in_head,
         "adapter_parameters": trainable - in_head,
-        **({"untrained": outcome.untrained} if outcome.untrained else {}),
+        "untrained": untrained,
         "validation": outcome.validation,
-        "test": outcome.test,
-        "interval": interval,
-        "best_step": outcome.best_step,
         "curve": outcome.curve,
-        "seconds": setup + outcome.seconds,
+        "load_seconds": loading,
+        "setup_seconds": setup,
         "train_seconds": outcome.seconds,
         "tokens_per_second": outcome.tokens_per_second,
         "peak_memory_bytes": peak,
+        "peak_memory_of": measure.peak_memory_of(),
         "kept_bytes": measure.kept_by_batch(outcome.model, task.training_batch(), task.loss),
+    }
+    if outcome.stopped is not None:
+        return {**found, "stopped": outcome.stopped}
+    with storing(f"the trained weights in {run.folder}"):
+        saved = _save(run.method, outcome.model, run.folder / "adapter")
+    if labels := task.about().get("labels"):
+        write_json(run.folder / "adapter" / LABELS_FILE, {"id2label": {str(i): name for i, name in enumerate(labels)}})
+    write_json(run.folder / PREDICTIONS, outcome.predictions)
+    metric = run.recipe.metric
+    answers = resampling.Answers.of(outcome.predictions, outcome.references)
+    several = (
+        len(task.about().get("sets", {})) > 1
+    )  # the score is then a mean over sets, whose examples do not count alike
+    config = getattr(outcome.model, "peft_config", {}).get("default")
+    if isinstance(config, IsotuneConfig):
+        write_card(run.folder / "adapter", config, {f"test {name}": value for name, value in outcome.test.items()})
+    return {
+        **found,
+        "test": outcome.test,
+        "interval": None if several or answers is None else answers.interval(metric),
+        "answers": None if several or answers is None else answers.stored(),
+        "best_step": outcome.best_step,
         "forgetting": forgetting.after(outcome.model) if forgetting is not None else None,
         "geometry": angles.adapter_geometry(outcome.model),
         "adapter_bytes": saved.stat().st_size,
     }
+
+
+def _untrained(run: Run, task: Task, model: Any) -> dict[str, float] | None:
+    """The test scores of the model that a run starts from, found once for all runs that start from the same."""
+    if not run.recipe.score_untrained:
+        return None
+    if run.start_from is not None:
+        return task.score(read_json(run.start_from / PREDICTIONS))
+    if not run.untrained.exists():
+        scores = task.score_untrained(model)
+        if processes.is_main():
+            write_json(run.untrained, {"scores": scores})
+        processes.wait_for_all()
+    found: dict[str, float] | None = read_object(run.untrained)["scores"]
+    return found
 
 
 def _save(method: Method, model: Any, folder: Path) -> Path:
@@ -174,7 +204,28 @@ def versions() -> dict[str, str]:
 
     names = ("torch", "transformers", "peft", "accelerate", "scikit-learn", "numpy")
     others = {name: metadata.version(name) for name in names}
-    return {"python": platform.python_version(), "isotune": __version__, **others}
+    commit = _commit()
+    return {
+        "python": platform.python_version(),
+        "isotune": __version__,
+        **({"isotune commit": commit} if commit else {}),
+        **others,
+    }
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The commit of the repository that isotune is run from, "-dirty" where files differ; None where there is none."""
+
+    def git(*arguments: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not a repository that only holds the environment
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def hardware() -> dict[str, Any]:

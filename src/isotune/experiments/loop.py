@@ -18,6 +18,7 @@ from isotune.experiments.files import StorageError, storing
 from isotune.experiments.progress import Progress, diverged, last_checkpoint
 from isotune.experiments.recipe import LESS_IS_BETTER
 from isotune.experiments.run import Run
+from isotune.experiments.stopping import SuccessiveHalving
 from isotune.experiments.tracking import tracked
 from isotune.files.base_model import quiet
 from isotune.moving import MovingSchedule, UoraSchedule
@@ -108,7 +109,8 @@ class Outcome:
     seconds: float
     references: list[Any] = field(default_factory=list)
     tokens_per_second: float | None = None
-    untrained: dict[str, float] | None = None
+    stopped: dict[str, Any] | None = None
+    """Where a search gave the run up: it has no score on the test data then, and what it trained is of no use."""
 
 
 def train(
@@ -136,6 +138,7 @@ def train(
     processes.wait_for_all()
     resume = last_checkpoint(folder)
     regularizers = [regularization_callback()] if has_regularization(model) else []
+    hopeless = [SuccessiveHalving(run)] if watched and run.earlier else []
     schedules: list[Any] = [MovingSchedule(**settings.moving.model_dump())] if settings.moving else []
     schedules += [UoraSchedule(**settings.reinit.model_dump())] if settings.reinit else []
     with tracked(run) as tracking:
@@ -179,7 +182,7 @@ def train(
             train_dataset=task.train,
             eval_dataset=task.validation or None,
             compute_metrics=task.measured if task.examine is None else None,
-            callbacks=[progress, *regularizers, *schedules, *callbacks],
+            callbacks=[progress, *regularizers, *schedules, *hopeless, *callbacks],
             **task.options,
         )
         trainer.remove_callback(PrinterCallback)
@@ -189,9 +192,10 @@ def train(
         finally:
             progress.close()
     seconds = progress.seconds
-    validation = task.examined(trainer, "validation")[1] if watched else None
-    predictions, test, references = task.examined(trainer, "test")
     state = trainer.state
+    stopped = next((one.stopped for one in hopeless), None)
+    validation = task.examined(trainer, "validation")[1] if watched else None
+    predictions, test, references = task.examined(trainer, "test") if stopped is None else ([], {}, [])
     chosen = watched and settings.select_best and state.best_global_step
     return Outcome(
         model=trainer.model,
@@ -203,6 +207,7 @@ def train(
         seconds=seconds,
         references=references,
         tokens_per_second=sum(task.lengths) * state.epoch / progress.stepping if progress.stepping else None,
+        stopped=stopped,
     )
 
 

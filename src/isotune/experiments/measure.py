@@ -1,11 +1,11 @@
-"""What a run is measured by beside its score: bytes kept for backward, memory, forgetting, the metric's interval."""
+"""What a run is measured by beside its score: bytes kept for backward, memory, forgetting."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from isotune.adapter import evaluation
-
-LEVEL = 0.95
-RESAMPLES = 1000
 
 
 class Kept(torch.autograd.graph.saved_tensors_hooks):
@@ -110,60 +107,9 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes, on macOS
 
 
-def interval(metric: str, value: float, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, Any] | None:
-    """The 95 % interval of a metric over the draw of the test examples, for one trained model.
-
-    Wilson's for an accuracy; for a correlation the percentiles of 1,000 resamples with a fixed seed. None for another
-    metric, and for fewer than two examples.
-    """
-    count = len(predictions)
-    if count < 2:
-        return None
-    if metric == "accuracy":
-        from scipy.stats import binomtest
-
-        found = binomtest(round(value * count), count).proportion_ci(LEVEL, method="wilson")
-        return {"level": LEVEL, "low": float(found.low), "high": float(found.high), "how": "Wilson"}
-    resampled = _RESAMPLED.get(metric)
-    if resampled is None or len(references) != count:
-        return None
-    values = resampled(np.asarray(predictions), np.asarray(references), np.random.default_rng(0))
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return {"level": LEVEL, "low": float(low), "high": float(high), "how": "bootstrap of test examples"}
-
-
-def _pearson(first: Any, second: Any, generator: np.random.Generator) -> Any:
-    values = []
-    for _ in range(RESAMPLES):
-        chosen = generator.integers(0, len(first), len(first))
-        one, two = (numbers[chosen] - numbers[chosen].mean() for numbers in (first, second))
-        values.append(_ratio(one @ two, (one @ one) * (two @ two)))
-    return values
-
-
-def _matthews(first: Any, second: Any, generator: np.random.Generator) -> Any:
-    """Of resamples, drawn as tables of counts: which classes met how often says all.
-
-    Source: Gorodkin (2004), the correlation of two assignments to k classes.
-    """
-    count = len(first)
-    classes, both = np.unique([first, second], return_inverse=True)
-    one, two = both.reshape(2, count)
-    table = np.bincount(one * len(classes) + two, minlength=len(classes) ** 2)
-    drawn = generator.multinomial(count, table / count, RESAMPLES).reshape(-1, len(classes), len(classes))
-    rows, columns = drawn.sum(2), drawn.sum(1)
-    agreed = np.trace(drawn, axis1=1, axis2=2)
-    variances = [count**2 - (sums**2).sum(1) for sums in (rows, columns)]
-    return _ratio(agreed * count - (rows * columns).sum(1), variances[0] * variances[1])
-
-
-def _ratio(covariance: Any, product: Any) -> Any:
-    # A resample may hold one value only; as in scikit-learn's Matthews correlation that counts as none.
-    norm = np.sqrt(np.asarray(product, dtype=np.float64))
-    return np.divide(covariance, norm, out=np.zeros_like(norm), where=norm > 0)
-
-
-_RESAMPLED = {"matthews_correlation": _matthews, "pearson": _pearson}
+def peak_memory_of() -> str:
+    """Of what `peak_memory` is the peak: the same for all runs of a machine."""
+    return "allocated on the GPU" if torch.cuda.is_available() else "the process's resident memory"
 
 
 def general_texts(count: int = 64, words: int = 64) -> list[str]:

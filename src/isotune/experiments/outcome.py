@@ -10,24 +10,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from isotune.experiments.rates import at_border
 from isotune.experiments.recipe import merit
 from isotune.experiments.records import Geometry, Record
 from isotune.experiments.registry import entry
+from isotune.experiments.resampling import difference
 
 
 def best_rate(records: Iterable[Record], metric: str) -> float | None:
-    """The learning rate of the run that is best on validation, the first of equal ones; None without runs."""
-    done = [record for record in records if record.failed is None]
-    return max(done, key=lambda record: merit(metric, record.validation)).lr if done else None
+    """The learning rate of the run that is best on validation, the first of equal ones; None without runs.
 
-
-def at_border(lr: float | None, tried: Iterable[float]) -> bool:
-    """Whether the best rate is the lowest or highest of those tried, so that a better one may lie beyond.
-
-    Of fewer than three rates none lies inside, and being at the border says nothing.
+    A run that was stopped early was worse than others at that point, and is not chosen.
     """
-    rates = sorted(set(tried))
-    return len(rates) > 2 and lr in (rates[0], rates[-1])
+    done = [record for record in records if record.failed is None and record.stopped is None]
+    return max(done, key=lambda record: merit(metric, record.validation)).lr if done else None
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,8 @@ class MethodResult:
     search: Sequence[Record]
     """At every rate tried, none that failed, by rate."""
     failed: str | None
+    stopped: Sequence[float] = ()
+    """The learning rates whose runs were stopped early, as hopeless."""
 
     @property
     def name(self) -> str:
@@ -104,6 +102,7 @@ class MethodResult:
             "lr": self.lr,
             "lr_tried": list(self.tried),
             "lr_at_border": self.rate_at_border,
+            "lr_stopped": list(self.stopped),
             "mean": self.mean,
             "standard_error": self.standard_error,
             "interval": None if self.interval is None else list(self.interval),  # as in the file
@@ -160,7 +159,38 @@ def method_result(
         runs=[chosen[seed] for seed in sorted(chosen)],
         search=search,
         failed=failed,
+        stopped=sorted(record.lr for record in records if record.stopped is not None and record.lr is not None),
     )
+
+
+def reference_of(found: Sequence[MethodResult]) -> MethodResult | None:
+    """The method that the others are set against, example by example: the first LoRA; None where there is none."""
+    return next((one for one in found if one.name == "lora"), None)
+
+
+def difference_of(one: MethodResult, other: MethodResult) -> dict[str, Any] | None:
+    """By how much a method scores higher than another on the same seeds and examples; see `resampling.difference`."""
+    others = {run.seed: run.answers for run in other.runs if run.answers is not None}
+    pairs = [(run.answers, others[run.seed]) for run in one.runs if run.answers is not None and run.seed in others]
+    return difference(one.runs[0].metric, pairs) if pairs else None
+
+
+def differences(found: Sequence[MethodResult]) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The title of the reference, and by how much each method differs from it, by label, where that can be said."""
+    reference = reference_of(found)
+    if reference is None:
+        return "", {}
+    apart = {one.label: difference_of(one, reference) for one in found if one is not reference}
+    return reference.title, {label: value for label, value in apart.items() if value is not None}
+
+
+def rows_of(results: Sequence[MethodResult]) -> list[dict[str, Any]]:
+    """The rows of `comparison.json`, each with its difference to the reference."""
+    found = with_titles(results)
+    title, apart = differences(found)
+    return [
+        {**one.row(), "difference": {"to": title, **apart[one.label]} if one.label in apart else None} for one in found
+    ]
 
 
 def with_titles(found: Sequence[MethodResult]) -> list[MethodResult]:

@@ -273,6 +273,7 @@ class Recipe(_Section):
     metric: Metric = "accuracy"
     choose_by: Metric | None = None
     check_saved: bool = False
+    score_untrained: bool = True
     chart: bool = False
     output: str | None = None
 

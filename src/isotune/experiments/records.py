@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from isotune.experiments import angles
+from isotune.experiments.resampling import Answers
 from isotune.experiments.text import clean, shown
 
 FORMAT = 1
@@ -117,6 +118,10 @@ def _as_geometry(value: Any) -> Any:
     return value if known else None
 
 
+def _as_answers(value: Any) -> Answers | None:
+    return Answers.read(value) if isinstance(value, dict) else None
+
+
 class Interval(Part):
     """An interval of the score over the draw of the test examples."""
 
@@ -139,6 +144,15 @@ class Forgetting(Part):
     text: Text = ""
 
 
+class Stopped(Part):
+    """Where a run of a search was stopped early, since it was hopeless beside others."""
+
+    step: Whole
+    of: Whole
+    """How many steps it would have had."""
+    rule: Text = ""
+
+
 class Record(Part):
     """One training run, as its file says. None stands for what the file does not hold."""
 
@@ -153,17 +167,23 @@ class Record(Part):
     phase: Text = "seed"
     model: Text = ""
     metric: Text = ""
+    lr_search: Text = ""
+    """How its learning rate was found, in words."""
     lr: Rate = None
     seed: Whole = 0
     failed: Annotated[str | None, BeforeValidator(lambda value: value or None)] = None
     """Why it came to nothing, in a line."""
     final: bool = False
     """Whether another attempt would fail alike."""
+    stopped: Stopped | None = None
+    """Where the search of a rate gave it up; it has no test score then."""
     data: Object = Field(default_factory=dict)
     validation: Scores = Field(default_factory=dict)
     test: Scores = Field(default_factory=dict)
     untrained: Scores = Field(default_factory=dict)
     """The metrics before training, where they were measured."""
+    answers: Annotated[Any, BeforeValidator(_as_answers)] = None
+    """To the test examples, as `Answers`, where they are classes or numbers."""
     interval_about: Annotated[Interval | None, Field(alias="interval")] = None
     curve: Points = Field(default_factory=list)
     trainable_parameters: Number = None
@@ -173,6 +193,7 @@ class Record(Part):
     train_seconds: Number = None
     tokens_per_second: Number = None
     peak_memory_bytes: Number = None
+    peak_memory_of: Text = ""
     kept_bytes: Number = None
     forgetting_about: Annotated[Forgetting | None, Field(alias="forgetting")] = None
     geometry: Annotated[Geometry | None, BeforeValidator(_as_geometry)] = None

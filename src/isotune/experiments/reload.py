@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.experiments import tasks
-from isotune.experiments.execute import RELOADED
+from isotune.experiments.execute import PREDICTIONS, RELOADED
 from isotune.experiments.files import read_json, write_json
 from isotune.experiments.recipe import Recipe
 from isotune.files.base_model import quiet
@@ -32,7 +32,7 @@ def score(output: Path, folder: str) -> dict[str, Any]:
 
     recipe = Recipe.model_validate(read_json(output / "experiment.json")["recipe"])
     task = tasks.make(recipe)
-    expected = read_json(output / folder / "predictions.json")
+    expected = read_json(output / folder / PREDICTIONS)
     with quiet():
         torch.manual_seed(0)
         model = models.restore(task.build()[0], output / folder / "adapter", recipe.method.name)

@@ -11,6 +11,9 @@ from isotune.experiments.recipe import Method, Recipe, Train
 from isotune.experiments.records import FORMAT
 from isotune.experiments.text import printable
 
+WEIGHTS = Path("adapter", "model.safetensors")
+"""In the folder of a trained head or model, what was trained."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -23,8 +26,12 @@ class Run:
         recipe: with this run's method, rate and seed.
         folder: holds the checkpoints while it runs, and what it trained.
         logs: for what `train.report_to` names.
+        untrained: for the scores of the model before training, shared by the runs that start from the same.
         start_from: the folder of a trained head, for `start_from_head`.
         threads: of the process; None leaves them as they are.
+        search: how the learning rate is found, in words.
+        earlier: the records of the same search's runs that ended before this one could begin; beside them it is stopped
+            early where it is hopeless.
     """
 
     name: str
@@ -37,8 +44,11 @@ class Run:
     folder: Path
     logs: Path
     record: Path
+    untrained: Path
     start_from: Path | None = None
     threads: int | None = None
+    search: str = ""
+    earlier: tuple[Path, ...] = ()
 
     @property
     def method(self) -> Method:
@@ -54,6 +64,11 @@ class Run:
     def key(self) -> tuple[str, float, int]:
         """What distinguishes this run from the others of its folder."""
         return self.label, self.lr, self.seed
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether this is a head to start from whose weights are not there, as where only the records were kept."""
+        return self.phase == "start" and not (self.folder / WEIGHTS).exists()
 
     @property
     def title(self) -> str:

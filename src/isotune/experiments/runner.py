@@ -42,6 +42,7 @@ def carry_out(schedule: Schedule, engine: Engine) -> dict[str, Any]:
     bar = processes.bar(total, min(total, done), "comparing", "run", hidden=schedule.training)
     try:
         for run, record in _runs(schedule, engine):
+            bar.total = max(bar.total, schedule.total())  # a search may go on
             bar.update()
             processes.say(_line(run, record))
             if processes.is_main():
@@ -89,6 +90,7 @@ def _line(run: Run, record: Record) -> str:
     chosen = record.validation.get(record.metric)
     found = [] if chosen is None else [f"validation {chosen:.4f}"]
     found += [] if record.score is None else [f"test {record.score:.4f}"]
+    found += [] if record.stopped is None else [f"stopped at step {record.stopped.step} of {record.stopped.of}"]
     return f"{run.title}: {', '.join(found)}, {record.train_seconds or 0:.0f} s"
 
 

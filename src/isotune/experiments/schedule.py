@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 from isotune.experiments import processes
 from isotune.experiments.claim import claim, identity
 from isotune.experiments.files import read_object, write_json
-from isotune.experiments.outcome import MethodResult, best_rate, method_result, with_titles
-from isotune.experiments.recipe import LESS_IS_BETTER, Method, Recipe, RecipeError, Train
+from isotune.experiments.outcome import MethodResult, best_rate, method_result, rows_of
+from isotune.experiments.rates import Given, Search
+from isotune.experiments.recipe import LESS_IS_BETTER, Method, Recipe, RecipeError, Train, merit
 from isotune.experiments.records import FORMAT, Record, record_of
 from isotune.experiments.run import Run
 from isotune.experiments.tasks.task import Task
@@ -25,11 +27,16 @@ Key = tuple[str, float | None, int]
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with its options, under a label of its own, and the learning rates that are tried for it."""
+    """A method with its options, under a label of its own, and how its learning rate is found."""
 
     label: str
     method: Method
-    rates: tuple[float, ...]
+    search: Search
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates that are tried in any case."""
+        return next(self.search.stages(lambda rate: None))
 
     @property
     def folder(self) -> str:
@@ -41,7 +48,7 @@ class Variant:
 class Schedule:
     """What an experiment consists of, and what of it has been done.
 
-    Each variant is trained at all its rates with the first seed, then at the best of them with the other seeds.
+    Each variant is trained with the first seed at the rates of its search, then at the best of them with the others.
 
     Args:
         threads: of a run; None leaves them as they are.
@@ -75,7 +82,7 @@ class Schedule:
         if twice is not None:
             more = "; isotune compare trains one method with several options" if self.training else ""
             raise RecipeError(f"the method {twice} is given twice{more}")
-        if not self.task.sizes["validation"] and any(len(variant.rates) > 1 for variant in self.variants):
+        if not self.task.sizes["validation"] and any(variant.search.runs > 1 for variant in self.variants):
             one = "one train.lr" if self.training else "--lr-search 1"
             raise RecipeError(f"learning rates are chosen on a validation set, and there is none: give one, or {one}")
 
@@ -109,29 +116,48 @@ class Schedule:
             return {}
         method = next(m for m in self.recipe.baselines if m.name == "head")
         lr = self.recipe.training(method).lr[0]
-        return {seed: self._run("start", Variant("start:head", method, (lr,)), lr, seed) for seed in self.seeds}
+        return {seed: self._run("start", Variant("start:head", method, Given((lr,))), lr, seed) for seed in self.seeds}
 
     def search(self, variant: Variant) -> list[Run]:
-        """The runs that find a method's learning rate."""
-        return [self._run("search", variant, lr, self.seeds[0]) for lr in variant.rates]
+        """The runs that find a method's learning rate, as far as it is known which there are."""
+        found: list[Run] = []
+        for stage in variant.search.stages(lambda lr: self._merit(variant, lr)):
+            earlier = tuple(found)
+            found += [self._run("search", variant, lr, self.seeds[0], earlier) for lr in stage]
+        return found
+
+    def _merit(self, variant: Variant, lr: float) -> float | None:
+        """How good a rate of a search was, the more the better; None while its run has not ended."""
+        record = self.records.get((variant.label, lr, self.seeds[0]))
+        if record is None:
+            return None
+        lost = record.failed is not None or record.stopped is not None
+        return -math.inf if lost else merit(self.recipe.chosen_by, record.validation)
 
     def best(self, variant: Variant) -> float | None:
         """The rate with the highest score on validation; None while runs are missing, or where all have failed."""
-        searched = [self.records.get((variant.label, lr, self.seeds[0])) for lr in variant.rates]
+        searched = [self.records.get(run.key) for run in self.search(variant)]
         found = [record for record in searched if record is not None]
         return best_rate(found, self.recipe.chosen_by) if len(found) == len(searched) else None
 
     def total(self) -> int:
-        """How many runs the whole experiment has, failed searches not foreseen."""
-        return len(self.heads) + sum(len(v.rates) + len(self.seeds) - 1 for v in self.variants)
+        """How many runs the whole experiment has, as far as is known; failed searches are not foreseen."""
+        return len(self.heads) + sum(len(self.search(v)) + len(self.seeds) - 1 for v in self.variants)
 
     def ready(self) -> Iterator[Run]:
         """The runs that can be started and have not been done: heads, searches, then seed after seed."""
-        for run in self._possible():
-            if run.key not in self.records:
-                head = self.heads.get(run.seed) if run.start_from else None
-                if head is None or (head.key in self.records and self.records[head.key].failed is None):
+        left = [run for run in self._possible() if run.key not in self.records]
+        needed = {run.seed for run in left if run.start_from}
+        for head in self.heads.values():
+            if head.key not in self.records or (head.needs_weights and head.seed in needed):
+                yield head
+        for run in left:
+            start = self.heads.get(run.seed) if run.start_from else None
+            if start is None:
+                if run.phase != "start":
                     yield run
+            elif not start.needs_weights and start.key in self.records and self.records[start.key].failed is None:
+                yield run
 
     def _possible(self) -> Iterator[Run]:
         yield from self.heads.values()
@@ -144,11 +170,11 @@ class Schedule:
                 if lr is not None:
                     yield self._run("seed", variant, lr, seed)
 
-    def _run(self, phase: str, variant: Variant, lr: float, seed: int) -> Run:
+    def _run(self, phase: str, variant: Variant, lr: float, seed: int, earlier: Sequence[Run] = ()) -> Run:
         method = variant.method.model_copy(update={"train": {**variant.method.train, "lr": [lr], "seed": seed}})
         where, start_from = self.folder.resolve(), None
         if self.training:
-            name = variant.folder if len(variant.rates) == 1 else f"{variant.folder}-lr={lr:g}"
+            name = variant.folder if variant.search.runs == 1 else f"{variant.folder}-lr={lr:g}"
             folder, record, start_from = where / name, where / name / "run.json", self._trained_head(method)
         else:
             name = f"{variant.folder}/lr={lr:g}-seed={seed}"
@@ -169,8 +195,11 @@ class Schedule:
             folder=folder,
             logs=where / "logs" / name,
             record=record,
+            untrained=where / "untrained" / f"seed={seed}.json",
             start_from=start_from,
             threads=self.threads,
+            search=variant.search.described,
+            earlier=tuple(run.record for run in earlier),
         )
 
     def _trained_head(self, method: Method) -> Path | None:
@@ -215,10 +244,11 @@ class Schedule:
 
     def _result(self, variant: Variant) -> MethodResult:
         records = [record for (label, _, _), record in self.records.items() if label == variant.label]
-        searched = [self.records[run.key] for run in self.search(variant) if run.key in self.records]
+        runs = self.search(variant)
+        searched = [self.records[run.key] for run in runs if run.key in self.records]
         lr = self.best(variant)
         failed: str | None = None
-        if lr is None and len(searched) == len(variant.rates):
+        if lr is None and len(searched) == len(runs):
             failed = f"at every learning rate; at the first: {searched[0].failed}"
         broken = [self.records[head.key].failed for head in self.heads.values() if head.key in self.records]
         if any(broken) and variant.method.name != "head":
@@ -227,7 +257,9 @@ class Schedule:
         if lr is not None and reasons:
             failed = f"{len(reasons)} of {len(self.seeds)} seeds: {reasons[0]}"
         method = {"name": variant.method.name, **variant.method.options}
-        return method_result(variant.label, records, method=method, lr=lr, tried=variant.rates, failed=failed)
+        return method_result(
+            variant.label, records, method=method, lr=lr, tried=[run.lr for run in runs], failed=failed
+        )
 
     def result(self) -> dict[str, Any]:
         """The experiment as JSON, as far as it has come."""
@@ -244,5 +276,5 @@ class Schedule:
             **self.details,
             "data": self.about,
             "complete": not any(True for _ in self.ready()),
-            "rows": [one.row() for one in with_titles([self._result(variant) for variant in self.variants])],
+            "rows": rows_of([self._result(variant) for variant in self.variants]),
         }

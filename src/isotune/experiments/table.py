@@ -32,10 +32,13 @@ def table(result: Mapping[str, Any]) -> str:
     What a row does not have is left empty, and a column that none has is left out.
     """
     metric, rows = result["metric"], rows_of(result)
-    lines = [("", metric.replace("_", " "), "seeds", "lr", *(heading for heading, _, _, _ in _COLUMNS))]
+    to = next((row["difference"]["to"] for row in rows if row.get("difference")), "")
+    measures = (heading for heading, _, _, _ in _COLUMNS)
+    lines = [("", metric.replace("_", " "), f"less {to}", "seeds", "lr", *measures)]
     for row in rows:
         seeds, lr = row.get("seeds"), row.get("lr")
-        cells = [str(row["title"]), shown_score(metric, row), "" if seeds is None else str(seeds)]
+        apart = shown_difference(metric, row.get("difference"))
+        cells = [str(row["title"]), shown_score(metric, row), apart, "" if seeds is None else str(seeds)]
         cells.append("" if lr is None else f"{lr:g}" + ("*" if row.get("lr_at_border") else ""))
         for _, key, form, unit in _COLUMNS:
             value = row.get(key)
@@ -64,8 +67,14 @@ def rows_of(result: Mapping[str, Any]) -> list[Row]:
     rows: list[Row] = []
     if metric == "accuracy" and majority is not None:
         rows.append({"title": "majority class", "mean": majority})
-    untrained = (row["untrained_score"] for row in methods)
-    rows += [{"title": "untrained head", "mean": score} for score in untrained if score is not None]
+    # What starts from a trained head has that head's score before training, which has a row of its own.
+    known = [row["mean"] for row in methods if row["mean"] is not None]
+    for score in (row.get("untrained_score") for row in methods):
+        if score is not None and not any(abs(score - other) < 1e-9 for other in known):
+            rows.append(
+                {"title": f"untrained {'head' if 'majority_accuracy' in result['data'] else 'model'}", "mean": score}
+            )
+            known.append(score)
     rows += methods
     for name, found in result.get("saved", {}).items():
         rows.append({"title": f"{methods[-1]['title']}, {name}", "mean": found[metric]})
@@ -80,6 +89,15 @@ def shown_score(metric: str, row: Row) -> str:
     error = row.get("standard_error")
     spread = "" if error is None else f" ± {scale * error:.{digits}f}"
     return f"{scale * row['mean']:.{digits}f}{spread}{unit}"
+
+
+def shown_difference(metric: str, difference: Mapping[str, float] | None) -> str:
+    """A difference of scores with the ends of its interval, empty for none."""
+    if difference is None:
+        return ""
+    scale, digits = (100, 1) if metric == "accuracy" else (1, 3)
+    mean, low, high = (f"{scale * difference[key]:+.{digits}f}" for key in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
 
 
 def chart(result: Mapping[str, Any], path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from isotune.experiments import methods, processes, tasks
 from isotune.experiments.engines import ThisProcess
 from isotune.experiments.execute import check_extras
+from isotune.experiments.rates import Given
 from isotune.experiments.recipe import Recipe
 from isotune.experiments.runner import carry_out
 from isotune.experiments.schedule import Schedule, Variant
@@ -37,7 +38,7 @@ def plan(recipe: Recipe) -> Schedule:
     """
     for method in recipe.methods:
         methods.check(method)
-    variants = [Variant(m.name, m, tuple(sorted(set(recipe.training(m).lr)))) for m in recipe.methods]
+    variants = [Variant(m.name, m, Given(tuple(sorted(set(recipe.training(m).lr))))) for m in recipe.methods]
     check_extras(recipe, recipe.methods)
     processes.join()
     for method in recipe.methods:

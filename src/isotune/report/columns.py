@@ -69,7 +69,16 @@ def columns_of(comparison: Comparison, *, details: bool = False) -> list[Column]
         Column(f"test_{name}", name.replace("_", " "), partial(MethodResult.part, name=name), comparison.shown)
         for name in comparison.parts
     ]
-    found = [c for c in (*parts, *COLUMNS) if any(c.value(variant) is not None for variant in comparison.variants)]
+    to, apart = comparison.differences
+    beside = Column(
+        "difference",
+        f"Difference to {to}",
+        lambda variant: apart.get(variant.label, {}).get("mean"),
+        partial(comparison.shown, sign=True),
+    )
+    found = [
+        c for c in (*parts, beside, *COLUMNS) if any(c.value(variant) is not None for variant in comparison.variants)
+    ]
     return [column for column in found if details or not column.detail]
 
 
@@ -102,7 +111,7 @@ class Head:
 
     title: str
     kind: str = ""
-    """"score", "seeds", "paper", "rate", or nothing."""
+    """"score", "seeds", "paper", "difference", "rate", or nothing."""
 
 
 def table_of(comparison: Comparison) -> tuple[list[Head], list[tuple[MethodResult, list[Cell]]]]:
@@ -110,7 +119,10 @@ def table_of(comparison: Comparison) -> tuple[list[Head], list[tuple[MethodResul
     columns, paper = columns_of(comparison), comparison.paper
     heads = [Head(f"Test {comparison.metric_name}", "score"), Head("Seeds", "seeds")]
     heads += [Head(next(iter(paper.values())).model, "paper")] if paper else []
-    heads += [*(Head(column.title) for column in columns), Head("Learning rate", "rate")]
+    heads += [
+        *(Head(column.title, "difference" if column.key == "difference" else "") for column in columns),
+        Head("Learning rate", "rate"),
+    ]
     rows = []
     for variant in ordered(comparison):
         cells = [score_of(comparison, variant), Cell(str(len(variant.scores)), len(variant.scores))]
@@ -144,6 +156,9 @@ def _cell(comparison: Comparison, variant: MethodResult, column: Column) -> Cell
     adapter = variant.average("adapter_parameters")
     if column.key == "trainable_parameters" and adapter is not None and adapter != value:
         small = f"adapter {adapter:,.0f}"
+    if column.key == "difference":
+        ends = comparison.differences[1][variant.label]
+        small = f"{column.show(ends['low'])} to {column.show(ends['high'])}"
     return Cell(column.show(value), value, small)
 
 

@@ -122,7 +122,7 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     if hardware.get("processors"):
         threads = f", threads a run: {hardware['threads']}" if hardware.get("threads") else ""
         machine.append(f"{hardware['processors']} processors{threads}")
-    names = ("isotune", "torch", "peft", "transformers", "python")
+    names = ("isotune", "isotune commit", "torch", "peft", "transformers", "python")
     failed = sum(run.failed is not None for run in comparison.runs)
     matched = comparison.match_params
     facts = [

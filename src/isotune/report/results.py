@@ -12,7 +12,7 @@ from pydantic import Field
 
 from isotune.experiments import paper
 from isotune.experiments.files import read_object
-from isotune.experiments.outcome import MethodResult, best_rate, method_result, with_titles
+from isotune.experiments.outcome import MethodResult, best_rate, differences, method_result, with_titles
 from isotune.experiments.recipe import LESS_IS_BETTER
 from isotune.experiments.records import RESULT, Number, Object, Part, Rate, Record, Text, Whole, parse, record_of
 from isotune.experiments.text import printable
@@ -69,6 +69,11 @@ class Comparison:
         if best is None or variant is best or best.mean is None or best.standard_error is None or variant.mean is None:
             return False
         return abs(best.mean - variant.mean) <= best.standard_error
+
+    @cached_property
+    def differences(self) -> tuple[str, Mapping[str, Mapping[str, Any]]]:
+        """The method that others are set against example by example, and the differences by label."""
+        return differences(self.variants)
 
     @cached_property
     def parts(self) -> list[str]:

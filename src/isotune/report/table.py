@@ -85,7 +85,7 @@ def _cells(comparison: Comparison, best: str, near: str) -> list[list[str]]:
         line = [variant.title]
         for head, cell in zip(heads, cells, strict=True):
             text = f"{cell.text} {cell.small}".strip() if head.kind == "score" else cell.text
-            text = f"{cell.text} ({cell.small})" if head.kind == "paper" and cell.small else text
+            text = f"{cell.text} ({cell.small})" if head.kind in ("paper", "difference") and cell.small else text
             line.append(marks[cell.mark].format(text))
         lines.append(line)
     return lines

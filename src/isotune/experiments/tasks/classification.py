@@ -147,14 +147,10 @@ class TextClassification(Classifier):
         )
         bare = models.FeatureHead(model.dropout, model.classifier).eval()
         embedding = time.perf_counter() - began
-        with torch.no_grad():
-            rows = torch.stack([row["features"] for row in features.test])
-            logits = bare(rows.to(model.classifier.weight.device)).logits
-        untrained = self.score(self.decide(logits.cpu()))
         outcome = loop.train(bare, features, run, head)
         # The loop has seen embeddings and no tokens.
         seconds = outcome.seconds + embedding
-        return replace(outcome, model=model, untrained=untrained, seconds=seconds, tokens_per_second=None)
+        return replace(outcome, model=model, seconds=seconds, tokens_per_second=None)
 
 
 class TextRegression(TextClassification):

@@ -169,6 +169,9 @@ class Preference(DialogueTask):
         margins = self._margins(model, split)
         return margins, self._scores(split, margins), []
 
+    def score_untrained(self, model: Any) -> dict[str, float] | None:
+        return None  # its margins are against itself, and zero
+
     def _scores(self, split: str, margins: Sequence[float]) -> dict[str, float]:
         values = torch.tensor(margins, dtype=torch.float64)
         right = [float(margin > 0) for margin in margins]

@@ -105,3 +105,14 @@ class Task(ABC):
     @abstractmethod
     def score(self, predictions: Sequence[Any]) -> dict[str, float]:
         """The metrics of answers to the test examples."""
+
+    def score_untrained(self, model: Any) -> dict[str, float] | None:
+        """The metrics of a model that `build` made, before it is trained; None where they would say nothing."""
+        import torch
+
+        training = model.training
+        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        try:
+            return self.score(self.predict(model))
+        finally:
+            model.train(training)

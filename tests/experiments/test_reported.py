@@ -14,6 +14,7 @@ from isotune.experiments.recipe import validate
 from isotune.report.columns import COLUMNS, columns_of
 from isotune.report.figures import Looks, sections
 from isotune.report.page import render
+from isotune.report.paths import path_of
 from isotune.report.results import read
 from isotune.report.table import markdown
 
@@ -41,6 +42,8 @@ def test_a_comparison_is_reported_with_all_that_it_recorded(tiny: dict[str, Any]
         assert variant.standard_error == pytest.approx(row["standard_error"])
         assert variant.average("train_seconds") == pytest.approx(row["train_seconds"])
         assert all(run.interval and run.curve and run.forgetting is not None for run in variant.runs)
+        # What was forgotten is measured beside each score, and at the last one as at the end.
+        assert all(path_of(run, "accuracy")[-1][1] == pytest.approx(run.forgetting, abs=1e-6) for run in variant.runs)
         assert len(variant.search) == 2
     keys = {column.key for column in columns_of(comparison, details=True)}
     assert keys == {"difference", *(column.key for column in COLUMNS)}

@@ -71,6 +71,7 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     from transformers import set_seed
 
     from isotune.experiments import angles, loop, measure, methods, resampling
+    from isotune.experiments.forgetting import Forgetting, ForgettingCurve
     from isotune.files.adapter import LABELS_FILE
     from isotune.files.base_model import quiet
     from isotune.methods.config import IsotuneConfig
@@ -85,7 +86,7 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
         model.load_state_dict(load_file(run.start_from / WEIGHTS), strict=False)
     loading = time.perf_counter() - began
     untrained = _untrained(run, task, model)
-    forgetting = None if task.tokenizer is None else measure.Forgetting(model, task.tokenizer)
+    forgetting = None if task.tokenizer is None else Forgetting(model, task.tokenizer)
     measure.reset_peak_memory()
     began = time.perf_counter()
     with quiet():
@@ -94,7 +95,8 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     setup = time.perf_counter() - began
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     in_head = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and loop.is_head(n, head))
-    outcome = task.train(model, run, head)
+    watching = [ForgettingCurve(forgetting)] if forgetting is not None and forgetting.texts else []
+    outcome = task.train(model, run, head, watching)
     if not processes.is_main():
         return {}
     peak = measure.peak_memory()  # before what follows, which is no part of the run

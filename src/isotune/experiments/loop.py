@@ -213,7 +213,7 @@ def train(
 
 def _curve(history: list[dict[str, float]]) -> list[dict[str, float]]:
     """Trainer's log without what depends on the speed of the machine."""
-    kept = ("step", "epoch", "loss", "grad_norm", "learning_rate")
+    kept = ("step", "epoch", "loss", "grad_norm", "learning_rate", "forgetting")
     timed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     curve = []
     for entry in history:

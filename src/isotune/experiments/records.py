@@ -141,6 +141,9 @@ class Forgetting(Part):
 
     change: Number = None
     measure: Text = "the loss on other text"
+    unit: Text = ""
+    apart: Number = None
+    """The mean distance of two different texts, where the change is a distance."""
     text: Text = ""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DataCollatorWithPadding, default_data_collator
+from transformers import DataCollatorWithPadding, TrainerCallback, default_data_collator
 
 from isotune.experiments import data, loop, models, processes
 from isotune.experiments.encoded import Encoded, class_scores, likeliest, regression_scores
@@ -132,9 +132,11 @@ class TextClassification(Classifier):
     def length(self, row: Row) -> int:
         return len(row["input_ids"])
 
-    def train(self, model: Any, run: Run, head: Sequence[str]) -> loop.Outcome:
+    def train(
+        self, model: Any, run: Run, head: Sequence[str], callbacks: Sequence[TrainerCallback] = ()
+    ) -> loop.Outcome:
         if run.method.name != "head" or not isinstance(model, models.MeanPooledClassifier):
-            return super().train(model, run, head)
+            return super().train(model, run, head, callbacks)
         # The encoder does not change, so each text is embedded once and not once an epoch.
         encoded = self.encoded
         began = time.perf_counter()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, extract_prompt
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -141,7 +142,9 @@ class Preference(DialogueTask):
         chosen, rejected = answers.chunk(2)
         return -functional.logsigmoid(self.recipe.preference.beta * (chosen - rejected)).mean()
 
-    def train(self, model: Any, run: Run, head: Sequence[str]) -> loop.Outcome:
+    def train(
+        self, model: Any, run: Run, head: Sequence[str], callbacks: Sequence[TrainerCallback] = ()
+    ) -> loop.Outcome:
         from datasets import Dataset
 
         for split in self.splits:
@@ -157,7 +160,7 @@ class Preference(DialogueTask):
             # Without a model to refer to TRL adds a copy of the adapter for it, and never removes it. This one, which
             # shares all weights, is never asked: the rows hold what the base makes of them. TRL patches its forward.
             encoded = replace(encoded, options={**encoded.options, "ref_model": copy.copy(model.get_base_model())})
-        return loop.train(model, encoded, run, head)
+        return loop.train(model, encoded, run, head, callbacks)
 
     def predict(self, model: Any) -> list[Any]:
         return self._margins(model, "test")

@@ -12,6 +12,7 @@ from isotune.experiments.run import Run
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import TrainerCallback
 
     from isotune.experiments.encoded import Encoded
     from isotune.experiments.loop import Outcome
@@ -89,14 +90,15 @@ class Task(ABC):
         found: Tensor = model(**batch).loss
         return found
 
-    def train(self, model: Any, run: Run, head: Sequence[str]) -> Outcome:
+    def train(self, model: Any, run: Run, head: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) -> Outcome:
         """Train a model that `build` made, with the adapter of the run's method, and score it on validation and test.
 
-        Goes on where an earlier call stopped. `head` names the modules that are trained beside the adapter.
+        Goes on where an earlier call stopped. `head` names the modules that are trained beside the adapter, `callbacks`
+        are called with the whole model.
         """
         from isotune.experiments import loop
 
-        return loop.train(model, self.encoded, run, head)
+        return loop.train(model, self.encoded, run, head, callbacks)
 
     @abstractmethod
     def predict(self, model: Any) -> list[Any]:

@@ -7,9 +7,10 @@ import dataclasses
 from isotune.report.figures.ablations import sizes, vectors
 from isotune.report.figures.costs import costs
 from isotune.report.figures.curves import curves, rates
+from isotune.report.figures.forgetting import forgetting
 from isotune.report.figures.geometry import geometry
 from isotune.report.figures.looks import PALETTES, SYMBOLS, Figure, Looks, Section
-from isotune.report.figures.quality import forgetting, seeds
+from isotune.report.figures.quality import seeds
 from isotune.report.results import Comparison
 
 __all__ = ["PALETTES", "SYMBOLS", "Figure", "Looks", "Section", "sections"]

@@ -1,11 +1,9 @@
-"""How good the methods are, and what they forgot."""
+"""How good the methods are."""
 
 from __future__ import annotations
 
-import statistics
-
 from isotune.report.figures.looks import Figure, Looks, Section, Spec
-from isotune.report.figures.marks import axis, circles, error, hover, marks, mean, names, safe, scores, spread
+from isotune.report.figures.marks import circles, error, hover, mean, names, safe, scores, spread
 from isotune.report.results import Comparison
 
 
@@ -45,41 +43,3 @@ def seeds(comparison: Comparison, looks: Looks) -> Section | None:
     )
     text = "" if best is None else f"Best on average: {best.title}, {comparison.shown(best.mean)}."
     return Section("quality", "Quality", text, [figure], named=True)
-
-
-def forgetting(comparison: Comparison, looks: Looks) -> Section | None:
-    """How much worse each method made the model at other text."""
-    found = [(v, change) for v in comparison.variants if (change := v.average("forgetting")) is not None]
-    if not found:
-        return None
-    found.sort(key=lambda pair: pair[1], reverse=True)
-    data: list[Spec] = []
-    largest = 0.0
-    for row, (variant, _) in enumerate(found):
-        values = [run.forgetting for run in variant.runs if run.forgetting is not None]
-        largest = max(largest, *(abs(value) for value in values))
-        text = hover(safe(variant.title), "%{x:+.4f}")
-        bar = {"type": "bar", "orientation": "h", "width": 0.62, "marker": {"color": looks.colour(variant)}}
-        data.append(marks(variant, [statistics.fmean(values)], [row], text, **bar))
-        del data[-1]["mode"]  # bars have none
-        data.append(circles(variant, values, [row] * len(values), text, "@ink"))
-    # Where nothing was forgotten, as by a head alone, rounding must not fill the axis.
-    tiny = {"range": [-0.01, 0.01]} if largest < 1e-3 else {}
-    layout = {
-        "xaxis": axis("change", zeroline=True, zerolinecolor="@muted", **tiny),
-        "yaxis": names([variant.title for variant, _ in found]),
-        "barmode": "overlay",
-    }
-    about = [r.forgetting_about for v, _ in found for r in v.runs if r.forgetting_about and r.forgetting is not None]
-    text = next((one.text for one in about if one.text), "")
-    figure = Figure(
-        "forgetting",
-        f"Change of {about[0].measure}",
-        "Further left is better. Bars: mean over the seeds; circles: each seed." + (f" Text: {text}." if text else ""),
-        "Least first: " + ", ".join(f"{v.title} {change:+.3f}" for v, change in reversed(found)) + ".",
-        data,
-        layout,
-        90 + 30 * len(found),
-    )
-    about_it = "How much worse the model became at text it was not trained on."
-    return Section("forgetting", "Forgetting", about_it, [figure], named=True)

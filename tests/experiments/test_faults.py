@@ -19,7 +19,7 @@ from isotune.experiments import execute as execute_module
 from isotune.experiments import loop, progress
 from isotune.experiments.files import StorageError, storing
 from isotune.experiments.recipe import validate
-from trainings import run
+from trainings import run, train_with
 
 
 @pytest.fixture
@@ -41,8 +41,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None])
             if state.global_step + 1 == step:
                 act()
 
-    original = loop.train
-    monkeypatch.setattr(loop, "train", lambda *a, **k: original(*a, **k, callbacks=[Act()]))
+    train_with(Act(), monkeypatch)
 
 
 @pytest.mark.parametrize("size", [0, 3000])

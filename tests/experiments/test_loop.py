@@ -24,7 +24,7 @@ from isotune.experiments.recipe import RecipeError, validate
 from isotune.experiments.records import RESULT
 from isotune.experiments.table import table
 from isotune.experiments.train import train
-from trainings import run
+from trainings import run, train_with
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +47,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
             if state.global_step + 1 == step:
                 act(model)
 
-    original = loop.train
-    monkeypatch.setattr(loop, "train", lambda *a, **k: original(*a, **k, callbacks=[Act()]))
+    train_with(Act(), monkeypatch)
 
 
 @pytest.mark.covered(method=("psoft",))
@@ -236,8 +235,7 @@ def test_head_and_adapter_have_their_own_learning_rates(tiny: dict[str, Any], mo
                 for parameter in group["params"]:
                     found[names[id(parameter)]] = (group["initial_lr"], group["weight_decay"])
 
-    original = loop.train
-    monkeypatch.setattr(loop, "train", lambda *a, **k: original(*a, **k, callbacks=[Look()]))
+    train_with(Look(), monkeypatch)
     tiny["train"] |= {"weight_decay": 0.1, "max_steps": 1}
     run(validate(tiny))
     heads = {name: rates for name, rates in found.items() if "classifier" in name}
@@ -333,8 +331,7 @@ def test_nan_after_the_last_step_before_a_save_is_not_saved(
                 with torch.no_grad():
                     next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
 
-    original = loop.train
-    monkeypatch.setattr(loop, "train", lambda *a, **k: original(*a, **k, callbacks=[Poison()]))
+    train_with(Poison(), monkeypatch)
     with pytest.raises(progress.TrainingDiverged, match=r"validation loss is nan at step 8.*no checkpoint yet"):
         run(validate(tiny))
 

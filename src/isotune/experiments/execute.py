@@ -63,6 +63,7 @@ def execute(run: Run, task: Task | None = None) -> dict[str, Any]:
 
 def _train(run: Run, task: Task) -> dict[str, Any]:
     """Train, score, measure and save; returns what the record has of it, in the main process."""
+    import torch
     from safetensors.torch import load_file
     from transformers import set_seed
 
@@ -92,7 +93,6 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     outcome = task.train(model, run, head)
     if not processes.is_main():
         return {}
-    peak = measure.peak_memory()  # before what follows, which is no part of the run
     with storing(f"the trained weights in {run.folder}"):
         saved = _save(run.method, outcome.model, run.folder / "adapter")
     if labels := task.about().get("labels"):
@@ -102,6 +102,9 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     interval = measure.interval(metric, outcome.test[metric], outcome.predictions, outcome.references)
     if len(task.about().get("sets", {})) > 1:
         interval = None  # it is of examples that all count alike, and the score is the mean over test sets
+    device = next(outcome.model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=run.settings.autocast):
+        kept = measure.kept_by_batch(outcome.model, task.training_batch(), task.loss)
     config = getattr(outcome.model, "peft_config", {}).get("default")
     if isinstance(config, IsotuneConfig):
         write_card(run.folder / "adapter", config, {f"test {name}": value for name, value in outcome.test.items()})
@@ -119,8 +122,8 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
         "seconds": setup + outcome.seconds,
         "train_seconds": outcome.seconds,
         "tokens_per_second": outcome.tokens_per_second,
-        "peak_memory_bytes": peak,
-        "kept_bytes": measure.kept_by_batch(outcome.model, task.training_batch(), task.loss),
+        "peak_memory_bytes": outcome.peak_memory,
+        "kept_bytes": kept,
         "forgetting": forgetting.after(outcome.model) if forgetting is not None else None,
         "geometry": angles.adapter_geometry(outcome.model),
         "adapter_bytes": saved.stat().st_size,

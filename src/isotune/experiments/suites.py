@@ -66,7 +66,9 @@ def listing(prefix: str = "") -> str:
     table = [line.rstrip() for line in aligned(lines, "<<<>")]
     models = dict.fromkeys(recipe.model for recipe in recipes.values())
     about = f"{len(chosen)} recipes" + (f" of {', '.join(models)}" if prefix else "")
-    return "\n".join([*table, "", f"{about}; `isotune recipes NAME` prints one whole."])
+    variants = dict.fromkeys(one for name in chosen for one in packaged()[name].get("variants", ()))
+    given = "".join(f"; most have variant={one}" for one in variants)
+    return "\n".join([*table, "", f"{about}; `isotune recipes NAME` prints one whole{given}."])
 
 
 def whole(name: str) -> str:

@@ -181,7 +181,7 @@ def arrange(
             middle = len(whole) // 2
             splits["validation"], splits["test"] = shuffled[:middle], shuffled[middle:]
         else:
-            splits["validation"], splits["test"] = halves(whole, int(data.split_seed), key)
+            splits["validation"], splits["test"] = halves(whole, data.split_seed, key)
     return splits
 
 
@@ -192,7 +192,7 @@ def _by_numpy(data: Data, examples: list[T]) -> list[T]:
     """
     if data.split_generator == "python":
         return []
-    seed = int(data.split_seed)
+    seed = data.split_seed
     generator = np.random.default_rng(seed) if data.split_generator == "numpy" else np.random.RandomState(seed)
     return [examples[place] for place in generator.permutation(len(examples))]
 
@@ -205,7 +205,7 @@ def _with_test_set(
     train = splits["train"]
     count = data.hold_out or max(1, min(MOST_HELD_OUT, round(HELD_OUT * len(train))))
     found = dict(splits)
-    groups = spread(train, int(data.split_seed), key, kind)
+    groups = spread(train, data.split_seed, key, kind)
     for split in missing:
         found[split] = []
         while groups and len(found[split]) < count:

@@ -75,9 +75,9 @@ def _varied(raw: dict[str, Any], variant: Any, where: str) -> dict[str, Any]:
         raise RecipeError(f"{where}: variants should be names, each with keys of a recipe below it")
     if variant is None:
         return raw
-    if variant not in variants:
-        known = f"its variants are {', '.join(variants)}" if variants else "it has no variants"
-        raise RecipeError(f"{where} has no variant {shown(variant)}; {known}" + meant(str(variant), variants))
+    if variant not in list(variants):
+        known = f"variants: {', '.join(variants)}" if variants else "it has none at all"
+        raise RecipeError(f"{where}: there is no variant {shown(variant)}; {known}" + meant(str(variant), variants))
     return _over(raw, variants[variant])
 
 

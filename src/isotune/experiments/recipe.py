@@ -20,7 +20,17 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from isotune.experiments import registry
-from isotune.experiments.sections import Count, Data, Generation, Padding, Rate, Section, Seed, as_list
+from isotune.experiments.sections import (
+    TRAINING_SEED,
+    Count,
+    Data,
+    Generation,
+    Padding,
+    Rate,
+    Section,
+    Seed,
+    as_list,
+)
 from isotune.experiments.text import shown
 
 Metric = Literal["accuracy", "matthews_correlation", "pearson", "loss"]
@@ -220,7 +230,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _split_by_the_trainings_seed(self) -> Recipe:
-        if self.data.split_seed == "train.seed":
+        if str(self.data.split_seed) == TRAINING_SEED:
             self.data = self.data.model_copy(update={"split_seed": self.train.seed})
         return self
 

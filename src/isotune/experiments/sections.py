@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PositiveInt,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 
 def as_list(value: Any) -> Any:
@@ -16,11 +26,17 @@ def as_list(value: Any) -> Any:
 Rate = Annotated[FiniteFloat, Field(gt=0)]
 Count = Annotated[PositiveInt, Field(lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+TRAINING_SEED = "train.seed"
 Names = Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)]
 
 
 def _as_sets(value: Any) -> Any:
     return value if isinstance(value, Mapping) else as_list(value)
+
+
+def _seed_of_the_training(value: Any, seed: ValidatorFunctionWrapHandler) -> Any:
+    """A seed, or the words that stand for the training's, which the recipe puts in their place."""
+    return value if value == TRAINING_SEED else seed(value)
 
 
 class Section(BaseModel):
@@ -98,7 +114,7 @@ class Data(Section):
     range: tuple[FiniteFloat, FiniteFloat] | None = None
     split_validation_half: bool = False
     hold_out: Count | None = None
-    split_seed: Seed | Literal["train.seed"] = 0
+    split_seed: Annotated[Seed, WrapValidator(_seed_of_the_training)] = 0
     split_generator: Literal["python", "numpy", "numpy-legacy"] = "python"
     max_train: Count | None = None
     max_test: Count | None = None

@@ -54,21 +54,21 @@ def listing(prefix: str = "") -> str:
     Raises:
         RecipeError: there is none; the message says which suites there are.
     """
-    chosen = [name for name in packaged() if name.startswith(prefix)]
+    known = packaged()
+    chosen = [name for name in known if name.startswith(prefix)]
     if not chosen:
-        suites = dict.fromkeys(name.partition("/")[0] + "/" * ("/" in name) for name in packaged())
-        raise RecipeError(f"there is no recipe {prefix!r}; there are {', '.join(suites)}" + meant(prefix, packaged()))
-    lines = [("recipe", "data", "metric", "adapter")]
+        suites = dict.fromkeys(name.partition("/")[0] + "/" * ("/" in name) for name in known)
+        raise RecipeError(f"there is no recipe {prefix!r}; there are {', '.join(suites)}" + meant(prefix, known))
+    lines = [("recipe", "data", "metric", "adapter", "variants")]
     recipes = {name: load(name) for name in chosen}
     for name, recipe in recipes.items():
         count = adapter_parameters(recipe)
-        lines.append((name, _source(recipe), recipe.metric, "" if count is None else f"{count:,}"))
-    table = [line.rstrip() for line in aligned(lines, "<<<>")]
+        variants = ", ".join(known[name].get("variants", ()))
+        lines.append((name, _source(recipe), recipe.metric, "" if count is None else f"{count:,}", variants))
+    table = [line.rstrip() for line in aligned(lines, "<<<><")]
     models = dict.fromkeys(recipe.model for recipe in recipes.values())
     about = f"{len(chosen)} recipes" + (f" of {', '.join(models)}" if prefix else "")
-    variants = dict.fromkeys(one for name in chosen for one in packaged()[name].get("variants", ()))
-    given = "".join(f"; most have variant={one}" for one in variants)
-    return "\n".join([*table, "", f"{about}; `isotune recipes NAME` prints one whole{given}."])
+    return "\n".join([*table, "", f"{about}; `isotune recipes NAME` prints one whole."])
 
 
 def whole(name: str) -> str:

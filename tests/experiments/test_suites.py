@@ -261,7 +261,7 @@ def test_vtab_has_three_groups_whose_means_are_averaged() -> None:
 def test_the_papers_35_tasks_are_recipes_with_its_parameters_and_a_figure_beside_them() -> None:
     tasks = [name for suite in paper.MODELS for names in suites.groups(suite).values() for name in names]
     assert len(tasks) == 6 + 19 + 2 + 8
-    listed = {line.split()[0]: line for line in suites.listing().splitlines()[:-2]}
+    listed = {line.split()[0]: line for line in suites.listing().partition("\n\n")[0].splitlines()}
     assert set(listed) == {"recipe", *packaged()}
     for name in tasks:
         recipe = load(name)
@@ -280,8 +280,11 @@ def test_recipes_are_listed_by_suite_in_a_hundred_columns_and_printed_whole(tmp_
     for prefix in ("", "glue/", "vtab/"):
         lines = suites.listing(prefix).splitlines()
         assert max(map(len, lines)) <= 100
-        assert [line.split()[0] for line in lines[1:-2]] == [name for name in packaged() if name.startswith(prefix)]
+        listed = [line.split()[0] for line in lines[1 : lines.index("")]]
+        assert listed == [name for name in packaged() if name.startswith(prefix)]
     assert "of microsoft/deberta-v3-base" in suites.listing("glue/")
+    assert suites.listing().endswith("\nvariant=authors is for commonsense/, glue/, math/, vtab/")
+    assert "variant" not in suites.listing("demo")
     with pytest.raises(RecipeError, match=r"no recipe 'glu/'; there are arc/, .*demo, glue/.*did you mean"):
         suites.listing("glu/")
     for name in packaged():

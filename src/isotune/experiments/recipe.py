@@ -47,6 +47,10 @@ TaskName = Literal[
 LESS_IS_BETTER = ("loss",)
 METRICS: dict[str, tuple[str, ...]] = {"chat": ("loss",), "completion": ("loss",), "preference": ("accuracy", "loss")}
 """The metrics of tasks that do not have all of them, the usual one first."""
+_ASKED = ("multiple-choice", "math")
+_TASKS_OF = dict.fromkeys(("prompt_with_input", "test_prompt", "learn", "generation"), _ASKED)
+_TASKS_OF["padding"] = (*_ASKED, "chat", "completion")
+"""The tasks that some keys are for."""
 
 
 def merit(metric: str, scores: Mapping[str, float] | None) -> float:
@@ -226,6 +230,14 @@ class Recipe(Section):
             known = METRICS.get(self.task, (metric,))
             if metric not in known:
                 raise ValueError(f"the task {self.task} has the {key} {' or '.join(known)}, not {metric}")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_of_the_task(self) -> Recipe:
+        for key, known in _TASKS_OF.items():
+            usual = type(self).model_fields[key].get_default(call_default_factory=True)
+            if self.task not in known and getattr(self, key) != usual:
+                raise ValueError(f"{key} is for the tasks {', '.join(known)}, not for {self.task}")
         return self
 
     @model_validator(mode="after")

@@ -48,8 +48,10 @@ LESS_IS_BETTER = ("loss",)
 METRICS: dict[str, tuple[str, ...]] = {"chat": ("loss",), "completion": ("loss",), "preference": ("accuracy", "loss")}
 """The metrics of tasks that do not have all of them, the usual one first."""
 _ASKED = ("multiple-choice", "math")
-_TASKS_OF = dict.fromkeys(("prompt_with_input", "test_prompt", "learn", "generation"), _ASKED)
-_TASKS_OF["padding"] = (*_ASKED, "chat", "completion")
+_TASKS_OF: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("prompt_with_input", "test_prompt", "learn", "generation"), _ASKED),
+    "padding": (*_ASKED, "chat", "completion"),
+}
 """The tasks that some keys are for."""
 
 

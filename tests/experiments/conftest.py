@@ -55,6 +55,36 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def deberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DeBERTa-v2 without a head, as the published one, two layers of width 32."""
+    import torch
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    from helpers import VOCABULARY, make_tokenizer
+
+    folder = tmp_path_factory.mktemp("deberta")
+    torch.manual_seed(0)
+    DebertaV2Model(
+        DebertaV2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=64,
+            relative_attention=True,
+            position_buckets=16,
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+            pos_att_type=["p2c", "c2p"],
+            pooler_hidden_size=32,
+        )
+    ).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ViT without a head, as the published one, two layers of width 32 on images of 32 × 32."""
     import torch

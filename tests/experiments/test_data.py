@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from isotune.experiments.data import Example, halves, load, texts_of
-from isotune.experiments.recipe import Data
+from isotune.experiments.sections import Data
 from isotune.experiments.tables import DataError
 
 

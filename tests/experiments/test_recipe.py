@@ -36,6 +36,40 @@ def test_every_packaged_recipe_is_valid() -> None:
         for method in recipe.methods:
             methods.check(method)
         assert recipe.description
+        for variant in packaged()[name].get("variants", {}):
+            varied = load(name, [f"variant={variant}"])
+            assert varied.output == f"runs/{name}-{variant}"
+            for method in varied.methods:
+                methods.check(method)
+
+
+def test_a_variant_lies_between_the_recipe_and_the_overrides(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(MINIMAL + "train: {lr: 1, epochs: 5}\nvariants: {slow: {train: {lr: 2, seed: 3}, metric: null}}\n")
+    plain, slow = load(str(mine)), load(str(mine), ["train.seed=9", "variant=slow"])
+    assert (plain.train.lr, plain.train.epochs, plain.train.seed, plain.output) == ([1], 5, 0, "runs/mine")
+    assert (slow.train.lr, slow.train.epochs, slow.train.seed, slow.output) == ([2], 5, 9, "runs/mine-slow")
+    assert load(str(mine), ["variant=null"]) == plain
+
+
+@pytest.mark.parametrize(
+    ("variants", "variant", "said"),
+    [
+        ("{slow: {}, fast: {}}", "slwo", "there is no variant 'slwo'; variants: slow, fast; did you mean 'slow'"),
+        ("{}", "slow", "there is no variant 'slow'; it has none at all"),
+        ("{slow: {}}", "[slow]", r"there is no variant \['slow'\]"),
+        ("{slow: 3}", "slow", "variants should be names, each with keys of a recipe below it"),
+        ("[slow]", "slow", "variants should be names"),
+        ("{slow: {train: {lrr: 2}}}", "slow", "did you mean 'train.lr'"),
+    ],
+)
+def test_a_wrong_variant_is_one_line(tmp_path: Path, variants: str, variant: str, said: str) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"{MINIMAL}variants: {variants}\n")
+    with pytest.raises(RecipeError, match=said) as caught:
+        load(str(mine), [f"variant={variant}"])
+    assert "mine.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_cola_has_the_papers_settings() -> None:
@@ -95,6 +129,10 @@ def test_a_methods_own_training_settings_go_over_the_recipes(path: str) -> None:
         ("method.name=psfot", ["method.name", "'psoft_so'", "did you mean 'psoft'?"]),
         ("metric=f1", ["metric", "'accuracy', 'matthews_correlation'", "'f1'"]),
         ("data.files=null", ["one of data.files, data.hub and data.builtin is needed"]),
+        ("data.split_seed=some", ["data.split_seed", "integer", "'some'"]),
+        ("data.split_generator=torch", ["data.split_generator", "'python', 'numpy' or 'numpy-legacy'"]),
+        ("learn=text", ["learn is for the tasks multiple-choice, math, not for text-classification"]),
+        ("padding.side=left", ["padding is for the tasks", "not for text-classification"]),
         ("train.start_from_head=true", ["needs 'head' among the baselines"]),
         ("method.train={lrr: 1}", ["in 'train' of method lora", "'lrr'", "did you mean 'lr'?"]),
         ("train.moving={every: 2}", ["train.moving is for methods on subspaces", "psoft", "lora is none"]),

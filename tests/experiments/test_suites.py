@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from exports import assert_exports
-from helpers import VOCABULARY, WORDS, make_tokenizer, tiny_llama
+from helpers import WORDS, make_tokenizer, tiny_llama
 from isotune.experiments import paper, reload, suites
 from isotune.experiments.budget import adapter_parameters
 from isotune.experiments.loading import load, packaged
@@ -25,33 +24,6 @@ from trainings import run
 GLUE = ("cola", "stsb", "mrpc", "rte", "sst2", "qnli", "mnli", "qqp")
 VTAB = tuple(name.removeprefix("vtab/") for name in packaged() if name.startswith("vtab/"))
 QUICK = ["method.r=4", "train.epochs=1", "train.max_steps=2", "train.batch_size=4", "train.max_length=16"]
-
-
-@pytest.fixture(scope="session")
-def deberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DeBERTa-v2 without a head, as the published one, two layers of width 32."""
-    from transformers import DebertaV2Config, DebertaV2Model
-
-    folder = tmp_path_factory.mktemp("deberta")
-    torch.manual_seed(0)
-    DebertaV2Model(
-        DebertaV2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=48,
-            max_position_embeddings=64,
-            relative_attention=True,
-            position_buckets=16,
-            norm_rel_ebd="layer_norm",
-            share_att_key=True,
-            pos_att_type=["p2c", "c2p"],
-            pooler_hidden_size=32,
-        )
-    ).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -289,7 +261,7 @@ def test_vtab_has_three_groups_whose_means_are_averaged() -> None:
 def test_the_papers_35_tasks_are_recipes_with_its_parameters_and_a_figure_beside_them() -> None:
     tasks = [name for suite in paper.MODELS for names in suites.groups(suite).values() for name in names]
     assert len(tasks) == 6 + 19 + 2 + 8
-    listed = {line.split()[0]: line for line in suites.listing().splitlines()[:-2]}
+    listed = {line.split()[0]: line for line in suites.listing().partition("\n\n")[0].splitlines()}
     assert set(listed) == {"recipe", *packaged()}
     for name in tasks:
         recipe = load(name)
@@ -308,8 +280,11 @@ def test_recipes_are_listed_by_suite_in_a_hundred_columns_and_printed_whole(tmp_
     for prefix in ("", "glue/", "vtab/"):
         lines = suites.listing(prefix).splitlines()
         assert max(map(len, lines)) <= 100
-        assert [line.split()[0] for line in lines[1:-2]] == [name for name in packaged() if name.startswith(prefix)]
+        listed = [line.split()[0] for line in lines[1 : lines.index("")]]
+        assert listed == [name for name in packaged() if name.startswith(prefix)]
     assert "of microsoft/deberta-v3-base" in suites.listing("glue/")
+    assert suites.listing().endswith("\nvariant=authors is for commonsense/, glue/, math/, vtab/")
+    assert "variant" not in suites.listing("demo")
     with pytest.raises(RecipeError, match=r"no recipe 'glu/'; there are arc/, .*demo, glue/.*did you mean"):
         suites.listing("glu/")
     for name in packaged():

@@ -14,7 +14,8 @@ from comparisons import METHODS, write_comparison
 from isotune.experiments.data import load
 from isotune.experiments.files import read_json
 from isotune.experiments.loading import load as load_recipe
-from isotune.experiments.recipe import Data, RecipeError
+from isotune.experiments.recipe import RecipeError
+from isotune.experiments.sections import Data
 from isotune.experiments.tables import DataError
 from isotune.experiments.text import DEEPEST, YamlError, from_json, from_yaml, printable, shown
 from isotune.experiments.train import train

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from isotune.experiments import processes
-from isotune.experiments.recipe import Data
+from isotune.experiments.sections import Data
 from isotune.experiments.tables import DataError, Row, builtin_rows, file_rows, hub_rows
 from isotune.experiments.text import shown
 
@@ -87,18 +89,18 @@ def load(data: Data, regression: bool = False, text_of: Callable[[Row, str], str
         DataError: the data cannot be used; the message names the file, line and column.
     """
     rows, data = read(data)
-    for found in rows.values():
+    texts: dict[str, list[list[str]]] = {split: [] for split in rows}
+    for split, found in rows.items():
         for row in found:
-            for column in (*data.text, data.label):
-                cell(row, column)
+            texts[split].append([text_of(row, column) for column in data.text])
+            cell(row, data.label)
     names = [] if regression else label_names(data, rows["train"])
 
-    def example(row: Row) -> Example:
-        texts = [text_of(row, column) for column in data.text]
+    def example(row: Row, texts: list[str]) -> Example:
         label = number(row, data.label, data.range) if regression else label_of(row, data, names)
         return Example(texts[0], texts[1] if len(texts) > 1 else None, label)
 
-    splits = {split: [example(row) for row in found] for split, found in rows.items()}
+    splits = {split: list(map(example, found, texts[split])) for split, found in rows.items()}
     return Examples(names, **arrange(data, splits, texts_of, (lambda example: 0) if regression else _class_of))
 
 
@@ -162,7 +164,7 @@ def arrange(
             raise DataError("data.hold_out makes the validation set from the training set, and there is one already")
         if data.hold_out >= len(splits["train"]):
             raise DataError(f"data.hold_out={data.hold_out} leaves nothing of {len(splits['train'])} training examples")
-        shuffled = shuffle.sample(splits["train"], len(splits["train"]))
+        shuffled = _by_numpy(data, splits["train"]) or shuffle.sample(splits["train"], len(splits["train"]))
         splits["validation"], splits["train"] = shuffled[: data.hold_out], shuffled[data.hold_out :]
     if data.max_train is not None:
         splits["train"] = shuffle.sample(splits["train"], min(data.max_train, len(splits["train"])))
@@ -174,8 +176,25 @@ def arrange(
                 "data.split_validation_half makes the test set from the validation set: "
                 "it needs a validation set and no test set"
             )
-        splits["validation"], splits["test"] = halves(splits["validation"], data.split_seed, key)
+        whole = splits["validation"]
+        if len(whole) > 1 and (shuffled := _by_numpy(data, whole)):
+            middle = len(whole) // 2
+            splits["validation"], splits["test"] = shuffled[:middle], shuffled[middle:]
+        else:
+            splits["validation"], splits["test"] = halves(whole, data.split_seed, key)
     return splits
+
+
+def _by_numpy(data: Data, examples: list[T]) -> list[T]:
+    """The examples in the order in which numpy shuffles them, where the recipe says so; else none.
+
+    The default generator's is that of `train_test_split` of the library datasets, the legacy one's `np.random.shuffle`.
+    """
+    if data.split_generator == "python":
+        return []
+    seed = data.split_seed
+    generator = np.random.default_rng(seed) if data.split_generator == "numpy" else np.random.RandomState(seed)
+    return [examples[place] for place in generator.permutation(len(examples))]
 
 
 def _with_test_set(

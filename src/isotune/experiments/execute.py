@@ -67,6 +67,7 @@ def execute(run: Run, task: Task | None = None) -> dict[str, Any]:
 
 def _train(run: Run, task: Task) -> dict[str, Any]:
     """Train, score, measure and save; returns what the record has of it, in the main process."""
+    import torch
     from safetensors.torch import load_file
     from transformers import set_seed
 
@@ -99,7 +100,9 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     outcome = task.train(model, run, head, watching)
     if not processes.is_main():
         return {}
-    peak = measure.peak_memory()  # before what follows, which is no part of the run
+    device = next(outcome.model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=run.settings.autocast):
+        kept = measure.kept_by_batch(outcome.model, task.training_batch(), task.loss)
     found = {
         "lr_search": run.search,
         "lr_head": run.settings.lr_head or run.lr,
@@ -113,9 +116,9 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
         "setup_seconds": setup,
         "train_seconds": outcome.seconds,
         "tokens_per_second": outcome.tokens_per_second,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": outcome.peak_memory,
         "peak_memory_of": measure.peak_memory_of(),
-        "kept_bytes": measure.kept_by_batch(outcome.model, task.training_batch(), task.loss),
+        "kept_bytes": kept,
     }
     if outcome.stopped is not None:
         return {**found, "stopped": outcome.stopped}
@@ -126,9 +129,8 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     write_json(run.folder / PREDICTIONS, outcome.predictions)
     metric = run.recipe.metric
     answers = resampling.Answers.of(outcome.predictions, outcome.references)
-    several = (
-        len(task.about().get("sets", {})) > 1
-    )  # the score is then a mean over sets, whose examples do not count alike
+    # The score is a mean over several sets, whose examples do not count alike.
+    several = len(task.about().get("sets", {})) > 1
     config = getattr(outcome.model, "peft_config", {}).get("default")
     if isinstance(config, IsotuneConfig):
         write_card(run.folder / "adapter", config, {f"test {name}": value for name, value in outcome.test.items()})

@@ -49,16 +49,36 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a packaged recipe by name, or a YAML file by path, and put `key=value` overrides, of YAML, over it.
 
+    `variant=NAME` first puts that part of the recipe's `variants` over it, whichever its place among the overrides.
+
     Raises:
         RecipeError: one line that says which key, what is allowed and the nearest valid name.
     """
     raw, where = _read(source)
-    for override in overrides:
-        _override(raw, override)
+    values = [assignment(text, "an override is key=value, such as train.lr=1e-3") for text in overrides]
+    variant = dict(values).get("variant")
+    raw = _varied(raw, variant, where)
+    for key, value in values:
+        if key != "variant":
+            _override(raw, key, value)
     recipe = validate(raw, where)
     if recipe.output is None:
-        recipe.output = str(Path("runs") / (source if source in packaged() else Path(source).stem))
+        name = source if source in packaged() else Path(source).stem
+        recipe.output = str(Path("runs") / (name if variant is None else f"{name}-{variant}"))
     return recipe
+
+
+def _varied(raw: dict[str, Any], variant: Any, where: str) -> dict[str, Any]:
+    """A recipe without its variants, with one of them put over it."""
+    variants = raw.pop("variants", {})
+    if not isinstance(variants, dict) or not all(isinstance(one, dict) for one in variants.values()):
+        raise RecipeError(f"{where}: variants should be names, each with keys of a recipe below it")
+    if variant is None:
+        return raw
+    if variant not in list(variants):
+        known = f"variants: {', '.join(variants)}" if variants else "it has none at all"
+        raise RecipeError(f"{where}: there is no variant {shown(variant)}; {known}" + meant(str(variant), variants))
+    return _over(raw, variants[variant])
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
@@ -107,8 +127,7 @@ def assignment(text: str, example: str) -> tuple[str, Any]:
         raise RecipeError(f"{key}: the value {shown(value)} is not valid YAML: {error}") from error
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, value = assignment(override, "an override is key=value, such as train.lr=1e-3")
+def _override(raw: dict[str, Any], key: str, value: Any) -> None:
     parts = key.split(".")
     node = raw
     for depth, part in enumerate(parts[:-1]):

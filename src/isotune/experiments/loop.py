@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from isotune.experiments import processes
 from isotune.experiments.encoded import Encoded, LengthGrouped
 from isotune.experiments.files import StorageError, storing
+from isotune.experiments.measure import peak_memory
 from isotune.experiments.progress import Progress, diverged, last_checkpoint
 from isotune.experiments.recipe import LESS_IS_BETTER
 from isotune.experiments.run import Run
@@ -54,7 +56,7 @@ class Loop(Trainer):  # type: ignore[misc]
                     {
                         "params": parameters,
                         "lr": lr_head if in_head else self.run.lr,
-                        "weight_decay": self.settings.weight_decay if decay else 0.0,
+                        "weight_decay": self.settings.weight_decay if decay or self.settings.decay_all else 0.0,
                     }
                     for (in_head, decay), parameters in groups.items()
                 ],
@@ -109,6 +111,7 @@ class Outcome:
     seconds: float
     references: list[Any] = field(default_factory=list)
     tokens_per_second: float | None = None
+    peak_memory: int | None = None
     stopped: dict[str, Any] | None = None
     """Where a search gave the run up: it has no score on the test data then, and what it trained is of no use."""
 
@@ -155,6 +158,7 @@ def train(
             warmup_steps=settings.warmup_steps or settings.warmup_ratio,
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
+            bf16=settings.autocast,
             seed=settings.seed,
             eval_strategy=every if watched else "no",
             save_strategy=every,
@@ -191,7 +195,10 @@ def train(
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:
             progress.close()
-    seconds = progress.seconds
+    if "forward" in vars(trainer.model):
+        # Without autocast, so that what is measured from here on is what the model does when it is loaded again.
+        trainer.model = extract_model_from_parallel(trainer.model, keep_fp32_wrapper=False)
+    seconds, peak = progress.seconds, peak_memory()  # before what follows, which is no part of the training
     state = trainer.state
     stopped = next((one.stopped for one in hopeless), None)
     validation = task.examined(trainer, "validation")[1] if watched else None
@@ -206,6 +213,7 @@ def train(
         best_step=state.best_global_step if chosen else state.global_step,
         seconds=seconds,
         references=references,
+        peak_memory=peak,
         tokens_per_second=sum(task.lengths) * state.epoch / progress.stepping if progress.stepping else None,
         stopped=stopped,
     )

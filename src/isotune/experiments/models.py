@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,14 @@ def load_causal(name: str, dtype: str) -> Any:
         path = locate(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **gguf_of(path))
     return forget_quantisation(model) if gguf_of(path) else model
+
+
+def merged_copy(model: Any, dtype: str) -> Any:
+    """A copy of a model with its adapter merged, in another dtype of torch's; the model stays as it is."""
+    copied = copy.deepcopy(model)
+    merged = copied.merge_and_unload() if hasattr(copied, "merge_and_unload") else copied
+    vars(merged).pop("forward", None)  # what a trainer has put there would compute with the model itself
+    return merged.to(getattr(torch, dtype)).eval()
 
 
 def image_processor_for(name: str) -> Any:

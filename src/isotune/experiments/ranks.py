@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from isotune.experiments import methods, tasks
-from isotune.experiments.recipe import FileData, Method, RecipeError, validate
+from isotune.experiments.recipe import Method, RecipeError, validate
 from isotune.experiments.registry import entries, entry
+from isotune.experiments.sections import FileData
 from isotune.experiments.starting import starting
 from isotune.experiments.tables import DataError, Row, file_rows
 from isotune.experiments.tasks.task import MEASURED_EXAMPLES

@@ -14,13 +14,23 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from isotune.experiments import registry
+from isotune.experiments.sections import (
+    TRAINING_SEED,
+    Count,
+    Data,
+    Generation,
+    Padding,
+    Rate,
+    Section,
+    Seed,
+    as_list,
+)
 from isotune.experiments.text import shown
 
 Metric = Literal["accuracy", "matthews_correlation", "pearson", "loss"]
@@ -37,6 +47,12 @@ TaskName = Literal[
 LESS_IS_BETTER = ("loss",)
 METRICS: dict[str, tuple[str, ...]] = {"chat": ("loss",), "completion": ("loss",), "preference": ("accuracy", "loss")}
 """The metrics of tasks that do not have all of them, the usual one first."""
+_ASKED = ("multiple-choice", "math")
+_TASKS_OF: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("prompt_with_input", "test_prompt", "learn", "generation"), _ASKED),
+    "padding": (*_ASKED, "chat", "completion"),
+}
+"""The tasks that some keys are for."""
 
 
 def merit(metric: str, scores: Mapping[str, float] | None) -> float:
@@ -50,10 +66,6 @@ class RecipeError(ValueError):
     """A recipe or an override is not valid; the message is one line for the person who wrote it."""
 
 
-def _as_list(value: Any) -> Any:
-    return value if value is None or isinstance(value, list) else [value]
-
-
 def _known_method(name: str) -> str:
     if name not in registry.entries():
         *first, last = map(repr, registry.entries())
@@ -63,99 +75,7 @@ def _known_method(name: str) -> str:
 
 
 MethodName = Annotated[str, AfterValidator(_known_method)]
-Rate = Annotated[FiniteFloat, Field(gt=0)]
-Count = Annotated[PositiveInt, Field(lt=2**31)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
-Names = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
-
-
-def _as_sets(value: Any) -> Any:
-    return value if isinstance(value, Mapping) else _as_list(value)
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class HubTable(_Section):
-    """One split of a data set on the Hugging Face Hub, or of a file that `datasets` reads: `name: json, files: URL`."""
-
-    name: str
-    config: str | None = None
-    revision: str | None = None
-    files: str | None = None
-    split: str = "test"
-
-
-class HubData(_Section):
-    """A data set on the Hugging Face Hub: its name, its configuration and which of its splits to use.
-
-    `tests` names test sets that are splits of other data sets.
-    """
-
-    name: str
-    config: str | None = None
-    revision: str | None = None
-    files: str | None = None
-    train: str = "train"
-    validation: str | None = None
-    test: str | None = None
-    tests: dict[str, HubTable] = Field(default_factory=dict)
-
-
-class FileData(_Section):
-    """Local csv, tsv, json or jsonl files in `data.path`; `columns` names those of files without a header.
-
-    A folder in place of a file holds a folder of images for each class; one with a folder `train` in it has its splits
-    in folders of their names.
-    `text`, `label` and `labels` stand for those of `data` where the files call them differently. A mapping as `test`
-    names several test sets.
-    """
-
-    train: Names
-    validation: Names | None = None
-    test: Annotated[Names | dict[str, Names] | None, BeforeValidator(_as_sets)] = None
-    columns: list[str] | None = None
-    text: Annotated[Names, Field(max_length=2)] | None = None
-    label: str | None = None
-    labels: list[str | int] | None = None
-
-
-class Data(_Section):
-    """Where the examples come from, which columns hold text and label, and what is held out for what.
-
-    With `path` the `files` are read from that folder, or from the `folder` in it if there is one; without it the
-    `builtin` or `hub` data are used where the recipe names them, else the `files` relative to the working directory.
-    `rename` gives columns the names that the task knows them by, where a table has them under others.
-    `classes` is a number of classes called 0, 1, …; `range` what a regression's numbers lie in; `hold_out` the number
-    of training examples that become the validation set, and as many more become the test set where there is none.
-    """
-
-    builtin: Literal["stdlib-docstrings", "stdlib-word-order"] | None = None
-    hub: HubData | None = None
-    files: FileData | None = None
-    path: str | None = None
-    folder: str | None = None
-    text: Names = Field(default_factory=lambda: ["text"], max_length=2)
-    label: str = "label"
-    labels: list[str | int] | None = None
-    rename: dict[str, str] = Field(default_factory=dict)
-    classes: Annotated[int, Field(ge=2)] | None = None
-    range: tuple[FiniteFloat, FiniteFloat] | None = None
-    split_validation_half: bool = False
-    hold_out: Count | None = None
-    split_seed: int = 0
-    max_train: Count | None = None
-    max_test: Count | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Data:
-        if self.path is not None and self.files is None:
-            raise ValueError("data.path needs data.files, which names the files in that folder")
-        if self.builtin is None and self.hub is None and self.files is None:
-            raise ValueError("one of data.files, data.hub and data.builtin is needed")
-        return self
 
 
 class Method(BaseModel):
@@ -177,7 +97,7 @@ class Method(BaseModel):
 MethodSpec = Annotated[Method, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)]
 
 
-class Moving(_Section):
+class Moving(Section):
     """Subspaces that move during training; the keys are the options of `isotune.moving.MovingSchedule`."""
 
     every: Count = 1
@@ -188,7 +108,7 @@ class Moving(_Section):
     seed: Seed = 0
 
 
-class Reinit(_Section):
+class Reinit(Section):
     """Rows of UORA that are re-initialised; the keys are the options of `isotune.moving.UoraSchedule`."""
 
     threshold: Rate
@@ -197,12 +117,13 @@ class Reinit(_Section):
     unit: Literal["step", "epoch"] = "step"
 
 
-class Train(_Section):
+class Train(Section):
     """How to train: AdamW with a learning rate for the adapter (several: a search) and one for the head.
 
     `batch_size` is that of an update, computed in `gradient_accumulation` equal parts; `warmup_steps` goes over
-    `warmup_ratio`. `report_to` names what the course of training is shown in besides. `moving` moves
-    the subspaces of methods that have them, and `reinit` renews rows of UORA.
+    `warmup_ratio`; `decay_all` decays biases and norms, too. With `autocast` torch computes in bfloat16 where its
+    autocast does, whatever the dtype of the weights. `report_to` names what the course of training is shown in besides.
+    `moving` moves the subspaces of methods that have them, and `reinit` renews rows of UORA.
     """
 
     epochs: FiniteFloat = Field(default=3, gt=0)
@@ -211,20 +132,22 @@ class Train(_Section):
     gradient_accumulation: Count = 1
     gradient_checkpointing: bool = False
     eval_batch_size: Count = 64
-    lr: Annotated[list[Rate], BeforeValidator(_as_list), Field(min_length=1)] = Field(default_factory=lambda: [1e-3])
+    lr: Annotated[list[Rate], BeforeValidator(as_list), Field(min_length=1)] = Field(default_factory=lambda: [1e-3])
     lr_head: Rate | None = None
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: FiniteFloat = Field(default=0.1, ge=0, lt=1)
     warmup_steps: Count | None = None
     weight_decay: FiniteFloat = Field(default=0.0, ge=0)
+    decay_all: bool = False
     max_grad_norm: Rate = 1.0
     max_length: Count = 128
     seed: Seed = 0
     select_best: bool = True
     eval_steps: Count | None = None
     group_by_length: bool = False
+    autocast: bool = False
     start_from_head: bool = False
-    report_to: Annotated[list[Tracker], BeforeValidator(_as_list)] = Field(default_factory=list)
+    report_to: Annotated[list[Tracker], BeforeValidator(as_list)] = Field(default_factory=list)
     moving: Moving | None = None
     reinit: Reinit | None = None
 
@@ -243,17 +166,19 @@ class Train(_Section):
         return self
 
 
-class Preference(_Section):
+class Preference(Section):
     """How answers are preferred by DPO: `beta` is how much it costs to move away from the base model."""
 
     beta: Rate = 0.1
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole experiment: model, task, data, method, training and where the results go.
 
     `group` is the part of its suite that a task is averaged in. For language models: `dtype` is that of the frozen
-    weights, `prompt` a text with the columns' names in braces, `score` how answers are found.
+    weights, `prompt` a text with the columns' names in braces, `score` how answers are found. `prompt_with_input` is
+    the prompt of questions that come with an {input}, and `test_prompt` that of questions that are only judged. Learnt
+    is the "answer", what stands "after-prompt" if the prompt is tokenised alone, or the whole "text".
     """
 
     description: str = ""
@@ -263,6 +188,11 @@ class Recipe(_Section):
     pooling: Literal["auto", "native", "mean"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     prompt: str | None = None
+    prompt_with_input: str | None = None
+    test_prompt: str | None = None
+    learn: Literal["answer", "after-prompt", "text"] = "answer"
+    padding: Padding = Field(default_factory=Padding)
+    generation: Generation = Field(default_factory=Generation)
     score: Literal["generation", "likelihood", "loss"] = "generation"
     max_new_tokens: Count = 32
     data: Data
@@ -303,6 +233,20 @@ class Recipe(_Section):
             known = METRICS.get(self.task, (metric,))
             if metric not in known:
                 raise ValueError(f"the task {self.task} has the {key} {' or '.join(known)}, not {metric}")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_of_the_task(self) -> Recipe:
+        for key, known in _TASKS_OF.items():
+            usual = type(self).model_fields[key].get_default(call_default_factory=True)
+            if self.task not in known and getattr(self, key) != usual:
+                raise ValueError(f"{key} is for the tasks {', '.join(known)}, not for {self.task}")
+        return self
+
+    @model_validator(mode="after")
+    def _split_by_the_trainings_seed(self) -> Recipe:
+        if str(self.data.split_seed) == TRAINING_SEED:
+            self.data = self.data.model_copy(update={"split_seed": self.train.seed})
         return self
 
     @model_validator(mode="after")

@@ -54,10 +54,11 @@ def listing(prefix: str = "") -> str:
     Raises:
         RecipeError: there is none; the message says which suites there are.
     """
-    chosen = [name for name in packaged() if name.startswith(prefix)]
+    known = packaged()
+    chosen = [name for name in known if name.startswith(prefix)]
     if not chosen:
-        suites = dict.fromkeys(name.partition("/")[0] + "/" * ("/" in name) for name in packaged())
-        raise RecipeError(f"there is no recipe {prefix!r}; there are {', '.join(suites)}" + meant(prefix, packaged()))
+        suites = dict.fromkeys(name.partition("/")[0] + "/" * ("/" in name) for name in known)
+        raise RecipeError(f"there is no recipe {prefix!r}; there are {', '.join(suites)}" + meant(prefix, known))
     lines = [("recipe", "data", "metric", "adapter")]
     recipes = {name: load(name) for name in chosen}
     for name, recipe in recipes.items():
@@ -66,7 +67,12 @@ def listing(prefix: str = "") -> str:
     table = [line.rstrip() for line in aligned(lines, "<<<>")]
     models = dict.fromkeys(recipe.model for recipe in recipes.values())
     about = f"{len(chosen)} recipes" + (f" of {', '.join(models)}" if prefix else "")
-    return "\n".join([*table, "", f"{about}; `isotune recipes NAME` prints one whole."])
+    variants: dict[str, dict[str, None]] = {}
+    for name in chosen:
+        for variant in known[name].get("variants", ()):
+            variants.setdefault(variant, {})[name.partition("/")[0] + "/" * ("/" in name)] = None
+    told = [f"variant={variant} is for {', '.join(suites)}" for variant, suites in variants.items()]
+    return "\n".join([*table, "", f"{about}; `isotune recipes NAME` prints one whole.", *told])
 
 
 def whole(name: str) -> str:

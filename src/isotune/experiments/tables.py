@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from isotune.experiments.recipe import FileData, HubData, HubTable
+from isotune.experiments.sections import FileData, HubData, HubTable
 from isotune.experiments.text import first_line, from_json
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
@@ -30,6 +30,19 @@ class Row:
     values: dict[str, Any]
     where: str
     set: str | None = None
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image in a table of the library datasets, which is decoded when it is read."""
+
+    table: Any
+    place: int
+    column: str
+
+    def read(self) -> Any:
+        """The image; raises OSError where it cannot be decoded."""
+        return self.table[self.place][self.column]
 
 
 def builtin_rows(name: str) -> dict[str, list[Row]]:
@@ -55,7 +68,7 @@ def hub_rows(hub: HubData) -> dict[str, list[Row]]:
 
 def _hub_table(table: HubTable) -> list[Row]:
     try:
-        from datasets import load_dataset
+        from datasets import Image, load_dataset
     except ImportError as error:
         raise DataError("data from the Hub need the package datasets: pip install datasets") from error
     try:
@@ -66,7 +79,14 @@ def _hub_table(table: HubTable) -> list[Row]:
             f"cannot load split {table.split!r} of {table.name} {table.config or ''} from the Hub "
             f"({first_line(error)}); to use local files instead, give data.path and data.files"
         ) from error
-    return [Row(dict(row), f"{table.name} {table.split}, row {i + 1}") for i, row in enumerate(found)]
+    kinds = getattr(found, "features", None) or {}
+    images = [column for column, kind in kinds.items() if isinstance(kind, Image)]
+    rows = found.remove_columns(images) if images else found
+    where = " ".join(part for part in (table.name, table.config, table.split) if part)
+    return [
+        Row({**row, **{column: StoredImage(found, i, column) for column in images}}, f"{where}, row {i + 1}")
+        for i, row in enumerate(rows)
+    ]
 
 
 def file_rows(files: FileData, folder: Path) -> dict[str, list[Row]]:

@@ -10,11 +10,14 @@ from statistics import fmean
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import DataCollatorForSeq2Seq
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from isotune.experiments import loop, models, processes
 from isotune.experiments.encoded import Encoded
+from isotune.experiments.recipe import RecipeError
+from isotune.experiments.sections import Padding
 from isotune.experiments.tables import DataError
 from isotune.experiments.tasks.task import Task
 
@@ -72,8 +75,11 @@ class CausalTask(Task):
         return dict(self.collator()([rows[i] for i in range(min(parts, len(rows)))]))
 
     def collator(self) -> Any:
-        """TRL's, which makes a batch of rows."""
-        return DataCollatorForLanguageModeling(self.tokenizer.pad_token_id)
+        """TRL's, which makes a batch of rows, or transformers' where they are padded on the left."""
+        multiple = self.recipe.padding.multiple_of
+        if self.recipe.padding.side == "left":
+            return DataCollatorForSeq2Seq(self.tokenizer, pad_to_multiple_of=multiple)
+        return DataCollatorForLanguageModeling(self.tokenizer.pad_token_id, pad_to_multiple_of=multiple)
 
     def length(self, row: Mapping[str, Any]) -> int:
         """How many tokens a row has."""
@@ -90,7 +96,12 @@ class CausalTask(Task):
         tokenizer = models.tokenizer_for(self.recipe.model)
         if tokenizer.eos_token_id is None:
             raise models.ModelError(f"the tokeniser of {self.recipe.model} has no token for the end of a text")
-        if tokenizer.pad_token_id is None:
+        own = self.recipe.padding.token_id
+        if own is not None and own >= len(tokenizer):
+            raise RecipeError(f"padding.token_id={own} is no token of {self.recipe.model}, which has {len(tokenizer)}")
+        if own is not None:
+            tokenizer.pad_token_id = own
+        elif tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"
         return tokenizer
@@ -113,13 +124,13 @@ class CausalTask(Task):
             train=Dataset.from_list(train),
             validation=Dataset.from_list(validation) if validation else [],
             test=[],
-            collate=None,
+            collate=self.collator() if self.recipe.padding != Padding() else None,
             metric="loss",
             lengths=[self.length(row) for row in train],
             examine=self.examine,
             trainer=SftLoop,
-            # The rows are tokenised already, and mixed precision is left to the dtype of the frozen weights.
-            arguments=partial(SFTConfig, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, bf16=False),
+            # The rows are tokenised already.
+            arguments=partial(SFTConfig, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None),
             options={"processing_class": self.tokenizer},
         )
 

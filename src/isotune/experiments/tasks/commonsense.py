@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 from isotune.experiments import data
-from isotune.experiments.recipe import Data, Recipe, RecipeError
+from isotune.experiments.recipe import Recipe, RecipeError
+from isotune.experiments.sections import Data
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.language import LanguageTask, Question
 
@@ -28,7 +29,7 @@ class MultipleChoice(LanguageTask):
 
     def __init__(self, recipe: Recipe) -> None:
         self._in_words = recipe.prompt is not None and "{question}" in recipe.prompt
-        self._shown = "{question}" if self._in_words else "{instruction}"
+        self.shown = "{question}" if self._in_words else "{instruction}"
         if recipe.prompt is not None and self._in_words == ("{instruction}" in recipe.prompt):
             raise RecipeError("the prompt of multiple-choice questions must contain {instruction} or {question}")
         super().__init__(recipe)
@@ -44,15 +45,12 @@ class MultipleChoice(LanguageTask):
             raise DataError(f"{row.where}: the answer {answer!r} is none of {', '.join(choices)}")
         if not completion.endswith(answer):
             raise DataError(f"{row.where}: the output {completion!r} does not end in the answer {answer!r}")
-        further = row.values.get("input")
+        further = str(row.values.get("input") or "")
         if self._in_words and listed:
             question, words = in_words(text[: listed.start()], choices)
             completion, answer, choices = f" {words[answer]}", words[answer], tuple(words.values())
             text = _ASKED.sub("", question)
-        if further:
-            text = f"{text}\n\n{further}"
-        prompt = (self.recipe.prompt or "{instruction}\n").replace(self._shown, text)
-        return Question(prompt, completion, answer, choices, row.set)
+        return Question(self.asked(text, further, judged), completion, answer, choices, row.set)
 
     def said(self, choice: str) -> str:
         return f" {choice}" if self._in_words else f"the correct answer is {choice}"
@@ -60,7 +58,8 @@ class MultipleChoice(LanguageTask):
     def right(self, question: Question, prediction: Any) -> bool:
         if self.recipe.score == "likelihood":
             return bool(prediction == question.answer)
-        return first_choice(str(prediction), question.choices) == question.answer
+        found = first_named if self.recipe.generation.answer == "llm-adapters" else first_choice
+        return found(str(prediction), question.choices) == question.answer
 
 
 def in_words(text: str, choices: tuple[str, ...]) -> tuple[str, dict[str, str]]:
@@ -80,3 +79,13 @@ def first_choice(text: str, choices: tuple[str, ...]) -> str | None:
     """The one of the choices that a text names first, in whichever case, or None."""
     found = re.search("|".join(map(re.escape, sorted(choices, key=len, reverse=True))), text, re.IGNORECASE)
     return next((choice for choice in choices if found and choice.lower() == found.group().lower()), None)
+
+
+def first_named(text: str, choices: tuple[str, ...]) -> str | None:
+    """What the script of LLM-Adapters finds: the first name as it is written, before another "### Response:".
+
+    Any of answer1 to answer5 is one, also where the question does not offer it.
+    """
+    names = [f"answer{number}" for number in range(1, 6)] if "answer1" in choices else choices
+    found = re.search("|".join(map(re.escape, names)), text.partition("### Response:")[0])
+    return found and found[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,8 +12,9 @@ from typing import Any
 
 import torch
 
-from isotune.experiments import data
-from isotune.experiments.recipe import Data, Recipe
+from isotune.experiments import data, models
+from isotune.experiments.recipe import Recipe, RecipeError
+from isotune.experiments.sections import Data
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.causal import IGNORED, CausalTask, by_set, common, last_logits
 from isotune.files.base_model import quiet
@@ -33,8 +35,20 @@ class Question:
 class LanguageTask(CausalTask):
     """Questions answered in words; see `Task`. What a right answer is, a subclass says."""
 
+    shown: str
+    """What stands for the question in a prompt."""
+
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        for key, needed in (
+            ("prompt", (self.shown,)),
+            ("test_prompt", (self.shown,)),
+            ("prompt_with_input", (self.shown, "{input}")),
+        ):
+            given = getattr(recipe, key)
+            for one in needed:
+                if given is not None and one not in given:
+                    raise RecipeError(f"the {key} of the task {recipe.task} must contain {one}")
         rows, columns = data.read(recipe.data)
         found = {
             split: [self.question(row, columns, judged=split != "train") for row in found]
@@ -59,6 +73,16 @@ class LanguageTask(CausalTask):
     def right(self, question: Question, prediction: Any) -> bool:
         """Whether what a model has said is the answer."""
 
+    def asked(self, text: str, further: str, judged: bool) -> str:
+        """The prompt of a question, with the text that comes with it in its own place, or else below the question."""
+        prompt = (self.recipe.test_prompt if judged else None) or self.recipe.prompt or f"{self.shown}\n"
+        if further and self.recipe.prompt_with_input is None:
+            text, further = f"{text}\n\n{further}", ""
+        elif further:
+            prompt = str(self.recipe.prompt_with_input)
+        parts = {self.shown: text, **({"{input}": further} if further else {})}
+        return re.sub("|".join(map(re.escape, parts)), lambda found: parts[found[0]], prompt)
+
     def fingerprint(self) -> str:
         return data.fingerprint(
             *([(q.prompt, q.completion, q.answer, q.choices, q.set) for q in split] for split in self.splits.values())
@@ -76,9 +100,16 @@ class LanguageTask(CausalTask):
     def training_rows(self, split: str) -> list[dict[str, Any]]:
         texts = []
         for question in self.splits[split]:
-            ids, prompt = self.tokens(question.prompt, question.completion, end=True)
-            texts.append((ids, [IGNORED] * prompt + ids[prompt:]))
+            ids, given = self._given(question)
+            texts.append((ids, [IGNORED] * given + ids[given:]))
         return list(self.fitting(split, texts, whole=False).values())
+
+    def _given(self, question: Question) -> tuple[list[int], int]:
+        """The tokens of a question and its answer, and how many of them, from the first, are not learnt."""
+        ids, given = self.tokens(question.prompt, question.completion, end=True)
+        if self.recipe.learn == "after-prompt":
+            given = min(len(self.tokenizer(question.prompt)["input_ids"]), len(ids))
+        return ids, 0 if self.recipe.learn == "text" else given
 
     def examine(self, model: Any, split: str) -> tuple[list[Any], dict[str, float], list[Any]]:
         questions = self.splits[split]
@@ -107,16 +138,20 @@ class LanguageTask(CausalTask):
     def _generated(self, model: Any, questions: Sequence[Question]) -> list[str]:
         prompts = [list(self.tokenizer(question.prompt)["input_ids"]) for question in questions]
         found: list[Any] = [None] * len(questions)
+        how = self.recipe.generation
+        if how.dtype is not None:
+            model = models.merged_copy(model, how.dtype)
         for indices, ids, mask in self.batches(prompts, model, "generating"):
             generated = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=self.recipe.max_new_tokens,
                 do_sample=False,
-                # Models carry settings for sampling, which greedy decoding has no use for and warns of.
-                temperature=None,
-                top_p=None,
-                top_k=None,
+                num_beams=how.num_beams,
+                # Models carry settings for sampling, which this has no use for and warns of.
+                temperature=how.temperature,
+                top_p=how.top_p,
+                top_k=how.top_k,
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=self.tokenizer.eos_token_id,
             )
@@ -154,8 +189,8 @@ class LanguageTask(CausalTask):
         return choice
 
     def _losses(self, model: Any, questions: Sequence[Question]) -> list[float]:
-        """The mean negative log-likelihood of a token of the right answer, for each question."""
-        tokens = [self.tokens(question.prompt, question.completion, end=True) for question in questions]
+        """The mean negative log-likelihood of a token that is learnt, of the right answer, for each question."""
+        tokens = [self._given(question) for question in questions]
         length = self.recipe.train.max_length
         cut, prompts = [ids[: max(length, prompt + 1)] for ids, prompt in tokens], [prompt for _, prompt in tokens]
         found = [0.0] * len(questions)

@@ -9,7 +9,8 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from isotune.experiments import data
-from isotune.experiments.recipe import Data, Recipe, RecipeError
+from isotune.experiments.recipe import Recipe, RecipeError
+from isotune.experiments.sections import Data
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.language import LanguageTask, Question
 
@@ -21,19 +22,21 @@ class MathWords(LanguageTask):
     """A worked solution, right if its final answer is; see `Task`.
 
     A row has `question` and `answer`, the worked solution. Where it is judged the solution ends in "#### number", and
-    the final numbers are compared, or holds \\boxed{…}, and the expressions are, by the library math-verify.
+    the final numbers are compared, or holds \\boxed{…}, and the expressions are, by the library math-verify. With a
+    `prompt_with_input` the question is its first line, and the lines below, where there are any, are its input.
     """
+
+    shown = "{question}"
 
     def __init__(self, recipe: Recipe) -> None:
         if recipe.score == "likelihood":
             raise RecipeError("the task math has no answers to choose from: score is generation or loss")
-        if recipe.prompt is not None and "{question}" not in recipe.prompt:
-            raise RecipeError("the prompt of the task math must contain {question}")
         super().__init__(recipe)
 
     def question(self, row: Row, columns: Data, judged: bool) -> Question:
         asked, solution = data.cell(row, columns.text[0]), data.cell(row, columns.label)
-        prompt = (self.recipe.prompt or "{question}\n").replace("{question}", asked)
+        lines = asked.split("\n", 1) if self.recipe.prompt_with_input is not None else [asked]
+        prompt = self.asked(lines[0], "".join(lines[1:]), judged)
         answer = self._final(row, solution)
         if judged and not answer and self.recipe.score != "loss":
             raise DataError(

@@ -123,7 +123,7 @@ class Preference(DialogueTask):
 
     def encode(self) -> Encoded:
         beta = self.recipe.preference.beta
-        arguments = partial(DPOConfig, beta=beta, max_length=None, bf16=False, precompute_ref_log_probs=True)
+        arguments = partial(DPOConfig, beta=beta, max_length=None, precompute_ref_log_probs=True)
         return replace(super().encode(), trainer=DpoLoop, arguments=arguments)
 
     def length(self, row: Mapping[str, Any]) -> int:

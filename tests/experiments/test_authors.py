@@ -87,7 +87,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def trained(name: str, model: Path, data: Path, output: Path, *overrides: str) -> dict[str, Any]:
     given = [f"model={model}", f"data.path={data}", f"output={output}", "method.r=4", "train.max_steps=1"]
-    return run(load(name, ["variant=authors", *given, *overrides]))
+    # The untrained model would be asked as well.
+    return run(load(name, ["variant=authors", "score_untrained=false", *given, *overrides]))
 
 
 def rows_of(batches: Sequence[dict[str, Any]], name: str) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """Run one experiment of PEFT's own benchmark by PEFT's unchanged run.py, with isotune's methods registered.
 
-    git clone https://github.com/huggingface/peft
+    git clone --branch v0.21.2 https://github.com/huggingface/peft
     python benchmarks/peft_comparison/experiments.py peft/method_comparison/MetaMathQA
     python benchmarks/peft_comparison/run.py peft/method_comparison/MetaMathQA \\
         experiments/isotune-psoft/llama-3.2-3B-rank256 -v
@@ -137,16 +137,19 @@ def check_experiment(benchmark: Path, experiment: Path) -> tuple[Path, Path]:
 
 def check_model(benchmark: Path, experiment: Path) -> None:
     """That the model of an experiment is a local folder, in the cache, or can be fetched."""
+    from huggingface_hub import snapshot_download
+
+    from isotune.experiments.files import read_object
+
     settings: dict[str, Any] = {}
     for path in (benchmark / DEFAULTS, experiment / "training_params.json"):
         try:
-            settings |= json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except (ValueError, TypeError) as error:
-            raise Missing(f"{path} is no JSON object: {error}") from error
+            settings |= read_object(path) if path.is_file() else {}
+        except ValueError as error:
+            raise Missing(str(error)) from error
     model = str(settings.get("model_id", ""))
     if Path(model).is_dir():
         return
-    from huggingface_hub import snapshot_download
 
     try:
         snapshot_download(model, allow_patterns=["config.json", "model_index.json"])
@@ -179,13 +182,11 @@ def run(benchmark: Path, experiment: Path, options: list[str]) -> Path | None:
     import isotune  # registers the methods with PEFT
 
     library = check_library(benchmark, source)
-    if sys.version_info < (3, 12):
-        print(
-            "PEFT's benchmark asks for Python 3.12; with an older one its utils.py cannot save the adapter", flush=True
-        )
     root, relative = check_experiment(benchmark, experiment)
     check_model(benchmark, root / relative)
     print(f"isotune {isotune.__version__}, {library}: {relative}", flush=True)
+    if sys.version_info < (3, 12) and "TemporaryDirectory" in (benchmark / "utils.py").read_text(encoding="utf-8"):
+        print("Python below 3.12: PEFT's utils.py cannot save the adapter and notes no true file size", flush=True)
     for name in RESULTS:  # PEFT writes there when all is done, and fails where a fresh clone does not have the folder
         (benchmark / name).mkdir(exist_ok=True)
     before = results(benchmark)
@@ -194,6 +195,16 @@ def run(benchmark: Path, experiment: Path, options: list[str]) -> Path | None:
     sys.argv = [str(benchmark / "run.py"), *options, str(relative)]
     runpy.run_path(sys.argv[0], run_name="__main__")
     return next((path for path, time in results(benchmark).items() if before.get(path) != time), None)
+
+
+def conclude(written: Path | None) -> None:
+    """Say where the result is; exits with 1 where there is none, or one of a training that came to nothing."""
+    if written is None:
+        raise SystemExit("PEFT's run.py wrote no result")
+    content = json.loads(written.read_text(encoding="utf-8"))
+    print(f"wrote {written}; isotune report {written.parent} shows it")
+    if content["train_info"]["status"] != "success":
+        raise SystemExit(f"the training came to nothing: {content['run_info'].get('error_msg') or 'no reason given'}")
 
 
 def main() -> None:
@@ -206,12 +217,7 @@ def main() -> None:
         written = run(given.benchmark.resolve(), given.experiment, options)
     except Missing as error:
         raise SystemExit(str(error)) from error
-    if written is None:
-        raise SystemExit("PEFT's run.py wrote no result")
-    content = json.loads(written.read_text(encoding="utf-8"))
-    print(f"wrote {written}; isotune report {written.parent} shows it")
-    if content["train_info"]["status"] != "success":
-        raise SystemExit(f"the training came to nothing: {content['run_info'].get('error_msg') or 'no reason given'}")
+    conclude(written)
 
 
 if __name__ == "__main__":

@@ -125,10 +125,11 @@ def test_what_failed_is_told(tmp_path: Path) -> None:
         result("oft/tiny-1B-default", "OFT", 0.4),
     )
     (found,) = comparisons([folder])
-    assert "HRA default (PEFT) failed: CUDA out of memory. Tried more" in found.notes
+    assert "HRA default (PEFT) failed: CUDA out of memory." in found.notes
     assert [variant.title for variant in found.scored] == ["OFT default (PEFT)"]
 
 
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="needs the records of the repository")
 def test_the_published_results_stand_beside_a_users_own_with_their_source(tmp_path: Path) -> None:
     images, words = comparisons([PUBLISHED])
     assert (images.metric, words.metric) == ("dino_similarity", "accuracy")

@@ -154,6 +154,12 @@ class _Trained:
         return f"{self.method.title} {name}" + (f" ({', '.join(marks)})" if marks else "")
 
     @property
+    def from_hub(self) -> bool:
+        """Whether its test set is known to be the Hub's, not another of its name."""
+        found = self.result.meta_info.dataset_info.get("gsm8k")
+        return isinstance(found, dict) and bool(found.get("sha"))
+
+    @property
     def old_forgetting(self) -> bool:
         """Whether its forgetting was measured in the way that PEFT has mended since."""
         created = self.result.run_info.created_at
@@ -169,9 +175,7 @@ class _Trained:
             for point in measured.metrics
             if "step" in point and f"valid {metric}" in point
         ]
-        failed = (
-            "" if measured.status == "success" else run.error_msg or f"its status is {measured.status or 'unknown'}"
-        )
+        said = run.error_msg.partition("\\n")[0] or f"its status is {measured.status or 'unknown'}"  # the first line
         system = meta.system_info
         content = {
             "label": self.label,
@@ -180,7 +184,7 @@ class _Trained:
             "metric": metric,
             "lr": self.lr,
             "seed": run.train_config.seed,
-            "failed": " ".join(failed.split()),
+            "failed": "" if measured.status == "success" else said,
             "test": {metric: last.get(f"test {metric}")},
             "validation": {metric: next((p[f"validation_{metric}"] for p in reversed(curve)), None)},
             "curve": curve,
@@ -280,7 +284,7 @@ def _comparison(metric: str, model: str, trained: Sequence[_Trained]) -> Compari
     ]
     runs = [one.record(metric) for one in trained]
     about = _benchmark(metric)
-    from_hub = all((one.result.meta_info.dataset_info.get("gsm8k") or {}).get("sha") for one in trained)
+    from_hub = all(one.from_hub for one in trained)
     return Comparison(
         folder=folder,
         recipe=about.title,

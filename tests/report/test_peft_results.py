@@ -123,10 +123,13 @@ def test_what_failed_is_told(tmp_path: Path) -> None:
         tmp_path / "cancelled_results",
         result("hra/tiny-1B-default", "HRA", None, error="CUDA out of memory.\nTried more"),
         result("oft/tiny-1B-default", "OFT", 0.4),
+        result("oft/tiny-1B-default", "OFT", None, seed=1),
+        result("oft/other-default", "OFT", 0.1, config={"oft_block_size": 4}),
     )
     (found,) = comparisons([folder])
+    assert "OFT default (PEFT) failed: its status is canceled" in found.notes  # one of two seeds
     assert "HRA default (PEFT) failed: CUDA out of memory." in found.notes
-    assert [variant.title for variant in found.scored] == ["OFT default (PEFT)"]
+    assert [variant.title for variant in found.scored] == ["OFT other-default (PEFT)", "OFT default (PEFT)"]
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="needs the records of the repository")

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, AliasChoices, Field
 
 from isotune.experiments.files import read_json, read_object
-from isotune.experiments.outcome import MethodResult, method_result
+from isotune.experiments.outcome import MethodResult, method_result, with_titles
 from isotune.experiments.records import Number, Object, Part, Record, Scores, Text, Whole, number, parse, record_of
 from isotune.experiments.registry import Entry, entries, entry
 from isotune.experiments.text import printable
@@ -154,6 +154,12 @@ class _Trained:
         return f"{self.method.title} {name}" + (f" ({', '.join(marks)})" if marks else "")
 
     @property
+    def gpu(self) -> Any:
+        """What it ran on, where that is noted; results of 2025 call it otherwise."""
+        system = self.result.meta_info.system_info
+        return system.get("accelerator") or system.get("gpu")
+
+    @property
     def from_hub(self) -> bool:
         """Whether its test set is known to be the Hub's, not another of its name."""
         found = self.result.meta_info.dataset_info.get("gsm8k")
@@ -176,7 +182,6 @@ class _Trained:
             if "step" in point and f"valid {metric}" in point
         ]
         said = run.error_msg.partition("\\n")[0] or f"its status is {measured.status or 'unknown'}"  # the first line
-        system = meta.system_info
         content = {
             "label": self.label,
             "method": {"name": self.method.name},
@@ -198,10 +203,7 @@ class _Trained:
                 for name, version in meta.package_info.items()
                 if name.endswith("-version")
             },
-            "hardware": {
-                "accelerator": system.get("accelerator") or system.get("gpu"),
-                "platform": system.get("system"),
-            },
+            "hardware": {"accelerator": self.gpu, "platform": meta.system_info.get("system")},
         }
         return record_of(content, self.path)
 
@@ -271,22 +273,27 @@ def _benchmark(metric: str) -> _Benchmark:
 
 
 def _comparison(metric: str, model: str, trained: Sequence[_Trained]) -> Comparison:
-    folder = trained[0].path.parent
     # Of several trainings of one experiment, rate and seed the last counts.
-    trained = sorted(trained, key=lambda one: one.result.run_info.created_at)
-    rates: dict[str, list[float | None]] = {}
-    for one in trained:
-        rates.setdefault(one.label, [])
-        rates[one.label] += [one.lr] if one.lr not in rates[one.label] else []
-    pairs = [(label, lr) for label, found in sorted(rates.items()) for lr in found]
-    variants = [
-        _variant([o for o in trained if (o.label, o.lr) == pair], metric, len(rates[pair[0]])) for pair in pairs
-    ]
-    runs = [one.record(metric) for one in trained]
+    by_date = sorted(trained, key=lambda one: one.result.run_info.created_at)
+    recorded = [(one, one.record(metric)) for one in by_date]
+    groups: dict[tuple[str, float | None], list[tuple[_Trained, Record]]] = {}
+    for one, record in recorded:
+        groups.setdefault((one.label, one.lr), []).append((one, record))
+    labels = [label for label, _ in groups]
+    variants = with_titles(
+        [
+            _variant(groups[label, lr], f"{lr:g}" if lr is not None and labels.count(label) > 1 else "")
+            for label, lr in sorted(groups, key=lambda pair: pair[0])
+        ]
+    )
+    runs = [record for _, record in recorded]
     about = _benchmark(metric)
-    from_hub = all(one.from_hub for one in trained)
+    notes = _differences(by_date)
+    if any(run.forgetting is not None for run in runs):
+        notes.append(f"Forgetting is the change of {about.forgetting}.")
+    notes += [f"{variant.title} failed: {variant.failed}" for variant in variants if variant.failed is not None]
     return Comparison(
-        folder=folder,
+        folder=trained[0].path.parent,
         recipe=about.title,
         task="",
         model=model,
@@ -294,34 +301,24 @@ def _comparison(metric: str, model: str, trained: Sequence[_Trained]) -> Compari
         higher_is_better=True,
         seeds=sorted({run.seed for run in runs}),
         command="",
-        data={"test": about.test} if about.test and from_hub else {},
+        data={"test": about.test} if about.test and all(one.from_hub for one in trained) else {},
         match_params=None,
         variants=variants,
         runs=runs,
         chosen_by=metric,
-        notes=[
-            *_differences(trained),
-            *(
-                [f"Forgetting is the change of {about.forgetting}."]
-                if any(run.forgetting is not None for run in runs)
-                else []
-            ),
-            *(f"{v.title} failed: {v.failed}" for v in variants if v.failed is not None),
-        ],
+        notes=notes,
         foreign=True,
     )
 
 
-def _variant(trained: Sequence[_Trained], metric: str, rates: int) -> MethodResult:
-    """The trainings of one experiment at one rate, a seed each."""
-    records = [one.record(metric) for one in trained]
-    last = trained[-1]
-    done = any(record.failed is None for record in records)
-    failed = None if done else records[-1].failed
-    label = last.label + (f" lr={last.lr:g}" if rates > 1 and last.lr is not None else "")
+def _variant(recorded: Sequence[tuple[_Trained, Record]], rate: str) -> MethodResult:
+    """The trainings of one experiment at one rate, a seed each; `rate` where it must be told from another."""
+    last, records = recorded[-1][0], [record for _, record in recorded]
+    done = {record.seed for record in records if record.failed is None}
+    failed = next((r.failed for r in reversed(records) if r.failed is not None and r.seed not in done), None)
+    label = last.label + (f" lr={rate}" if rate else "")
     found = method_result(label, records, method={"name": last.method.name}, lr=last.lr, failed=failed)
-    title = last.title + (f" at {last.lr:g}" if rates > 1 and last.lr is not None else "")
-    return dataclasses.replace(found, title=title)
+    return dataclasses.replace(found, title=last.title + (f" at {rate}" if rate else ""))
 
 
 def _differences(trained: Sequence[_Trained]) -> list[str]:
@@ -332,7 +329,7 @@ def _differences(trained: Sequence[_Trained]) -> list[str]:
         for source in dict.fromkeys(one.source for one in trained if one.source is not None)
     ]
     facts: list[tuple[str, str, Callable[[_Trained], Any]]] = [
-        ("The GPU", ", so compare times and memory only of the same one", _gpu),
+        ("The GPU", ", so compare times and memory only of the same one", lambda one: one.gpu),
         ("The version of PEFT", "", lambda one: one.result.meta_info.package_info.get("peft-version")),
         ("The version of torch", "", lambda one: one.result.meta_info.package_info.get("torch-version")),
         ("The number of steps", "", lambda one: one.result.run_info.train_config.max_steps),
@@ -350,11 +347,6 @@ def _differences(trained: Sequence[_Trained]) -> list[str]:
         )
     notes.append("Learning rates are those of each experiment; PEFT's benchmark searches none.")
     return notes
-
-
-def _gpu(one: _Trained) -> Any:
-    system = one.result.meta_info.system_info
-    return system.get("accelerator") or system.get("gpu")
 
 
 def _told(trained: Sequence[_Trained], fact: Callable[[_Trained], Any]) -> str:

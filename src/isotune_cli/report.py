@@ -12,7 +12,10 @@ from isotune_cli.shared import Result
 
 def report_results(
     results: Annotated[
-        list[str], typer.Argument(metavar="RESULTS", help="Folders that isotune compare or train wrote.")
+        list[str],
+        typer.Argument(
+            metavar="RESULTS", help="Folders that isotune compare or train wrote, or of results of PEFT's benchmark."
+        ),
     ],
     output: Annotated[
         str | None,
@@ -26,12 +29,12 @@ def report_results(
     from isotune.experiments.files import write_text
     from isotune.report import table
     from isotune.report.page import render
-    from isotune.report.results import read
+    from isotune.report.reading import comparisons
 
     writers = {"html": render, **table.FORMATS}
     if form not in writers:
         raise ValueError(f"--format {form} is not one of {', '.join(writers)}")
-    found = [read(Path(folder)) for folder in results]
+    found = comparisons([Path(folder) for folder in results])
     text = writers[form](found)
     if output is None and form == "html":
         output = "report.html"

@@ -73,3 +73,9 @@ def test_every_method_of_the_package_says_its_title_rate_and_size() -> None:
         "full",
     }
     assert found["psoft_so"].fixed == {"psoft_mag_a": False, "psoft_mag_b": False}
+
+
+def test_only_a_head_and_full_fine_tuning_are_no_adapters() -> None:
+    """A method that is not known here, as in another release's record, is one."""
+    assert [name for name in registry.entries() if registry.is_plain(name)] == ["head", "full"]
+    assert not registry.is_plain("lily")

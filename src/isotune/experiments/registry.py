@@ -110,4 +110,5 @@ def entry(name: str) -> Entry:
 
 def is_plain(name: str) -> bool:
     """Whether a method is no adapter: a head alone, or full fine-tuning."""
-    return entry(name).base is None
+    known = entries().get(name)
+    return known is not None and known.base is None

@@ -103,7 +103,8 @@ def _open(judge: _Judge, rivals: Sequence[MethodResult], best: MethodResult) -> 
     if 1 < len(near) < len(rivals) - 1:
         told = _listed([judge.name(v) for v in near])
     has = f"{judge.name(best)} has the {which} {comparison.metric_name} ({comparison.shown(best.mean)})"
-    basis = "A difference is judged by how far the seeds of a method lie apart: run at least three (--seeds 3)."
+    how = "" if comparison.foreign else " (--seeds 3)"
+    basis = f"A difference is judged by how far the seeds of a method lie apart: run at least three{how}."
     sentence = f"{has}, but {_seeds(fewest)} cannot tell it from {told}."
     return Finding(sentence, basis if fewest == 1 else judge.basis(best))
 
@@ -133,7 +134,7 @@ class _Judge:
         self.variance = squares / self.freedom if self.freedom else 0.0
         titles = [entry(v.name).title for v in comparison.variants]
         self._names = {
-            v.label: title if titles.count(title) == 1 else v.title
+            v.label: title if titles.count(title) == 1 and not comparison.foreign else v.title
             for v, title in zip(comparison.variants, titles, strict=True)
         }
 

@@ -39,6 +39,8 @@ class Comparison:
     """The validation metric that learning rates were compared by."""
     notes: Sequence[str] = ()
     """What is missing, a sentence each."""
+    foreign: bool = False
+    """Whether another library's command made it, and its own results may stand in it: methods go by whole titles."""
 
     @property
     def percent(self) -> bool:

@@ -1,9 +1,9 @@
 """What a training step keeps for backward: the formula of the PSOFT paper's Table 9 beside what is counted.
 
-The formula is for float32 and for attention that keeps its scores, 9abs² bytes a layer. Attention is fused today and keeps
-none, so the table has the formula without that term, too. Counted are the bytes that autograd saves in one training step,
-on tensors that have shapes but no values (`isotune plan`): PSOFT, LoRA-XS and rotations are isotune's, LoRA, DoRA and VeRA
-PEFT's. Nothing is loaded or computed; it takes a minute.
+The formula is for float32 and for attention that keeps its scores, 9abs² bytes a layer. Attention is fused today and
+keeps none, so the table has the formula without that term, too. Counted are the bytes that autograd saves in one step of
+training, on tensors that have shapes but no values (`isotune plan`): PSOFT, LoRA-XS and rotations are isotune's, LoRA,
+DoRA and VeRA PEFT's. Nothing is loaded or computed; it takes a minute.
 
     python benchmarks/memory_formula.py
 """
@@ -58,7 +58,8 @@ def kept(memory: dict[str, int]) -> int:
 def main() -> None:
     """Print the tables."""
     for title, (config, batch, sequence) in MODELS.items():
-        print(f"\n{title}\n\n| | formula | formula without scores | counted | counted less LoRA's |\n|---|---|---|---|---|")
+        print(f"\n{title}\n\n| | formula | formula without scores | counted | counted less LoRA's |")
+        print("|---|---|---|---|---|")
         architecture = "BertForSequenceClassification" if config.model_type == "bert" else "LlamaForCausalLM"
         config.architectures = [architecture]
         rows = {}

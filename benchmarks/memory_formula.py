@@ -1,7 +1,7 @@
 """What a training step keeps for backward: the formula of the PSOFT paper's Table 9 beside what is counted.
 
-The formula is for float32 and for attention that keeps its scores, 9abs² bytes a layer. Attention is fused today and
-keeps none, so the table has the formula without that term, too. Counted are the bytes that autograd saves in one step of
+The formula is for float32 and for attention that keeps its scores, 9abs² bytes a layer. Attention is fused today, and
+keeps none, so the table has the formula without that term, too. Counted are the bytes that autograd saves in a step of
 training, on tensors that have shapes but no values (`isotune plan`): PSOFT, LoRA-XS and rotations are isotune's, LoRA,
 DoRA and VeRA PEFT's. Nothing is loaded or computed; it takes a minute.
 

@@ -50,7 +50,7 @@ def norms(recipe_task: Task, method: Method, size: int) -> dict[int, float]:
 
 def measure() -> list[dict[str, object]]:
     """A row for each size."""
-    recipe = load("word-order", [f"train.batch_size={BATCH}"])
+    recipe = load("demo", [f"train.batch_size={BATCH}"])
     task = tasks.make(recipe)
     rows: list[dict[str, object]] = []
     for name, key, size in SIZES:

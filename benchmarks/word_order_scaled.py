@@ -64,8 +64,8 @@ def short_model(name: str) -> list[str]:
 
 def sweep(folder: Path, jobs: int, minutes: float) -> None:
     """Train what is left, and begin nothing more after so many minutes."""
-    model, began = load("word-order", []).model, time.monotonic()
-    recipe = load("word-order", [*short_sentences(), *short_model(model), *PROTOCOL])
+    model, began = load("demo", []).model, time.monotonic()
+    recipe = load("demo", [*short_sentences(), *short_model(model), *PROTOCOL])
     schedules = {}
     for form in ("plain", "scaled"):
         option = "+scaled_generator=true" if form == "scaled" else ""
@@ -75,7 +75,7 @@ def sweep(folder: Path, jobs: int, minutes: float) -> None:
             if other == form
         ]
         options = compare.Options(methods=methods, seeds=1, threads=1)
-        schedules[form] = compare.plan("word-order", recipe, options, folder / form)
+        schedules[form] = compare.plan("demo", recipe, options, folder / form)
         schedules[form].begin()
     left = dict.fromkeys(schedules, 0)
     waiting = []

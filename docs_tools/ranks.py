@@ -85,12 +85,12 @@ def published() -> str:
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 MINILM = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 BUDGET = 40_572
-"""The parameters of rank 46 on all linear layers of MiniLM but its pooler, which the demo leaves out."""
+"""The parameters of rank 46 on all linear layers of MiniLM but its pooler, which its recipes leave out."""
 
 
 def chosen() -> str:
-    """Ranks of MiniLM's layers for one budget, by its weights and by its activations on the demo's data."""
-    task = tasks.make(load("demo"))
+    """Ranks of MiniLM's layers for one budget, by its weights and by its activations on the docstring task."""
+    task = tasks.make(load("docstrings"))
     model, _ = task.build()
     found = {}
     for measure in ("squares", "activations"):
@@ -142,7 +142,7 @@ def language() -> str:
 
 def compared() -> str:
     """Test accuracy of one rank for all layers and of chosen ranks, as the record of the comparison says."""
-    lines = ["| ranks of PSOFT on the demo | adapter parameters | test accuracy | by seed |", "|---|---|---|---|"]
+    lines = ["| ranks of PSOFT on docstrings | adapter parameters | test accuracy | by seed |", "|---|---|---|---|"]
     for row, name in _rows("ranks"):
         scores = ", ".join(f"{score:.1%}" for score in row["scores"].values())
         mean = f"{row['mean']:.1%} ± {row['standard_error']:.1%}"

@@ -50,7 +50,7 @@ def command(settings: Settings, model: str, folder: Path) -> list[str]:
     jobs = 1 if settings.dry else max(1, min(8, (os.cpu_count() or 2) // 2))
     search = ["--lr-search", str(sizes[0]), "--seeds", str(sizes[1]), "--lr-factor", str(FACTOR)]
     where = ["--jobs", str(jobs), "--threads", "1", "-o", str(folder)]
-    call = [sys.executable, "-m", "isotune", "compare", "demo", f"model={model}", *tiny]
+    call = [sys.executable, "-m", "isotune", "compare", "docstrings", f"model={model}", *tiny]
     return [*call, "--methods", ",".join(methods), *search, *where]
 
 

@@ -31,14 +31,14 @@ def test_the_demo_trains_reloads_and_merges(tmp_path: Path) -> None:
     folder, printed = finished(tmp_path / "run")
     result = found_in(folder)
     head, psoft = result["runs"]
-    assert (head["method"]["name"], psoft["method"]) == ("head", {"name": "psoft", "r": 46})
+    assert (head["method"]["name"], psoft["method"]) == ("head", {"name": "psoft", "r": 46, "scaled_generator": True})
     # 36 linear layers of r(r − 1)/2 + 2r each, and the head.
     assert psoft["trainable_parameters"] == 36 * (46 * 45 // 2 + 2 * 46) + head["trainable_parameters"]
-    assert head["trainable_parameters"] == 20 * 385
+    assert head["trainable_parameters"] == 2 * 385
     for name in ("reloaded", "merged"):
         assert result["saved"][name] == {"accuracy": result["metrics"]["accuracy"], "changed": 0}
     assert (folder / "chart.png").stat().st_size > 5_000
-    for shown in ("majority class", "untrained head", "head only", "PSOFT r=46, reloaded", "PSOFT r=46, merged"):
+    for shown in ("majority class", "untrained head", "head only", "PSOFT r=46 scaled, reloaded", "PSOFT r=46 scaled, merged"):
         assert shown in printed
     assert all(len(line) <= 100 for line in printed.splitlines())
     assert_exports(folder, "psoft", tmp_path / "exported")

@@ -220,8 +220,9 @@ class Schedule:
             except ValueError as error:
                 raise RecipeError(f"cannot read {path}: its settings are none that this release knows") from error
         for key, value in run.identity().items():
-            # A training of an earlier release has stored less, and its folder was claimed for this very recipe.
-            if key != "phase" and key in content and content[key] != value:
+            # A training of an earlier release has stored less. The folder was claimed for what the recipe holds, whatever
+            # it is called.
+            if key not in ("phase", "recipe") and key in content and content[key] != value:
                 raise RecipeError(
                     f"{path} is of a run with other settings ({key} is {shown(content[key])} there and {shown(value)} "
                     "here); give another folder with -o, or remove that one"

@@ -75,7 +75,7 @@ def build(root: Path | None = None, classes: int = 20) -> tuple[dict[str, list[t
     if len(names) < 2:
         raise ValueError(
             f"the Python sources under {root} hold no docstrings to learn from; "
-            "run the demo with a Python whose standard library is installed as source"
+            "use a Python whose standard library is installed as source"
         )
     # Bounded by anything but a letter, as in `http_error` and `xml2`.
     letter = r"[^\W\d_]"

@@ -87,18 +87,18 @@ def load(data: Data, regression: bool = False, text_of: Callable[[Row, str], str
         DataError: the data cannot be used; the message names the file, line and column.
     """
     rows, data = read(data)
-    for found in rows.values():
+    texts: dict[str, list[list[str]]] = {split: [] for split in rows}
+    for split, found in rows.items():
         for row in found:
-            for column in (*data.text, data.label):
-                cell(row, column)
+            texts[split].append([text_of(row, column) for column in data.text])
+            cell(row, data.label)
     names = [] if regression else label_names(data, rows["train"])
 
-    def example(row: Row) -> Example:
-        texts = [text_of(row, column) for column in data.text]
+    def example(row: Row, texts: list[str]) -> Example:
         label = number(row, data.label, data.range) if regression else label_of(row, data, names)
         return Example(texts[0], texts[1] if len(texts) > 1 else None, label)
 
-    splits = {split: [example(row) for row in found] for split, found in rows.items()}
+    splits = {split: list(map(example, found, texts[split])) for split, found in rows.items()}
     return Examples(names, **arrange(data, splits, texts_of, (lambda example: 0) if regression else _class_of))
 
 
@@ -115,7 +115,8 @@ def read(data: Data) -> tuple[dict[str, list[Row]], Data]:
     """The rows of each split, none of them empty, and the section with the columns of the source that was read."""
     columns: dict[str, Any] = {}
     if data.path is None and data.builtin is not None:
-        rows, columns = builtin_rows(data.builtin), {"text": ["text"], "label": "label"}
+        rows = builtin_rows(data.builtin)
+        columns = {"text": [next(iter(rows["train"][0].values))], "label": "label"}
     elif data.path is None and data.hub is not None:
         rows = hub_rows(data.hub)
     else:

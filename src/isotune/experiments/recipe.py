@@ -132,7 +132,7 @@ class Data(_Section):
     of training examples that become the validation set, and as many more become the test set where there is none.
     """
 
-    builtin: Literal["stdlib-docstrings", "stdlib-word-order"] | None = None
+    builtin: Literal["stdlib-docstrings", "stdlib-word-order", "digits", "mnist"] | None = None
     hub: HubData | None = None
     files: FileData | None = None
     path: str | None = None
@@ -253,7 +253,8 @@ class Recipe(_Section):
     """A whole experiment: model, task, data, method, training and where the results go.
 
     `group` is the part of its suite that a task is averaged in. For language models: `dtype` is that of the frozen
-    weights, `prompt` a text with the columns' names in braces, `score` how answers are found.
+    weights, `prompt` a text with the columns' names in braces, `score` how answers are found. For images: `image_size`
+    is the side in pixels of the squares that they are made, where not the model's own.
     """
 
     description: str = ""
@@ -265,6 +266,7 @@ class Recipe(_Section):
     prompt: str | None = None
     score: Literal["generation", "likelihood", "loss"] = "generation"
     max_new_tokens: Count = 32
+    image_size: Count | None = None
     data: Data
     method: MethodSpec
     baselines: list[MethodSpec] = Field(default_factory=list)

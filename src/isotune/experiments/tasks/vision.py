@@ -1,4 +1,4 @@
-"""Images and their class, read from list files when they are needed: a test set need not fit into memory."""
+"""Images and their class, read when they are needed: a test set need not fit into memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from isotune.experiments import data, models
+from isotune.experiments.builtin_images import BuiltinImage
 from isotune.experiments.recipe import Data
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.classification import Classifier
@@ -19,18 +20,20 @@ from isotune.experiments.tasks.classification import Classifier
 class ImageClassification(Classifier):
     """A class for each image, from logits (images, classes); see `Task`.
 
-    The fingerprint is that of paths and labels: no image is read twice for it.
+    Images lie in files, or come with a package. The fingerprint is that of paths, or of places in the package's set,
+    and labels: no image is read twice for it.
     """
 
     peft_type = None
 
     def load(self) -> data.Examples:
         recipe = self.recipe.data
+        self._stored: dict[str, BuiltinImage] = {}
         if recipe.hub is not None and recipe.path is None:
             raise DataError("images are read from local files: give data.path and data.files")
         if recipe.text == Data.model_fields["text"].get_default(call_default_factory=True):
             recipe = recipe.model_copy(update={"text": ["image"]})
-        found = data.load(recipe, text_of=_checked)
+        found = data.load(recipe, text_of=self._name)
         every = [example for split in (found.train, found.validation, found.test) for example in split]
         counts = Counter(example.label for example in every)
         for example in every:
@@ -41,20 +44,36 @@ class ImageClassification(Classifier):
                 )
         return found
 
+    def _name(self, row: Row, column: str) -> str:
+        """What an image is called: its path, once its header has been read, or its place in the package's set."""
+        value = data.given(row, column)
+        if not isinstance(value, BuiltinImage):
+            return _checked(row, column)
+        self._stored[row.where] = value
+        return row.where
+
     def build(self) -> tuple[Any, list[str]]:
-        return models.load_image_classifier(self.recipe.model, self.examples.labels)
+        return models.load_image_classifier(self.recipe.model, self.examples.labels, self.recipe.image_size)
 
     def rows(self, split: Sequence[data.Example]) -> list[dict[str, Any]]:
         return [{"image": example.text, "labels": example.label} for example in split]
 
     def collator(self) -> Any:
-        processor = models.image_processor_for(self.recipe.model)
+        processor = models.image_processor_for(self.recipe.model, self.recipe.image_size)
 
         def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-            pixels = processor(images=[_read(row["image"]) for row in rows], return_tensors="pt")["pixel_values"]
+            pixels = processor(images=[self._read(row["image"]) for row in rows], return_tensors="pt")["pixel_values"]
             return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
 
         return collate
+
+    def _read(self, name: str) -> Any:
+        stored = self._stored.get(name)
+        try:
+            with Image.open(name) if stored is None else stored.read() as image:
+                return image.convert("RGB")
+        except OSError as error:
+            raise DataError(f"cannot read the image {name}: {error}") from error
 
 
 def _checked(row: Row, column: str) -> str:
@@ -68,11 +87,3 @@ def _checked(row: Row, column: str) -> str:
     except (OSError, Image.DecompressionBombError) as error:
         where = "" if row.where == path else f"{row.where}: "
         raise DataError(f"{where}{path} is no image that can be read: {error}") from error
-
-
-def _read(path: str) -> Any:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise DataError(f"cannot read the image {path}: {error}") from error

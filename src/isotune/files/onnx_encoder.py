@@ -41,6 +41,7 @@ def write_encoder(file: Path, prefix: str, folder: Path) -> None:
     """
     try:
         import onnx
+        from google.protobuf.message import DecodeError
         from onnx import numpy_helper
     except ImportError as error:
         raise ValueError(
@@ -51,7 +52,7 @@ def write_encoder(file: Path, prefix: str, folder: Path) -> None:
         stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
         weights = _named(graph, stored, prefix)
         config = _config(weights)
-    except (OSError, KeyError, ValueError, IndexError, StopIteration, onnx.checker.ValidationError) as error:
+    except (OSError, DecodeError, LookupError, ValueError, StopIteration) as error:
         raise ValueError(f"{file} holds no DINOv2 encoder whose names begin with {prefix!r} ({error!r}).") from error
     folder.mkdir(parents=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -35,7 +35,7 @@ def test_splits_have_no_image_twice_and_depend_on_pixels_alone(monkeypatch: pyte
     # In another order, and one of them twice: the same splits.
     pixels, labels = builtin_images._digits()
     order = np.r_[np.arange(len(pixels))[::-1], 0]
-    monkeypatch.setitem(builtin_images._SOURCES, "digits", ("x", lambda: (pixels[order], labels[order])))
+    monkeypatch.setitem(builtin_images.SOURCES, "digits", ("x", lambda: (pixels[order], labels[order])))
     for split, rows in builtin_images.build("digits").items():
         assert [(i.pixels.tolist(), c) for _, i, c in rows] == [(i.pixels.tolist(), c) for _, i, c in splits[split]]
 

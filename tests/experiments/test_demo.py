@@ -38,7 +38,13 @@ def test_the_demo_trains_reloads_and_merges(tmp_path: Path) -> None:
     for name in ("reloaded", "merged"):
         assert result["saved"][name] == {"accuracy": result["metrics"]["accuracy"], "changed": 0}
     assert (folder / "chart.png").stat().st_size > 5_000
-    for shown in ("majority class", "untrained head", "head only", "PSOFT r=46 scaled, reloaded", "PSOFT r=46 scaled, merged"):
+    for shown in (
+        "majority class",
+        "untrained head",
+        "head only",
+        "PSOFT r=46 scaled, reloaded",
+        "PSOFT r=46 scaled, merged",
+    ):
         assert shown in printed
     assert all(len(line) <= 100 for line in printed.splitlines())
     assert_exports(folder, "psoft", tmp_path / "exported")

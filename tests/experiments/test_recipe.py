@@ -27,7 +27,7 @@ def path(tmp_path: Path) -> str:
 
 def test_every_packaged_recipe_is_valid() -> None:
     assert {name.partition("/")[0] for name in packaged()} == {
-        *("demo", "docstrings", "arc", "gsm8k"),
+        *("demo", "docstrings", "few-shot", "arc", "gsm8k"),
         *("glue", "vtab", "math", "commonsense"),
     }
     for name in packaged():

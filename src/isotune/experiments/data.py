@@ -117,7 +117,8 @@ def read(data: Data) -> tuple[dict[str, list[Row]], Data]:
     """The rows of each split, none of them empty, and the section with the columns of the source that was read."""
     columns: dict[str, Any] = {}
     if data.path is None and data.builtin is not None:
-        rows, columns = builtin_rows(data.builtin), {"text": ["text"], "label": "label"}
+        rows = builtin_rows(data.builtin)
+        columns = {"text": [next(iter(rows["train"][0].values))], "label": "label"}
     elif data.path is None and data.hub is not None:
         rows = hub_rows(data.hub)
     else:

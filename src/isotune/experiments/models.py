@@ -94,9 +94,18 @@ def load_classifier(name: str, pooling: str, labels: list[str]) -> tuple[Any, li
     return _with_new_head(transformers.AutoModelForSequenceClassification, name, config)
 
 
-def load_image_classifier(name: str, labels: list[str]) -> tuple[Any, list[str]]:
-    """An image encoder with a new head; as `load_classifier`."""
-    return _with_new_head(transformers.AutoModelForImageClassification, name, _config(name, labels))
+def load_image_classifier(name: str, labels: list[str], side: int | None = None) -> tuple[Any, list[str]]:
+    """An image encoder with a new head, for squares of `side` pixels; as `load_classifier`."""
+    model, new = _with_new_head(transformers.AutoModelForImageClassification, name, _config(name, labels))
+    if side is not None:
+        try:
+            with torch.no_grad():
+                model(pixel_values=torch.zeros(1, 3, side, side))
+        except (ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"the model {name} takes no images of image_size={side} ({why_not_loaded(error)}); leave image_size out"
+            ) from error
+    return model, new
 
 
 def load_causal(name: str, dtype: str) -> Any:
@@ -115,10 +124,11 @@ def merged_copy(model: Any, dtype: str) -> Any:
     return merged.to(getattr(torch, dtype)).eval()
 
 
-def image_processor_for(name: str) -> Any:
-    """The image processor of a model."""
+def image_processor_for(name: str, side: int | None = None) -> Any:
+    """The image processor of a model, which makes squares of `side` pixels, or what it was published for."""
+    own = {} if side is None else {"size": {"height": side, "width": side}, "do_center_crop": False}
     with _named(name, "image processor of"):
-        return transformers.AutoImageProcessor.from_pretrained(locate(name))
+        return transformers.AutoImageProcessor.from_pretrained(locate(name), **own)
 
 
 def _config(name: str, labels: list[str]) -> Any:

@@ -41,6 +41,7 @@ def preview(schedule: Schedule) -> dict[str, Any]:
             dtype=recipe.dtype,
             batch=task.sequences * processes.share_of(settings.batch_size // settings.gradient_accumulation),
             sequence=settings.max_length,
+            image_size=recipe.image_size,
             checkpointing=settings.gradient_checkpointing,
             new_head=True,
         )

@@ -179,6 +179,7 @@ class Recipe(Section):
     weights, `prompt` a text with the columns' names in braces, `score` how answers are found. `prompt_with_input` is
     the prompt of questions that come with an {input}, and `test_prompt` that of questions that are only judged. Learnt
     is the "answer", what stands "after-prompt" if the prompt is tokenised alone, or the whole "text".
+    For images: `image_size` is the side in pixels of the squares that they are made, where not the model's own.
     """
 
     description: str = ""
@@ -195,6 +196,7 @@ class Recipe(Section):
     generation: Generation = Field(default_factory=Generation)
     score: Literal["generation", "likelihood", "loss"] = "generation"
     max_new_tokens: Count = 32
+    image_size: Count | None = None
     data: Data
     method: MethodSpec
     baselines: list[MethodSpec] = Field(default_factory=list)

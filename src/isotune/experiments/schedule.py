@@ -220,8 +220,8 @@ class Schedule:
             except ValueError as error:
                 raise RecipeError(f"cannot read {path}: its settings are none that this release knows") from error
         for key, value in run.identity().items():
-            # A training of an earlier release has stored less. The folder was claimed for what the recipe holds, whatever
-            # it is called.
+            # A training of an earlier release has stored less. The folder was claimed for what the recipe holds,
+            # whatever it is called.
             if key not in ("phase", "recipe") and key in content and content[key] != value:
                 raise RecipeError(
                     f"{path} is of a run with other settings ({key} is {shown(content[key])} there and {shown(value)} "

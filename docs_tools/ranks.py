@@ -131,12 +131,13 @@ def _rows(folder: str) -> list[tuple[dict[str, Any], str]]:
 def language() -> str:
     """The losses of the same choices on a language model."""
     lines = [
-        "| ranks of PSOFT on Gemma 3 270M | adapter parameters | test loss | validation loss |",
-        "|---|---|---|---|",
+        "| ranks of PSOFT on Gemma 3 270M | adapter parameters | test loss | by seed | validation loss |",
+        "|---|---|---|---|---|",
     ]
     for row, name in _rows("ranks-gemma"):
-        losses = f"{row['mean']:.3f} | {row['validation_score']:.3f}"
-        lines.append(f"| {name} | {row['adapter_parameters']:,} | {losses} |")
+        loss = f"{row['mean']:.3f} ± {row['standard_error']:.3f}"
+        seeds = ", ".join(f"{score:.3f}" for score in row["scores"].values())
+        lines.append(f"| {name} | {row['adapter_parameters']:,} | {loss} | {seeds} | {row['validation_score']:.3f} |")
     return "\n".join(lines)
 
 

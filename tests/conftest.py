@@ -96,9 +96,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as `matrix` what a covering part leaves out of the products of parameters, and leave out what is too much.
 
     In a module marked `covered(name=(values, …), …)` the parameters named there keep these values alone, and of the
-    product of the rest a part remains in which every two values of different parameters meet. The whole product, with
-    all values, runs beside it up to PRODUCT cases; of a larger one such a part of all values, in which methods of one
-    mechanism (`helpers.ALIKE`) count as one but for one case of each, unless ISOTUNE_TESTS=product asks for everything.
+    product of the rest a part remains in which every two values of different parameters meet; values of one mechanism
+    (`helpers.ALIKE`) count as one there but for one case of each. The whole product, with all values, runs beside it up
+    to PRODUCT cases; of a larger one such a part of all values, unless ISOTUNE_TESTS=product asks for everything.
     """
     from helpers import ALIKE
 
@@ -116,11 +116,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for item in cases
             if all(item.callspec.params.get(name, values[0]) in values for name, values in marker.kwargs.items())
         ]
-        quick = set(covering(kept))
-        for item in set(cases) - quick:
+        quick = covering(kept, ALIKE)
+        for item in set(cases) - set(quick):
             item.add_marker(pytest.mark.matrix)
         if len(cases) > PRODUCT and os.environ.get("ISOTUNE_TESTS") != "product":
-            left_out |= set(cases) - quick - set(covering(cases, ALIKE))
+            left_out |= set(cases) - set(covering(cases, ALIKE, quick))
     items[:] = [item for item in items if item not in left_out]
 
 
@@ -130,23 +130,28 @@ def rotates_an_embedding(item: pytest.Item) -> bool:
     return any(value.endswith("-output") for value in values) and any("embedding" in value for value in values)
 
 
-def covering(items: Sequence[pytest.Function], alike: Mapping[str, str] | None = None) -> list[pytest.Function]:
+def covering(
+    items: Sequence[pytest.Function], alike: Mapping[str, str], chosen: Sequence[pytest.Function] = ()
+) -> list[pytest.Function]:
     """Few of these cases of one test in which each two values that meet in any of them meet.
 
     Args:
         items: the cases.
         alike: values -> the value for which they may stand in a pair; by itself each value occurs.
+        chosen: those of the cases that are taken already.
     """
-    stand_in, numbers = alike or {}, dict[Hashable, int]()
+    numbers: dict[Hashable, int] = {}
     pairs: dict[pytest.Function, int] = {}  # sets as bits, since there are thousands of cases
     for item in items:
         own = sorted(item.callspec.params.items())
-        values = [(name, repr(stand_in.get(one, one) if isinstance(one, str) else one)) for name, one in own]
+        values = [(name, repr(alike.get(one, one) if isinstance(one, str) else one)) for name, one in own]
         met = [*itertools.combinations(values, 2), *((name, repr(value)) for name, value in own)]
         pairs[item] = sum(1 << numbers.setdefault(pair, len(numbers)) for pair in met)
-    missing, chosen = (1 << len(numbers)) - 1, []
+    missing, found = (1 << len(numbers)) - 1, list(chosen)
+    for item in found:
+        missing &= ~pairs.pop(item)
     while missing:
         best = max(pairs, key=lambda item: (pairs[item] & missing).bit_count())  # of equal ones the first
         missing &= ~pairs.pop(best)
-        chosen.append(best)
-    return chosen
+        found.append(best)
+    return found

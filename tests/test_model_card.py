@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from elsewhere import printed_elsewhere
 from helpers import METHODS, configured, some_tokens, tiny_bert, tiny_llama
 from isotune import OFTConfig, PsoftConfig, get_peft_model
 from isotune.errors import AdapterFileError
@@ -253,8 +252,7 @@ def test_the_code_on_the_card_loads_a_classifier(tmp_path: Path, monkeypatch: py
 
 
 WITHOUT = """
-import json, sys
-sys.modules["isotune"] = None
+import json
 from peft import PeftConfig
 try:
     PeftConfig.from_pretrained("adapter")
@@ -265,8 +263,7 @@ except KeyError as error:
 
 def test_without_isotune_the_folder_names_what_is_missing(base: nn.Module, tmp_path: Path) -> None:
     adapted(base).save_pretrained(tmp_path / "adapter")
-    alone = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert alone.stdout.strip().splitlines()[-1] == "'ISOTUNE_PSOFT'|import isotune"
+    assert printed_elsewhere(WITHOUT, tmp_path) == ["'ISOTUNE_PSOFT'|import isotune"]
     assert "pip install isotune, and `import isotune`" in (tmp_path / "adapter/README.md").read_text()
 
 

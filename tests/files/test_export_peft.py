@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import isotune_cli as cli
+from elsewhere import printed_elsewhere
 from helpers import layers_of, randomize, relative_error, tiny_bert, tiny_gpt2, tiny_llama
 from isotune import BOFTConfig, HRAConfig, OFTConfig, PsoftConfig, get_peft_model
 from isotune.files.export_peft import export_peft
@@ -88,8 +87,6 @@ def test_the_command_on_a_classifier_and_a_process_without_isotune(tmp_path: Pat
     done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 0, done.output
     script = """
-import sys
-sys.modules["isotune"] = None
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -99,9 +96,8 @@ with torch.no_grad():
     found = PeftModel.from_pretrained(base, "theirs").eval()(input_ids=torch.arange(4, 12)[None]).logits
 print(float((found - load_file("expected.safetensors")["logits"]).abs().max()))
 """
-    alone = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert alone.returncode == 0, alone.stderr
-    assert float(alone.stdout) < 1e-5
+    (error,) = printed_elsewhere(script, tmp_path)
+    assert float(error) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from exports import asked_elsewhere
+from elsewhere import asked_elsewhere
 from helpers import (
     assert_unchanged,
     counted,

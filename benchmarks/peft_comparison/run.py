@@ -154,10 +154,10 @@ def check_model(benchmark: Path, experiment: Path) -> None:
     try:
         snapshot_download(model, allow_patterns=["config.json", "model_index.json"])
     except Exception as error:  # not found, not allowed, no network, no valid name: the library has a class for each
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Missing(
-            f"the model {model!r} cannot be loaded: {str(error).strip().splitlines()[0]} Accept its licence on its "
-            "page and log in with `hf auth login`, or set model_id to a folder that holds it in "
-            f"{experiment / 'training_params.json'}"
+            f"the model {model!r} cannot be loaded: {said} Accept its licence on its page and log in with "
+            f"`hf auth login`, or set model_id to a folder that holds it in {experiment / 'training_params.json'}"
         ) from error
 
 

@@ -420,9 +420,24 @@ def test_a_run_that_was_stopped_is_not_chosen(tiny: dict[str, Any]) -> None:
     assert row["failed"] is None
 
 
+def test_a_stopped_run_is_trained_to_its_end_by_another_search(tiny: dict[str, Any]) -> None:
+    whole = scored(lambda spec: spec.lr, lambda spec: 0.5)
+
+    def outcome(spec: Run) -> dict[str, Any]:
+        return {**whole(spec), "test": {}, "stopped": {"step": 3, "of": 6}} if spec.earlier else whole(spec)
+
+    auto = carry_out(planned(tiny, "psoft:lr=1e-3", lr_search="auto", lr_runs=4, seeds=1), Fake(outcome))
+    assert auto["rows"][0]["lr_stopped"] == [6.3e-3]
+    engine = Fake(whole)
+    result = carry_out(planned(tiny, "psoft:lr=1e-3", rates=[1e-3, 6.3e-3], seeds=1), engine)
+    assert [spec.lr for spec in engine.started] == [6.3e-3]
+    assert (result["rows"][0]["lr"], result["rows"][0]["failed"]) == (6.3e-3, None)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"lr_search": "auto", "factor": 1.02}, "--lr-factor is 1.02 and must be at least 1.5 with --lr-search auto"),
         ({"lr_search": "auto", "lr_runs": 2}, "--lr-runs is 2; it is for --lr-search auto, which tries at least 3"),
         ({"lr_search": 3, "lr_runs": 8}, "--lr-runs is 8; it is for --lr-search auto"),
         ({"lr_search": "auto", "rates": [1e-3]}, "--lr-search auto finds the rates itself"),

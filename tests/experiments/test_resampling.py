@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from isotune.experiments.resampling import Answers, _drawn, _resampled, difference
+from isotune.experiments import resampling
+from isotune.experiments.resampling import Answers, difference
 
 
 def answers(predictions: Any, references: Any) -> Answers:
@@ -44,28 +45,48 @@ def test_wilsons_interval_is_the_published_one() -> None:
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "matthews_correlation", "pearson"])
-def test_a_resampled_metric_is_that_of_the_examples_drawn(metric: str) -> None:
+def test_a_resampled_metric_is_that_of_the_examples_drawn(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One draw is made by hand: each kind of example as often as its neighbour was there."""
     from scipy.stats import pearsonr
     from sklearn.metrics import accuracy_score, matthews_corrcoef
 
     generator = np.random.default_rng(1)
     labels = generator.integers(0, 4, 60)
     predictions = np.where(generator.random(60) < 0.5, labels, generator.integers(0, 4, 60))
-    drawn = np.concatenate([np.ones((1, 60)), _drawn(60)[:5]])
-    found = _resampled(metric, [answers(predictions, labels)], drawn)[0]
+    kinds, place = np.unique(np.stack([labels, predictions]), axis=1, return_inverse=True)
+    counts = np.bincount(place.ravel())
+    often = np.roll(counts, 1)
+
+    class Made:
+        def multinomial(self, count: int, shares: Any, size: int) -> Any:
+            assert count == 60
+            assert shares * count == pytest.approx(counts)
+            return np.tile(often, (size, 1))
+
+    monkeypatch.setattr(resampling.np.random, "default_rng", lambda seed: Made())
+    monkeypatch.setattr(resampling, "RESAMPLES", 2)
+    found = resampling._resampled(metric, [answers(predictions, labels)])[0]
     plain = {
         "accuracy": accuracy_score,
         "matthews_correlation": matthews_corrcoef,
         "pearson": lambda first, second: pearsonr(first, second).statistic,
     }[metric]
-    for counts, value in zip(drawn, found, strict=True):
-        chosen = np.repeat(np.arange(60), counts.astype(int))
-        assert value == pytest.approx(plain(labels[chosen], predictions[chosen]), abs=1e-12)
+    assert found[0] == pytest.approx(plain(labels, predictions), abs=1e-12)
+    drawn = np.repeat(kinds, often, axis=1)
+    assert found[1:] == pytest.approx(plain(drawn[0], drawn[1]), abs=1e-12)
+
+
+def test_examples_that_are_alike_are_drawn_as_often_as_there_are() -> None:
+    """The spread is that of a binomial, as if each example were drawn for itself."""
+    one = answers([1] * 300 + [0] * 700, [1] * 1000)
+    scores = resampling._resampled("accuracy", [one])[0]
+    assert scores[0] == 0.3
+    assert scores[1:].std() == pytest.approx((0.3 * 0.7 / 1000) ** 0.5, rel=0.1)
+    assert scores[1:].mean() == pytest.approx(0.3, abs=0.002)
 
 
 def test_answers_that_are_all_alike_correlate_with_nothing() -> None:
-    found = _resampled("matthews_correlation", [answers([1, 1, 1], [0, 1, 1])], np.ones((1, 3)))
-    assert found.tolist() == [[0.0]]
+    assert set(resampling._resampled("matthews_correlation", [answers([1, 1, 1], [0, 1, 1])])[0]) == {0.0}
 
 
 @pytest.mark.parametrize("metric", ["matthews_correlation", "pearson"])

@@ -69,3 +69,18 @@ def test_a_hopeless_run_is_stopped_and_says_where(tmp_path: Path, resumed: bool)
     assert callback.stopped is not None
     assert (callback.stopped["step"], callback.stopped["of"]) == (50, 100)
     assert "Optuna" in callback.stopped["rule"]
+
+
+def test_what_is_answered_in_words_is_judged_by_its_loss(tmp_path: Path) -> None:
+    """Its score is known at the end alone."""
+    paths = []
+    for number, loss in enumerate((0.5, 0.6, 0.7)):
+        paths.append(tmp_path / f"{number}.json")
+        write_json(paths[-1], {"curve": [{"step": 50, "validation_loss": loss}]})
+    for loss, lost in ((0.55, False), (0.65, True)):
+        callback = SuccessiveHalving(
+            SimpleNamespace(recipe=SimpleNamespace(chosen_by="accuracy"), earlier=tuple(paths))
+        )  # type: ignore[arg-type]
+        state = SimpleNamespace(max_steps=100, global_step=50, log_history=[{"step": 50, "eval_loss": loss}])
+        callback.on_evaluate(None, state, SimpleNamespace(should_training_stop=False))
+        assert (callback.stopped is not None) is lost

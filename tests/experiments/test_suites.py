@@ -312,8 +312,15 @@ def test_commonsense(task: str, llama: Path, commonsense: Path, tmp_path: Path) 
     assert result["data"]["test"] == (32 if task == "all" else 4)
     assert set(result["metrics"]) == {"accuracy", *(CHOICES if task == "all" else ())}
     assert entry["best_step"] == 2
+    assert entry["untrained"] is None  # to let it write answers takes as long as the test
     if task == "all":
         assert_exports(tmp_path / "run", "psoft", tmp_path / "exported")
+    else:
+        # Which answers are right is kept, and what follows from it.
+        assert set(entry["answers"]["references"].split()) == {"1"}
+        hits = [float(hit) for hit in entry["answers"]["predictions"].split()]
+        assert sum(hits) / len(hits) == pytest.approx(result["metrics"]["accuracy"])
+        assert entry["interval"]["how"] == "Wilson"
 
 
 @pytest.mark.slow
@@ -343,6 +350,8 @@ def test_the_small_recipes_score_several_sets_by_likelihood_and_solutions_by_the
     own = ["data.files.train=test.jsonl", "data.hold_out=2"]
     result = trained("gsm8k/gemma", llama, mathematics / "gsm8k", tmp_path / "gsm8k", *own)
     assert result["metrics"].keys() == {"loss"}
+    assert result["runs"][0]["answers"] is None
+    assert result["runs"][0]["untrained"]["loss"] == pytest.approx(result["metrics"]["loss"], rel=0.5)
     assert 0 < result["metrics"]["loss"] < 10
     found = reload.score(tmp_path / "gsm8k", "psoft")
     for kind in ("reloaded", "merged"):

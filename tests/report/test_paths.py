@@ -81,3 +81,20 @@ def test_the_report_shows_the_courses_and_what_a_distance_means(tmp_path: Path) 
     assert last.key == "course"
     assert "accuracy 0.750, they had forgotten: PSOFT r=46 0.130 ± 0.006, LoRA r=8 0.260 ± 0.006." in last.caption
     assert [len(trace["x"]) for trace in last.data] == [4, 4]
+
+
+def test_a_seed_that_does_not_reach_the_score_is_told(tmp_path: Path) -> None:
+    comparison = compared(tmp_path, lora=LORA, psoft=PSOFT)
+    path = next((tmp_path / "runs" / "lora_r=8").glob("lr=0.001-seed=2.json"))
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "curve": [{**p, "validation_accuracy": 0.6} for p in record["curve"]]}))
+    comparison = read(tmp_path)
+    section = forgetting(comparison, Looks([comparison]))
+    assert section is not None
+    assert "LoRA r=8 0.255 ± 0.005 (2 of 3 seeds reach it)" in section.figures[-1].caption
+
+
+def test_a_model_that_does_not_change_has_no_course(tmp_path: Path) -> None:
+    """As under a head alone, but for rounding."""
+    comparison = compared(tmp_path, lora=LORA, psoft=[(0.6, 1e-8), (0.7, 7e-9)])
+    assert at_one_score(comparison) is None

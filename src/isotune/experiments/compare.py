@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from isotune.experiments import methods, registry
 from isotune.experiments.execute import check_extras
-from isotune.experiments.rates import MOST_RUNS, Given, Search, Widening, grid
+from isotune.experiments.rates import LEAST_FACTOR, MOST_RUNS, Given, Search, Widening, grid
 from isotune.experiments.recipe import Recipe, RecipeError, validate
 from isotune.experiments.schedule import Schedule, Variant
 from isotune.experiments.text import YamlError, from_yaml, shown
@@ -161,6 +161,11 @@ def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Schedule:
         raise RecipeError(f"--lr-runs is {options.lr_runs}; it is for --lr-search auto, which tries at least 3 rates")
     if auto and importlib.util.find_spec("optuna") is None:
         raise RecipeError("--lr-search auto needs optuna: pip install 'isotune[search]'")
+    if auto and options.factor < LEAST_FACTOR:
+        raise RecipeError(
+            f"--lr-factor is {options.factor:g} and must be at least {LEAST_FACTOR:g} with --lr-search auto, "
+            "whose rates have two digits"
+        )
     if auto and options.rates:
         raise RecipeError("--lr-search auto finds the rates itself; leave it out, or --lr")
     if not 1 < options.factor < math.inf:

@@ -44,7 +44,7 @@ def execute(run: Run, task: Task | None = None) -> dict[str, Any]:
 
     from isotune.experiments import tasks
 
-    if run.record.exists() and not run.needs_weights and "failed" not in (stored := read_object(run.record)):
+    if run.record.exists() and not run.needs_weights and run.is_over(stored := read_object(run.record)):
         return stored
     if run.threads is not None:
         torch.set_num_threads(run.threads)
@@ -71,7 +71,7 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     from safetensors.torch import load_file
     from transformers import set_seed
 
-    from isotune.experiments import angles, loop, measure, methods, resampling
+    from isotune.experiments import angles, loop, measure, methods
     from isotune.experiments.forgetting import Forgetting, ForgettingCurve
     from isotune.files.adapter import LABELS_FILE
     from isotune.files.base_model import quiet
@@ -128,7 +128,7 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
         write_json(run.folder / "adapter" / LABELS_FILE, {"id2label": {str(i): name for i, name in enumerate(labels)}})
     write_json(run.folder / PREDICTIONS, outcome.predictions)
     metric = run.recipe.metric
-    answers = resampling.Answers.of(outcome.predictions, outcome.references)
+    answers = task.answers(outcome.predictions, outcome.references)
     # The score is a mean over several sets, whose examples do not count alike.
     several = len(task.about().get("sets", {})) > 1
     config = getattr(outcome.model, "peft_config", {}).get("default")
@@ -148,11 +148,14 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
 
 def _untrained(run: Run, task: Task, model: Any) -> dict[str, float] | None:
     """The test scores of the model that a run starts from, found once for all runs that start from the same."""
-    if not run.recipe.score_untrained:
+    wanted = run.recipe.score_untrained
+    if not (not task.generates if wanted is None else wanted):
         return None
     if run.start_from is not None:
         return task.score(read_json(run.start_from / PREDICTIONS))
-    if not run.untrained.exists():
+    known = run.untrained.exists()
+    processes.wait_for_all()  # all have looked before one of them writes
+    if not known:
         scores = task.score_untrained(model)
         if processes.is_main():
             write_json(run.untrained, {"scores": scores})

@@ -10,6 +10,9 @@ from typing import Protocol
 MOST_RUNS = 8
 """How many rates a search that widens may try, where nothing else is said."""
 
+LEAST_FACTOR = 1.5
+"""The least distance of the rates of a search that widens: rounded to two digits, closer ones would fall together."""
+
 
 def at_border(lr: float | None, tried: Iterable[float]) -> bool:
     """Whether the best rate is the lowest or highest of those tried, so that a better one may lie beyond.

@@ -205,7 +205,7 @@ class Recipe(Section):
     metric: Metric = "accuracy"
     choose_by: Metric | None = None
     check_saved: bool = False
-    score_untrained: bool = True
+    score_untrained: bool | None = None
     chart: bool = False
     output: str | None = None
 

@@ -62,7 +62,7 @@ class Answers:
             return {"level": LEVEL, "low": float(found.low), "high": float(found.high), "how": "Wilson"}
         if metric not in _SCORES:
             return None
-        low, high = _percentiles(_resampled(metric, [self], _drawn(len(self.references)))[0])
+        low, high = _percentiles(_resampled(metric, [self])[0, 1:])
         return {"level": LEVEL, "low": low, "high": high, "how": "bootstrap of test examples"}
 
 
@@ -84,11 +84,10 @@ def difference(metric: str, pairs: Sequence[tuple[Answers, Answers]]) -> dict[st
     first = pairs[0][0].references
     if not all(np.array_equal(first, one.references) for pair in pairs for one in pair):
         return None
-    seeds, examples = len(pairs), len(first)
-    drawn = np.concatenate([np.ones((1, examples)), _drawn(examples)])  # the first is no resample, but the score itself
-    one, other = (_resampled(metric, [pair[i] for pair in pairs], drawn) for i in (0, 1))
+    seeds = len(pairs)
+    scores = _resampled(metric, [one for pair in pairs for one in pair]).reshape(seeds, 2, -1)
     of_seeds = np.random.default_rng(1).multinomial(seeds, [1 / seeds] * seeds, RESAMPLES).T / seeds
-    gain = one - other
+    gain = scores[:, 0] - scores[:, 1]
     low, high = _percentiles((gain[:, 1:] * of_seeds).sum(0))
     return {"mean": float(gain[:, 0].mean()), "low": low, "high": high, "level": LEVEL, "seeds": seeds}
 
@@ -98,15 +97,19 @@ def _percentiles(values: Numbers) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _drawn(examples: int) -> Numbers:
-    """How often each resample has each example, (resamples, examples)."""
-    return np.random.default_rng(0).multinomial(examples, [1 / examples] * examples, RESAMPLES).astype(np.float64)
+def _resampled(metric: str, models: Sequence[Answers]) -> Numbers:
+    """The metric of each model on its answers and on RESAMPLES resamples, (models, 1 + RESAMPLES).
 
-
-def _resampled(metric: str, answers: Sequence[Answers], drawn: Numbers) -> Numbers:
-    """The metric of each model on each resample, (models, resamples); all metrics follow from sums over examples."""
+    All are to the same examples, which are resampled alike for all. Examples to which every model gave the same answers
+    count as one that is drawn more often, so that many examples cost no more than few.
+    """
+    table = np.stack([models[0].references, *(one.predictions for one in models)])
+    alike, counts = np.unique(table, axis=1, return_counts=True)
+    examples = int(counts.sum())
+    drawn = np.random.default_rng(0).multinomial(examples, counts / examples, RESAMPLES)
+    weights = np.concatenate([counts[None], drawn]).astype(np.float64).T
     terms, score = _SCORES[metric]
-    return np.stack([score(terms(one) @ drawn.T, one.references.size) for one in answers])
+    return np.stack([score(terms(Answers(row, alike[0])) @ weights, examples) for row in alike[1:]])
 
 
 def _hits(answers: Answers) -> Numbers:

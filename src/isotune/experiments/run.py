@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,6 +70,10 @@ class Run:
     def needs_weights(self) -> bool:
         """Whether this is a head to start from whose weights are not there, as where only the records were kept."""
         return self.phase == "start" and not (self.folder / WEIGHTS).exists()
+
+    def is_over(self, stored: Mapping[str, Any]) -> bool:
+        """Whether a record is that of this run's end; one that an automatic search gave up is another search's loss."""
+        return "failed" not in stored and ("stopped" not in stored or bool(self.earlier))
 
     @property
     def title(self) -> str:

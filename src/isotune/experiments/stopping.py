@@ -36,10 +36,12 @@ class SuccessiveHalving(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         of = state.max_steps
-        own = _points(state.log_history, f"eval_{self.metric}", of)
-        others = [_points(record.curve, f"validation_{self.metric}", of) for record in self.earlier]
+        # What is answered in words is scored at the end alone, and judged by its loss on the way.
+        metric = self.metric if any(f"eval_{self.metric}" in row for row in state.log_history) else "loss"
+        own = _points(state.log_history, f"eval_{metric}", of)
+        others = [_points(record.curve, f"validation_{metric}", of) for record in self.earlier]
         # Of all its points, since a run that was killed after the decisive one goes on from there.
-        point = stopping_point(own, others, less_is_better=self.metric in LESS_IS_BETTER)
+        point = stopping_point(own, others, less_is_better=metric in LESS_IS_BETTER)
         if point is not None:
             self.stopped = {"step": own[point][0], "of": of, "rule": _RULE}
             control.should_training_stop = True

@@ -67,14 +67,12 @@ def rows_of(result: Mapping[str, Any]) -> list[Row]:
     rows: list[Row] = []
     if metric == "accuracy" and majority is not None:
         rows.append({"title": "majority class", "mean": majority})
-    # What starts from a trained head has that head's score before training, which has a row of its own.
-    known = [row["mean"] for row in methods if row["mean"] is not None]
-    for score in (row.get("untrained_score") for row in methods):
-        if score is not None and not any(abs(score - other) < 1e-9 for other in known):
-            rows.append(
-                {"title": f"untrained {'head' if 'majority_accuracy' in result['data'] else 'model'}", "mean": score}
-            )
-            known.append(score)
+    # That of the head, where there is one: what starts from a trained head has that head's score before training.
+    untrained = [row for row in methods if row.get("untrained_score") is not None]
+    if untrained:
+        first = max(untrained, key=lambda row: (row.get("method", {}).get("name") == "head", row.get("seeds") or 0))
+        title = f"untrained {'head' if 'majority_accuracy' in result['data'] else 'model'}"
+        rows.append({"title": title, "mean": first["untrained_score"]})
     rows += methods
     for name, found in result.get("saved", {}).items():
         rows.append({"title": f"{methods[-1]['title']}, {name}", "mean": found[metric]})

@@ -91,7 +91,7 @@ def _hub_table(table: HubTable) -> list[Row]:
     kinds = getattr(found, "features", None) or {}
     images = [column for column, kind in kinds.items() if isinstance(kind, Image)]
     rows = found.remove_columns(images) if images else found
-    where = " ".join(part for part in (table.name, table.config, table.split) if part)
+    where = " ".join(part for part in (table.name, table.config, table.files, table.split) if part)
     return [
         Row({**row, **{column: StoredImage(found, i, column) for column in images}}, f"{where}, row {i + 1}")
         for i, row in enumerate(rows)

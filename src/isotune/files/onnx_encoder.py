@@ -52,7 +52,7 @@ def write_encoder(file: Path, prefix: str, folder: Path) -> None:
         stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
         weights = _named(graph, stored, prefix)
         config = _config(weights)
-    except (OSError, DecodeError, LookupError, ValueError, StopIteration) as error:
+    except (OSError, DecodeError, LookupError, TypeError, ValueError, StopIteration) as error:
         raise ValueError(f"{file} holds no DINOv2 encoder whose names begin with {prefix!r} ({error!r}).") from error
     folder.mkdir(parents=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -15,6 +15,9 @@ from isotune.report.results import Comparison
 Path = Sequence[tuple[float, float]]
 """Points (score on validation, forgetting), from the untrained model on."""
 
+_NOTHING = 1e-6
+"""Less than this is no forgetting: the rounding of a model that did not change, as under a head alone."""
+
 
 @dataclass(frozen=True)
 class AtOneScore:
@@ -59,7 +62,7 @@ def at_one_score(comparison: Comparison) -> AtOneScore | None:
     """What was forgotten at the best score that all methods reach; None where fewer than two have a course."""
     score, sign = comparison.chosen_by, 1.0 if comparison.chosen_by not in LESS_IS_BETTER else -1.0
     courses = {v.label: mean_path(v, score) for v in comparison.variants}
-    courses = {label: path for label, path in courses.items() if path and path[-1][1] != 0}
+    courses = {label: path for label, path in courses.items() if path and abs(path[-1][1]) > _NOTHING}
     if len(courses) < 2:
         return None
     level = min(max(sign * s for s, _ in path) for path in courses.values())

@@ -16,7 +16,19 @@ from pydantic import AfterValidator, AliasChoices, Field
 
 from isotune.experiments.files import read_json, read_object
 from isotune.experiments.outcome import MethodResult, method_result, with_titles
-from isotune.experiments.records import Number, Object, Part, Record, Scores, Text, Whole, number, parse, record_of
+from isotune.experiments.records import (
+    RESULT,
+    Number,
+    Object,
+    Part,
+    Record,
+    Scores,
+    Text,
+    Whole,
+    number,
+    parse,
+    record_of,
+)
 from isotune.experiments.registry import Entry, entries, entry
 from isotune.experiments.text import printable
 from isotune.report.results import Comparison
@@ -210,6 +222,8 @@ class _Trained:
 
 def holds_results(path: Path) -> bool:
     """Whether a folder has results of PEFT's benchmark, or files that nobody can read; a JSON file is always one."""
+    if path.name == RESULT:
+        raise ValueError(f"{path} is a file of `isotune compare` or `isotune train`: give its folder, {path.parent}")
     return path.is_file() or any(_is_result(file) for file in _files(path))
 
 

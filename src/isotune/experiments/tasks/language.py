@@ -14,6 +14,7 @@ import torch
 
 from isotune.experiments import data, models
 from isotune.experiments.recipe import Recipe, RecipeError
+from isotune.experiments.resampling import Answers
 from isotune.experiments.sections import Data
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.causal import IGNORED, CausalTask, by_set, common, last_logits
@@ -91,6 +92,11 @@ class LanguageTask(CausalTask):
     def about(self) -> dict[str, Any]:
         return {"sets": dict(Counter(question.set for question in self.splits["test"] if question.set is not None))}
 
+    @property
+    def generates(self) -> bool:  # type: ignore[override]
+        """Whether answers are written token by token."""
+        return self.recipe.score == "generation"
+
     def predict(self, model: Any) -> list[Any]:
         return self._answers(model, self.splits["test"], self.recipe.score)
 
@@ -118,6 +124,12 @@ class LanguageTask(CausalTask):
             return [], {"loss": fmean(self._answers(model, questions, "loss"))}, answers
         predictions = self._answers(model, questions, self.recipe.score)
         return predictions, self._scores(questions, predictions), answers
+
+    def answers(self, predictions: Sequence[Any], references: Sequence[Any]) -> Answers | None:
+        if self.recipe.score == "loss":
+            return None
+        pairs = zip(self.splits["test"], predictions, strict=True)
+        return Answers.of([self.right(question, prediction) for question, prediction in pairs], [1] * len(predictions))
 
     def _answers(self, model: Any, questions: Sequence[Question], score: str) -> list[Any]:
         """What a model says to each question: a text, one of the choices, or the loss of the right answer."""

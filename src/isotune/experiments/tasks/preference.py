@@ -19,6 +19,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from isotune.experiments import loop, processes
 from isotune.experiments.encoded import Encoded
+from isotune.experiments.resampling import Answers
 from isotune.experiments.run import Run
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.causal import by_set, common
@@ -171,6 +172,9 @@ class Preference(DialogueTask):
     def examine(self, model: Any, split: str) -> tuple[list[Any], dict[str, float], list[Any]]:
         margins = self._margins(model, split)
         return margins, self._scores(split, margins), []
+
+    def answers(self, predictions: Sequence[Any], references: Sequence[Any]) -> Answers | None:
+        return Answers.of([margin > 0 for margin in predictions], [1] * len(predictions))
 
     def score_untrained(self, model: Any) -> dict[str, float] | None:
         return None  # its margins are against itself, and zero

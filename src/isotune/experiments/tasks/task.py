@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from isotune.experiments.recipe import Recipe
+from isotune.experiments.resampling import Answers
 from isotune.experiments.run import Run
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class Task(ABC):
 
     sequences: ClassVar[int] = 1
     """How many sequences the model computes for an example in a training step."""
+
+    generates: bool = False
+    """Whether answers are written token by token, which takes long."""
 
     tokenizer: Any = None
     """The tokeniser of the model, loaded when it is asked for; None where it reads no text."""
@@ -107,6 +111,13 @@ class Task(ABC):
     @abstractmethod
     def score(self, predictions: Sequence[Any]) -> dict[str, float]:
         """The metrics of answers to the test examples."""
+
+    def answers(self, predictions: Sequence[Any], references: Sequence[Any]) -> Answers | None:
+        """What was answered to the test examples, as classes or numbers, or as 1 for right and 0 for wrong beside 1.
+
+        `predictions` and `references` are those of an `Outcome`. None where no metric adds up over the examples.
+        """
+        return Answers.of(predictions, references)
 
     def score_untrained(self, model: Any) -> dict[str, float] | None:
         """The metrics of a model that `build` made, before it is trained; None where they would say nothing."""

@@ -47,7 +47,8 @@ class ImageClassification(Classifier):
         value = data.given(row, column)
         if not isinstance(value, (StoredImage, BuiltinImage)):
             return _checked(row, column)
-        self._stored[row.where] = value
+        if self._stored.setdefault(row.where, value) is not value:
+            raise DataError(f"two images are called {row.where}: give the tables that they are in names of their own")
         return row.where
 
     def build(self) -> tuple[Any, list[str]]:

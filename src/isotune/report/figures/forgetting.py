@@ -78,7 +78,11 @@ def _course(comparison: Comparison, looks: Looks) -> list[Figure]:
         data.append(line(looks, variant, [(change, score) for score, change in path], texts, width=1.8, size=6))
         value, error = found.mean(variant.label), found.error(variant.label)
         if value is not None:
-            told.append((value, f"{variant.title} {value:.3f}" + (f" ± {error:.3f}" if error is not None else "")))
+            reaching = len(found.forgotten[variant.label])
+            few = f" ({reaching} of {len(variant.runs)} seeds reach it)" if reaching < len(variant.runs) else ""
+            told.append(
+                (value, f"{variant.title} {value:.3f}" + (f" ± {error:.3f}" if error is not None else "") + few)
+            )
     reached = f"{comparison.chosen_by.replace('_', ' ')} {found.level:.3f}"
     listed = ", ".join(text for _, text in sorted(told))
     caption = (

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -466,6 +467,22 @@ def test_a_search_is_a_number_or_auto() -> None:
     assert (searched("auto"), searched("4")) == ("auto", 4)
     with pytest.raises(RecipeError, match=r"--lr-search is .*often.* such as 3, or auto"):
         searched("often")
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_all_processes_look_for_the_untrained_score_before_one_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """One that came later would find it, and wait no more for those that go on to score."""
+    path = tmp_path / "seed=0.json"
+    if known:
+        path.write_text('{"scores": {"accuracy": 0.5}}')
+    waited: list[bool] = []
+    monkeypatch.setattr(execute.processes, "wait_for_all", lambda: waited.append(path.exists()))
+    run: Any = SimpleNamespace(recipe=SimpleNamespace(score_untrained=None), start_from=None, untrained=path)
+    task: Any = SimpleNamespace(generates=False, score_untrained=lambda model: {"accuracy": 0.5})
+    assert execute._untrained(run, task, None) == {"accuracy": 0.5}
+    assert waited == ([True] if known else [False, True])
 
 
 def test_ctrl_c_stops_the_engine_and_keeps_what_is_done(tiny: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from isotune.experiments.data import Example, halves, load, texts_of
-from isotune.experiments.sections import Data
-from isotune.experiments.tables import DataError
+from isotune.experiments.sections import Data, HubData
+from isotune.experiments.tables import DataError, hub_rows
 
 
 def recipe(folder: Path, **changes: Any) -> Data:
@@ -206,6 +206,17 @@ def test_an_unreachable_hub_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -
     ) as caught:
         load(Data.model_validate({"hub": {"name": "x/y"}}))
     assert "\n" not in str(caught.value)
+
+
+def test_rows_of_two_tables_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are known by where they stand."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, data_files, **more: [{"text": data_files, "label": 0}])
+    other = {"name": "imagefolder", "files": "b/**", "split": "train"}
+    hub = {"name": "imagefolder", "files": "a/**", "tests": {"b": other}}
+    rows = hub_rows(HubData.model_validate(hub))
+    assert [row.values["text"] for split in ("train", "test") for row in rows[split]] == ["a/**", "b/**"]
+    assert rows["train"][0].where != rows["test"][0].where
 
 
 def test_hub_rows_are_read_by_split(monkeypatch: pytest.MonkeyPatch) -> None:

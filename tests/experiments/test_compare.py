@@ -427,12 +427,12 @@ def test_a_stopped_run_is_trained_to_its_end_by_another_search(tiny: dict[str, A
     def outcome(spec: Run) -> dict[str, Any]:
         return {**whole(spec), "test": {}, "stopped": {"step": 3, "of": 6}} if spec.earlier else whole(spec)
 
-    auto = carry_out(planned(tiny, "psoft:lr=1e-3", lr_search="auto", lr_runs=4, seeds=1), Fake(outcome))
-    assert auto["rows"][0]["lr_stopped"] == [6.3e-3]
+    auto = carry_out(planned(tiny, "psoft", lr_search="auto", lr_runs=4, seeds=1), Fake(outcome))
+    (stopped,) = auto["rows"][0]["lr_stopped"]
     engine = Fake(whole)
-    result = carry_out(planned(tiny, "psoft:lr=1e-3", rates=[1e-3, 6.3e-3], seeds=1), engine)
-    assert [spec.lr for spec in engine.started] == [6.3e-3]
-    assert (result["rows"][0]["lr"], result["rows"][0]["failed"]) == (6.3e-3, None)
+    result = carry_out(planned(tiny, "psoft", rates=[8e-4, stopped], seeds=1), engine)
+    assert [spec.lr for spec in engine.started] == [stopped]
+    assert (result["rows"][0]["lr"], result["rows"][0]["failed"]) == (stopped, None)
 
 
 @pytest.mark.parametrize(

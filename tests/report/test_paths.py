@@ -18,13 +18,15 @@ LORA = [(0.6, 0.1), (0.8, 0.3), (0.9, 0.4)]
 PSOFT = [(0.55, 0.02), (0.7, 0.08), (0.75, 0.12)]
 
 
-def compared(folder: Path, metric: str = "accuracy", **courses: list[tuple[float, float]]) -> Comparison:
-    """The courses of the first seed; each further one has forgotten 0.01 more at every point."""
+def compared(
+    folder: Path, metric: str = "accuracy", apart: float = 0.01, **courses: list[tuple[float, float]]
+) -> Comparison:
+    """The courses of the first seed; each further one has forgotten `apart` more at every point."""
     place = write_comparison(folder, methods=TWO, metric=metric)
     for label, course in courses.items():
         for path in (place / "runs" / {"psoft": "psoft_r=46", "lora": "lora_r=8"}[label]).iterdir():
             record = json.loads(path.read_text())
-            more = 0.01 * record["seed"]
+            more = apart * record["seed"]
             curve = [
                 {"step": 10 * i, f"validation_{metric}": score, "forgetting": forgotten + more}
                 for i, (score, forgotten) in enumerate(course, 1)
@@ -96,5 +98,5 @@ def test_a_seed_that_does_not_reach_the_score_is_told(tmp_path: Path) -> None:
 
 def test_a_model_that_does_not_change_has_no_course(tmp_path: Path) -> None:
     """As under a head alone, but for rounding."""
-    comparison = compared(tmp_path, lora=LORA, psoft=[(0.6, 1e-8), (0.7, 7e-9)])
+    comparison = compared(tmp_path, apart=0.0, lora=LORA, psoft=[(0.6, 1e-8), (0.7, 7e-9)])
     assert at_one_score(comparison) is None

@@ -127,18 +127,17 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     if labels := task.about().get("labels"):
         write_json(run.folder / "adapter" / LABELS_FILE, {"id2label": {str(i): name for i, name in enumerate(labels)}})
     write_json(run.folder / PREDICTIONS, outcome.predictions)
-    metric = run.recipe.metric
-    answers = task.answers(outcome.predictions, outcome.references)
-    # The score is a mean over several sets, whose examples do not count alike.
+    # Of several sets the score is a mean, and their examples do not count alike.
     several = len(task.about().get("sets", {})) > 1
+    answers = None if several else task.answers(outcome.predictions, outcome.references)
     config = getattr(outcome.model, "peft_config", {}).get("default")
     if isinstance(config, IsotuneConfig):
         write_card(run.folder / "adapter", config, {f"test {name}": value for name, value in outcome.test.items()})
     return {
         **found,
         "test": outcome.test,
-        "interval": None if several or answers is None else answers.interval(metric),
-        "answers": None if several or answers is None else answers.stored(),
+        "interval": None if answers is None else answers.interval(run.recipe.metric),
+        "answers": None if answers is None else answers.stored(),
         "best_step": outcome.best_step,
         "forgetting": forgetting.after(outcome.model) if forgetting is not None else None,
         "geometry": angles.adapter_geometry(outcome.model),
@@ -149,7 +148,9 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
 def _untrained(run: Run, task: Task, model: Any) -> dict[str, float] | None:
     """The test scores of the model that a run starts from, found once for all runs that start from the same."""
     wanted = run.recipe.score_untrained
-    if not (not task.generates if wanted is None else wanted):
+    if wanted is None:
+        wanted = not task.generates
+    if not wanted:
         return None
     if run.start_from is not None:
         return task.score(read_json(run.start_from / PREDICTIONS))

@@ -26,6 +26,11 @@ def best_rate(records: Iterable[Record], metric: str) -> float | None:
     return max(done, key=lambda record: merit(metric, record.validation)).lr if done else None
 
 
+def standard_error(values: Sequence[float]) -> float | None:
+    """The standard error of the mean of some values; None for fewer than two."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
 @dataclass(frozen=True)
 class MethodResult:
     """A method with its options: the runs of its search, and its seeds at the learning rate that was chosen."""
@@ -68,7 +73,7 @@ class MethodResult:
     @property
     def standard_error(self) -> float | None:
         """The standard error of the mean over the seeds; None for a single seed."""
-        return statistics.stdev(self.scores) / math.sqrt(len(self.scores)) if len(self.scores) > 1 else None
+        return standard_error(self.scores)
 
     @property
     def interval(self) -> tuple[float, float] | None:

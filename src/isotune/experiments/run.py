@@ -73,7 +73,7 @@ class Run:
 
     def is_over(self, stored: Mapping[str, Any]) -> bool:
         """Whether a record is that of this run's end; one that an automatic search gave up is another search's loss."""
-        return "failed" not in stored and ("stopped" not in stored or bool(self.earlier))
+        return not stored.get("failed") and (not stored.get("stopped") or bool(self.earlier))
 
     @property
     def title(self) -> str:

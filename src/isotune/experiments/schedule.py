@@ -228,7 +228,7 @@ class Schedule:
                     "here); give another folder with -o, or remove that one"
                 )
         record = record_of({**run.identity(), **content}, path)
-        if (record.failed is not None and not record.final) or (record.stopped is not None and not run.earlier):
+        if not (run.is_over(content) or record.final):
             return False
         self.records[run.key] = record
         return True

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from isotune.experiments.outcome import MethodResult
+from isotune.experiments.outcome import MethodResult, reference_of
 from isotune.experiments.registry import entry, is_plain
 from isotune.report.results import Comparison
 
@@ -47,7 +47,7 @@ def finding(comparison: Comparison) -> Finding | None:
     if len(rivals) == 1:
         return _of_one(judge, rivals[0])
     best = judge.best(rivals)
-    reference = next((v for v in rivals if v.name == "lora"), best)
+    reference = reference_of(rivals) or best
     verdicts = {v.label: judge.verdict(v, reference) for v in rivals if v is not reference}
     others = [v for v in rivals if v is not reference]
     clauses = [judge.clause(group, verdict, reference) for group, verdict in _shown(judge, others, reference, verdicts)]

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from isotune.experiments.outcome import MethodResult
+from isotune.experiments.outcome import MethodResult, standard_error
 from isotune.experiments.recipe import LESS_IS_BETTER
 from isotune.experiments.records import Record
 from isotune.report.results import Comparison
@@ -35,8 +35,7 @@ class AtOneScore:
 
     def error(self, label: str) -> float | None:
         """The standard error of the mean; None for fewer than two seeds."""
-        found = self.forgotten.get(label, ())
-        return statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else None
+        return standard_error(self.forgotten.get(label, ()))
 
 
 def path_of(run: Record, score: str) -> Path:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers import relative_error
-from isotune.adapter.kernels import linear_with_update, subspace_update
+from isotune.adapter.kernels import subspace_update
 from isotune.adapter.placement import place
 from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
 from isotune.subspace.pinning import pin, pin_width
@@ -93,7 +93,7 @@ def test_every_formula_is_the_same_function_with_the_same_gradients(
         elif formula == "fused":
             y = adapter.fused(x, adapter.tensors(), (matrix, offset))
         else:
-            y = adapter.output(x, adapter.tensors(), lambda x: nn.functional.linear(x, matrix, offset), offset, None)
+            y = adapter.output(x, adapter.tensors(), lambda x: nn.functional.linear(x, matrix, offset), offset)
         y.backward(cotangent)
         results.append((y, adapter.change.grad.clone(), x.grad))
     for other in results[1:]:
@@ -119,7 +119,7 @@ def test_gradcheck_of_the_layer_with_its_update(matrix: Tensor, on_input: bool) 
     x = torch.randn(3, matrix.shape[1], dtype=torch.float64, requires_grad=True)
 
     def layer(x: Tensor, difference: Tensor) -> Tensor:
-        return linear_with_update(x, difference, factors, matrix, None, on_input=on_input)
+        return subspace_update(x, difference, (matrix, None), factors, on_input=on_input)
 
     assert torch.autograd.gradcheck(layer, (x, difference))
 
@@ -191,6 +191,10 @@ def test_decoding_makes_what_acts_on_one_token_once(matrix: Tensor, monkeypatch:
 
     class Kernels:
         @staticmethod
+        def can_multiply(*given: Any) -> bool:
+            return True
+
+        @staticmethod
         def linear_with_update(x: Tensor, weight: Tensor, bias: None, down: Tensor, up: Tensor) -> Tensor:
             return x @ weight.T + x @ down.T @ up.T
 
@@ -198,7 +202,7 @@ def test_decoding_makes_what_acts_on_one_token_once(matrix: Tensor, monkeypatch:
     more_up, more_down = torch.randn(len(matrix), 2).double(), torch.randn(2, matrix.shape[1]).double()
     basis = adapter.placement.down[:RANK]
     adapter.placement = place(basis, matrix, [basis], matrix, power=0.0, accumulated=(more_up, more_down))
-    monkeypatch.setattr("isotune.adapter.subspace.decoding_kernels", lambda *_: Kernels)
+    monkeypatch.setattr("isotune.adapter.kernels.kernels_for", lambda *_: Kernels)
     acting = adapter._acting
     adapter._acting = lambda *given, **options: (prepared.append(1), acting(*given, **options))[1]
     tensors, x = tuple(tensor.detach() for tensor in adapter.tensors()), torch.randn(1, matrix.shape[1]).double()

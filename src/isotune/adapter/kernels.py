@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from isotune.adapter.evaluation import is_recorded, without_autocast
+from isotune.adapter.operator import Base
 from isotune.algebra.acceleration import kernels_for
 from isotune.algebra.factors import Chain, chain_backward, chain_forward, refuse_double_backward
 from isotune.algebra.recording import is_exported
-from isotune.parallel.tensor_parallel import Share
+from isotune.parallel.tensor_parallel import UNSPLIT, Shares
 from isotune.subspace.precision import exact_product, reduces_float32
 
 
@@ -31,10 +32,32 @@ def frozen_linear(flat: Tensor, shape: Sequence[int], weight: Tensor, bias: Tens
     return result, rows
 
 
-class _SubspaceUpdate(torch.autograd.Function):
-    """residual + ((x downᵀ) D) upᵀ, saving only x downᵀ (tokens × r) for backward.
+def weight_of(base: Base) -> Tensor | None:
+    """W of a layer that is computed inside of a node; None if only its output is given."""
+    return None if isinstance(base, Tensor) else base[0]
 
-    If x or residual is tensor-parallel, down or up holds this process's columns or rows, and each process has one
+
+def output_below(flat: Tensor, shape: Sequence[int], base: Base) -> tuple[Tensor, Tensor]:
+    """What an update is added to, in new memory, as `frozen_linear` returns it: a copy of an output, or x Wᵀ + b."""
+    if isinstance(base, Tensor):
+        result = base.clone(memory_format=torch.contiguous_format)
+        return result, result.view(len(flat), result.shape[-1])
+    return frozen_linear(flat, shape, *base)
+
+
+def input_gradient(gradient: Tensor, weight: Tensor | None, read: Tensor, down: Tensor) -> Tensor:
+    """The gradient of x: read down, and through W what `gradient` says, if the layer is inside the node."""
+    if weight is None:
+        flat = torch.mm(read, down)
+    else:
+        flat = torch.mm(gradient.reshape(-1, gradient.shape[-1]), weight).addmm_(read, down)
+    return flat.view(*gradient.shape[:-1], down.shape[1])
+
+
+class _SubspaceUpdate(torch.autograd.Function):
+    """`subspace_update`, saving only x downᵀ (tokens × r) for backward.
+
+    If x or the result is tensor-parallel, down or up holds this process's columns or rows, and each process has one
     summand of the r coordinates. Once these are summed, everything else is complete.
     """
 
@@ -43,84 +66,20 @@ class _SubspaceUpdate(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         difference: Tensor,
-        residual: Tensor,
+        base: Base,
         factors: tuple[Tensor, Tensor],
-        of_x: Share | None,
-        of_residual: Share | None,
+        shares: Shares,
+        on_input: bool,
     ) -> Tensor:
-        down, up = factors
-        coordinates = torch.mm(x.reshape(-1, x.shape[-1]), down.t())
-        if of_x is not None:
-            coordinates = of_x.total(coordinates)
+        (down, up), (of_x, of_result) = factors, shares
+        flat = x.reshape(-1, x.shape[-1])
+        coordinates = of_x.total(torch.mm(flat, down.t()))
         ctx.save_for_backward(coordinates, difference)
-        ctx.factors, ctx.of_residual = factors, of_residual
-        result = residual.clone(memory_format=torch.contiguous_format)
-        result.view(len(coordinates), result.shape[-1]).addmm_(torch.mm(coordinates, difference), up.t())
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
-        coordinates, difference = ctx.saved_tensors
-        down, up = ctx.factors
-        needs_x, needs_difference, needs_residual, *_ = ctx.needs_input_grad
-        read = torch.mm(gradient.reshape(-1, gradient.shape[-1]), up)
-        if ctx.of_residual is not None:
-            read = ctx.of_residual.total(read)
-        grad_difference = torch.mm(coordinates.t(), read) if needs_difference else None
-        grad_x = None
-        if needs_x:
-            grad_x = torch.mm(torch.mm(read, difference.t()), down).view(*gradient.shape[:-1], down.shape[1])
-        return grad_x, grad_difference, gradient if needs_residual else None, None, None, None
-
-
-def subspace_update(
-    x: Tensor,
-    difference: Tensor,
-    residual: Tensor,
-    factors: tuple[Tensor, Tensor],
-    of_x: Share | None = None,
-    of_residual: Share | None = None,
-) -> Tensor:
-    """Add a subspace update to the output of any layer.
-
-    Args:
-        x: (..., in), or with `of_x` this process's share of its columns.
-        difference: M − I times the scale, padded with zeros like the factors.
-        residual: (..., out), the layer's own output, or with `of_residual` this process's share of its columns.
-        factors: down (r or more, in) and up (out, r or more), in the dtype of `residual` and cut to the shares.
-        of_x, of_residual: this process's shares under tensor parallelism; None for whole tensors.
-
-    Returns:
-        residual + ((x downᵀ) D) upᵀ, differentiable once.
-    """
-    if is_exported():
-        down, up = factors
-        return residual + x @ down.t() @ difference @ up.t()
-    result: Tensor = _SubspaceUpdate.apply(x, difference, residual, factors, of_x, of_residual)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _LinearSubspaceUpdate(torch.autograd.Function):
-    """x Wᵀ + b and its subspace update in one node, for a frozen plain linear layer.
-
-    With the layer inside, the matrix product itself accumulates the update, which needs no pass of its own. `on_input`
-    adds the update to x instead of y, which is cheaper if in < out: with up = W downᵀ,
-    x Wᵀ + u D upᵀ = (x + u D down) Wᵀ.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, difference: Tensor, frozen: tuple[Any, ...]) -> Tensor:
-        down, up, weight, bias, on_input = frozen
-        shape = x.shape
-        flat = x.reshape(-1, shape[-1])
-        coordinates = torch.mm(flat, down.t())
-        ctx.save_for_backward(coordinates, difference)
-        ctx.frozen = frozen
+        ctx.frozen = down, up, weight_of(base), of_result, on_input
         update = torch.mm(coordinates, difference)
         if on_input:
             flat = torch.addmm(flat, update, down)
-        result, rows = frozen_linear(flat, shape, weight, bias)
+        result, rows = output_below(flat, x.shape, base)
         if not on_input:
             rows.addmm_(update, up.t())
         return result
@@ -129,129 +88,69 @@ class _LinearSubspaceUpdate(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         coordinates, difference = ctx.saved_tensors
-        down, up, weight, _, on_input = ctx.frozen
-        needs_x, needs_difference, _ = ctx.needs_input_grad
-        shape = gradient.shape
-        flat = gradient.reshape(-1, shape[-1])
-        grad_x = torch.mm(flat, weight) if needs_x or on_input else None
-        on_input = on_input and grad_x is not None
-        read = torch.mm(grad_x, down.t()) if on_input else torch.mm(flat, up)  # type: ignore[arg-type]
+        down, up, weight, of_result, on_input = ctx.frozen
+        needs_x, needs_difference, needs_base, *_ = ctx.needs_input_grad
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        grad_x = None
+        if on_input:
+            grad_x = torch.mm(flat, weight)
+            read = torch.mm(grad_x, down.t())
+            grad_x = grad_x.addmm_(torch.mm(read, difference.t()), down).view(*gradient.shape[:-1], down.shape[1])
+        else:
+            read = of_result.total(torch.mm(flat, up))
+            if needs_x:
+                grad_x = input_gradient(gradient, weight, torch.mm(read, difference.t()), down)
         grad_difference = torch.mm(coordinates.t(), read) if needs_difference else None
-        if grad_x is None or not needs_x:
-            return None, grad_difference, None
-        grad_x.addmm_(torch.mm(read, difference.t()), down)
-        return grad_x.view(*shape[:-1], weight.shape[1]), grad_difference, None
+        return grad_x, grad_difference, gradient if needs_base else None, None, None, None
 
 
-def linear_with_update(
+def subspace_update(
     x: Tensor,
     difference: Tensor,
+    base: Base,
     factors: tuple[Tensor, Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
+    shares: Shares = UNSPLIT,
     *,
-    on_input: bool,
+    on_input: bool = False,
 ) -> Tensor:
-    """x Wᵀ + b with its subspace update, for frozen W and b of the same dtype as x.
+    """Add a subspace update to the output of any layer, or compute a frozen linear layer with its update in one node.
+
+    With the layer inside, the matrix product itself accumulates the update, which needs no pass of its own.
 
     Args:
-        x: (..., in).
-        difference: M − I times the scale, padded with zeros like the factors.
-        factors: down (r or more, in) and up (out, r or more), in the dtype of x.
-        weight: W, (out, in).
-        bias: (out,), or None.
-        on_input: add the update to x, which is only equivalent if up = W downᵀ.
+        x: (..., in), or this process's share of its columns.
+        difference: D, M − I times the scale, padded with zeros like the factors.
+        base: the layer's own output, or this process's share of its columns, or the linear layer; in the dtype of x.
+        factors: down (r or more, in) and up (out, r or more), in the dtype of x and cut to the shares.
+        shares: those of x and of the output under tensor parallelism.
+        on_input: add the update to the x of a linear layer instead of its output, which is cheaper if in < out: with
+            up = W downᵀ, and only then, x Wᵀ + u D upᵀ = (x + u D down) Wᵀ. Needs the gradient of x, if any.
 
     Returns:
-        (..., out), differentiable once.
+        base + ((x downᵀ) D) upᵀ, differentiable once.
     """
-    result: Tensor = _LinearSubspaceUpdate.apply(x, difference, (*factors, weight, bias, on_input))  # type: ignore[no-untyped-call]
+    if is_exported():
+        assert isinstance(base, Tensor)
+        down, up = factors
+        return base + x @ down.t() @ difference @ up.t()
+    result: Tensor = _SubspaceUpdate.apply(x, difference, base, factors, shares, on_input)  # type: ignore[no-untyped-call]
     return result
 
 
 class _LowRankUpdate(torch.autograd.Function):
-    """residual + (x downᵀ) upᵀ with trained factors, saving x, as LoRA does, and x downᵀ (tokens × r) for backward.
+    """`low_rank_update`, saving x, as LoRA does, and x downᵀ (tokens × r) for backward.
 
-    If x or residual is tensor-parallel, down or up holds this process's columns or rows, as in `_SubspaceUpdate`.
+    If x or the result is tensor-parallel, down or up holds this process's columns or rows, as in `_SubspaceUpdate`.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, down: Tensor, up: Tensor, residual: Tensor, of_x: Share | None, of_residual: Share | None
-    ) -> Tensor:
-        coordinates = torch.mm(x.reshape(-1, x.shape[-1]), down.t())
-        if of_x is not None:
-            coordinates = of_x.total(coordinates)
-        ctx.save_for_backward(x, coordinates, down, up)
-        ctx.of_residual = of_residual
-        result = residual.clone(memory_format=torch.contiguous_format)
-        result.view(len(coordinates), result.shape[-1]).addmm_(coordinates, up.t())
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
-        x, coordinates, down, up = ctx.saved_tensors
-        needs, of_residual = ctx.needs_input_grad, ctx.of_residual
-        read, grad_down, grad_up = _low_rank_backward(needs, gradient, x, coordinates, down, up, of_residual)
-        grad_x = torch.mm(read, down).view(x.shape) if needs[0] else None
-        return grad_x, grad_down, grad_up, gradient if needs[3] else None, None, None
-
-
-def _low_rank_backward(
-    needs: Sequence[bool],
-    gradient: Tensor,
-    x: Tensor,
-    coordinates: Tensor,
-    down: Tensor,
-    up: Tensor,
-    of_residual: Share | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradient of x downᵀ, (tokens, r), and those of down and up if they are needed."""
-    flat = gradient.reshape(-1, gradient.shape[-1])
-    read = torch.mm(flat, up)
-    if of_residual is not None:
-        read = of_residual.total(read)
-    grad_down = torch.mm(read.t(), x.reshape(-1, x.shape[-1])) if needs[1] else None
-    return read, grad_down, torch.mm(flat.t(), coordinates) if needs[2] else None
-
-
-def low_rank_update(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    residual: Tensor,
-    of_x: Share | None = None,
-    of_residual: Share | None = None,
-) -> Tensor:
-    """Add an update with trained factors to the output of any layer.
-
-    Args:
-        x: (..., in), or with `of_x` this process's share of its columns.
-        down, up: (r, in) and (out, r), times the scale, in the dtype of `residual` and cut to the shares.
-        residual: (..., out), the layer's own output, or with `of_residual` this process's share of its columns.
-        of_x, of_residual: this process's shares under tensor parallelism; None for whole tensors.
-
-    Returns:
-        residual + (x downᵀ) upᵀ, differentiable once.
-    """
-    if is_exported():
-        return residual + x @ down.t() @ up.t()
-    result: Tensor = _LowRankUpdate.apply(x, down, up, residual, of_x, of_residual)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _LinearLowRankUpdate(torch.autograd.Function):
-    """x Wᵀ + b and its update with trained factors in one node, for a frozen plain linear layer."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, linear: tuple[Tensor, Tensor | None]) -> Tensor:
-        weight, bias = linear
+    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, base: Base, shares: Shares) -> Tensor:
+        of_x, of_result = shares
         flat = x.reshape(-1, x.shape[-1])
-        coordinates = torch.mm(flat, down.t())
+        coordinates = of_x.total(torch.mm(flat, down.t()))
         ctx.save_for_backward(x, coordinates, down, up)
-        ctx.weight = weight
-        result, rows = frozen_linear(flat, x.shape, weight, bias)
+        ctx.weight, ctx.of_result = weight_of(base), of_result
+        result, rows = output_below(flat, x.shape, base)
         rows.addmm_(coordinates, up.t())
         return result
 
@@ -259,26 +158,29 @@ class _LinearLowRankUpdate(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         x, coordinates, down, up = ctx.saved_tensors
-        read, grad_down, grad_up = _low_rank_backward(ctx.needs_input_grad, gradient, x, coordinates, down, up)
-        if not ctx.needs_input_grad[0]:
-            return None, grad_down, grad_up, None
-        grad_x = torch.mm(gradient.reshape(-1, gradient.shape[-1]), ctx.weight).addmm_(read, down)
-        return grad_x.view(x.shape), grad_down, grad_up, None
+        needs_x, needs_down, needs_up, needs_base, *_ = ctx.needs_input_grad
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        read = ctx.of_result.total(torch.mm(flat, up))
+        grad_down = torch.mm(read.t(), x.reshape(-1, x.shape[-1])) if needs_down else None
+        grad_up = torch.mm(flat.t(), coordinates) if needs_up else None
+        grad_x = input_gradient(gradient, ctx.weight, read, down) if needs_x else None
+        return grad_x, grad_down, grad_up, gradient if needs_base else None, None
 
 
-def linear_with_low_rank(x: Tensor, down: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b with an update of trained factors, for frozen W and b of the same dtype as x.
+def low_rank_update(x: Tensor, down: Tensor, up: Tensor, base: Base, shares: Shares = UNSPLIT) -> Tensor:
+    """Add an update with trained factors, as `subspace_update` adds one with frozen factors.
 
     Args:
-        x: (..., in).
-        down, up: (r, in) and (out, r), times the scale, in the dtype of x.
-        weight: W, (out, in).
-        bias: (out,), or None.
+        x, base, shares: as there.
+        down, up: (r, in) and (out, r), times the scale, in the dtype of x and cut to the shares.
 
     Returns:
-        (..., out), differentiable once.
+        base + (x downᵀ) upᵀ, differentiable once.
     """
-    result: Tensor = _LinearLowRankUpdate.apply(x, down, up, (weight, bias))  # type: ignore[no-untyped-call]
+    if is_exported():
+        assert isinstance(base, Tensor)
+        return base + x @ down.t() @ up.t()
+    result: Tensor = _LowRankUpdate.apply(x, down, up, base, shares)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -324,12 +226,28 @@ def complement(factor: Tensor, basis: Tensor) -> Tensor:
     return result
 
 
-def decoding_kernels(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[Tensor, Tensor]) -> Any:
-    """The kernels that multiply one token x (..., in) by W and its update in two launches, if available; else None."""
+def update_of_one_token(
+    x: Tensor,
+    base: Base,
+    factors: tuple[Tensor, Tensor],
+    acting: Callable[[], tuple[Tensor, Tensor]],
+) -> Tensor | None:
+    """x Wᵀ + b and its update for one token x (..., in), in two launches; None if that is not available.
+
+    Args:
+        x: as in `subspace_update`.
+        base: as there; without W nothing is computed.
+        factors: down and up, of the shapes of those that act.
+        acting: makes down and up with all that stands between them.
+    """
     kernels = None if torch.is_grad_enabled() else kernels_for(x, "decoding_kernels")
-    if kernels is None or x.numel() != x.shape[-1]:
+    if kernels is None or isinstance(base, Tensor) or x.numel() != x.shape[-1]:
         return None
-    return kernels if kernels.can_multiply(x.reshape(1, -1), weight, bias, *factors) else None
+    row = x.reshape(1, -1)
+    if not kernels.can_multiply(row, *base, *factors):
+        return None
+    found: Tensor | None = kernels.linear_with_update(row, *base, *acting())
+    return None if found is None else found.view(*x.shape[:-1], found.shape[-1])
 
 
 class _RotatedLinear(torch.autograd.Function):

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from isotune.adapter.kernels import complement, decoding_kernels, linear_with_low_rank, low_rank_update
-from isotune.adapter.operator import FrozenLinear
+from isotune.adapter.kernels import complement, low_rank_update, update_of_one_token
+from isotune.adapter.operator import Base
 from isotune.adapter.placement import Placement, left_vectors, place
 from isotune.adapter.update import PlacedUpdate, Update
 from isotune.algebra.recording import is_exported
-from isotune.parallel.tensor_parallel import Division
+from isotune.parallel.tensor_parallel import UNSPLIT, Shares
 
 
 class LowRankAdapter(Update):
@@ -44,36 +44,14 @@ class LowRankAdapter(Update):
         down, up = (tensor.to(dtype) for tensor in tensors)
         return down if self.scale == 1.0 else down * self.scale, up
 
-    def output(
-        self,
-        x: Tensor,
-        tensors: tuple[Tensor, ...],
-        host: Callable[[Tensor], Tensor],
-        bias: Tensor | None,
-        division: Division | None,
-    ) -> Tensor:
-        """host(x) + s·(x Downᵀ) Upᵀ, in the dtype of the host's output."""
-        result, x = host(x), self.dropped(x)
-        down, up = self._scaled(tensors, result.dtype)
-        of_x = None if division is None else division.of_input(x)
-        of_result = None if division is None else division.of_output(result)
-        if of_x is not None:
-            down = of_x.of(down)
-        if of_result is not None:
-            up = of_result.of(up.mT).mT
-        return low_rank_update(x.to(result.dtype), down, up, result, of_x, of_result)
-
-    def fused(self, x: Tensor, tensors: tuple[Tensor, ...], linear: FrozenLinear) -> Tensor | None:
-        """x Wᵀ + b with its update; None under autocast, with dropout, or if x does not have the dtype of W."""
-        weight, bias = linear
-        if not self.fits_one_node(x, weight):
-            return None
-        down, up = self._scaled(tensors, x.dtype)
-        if kernels := decoding_kernels(x, weight, bias, (down, up)):
-            rows: Tensor | None = kernels.linear_with_update(x.reshape(1, -1), weight, bias, down, up)
-            if rows is not None:
-                return rows.view(*x.shape[:-1], rows.shape[-1])
-        return linear_with_low_rank(x, down, up, weight, bias)
+    def added(self, x: Tensor, tensors: tuple[Tensor, ...], base: Base, shares: Shares = UNSPLIT) -> Tensor:
+        """base + s·(x Downᵀ) Upᵀ."""
+        down, up = factors = self._scaled(tensors, x.dtype)
+        found = update_of_one_token(x, base, factors, lambda: factors)
+        if found is not None:
+            return found
+        of_x, of_result = shares
+        return low_rank_update(x, of_x.of(down), of_result.of(up.mT).mT, base, shares)
 
     def fold(
         self,

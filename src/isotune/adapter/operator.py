@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from isotune.adapter.evaluation import Given, SharedEvaluation, evaluate_alone
 from isotune.algebra.means import Means
 from isotune.parallel.sharding import gathered, is_partitioned, is_whole
-from isotune.parallel.tensor_parallel import Division
+from isotune.parallel.tensor_parallel import UNDIVIDED, Division
 
 FrozenLinear = tuple[Tensor, Tensor | None]
 """Weight (out, in) and bias (out,) or None of a frozen layer that only computes x Wᵀ + b."""
+Base = Tensor | FrozenLinear
+"""What an update is added to: the output of any layer, (..., out), or a linear layer that is computed with it."""
 
 
 class Adapter(nn.Module, ABC):
@@ -187,7 +189,7 @@ class Adapter(nn.Module, ABC):
         tensors: tuple[Tensor, ...],
         host: Callable[[Tensor], Tensor],
         bias: Tensor | None,
-        division: Division | None,
+        division: Division = UNDIVIDED,
     ) -> Tensor:
         """The output of the layer with this adapter, on any host and under autocast.
 
@@ -196,7 +198,7 @@ class Adapter(nn.Module, ABC):
             tensors: the result of `tensors`.
             host: the layer below: the frozen one, or one that already has other adapters.
             bias: the frozen layer's bias; None if it has none.
-            division: how tensor parallelism splits the layer's inputs and outputs; None if it does not.
+            division: how tensor parallelism splits the layer's inputs and outputs.
         """
 
     @abstractmethod

@@ -13,7 +13,7 @@ from isotune.adapter.kernels import rotated_linear
 from isotune.adapter.operator import FrozenLinear, Operator
 from isotune.algebra.cayley import CayleyMap
 from isotune.algebra.factors import Chain, LowRank, apply_chain, transpose_chain
-from isotune.parallel.tensor_parallel import Division, Share
+from isotune.parallel.tensor_parallel import UNDIVIDED, Division, Share
 
 
 class RotationAdapter(Operator):
@@ -74,21 +74,18 @@ class RotationAdapter(Operator):
         tensors: tuple[Tensor, ...],
         host: Callable[[Tensor], Tensor],
         bias: Tensor | None,
-        division: Division | None,
+        division: Division = UNDIVIDED,
     ) -> Tensor:
         """gain ⊙ host(x M), or gain ⊙ M · host(x); neither the gain nor a rotation of outputs acts on the bias."""
         tensors, gain = self._acting(tensors, self.training)
-        share = None
         if self.side == "output":
             result = host(x)
         else:
             x = cast_by_autocast(x)
-            share = None if division is None else division.of_input(x)
-            result = host(_on_all(share, x, self.chain, tensors))
+            result = host(_on_all(division.of_input(x), x, self.chain, tensors))
             if gain is None:
                 return result
-        if division is not None:
-            share, bias = division.of_output(result), division.bias_of(result, bias)
+        share, bias = division.of_output(result), division.bias_of(result, bias)
         # Computed as an addition to the output, so that an adapter that changes nothing changes no bit.
         own = result if bias is None else result - bias.to(result.dtype)
         if self.side == "output":
@@ -99,7 +96,7 @@ class RotationAdapter(Operator):
             own = turned
         if gain is None:
             return result
-        return result + own * ((gain if share is None else share.of(gain)) - 1).to(result.dtype)
+        return result + own * (share.of(gain) - 1).to(result.dtype)
 
     def fused(self, x: Tensor, tensors: tuple[Tensor, ...], linear: FrozenLinear) -> Tensor | None:
         """The chain, the product with W and the gain in one node; None for a rotation of outputs."""
@@ -201,8 +198,6 @@ class RotationAdapter(Operator):
         return f"rotation of {self.size} {self.side}s"
 
 
-def _on_all(share: Share | None, x: Tensor, chain: Chain, tensors: Sequence[Tensor]) -> Tensor:
-    """Apply the chain to x, or if x is a share, to the whole tensor: a rotation mixes the shares of all processes."""
-    if share is None:
-        return apply_chain(x, chain, tensors)
+def _on_all(share: Share, x: Tensor, chain: Chain, tensors: Sequence[Tensor]) -> Tensor:
+    """Apply the chain to the whole tensor of which x may be a share: a rotation mixes the shares of all processes."""
     return share.of(apply_chain(share.joined(x), chain, tensors))

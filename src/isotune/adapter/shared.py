@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,20 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from isotune.adapter.evaluation import is_recorded
-from isotune.adapter.kernels import frozen_linear
+from isotune.adapter.kernels import input_gradient, output_below, weight_of
 from isotune.adapter.lowrank import LowRankAdapter
-from isotune.adapter.operator import FrozenLinear
+from isotune.adapter.operator import Base
 from isotune.algebra.factors import refuse_double_backward
 from isotune.algebra.recording import is_exported
 from isotune.internals.torch_state import is_symbolic, version_of
-from isotune.parallel.tensor_parallel import Division, Share
+from isotune.parallel.tensor_parallel import UNSPLIT, Shares
 from isotune.subspace.random_rows import RandomRows
 
 
 class _SharedUpdate(torch.autograd.Function):
-    """residual + b ⊙ (((x downᵀ) ⊙ d) upᵀ) with frozen factors, saving only x downᵀ (tokens × r) for backward.
+    """`shared_update`, saving only x downᵀ (tokens × r) for backward.
 
-    If x or residual is tensor-parallel, down or up and b hold this process's columns or rows, as in `subspace_update`.
+    If x or the result is tensor-parallel, down or up and b hold this process's columns or rows, as in
+    `subspace_update`.
     """
 
     @staticmethod
@@ -32,101 +33,58 @@ class _SharedUpdate(torch.autograd.Function):
         x: Tensor,
         d: Tensor,
         b: Tensor,
-        residual: Tensor,
+        base: Base,
         factors: tuple[Tensor, Tensor],
-        of_x: Share | None,
-        of_residual: Share | None,
+        shares: Shares,
     ) -> Tensor:
-        down, up = factors
-        coordinates = torch.mm(x.reshape(-1, x.shape[-1]), down.t())
-        if of_x is not None:
-            coordinates = of_x.total(coordinates)
-        ctx.save_for_backward(coordinates, d, b)
-        ctx.factors, ctx.of_residual = factors, of_residual
-        result = residual.clone(memory_format=torch.contiguous_format)
-        # Rows of the factor are scaled, not outputs, of which there is one for each token.
-        result.view(len(coordinates), result.shape[-1]).addmm_(coordinates * d, (up * b[:, None]).t())
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
-        read, grad_d, grad_b = _vector_gradients(ctx, gradient, ctx.of_residual)
-        down, _ = ctx.factors
-        needs_x, needs_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        grad_x = torch.mm(read, down).view(*gradient.shape[:-1], down.shape[1]) if needs_x else None
-        return grad_x, grad_d, grad_b, gradient if needs_residual else None, None, None, None
-
-
-def _vector_gradients(
-    ctx: Any, gradient: Tensor, of_residual: Share | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradient of x downᵀ, (tokens, r), and those of d and b if they are needed."""
-    coordinates, d, b = ctx.saved_tensors
-    _, up = ctx.factors
-    _, needs_d, needs_b, *_ = ctx.needs_input_grad
-    flat = gradient.reshape(-1, gradient.shape[-1])
-    grad_b = (torch.mm(flat.t(), coordinates * d) * up).sum(1) if needs_b else None
-    read = torch.mm(flat, up * b[:, None])
-    if of_residual is not None:
-        read = of_residual.total(read)
-    return read * d, (read * coordinates).sum(0) if needs_d else None, grad_b
-
-
-class _LinearSharedUpdate(torch.autograd.Function):
-    """x Wᵀ + bias and the update in one node, for a frozen plain linear layer."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, d: Tensor, b: Tensor, factors: tuple[Tensor, Tensor], linear: FrozenLinear
-    ) -> Tensor:
-        down, up = factors
-        weight, bias = linear
+        (down, up), (of_x, of_result) = factors, shares
         flat = x.reshape(-1, x.shape[-1])
-        coordinates = torch.mm(flat, down.t())
+        coordinates = of_x.total(torch.mm(flat, down.t()))
         ctx.save_for_backward(coordinates, d, b)
-        ctx.factors, ctx.weight = factors, weight
-        result, rows = frozen_linear(flat, x.shape, weight, bias)
+        ctx.factors, ctx.weight, ctx.of_result = factors, weight_of(base), of_result
+        result, rows = output_below(flat, x.shape, base)
+        # Rows of the factor are scaled, not outputs, of which there is one for each token.
         rows.addmm_(coordinates * d, (up * b[:, None]).t())
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        read, grad_d, grad_b = _vector_gradients(ctx, gradient)
-        if not ctx.needs_input_grad[0]:
-            return None, grad_d, grad_b, None, None
-        down, _ = ctx.factors
-        grad_x = torch.mm(gradient.reshape(-1, gradient.shape[-1]), ctx.weight).addmm_(read, down)
-        return grad_x.view(*gradient.shape[:-1], down.shape[1]), grad_d, grad_b, None, None
+        coordinates, d, b = ctx.saved_tensors
+        down, up = ctx.factors
+        needs_x, needs_d, needs_b, needs_base, *_ = ctx.needs_input_grad
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        grad_b = (torch.mm(flat.t(), coordinates * d) * up).sum(1) if needs_b else None
+        read = ctx.of_result.total(torch.mm(flat, up * b[:, None]))
+        grad_d = (read * coordinates).sum(0) if needs_d else None
+        grad_x = input_gradient(gradient, ctx.weight, read * d, down) if needs_x else None
+        return grad_x, grad_d, grad_b, gradient if needs_base else None, None, None
 
 
 def shared_update(
     x: Tensor,
     d: Tensor,
     b: Tensor,
-    residual: Tensor,
+    base: Base,
     factors: tuple[Tensor, Tensor],
-    of_x: Share | None = None,
-    of_residual: Share | None = None,
+    shares: Shares = UNSPLIT,
 ) -> Tensor:
-    """Add an update of frozen factors between trained vectors to the output of any layer.
+    """Add an update of frozen factors between trained vectors, as `subspace_update` adds one of a trained matrix.
 
     Args:
-        x: (..., in), or with `of_x` this process's share of its columns.
+        x, base, shares: as there.
         d: (r,), times the scale.
         b: (out,), cut to the share.
-        residual: (..., out), the layer's own output, or with `of_residual` this process's share of its columns.
-        factors: A (r, in) and B (out, r), in the dtype of `residual` and cut to the shares.
-        of_x, of_residual: this process's shares under tensor parallelism; None for whole tensors.
+        factors: A (r, in) and B (out, r), in the dtype of x and cut to the shares.
 
     Returns:
-        residual + b ⊙ (((x Aᵀ) ⊙ d) Bᵀ), differentiable once.
+        base + b ⊙ (((x Aᵀ) ⊙ d) Bᵀ), differentiable once.
     """
     if is_exported():
+        assert isinstance(base, Tensor)
         down, up = factors
-        return residual + b * ((d * (x @ down.t())) @ up.t())
-    result: Tensor = _SharedUpdate.apply(x, d, b, residual, factors, of_x, of_residual)  # type: ignore[no-untyped-call]
+        return base + b * ((d * (x @ down.t())) @ up.t())
+    result: Tensor = _SharedUpdate.apply(x, d, b, base, factors, shares)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -240,34 +198,13 @@ class SharedAdapter(LowRankAdapter):
         d, b = (tensor.to(dtype) for tensor in tensors)
         return d if self.scale == 1.0 else d * self.scale, b
 
-    def output(
-        self,
-        x: Tensor,
-        tensors: tuple[Tensor, ...],
-        host: Callable[[Tensor], Tensor],
-        bias: Tensor | None,
-        division: Division | None,
-    ) -> Tensor:
-        """host(x) + s·b ⊙ (((x Aᵀ) ⊙ d) Bᵀ), in the dtype of the host's output."""
-        result, x = host(x), self.dropped(x)
-        d, b = self._vectors(tensors, result.dtype)
-        down, up = self.matrices(result.dtype, result.device)
-        of_x = None if division is None else division.of_input(x)
-        of_result = None if division is None else division.of_output(result)
-        if of_x is not None:
-            down = down[:, of_x.span]
-        if of_result is not None:
-            up, b = up[of_result.span], of_result.of(b)
-        return shared_update(x.to(result.dtype), d, b, result, (down, up), of_x, of_result)
-
-    def fused(self, x: Tensor, tensors: tuple[Tensor, ...], linear: FrozenLinear) -> Tensor | None:
-        """x Wᵀ + bias with its update; None under autocast, with dropout, or if x does not have the dtype of W."""
-        if not self.fits_one_node(x, linear[0]):
-            return None
+    def added(self, x: Tensor, tensors: tuple[Tensor, ...], base: Base, shares: Shares = UNSPLIT) -> Tensor:
+        """base + s·b ⊙ (((x Aᵀ) ⊙ d) Bᵀ)."""
         d, b = self._vectors(tensors, x.dtype)
-        factors = self.matrices(x.dtype, x.device)
-        result: Tensor = _LinearSharedUpdate.apply(x, d, b, factors, linear)  # type: ignore[no-untyped-call]
-        return result
+        down, up = self.matrices(x.dtype, x.device)
+        of_x, of_result = shares
+        factors = down[:, of_x.span], up[of_result.span]
+        return shared_update(x, d, of_result.of(b), base, factors, shares)
 
     def kept(self, in_features: int) -> int:
         """x Aᵀ."""

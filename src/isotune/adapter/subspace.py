@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import operator
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from isotune.adapter.evaluation import wide
-from isotune.adapter.kernels import decoding_kernels, linear_with_update, subspace_update
-from isotune.adapter.operator import FrozenLinear, Operator
+from isotune.adapter.kernels import subspace_update, update_of_one_token
+from isotune.adapter.operator import Base, Operator
 from isotune.adapter.placement import Placement, filling, place
 from isotune.adapter.update import PlacedUpdate
-from isotune.parallel.tensor_parallel import Division
+from isotune.parallel.tensor_parallel import UNSPLIT, Shares
 
 _WIDE = (torch.float32, torch.float64)
 """Dtypes in which small differences survive; half precision rounds them away."""
@@ -212,48 +212,26 @@ class SubspaceAdapter(PlacedUpdate, Operator):
         """The rank, and how the singular values are split."""
         return self.size, self.power
 
-    def output(
-        self,
-        x: Tensor,
-        tensors: tuple[Tensor, ...],
-        host: Callable[[Tensor], Tensor],
-        bias: Tensor | None,
-        division: Division | None,
-    ) -> Tensor:
-        """host(x) + s·((x downᵀ)(M − I)) upᵀ, in the dtype of the host's output."""
-        result, x = host(x), self.dropped(x)
-        (down, up), dtype = self.factors(result.dtype, result.device), result.dtype
-        of_x = None if division is None else division.of_input(x)
-        of_result = None if division is None else division.of_output(result)
-        if of_x is not None:
-            down = down[:, of_x.span]
-        if of_result is not None:
-            up = up[of_result.span]
-        update = self._acting(tensors[0], dtype, filled=True)
-        return subspace_update(x.to(dtype), update, result, (down, up), of_x, of_result)
-
-    def fused(self, x: Tensor, tensors: tuple[Tensor, ...], linear: FrozenLinear) -> Tensor | None:
-        """x Wᵀ + b with its update; None under autocast, with dropout, or if x does not have the dtype of W."""
-        weight, bias = linear
-        if not self.fits_one_node(x, weight):
-            return None
+    def added(self, x: Tensor, tensors: tuple[Tensor, ...], base: Base, shares: Shares = UNSPLIT) -> Tensor:
+        """base + s·((x downᵀ)(M − I)) upᵀ."""
+        down, up = factors = self.factors(x.dtype, x.device)
+        found = update_of_one_token(x, base, factors, lambda: self._absorbed(tensors[0], factors))
+        if found is not None:
+            return found
         # Adding the update to the input saves work if in < out. But it needs ∂L/∂x, which a first layer does not
         # compute, and half precision would round a small update away in x; in both cases it is added to the output.
         on_input = (
-            self.power == 0.0
+            not isinstance(base, Tensor)
+            and self.power == 0.0
             and not self.accumulated_rank
-            and weight.shape[1] < weight.shape[0]
+            and down.shape[1] < up.shape[0]
             and x.dtype in _WIDE
             and (x.requires_grad or not torch.is_grad_enabled())
         )
-        factors = self.factors(x.dtype, x.device)
-        if kernels := decoding_kernels(x, weight, bias, factors):
-            down, up = self._absorbed(tensors[0], factors)
-            rows: Tensor | None = kernels.linear_with_update(x.reshape(1, -1), weight, bias, down, up)
-            if rows is not None:
-                return rows.view(*x.shape[:-1], rows.shape[-1])
         update = self._acting(tensors[0], x.dtype, filled=True)
-        return linear_with_update(x, update, factors, weight, bias, on_input=on_input)
+        of_x, of_result = shares
+        factors = down[:, of_x.span], up[of_result.span]
+        return subspace_update(x, update, base, factors, shares, on_input=on_input)
 
     def _absorbed(self, difference: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """down and up, the smaller one times s·(M − I); kept until a call ends, if `difference` lasts that long."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from isotune.adapter.evaluation import autocasts
-from isotune.adapter.operator import Adapter
+from isotune.adapter.operator import Adapter, Base, FrozenLinear
 from isotune.adapter.placement import Placement
+from isotune.parallel.tensor_parallel import UNDIVIDED, UNSPLIT, Division, Shares
 
 
 class Update(Adapter):
@@ -24,13 +25,36 @@ class Update(Adapter):
         self.configured_scale = self.scale = 1.0
         """s: as configured, and currently."""
 
-    def dropped(self, x: Tensor) -> Tensor:
-        """The input of the update, with dropout in training."""
-        return nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
+    @abstractmethod
+    def added(self, x: Tensor, tensors: tuple[Tensor, ...], base: Base, shares: Shares = UNSPLIT) -> Tensor:
+        """The layer's output with the update of x, in one node.
 
-    def fits_one_node(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether the layer and its update may be one node: not under autocast, with dropout, or in two dtypes."""
-        return x.dtype == weight.dtype and not (self.dropout and self.training) and not autocasts(x)
+        Args:
+            x: (..., in), or this process's share of its columns.
+            tensors: the result of `tensors`.
+            base: the layer's own output, or this process's share of its columns, or the linear layer; in the dtype of
+                x.
+            shares: those of x and of the output.
+        """
+
+    def output(
+        self,
+        x: Tensor,
+        tensors: tuple[Tensor, ...],
+        host: Callable[[Tensor], Tensor],
+        bias: Tensor | None,
+        division: Division = UNDIVIDED,
+    ) -> Tensor:
+        """host(x) and the update of x, in the dtype of the host's output; in training x has its dropout."""
+        result = host(x)
+        x = nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
+        return self.added(x.to(result.dtype), tensors, result, (division.of_input(x), division.of_output(result)))
+
+    def fused(self, x: Tensor, tensors: tuple[Tensor, ...], linear: FrozenLinear) -> Tensor | None:
+        """x Wᵀ + b and the update in one node; None under autocast, with dropout, or if x has not the dtype of W."""
+        if x.dtype != linear[0].dtype or (self.dropout and self.training) or autocasts(x):
+            return None
+        return self.added(x, tensors, linear)
 
     @property
     def has_low_rank(self) -> bool:

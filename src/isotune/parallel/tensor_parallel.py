@@ -19,31 +19,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Share:
-    """One process's share of the inputs or outputs of a layer, whose last dimension is split over a mesh.
+    """One process's share of the inputs or outputs of a layer, whose last dimension may be split over a mesh.
 
     Tensors that all processes hold whole are equal in all of them: `of` and `joined` keep their gradients whole too.
     """
 
-    mesh: DeviceMesh
-    """The one-dimensional mesh of the processes."""
+    mesh: DeviceMesh | None
+    """The one-dimensional mesh of the processes; None if this process has the whole dimension."""
     size: int
     """Size of the whole dimension."""
 
     @property
     def span(self) -> slice:
         """The indices of this process's share, divided as by `torch.chunk`."""
+        if self.mesh is None:
+            return slice(None)
         length = -(-self.size // self.mesh.size())
         start = min(self.mesh.get_local_rank() * length, self.size)
         return slice(start, min(start + length, self.size))
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all processes, without a gradient."""
+        if self.mesh is None:
+            return tensor
         tensor = tensor.contiguous()
         dist.all_reduce(tensor, group=self.mesh.get_group())
         return tensor
 
     def of(self, whole: Tensor) -> Tensor:
         """This process's part of a whole tensor; backward joins the gradients of all parts."""
+        if self.mesh is None:
+            return whole
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
         tensor = DTensor.from_local(whole, self.mesh, [Replicate()], run_check=False)
@@ -51,6 +57,8 @@ class Share:
 
     def joined(self, part: Tensor) -> Tensor:
         """The whole tensor from the parts of all processes; in backward each takes the gradient of its own part."""
+        if self.mesh is None:
+            return part
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
         shape = torch.Size([*part.shape[:-1], self.size])
@@ -60,28 +68,39 @@ class Share:
         return tensor.redistribute(placements=[Replicate()]).to_local()
 
 
+WHOLE = Share(None, 0)
+"""The share of a process that has everything."""
+Shares = tuple[Share, Share]
+"""One process's shares of the inputs and outputs of a layer."""
+UNSPLIT: Shares = (WHOLE, WHOLE)
+
+
 @dataclass(frozen=True)
 class Division:
-    """How tensor parallelism splits a layer with this total number of inputs and outputs."""
+    """How tensor parallelism splits a layer with this total number of inputs and outputs, if it does."""
 
-    mesh: DeviceMesh
+    mesh: DeviceMesh | None
     in_features: int
     out_features: int
 
-    def of_input(self, x: Tensor) -> Share | None:
-        """This process's share of the inputs; None if it has all of them."""
-        return None if x.shape[-1] == self.in_features else Share(self.mesh, self.in_features)
+    def of_input(self, x: Tensor) -> Share:
+        """This process's share of the inputs."""
+        return WHOLE if x.shape[-1] == self.in_features else Share(self.mesh, self.in_features)
 
-    def of_output(self, result: Tensor) -> Share | None:
-        """This process's share of the outputs; None if it has all of them."""
-        return None if result.shape[-1] == self.out_features else Share(self.mesh, self.out_features)
+    def of_output(self, result: Tensor) -> Share:
+        """This process's share of the outputs."""
+        return WHOLE if result.shape[-1] == self.out_features else Share(self.mesh, self.out_features)
 
     def bias_of(self, result: Tensor, bias: Tensor | None) -> Tensor | None:
         """The layer's bias for the outputs in `result`."""
-        if bias is None:
-            return None
+        if bias is None or self.mesh is None:
+            return bias
         own: Tensor = bias.to_local()  # type: ignore[attr-defined]
         return own if own.shape[-1] == result.shape[-1] else gathered(bias)
+
+
+UNDIVIDED = Division(None, 0, 0)
+"""Of a layer that each process has whole."""
 
 
 def mesh_of(module: nn.Module) -> DeviceMesh | None:

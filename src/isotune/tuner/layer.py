@@ -288,7 +288,7 @@ class Layer(MergingLayer):
             adapter = self.adapter(names[0])
             tensors = adapter.tensors(working_dtype(x))
             result = adapter.fused(x, tensors, linear)
-            return adapter.output(x, tensors, self.base_layer, linear[1], None) if result is None else result
+            return adapter.output(x, tensors, self.base_layer, linear[1]) if result is None else result
         return self._adapted(x, names, *args, **kwargs)
 
     def active_here(self) -> list[str]:
@@ -309,8 +309,7 @@ class Layer(MergingLayer):
             return result
 
         if names:
-            mesh = mesh_of(self.host.module)
-            division = None if mesh is None else Division(mesh, self.in_features, self.out_features)
+            division = Division(mesh_of(self.host.module), self.in_features, self.out_features)
             bias: Tensor | None = getattr(self.host.module, "bias", None)
             if bias is not None and is_managed(self.host.module):
                 bias = host(x.new_zeros(1, x.shape[-1]))[0]  # the parameter is here only while its module runs

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from helpers import relative_error
 from isotune.adapter.kernels import subspace_update
-from isotune.adapter.placement import place
 from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
 from isotune.subspace.pinning import pin, pin_width
 
@@ -41,7 +40,7 @@ def adapter_for(matrix: Tensor, *, power: float = 0.0, scale: float = 1.0) -> Gi
     adapter.power = power
     _, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     basis = right[:RANK].to(torch.promote_types(matrix.dtype, torch.float32))
-    adapter.placement = place(basis, matrix, [pin(basis)], matrix, power=power)
+    adapter.placement = adapter.placed(basis, matrix, [pin(basis)], matrix)
     return adapter
 
 
@@ -201,7 +200,7 @@ def test_decoding_makes_what_acts_on_one_token_once(matrix: Tensor, monkeypatch:
     adapter, prepared = adapter_for(matrix, scale=0.5), []
     more_up, more_down = torch.randn(len(matrix), 2).double(), torch.randn(2, matrix.shape[1]).double()
     basis = adapter.placement.down[:RANK]
-    adapter.placement = place(basis, matrix, [basis], matrix, power=0.0, accumulated=(more_up, more_down))
+    adapter.placement = adapter.placed(basis, matrix, [basis], matrix, (more_up, more_down))
     monkeypatch.setattr("isotune.adapter.kernels.kernels_for", lambda *_: Kernels)
     acting = adapter._acting
     adapter._acting = lambda *given, **options: (prepared.append(1), acting(*given, **options))[1]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor
 
 from isotune.adapter.kernels import complement, low_rank_update, update_of_one_token
 from isotune.adapter.operator import Base
-from isotune.adapter.placement import Placement, left_vectors, place
+from isotune.adapter.placement import update_factors
 from isotune.adapter.update import PlacedUpdate, Update
 from isotune.algebra.recording import is_exported
 from isotune.parallel.tensor_parallel import UNSPLIT, Shares
@@ -76,32 +74,16 @@ class LowRankAdapter(Update):
         down, up = self._scaled(self.tensors(), torch.promote_types(matrix.dtype, torch.float32))
         return up, down
 
-    @property
-    def form_key(self) -> Hashable:
-        """The configured scale."""
-        return self.configured_scale
-
     def kept(self, in_features: int) -> int:
         """The input, as for LoRA, and x Downᵀ."""
         return in_features + self.size
-
-    def describe(self) -> str:
-        """The rank."""
-        return f"rank {self.size}"
 
 
 class PlacedLowRank(LowRankAdapter, PlacedUpdate):
     """Factors that also depend on the placement, which stays at least float32 whatever the model is cast to."""
 
     batched = False
-
-    def _apply(self, fn: Any, recurse: bool = True) -> PlacedLowRank:
-        before = self.placement
-        super()._apply(fn, recurse)
-        now = self.placement
-        if before is not None and now is not None and now.down.itemsize < 4:  # their differences are small
-            self.placement = before.moved(lambda tensor: tensor.to(now.down.device))
-        return self
+    narrow = False  # differences of what is trained from them are small
 
 
 class ComplementAdapter(PlacedLowRank):
@@ -138,19 +120,11 @@ class ComplementAdapter(PlacedLowRank):
         """r and k."""
         return self.size, self.preserved
 
-    def placed(
-        self,
-        basis: Tensor,
-        matrix: Tensor,
-        stored: Sequence[Tensor],
-        weight: Tensor,
-        accumulated: tuple[Tensor, Tensor] | None = None,
-    ) -> Placement:
+    def factors_on(
+        self, basis: Tensor, matrix: Tensor, accumulated: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """V as given, and U = W Vᵀ Σ⁻¹, orthonormal to rounding; zero where σᵢ is rounding noise."""
-        wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        placement = place(basis, wide, stored, weight, power=0.0)
-        down, up = placement.down[..., : self.preserved, :], placement.up[..., : self.preserved]
-        return replace(placement, down=down, up=left_vectors(up, matrix.dtype))
+        return update_factors(basis, matrix, None)
 
     @property
     def placement_key(self) -> Hashable:

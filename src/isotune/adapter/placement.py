@@ -1,8 +1,8 @@
-"""Where a subspace update acts on one frozen layer: a value made by one function and replaced as a whole."""
+"""Where a subspace update acts on one frozen layer: a value that is replaced as a whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -95,14 +95,19 @@ class Placement:
         """down and up."""
         return self.down, self.up
 
-    def marked(self, pins: tuple[Mark, ...], weight: Mark) -> Placement:
-        """The same placement with new marks, after tensors have moved without changing."""
-        return replace(self, pins=pins, weight=weight)
+    def moved(self, change: Callable[[Tensor], Tensor], *, narrow: bool) -> Placement | None:
+        """The placement with its factors moved or cast; None if they move to or from the meta device.
 
-    def moved(self, change: Callable[[Tensor], Tensor]) -> Placement | None:
-        """The placement with its factors moved or cast; None if they move to or from the meta device."""
+        Args:
+            change: moves or casts one tensor.
+            narrow: whether it may cast them to less than 32 bits; otherwise it then only moves them.
+        """
         down, up = change(self.down), change(self.up)
-        return None if down.is_meta != self.down.is_meta else replace(self, down=down, up=up)
+        if down.is_meta != self.down.is_meta:
+            return None
+        if down.itemsize < 4 and not narrow:
+            down, up = (factor.to(down.device) for factor in self.factors)
+        return replace(self, down=down, up=up)
 
 
 def left_vectors(product: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,55 +132,34 @@ def left_vectors(product: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def place(
-    basis: Tensor,
-    matrix: Tensor,
-    stored: Sequence[Tensor],
-    weight: Tensor,
-    *,
-    power: float | None,
-    residual: float = 0.0,
-    principal: bool = False,
-    accumulated: tuple[Tensor, Tensor] | None = None,
-) -> Placement:
-    """Make the factors of an update for a basis on a weight.
+def update_factors(
+    basis: Tensor, matrix: Tensor, power: float | None, accumulated: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Make the factors of an update for a basis on a weight, as `Placement` defines them but without zeros.
 
     Args:
         basis: V, (..., r, in), at least float32, with orthonormal rows.
-        matrix: W, (..., out, in), whose dtype and device the factors take.
-        stored: the stored buffers: the pin or V itself, one per expert.
-        weight: the frozen parameter from which `matrix` was read.
+        matrix: W, (..., out, in).
         power: p, how the singular values are split; None leaves them out of both factors.
-        residual, principal: as in `Placement`.
         accumulated: U (out, k) and D (k, in) of an update W + U D from earlier subspaces; not for experts.
 
     Returns:
-        The placement.
+        down (..., r + k, in) and up (..., out, r + k), new tensors on the device of W, at least float32.
 
     Source: Wu et al., PSOFT (ICLR 2026), equations 6–8; Meng et al., PiSSA (2024), for the even split;
         Balazy et al., LoRA-XS (2024), for all singular values on the input side.
     """
-    basis = basis.to(device=matrix.device, dtype=torch.promote_types(matrix.dtype, torch.float32))
+    down = basis.to(device=matrix.device, dtype=torch.promote_types(matrix.dtype, torch.float32), copy=True)
     with without_autocast(matrix):
-        up, down = exact_product(matrix.to(basis.dtype), basis.mT), basis
+        up = exact_product(matrix.to(down.dtype), down.mT)
         if accumulated is not None:
-            more_up, more_down = (factor.to(basis) for factor in accumulated)
-            up = up + exact_product(more_up, exact_product(more_down, basis.mT))
+            more_up, more_down = (factor.to(down) for factor in accumulated)
+            up = up + exact_product(more_up, exact_product(more_down, down.mT))
     if power is None:
         up = left_vectors(up, matrix.dtype)
     elif power != 0.0:
-        values = torch.linalg.vector_norm(up, dim=-2).clamp_min(torch.finfo(basis.dtype).tiny).pow(power)
-        down, up = basis * values[..., :, None], up / values[..., None, :]
+        values = torch.linalg.vector_norm(up, dim=-2).clamp_min(torch.finfo(down.dtype).tiny).pow(power)
+        down, up = down * values[..., :, None], up / values[..., None, :]
     if accumulated is not None:
         down, up = torch.cat([down, more_down]), torch.cat([up, more_up], dim=1)
-    zeros = filling(down.shape[-2])
-    return Placement(
-        nn.functional.pad(down.to(matrix), (0, 0, 0, zeros)).contiguous(),
-        nn.functional.pad(up.to(matrix), (0, zeros)).contiguous(),
-        tuple(buffer.detach().clone() for buffer in stored),
-        tuple(Mark.of(buffer, sampled=False) for buffer in stored),
-        Mark.of(weight),
-        residual,
-        principal,
-        down.shape[-2] - basis.shape[-2],
-    )
+    return down, up

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from isotune.adapter.lowrank import PlacedLowRank
-from isotune.adapter.placement import Placement, place
+from isotune.adapter.placement import Placement, update_factors
 
 
 class RestartingAdapter(PlacedLowRank):
@@ -74,26 +73,16 @@ class RestartingAdapter(PlacedLowRank):
         """r, and the kind of start."""
         return self.size, self.splits, self.subtracted
 
-    def placed(
-        self,
-        basis: Tensor,
-        matrix: Tensor,
-        stored: Sequence[Tensor],
-        weight: Tensor,
-        accumulated: tuple[Tensor, Tensor] | None = None,
-    ) -> Placement:
+    def factors_on(
+        self, basis: Tensor, matrix: Tensor, accumulated: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """A₀ and B₀, or V and (W + U D) Vᵀ, followed by what is accumulated."""
-        wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        power, rank = (1.0 if self.splits else 0.0), basis.shape[-2]
-        placement = place(basis, wide, stored, weight, power=power, accumulated=accumulated)
-        down = placement.down[..., : rank + placement.accumulated, :]
-        up = placement.up[..., : rank + placement.accumulated]
+        down, up = update_factors(basis, matrix, 1.0 if self.splits else 0.0, accumulated)
         if self.splits:
             # Where σᵢ is exactly 0, as in a weight of zeros, any unit vector will do; with none nothing is learnt.
-            own = up[..., :rank]
-            own = torch.where(own.any(-2, keepdim=True), own, torch.linalg.qr(own).Q)
-            up = torch.cat([own, up[..., rank:]], -1)
-        return replace(placement, down=down, up=up)
+            own, more = up[..., : basis.shape[-2]], up[..., basis.shape[-2] :]
+            up = torch.cat([torch.where(own.any(-2, keepdim=True), own, torch.linalg.qr(own).Q), more], -1)
+        return down, up
 
     @property
     def placement_key(self) -> Hashable:
@@ -119,8 +108,3 @@ class RestartingAdapter(PlacedLowRank):
     def spanning(self) -> Tensor:
         """A."""
         return self.lora_A.detach()
-
-    def describe(self) -> str:
-        """The rank."""
-        more = self.accumulated_rank
-        return f"{super().describe()}, {more} more accumulated" if more else super().describe()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from isotune.adapter.evaluation import wide
 from isotune.adapter.kernels import subspace_update, update_of_one_token
 from isotune.adapter.operator import Base, Operator
-from isotune.adapter.placement import Placement, filling, place
+from isotune.adapter.placement import Placement, filling, update_factors
 from isotune.adapter.update import PlacedUpdate
 from isotune.parallel.tensor_parallel import UNSPLIT, Shares
 
@@ -180,16 +180,13 @@ class SubspaceAdapter(PlacedUpdate, Operator):
         difference = difference.to(dtype)
         return difference if self.scale == 1.0 else difference * self.scale
 
-    def placed(
-        self,
-        basis: Tensor,
-        matrix: Tensor,
-        stored: Sequence[Tensor],
-        weight: Tensor,
-        accumulated: tuple[Tensor, Tensor] | None = None,
-    ) -> Placement:
-        """down = Σᵖ V and up = W Vᵀ Σ⁻ᵖ, as `place` makes them, followed by what is accumulated."""
-        return place(basis, matrix, stored, weight, power=self.power, accumulated=accumulated)
+    def factors_on(
+        self, basis: Tensor, matrix: Tensor, accumulated: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """down and up in the dtype of W, padded with zeros to a rank at which products are fast."""
+        down, up = update_factors(basis, matrix, self.power, accumulated)
+        zeros, pad = filling(down.shape[-2]), nn.functional.pad
+        return pad(down.to(matrix), (0, 0, 0, zeros)).contiguous(), pad(up.to(matrix), (0, zeros)).contiguous()
 
     def _acting(self, difference: Tensor, dtype: torch.dtype, *, filled: bool) -> Tensor:
         """What acts between down and up: s (M − I), and beside it the identity for what is accumulated.
@@ -285,11 +282,6 @@ class SubspaceAdapter(PlacedUpdate, Operator):
     def form_key(self) -> Hashable:
         """The configured scale, and how the singular values are split."""
         return self.configured_scale, self.power
-
-    def describe(self) -> str:
-        """The rank."""
-        more = self.accumulated_rank
-        return f"rank {self.size}, {more} more accumulated" if more else f"rank {self.size}"
 
     def identity(self) -> dict[str, Tensor]:
         """The parameters of the identity, if there is one: ones for those that start at 1, zeros for others."""

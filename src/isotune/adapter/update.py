@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from isotune.adapter.evaluation import autocasts
 from isotune.adapter.operator import Adapter, Base, FrozenLinear
-from isotune.adapter.placement import Placement
+from isotune.adapter.placement import Mark, Placement
 from isotune.parallel.tensor_parallel import UNDIVIDED, UNSPLIT, Division, Shares
 
 
@@ -61,6 +61,15 @@ class Update(Adapter):
         """True: the update has rank r."""
         return True
 
+    @property
+    def form_key(self) -> Hashable:
+        """The configured scale."""
+        return self.configured_scale
+
+    def describe(self) -> str:
+        """The rank."""
+        return f"rank {self.size}"
+
     def set_scale(self, scale: float) -> None:
         """Multiply the configured scale of the update by `scale`; 0 gives the base's layer."""
         self.scale = self.configured_scale * scale
@@ -74,12 +83,29 @@ class Update(Adapter):
 class PlacedUpdate(Update):
     """An update that depends on a basis V of singular vectors of its layer's weight."""
 
+    narrow: ClassVar[bool] = True
+    """Whether the factors of its placement may be in half precision, as the weight."""
+
     def __init__(self, size: int) -> None:
         super().__init__(size)
         self.placement: Placement | None = None
         """Where the update acts; None until the adapter is placed."""
 
     @abstractmethod
+    def factors_on(
+        self, basis: Tensor, matrix: Tensor, accumulated: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The frozen factors of the update for a basis on a weight.
+
+        Args:
+            basis: V, (..., k, in), at least float32, with orthonormal rows.
+            matrix: W, (..., out, in).
+            accumulated: U (out, k) and D (k, in) of an update from earlier subspaces; None if there is none.
+
+        Returns:
+            down and up of a `Placement`, new tensors on the device of W.
+        """
+
     def placed(
         self,
         basis: Tensor,
@@ -88,15 +114,20 @@ class PlacedUpdate(Update):
         weight: Tensor,
         accumulated: tuple[Tensor, Tensor] | None = None,
     ) -> Placement:
-        """What the update needs of a basis on a weight.
+        """The placement of the update for a basis on a weight, as in `factors_on`.
 
         Args:
-            basis: V, (..., k, in), at least float32, with orthonormal rows.
-            matrix: W, (..., out, in).
+            basis, matrix, accumulated: as there.
             stored: the stored buffers: the pin or V itself, one per expert.
             weight: the frozen parameter from which `matrix` was read.
-            accumulated: U (out, k) and D (k, in) of an update from earlier subspaces; None if the form has none.
         """
+        return Placement(
+            *self.factors_on(basis, matrix, accumulated),
+            tuple(buffer.detach().clone() for buffer in stored),
+            tuple(Mark.of(buffer, sampled=False) for buffer in stored),
+            Mark.of(weight),
+            accumulated=0 if accumulated is None else len(accumulated[1]),
+        )
 
     @property
     @abstractmethod
@@ -112,6 +143,11 @@ class PlacedUpdate(Update):
     def accumulated_rank(self) -> int:
         """The rank of the update that is accumulated on earlier subspaces."""
         return 0 if self.placement is None else self.placement.accumulated
+
+    def describe(self) -> str:
+        """The rank, and that of what is accumulated."""
+        more = self.accumulated_rank
+        return f"{super().describe()}, {more} more accumulated" if more else super().describe()
 
     @property
     def fixed(self) -> str | None:
@@ -151,5 +187,5 @@ class PlacedUpdate(Update):
     def _apply(self, fn: Any, recurse: bool = True) -> PlacedUpdate:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.placement is not None:
-            self.placement = self.placement.moved(fn)
+            self.placement = self.placement.moved(fn, narrow=self.narrow)
         return self

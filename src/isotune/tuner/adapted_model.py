@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -292,7 +293,8 @@ class AdaptedModel:
         if not (pins_hold and weight_holds):
             assert adapter.placement is not None
             pins = tuple(Mark.of(buffer, sampled=False) for buffer in stored)
-            adapter.placement = adapter.placement.marked(pins, Mark.of(weight) if seen else placement.weight)
+            mark = Mark.of(weight) if seen else placement.weight
+            adapter.placement = replace(adapter.placement, pins=pins, weight=mark)
         return True
 
     def _refuse_others_merged(self, layers: Iterable[Layer]) -> None:

@@ -131,13 +131,13 @@ def keeps_its_basis(layer: Layer, adapter_name: str) -> bool:
     assert placement is not None
     wide = torch.promote_types(matrix.dtype, torch.float32)
     basis = nn.functional.normalize(placement.down[..., : adapter.basis_rank, :].to(matrix.device, wide), dim=-1)
-    now = adapter.placed(basis, matrix, (), layer.base_weight, accumulated)
+    now_down, now_up = adapter.factors_on(basis, matrix, accumulated)
     norm, rank = torch.linalg.vector_norm, adapter.basis_rank + placement.accumulated  # beyond it nothing acts
     change = max(
         float(norm(one.to(wide) - other.to(one.device, wide)) / norm(other.to(wide)).clamp_min(torch.finfo(wide).tiny))
         for one, other in (
-            (now.down[..., :rank, :], placement.down[..., :rank, :]),
-            (now.up[..., :rank], placement.up[..., :rank]),
+            (now_down[..., :rank, :], placement.down[..., :rank, :]),
+            (now_up[..., :rank], placement.up[..., :rank]),
         )
     )
     dtypes: tuple[torch.dtype, ...] = (matrix.dtype, placement.up.dtype)
@@ -147,7 +147,7 @@ def keeps_its_basis(layer: Layer, adapter_name: str) -> bool:
         if change > MAX_RESIDUAL:
             return False
         starts = adapter.starts_by_placement and adapter.is_untrained()  # on what the weight was
-        placement = replace(placement, down=now.down, up=now.up)
+        placement = replace(placement, down=now_down, up=now_up)
         for name, value in _start_of(layer, adapter_name, placement).items() if starts else ():
             adapter.get_parameter(name).copy_(value)
     down, up = layer.host.shared(placement.down, placement.up, adapter.basis_rank)

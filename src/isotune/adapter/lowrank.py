@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from isotune.adapter.kernels import complement, low_rank_update, update_of_one_token
-from isotune.adapter.operator import Base
+from isotune.adapter.operator import ALL, Base, Part
 from isotune.adapter.placement import update_factors
 from isotune.adapter.update import PlacedUpdate, Update
 from isotune.algebra.recording import is_exported
@@ -51,22 +51,13 @@ class LowRankAdapter(Update):
         of_x, of_result = shares
         return low_rank_update(x, of_x.of(down), of_result.of(up.mT).mT, base, shares)
 
-    def fold(
-        self,
-        matrix: Tensor,
-        tensors: tuple[Tensor, ...],
-        *,
-        drop: bool = False,
-        rows: Tensor | None = None,
-        at: Tensor | None = None,
-        multiple: Tensor | None = None,
-    ) -> Tensor:
+    def fold(self, matrix: Tensor, tensors: tuple[Tensor, ...], part: Part = ALL, *, drop: bool = False) -> Tensor:
         """W + s·Up Down."""
         down, up = self._scaled(tensors, matrix.dtype)
-        if at is not None and matrix.ndim == 2:
-            up = up.index_select(0, at)
-        if multiple is not None:
-            up = up * multiple
+        if part.at is not None and matrix.ndim == 2:
+            up = up.index_select(0, part.at)
+        if part.multiple is not None:
+            up = up * part.multiple
         return matrix + up @ down
 
     def low_rank(self, matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,43 @@ Base = Tensor | FrozenLinear
 """What an update is added to: the output of any layer, (..., out), or a linear layer that is computed with it."""
 
 
-class Adapter(nn.Module, ABC):
+class Part(NamedTuple):
+    """Which part of W a matrix is that adapters are folded into."""
+
+    rows: Tensor | None = None
+    """If the matrix holds only some rows (an embedding's look-up), these rows of W itself, up to a factor."""
+    at: Tensor | None = None
+    """Which rows of W, or which experts, it holds; None for all."""
+    multiple: Tensor | None = None
+    """By what the look-up has multiplied these rows, a scalar; None for 1."""
+
+
+ALL = Part()
+
+
+class Stored(nn.Module):
+    """A module whose buffers are what a file stores: they keep their dtypes, whatever the model is cast to."""
+
+    def held(self) -> dict[str, Tensor | None]:
+        """All buffers by name."""
+        return dict(self._buffers)
+
+    def hold(self, buffers: Mapping[str, Tensor | None]) -> None:
+        """Exchange the buffers of these names for other tensors, of any shape."""
+        for name, tensor in buffers.items():
+            setattr(self, name, tensor)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Stored:
+        before = self.held()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in before.items():
+            now = self._buffers[name]
+            if tensor is not None and now is not None and now.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(now.device))
+        return self
+
+
+class Adapter(Stored, ABC):
     """Trained parameters in their form on one layer, which they leave as it is when training starts.
 
     A method's subclass registers parameters and maps them to the tensors by which it acts. What these tensors do to a
@@ -161,10 +197,6 @@ class Adapter(nn.Module, ABC):
         # Copying one layer must not copy the whole model; a copied model groups its evaluations again.
         return {**self.__dict__, "shared": None, "slot": -1}
 
-    def held(self) -> dict[str, Tensor | None]:
-        """All buffers by name."""
-        return dict(self._buffers)
-
     def refresh(self, dtype: torch.dtype | None = None) -> None:
         """Make what follows from the adapter's buffers, if they have changed; nothing, unless a form has any.
 
@@ -206,25 +238,14 @@ class Adapter(nn.Module, ABC):
         """The output on a frozen layer that only computes x Wᵀ + b, in one node; None if that does not apply."""
 
     @abstractmethod
-    def fold(
-        self,
-        matrix: Tensor,
-        tensors: tuple[Tensor, ...],
-        *,
-        drop: bool = False,
-        rows: Tensor | None = None,
-        at: Tensor | None = None,
-        multiple: Tensor | None = None,
-    ) -> Tensor:
+    def fold(self, matrix: Tensor, tensors: tuple[Tensor, ...], part: Part = ALL, *, drop: bool = False) -> Tensor:
         """Fold the adapter into a matrix, differentiably, in its own dtype, which should be at least float32.
 
         Args:
             matrix: (out, in), W or what other adapters have made of it; (experts, out, in) for experts.
-            tensors: the result of `tensors`, or for experts of calling the adapter with `at`.
+            tensors: the result of `tensors`, or for experts of calling the adapter with `part.at`.
+            part: which part of W `matrix` is.
             drop: whether to apply dropout; never when weights are merged or read.
-            rows: if `matrix` holds only some rows (an embedding's look-up), these rows of W itself, up to a factor.
-            at: which rows of W, or which experts, `matrix` holds; None for all.
-            multiple: by what the look-up has multiplied these rows, a scalar; None for 1.
         """
 
     @abstractmethod

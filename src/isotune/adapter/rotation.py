@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from isotune.adapter.evaluation import cast_by_autocast, without_autocast
 from isotune.adapter.kernels import rotated_linear
-from isotune.adapter.operator import FrozenLinear, Operator
+from isotune.adapter.operator import ALL, FrozenLinear, Operator, Part
 from isotune.algebra.cayley import CayleyMap
 from isotune.algebra.factors import Chain, LowRank, apply_chain, transpose_chain
 from isotune.parallel.tensor_parallel import UNDIVIDED, Division, Share
@@ -106,16 +106,7 @@ class RotationAdapter(Operator):
         tensors, gain = self._acting(tensors, self.training)
         return rotated_linear(x, gain, self.chain, tensors, *linear)
 
-    def fold(
-        self,
-        matrix: Tensor,
-        tensors: tuple[Tensor, ...],
-        *,
-        drop: bool = False,
-        rows: Tensor | None = None,
-        at: Tensor | None = None,
-        multiple: Tensor | None = None,
-    ) -> Tensor:
+    def fold(self, matrix: Tensor, tensors: tuple[Tensor, ...], part: Part = ALL, *, drop: bool = False) -> Tensor:
         """diag(gain) W Mᵀ, or diag(gain) M W."""
         if matrix.ndim == 3:
             each = [self._turned(own, [tensor[index] for tensor in tensors]) for index, own in enumerate(matrix)]
@@ -125,7 +116,7 @@ class RotationAdapter(Operator):
         if gain is None:
             return rotated
         own = gain.to(matrix.dtype)
-        return rotated * (own if at is None else own.index_select(0, at))[:, None]
+        return rotated * (own if part.at is None else own.index_select(0, part.at))[:, None]
 
     def _turned(self, matrix: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """W Mᵀ, or M W."""

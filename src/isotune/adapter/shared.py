@@ -288,8 +288,7 @@ class SharedAdapter(LowRankAdapter):
 
     def exchange(self, new: Renewal) -> None:
         """Take other buffers and matrices."""
-        for name, tensor in new.buffers.items():
-            setattr(self, name, tensor)
+        self.hold(new.buffers)
         self._held = new.held
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -298,12 +297,7 @@ class SharedAdapter(LowRankAdapter):
             self.refresh()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SharedAdapter:
-        before, held = self.held(), self._held
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in before.items():
-            now = getattr(self, name)
-            if tensor is not None and now.dtype != tensor.dtype:  # counts are not rounded
-                setattr(self, name, tensor.to(now.device))
-        if held is not None:
-            self.refresh(fn(held.down.new_empty(1)).dtype)
+        super()._apply(fn, recurse)
+        if self._held is not None:
+            self.refresh(fn(self._held.down.new_empty(1)).dtype)
         return self

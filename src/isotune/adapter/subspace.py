@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from isotune.adapter.evaluation import wide
 from isotune.adapter.kernels import subspace_update, update_of_one_token
-from isotune.adapter.operator import Base, Operator
+from isotune.adapter.operator import ALL, Base, Operator, Part, Stored
 from isotune.adapter.placement import Placement, filling, update_factors
 from isotune.adapter.update import PlacedUpdate
 from isotune.parallel.tensor_parallel import UNSPLIT, Shares
@@ -21,11 +21,11 @@ _WIDE = (torch.float32, torch.float64)
 """Dtypes in which small differences survive; half precision rounds them away."""
 
 
-class SubspaceBasis(nn.Module):
+class SubspaceBasis(Stored):
     """What a file stores of the subspace of one adapter on one layer: the pin S = V Ω, (r, p), or V itself.
 
     An adapter whose subspace has moved stores V, and beside it the update U D that it has accumulated on earlier
-    subspaces. All stays float32 whatever the model is cast to. A stored V or pin of zeros means that no subspace has
+    subspaces. A stored V or pin of zeros means that no subspace has
     been found yet.
 
     Args:
@@ -86,15 +86,6 @@ class SubspaceBasis(nn.Module):
             setattr(self, "basis" if self.embedded else "pin", torch.empty_like(self.stored, device=value.device))
         self.stored.copy_(value)
 
-    def held(self) -> dict[str, Tensor | None]:
-        """All buffers by name."""
-        return dict(self._buffers)
-
-    def hold(self, buffers: Mapping[str, Tensor | None]) -> None:
-        """Exchange the buffers of these names for other tensors, of any shape."""
-        for name, tensor in buffers.items():
-            setattr(self, name, tensor)
-
     def allocate(self, rank: int, out_features: int) -> None:
         """Make room for an accumulated update of a rank."""
         room = self.stored.new_zeros
@@ -117,15 +108,6 @@ class SubspaceBasis(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         self.fit({name: state_dict[prefix + name] for name in self.held() if prefix + name in state_dict})
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SubspaceBasis:
-        before = self.held()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in before.items():
-            now = self._buffers[name]
-            if tensor is not None and now is not None and now.dtype != tensor.dtype:
-                setattr(self, name, tensor.to(now.device))
-        return self
 
 
 class SubspaceAdapter(PlacedUpdate, Operator):
@@ -245,19 +227,11 @@ class SubspaceAdapter(PlacedUpdate, Operator):
             given.made = sources, found
         return found
 
-    def fold(
-        self,
-        matrix: Tensor,
-        tensors: tuple[Tensor, ...],
-        *,
-        drop: bool = False,
-        rows: Tensor | None = None,
-        at: Tensor | None = None,
-        multiple: Tensor | None = None,
-    ) -> Tensor:
+    def fold(self, matrix: Tensor, tensors: tuple[Tensor, ...], part: Part = ALL, *, drop: bool = False) -> Tensor:
         """W + s·up (M − I)ᵀ down, and with it what is accumulated."""
         (down, up), rank = self.factors(matrix.dtype, matrix.device), self.size + self.accumulated_rank
         down, up, update = down[..., :rank, :], up[..., :rank], self._acting(tensors[0], matrix.dtype, filled=False)
+        rows, at, multiple = part
         if matrix.ndim == 3 and at is not None:
             down, up = down.index_select(0, at), up.index_select(0, at)
         if rows is None:

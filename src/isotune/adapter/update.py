@@ -185,7 +185,7 @@ class PlacedUpdate(Update):
         return down.to(device, dtype), up.to(device, dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PlacedUpdate:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if self.placement is not None:
             self.placement = self.placement.moved(fn, narrow=self.narrow)
         return self

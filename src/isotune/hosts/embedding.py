@@ -78,7 +78,7 @@ class EmbeddingHost(Host):
         """The folded rows, rounded once to the dtype of the weight."""
         found, tokens, multiple = self._look_up(base_layer, x, *args, **kwargs)
         rows = widen(found).reshape(-1, found.shape[-1])
-        folded = fold(rows, rows, tokens, multiple)
+        folded = fold(rows, rows=rows, at=tokens, multiple=multiple)
         factor = self._gradient_factor(tokens, folded.dtype) if folded.requires_grad else None
         if factor is not None:
             folded = _ScaleGradient.apply(folded, factor)  # type: ignore[no-untyped-call]

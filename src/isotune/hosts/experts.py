@@ -54,7 +54,7 @@ class ExpertsHost(Host):
             return super().folded(fold, arguments).contiguous()
         if len(reached) == 0:
             return weight
-        matrices = fold(widen(self.seen(weight.index_select(0, reached))), None, reached)
+        matrices = fold(widen(self.seen(weight.index_select(0, reached))), at=reached)
         folded = self.stored(matrices).to(weight.dtype).contiguous()
         return folded if len(reached) == self.experts else weight.index_copy(0, reached, folded)
 

@@ -20,7 +20,8 @@ from isotune.parallel.tensor_parallel import mesh_of, split_like
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Fold = Callable[..., Tensor]
-"""fold(matrix, rows, at, multiple) -> matrix with the active adapters in it, in its own dtype; as in Adapter.fold."""
+"""fold(matrix, rows=…, at=…, multiple=…) -> matrix with the active adapters in it, in its own dtype; the
+options say which part of W the matrix is, as in `adapter.operator.Part`."""
 
 
 class Kept(NamedTuple):

@@ -177,15 +177,9 @@ def _calls_of(group: Sequence[Layer]) -> Iterator[list[_Call]]:
         calls.append((layer, output, read))
 
     def folding(layer: Layer) -> Callable[..., Tensor]:
-        def fold(
-            names: Sequence[str],
-            matrix: Tensor,
-            rows: Tensor | None = None,
-            at: Tensor | None = None,
-            multiple: Tensor | None = None,
-            **more: Any,
-        ) -> Tensor:
-            folded = type(layer).fold(layer, names, matrix, rows, at, multiple, **more)
+        def fold(names: Sequence[str], matrix: Tensor, **given: Any) -> Tensor:
+            folded = type(layer).fold(layer, names, matrix, **given)
+            at, multiple = given.get("at"), given.get("multiple")
 
             def read(total: Tensor, gradient: Tensor) -> None:
                 gradient = gradient.to(total) if multiple is None else gradient.to(total) * multiple

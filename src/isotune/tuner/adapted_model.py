@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from isotune.adapter.evaluation import Call, SharedEvaluation, is_recorded, share_evaluations
-from isotune.adapter.operator import Adapter
+from isotune.adapter.operator import Adapter, Stored
 from isotune.adapter.placement import Mark
-from isotune.adapter.subspace import SubspaceBasis
 from isotune.errors import BaseMismatchError
 from isotune.internals.ddp import ignore_buffers
 from isotune.internals.offloading import is_managed
@@ -85,7 +84,7 @@ class AdaptedModel:
         remove_hooks(model, _after_load)
         model.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
         # Also the names of what is None until a subspace moves: DDP reads the names once, when it is made.
-        holders = [(name, m) for name, m in model.named_modules() if isinstance(m, (SubspaceBasis, Adapter))]
+        holders = [(name, m) for name, m in model.named_modules() if isinstance(m, Stored)]
         ignore_buffers(model, [f"{name}.{key}" for name, holder in holders for key in holder.held()])
         return own
 

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from isotune.adapter.evaluation import without_autocast
-from isotune.adapter.operator import Adapter
+from isotune.adapter.operator import Adapter, Part
 from isotune.errors import IsotuneWarning
 from isotune.hosts import Host, Kept, widen
 from isotune.internals.offloading import brought
@@ -104,22 +104,14 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         if self.owner is not None:
             self.owner.place_on(self)
 
-    def fold(
-        self,
-        names: Sequence[str],
-        matrix: Tensor,
-        rows: Tensor | None = None,
-        at: Tensor | None = None,
-        multiple: Tensor | None = None,
-        *,
-        drop: bool = False,
-    ) -> Tensor:
-        """Fold these adapters into `matrix` in this order, as `Adapter.fold` does, with autocast off."""
+    def fold(self, names: Sequence[str], matrix: Tensor, *, drop: bool = False, **part: Tensor | None) -> Tensor:
+        """Fold these adapters into `matrix`, a `Part` of W, in this order, with autocast off."""
+        own = Part(**part)
         with without_autocast(matrix):
             for name in names:
                 adapter = self.adapter(name)
-                tensors = adapter.tensors(matrix.dtype) if matrix.ndim == 2 else adapter(matrix.dtype, at)
-                matrix = adapter.fold(matrix, tensors, drop=drop, rows=rows, at=at, multiple=multiple)
+                tensors = adapter.tensors(matrix.dtype) if matrix.ndim == 2 else adapter(matrix.dtype, own.at)
+                matrix = adapter.fold(matrix, tensors, own, drop=drop)
         return matrix
 
     def unmerged_matrix(self) -> Tensor:

@@ -238,14 +238,15 @@ def test_ctrl_c_at_any_line_of_a_boundary_changes_nothing() -> None:
     model = model_of()
     own = optimiser(model)
     train(model, None, own)
-    using, functions = schedule(every=1), [UoraSchedule._act.__wrapped__, SharedAdapter.exchange]  # type: ignore[attr-defined]
+    using, exchange = schedule(every=1), [SharedAdapter.hold, SharedAdapter.refresh, SharedAdapter._made]
+    functions = [UoraSchedule._act.__wrapped__, *exchange]  # type: ignore[attr-defined]
     codes = {function.__code__ for function in functions}
     whole = copy.deepcopy(model)
     assert schedule(every=1).step(whole, own) is not None
     after = whole.state_dict()
 
     def interrupted(at: int) -> bool:
-        """Renew rows until that line of the two functions; returns whether there is such a line."""
+        """Renew rows until that line of these functions; returns whether there is such a line."""
         lines = 0
 
         def trace(frame: Any, event: str, _: Any) -> Any:

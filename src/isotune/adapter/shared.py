@@ -103,18 +103,6 @@ class _Held:
     down: Tensor
     up: Tensor
 
-    @classmethod
-    def of(
-        cls,
-        counts: Tensor,
-        rows: tuple[RandomRows, RandomRows] | None,
-        masters: tuple[Tensor, ...],
-        down: Tensor,
-        up: Tensor,
-    ) -> _Held:
-        """A and B from A (r, in) and Bᵀ (r, out), with the state of the counts now."""
-        return cls(counts, version_of(counts), rows, masters, down, up.t())
-
     def __deepcopy__(self, memo: Any) -> _Held:
         return self  # nothing of it is ever written to
 
@@ -124,17 +112,13 @@ class _Held:
 
 @dataclass(frozen=True)
 class Renewal:
-    """The buffers of an adapter after a boundary, and the matrices that follow from them."""
+    """What an adapter becomes at a boundary."""
 
-    buffers: Mapping[str, Tensor | None]
-    held: _Held | None
-
-    @property
-    def rows(self) -> tuple[RandomRows, RandomRows]:
-        """What A and Bᵀ follow from."""
-        assert self.held is not None
-        assert self.held.rows is not None
-        return self.held.rows
+    buffers: Mapping[str, Tensor]
+    rows: tuple[RandomRows, RandomRows]
+    """What A and Bᵀ then follow from."""
+    masters: tuple[Tensor, ...]
+    """A and Bᵀ in float32 on the CPU; held, so that no layer has to make them again."""
 
 
 class SharedAdapter(LowRankAdapter):
@@ -250,12 +234,14 @@ class SharedAdapter(LowRankAdapter):
 
     def _made(self, dtype: torch.dtype) -> _Held:
         counts = self.reinitializations
+        state = counts, version_of(counts)
         if is_symbolic(counts):
             down, up = (counts.new_empty(self.size, n, dtype=dtype) for n in (self.in_features, self.out_features))
-            return _Held.of(counts, None, (), down, up)
+            return _Held(*state, None, (), down, up.t())
         rows = self.rows
         masters = tuple(one.matrix() for one in rows)
-        return _Held.of(counts, rows, masters, *(one.matrix(dtype, counts.device) for one in rows))
+        down, up = (one.matrix(dtype, counts.device) for one in rows)
+        return _Held(*state, rows, masters, down, up.t())
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -278,18 +264,8 @@ class SharedAdapter(LowRankAdapter):
             "reinit_boundary": torch.full_like(self.reinit_boundary, number),
             "reinit_weight": torch.full_like(self.reinit_weight, weight),
         }
-        (first, down), (second, up) = (one.reinitialised(chosen, weight) for one in self.rows)
-        used = (one.matrix(self._dtype, counts.device) for one in (first, second))
-        return Renewal(buffers, _Held.of(after, (first, second), (down, up), *used))
-
-    def current(self) -> Renewal:
-        """The buffers and matrices that are there, to which `exchange` goes back."""
-        return Renewal(self.held(), self._held)
-
-    def exchange(self, new: Renewal) -> None:
-        """Take other buffers and matrices."""
-        self.hold(new.buffers)
-        self._held = new.held
+        rows, masters = zip(*(one.reinitialised(chosen, weight) for one in self.rows), strict=True)
+        return Renewal(buffers, rows, masters)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

@@ -172,14 +172,16 @@ class UoraSchedule(BoundarySchedule[Reinitialization]):
             new[key] = adapter.renewed(rows, number, self.weight)
             changes[key] = _change(adapter, new[key], rows)
         found = Reinitialization(number, done, rows, changes)
-        undo = [(adapter, adapter.current()) for adapter in own.values()]
+        undo = [(adapter, adapter.held()) for adapter in own.values()]
         try:  # whatever interrupts the exchange, be it between two tensors of a layer, the old values are put back
             for key, adapter in own.items():
-                adapter.exchange(new[key])
+                adapter.hold(new[key].buffers)
+                adapter.refresh()
             self.history.append(found)
         except BaseException:
             for adapter, old in undo:
-                adapter.exchange(old)
+                adapter.hold(old)
+                adapter.refresh()
             raise
         return found
 

@@ -6,9 +6,9 @@ import weakref
 from abc import ABC, abstractmethod
 from typing import Any, Generic, Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from isotune.internals.torch_state import uncompiled
+from isotune.internals.torch_state import uncompiled, version_of
 from isotune.methods.checks import require_choice, require_positive_integer
 from isotune.moving.boundary import adapted
 from isotune.tuner.adapted_model import AdaptedModel
@@ -37,6 +37,8 @@ class BoundarySchedule(ABC, Generic[Record]):
         """What this schedule object did at its boundaries, oldest first."""
         self._counted: tuple[weakref.ref[AdaptedModel], int] | None = None
         """The model of the last step, and how many steps or epochs it had finished."""
+        self._read: tuple[Tensor, int, int] | None = None
+        """The tensor that was read last, its version then, and the number in it."""
 
     def step(self, model: nn.Module, optimizer: Any, done: int | None = None) -> Record | None:
         """Count one step or epoch, and act if a boundary is reached; after the optimiser's step, before the next pass.
@@ -83,6 +85,12 @@ class BoundarySchedule(ABC, Generic[Record]):
     @abstractmethod
     def _last(self, own: AdaptedModel) -> int | None:
         """The number of the last boundary, from the adapter itself; 0 or None before the first."""
+
+    def _number(self, boundary: Tensor) -> int:
+        """The number in a buffer of the adapter; reading it from a GPU waits, so it is kept while it is true."""
+        if self._read is None or self._read[0] is not boundary or self._read[1] != version_of(boundary):
+            self._read = boundary, version_of(boundary), int(boundary)
+        return self._read[2]
 
     @abstractmethod
     def _act(self, model: nn.Module, optimizer: Any, number: int, done: int) -> Record:

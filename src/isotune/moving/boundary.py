@@ -83,20 +83,34 @@ def adapted(model: nn.Module) -> AdaptedModel:
     raise ValueError(f"The model, a {type(model).__name__}, has no isotune adapter whose subspaces could move.")
 
 
+def layers_of(
+    model: nn.Module, adapter_name: str, obstacle: Callable[[Layer, bool], str | None], refusal: str
+) -> list[Layer]:
+    """The layers of an adapter, unless `obstacle(layer, whole model in this process)` says why not on one of them.
+
+    Raises:
+        ValueError: the refusal with its three places filled, by the adapter, the layer and the obstacle; or the model
+            has no such adapter.
+    """
+    own = adapted(model)
+    layers = own.layers_with(adapter_name)
+    if not layers:
+        raise ValueError(f"The model has no isotune adapter {adapter_name!r}.")
+    whole = own.model is not None and not is_wrapped_by_fsdp(model) and not is_wrapped_by_fsdp(own.model)
+    for layer in layers:
+        if why := obstacle(layer, whole):
+            raise ValueError(refusal.format(repr(adapter_name), repr(layer.key), why))
+    return layers
+
+
 def layers_to_move(model: nn.Module, adapter_name: str, optimizer: Any) -> list[Layer]:
     """The layers of an adapter, if all of them can move now.
 
     Raises:
         ValueError: they cannot; says why and what to do.
     """
-    own = adapted(model)
-    layers = [layer for layer in own.layers if adapter_name in layer.isotune_operator]
-    if not layers:
-        raise ValueError(f"The model has no isotune adapter {adapter_name!r}.")
-    whole = own.model is not None and not is_wrapped_by_fsdp(model) and not is_wrapped_by_fsdp(own.model)
-    for layer in layers:
-        if why := _why_fixed(layer, adapter_name, whole):
-            raise ValueError(f"The subspace of {adapter_name!r} on {layer.key!r} cannot move: {why}")
+    refusal = "The subspace of {} on {} cannot move: {}"
+    layers = layers_of(model, adapter_name, partial(_why_fixed, adapter_name), refusal)
     trained = {
         f"{layer.key}.{name}": parameter
         for layer in layers
@@ -114,7 +128,7 @@ def layers_to_move(model: nn.Module, adapter_name: str, optimizer: Any) -> list[
     return layers
 
 
-def _why_fixed(layer: Layer, adapter_name: str, whole: bool) -> str | None:
+def _why_fixed(adapter_name: str, layer: Layer, whole: bool) -> str | None:
     """Why the subspace of an adapter on a layer cannot move; None if it can."""
     adapter, parameters = layer.adapter(adapter_name), list(layer.adapter(adapter_name).parameters())
     if not isinstance(adapter, PlacedUpdate):

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from isotune.adapter.shared import Renewal, SharedAdapter
-from isotune.internals.torch_state import version_of
 from isotune.methods.checks import require
 from isotune.moving.boundaries import BoundarySchedule
-from isotune.moving.boundary import adapted
-from isotune.parallel.sharding import is_partitioned, is_sharded, is_wrapped_by_fsdp
+from isotune.moving.boundary import layers_of
+from isotune.parallel.sharding import is_partitioned, is_sharded
 from isotune.subspace.random_rows import RandomRows
 from isotune.tuner.adapted_model import AdaptedModel
 from isotune.tuner.layer import Layer
@@ -100,7 +99,6 @@ class UoraSchedule(BoundarySchedule[Reinitialization]):
         share = float(torch.tensor(weight, dtype=torch.float32)) if _is_number(weight) else 0.0  # as in the file
         require(0.0 < share <= 1.0, "weight", weight, "it must be a number in (0, 1], rounded to float32")
         self.threshold, self.weight = threshold, share
-        self._read: tuple[Tensor, int, int] | None = None
 
     def _check(self, model: nn.Module, optimizer: Any) -> list[Layer]:
         """The layers of the adapter, if it can be re-initialised.
@@ -108,15 +106,8 @@ class UoraSchedule(BoundarySchedule[Reinitialization]):
         Raises:
             ValueError: it cannot; says why and what to do.
         """
-        own = adapted(model)
-        layers = [layer for layer in own.layers if self.adapter in layer.isotune_operator]
-        if not layers:
-            raise ValueError(f"The model has no isotune adapter {self.adapter!r}.")
-        whole = own.model is not None and not is_wrapped_by_fsdp(model) and not is_wrapped_by_fsdp(own.model)
-        for layer in layers:
-            if why := self._why_not(layer, whole):
-                raise ValueError(f"The adapter {self.adapter!r} on {layer.key!r} cannot be re-initialised: {why}")
-        return layers
+        refusal = "The adapter {} on {} cannot be re-initialised: {}"
+        return layers_of(model, self.adapter, self._why_not, refusal)
 
     def _why_not(self, layer: Layer, whole: bool) -> str | None:
         adapter, start = layer.adapter(self.adapter), getattr(layer.configs[self.adapter], "d_initial", 0.0)
@@ -148,12 +139,7 @@ class UoraSchedule(BoundarySchedule[Reinitialization]):
             yield layer.key, adapter
 
     def _last(self, own: AdaptedModel) -> int:
-        """The number of the last boundary; reading it from a GPU waits, so that is kept."""
-        layers = [layer for layer in own.layers if self.adapter in layer.isotune_operator]
-        number = next(self._adapters(layers))[1].reinit_boundary
-        if self._read is None or self._read[0] is not number or self._read[1] != version_of(number):
-            self._read = number, version_of(number), int(number)
-        return self._read[2]
+        return self._number(next(self._adapters(own.layers_with(self.adapter)))[1].reinit_boundary)
 
     @torch.no_grad()
     def _act(self, model: nn.Module, optimizer: Any, number: int, done: int) -> Reinitialization:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from isotune.errors import IsotuneWarning
-from isotune.internals.torch_state import version_of
 from isotune.methods.checks import require, require_choice, require_positive_integer
 from isotune.moving.boundaries import BoundarySchedule
 from isotune.moving.boundary import Move, layers_to_move, move
@@ -18,7 +17,6 @@ from isotune.moving.choosing import CHOICES, Loss, gradient_subspaces, loss_of, 
 from isotune.moving.optimiser import STATES
 from isotune.tuner.adapted_model import AdaptedModel
 from isotune.tuner.layer import Layer
-from isotune.tuner.moved import moves_of
 
 Select = Literal["top", "bottom", "band", "warm", "gradient"]
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -110,7 +108,6 @@ class MovingSchedule(BoundarySchedule[Move]):
         self.select, self.optimizer_state, self.at_start = select, optimizer_state, at_start
         self.max_rank, self.largest_error, self.seed = max_rank, largest_error, seed
         self.batches, self.loss, self.gradient_memory = batches, loss or loss_of, gradient_memory
-        self._read: tuple[Tensor, int, int] | None = None
 
     def _check(self, model: nn.Module, optimizer: Any) -> list[Layer]:
         """Refuse a model whose subspaces cannot move."""
@@ -127,14 +124,9 @@ class MovingSchedule(BoundarySchedule[Move]):
         return starts
 
     def _last(self, own: AdaptedModel) -> int | None:
-        """The number of the last boundary, from the adapter itself; reading it from a GPU waits, so that is kept."""
-        layers = [layer for layer in own.layers if self.adapter in layer.isotune_form]
-        moves = layers[0].bases(self.adapter)[0].moves if layers else None
-        if moves is None:
-            return None
-        if self._read is None or self._read[0] is not moves or self._read[1] != version_of(moves):
-            self._read = moves, version_of(moves), moves_of(layers, self.adapter)
-        return self._read[2]
+        bases = [basis for layer in own.layers_with(self.adapter) for basis in layer.bases(self.adapter)]
+        moves = bases[0].moves if bases else None
+        return None if moves is None else self._number(moves)
 
     def _act(self, model: nn.Module, optimizer: Any, number: int, done: int) -> Move:
         chosen: dict[str, Tensor] = {}

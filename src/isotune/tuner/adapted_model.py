@@ -125,6 +125,10 @@ class AdaptedModel:
         self.homes = [home for home in holds if isinstance(home[2], Layer)]
         self.others = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, Layer)]
 
+    def layers_with(self, adapter_name: str) -> list[Layer]:
+        """The layers that have an adapter."""
+        return [layer for layer in self.layers if adapter_name in layer.isotune_operator]
+
     def forget(self) -> None:
         """Have the layers found again before the next forward pass."""
         self.evaluations, self.surroundings, self.homes, self.others = [], [], [], []

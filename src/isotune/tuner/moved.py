@@ -57,9 +57,3 @@ def make_room(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) 
         for basis in layer.bases(adapter_name):
             names = {key: f"{name}.isotune_form.{key}" for key in basis.held()}
             basis.fit({key: given[full] for key, full in names.items() if full in given})
-
-
-def moves_of(layers: Iterable[nn.Module], adapter_name: str) -> int:
-    """The number of the boundary at which the subspaces of an adapter last moved; 0 before the first move."""
-    found = (one.moves for layer in layers if isinstance(layer, Layer) for one in layer.bases(adapter_name))
-    return max((int(moves) for moves in found if moves is not None), default=0)

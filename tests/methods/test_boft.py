@@ -115,7 +115,7 @@ def test_one_factor_is_oft_with_a_gain() -> None:
     torch.testing.assert_close(ours.matrix(), oft.matrix(), rtol=0, atol=1e-7)
     x = torch.randn(5, 12)
     # The gain scales what W gives, and not the bias.
-    expected = nn.functional.linear(oft.operate(x), ours.output_gain[:, None] * layer.weight, layer.bias)
+    expected = nn.functional.linear(x @ oft.matrix(), ours.output_gain[:, None] * layer.weight, layer.bias)
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -381,7 +381,7 @@ def test_the_gradient_of_a_gain_whatever_follows_the_layer(
     for layer in layers_of(reference):
         operator = layer.adapter("default")
         host = layer.get_base_layer()
-        merged = operator.output_gain * (operator.operate(merged) @ host.weight.T) + (host.bias if bias else 0)
+        merged = operator.output_gain * (merged @ operator.matrix() @ host.weight.T) + (host.bias if bias else 0)
         merged = reference.get_base_model().after(merged)
     merged.square().sum().backward()
     assert_same_gradients(model, reference, 1e-5 if dtype == torch.float32 else 3e-2)

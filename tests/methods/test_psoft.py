@@ -42,9 +42,6 @@ def test_operator_is_the_definition(size: int, input_scale: bool, output_scale: 
     expected = reference_difference(operator)
     torch.testing.assert_close(operator.difference(), expected, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(operator.matrix(), expected + torch.eye(size))
-    torch.testing.assert_close(operator.inverse() @ operator.matrix(), torch.eye(size, dtype=torch.float64))
-    x = torch.randn(5, size, dtype=torch.float64)
-    torch.testing.assert_close(operator.operate(x), x @ operator.matrix())
 
 
 @pytest.mark.parametrize("orthogonal", [True, False])

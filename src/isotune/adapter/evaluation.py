@@ -364,11 +364,6 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
-def cast_by_autocast(x: Tensor) -> Tensor:
-    """Cast an input to the dtype in which a linear layer computes with it."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x) else x
-
-
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """A scope without autocast on the tensor's device."""
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)

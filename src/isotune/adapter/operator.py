@@ -303,12 +303,3 @@ class Operator(Adapter):
     @abstractmethod
     def matrix(self) -> Tensor:
         """M itself, (n, n)."""
-
-    def inverse(self) -> Tensor:
-        """M⁻¹, (n, n)."""
-        inverse: Tensor = torch.linalg.inv(self.matrix())
-        return inverse
-
-    @abstractmethod
-    def operate(self, x: Tensor) -> Tensor:
-        """x M for x of shape (..., n)."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.evaluation import cast_by_autocast, without_autocast
+from isotune.adapter.evaluation import without_autocast, working_dtype
 from isotune.adapter.kernels import rotated_linear
 from isotune.adapter.operator import ALL, FrozenLinear, Operator, Part
 from isotune.algebra.cayley import CayleyMap
@@ -56,14 +56,6 @@ class RotationAdapter(Operator):
         eye = torch.eye(self.size, dtype=tensors[0].dtype, device=tensors[0].device)
         return apply_chain(eye, self.chain, tensors)
 
-    def inverse(self) -> Tensor:
-        """M⁻¹, which is Mᵀ of an orthogonal M."""
-        return self.matrix().mT if self.orthogonal else super().inverse()
-
-    def operate(self, x: Tensor) -> Tensor:
-        """x M for x of shape (..., n)."""
-        return apply_chain(x, self.chain, self.chain_tensors(x.dtype))
-
     def is_identity(self) -> bool:
         """Whether M is the identity and every gain one."""
         return super().is_identity() and (self.gain is None or bool((self.gain == 1).all()))
@@ -81,7 +73,7 @@ class RotationAdapter(Operator):
         if self.side == "output":
             result = host(x)
         else:
-            x = cast_by_autocast(x)
+            x = x.to(working_dtype(x))
             result = host(_on_all(division.of_input(x), x, self.chain, tensors))
             if gain is None:
                 return result
@@ -102,7 +94,7 @@ class RotationAdapter(Operator):
         """The chain, the product with W and the gain in one node; None for a rotation of outputs."""
         if self.side == "output":
             return None
-        x = cast_by_autocast(x)
+        x = x.to(working_dtype(x))
         tensors, gain = self._acting(tensors, self.training)
         return rotated_linear(x, gain, self.chain, tensors, *linear)
 

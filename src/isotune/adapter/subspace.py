@@ -149,10 +149,6 @@ class SubspaceAdapter(PlacedUpdate, Operator):
         difference = self.difference()
         return difference + torch.eye(self.size, dtype=difference.dtype, device=difference.device)
 
-    def operate(self, x: Tensor) -> Tensor:
-        """x M for x of shape (..., r)."""
-        return x + x @ self.difference(x.dtype)
-
     def is_identity(self) -> bool:
         """Whether M is the identity and nothing is accumulated on earlier subspaces."""
         return not self.accumulated_rank and super().is_identity()

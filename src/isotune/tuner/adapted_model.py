@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
@@ -173,7 +173,6 @@ class AdaptedModel:
         """Check before a pass where weights and parameters are; once per call of `generate`."""
         # Code that loads without load_state_dict (as transformers' own loader does), replaces the base's weights, or
         # adapts a model before its weights exist leaves no earlier moment for finding the subspaces.
-        self._refuse_others_merged(self.layers)
         self.place()
         apart = self._is_moved_by_others()
         partitioned = [is_partitioned(shared.members[0].parameters_read()[0]) for shared in self.evaluations]
@@ -215,37 +214,33 @@ class AdaptedModel:
 
     # -- placing ---------------------------------------------------------------------------------------------------
 
-    def place(self) -> None:
+    def place(self, layers: Sequence[Layer] | None = None) -> None:
         """Place every adapter that is not placed yet, or whose stored basis or base weight has changed since.
+
+        Args:
+            layers: of the model; None for all.
 
         Raises:
             BaseMismatchError: as in `place_adapter`.
+            ValueError: another tuner has merged an adapter into a weight, which would change what ours does.
         """
-        stale = dict[str, None]()
-        for layer in self.layers:
-            for name in layer.isotune_form:
-                if not self._is_placed(layer, name):
-                    stale[name] = None
+        layers = self.layers if layers is None else layers
+        self._refuse_others_merged(layers)
+        stale = {name: None for layer in layers for name in layer.isotune_form if not self._is_placed(layer, name)}
         for name in stale:
-            place_adapter(name, self.layers)
+            place_adapter(name, layers)
         if not self._is_moved_by_others():  # or the buffers may have any contents
-            for layer in self.layers:
+            for layer in layers:
                 layer.refresh()
 
     def place_on(self, layer: nn.Module) -> None:
         """Check one layer and place its adapters, as the beginning of a pass does for all layers.
 
         Raises:
-            BaseMismatchError: as in `place_adapter`.
-            ValueError: another tuner has merged an adapter into the weight, which would change what this one does.
+            BaseMismatchError, ValueError: as in `place`.
         """
         assert isinstance(layer, Layer)
-        self._refuse_others_merged([layer])
-        for name in layer.isotune_form:
-            if not self._is_placed(layer, name):
-                place_adapter(name, [layer])
-        if not self._is_moved_by_others():
-            layer.refresh()
+        self.place([layer])
 
     def place_after_load(self) -> None:
         """Place adapters that were just loaded, and remove one that does not fit this base.

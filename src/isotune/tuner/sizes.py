@@ -145,10 +145,8 @@ def choose_sizes(
         LayerSize(layer.key, _shape(layer), sizes.sizes[index], sizes.kept[index], price.of(layer, sizes.sizes[index]))
         for layer, sizes, index in zip(layers, found, chosen, strict=True)
     )
-    result = ChosenSizes(rows, price.option, config.size_pattern, None)
-    return ChosenSizes(
-        rows, price.option, config.size_pattern, price.uniform(layers, found, budget or result.parameters)
-    )
+    uniform = price.uniform(layers, found, budget or sum(row.parameters for row in rows))
+    return ChosenSizes(rows, price.option, config.size_pattern, uniform)
 
 
 def _shape(layer: Layer) -> tuple[int, int]:

@@ -74,7 +74,7 @@ def test_batches_are_by_size_kind_dtype_and_device() -> None:
         PsoftOperator(4, output_scale=False),
         PsoftOperator(4).double(),
     ]
-    assert [len(members) for _, members in share_evaluations(operators)] == [2, 1, 1, 1, 1, 1, 1, 1]
+    assert [len(shared.members) for shared in share_evaluations(operators)] == [2, 1, 1, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("neumann", [None, 3])
@@ -86,8 +86,8 @@ def test_a_batch_gives_what_each_operator_alone_gives(neumann: int | None, bound
     for operator in operators:
         operator.randomize_parameters()
         alone.append(operator.difference().detach())
-    ((shared, members),) = share_evaluations(operators)
-    assert members == operators
+    (shared,) = share_evaluations(operators)
+    assert shared.members == tuple(operators)
     for slot, operator in enumerate(operators):
         operator.shared, operator.slot = shared, slot
     shared.begin()

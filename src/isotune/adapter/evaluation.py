@@ -11,6 +11,7 @@ import threading
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -297,7 +298,7 @@ class SharedEvaluation:
             return False
         if flat[0].device.type == "cpu":
             return all(map(torch.equal, self._stacked(), kept.values))
-        same = all(map(_is, flat, kept.parameters)) and versions == kept.versions
+        same = all(map(is_, flat, kept.parameters)) and versions == kept.versions
         return same and kept.call is not None and kept.call is self._here.call
 
     def _placement(self) -> object:
@@ -331,18 +332,14 @@ def given_to(operator: Evaluable) -> tuple[Tensor, ...] | None:
     return None if torch.is_grad_enabled() or is_exported() else operator.given.tensors
 
 
-def _is(one: object, other: object) -> bool:
-    return one is other
-
-
-def share_evaluations(operators: Iterable[Evaluable]) -> list[tuple[SharedEvaluation, list[Evaluable]]]:
+def share_evaluations(operators: Iterable[Evaluable]) -> list[SharedEvaluation]:
     """Group operators that can share one evaluation.
 
     Args:
         operators: the operators of one adapter, in the model's order.
 
     Returns:
-        One pair of evaluation and members for each distinct class, key, parameter shapes, dtypes and device; one for
+        One evaluation for each distinct class, key, parameter shapes, dtypes and device; one for
         each operator that is not `batched`.
     """
     groups: dict[Hashable, list[Evaluable]] = {}
@@ -351,7 +348,7 @@ def share_evaluations(operators: Iterable[Evaluable]) -> list[tuple[SharedEvalua
         shapes = tuple((name, shape_of(p), p.dtype, p.device) for name, p in parameters)
         alone = None if operator.batched else id(operator)
         groups.setdefault((type(operator), operator.batch_key(), shapes, alone), []).append(operator)
-    return [(SharedEvaluation(group), group) for group in groups.values()]
+    return [SharedEvaluation(group) for group in groups.values()]
 
 
 def autocasts(tensor: Tensor) -> bool:

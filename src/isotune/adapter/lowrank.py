@@ -37,14 +37,13 @@ class LowRankAdapter(Update):
         tensors = super().forward(dtype)
         return tensors if at is None else tuple(tensor.index_select(0, at) for tensor in tensors)
 
-    def _scaled(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _acting(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """s·Down and Up."""
-        down, up = (tensor.to(dtype) for tensor in tensors)
-        return down if self.scale == 1.0 else down * self.scale, up
+        return self._scaled(tensors[0], dtype), tensors[1].to(dtype)
 
     def added(self, x: Tensor, tensors: tuple[Tensor, ...], base: Base, shares: Shares = UNSPLIT) -> Tensor:
         """base + s·(x Downᵀ) Upᵀ."""
-        down, up = factors = self._scaled(tensors, x.dtype)
+        down, up = factors = self._acting(tensors, x.dtype)
         found = update_of_one_token(x, base, factors, lambda: factors)
         if found is not None:
             return found
@@ -53,7 +52,7 @@ class LowRankAdapter(Update):
 
     def fold(self, matrix: Tensor, tensors: tuple[Tensor, ...], part: Part = ALL, *, drop: bool = False) -> Tensor:
         """W + s·Up Down."""
-        down, up = self._scaled(tensors, matrix.dtype)
+        down, up = self._acting(tensors, matrix.dtype)
         if part.at is not None and matrix.ndim == 2:
             up = up.index_select(0, part.at)
         if part.multiple is not None:
@@ -62,7 +61,7 @@ class LowRankAdapter(Update):
 
     def low_rank(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Up and s·Down."""
-        down, up = self._scaled(self.tensors(), torch.promote_types(matrix.dtype, torch.float32))
+        down, up = self._acting(self.tensors(), torch.promote_types(matrix.dtype, torch.float32))
         return up, down
 
     def kept(self, in_features: int) -> int:

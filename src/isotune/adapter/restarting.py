@@ -64,10 +64,10 @@ class RestartingAdapter(PlacedLowRank):
         # Copies, even of A alone: the owner of the parameters may take them away before the layer uses the factors.
         return torch.cat(downs, -2), torch.cat(ups, -1)
 
-    def _scaled(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Down, times the current scale relative to the configured one, and Up."""
-        down, up = (tensor.to(dtype) for tensor in tensors)
-        return down if self.relative_scale == 1.0 else down * self.relative_scale, up
+    def _scaled(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor times the current scale relative to the configured one, which what is accumulated does not have."""
+        tensor = tensor.to(dtype)
+        return tensor if self.relative_scale == 1.0 else tensor * self.relative_scale
 
     def batch_key(self) -> Hashable:
         """r, and the kind of start."""

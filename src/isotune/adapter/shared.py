@@ -171,20 +171,15 @@ class SharedAdapter(LowRankAdapter):
         """Copies of d and b, since who brought the parameters for this call may take them away afterwards."""
         return tuple(tensor.clone() for tensor in super().forward(dtype, at))
 
-    def _scaled(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _acting(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """s·Down and Up, where they are needed whole."""
-        d, b = self._vectors(tensors, dtype)
+        d, b = super()._acting(tensors, dtype)
         down, up = self.matrices(dtype, d.device)
         return d[..., :, None] * down, b[..., :, None] * up
 
-    def _vectors(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """s·d and b."""
-        d, b = (tensor.to(dtype) for tensor in tensors)
-        return d if self.scale == 1.0 else d * self.scale, b
-
     def added(self, x: Tensor, tensors: tuple[Tensor, ...], base: Base, shares: Shares = UNSPLIT) -> Tensor:
         """base + s·b ⊙ (((x Aᵀ) ⊙ d) Bᵀ)."""
-        d, b = self._vectors(tensors, x.dtype)
+        d, b = super()._acting(tensors, x.dtype)  # s·d and b alone
         down, up = self.matrices(x.dtype, x.device)
         of_x, of_result = shares
         factors = down[:, of_x.span], up[of_result.span]

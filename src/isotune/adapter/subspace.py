@@ -153,11 +153,6 @@ class SubspaceAdapter(PlacedUpdate, Operator):
         """Whether M is the identity and nothing is accumulated on earlier subspaces."""
         return not self.accumulated_rank and super().is_identity()
 
-    def _scaled(self, difference: Tensor, dtype: torch.dtype) -> Tensor:
-        """s (M − I)."""
-        difference = difference.to(dtype)
-        return difference if self.scale == 1.0 else difference * self.scale
-
     def factors_on(
         self, basis: Tensor, matrix: Tensor, accumulated: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:

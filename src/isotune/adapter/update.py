@@ -25,6 +25,11 @@ class Update(Adapter):
         self.configured_scale = self.scale = 1.0
         """s: as configured, and currently."""
 
+    def _scaled(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor in which the update is linear, times the scale."""
+        tensor = tensor.to(dtype)
+        return tensor if self.scale == 1.0 else tensor * self.scale
+
     @abstractmethod
     def added(self, x: Tensor, tensors: tuple[Tensor, ...], base: Base, shares: Shares = UNSPLIT) -> Tensor:
         """The layer's output with the update of x, in one node.

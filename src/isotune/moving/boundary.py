@@ -263,8 +263,12 @@ def _exchange(
     try:
         for one in found:
             layer, adapter, basis = one.layer, one.layer.subspace(adapter_name), one.layer.bases(adapter_name)[0]
-            kept = {p: p.detach().clone() for p in adapter.parameters()}
-            undo.append(_back(basis.held(), adapter.placement, layer, adapter_name, kept))
+            undo += [
+                partial(basis.hold, basis.held()),
+                partial(setattr, adapter, "placement", adapter.placement),
+                partial(layer.configs.__setitem__, adapter_name, layer.configs[adapter_name]),
+                *(partial(parameter.copy_, parameter.detach().clone()) for parameter in adapter.parameters()),
+            ]
             basis.hold(one.buffers)
             for name, value in one.values.items():
                 adapter.get_parameter(name).copy_(value)
@@ -285,21 +289,3 @@ def _exchange(
     for one in found:
         for parameter in one.layer.adapter(adapter_name).parameters():
             parameter.grad = None  # with respect to coordinates that are gone
-
-
-def _back(
-    buffers: Mapping[str, Tensor | None],
-    placement: Placement | None,
-    layer: Layer,
-    adapter_name: str,
-    values: Mapping[nn.Parameter, Tensor],
-) -> Callable[[], None]:
-    adapter, config = layer.subspace(adapter_name), layer.configs[adapter_name]
-
-    def back() -> None:
-        layer.bases(adapter_name)[0].hold(buffers)
-        for parameter, value in values.items():
-            parameter.copy_(value)
-        adapter.placement, layer.configs[adapter_name] = placement, config
-
-    return back

@@ -108,9 +108,9 @@ class AdaptedModel:
             # The parameters of experts already hold many operators, of which only some are evaluated at a time.
             plain = [layer for layer in self.layers if not isinstance(layer, ExpertsLayer)]
             adapters = [layer.adapter(name) for layer in plain if name in layer.isotune_operator]
-            for shared, members in share_evaluations(adapters):
+            for shared in share_evaluations(adapters):
                 self.evaluations.append(shared)
-                for slot, member in enumerate(members):
+                for slot, member in enumerate(shared.members):
                     assert isinstance(member, Adapter)
                     member.shared, member.slot = shared, slot
         names = {name for name, module in model.named_modules() if isinstance(module, Layer)}

@@ -10,19 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from isotune.adapter.operator import Adapter
-from isotune.adapter.subspace import SubspaceBasis
 from isotune.hosts import ExpertsHost
 from isotune.methods.config import IsotuneConfig
 from isotune.tuner.layer import Layer
 from isotune.tuner.mixed_batch import BASE, MixedBatch
-
-
-class ExpertBases(nn.Module):
-    """The stored bases of one adapter on the experts of a parameter, one per expert."""
-
-    def __init__(self, forms: Sequence[SubspaceBasis]) -> None:
-        super().__init__()
-        self.forms = nn.ModuleList(forms)
 
 
 class ExpertsLayer(Layer):
@@ -61,7 +52,7 @@ class ExpertsLayer(Layer):
     def _new_form(self, config: IsotuneConfig, device: torch.device) -> nn.Module | None:
         found = [config.build_basis(self.key, self.in_features, device) for _ in range(self.host.experts)]
         forms = [form for form in found if form is not None]
-        return ExpertBases(forms) if forms else None
+        return nn.ModuleDict({"forms": nn.ModuleList(forms)}) if forms else None
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Refuse any scale but 1 by a ValueError."""

@@ -17,22 +17,14 @@ from isotune.model_card import tags_of, write_cards
 from isotune.tuner.model import IsotuneModel
 
 
-def peft_type_of(method: str) -> PeftType:
-    """The PEFT type of a method, ISOTUNE_…, created on the first call.
-
-    PEFT's registration accepts only members of its enumeration, and get_model_status() lists types through it, so a
-    member is added to the enumeration.
-    """
-    return add_member(PeftType, f"{IsotuneModel.prefix}{method}".upper())
-
-
 def register() -> None:
     """Register every method with PEFT; repeated calls change nothing."""
     install_hooks()
     install_cards(write_cards, tags_of)
     prefix = IsotuneModel.prefix
     for method, config in METHODS.items():
-        kind = peft_type_of(method)
+        # PEFT's registration accepts members of its enumeration alone, through which get_model_status() lists types.
+        kind = add_member(PeftType, f"{prefix}{method}".upper())
         config.method_type = kind
         if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
             register_peft_method(name=f"{prefix}{method}", config_cls=config, model_cls=IsotuneModel, prefix=prefix)

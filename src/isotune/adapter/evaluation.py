@@ -23,25 +23,19 @@ from isotune.parallel.sharding import is_sharded, shape_of
 
 
 class Evaluable(Protocol):
-    """What an evaluation needs from an operator."""
-
-    def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Map parameters, all with the same leading dimensions, to the tensors of M."""
-
-    def batch_key(self) -> Hashable:
-        """Operators of one class with equal keys and parameter shapes are evaluated in one batch."""
-
-    def parameters_read(self) -> tuple[Tensor, ...]:
-        """The parameters that `evaluate` reads."""
-
-    def names_read(self) -> tuple[str, ...]:
-        """The names of these parameters."""
+    """What an evaluation needs from an operator; `operator.Adapter` says what each is."""
 
     given: Given
-    """The tensors that compiled code takes from an earlier evaluation."""
     batched: ClassVar[bool]
-    """Whether `evaluate` reads parameters alone; if not, it reads `placement` too, and is called for each operator."""
     placement: object
+
+    def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]: ...
+
+    def batch_key(self) -> Hashable: ...
+
+    def parameters_read(self) -> tuple[Tensor, ...]: ...
+
+    def names_read(self) -> tuple[str, ...]: ...
 
 
 def wide(names: Sequence[str], parameters: Sequence[Tensor]) -> dict[str, Tensor]:

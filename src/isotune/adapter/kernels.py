@@ -167,7 +167,7 @@ class _LowRankUpdate(torch.autograd.Function):
         return grad_x, grad_down, grad_up, gradient if needs_base else None, None
 
 
-def low_rank_update(x: Tensor, down: Tensor, up: Tensor, base: Base, shares: Shares = UNSPLIT) -> Tensor:
+def low_rank_update(x: Tensor, down: Tensor, up: Tensor, base: Base, shares: Shares) -> Tensor:
     """Add an update with trained factors, as `subspace_update` adds one with frozen factors.
 
     Args:

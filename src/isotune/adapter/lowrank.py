@@ -10,7 +10,7 @@ from torch import Tensor
 
 from isotune.adapter.kernels import complement, low_rank_update, update_of_one_token
 from isotune.adapter.operator import ALL, Base, Part
-from isotune.adapter.placement import update_factors
+from isotune.adapter.placement import Factors, update_factors
 from isotune.adapter.update import PlacedUpdate, Update
 from isotune.algebra.recording import is_exported
 from isotune.parallel.tensor_parallel import UNSPLIT, Shares
@@ -110,9 +110,7 @@ class ComplementAdapter(PlacedLowRank):
         """r and k."""
         return self.size, self.preserved
 
-    def factors_on(
-        self, basis: Tensor, matrix: Tensor, accumulated: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def factors_on(self, basis: Tensor, matrix: Tensor, accumulated: Factors | None) -> Factors:
         """V as given, and U = W Vᵀ Σ⁻¹, orthonormal to rounding; zero where σᵢ is rounding noise."""
         return update_factors(basis, matrix, None)
 

@@ -100,6 +100,7 @@ class Adapter(Stored, ABC):
         """The evaluation shared with the adapters of other layers, set by the model-level object."""
         self.slot = -1
         self.given = Given()
+        """The tensors that compiled code takes from an earlier evaluation."""
 
     # -- parameters -> tensors -----------------------------------------------------------------------
 

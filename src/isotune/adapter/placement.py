@@ -19,6 +19,10 @@ _NEGLIGIBLE = 2e-6
 """Share of the largest singular value below which one is rounding, as for the solvers; coarser in half precision."""
 
 
+Factors = tuple[Tensor, Tensor]
+"""The two thin matrices of which an update is the product."""
+
+
 def filling(rank: int) -> int:
     """The number of zero rows and columns that pad a rank to one at which matrix products are fast."""
     return 0 if rank < _ALIGNMENT else -rank % _ALIGNMENT
@@ -91,7 +95,7 @@ class Placement:
     """The rank k of the accumulated update: how many rows of D and columns of U there are."""
 
     @property
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> Factors:
         """down and up."""
         return self.down, self.up
 
@@ -132,9 +136,7 @@ def left_vectors(product: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def update_factors(
-    basis: Tensor, matrix: Tensor, power: float | None, accumulated: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+def update_factors(basis: Tensor, matrix: Tensor, power: float | None, accumulated: Factors | None = None) -> Factors:
     """Make the factors of an update for a basis on a weight, as `Placement` defines them but without zeros.
 
     Args:

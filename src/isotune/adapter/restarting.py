@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.adapter.lowrank import PlacedLowRank
-from isotune.adapter.placement import Placement, update_factors
+from isotune.adapter.placement import Factors, Placement, update_factors
 
 
 class RestartingAdapter(PlacedLowRank):
@@ -73,9 +73,7 @@ class RestartingAdapter(PlacedLowRank):
         """r, and the kind of start."""
         return self.size, self.splits, self.subtracted
 
-    def factors_on(
-        self, basis: Tensor, matrix: Tensor, accumulated: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def factors_on(self, basis: Tensor, matrix: Tensor, accumulated: Factors | None) -> Factors:
         """A₀ and B₀, or V and (W + U D) Vᵀ, followed by what is accumulated."""
         down, up = update_factors(basis, matrix, 1.0 if self.splits else 0.0, accumulated)
         if self.splits:

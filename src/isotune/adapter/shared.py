@@ -67,7 +67,7 @@ def shared_update(
     b: Tensor,
     base: Base,
     factors: tuple[Tensor, Tensor],
-    shares: Shares = UNSPLIT,
+    shares: Shares,
 ) -> Tensor:
     """Add an update of frozen factors between trained vectors, as `subspace_update` adds one of a trained matrix.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from isotune.adapter.evaluation import wide
 from isotune.adapter.kernels import subspace_update, update_of_one_token
 from isotune.adapter.operator import ALL, Base, Operator, Part, Stored
-from isotune.adapter.placement import Placement, filling, update_factors
+from isotune.adapter.placement import Factors, Placement, filling, update_factors
 from isotune.adapter.update import PlacedUpdate
 from isotune.parallel.tensor_parallel import UNSPLIT, Shares
 
@@ -153,9 +153,7 @@ class SubspaceAdapter(PlacedUpdate, Operator):
         """Whether M is the identity and nothing is accumulated on earlier subspaces."""
         return not self.accumulated_rank and super().is_identity()
 
-    def factors_on(
-        self, basis: Tensor, matrix: Tensor, accumulated: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def factors_on(self, basis: Tensor, matrix: Tensor, accumulated: Factors | None) -> Factors:
         """down and up in the dtype of W, padded with zeros to a rank at which products are fast."""
         down, up = update_factors(basis, matrix, self.power, accumulated)
         zeros, pad = filling(down.shape[-2]), nn.functional.pad

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from isotune.adapter.evaluation import autocasts
 from isotune.adapter.operator import Adapter, Base, FrozenLinear
-from isotune.adapter.placement import Mark, Placement
+from isotune.adapter.placement import Factors, Mark, Placement
 from isotune.parallel.tensor_parallel import UNDIVIDED, UNSPLIT, Division, Shares
 
 
@@ -97,9 +97,7 @@ class PlacedUpdate(Update):
         """Where the update acts; None until the adapter is placed."""
 
     @abstractmethod
-    def factors_on(
-        self, basis: Tensor, matrix: Tensor, accumulated: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def factors_on(self, basis: Tensor, matrix: Tensor, accumulated: Factors | None) -> Factors:
         """The frozen factors of the update for a basis on a weight.
 
         Args:
@@ -117,7 +115,7 @@ class PlacedUpdate(Update):
         matrix: Tensor,
         stored: Sequence[Tensor],
         weight: Tensor,
-        accumulated: tuple[Tensor, Tensor] | None = None,
+        accumulated: Factors | None = None,
     ) -> Placement:
         """The placement of the update for a basis on a weight, as in `factors_on`.
 
@@ -172,7 +170,7 @@ class PlacedUpdate(Update):
         """Rows, (r, in), that span the subspace in which the update acts now."""
         raise NotImplementedError
 
-    def factors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    def factors(self, dtype: torch.dtype, device: torch.device) -> Factors:
         """The two frozen factors of the placement, down and up, in this dtype and on this device.
 
         Raises:

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from isotune.hosts.host import Host, Kept
 from isotune.internals.quantised_state import copy_of, copy_to_write, exchange_weight, keep_readable, packed
 
+_ROWS = 256
+"""How many rows of the identity a kernel multiplies at a time."""
+
 
 class Backend(Protocol):
     """How one library's weights are read and written; PEFT's quantisation back ends have this interface."""
@@ -81,7 +84,7 @@ def _write_quanto(peft_layer: Any, matrix: Tensor) -> None:
 
 
 @torch.no_grad()
-def product_with_identity(layer: Any, rows: int = 256) -> Tensor:
+def product_with_identity(layer: Any) -> Tensor:
     """W from a kernel that can only multiply: its products with rows of the identity matrix, a few at a time.
 
     This is exact whatever the kernel and its layout, since each result is one weight plus zeros.
@@ -90,8 +93,8 @@ def product_with_identity(layer: Any, rows: int = 256) -> Tensor:
     bias, layer.bias = layer.bias, None
     try:
         parts = []
-        for start in range(0, layer.in_features, rows):
-            stop = min(start + rows, layer.in_features)
+        for start in range(0, layer.in_features, _ROWS):
+            stop = min(start + _ROWS, layer.in_features)
             part = torch.zeros(stop - start, layer.in_features, dtype=numbers.dtype, device=numbers.device)
             part.diagonal(start).fill_(1)
             parts.append(layer(part))

@@ -75,10 +75,8 @@ def adapted(model: nn.Module) -> AdaptedModel:
         ValueError: there is none.
     """
     for module in model.modules():
-        own = AdaptedModel.of(module)
+        own = AdaptedModel.ready(module)
         if own is not None:
-            if not own.built:
-                own.build(own.model or module)  # a copy, or an adapter was added or deleted
             return own
     raise ValueError(f"The model, a {type(model).__name__}, has no isotune adapter whose subspaces could move.")
 

@@ -22,6 +22,7 @@ WAIT = timedelta(seconds=60)
 
 _MET: Counter[str] = Counter()
 _COUNTED_IN = 1 << 16
+_SAMPLES = 64
 
 
 def several() -> bool:
@@ -105,19 +106,18 @@ def _sent(tensors: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def sample_of(weight: Tensor, count: int = 64) -> list[float]:
+def sample_of(weight: Tensor) -> list[float]:
     """A few entries by which processes recognise equal weights; empty for a sharded or partitioned weight.
 
     Args:
         weight: a weight of any shape; if quantised, packed values are taken.
-        count: roughly how many entries.
     """
     if is_sharded(weight):
         return []
     while hasattr(weight, "__tensor_flatten__"):  # quantised: the tensor inside that holds the values
         weight = getattr(weight, weight.__tensor_flatten__()[0][0])
     flat = weight.detach().reshape(-1)
-    chosen: list[float] = flat[:: max(1, flat.numel() // count)][:count].float().tolist()
+    chosen: list[float] = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].float().tolist()
     return chosen
 
 

@@ -68,6 +68,14 @@ class AdaptedModel:
         return found
 
     @classmethod
+    def ready(cls, model: nn.Module) -> AdaptedModel | None:
+        """The object attached to a model, which knows its layers also where a copy, or a change, has made it forget."""
+        own = cls.of(model)
+        if own is not None and not own.built:
+            own.build(own.model or model)
+        return own
+
+    @classmethod
     def attach(cls, model: nn.Module) -> AdaptedModel:
         """Find the layers of a model and hook the forward passes of every module that contains them all."""
         own = cls.of(model) or cls()
@@ -346,10 +354,8 @@ def _end(module: nn.Module, args: Any, output: Any) -> None:
 
 def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
     """After any load_state_dict: place the loaded adapters on this base model, and refuse one that does not fit."""
-    own = AdaptedModel.of(model)
+    own = AdaptedModel.ready(model)
     if own is not None:
-        if not own.built:
-            own.build(model)
         own.place_after_load()
 
 

@@ -156,13 +156,14 @@ class IsotuneModel(Tuner):
         warn_of_requantising(layers)
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> list[Layer]:
-        own = AdaptedModel.of(self.model)
-        if own is not None and not own.built:
-            own.build(self.model)  # a copy that has not been called yet
-        layers = [module for module in self.model.modules() if isinstance(module, Layer)]
+        AdaptedModel.ready(self.model)  # or a copy that has not been called yet would not see other tuners
+        layers = self._layers()
         for layer in layers:
             layer.check_merge(adapter_names, safe_merge)
         return layers
+
+    def _layers(self) -> list[Layer]:
+        return [module for module in self.model.modules() if isinstance(module, Layer)]
 
     def _unload_and_optionally_merge(
         self,
@@ -185,8 +186,8 @@ class IsotuneModel(Tuner):
 
     def _refuse_to_unload_within_others(self) -> None:
         own = AdaptedModel.of(self.model)
-        for layer in self.model.modules():
-            if own is not None and isinstance(layer, Layer) and (others := own.tuners_around(layer)):
+        for layer in self._layers():
+            if own is not None and (others := own.tuners_around(layer)):
                 names = ", ".join(type(other).__name__ for other in others)
                 raise ValueError(
                     f"Another tuner's adapter is around {layer.key!r} ({names}), and unloading this one would remove "
@@ -237,11 +238,10 @@ class IsotuneModel(Tuner):
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
-        for module in self.model.modules():
-            if isinstance(module, Layer) and adapter_name in module.isotune_operator:
-                dtype = module.host.weight.dtype
-                if dtype.is_floating_point:
-                    module.isotune_operator[adapter_name].to(dtype)
+        for layer in self._layers():
+            dtype = layer.host.weight.dtype
+            if adapter_name in layer.isotune_operator and dtype.is_floating_point:
+                layer.adapter(adapter_name).to(dtype)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -261,7 +261,7 @@ class IsotuneModel(Tuner):
         check_names(names, self.peft_config)
         if self.training:
             raise ValueError("adapter_names is for inference; call model.eval() first, or train one adapter at a time.")
-        layers = [m for m in self.model.modules() if isinstance(m, Layer)]
+        layers = self._layers()
         if any(layer.merged for layer in layers):
             raise ValueError("adapter_names needs every adapter unmerged; call unmerge_adapter() first.")
         batch = batch_of(self.model, names, kwargs)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from helpers import relative_error
 from isotune.adapter.kernels import subspace_update
+from isotune.adapter.operator import Below
 from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
 from isotune.subspace.pinning import pin, pin_width
 
@@ -92,7 +93,7 @@ def test_every_formula_is_the_same_function_with_the_same_gradients(
         elif formula == "fused":
             y = adapter.fused(x, adapter.tensors(), (matrix, offset))
         else:
-            y = adapter.output(x, adapter.tensors(), lambda x: nn.functional.linear(x, matrix, offset), offset)
+            y = adapter.output(x, adapter.tensors(), Below(lambda x: nn.functional.linear(x, matrix, offset), offset))
         y.backward(cotangent)
         results.append((y, adapter.change.grad.clone(), x.grad))
     for other in results[1:]:

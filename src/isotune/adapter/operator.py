@@ -20,6 +20,17 @@ Base = Tensor | FrozenLinear
 """What an update is added to: the output of any layer, (..., out), or a linear layer that is computed with it."""
 
 
+class Below(NamedTuple):
+    """The layer to which an adapter is applied."""
+
+    call: Callable[[Tensor], Tensor]
+    """Its forward, on x alone."""
+    bias: Tensor | None
+    """The frozen layer's bias; None if it has none."""
+    division: Division = UNDIVIDED
+    """How tensor parallelism splits the frozen layer's inputs and outputs."""
+
+
 class Part(NamedTuple):
     """Which part of W a matrix is that adapters are folded into."""
 
@@ -216,22 +227,13 @@ class Adapter(Stored, ABC):
     # -- the form: tensors -> what they do to a layer ------------------------------------------------------------------
 
     @abstractmethod
-    def output(
-        self,
-        x: Tensor,
-        tensors: tuple[Tensor, ...],
-        host: Callable[[Tensor], Tensor],
-        bias: Tensor | None,
-        division: Division = UNDIVIDED,
-    ) -> Tensor:
+    def output(self, x: Tensor, tensors: tuple[Tensor, ...], below: Below) -> Tensor:
         """The output of the layer with this adapter, on any host and under autocast.
 
         Args:
             x: (..., in).
             tensors: the result of `tensors`.
-            host: the layer below: the frozen one, or one that already has other adapters.
-            bias: the frozen layer's bias; None if it has none.
-            division: how tensor parallelism splits the layer's inputs and outputs.
+            below: the frozen layer, or one that already has other adapters.
         """
 
     @abstractmethod

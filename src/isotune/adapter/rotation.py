@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from isotune.adapter.evaluation import without_autocast, working_dtype
 from isotune.adapter.kernels import rotated_linear
-from isotune.adapter.operator import ALL, FrozenLinear, Operator, Part
+from isotune.adapter.operator import ALL, Below, FrozenLinear, Operator, Part
 from isotune.algebra.cayley import CayleyMap
 from isotune.algebra.factors import Chain, LowRank, apply_chain, transpose_chain
-from isotune.parallel.tensor_parallel import UNDIVIDED, Division, Share
+from isotune.parallel.tensor_parallel import Share
 
 
 class RotationAdapter(Operator):
@@ -60,24 +60,17 @@ class RotationAdapter(Operator):
         """Whether M is the identity and every gain one."""
         return super().is_identity() and (self.gain is None or bool((self.gain == 1).all()))
 
-    def output(
-        self,
-        x: Tensor,
-        tensors: tuple[Tensor, ...],
-        host: Callable[[Tensor], Tensor],
-        bias: Tensor | None,
-        division: Division = UNDIVIDED,
-    ) -> Tensor:
+    def output(self, x: Tensor, tensors: tuple[Tensor, ...], below: Below) -> Tensor:
         """gain ⊙ host(x M), or gain ⊙ M · host(x); neither the gain nor a rotation of outputs acts on the bias."""
         tensors, gain = self._acting(tensors, self.training)
         if self.side == "output":
-            result = host(x)
+            result = below.call(x)
         else:
             x = x.to(working_dtype(x))
-            result = host(_on_all(division.of_input(x), x, self.chain, tensors))
+            result = below.call(_on_all(below.division.of_input(x), x, self.chain, tensors))
             if gain is None:
                 return result
-        share, bias = division.of_output(result), division.bias_of(result, bias)
+        share, bias = below.division.of_output(result), below.division.bias_of(result, below.bias)
         # Computed as an addition to the output, so that an adapter that changes nothing changes no bit.
         own = result if bias is None else result - bias.to(result.dtype)
         if self.side == "output":

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from isotune.adapter.evaluation import autocasts
-from isotune.adapter.operator import Adapter, Base, FrozenLinear
+from isotune.adapter.operator import Adapter, Base, Below, FrozenLinear
 from isotune.adapter.placement import Factors, Mark, Placement
-from isotune.parallel.tensor_parallel import UNDIVIDED, UNSPLIT, Division, Shares
+from isotune.parallel.tensor_parallel import UNSPLIT, Shares
 
 
 class Update(Adapter):
@@ -42,16 +42,9 @@ class Update(Adapter):
             shares: those of x and of the output.
         """
 
-    def output(
-        self,
-        x: Tensor,
-        tensors: tuple[Tensor, ...],
-        host: Callable[[Tensor], Tensor],
-        bias: Tensor | None,
-        division: Division = UNDIVIDED,
-    ) -> Tensor:
-        """host(x) and the update of x, in the dtype of the host's output; in training x has its dropout."""
-        result = host(x)
+    def output(self, x: Tensor, tensors: tuple[Tensor, ...], below: Below) -> Tensor:
+        """The output below and the update of x, in its dtype; in training x has its dropout."""
+        result, division = below.call(x), below.division
         x = nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
         return self.added(x.to(result.dtype), tensors, result, (division.of_input(x), division.of_output(result)))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.adapter.evaluation import is_recorded, working_dtype
-from isotune.adapter.operator import Adapter, FrozenLinear
+from isotune.adapter.operator import Adapter, Below, FrozenLinear
 from isotune.adapter.subspace import SubspaceBasis
 from isotune.adapter.update import PlacedUpdate
 from isotune.algebra.recording import is_exported
@@ -288,7 +288,7 @@ class Layer(MergingLayer):
             adapter = self.adapter(names[0])
             tensors = adapter.tensors(working_dtype(x))
             result = adapter.fused(x, tensors, linear)
-            return adapter.output(x, tensors, self.base_layer, linear[1]) if result is None else result
+            return adapter.output(x, tensors, Below(self.base_layer, linear[1])) if result is None else result
         return self._adapted(x, names, *args, **kwargs)
 
     def active_here(self) -> list[str]:
@@ -300,26 +300,27 @@ class Layer(MergingLayer):
 
     def _adapted(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """The host's output with these adapters, in this order."""
-        if names and self.host.folds:
-            fold = partial(self.fold, names, drop=self.training)
-            return self.host.call_folded(self.base_layer, fold, x, *args, **kwargs)
 
-        def host(x: Tensor) -> Tensor:
+        def call(x: Tensor) -> Tensor:
             result: Tensor = self.base_layer(x, *args, **kwargs)
             return result
 
-        if names:
-            division = Division(mesh_of(self.host.module), self.in_features, self.out_features)
-            bias: Tensor | None = getattr(self.host.module, "bias", None)
-            if bias is not None and is_managed(self.host.module):
-                bias = host(x.new_zeros(1, x.shape[-1]))[0]  # the parameter is here only while its module runs
+        if not names:
+            return call(x)
+        if self.host.folds:
+            fold = partial(self.fold, names, drop=self.training)
+            return self.host.call_folded(self.base_layer, fold, x, *args, **kwargs)
+        division = Division(mesh_of(self.host.module), self.in_features, self.out_features)
+        bias: Tensor | None = getattr(self.host.module, "bias", None)
+        if bias is not None and is_managed(self.host.module):
+            bias = call(x.new_zeros(1, x.shape[-1]))[0]  # the parameter is here only while its module runs
+        below = Below(call, bias, division)
         for name in names:
-            # Each adapter wraps the output of those before it: the order in which merging would change W.
+            # Each adapter is applied to the output of those before it: the order in which merging would change W.
             adapter = self.adapter(name)
-            host = partial(
-                adapter.output, tensors=adapter.tensors(working_dtype(x)), host=host, bias=bias, division=division
-            )
-        return host(x)
+            applied = partial(adapter.output, tensors=adapter.tensors(working_dtype(x)), below=below)
+            below = Below(applied, bias, division)
+        return below.call(x)
 
     def _bare_linear(self) -> FrozenLinear | None:
         """W (out, in) and b of a host that only computes x Wᵀ + b with both frozen; None for any other."""

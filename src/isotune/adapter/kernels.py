@@ -46,7 +46,7 @@ def output_below(flat: Tensor, shape: Sequence[int], base: Base) -> tuple[Tensor
 
 
 def input_gradient(gradient: Tensor, weight: Tensor | None, read: Tensor, down: Tensor) -> Tensor:
-    """The gradient of x: read down, and through W what `gradient` says, if the layer is inside the node."""
+    """The gradient of x: that through the update, read · down, and that through W if the layer is inside the node."""
     if weight is None:
         flat = torch.mm(read, down)
     else:

@@ -205,7 +205,7 @@ class SharedAdapter(LowRankAdapter):
     def refresh(self, dtype: torch.dtype | None = None) -> None:
         """Make A and B anew if the counts were replaced or written to; reading these from a GPU waits."""
         held, counts = self._held, self.reinitializations
-        wanted = dtype or self._dtype
+        wanted = dtype or (torch.float32 if held is None else held.down.dtype)
         same = held is not None and held.counts is counts and held.version == version_of(counts)
         if held is None or not same or held.down.dtype != wanted:
             self._held = self._made(wanted)
@@ -237,11 +237,6 @@ class SharedAdapter(LowRankAdapter):
         masters = tuple(one.matrix() for one in rows)
         down, up = (one.matrix(dtype, counts.device) for one in rows)
         return _Held(*state, rows, masters, down, up.t())
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        """The dtype of the matrices in use."""
-        return torch.float32 if self._held is None else self._held.down.dtype
 
     def renewed(self, chosen: Collection[int], number: int, weight: float) -> Renewal:
         """What the adapter becomes when rows of A and columns of B are re-initialised; nothing is changed yet.

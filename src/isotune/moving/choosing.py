@@ -13,7 +13,7 @@ from torch import distributed as dist
 from isotune.hosts import widen
 from isotune.parallel.processes import several
 from isotune.subspace.precision import doubled, without_autocast
-from isotune.subspace.selection import SELECTIONS, drawn_start, generator_for, singular_subspace
+from isotune.subspace.selection import SELECTIONS
 from isotune.subspace.solvers import principal_subspace
 from isotune.tuner.batches import groups_that_fit, on_device
 from isotune.tuner.layer import Layer
@@ -22,30 +22,6 @@ CHOICES = (*(one for one in SELECTIONS if one != "mixed"), "warm", "gradient")
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch) -> a scalar."""
-
-
-def subspace_of(current: Tensor, rank: int, select: str, *, seed: int, number: int, name: str) -> Tensor:
-    """Chosen right singular vectors of the current weight, by an exact decomposition.
-
-    Args:
-        current: W with all that is accumulated, (out, in).
-        rank: r.
-        select: "top", "bottom" or "band"; the first place of a band is drawn from (seed, number, name) alone, so that
-            a resumed training and every process draw the same.
-        seed: the schedule's.
-        number: the number of the boundary.
-        name: the layer's name.
-
-    Returns:
-        (r, in), orthonormal rows.
-
-    Raises:
-        ValueError: the weight is not finite.
-    """
-    start = None
-    if select == "band":
-        start = drawn_start(min(current.shape), rank, generator_for(seed, number, name))
-    return singular_subspace(current, rank, select, start=start, name=f"module {name!r}").basis
 
 
 def present_subspace(layer: Layer, adapter_name: str) -> Tensor:

@@ -13,8 +13,9 @@ from isotune.errors import IsotuneWarning
 from isotune.methods.checks import require, require_choice, require_positive_integer
 from isotune.moving.boundaries import BoundarySchedule
 from isotune.moving.boundary import Move, layers_to_move, move
-from isotune.moving.choosing import CHOICES, Loss, gradient_subspaces, loss_of, present_subspace, subspace_of
+from isotune.moving.choosing import CHOICES, Loss, gradient_subspaces, loss_of, present_subspace
 from isotune.moving.optimiser import STATES
+from isotune.subspace.selection import drawn_start, generator_for, singular_subspace
 from isotune.tuner.adapted_model import AdaptedModel
 from isotune.tuner.layer import Layer
 
@@ -142,8 +143,10 @@ class MovingSchedule(BoundarySchedule[Move]):
                 return chosen[layer.key].to(current)
             if self.select == "warm":
                 return present_subspace(layer, self.adapter)
-            rank = layer.subspace(self.adapter).size
-            return subspace_of(current, rank, self.select, seed=self.seed, number=number, name=layer.key)
+            rank, start = layer.subspace(self.adapter).size, None
+            if self.select == "band":  # from these alone, so that a resumed training and every process draw the same
+                start = drawn_start(min(current.shape), rank, generator_for(self.seed, number, layer.key))
+            return singular_subspace(current, rank, self.select, start=start, name=f"module {layer.key!r}").basis
 
         found = move(
             model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,13 +54,12 @@ class ExpertsLayer(Layer):
         forms = [form for form in found if form is not None]
         return nn.ModuleDict({"forms": nn.ModuleList(forms)}) if forms else None
 
-    def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Refuse any scale but 1 by a ValueError."""
-        if adapter_name in self.isotune_operator and scale != 1.0:
-            raise ValueError(
-                f"The adapter {adapter_name!r} on the experts {self.key!r} cannot be scaled by {scale}; use a scale of "
-                "1."
-            )
+    def _set_scales(self, scales: Mapping[str, float]) -> None:
+        for name, scale in scales.items():
+            if scale != 1.0:
+                raise ValueError(
+                    f"The adapter {name!r} on the experts {self.key!r} cannot be scaled by {scale}; use a scale of 1."
+                )
 
     def low_rank(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Refuse by a ValueError: exporting experts to LoRA is not supported."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -238,14 +238,17 @@ class Layer(MergingLayer):
             ValueError: the scale of reflections is neither 0 nor 1.
         """
         if adapter_name in self.isotune_operator:
-            self._check_scale(adapter_name, scale)
-            self.adapter(adapter_name).set_scale(scale)
+            self._set_scales({adapter_name: scale})
 
-    def _check_scale(self, adapter_name: str, scale: float) -> None:
-        try:
-            self.adapter(adapter_name).check_scale(scale)
-        except ValueError as error:
-            raise ValueError(f"{adapter_name!r} on {self.key!r}: {error}") from None
+    def _set_scales(self, scales: Mapping[str, float]) -> None:
+        """Set the scales of adapters, or none of them if one is refused."""
+        for name, scale in scales.items():
+            try:
+                self.adapter(name).check_scale(scale)
+            except ValueError as error:
+                raise ValueError(f"{name!r} on {self.key!r}: {error}") from None
+        for name, scale in scales.items():
+            self.adapter(name).set_scale(scale)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scales of the active adapters by `scale` until `unscale_layer`, as diffusers does for one call.
@@ -253,16 +256,12 @@ class Layer(MergingLayer):
         Raises:
             ValueError: as in `set_scale`; then no scale has changed.
         """
-        scales = {name: self.adapter(name).relative_scale * scale for name in self.active_here()}
-        for name, wanted in scales.items():
-            self._check_scale(name, wanted)
-        for name, wanted in scales.items():
-            self.set_scale(name, wanted)
+        self._set_scales({name: self.adapter(name).relative_scale * scale for name in self.active_here()})
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scales of the active adapters by `scale`; None or 0 restores the configured scales."""
-        for name in self.active_here():
-            self.set_scale(name, self.adapter(name).relative_scale / scale if scale else 1.0)
+        now = {name: self.adapter(name).relative_scale for name in self.active_here()}
+        self._set_scales({name: own / scale if scale else 1.0 for name, own in now.items()})
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT would also cast to the base's dtype, but the pin and the parameters stay in float32.

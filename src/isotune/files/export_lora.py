@@ -63,6 +63,11 @@ class LoraExport:
 
     layers: tuple[ExportedLayer, ...]
 
+    @classmethod
+    def of(cls, found: Mapping[str, Factored]) -> LoraExport:
+        """The result for the factors of each layer."""
+        return cls(tuple(ExportedLayer(name, len(one.down), one.missing, one.norm) for name, one in found.items()))
+
     @property
     def rank(self) -> int:
         """The largest rank, which a server must support."""
@@ -153,7 +158,7 @@ def export_lora(
     tensors = {KEY_PREFIX + k: tensor for k, tensor in extras.items()}
     bar = tqdm(layers.items(), desc="factors", unit="layer", delay=3.0, leave=False)
     found = {module: _factored(module, layer, adapter_name, rank, energy) for module, layer in bar}
-    report = LoraExport(tuple(ExportedLayer(name, len(f.down), f.missing, f.norm) for name, f in found.items()))
+    report = LoraExport.of(found)
     ranks: dict[str, int] = {}
     for module, factored in found.items():
         up, down = pad_rank(factored.up, factored.down, report.rank) if uniform_rank else factored[:2]

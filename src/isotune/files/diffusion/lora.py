@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from isotune.files.adapter import ADAPTER, config_of, describe, named_base
 from isotune.files.diffusion.fused import join, original_layers
 from isotune.files.diffusion.names import original_names
-from isotune.files.export_lora import ExportedLayer, LoraExport, factors_of
+from isotune.files.export_lora import LoraExport, Opened, factors_of, opened
 from isotune.methods.checks import require, require_choice
 from isotune.subspace.lowrank import Factored, check_truncation, pad_rank
 from isotune.tuner.layer import Layer
-from isotune.tuner.state import KEY_PREFIX, adapted_layers
+from isotune.tuner.state import KEY_PREFIX
 from isotune.whole_files import written_whole
 
 Names = Literal["diffusers", "kohya"]
@@ -74,20 +73,20 @@ def export_lora_file(
     require_choice("names", names, ["diffusers", "kohya"])
     check_truncation(rank, energy)
     path = new_file(file)
-    layers, whole, adapter_name = placed(model_or_dir, adapter_name, base, trust_remote_code)
-    stems = stems_of(whole, list(layers), names, component, joined=True)
-    found = {name: _factors(name, layer, adapter_name, rank, energy) for name, layer in layers.items()}
-    if names == "kohya" and original_layers(whole):
-        factors = join({name.removeprefix(KEY_PREFIX): own for name, own in found.items()}, whole)
+    own = opened_alone(model_or_dir, adapter_name, base, trust_remote_code)
+    stems = stems_of(own.model, list(own.layers), names, component, joined=True)
+    found = {name: _factors(name, layer, own.adapter_name, rank, energy) for name, layer in own.layers.items()}
+    if names == "kohya" and original_layers(own.model):
+        factors = join({name.removeprefix(KEY_PREFIX): pair for name, pair in found.items()}, own.model)
         kernels = dict.fromkeys(factors, torch.Size())
     else:
-        factors = {stems[name]: (own.up, own.down) for name, own in found.items()}
-        kernels = {stems[name]: layer.host.weight.shape[2:] for name, layer in layers.items()}
+        factors = {stems[name]: (pair.up, pair.down) for name, pair in found.items()}
+        kernels = {stems[name]: layer.host.weight.shape[2:] for name, layer in own.layers.items()}
     tensors: dict[str, Tensor] = {}
     widest = max(len(down) for _, down in factors.values())
-    for stem, own in factors.items():
+    for stem, pair in factors.items():
         # diffusers applies one layer's rank or alpha to others, so all are padded with zeros to the same rank.
-        up, down = pad_rank(*own, widest)
+        up, down = pad_rank(*pair, widest)
         if kernel := kernels[stem]:
             down, up = down.reshape(widest, -1, *kernel), up.reshape(*up.shape, *[1] * len(kernel))
         if names == "diffusers":
@@ -96,7 +95,7 @@ def export_lora_file(
             tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
             tensors[f"{stem}.alpha"] = torch.tensor(float(widest))
     write_file(path, tensors)
-    return LoraExport(tuple(ExportedLayer(name, len(own.down), own.missing, own.norm) for name, own in found.items()))
+    return LoraExport.of(found)
 
 
 def new_file(file: str | os.PathLike[str]) -> Path:
@@ -120,31 +119,20 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
         partial.write_bytes(content)
 
 
-def placed(
+def opened_alone(
     model_or_dir: nn.Module | str | os.PathLike[str],
     adapter_name: str,
     base: nn.Module | str | None,
     trust_remote_code: bool,
-) -> tuple[dict[str, Layer], nn.Module, str]:
-    """The adapted layers of a model or folder by name, the base model, and the name of the adapter in the layers.
-
-    Raises:
-        ValueError: there is no such adapter or base, or it trains more than its own tensors.
-    """
-    if isinstance(model_or_dir, nn.Module):
-        config, layers = config_of(model_or_dir, adapter_name), dict(adapted_layers(model_or_dir, adapter_name))
-        unwrap = getattr(model_or_dir, "get_base_model", None)
-        whole: nn.Module = model_or_dir if unwrap is None else unwrap()
-        more = bool(config.modules_to_save) or config.bias != "none"
-    else:
-        saved, whole = describe(model_or_dir), named_base(model_or_dir, base, trust_remote_code=trust_remote_code)
-        layers, more, adapter_name = saved.place(whole), bool(saved.extras), ADAPTER
-    if more:
+) -> Opened:
+    """Open an adapter as `opened` does; refused if it trains more than its own tensors."""
+    own = opened(model_or_dir, adapter_name, base, trust_remote_code=trust_remote_code)
+    if own.extras or own.config.bias != "none":  # PEFT below 0.21 does not save biases
         raise ValueError(
             "The adapter trains modules or biases besides its own tensors, which such a file cannot hold; export the "
             "merged model (--to merged)."
         )
-    return layers, whole, adapter_name
+    return own
 
 
 def stems_of(

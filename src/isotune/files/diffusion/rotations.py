@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.algebra.skew import skew_from_vector
-from isotune.files.diffusion.lora import Component, new_file, placed, stems_of, write_file
+from isotune.files.diffusion.lora import Component, new_file, opened_alone, stems_of, write_file
 from isotune.methods.boft import BOFTOperator
 from isotune.methods.checks import require_choice
 from isotune.methods.oft import OFTOperator
@@ -62,16 +62,17 @@ def export_rotation(
     """
     require_choice("form", form, ["kohya", "onetrainer", "lycoris"])
     path = new_file(file)
-    layers, whole, adapter_name = placed(model_or_dir, adapter_name, base, trust_remote_code)
+    own = opened_alone(model_or_dir, adapter_name, base, trust_remote_code)
+    whole, layers = own.model, own.layers
     if form == "lycoris" and component is None and not type(whole).__module__.startswith("diffusers."):
         stems = {name: "lycoris_" + name.removeprefix(KEY_PREFIX).replace(".", "_") for name in layers}
     elif form == "onetrainer" and component is None:  # diffusers' names, for SDXL too
-        own = stems_of(whole, list(layers), "diffusers")
-        stems = {name: "lora_" + stem.replace(".", "_") for name, stem in own.items()}
+        dotted = stems_of(whole, list(layers), "diffusers")
+        stems = {name: "lora_" + stem.replace(".", "_") for name, stem in dotted.items()}
     else:
         stems = stems_of(whole, list(layers), "kohya", component)
     write = {"kohya": _kohya, "onetrainer": _onetrainer, "lycoris": _lycoris}[form]
-    tensors = {f"{stems[n]}.{key}": t for n, x in layers.items() for key, t in write(n, x, adapter_name).items()}
+    tensors = {f"{stems[n]}.{key}": t for n, x in layers.items() for key, t in write(n, x, own.adapter_name).items()}
     write_file(path, tensors)
     return len(layers)
 

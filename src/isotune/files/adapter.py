@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isotune.adapter.operator import Adapter
@@ -27,6 +25,7 @@ from isotune.files.base_model import (
     why_not_loaded,
 )
 from isotune.files.pooled import ENCODER, MeanPooledEncoder, head_of, load_encoder
+from isotune.files.tensors import load_tensors
 from isotune.internals.peft_quantisation import get_quantization_kwargs
 from isotune.internals.safetensors_files import readable
 from isotune.internals.transformers_state import forget_quantisation
@@ -222,10 +221,7 @@ def read_layers(folder: Path, groups: tuple[str, ...]) -> tuple[dict[str, dict[s
                 "it, convert it with PEFT: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)."
             )
         raise AdapterFileError(f"{folder} has no {WEIGHTS_FILE}; copy or save the adapter again.")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{path} is damaged: {error}. Copy or save the adapter again.") from error
+    tensors = load_tensors(path, "It is damaged: copy or save the adapter again.")
     layers: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

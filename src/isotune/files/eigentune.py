@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isotune.errors import AdapterFileError, BaseMismatchError
@@ -22,6 +20,7 @@ from isotune.files.adapter import ADAPTER, WEIGHTS_FILE, new_directory, refused
 from isotune.files.base_model import load_base
 from isotune.files.peft_import.psoft import FREE_MATRIX, ImportedUpdate, adapted_on, ranks_of
 from isotune.files.peft_import.source import EXACT, Source
+from isotune.files.tensors import load_tensors
 from isotune.json_files import json_object
 from isotune.methods import PsoftConfig, SvfitConfig
 from isotune.subspace.selection import chosen
@@ -274,15 +273,9 @@ def _header(folder: Path) -> dict[str, Any]:
 def _tensors(folder: Path, layers: Mapping[str, _Layer]) -> dict[str, dict[str, Tensor]]:
     """The tensors of each layer, by their names in it."""
     path = folder / WEIGHTS_FILE
-    try:
-        found: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(
-            f"{path} cannot be read as a safetensors file ({error}). Only such files are read, and eigentune writes no "
-            "others; save the adapter again with eigentune.save_adapter."
-        ) from error
+    advice = "Only such files are read, and eigentune writes no others; save the adapter again with its save_adapter."
     split: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in found.items():
+    for key, tensor in load_tensors(path, advice).items():
         name, _, last = key.rpartition(".")
         check_values(key, tensor, file=str(path))
         split.setdefault(name, {})[last] = tensor

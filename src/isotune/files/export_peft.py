@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from peft import BOFTConfig, OFTConfig
-from safetensors.torch import save_file
 from torch import nn
 
 from isotune.algebra.skew import skew_from_vector
 from isotune.files.adapter import WEIGHTS_FILE, new_directory
 from isotune.files.diffusion.rotations import gain_of, generators_of
-from isotune.files.export_lora import opened
+from isotune.files.export_lora import opened, peft_options
 from isotune.files.pooled import MeanPooled
+from isotune.files.tensors import save_tensors
 from isotune.methods.boft import BOFTOperator
 from isotune.methods.oft import OFTOperator
 from isotune.tuner.layer import Layer
@@ -73,22 +73,10 @@ def export_peft(
             assert gain is not None
             tensors[f"{KEY_PREFIX}{name}.boft_R"] = -skew_from_vector(generators, operator.block_size)
             tensors[f"{KEY_PREFIX}{name}.boft_s"] = gain[:, None]
-    config = own.config
-    shared: dict[str, Any] = {
-        "target_modules": sorted(own.layers),
-        "bias": config.bias.replace("isotune", "oft" if oft else "boft"),
-        "modules_to_save": config.modules_to_save and list(dict.fromkeys(config.modules_to_save)),
-        "task_type": config.task_type,
-        "base_model_name_or_path": config.base_model_name_or_path,
-        "revision": config.revision,
-        "auto_mapping": config.auto_mapping,
-        "inference_mode": True,
-    }
+    shared = peft_options(own.config, own.layers, "oft" if oft else "boft")
     theirs = OFTConfig(**shared, **_oft_fields(operators)) if oft else BOFTConfig(**shared, **_boft_fields(operators))
     with new_directory(out) as folder:
-        # Cloned: safetensors refuses tensors that share memory.
-        stored = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
-        save_file(stored, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_tensors(tensors, folder / WEIGHTS_FILE)
         theirs.save_pretrained(str(folder))
     return len(operators)
 

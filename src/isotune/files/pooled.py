@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from isotune.files.tensors import save_tensors
 
 ENCODER = "encoder."
 """Prefix of the encoder's module names in the classifier."""
@@ -144,8 +145,7 @@ def save_sentence_transformer(folder: Path, head: Mapping[str, Tensor], base: st
             "activation_function": "torch.nn.modules.linear.Identity",
         },
     )
-    file = folder / "2_Dense/model.safetensors"
-    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in head.items()}, file)
+    save_tensors(head, folder / "2_Dense/model.safetensors")
     for name in _COPIED:
         if (Path(base) / name).is_file():
             shutil.copyfile(Path(base) / name, folder / name)

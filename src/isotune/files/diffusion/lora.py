@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from isotune.files.diffusion.fused import join, original_layers
 from isotune.files.diffusion.names import original_names
 from isotune.files.export_lora import LoraExport, Opened, factors_of, opened
+from isotune.files.tensors import save_tensors
 from isotune.methods.checks import require, require_choice
 from isotune.subspace.lowrank import Factored, check_truncation, pad_rank
 from isotune.tuner.layer import Layer
@@ -94,7 +93,8 @@ def export_lora_file(
         else:
             tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
             tensors[f"{stem}.alpha"] = torch.tensor(float(widest))
-    write_file(path, tensors)
+    with written_whole(path) as partial:
+        save_tensors(tensors, partial)
     return LoraExport.of(found)
 
 
@@ -104,19 +104,6 @@ def new_file(file: str | os.PathLike[str]) -> Path:
     if path.suffix != ".safetensors" or path.exists():
         raise ValueError(f"{path} must be a new file that ends in .safetensors; choose another name.")
     return path
-
-
-def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as a safetensors file, completely or not at all, with the usual mode of a new file.
-
-    Args:
-        path: path of the file; its folders are created.
-        tensors: the tensors by name.
-    """
-    # Cloned: safetensors refuses tensors that share memory.
-    content = save({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, {"format": "pt"})
-    with written_whole(path) as partial:
-        partial.write_bytes(content)
 
 
 def opened_alone(

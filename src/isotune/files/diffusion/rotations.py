@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from isotune.algebra.skew import skew_from_vector
-from isotune.files.diffusion.lora import Component, new_file, opened_alone, stems_of, write_file
+from isotune.files.diffusion.lora import Component, new_file, opened_alone, stems_of
+from isotune.files.tensors import save_tensors
 from isotune.methods.boft import BOFTOperator
 from isotune.methods.checks import require_choice
 from isotune.methods.oft import OFTOperator
 from isotune.tuner.layer import Layer
 from isotune.tuner.state import KEY_PREFIX
+from isotune.whole_files import written_whole
 
 Format = Literal["kohya", "onetrainer", "lycoris"]
 _KOHYA_TERMS = 3
@@ -73,7 +75,8 @@ def export_rotation(
         stems = stems_of(whole, list(layers), "kohya", component)
     write = {"kohya": _kohya, "onetrainer": _onetrainer, "lycoris": _lycoris}[form]
     tensors = {f"{stems[n]}.{key}": t for n, x in layers.items() for key, t in write(n, x, own.adapter_name).items()}
-    write_file(path, tensors)
+    with written_whole(path) as partial:
+        save_tensors(tensors, partial)
     return len(layers)
 
 

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isotune.algebra.skew import generator_scale, skew_order, skew_size, vector_from_skew
@@ -23,6 +21,7 @@ from isotune.files.diffusion.layer import AdaptedModule, Parameters, block_optio
 from isotune.files.diffusion.lycoris import import_butterfly, import_diagonal
 from isotune.files.diffusion.names import component_of, resolve
 from isotune.files.peft_import.source import Source, series_fields
+from isotune.files.tensors import load_tensors
 from isotune.methods import BOFTConfig, OFTConfig
 from isotune.methods.config import IsotuneConfig
 from isotune.tuner.state import KEY_PREFIX, check_values
@@ -132,14 +131,7 @@ def read_single(file: str | os.PathLike[str]) -> dict[str, dict[str, Stem]]:
     Raises:
         AdapterFileError: the file is missing or damaged, or holds tensors of other methods.
     """
-    path = Path(file)
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(
-            f"{path} cannot be read as a safetensors file ({error}). Only such files are read; convert a pickle (.pt, "
-            ".bin, .ckpt) first."
-        ) from error
+    tensors = load_tensors(file, "Only such files are read; convert a pickle (.pt, .bin, .ckpt) first.")
     parts: dict[str, dict[str, Stem]] = {}
     others = []
     for key, tensor in tensors.items():
@@ -151,16 +143,16 @@ def read_single(file: str | os.PathLike[str]) -> dict[str, dict[str, Stem]]:
         if match[2] == "alpha" and tensor.dtype in (torch.int32, torch.int64):
             tensor = tensor.float()
         if match[2] != "oft_R.scaled_oft":
-            check_values(key, tensor, file=str(path))
+            check_values(key, tensor, file=str(file))
         own = parts.setdefault(component, {}).setdefault(stem, Stem(match[1].removesuffix(stem), {}))
         if match[2] in own.tensors:
-            raise AdapterFileError(f"{path} holds {match[2]!r} of {stem!r} twice, under two prefixes.")
+            raise AdapterFileError(f"{file} holds {match[2]!r} of {stem!r} twice, under two prefixes.")
         own.tensors[match[2]] = tensor
     if others or not parts:
         kinds = Counter(".".join(key.split(".")[-2 if key.endswith(".weight") else -1 :]) for key in others)
         shown = ", ".join(f"{name} ({count})" for name, count in sorted(kinds.items())) or "nothing"
         raise AdapterFileError(
-            f"{path} holds {shown}, such as {min(others, default='no tensor')!r}, which is not a rotation that can be "
+            f"{file} holds {shown}, such as {min(others, default='no tensor')!r}, which is not a rotation that can be "
             "imported; oft_R.weight, boft_R with boft_s, and oft_blocks are."
         )
     return parts

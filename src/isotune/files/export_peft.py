@@ -38,13 +38,7 @@ def export_peft(
     factor unless its CUDA extension is built. COFT's bound and a scale that is set are applied to the generators for
     good. Saved modules and trained biases are written as they are.
 
-    Args:
-        model_or_dir: a model with isotune adapters, or the folder of a saved adapter.
-        out: the folder to write; it appears only when it is complete. Its adapter_model.safetensors uses PEFT's names,
-            base_model.model.MODULE.oft_R.weight, or .boft_R and .boft_s.
-        adapter_name: the adapter of a model to export.
-        base: for a folder, the base model or its name; by default the one that the adapter's configuration names.
-        trust_remote_code: whether to run code from the base model's repository.
+    All arguments are as in `export_lora`.
 
     Returns:
         The number of layers written.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,6 @@ from isotune.files.tensors import save_tensors
 from isotune.methods.checks import require, require_choice
 from isotune.subspace.lowrank import Factored, check_truncation, pad_rank
 from isotune.tuner.layer import Layer
-from isotune.tuner.state import KEY_PREFIX
 from isotune.whole_files import written_whole
 
 Names = Literal["diffusers", "kohya"]
@@ -46,18 +46,14 @@ def export_lora_file(
     SD3 combines several of diffusers' layers (queries, keys and values), their factors become blocks on a diagonal,
     and its rank is the sum of their ranks.
 
+    Other arguments are as in `export_lora`.
+
     Args:
-        model_or_dir: a model with isotune adapters, or the folder of a saved adapter.
         file: a new .safetensors file.
         names: "diffusers" for unet.MODULE.lora_A.weight (transformer.MODULE… if it is not a UNet), as
             `load_lora_weights` reads it; "kohya" for lora_unet_MODULE.lora_down.weight, with the original names on
             SDXL, FLUX and SD3, which ComfyUI and, except for SD3, diffusers read too.
-        adapter_name: the adapter of a model to export.
-        base: for a folder, the base model or its name; by default the one that the adapter's configuration names.
         component: which text encoder of its pipeline the base is: the only one, the first or the second.
-        rank: the largest rank.
-        energy: share of each layer's ‖ΔW‖²_F to keep.
-        trust_remote_code: whether to run code from the base model's repository.
 
     Returns:
         Each layer's rank and error.
@@ -73,10 +69,10 @@ def export_lora_file(
     check_truncation(rank, energy)
     path = new_file(file)
     own = opened_alone(model_or_dir, adapter_name, base, trust_remote_code)
-    stems = stems_of(own.model, list(own.layers), names, component, joined=True)
+    stems = stems_of(own.model, own.layers, names, component, joined=True)
     found = {name: _factors(name, layer, own.adapter_name, rank, energy) for name, layer in own.layers.items()}
     if names == "kohya" and original_layers(own.model):
-        factors = join({name.removeprefix(KEY_PREFIX): pair for name, pair in found.items()}, own.model)
+        factors = join(found, own.model)
         kernels = dict.fromkeys(factors, torch.Size())
     else:
         factors = {stems[name]: (pair.up, pair.down) for name, pair in found.items()}
@@ -123,7 +119,7 @@ def opened_alone(
 
 
 def stems_of(
-    base: nn.Module, modules: list[str], names: Names, component: Component | None = None, *, joined: bool = False
+    base: nn.Module, modules: Collection[str], names: Names, component: Component | None = None, *, joined: bool = False
 ) -> dict[str, str]:
     """Module name -> the beginning of its keys in the file.
 
@@ -137,7 +133,6 @@ def stems_of(
     Raises:
         ValueError: there are no such names for the base or a module, or the component does not fit the base.
     """
-    modules_of = {name: name.removeprefix(KEY_PREFIX) for name in modules}
     is_unet = hasattr(base, "down_blocks") and hasattr(base, "mid_block")
     kind = f"{type(base).__module__}.{type(base).__qualname__}"
     is_text = type(base).__name__ in ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -156,23 +151,23 @@ def stems_of(
     if component is not None:
         start = _KOHYA[component] if names == "kohya" else f"{component.removesuffix('_1')}."
         # transformers 5 has taken "text_model." out of the names of CLIP's text encoder; files keep it.
-        full = {name: own if own.startswith("text_") else f"text_model.{own}" for name, own in modules_of.items()}
+        full = {name: name if name.startswith("text_") else f"text_model.{name}" for name in modules}
         return {name: start + (own.replace(".", "_") if names == "kohya" else own) for name, own in full.items()}
     if names == "diffusers":
-        return {name: f"{'unet' if is_unet else 'transformer'}.{own}" for name, own in modules_of.items()}
+        return {name: f"{'unet' if is_unet else 'transformer'}.{name}" for name in modules}
     if not is_unet:
         known = {part: stem for stem, parts in original_layers(base).items() for part in parts} if joined else {}
-        nameless = [own for own in modules_of.values() if own not in known]
+        nameless = [name for name in modules if name not in known]
         if nameless:
             raise ValueError(
                 f"kohya's files have no separate layer for {nameless[0]!r} of a {type(base).__qualname__}. Export it "
                 "as LoRA with diffusers' names (--to lora --names diffusers), which ComfyUI reads for such models too, "
                 "or export the merged model (--to merged)."
             )
-        return {name: known[own] for name, own in modules_of.items()}
+        return {name: known[name] for name in modules}
     # kohya uses the original names for SDXL, and diffusers' names for SD 1 and 2.
     original = original_names(base) if getattr(base, "add_embedding", None) is not None else {}
-    return {name: "lora_unet_" + original.get(own, own).replace(".", "_") for name, own in modules_of.items()}
+    return {name: "lora_unet_" + original.get(name, name).replace(".", "_") for name in modules}
 
 
 def _factors(name: str, layer: Layer, adapter_name: str, rank: int | None, energy: float | None) -> Factored:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from math import isqrt
 from typing import Literal
 
@@ -16,7 +17,6 @@ from isotune.methods.boft import BOFTOperator
 from isotune.methods.checks import require_choice
 from isotune.methods.oft import OFTOperator
 from isotune.tuner.layer import Layer
-from isotune.tuner.state import KEY_PREFIX
 from isotune.whole_files import written_whole
 
 Format = Literal["kohya", "onetrainer", "lycoris"]
@@ -45,14 +45,12 @@ def export_rotation(
 
     The bound `alpha` of oft_blocks is written larger than the rotation, so that it has no effect in any reader.
 
+    Other arguments are as in `export_lora`.
+
     Args:
-        model_or_dir: a model with isotune adapters, or the folder of a saved adapter.
         file: a new .safetensors file.
         form: "kohya", "onetrainer" or "lycoris".
-        adapter_name: the adapter of a model to export.
-        base: for a folder, the base model or its name; by default the one that the adapter's configuration names.
         component: as in `export_lora_file`.
-        trust_remote_code: whether to run code from the base model's repository.
 
     Returns:
         The number of layers written.
@@ -62,19 +60,22 @@ def export_rotation(
 
     Source: as in `isotune.files.diffusion.single.import_single`.
     """
-    require_choice("form", form, ["kohya", "onetrainer", "lycoris"])
+    require_choice("form", form, _WRITERS)
     path = new_file(file)
     own = opened_alone(model_or_dir, adapter_name, base, trust_remote_code)
     whole, layers = own.model, own.layers
     if form == "lycoris" and component is None and not type(whole).__module__.startswith("diffusers."):
-        stems = {name: "lycoris_" + name.removeprefix(KEY_PREFIX).replace(".", "_") for name in layers}
+        stems = {name: "lycoris_" + name.replace(".", "_") for name in layers}
     elif form == "onetrainer" and component is None:  # diffusers' names, for SDXL too
-        dotted = stems_of(whole, list(layers), "diffusers")
+        dotted = stems_of(whole, layers, "diffusers")
         stems = {name: "lora_" + stem.replace(".", "_") for name, stem in dotted.items()}
     else:
-        stems = stems_of(whole, list(layers), "kohya", component)
-    write = {"kohya": _kohya, "onetrainer": _onetrainer, "lycoris": _lycoris}[form]
-    tensors = {f"{stems[n]}.{key}": t for n, x in layers.items() for key, t in write(n, x, own.adapter_name).items()}
+        stems = stems_of(whole, layers, "kohya", component)
+    tensors = {
+        f"{stems[name]}.{key}": tensor
+        for name, layer in layers.items()
+        for key, tensor in _WRITERS[form](name, layer, own.adapter_name).items()
+    }
     with written_whole(path) as partial:
         save_tensors(tensors, partial)
     return len(layers)
@@ -180,3 +181,11 @@ def _lycoris(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
     if gain is not None:
         tensors["rescale"] = gain.reshape(-1, *[1] * (layer.host.weight.ndim - 1))
     return tensors
+
+
+_WRITERS: dict[str, Callable[[str, Layer, str], dict[str, Tensor]]] = {
+    "kohya": _kohya,
+    "onetrainer": _onetrainer,
+    "lycoris": _lycoris,
+}
+"""Format -> the function that gives the tensors of one layer."""

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from isotune.adapter.operator import Adapter
 from isotune.algebra.skew import skew_from_vector
 from isotune.files.diffusion.lora import Component, new_file, opened_alone, stems_of
 from isotune.files.tensors import save_tensors
@@ -83,7 +84,7 @@ def export_rotation(
 
 def _operator(name: str, layer: Layer, adapter_name: str, side: str, form: str) -> OFTOperator | BOFTOperator:
     """The operator of a layer, refused unless it rotates this side."""
-    module, operator = layer.get_base_layer(), layer.adapter(adapter_name)
+    module = layer.get_base_layer()
     if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or (
         side == "input" and getattr(module, "groups", 1) != 1
     ):
@@ -91,13 +92,20 @@ def _operator(name: str, layer: Layer, adapter_name: str, side: str, form: str) 
             f"The adapted module {name!r} is a {type(module).__name__}, which these files cannot express; export the "
             "merged model (--to merged)."
         )
-    if not isinstance(operator, OFTOperator | BOFTOperator) or operator.side != side:
-        turned = getattr(operator, "side", None)
+    return rotation_of(
+        name, layer.adapter(adapter_name), side, f"{form} files can only hold OFT and BOFT on the {side}s"
+    )
+
+
+def rotation_of(name: str, adapter: Adapter, side: str, allowed: str) -> OFTOperator | BOFTOperator:
+    """The adapter on a module, refused with what is allowed unless it is OFT or BOFT on this side."""
+    if not isinstance(adapter, OFTOperator | BOFTOperator) or adapter.side != side:
+        turned = getattr(adapter, "side", None)
         raise ValueError(
-            f"The adapter on {name!r} is a {type(operator).__name__}{f' on the {turned}s' if turned else ''}; {form} "
-            f"files can only hold OFT and BOFT on the {side}s. Export it as LoRA (--to lora) or merged (--to merged)."
+            f"The adapter on {name!r} is a {type(adapter).__name__}{f' on the {turned}s' if turned else ''}; {allowed}."
+            " Export it as LoRA (--to lora) or merged (--to merged) instead."
         )
-    return operator
+    return adapter
 
 
 def generators_of(operator: OFTOperator | BOFTOperator) -> Tensor:

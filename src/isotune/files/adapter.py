@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -353,11 +355,19 @@ def _labels_of(folder: Path, classes: int) -> dict[int, str]:
     return labels
 
 
-def rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:
-    """The rank pattern of the modules whose rank is not the default, anchored, since one name may end in another.
+def by_module(option: str, pattern: str, values: Mapping[str, int], usual: int | None = None) -> dict[str, Any]:
+    """An option with the usual value, by default the most common one, and the pattern with those of other modules.
+
+    The keys of the pattern are anchored, since one name may end in another.
 
     Examples:
-        >>> rank_pattern({"layers.0.q": 4, "layers.0.k": 8}, 8)
-        {'^layers\\\\.0\\\\.q': 4}
+        >>> by_module("r", "rank_pattern", {"layers.0.q": 4, "layers.0.k": 8, "layers.0.v": 8})
+        {'r': 8, 'rank_pattern': {'^layers\\\\.0\\\\.q': 4}}
     """
-    return {exactly(name): rank for name, rank in ranks.items() if rank != default}
+    usual = Counter(values.values()).most_common(1)[0][0] if usual is None else usual
+    return {option: usual, pattern: {exactly(name): value for name, value in values.items() if value != usual}}
+
+
+def only(modules: Iterable[str]) -> str:
+    """The target_modules option for exactly these modules, even if other names end alike."""
+    return "|".join(re.escape(name) for name in sorted(modules))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from isotune.errors import AdapterFileError, BaseMismatchError
-from isotune.files.adapter import ADAPTER, WEIGHTS_FILE, new_directory, refused
+from isotune.files.adapter import ADAPTER, WEIGHTS_FILE, new_directory, only, refused
 from isotune.files.base_model import load_base
 from isotune.files.peft_import.psoft import FREE_MATRIX, ImportedUpdate, adapted_on, ranks_of
 from isotune.files.peft_import.source import EXACT, Source
@@ -78,7 +77,6 @@ def import_eigentune(directory: str | os.PathLike[str], base_model: nn.Module) -
     header = _header(folder)
     layers = {name: _Layer(folder, name, own, header) for name, own in header["layers"].items()}
     tensors = _tensors(folder, layers)
-    targets = "|".join(re.escape(name) for name in sorted(layers))  # exactly these, even if other names end alike
     source = Source(folder, None, {name: tensors.get(name, {}) for name in layers}, base_model)
     weights = {name: source.weight(name) for name in layers}
     for name, layer in layers.items():
@@ -90,12 +88,12 @@ def import_eigentune(directory: str | os.PathLike[str], base_model: nn.Module) -
             own.parameters = {"stretch": own.difference.diagonal()}
         selection: Any = _SELECTIONS[header["config"]["selection"]]
         return adapted_on(
-            source, SvfitConfig(selection=selection, target_modules=targets, **ranks_of(updates)), updates
+            source, SvfitConfig(selection=selection, target_modules=only(layers), **ranks_of(updates)), updates
         )
     if not exact:
         updates = {name: layers[name].on_the_weight(weights[name], own) for name, own in updates.items()}
     basis: Any = "pinned" if exact else "embedded"
-    config = PsoftConfig(basis=basis, target_modules=targets, **ranks_of(updates), **FREE_MATRIX)
+    config = PsoftConfig(basis=basis, target_modules=only(layers), **ranks_of(updates), **FREE_MATRIX)
     return adapted_on(source, config, updates)
 
 

@@ -20,11 +20,11 @@ from isotune.files.adapter import (
     ADAPTER,
     CONFIG_FILE,
     WEIGHTS_FILE,
+    by_module,
     config_of,
     describe,
     named_base,
     new_directory,
-    rank_pattern,
     read_config,
 )
 from isotune.files.base_model import copy_tokenizer
@@ -276,14 +276,11 @@ def write_lora(
         tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = up
     save_tensors(tensors, folder / WEIGHTS_FILE)
     ranks = {name: len(down) for name, (_, down) in factors.items()}
-    rank = max(ranks.values())  # servers compare r with the largest rank they support, and some ignore patterns
-    other = rank_pattern(ranks, rank)
+    largest = max(ranks.values())  # servers compare r with the largest rank they support, and some ignore patterns
     LoraConfig(
         **peft_options(config, layers, "lora"),
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern=other,
-        alpha_pattern=dict(other),
+        **by_module("r", "rank_pattern", ranks, largest),
+        **by_module("lora_alpha", "alpha_pattern", ranks, largest),
         fan_in_fan_out=any(getattr(layer.host, "transposed", False) for layer in layers.values()),
     ).save_pretrained(str(folder))
 

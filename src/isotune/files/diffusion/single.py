@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from isotune.algebra.skew import generator_scale, skew_order, skew_size, vector_from_skew
 from isotune.errors import AdapterFileError
-from isotune.files.adapter import ADAPTER, new_directory, read_config, refused
+from isotune.files.adapter import ADAPTER, new_directory, only, read_config, refused
 from isotune.files.base_model import load_base, pipeline_of
-from isotune.files.diffusion.layer import AdaptedModule, Parameters, block_options, butterfly_options, targets_of
+from isotune.files.diffusion.layer import AdaptedModule, Parameters, block_options, butterfly_options
 from isotune.files.diffusion.lycoris import import_butterfly, import_diagonal
 from isotune.files.diffusion.names import component_of, resolve
 from isotune.files.peft_import.source import Source, series_fields
@@ -209,7 +209,7 @@ def _oft(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:
     if not shared:  # expand blocks that only some layers share
         rows = {x.name: rows[x.name].expand(x.width // sizes[x.name], -1) for x in layers}
     config = OFTConfig(
-        **targets_of(layers),
+        target_modules=only(rows),
         **block_options(layers, sizes, "input"),
         block_share=shared,
         scaled_generator=all(scaled.values()),
@@ -265,7 +265,7 @@ def _boft(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:
         generator = -vector_from_skew((stages - stages.mT) / 2)
         parameters[layer.name] = {"generator": generator, "output_gain": gain.flatten()}
     with refused(f"{layers[0].where}: "):
-        config = BOFTConfig(**targets_of(layers), **butterfly_options(shapes))
+        config = BOFTConfig(target_modules=only(parameters), **butterfly_options(shapes))
     return config, parameters
 
 

@@ -17,15 +17,7 @@ from torch import Tensor, nn
 
 from isotune.adapter.operator import Adapter
 from isotune.errors import AdapterFileError
-from isotune.files.base_model import (
-    LOADING_ERRORS,
-    diffusers_class,
-    gguf_of,
-    load_base,
-    quiet,
-    resolve_base,
-    why_not_loaded,
-)
+from isotune.files.base_model import diffusers_class, gguf_of, load_base, loading, resolve_base
 from isotune.files.pooled import ENCODER, MeanPooledEncoder, head_of, load_encoder
 from isotune.files.tensors import load_tensors
 from isotune.internals.peft_quantisation import get_quantization_kwargs
@@ -34,6 +26,7 @@ from isotune.internals.transformers_state import forget_quantisation
 from isotune.json_files import json_object
 from isotune.methods import METHODS
 from isotune.methods.config import IsotuneConfig, exactly, type_of
+from isotune.model_card import auto_class
 from isotune.tuner.backends import adapt
 from isotune.tuner.layer import Layer
 from isotune.tuner.placing import place_adapter
@@ -46,14 +39,6 @@ LABELS_FILE = "labels.json"
 in config.json, but with that file it would take the folder for a whole model."""
 ADAPTER = "default"
 """Name of an adapter that is loaded or imported without one, as in PEFT."""
-
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
 
 
 @dataclass(frozen=True)
@@ -306,28 +291,23 @@ def named_base(
     if diffusers_class(path) is not None:
         return load_base(name)
     mapping = config.get("auto_mapping") or {}
-    loader = getattr(transformers, _AUTO_CLASSES.get(str(config.get("task_type")), "AutoModel"))
+    loader = getattr(transformers, auto_class(config.get("task_type")))
     # The file names a module to import: only transformers' own are, since a file must not choose what code runs.
     if str(mapping.get("parent_library", "")).split(".")[0] == "transformers":
         loader = getattr(transformers, str(mapping.get("base_model_class")), loader)
     revision = config.get("revision") if name == config.get("base_model_name_or_path") else None
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code, **gguf_of(path)}
-    try:
-        with quiet():
-            pooled = False
-            if names and loader is transformers.AutoModelForSequenceClassification:
-                settings = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-                own = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(settings), None)
-                pooled = f"{getattr(own, 'base_model_prefix', '')}." != ENCODER
-            if classes and not pooled:  # a head of the saved size, whose values come with the adapter
-                options |= {"num_labels": classes, "ignore_mismatched_sizes": True}
-            model: Any = load_encoder(path, **options) if pooled else loader.from_pretrained(path, **options)
+    with loading(name, f" by {loader.__name__}"):
+        pooled = False
+        if names and loader is transformers.AutoModelForSequenceClassification:
+            settings = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            own = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(settings), None)
+            pooled = f"{getattr(own, 'base_model_prefix', '')}." != ENCODER
+        if classes and not pooled:  # a head of the saved size, whose values come with the adapter
+            options |= {"num_labels": classes, "ignore_mismatched_sizes": True}
+        model: Any = load_encoder(path, **options) if pooled else loader.from_pretrained(path, **options)
         if gguf_of(path) and not pooled:
             forget_quantisation(model)
-    except LOADING_ERRORS as error:
-        raise ValueError(
-            f"The base model {name!r} cannot be loaded by {loader.__name__}: {why_not_loaded(error)}"
-        ) from error
     if labels := _labels_of(Path(directory), classes):
         model.config.id2label = labels
         model.config.label2id = {label: index for index, label in labels.items()}

@@ -176,6 +176,20 @@ def why_not_loaded(error: Exception) -> str:
     return lines[0]
 
 
+@contextlib.contextmanager
+def loading(name: str, by: str = "") -> Iterator[None]:
+    """Within this block a base model is loaded quietly; `by` says in messages which class does it.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be loaded; says why.
+    """
+    try:
+        with quiet():
+            yield
+    except LOADING_ERRORS as error:
+        raise ValueError(f"The base model {name!r} cannot be loaded{by}: {why_not_loaded(error)}") from error
+
+
 def load_base(name: str, *, trust_remote_code: bool = False) -> nn.Module:
     """Load a base model with the class that its own folder names, in evaluation mode on the CPU.
 
@@ -189,19 +203,15 @@ def load_base(name: str, *, trust_remote_code: bool = False) -> nn.Module:
     import transformers
 
     path = resolve_base(name)
-    try:
-        with quiet():
-            if (kind := diffusers_class(path)) is not None:
-                model: nn.Module = kind.from_pretrained(path)
-                return model.eval()
-            options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **gguf_of(path)}
+    options: dict[str, Any] = {}
+    with loading(name):
+        loader = diffusers_class(path)
+        if loader is None:
+            options = {"trust_remote_code": trust_remote_code, **gguf_of(path)}
             config = transformers.AutoConfig.from_pretrained(path, **options)
-            named = str((config.architectures or ["AutoModel"])[0])
-            loader: Any = getattr(transformers, named, transformers.AutoModel)
-            model = loader.from_pretrained(path, **options)
-            return model.eval()
-    except LOADING_ERRORS as error:
-        raise ValueError(f"The base model {name!r} cannot be loaded: {why_not_loaded(error)}") from error
+            loader = getattr(transformers, str((config.architectures or ["AutoModel"])[0]), transformers.AutoModel)
+        model: nn.Module = loader.from_pretrained(path, **options)
+    return model.eval()
 
 
 def copy_tokenizer(sources: list[str], folder: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.adapter.subspace import SubspaceAdapter
+from isotune.adapter.update import PlacedUpdate
 from isotune.algebra.means import linear_mean
 from isotune.methods.checks import require, require_sizes, shown
 from isotune.methods.config import by_pattern, exactly
@@ -96,7 +97,7 @@ class CersaConfig(SubspaceConfig):
         if k * (sum(shape) + 1) < math.prod(shape):
             self.base_rank_pattern[exactly(module)] = k
 
-    def build_operator(self, module: str, in_features: int, out_features: int) -> SubspaceAdapter:
+    def build_operator(self, module: str, in_features: int, out_features: int) -> PlacedUpdate:
         """As for every method on subspaces; raises ValueError if k does not fit the weight or r, too."""
         rank, k, limit = self.rank_of(module), self.base_rank(module), min(in_features, out_features)
         if k is not None and k > limit:

@@ -92,14 +92,7 @@ class OploraConfig(BasisConfig):
                 "the others. Choose a smaller preserved_rank or preserved_energy, give this module its own with "
                 f"preserved_rank_pattern={{{module!r}: {limit}}}, or exclude it with exclude_modules."
             )
-        return self._scaled(module, OploraAdapter(self.rank_of(module), in_features, out_features, k))
-
-    def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> OploraAdapter:
-        sizes = tensors["lora_A"].shape[1], tensors["lora_B"].shape[0]
-        return self._scaled(module, OploraAdapter(self.rank_of(module), *sizes, self.preserved_rank_of(module)))
-
-    def _scaled(self, module: str, adapter: OploraAdapter) -> OploraAdapter:
-        adapter.configured_scale = adapter.scale = self.scale_of(module)
+        adapter = self.scaled(module, OploraAdapter(self.rank_of(module), in_features, out_features, k))
         adapter.dropout = self.lora_dropout
         return adapter
 

@@ -21,9 +21,7 @@ from isotune.adapter.subspace import SubspaceBasis
 from isotune.errors import AdapterFileError
 from isotune.internals.safetensors_files import readable
 from isotune.json_files import json_object
-from isotune.methods.checks import check_types, require_expressions, require_options
-from isotune.methods.checks import require_choice as require_choice
-from isotune.methods.checks import require_positive_integer as require_positive_integer
+from isotune.methods.checks import check_types, require_choice, require_expressions, require_options
 from isotune.methods.sizes import ChosenSize, check_budget
 from isotune.model_card import WEIGHTS, update_list, write_card
 

@@ -17,8 +17,7 @@ from isotune.subspace.equality import EqualWeights
 from isotune.subspace.iteration import block_size, iterate
 from isotune.subspace.pinning import gaussian
 from isotune.subspace.precision import gram_by_rows, rows_in_parts, without_autocast
-from isotune.subspace.result import Subspace
-from isotune.subspace.result import SubspaceRequest as SubspaceRequest
+from isotune.subspace.result import Subspace, SubspaceRequest
 
 SOLVERS = ("auto", "full", "lowrank")
 SOLVER_VERSION = 2

@@ -25,7 +25,8 @@ from isotune.files.base_model import load_base
 from isotune.files.checkpoint import Checkpoint, open_checkpoint
 from isotune.files.export_lora import write_lora
 from isotune.methods import HRAConfig, OFTConfig, PsoftConfig
-from isotune.methods.config import IsotuneConfig, require_positive_integer
+from isotune.methods.checks import require_positive_integer
+from isotune.methods.config import IsotuneConfig
 from isotune.subspace.lowrank import truncate
 from isotune.tools.fitting import check_fits, fit
 from isotune.tuner.experts_layer import ExpertsLayer

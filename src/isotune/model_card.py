@@ -77,10 +77,7 @@ def write_cards(folder: Path, configs: Mapping[str, Any], tags: Iterable[str] = 
 
 def tags_of(folder: Path) -> set[str]:
     """The tags of a folder's card, without those that name its base model and method."""
-    path = folder / CARD
-    if not path.is_file():
-        return set()
-    card = _read(path)
+    card = _read(folder / CARD)
     stale = {kind.lower().replace("_", "") for kind in _KIND.findall(card.text)}
     return {tag for tag in card.data.get("tags") or () if not tag.startswith("base_model:")} - stale
 

@@ -156,7 +156,7 @@ class IsotuneConfig(ChosenSize, PeftConfig):
             ValueError: an option in `kwargs` is not allowed.
         """
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
-        file = folder / "adapter_model.safetensors"
+        file = folder / WEIGHTS
         if file.is_file():
             try:
                 with safe_open(file, framework="pt"):

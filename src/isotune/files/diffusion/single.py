@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from isotune.algebra.skew import generator_scale, skew_order, skew_size, vector_from_skew
 from isotune.errors import AdapterFileError
-from isotune.files.adapter import ADAPTER, new_directory, only, read_config, refused
+from isotune.files.adapter import ADAPTER, CONFIG_FILE, WEIGHTS_FILE, new_directory, only, read_config, refused
 from isotune.files.base_model import load_base, pipeline_of
 from isotune.files.diffusion.layer import AdaptedModule, Parameters, block_options, butterfly_options
 from isotune.files.diffusion.lycoris import import_butterfly, import_diagonal
@@ -281,6 +281,6 @@ _KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[list[AdaptedModule]], tu
 def with_config(file: str | os.PathLike[str]) -> Path | None:
     """The folder of a file with PEFT's configuration beside it, which says more than the tensors; otherwise None."""
     folder = Path(file).parent
-    if Path(file).name != "adapter_model.safetensors" or not (folder / "adapter_config.json").is_file():
+    if Path(file).name != WEIGHTS_FILE or not (folder / CONFIG_FILE).is_file():
         return None
     return folder if "peft_type" in read_config(folder) else None

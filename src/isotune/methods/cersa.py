@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from isotune.adapter.subspace import SubspaceAdapter
 from isotune.adapter.update import PlacedUpdate
 from isotune.algebra.means import linear_mean
-from isotune.methods.checks import require, require_sizes, shown
+from isotune.methods.checks import require, shown
 from isotune.methods.config import by_pattern, exactly
 from isotune.methods.subspace import SubspaceConfig
 from isotune.subspace.energy import kept_shares, least_size
@@ -59,7 +59,6 @@ class CersaConfig(SubspaceConfig):
     def __post_init__(self) -> None:
         trained, share, pattern = self.rank_energy, self.base_energy, self.base_rank_pattern
         super().__post_init__()
-        require_sizes("base_rank_pattern", pattern)
         self.truncate_base |= bool(pattern) and "truncate_base" not in self.given  # a file has the numbers alone
         if not self.truncate_base and (share is not None or pattern):
             raise ValueError(

@@ -21,7 +21,7 @@ from isotune.adapter.subspace import SubspaceBasis
 from isotune.errors import AdapterFileError
 from isotune.internals.safetensors_files import readable
 from isotune.json_files import json_object
-from isotune.methods.checks import check_types, require_choice, require_expressions, require_options
+from isotune.methods.checks import check_types, require_choice, require_expressions, require_options, require_sizes
 from isotune.methods.sizes import ChosenSize, check_budget
 from isotune.model_card import WEIGHTS, update_list, write_card
 
@@ -134,6 +134,11 @@ class IsotuneConfig(ChosenSize, PeftConfig):
                 "layers_to_transform cannot be used when target_modules is a string (a regular expression or "
                 "'all-linear'); give target_modules as a list, or put the layer indices into the expression."
             )
+        for name, value in vars(self).items():
+            if name == "alpha_pattern":
+                require_expressions(name, value)
+            elif name.endswith("_pattern") and isinstance(value, dict):
+                require_sizes(name, value)
         for name in ("target_modules", "exclude_modules"):
             modules = getattr(self, name)
             if isinstance(modules, list):

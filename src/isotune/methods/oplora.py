@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from isotune.adapter.lowrank import ComplementAdapter
 from isotune.adapter.subspace import SubspaceBasis
-from isotune.methods.checks import require, require_number, require_positive_integer, require_sizes, shown
+from isotune.methods.checks import require, require_number, require_positive_integer, shown
 from isotune.methods.config import by_pattern, exactly
 from isotune.methods.subspace import BasisConfig
 from isotune.subspace.energy import rank_of_energy
@@ -55,7 +55,6 @@ class OploraConfig(BasisConfig):
         super().__post_init__()
         require_number("lora_dropout", self.lora_dropout, below=1)
         require_positive_integer("preserved_rank", self.preserved_rank)
-        require_sizes("preserved_rank_pattern", self.preserved_rank_pattern)
         share = self.preserved_energy
         fits = share is None or 0.0 < share < 1.0
         require(fits, "preserved_energy", share, "it must be between 0 and 1, or None")

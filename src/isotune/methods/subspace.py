@@ -13,14 +13,7 @@ from torch import Tensor
 from isotune.adapter.operator import Adapter
 from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
 from isotune.adapter.update import PlacedUpdate
-from isotune.methods.checks import (
-    require,
-    require_expressions,
-    require_positive_integer,
-    require_seed,
-    require_sizes,
-    shown,
-)
+from isotune.methods.checks import require, require_positive_integer, require_seed, shown
 from isotune.methods.config import IsotuneConfig, by_pattern
 from isotune.methods.sizes import check_choice
 from isotune.subspace.pinning import pin_width
@@ -86,8 +79,6 @@ class BasisConfig(IsotuneConfig):
         else:
             require_positive_integer("r", self.r)
         require_seed("basis_seed", self.basis_seed)
-        require_sizes("rank_pattern", self.rank_pattern)
-        require_expressions("alpha_pattern", self.alpha_pattern)
         name, alphas = self.alpha_option, (self._alpha, *self.alpha_pattern.values())
         if name and not all(alpha is None or 0 < alpha < float("inf") for alpha in alphas):
             raise ValueError(

@@ -30,7 +30,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "hosts": ("parallel",),
     "methods": ("algebra", "subspace", "adapter", "model_card"),
     "tuner": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "model_card"),
-    "files": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "tuner"),
+    "files": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "tuner", "model_card"),
     "tools": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "tuner", "files"),
     "moving": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "tuner"),
     "diagnostics": ("algebra", "subspace", "parallel", "adapter", "hosts", "methods", "tuner", "files"),

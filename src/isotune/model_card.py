@@ -37,6 +37,7 @@ _TASKS = {
     "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
     "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
 }
+"""PEFT's task type -> the Hub's name of the task, and transformers' class for it."""
 
 
 def write_card(folder: Path, config: Any, figures: Mapping[str, float] | None = None, tags: Iterable[str] = ()) -> None:
@@ -76,10 +77,7 @@ def write_cards(folder: Path, configs: Mapping[str, Any], tags: Iterable[str] = 
 
 def tags_of(folder: Path) -> set[str]:
     """The tags of a folder's card, without those that name its base model and method."""
-    path = folder / CARD
-    if not path.is_file():
-        return set()
-    card = _read(path)
+    card = _read(folder / CARD)
     stale = {kind.lower().replace("_", "") for kind in _KIND.findall(card.text)}
     return {tag for tag in card.data.get("tags") or () if not tag.startswith("base_model:")} - stale
 
@@ -90,6 +88,15 @@ def update_list(folder: Path) -> None:
     if path.is_file() and _LIST in (text := path.read_text(encoding="utf-8")):
         with written_whole(path) as partial:
             partial.write_text(_BLOCK.sub(lambda _: _list(folder), text), encoding="utf-8")
+
+
+def auto_class(task: Any) -> str:
+    """The name of transformers' class for a PEFT task type; AutoModel for any other and for None."""
+    return _TASKS.get(_name_of(task), ("", "AutoModel"))[1]
+
+
+def _name_of(task: Any) -> str:
+    return str(getattr(task, "value", task))
 
 
 def _read(path: Path) -> Any:
@@ -122,7 +129,7 @@ def _write(folder: Path, block_of: Callable[[str], str], *configs: Any, tags: It
     more |= {"isotune", *(type(config).__name__.removesuffix("Config").lower() for config in configs)}
     data["tags"] = sorted(more | ({f"base_model:adapter:{base}"} if base else set()))
     data["base_model"] = base
-    tasks = {_TASKS.get(_task(config)) for config in configs}
+    tasks = {_TASKS.get(_name_of(config.task_type)) for config in configs}
     task = tasks.pop() if len(tasks) == 1 else None
     if task and not data.get("pipeline_tag"):
         data["pipeline_tag"] = task[0]
@@ -137,7 +144,7 @@ def _block(folder: Path, config: Any, table: str) -> str:
     shown = (
         f"[{base}](https://huggingface.co/{base})" if base else f"`{local}`, a local folder" if local else "not named"
     )
-    loader = _TASKS.get(_task(config), ("", "AutoModel"))[1]
+    loader = auto_class(config.task_type)
     numbers, layers = _counted(folder, config)
     source = base or local or "BASE_MODEL"
     if loader == "AutoModelForSequenceClassification":  # needs a head of the saved size and the class that was trained
@@ -182,10 +189,6 @@ def _hub_name(config: Any) -> str | None:
     """The base model's name on the Hub; None for a path on the machine it was trained on."""
     name = str(config.base_model_name_or_path or "")
     return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else None
-
-
-def _task(config: Any) -> str:
-    return str(getattr(config.task_type, "value", config.task_type))
 
 
 def _list(folder: Path) -> str:

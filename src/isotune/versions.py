@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from importlib.metadata import PackageNotFoundError, version
+
+from packaging.version import InvalidVersion, Version
 
 from isotune.errors import IsotuneWarning, UnsupportedVersionError
 
@@ -22,27 +23,21 @@ def check_versions() -> None:
     """
     for name, minimum in MINIMUM_VERSIONS.items():
         try:
-            found: str | None = version(name)
-        except PackageNotFoundError:  # may be on the path without metadata; if not, importing it will fail clearly
+            found = Version(version(name))
+        except (PackageNotFoundError, TypeError, InvalidVersion):
+            # On the path without metadata, or with metadata that have no version, as an interrupted uninstall leaves
+            # them. If it is not there at all, importing it will fail clearly.
             continue
-        if found is None:  # an interrupted uninstall leaves metadata without a version
-            continue
-        if _numbers(found) < _numbers(minimum):
+        if found.release < Version(minimum).release:
             raise UnsupportedVersionError(
                 f"isotune needs {name} {minimum} or later, and {found} is installed: "
                 f"pip install -U '{name}>={minimum}'."
             )
         limit = UNTESTED_VERSIONS.get(name)
-        if limit is not None and _numbers(found) >= _numbers(limit):
+        if limit is not None and found.release >= Version(limit).release:
             warnings.warn(
                 f"isotune was tested with {name} below {limit}, and {found} is installed. If something fails, run "
                 f"pip install '{name}<{limit}'.",
                 IsotuneWarning,
                 stacklevel=2,
             )
-
-
-def _numbers(found: str) -> tuple[int, ...]:
-    """The release part of a version, (0, 22, 1) for 0.22.1.dev0; pre- and post-releases count as the release."""
-    release = re.match(r"(?:\d+!)?([\d.]*\d)", found)
-    return tuple(map(int, release[1].split("."))) if release else ()

@@ -37,7 +37,7 @@ def extract_adapter(
 ) -> Result:
     """Find the adapter that is nearest to a fine-tuned model, and say how near it is."""
     from isotune.experiments.planning.setting import parse_options
-    from isotune.methods.config import require_choice
+    from isotune.methods.checks import require_choice
     from isotune.tools.extraction import METHODS, extract
 
     require_choice("--as", method, METHODS)

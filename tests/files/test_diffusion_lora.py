@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 import isotune_cli as cli
 from helpers import INNER_ATTENTION, randomize, relative_error, tiny_bert, tiny_text_encoder, tiny_unet
 from isotune import HRAConfig, LoraXsConfig, OFTConfig, PsoftConfig, get_peft_model
-from isotune.files.diffusion.fused import _outputs
+from isotune.files.diffusion.fused import join
 from isotune.files.diffusion.lora import export_lora_file
 from isotune.files.diffusion.rotations import export_rotation
 from isotune.methods.config import IsotuneConfig
+from isotune.subspace.lowrank import Factored
 from isotune.tuner.state import adapted_layers
 
 diffusers = pytest.importorskip("diffusers")
@@ -314,6 +315,10 @@ def test_what_has_no_form(tmp_path: Path) -> None:
 
 def test_a_joined_layer_of_which_a_packed_part_is_not_adapted() -> None:
     """Its rows are those of the layer, whatever form its weight is kept in."""
-    layer = nn.Linear(6, 10)
-    layer.weight = nn.Parameter(torch.zeros(30, 1))
-    assert _outputs(nn.Sequential(layer), "0") == 10
+    base = flux()
+    attention = base.transformer_blocks[0].attn
+    rows = attention.to_k.out_features
+    attention.to_k.weight = nn.Parameter(torch.zeros(30, 1))
+    query = Factored(torch.ones(rows, 2), torch.ones(2, rows), 0.0, 1.0)
+    ((up, _),) = join({"transformer_blocks.0.attn.to_q": query}, base).values()
+    assert up.shape == (3 * rows, 2)

@@ -243,7 +243,7 @@ def test_an_interruption_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyte
     base, tuned = stack(), tune(stack(), torch.randn(8, 24))
     config = OFTConfig(oft_block_size=8, target_modules=TARGETS)
     expected = output(base)
-    for module, name in ((extraction, "_extracted"), (extraction, "_save_residual")):
+    for module, name in ((extraction, "_extracted"), (extraction, "write_lora")):
         run, calls = getattr(module, name), []
 
         def stopped(*given: Any, run: Any = run, calls: list[None] = calls) -> Any:

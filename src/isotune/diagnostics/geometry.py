@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from isotune.subspace.lowrank import decomposed
+from isotune.subspace.precision import doubled
+
 MAX_ROWS = 2048
 """The most rows that `angle_change` compares; of more, it takes evenly spaced ones, since pairs grow quadratically."""
 
@@ -166,13 +169,8 @@ def factored_singular_values(up: Tensor, down: Tensor) -> Tensor:
 
     Returns:
         (min(out, r, in),), float64, descending. Their root sum of squares is ‖ΔW‖_F, and the first is ‖ΔW‖₂.
-
-    Source: Golub and Van Loan, Matrix Computations, 4th ed., section 5.2: with up = Q₁R₁ and downᵀ = Q₂R₂ they are
-    those of R₁R₂ᵀ, at most r × r.
     """
-    left, right = torch.linalg.qr(_wide(up)).R, torch.linalg.qr(_wide(down).T).R
-    values: Tensor = torch.linalg.svdvals(left @ right.T)
-    return values
+    return decomposed(up, down)[1]
 
 
 def stable_rank(singular_values: Tensor) -> float:
@@ -216,6 +214,5 @@ def _check_rows(before: Tensor, after: Tensor) -> None:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    # Angles near zero vanish in single precision: arccos(1 − ε) is √(2ε). MPS has no float64.
-    tensor = tensor.detach()
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+    # Angles near zero vanish in single precision: arccos(1 − ε) is √(2ε).
+    return doubled(tensor.detach())

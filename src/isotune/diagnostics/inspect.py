@@ -16,7 +16,8 @@ from isotune.adapter.placement import left_vectors
 from isotune.adapter.rotation import RotationAdapter
 from isotune.diagnostics import geometry
 from isotune.diagnostics.turn import MAX_DENSE, basis_of, turn, turned_weights
-from isotune.files.adapter import ADAPTER, AdapterFile, describe, named_base, read_config
+from isotune.files.adapter import ADAPTER, AdapterFile, describe, named_base
+from isotune.methods.config import type_of
 from isotune.methods.subspace import BasisConfig, SubspaceConfig
 from isotune.subspace.cache import SubspaceCache
 from isotune.subspace.pinning import CANDIDATE_TOLERANCE
@@ -156,8 +157,7 @@ def inspect(
     if top is not None and top < 1:
         raise ValueError(f"top={top} is not allowed; it must be at least 1, the number of strongest directions.")
     file = describe(directory)
-    raw = read_config(directory)
-    name = base if isinstance(base, str) else raw.get("base_model_name_or_path")
+    name = base if isinstance(base, str) else file.config.base_model_name_or_path
     model = base if isinstance(base, nn.Module) else None
     if model is None and name:
         try:
@@ -173,7 +173,7 @@ def inspect(
     label = None if model is None else str(name or type(model).__name__)
     kinds = isinstance(file.config, BasisConfig), isinstance(file.config, SubspaceConfig)
     moves = max((int(tensors.get("isotune_form.moves", 0)) for tensors in file.layers.values()), default=0)
-    return AdapterReport(str(directory), str(raw["peft_type"]), label, parameters, layers, *kinds, moves)
+    return AdapterReport(str(directory), type_of(file.config), label, parameters, layers, *kinds, moves)
 
 
 def _strongest(layers: Mapping[str, Layer], top: int | None) -> dict[str, Tensor]:

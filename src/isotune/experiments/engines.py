@@ -18,7 +18,7 @@ from isotune.experiments.run import Run
 from isotune.experiments.tasks.task import Task
 from isotune.experiments.text import first_line
 from isotune.internals.progress_bars import show_progress
-from isotune.methods.config import require_choice
+from isotune.methods.checks import require_choice
 
 Finished = tuple[Run, dict[str, Any]]
 

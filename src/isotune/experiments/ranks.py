@@ -18,7 +18,7 @@ from isotune.experiments.tasks.task import MEASURED_EXAMPLES
 from isotune.experiments.text import aligned, from_yaml
 from isotune.files.base_model import load_base
 from isotune.methods import METHODS
-from isotune.methods.config import require_choice
+from isotune.methods.checks import require_choice
 from isotune.tools.ranks import choose_ranks
 from isotune.tuner.sizes import ChosenSizes
 

@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isotune.adapter.operator import Adapter
 from isotune.errors import AdapterFileError
-from isotune.files.base_model import (
-    LOADING_ERRORS,
-    diffusers_class,
-    gguf_of,
-    load_base,
-    quiet,
-    resolve_base,
-    why_not_loaded,
-)
+from isotune.files.base_model import diffusers_class, gguf_of, load_base, loading, resolve_base
 from isotune.files.pooled import ENCODER, MeanPooledEncoder, head_of, load_encoder
+from isotune.files.tensors import load_tensors
 from isotune.internals.peft_quantisation import get_quantization_kwargs
 from isotune.internals.safetensors_files import readable
 from isotune.internals.transformers_state import forget_quantisation
 from isotune.json_files import json_object
 from isotune.methods import METHODS
 from isotune.methods.config import IsotuneConfig, exactly, type_of
+from isotune.model_card import auto_class
 from isotune.tuner.backends import adapt
 from isotune.tuner.layer import Layer
 from isotune.tuner.placing import place_adapter
@@ -45,14 +39,6 @@ LABELS_FILE = "labels.json"
 in config.json, but with that file it would take the folder for a whole model."""
 ADAPTER = "default"
 """Name of an adapter that is loaded or imported without one, as in PEFT."""
-
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
 
 
 @dataclass(frozen=True)
@@ -222,10 +208,7 @@ def read_layers(folder: Path, groups: tuple[str, ...]) -> tuple[dict[str, dict[s
                 "it, convert it with PEFT: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)."
             )
         raise AdapterFileError(f"{folder} has no {WEIGHTS_FILE}; copy or save the adapter again.")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{path} is damaged: {error}. Copy or save the adapter again.") from error
+    tensors = load_tensors(path, "It is damaged: copy or save the adapter again.")
     layers: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -308,28 +291,23 @@ def named_base(
     if diffusers_class(path) is not None:
         return load_base(name)
     mapping = config.get("auto_mapping") or {}
-    loader = getattr(transformers, _AUTO_CLASSES.get(str(config.get("task_type")), "AutoModel"))
+    loader = getattr(transformers, auto_class(config.get("task_type")))
     # The file names a module to import: only transformers' own are, since a file must not choose what code runs.
     if str(mapping.get("parent_library", "")).split(".")[0] == "transformers":
         loader = getattr(transformers, str(mapping.get("base_model_class")), loader)
     revision = config.get("revision") if name == config.get("base_model_name_or_path") else None
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code, **gguf_of(path)}
-    try:
-        with quiet():
-            pooled = False
-            if names and loader is transformers.AutoModelForSequenceClassification:
-                settings = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-                own = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(settings), None)
-                pooled = f"{getattr(own, 'base_model_prefix', '')}." != ENCODER
-            if classes and not pooled:  # a head of the saved size, whose values come with the adapter
-                options |= {"num_labels": classes, "ignore_mismatched_sizes": True}
-            model: Any = load_encoder(path, **options) if pooled else loader.from_pretrained(path, **options)
+    with loading(name, f" by {loader.__name__}"):
+        pooled = False
+        if names and loader is transformers.AutoModelForSequenceClassification:
+            settings = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            own = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(settings), None)
+            pooled = f"{getattr(own, 'base_model_prefix', '')}." != ENCODER
+        if classes and not pooled:  # a head of the saved size, whose values come with the adapter
+            options |= {"num_labels": classes, "ignore_mismatched_sizes": True}
+        model: Any = load_encoder(path, **options) if pooled else loader.from_pretrained(path, **options)
         if gguf_of(path) and not pooled:
             forget_quantisation(model)
-    except LOADING_ERRORS as error:
-        raise ValueError(
-            f"The base model {name!r} cannot be loaded by {loader.__name__}: {why_not_loaded(error)}"
-        ) from error
     if labels := _labels_of(Path(directory), classes):
         model.config.id2label = labels
         model.config.label2id = {label: index for index, label in labels.items()}
@@ -357,11 +335,19 @@ def _labels_of(folder: Path, classes: int) -> dict[int, str]:
     return labels
 
 
-def rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:
-    """The rank pattern of the modules whose rank is not the default, anchored, since one name may end in another.
+def by_module(option: str, pattern: str, values: Mapping[str, int], usual: int | None = None) -> dict[str, Any]:
+    """An option with the usual value, by default the most common one, and the pattern with those of other modules.
+
+    The keys of the pattern are anchored, since one name may end in another.
 
     Examples:
-        >>> rank_pattern({"layers.0.q": 4, "layers.0.k": 8}, 8)
-        {'^layers\\\\.0\\\\.q': 4}
+        >>> by_module("r", "rank_pattern", {"layers.0.q": 4, "layers.0.k": 8, "layers.0.v": 8})
+        {'r': 8, 'rank_pattern': {'^layers\\\\.0\\\\.q': 4}}
     """
-    return {exactly(name): rank for name, rank in ranks.items() if rank != default}
+    usual = Counter(values.values()).most_common(1)[0][0] if usual is None else usual
+    return {option: usual, pattern: {exactly(name): value for name, value in values.items() if value != usual}}
+
+
+def only(modules: Iterable[str]) -> str:
+    """The target_modules option for exactly these modules, even if other names end alike."""
+    return "|".join(re.escape(name) for name in sorted(modules))

@@ -79,7 +79,7 @@ def resolve_base(name: str) -> str:
         return str(_model_of(name.removeprefix("package:")))
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file() and not gguf_of(str(folder)):
+        if not _holds_model(folder):
             raise ValueError(f"The folder {name!r} holds no model: there is no config.json and no single GGUF file.")
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -95,7 +95,7 @@ def gguf_of(path: str) -> dict[str, str]:
 
 
 def _model_of(package: str) -> Path:
-    """The folder of the model in a package; a model made by the package's `assemble` is made once and kept."""
+    """The folder of the model in a package; one that has to be made is made once and kept."""
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
@@ -106,34 +106,33 @@ def _model_of(package: str) -> Path:
     if (carried / "config.json").is_file():
         return carried
     kept = Path("~/.cache/isotune/models").expanduser() / package
-    if package in _ONNX_FILES:
-        return _converted(Path(spec.origin).parent, *_ONNX_FILES[package], kept)
-    assemble = getattr(importlib.import_module(package), "assemble", None)
-    if assemble is None:
-        raise ValueError(f"The package {package!r} carries no model: there is no {carried / 'config.json'}.")
-    if not gguf_of(str(kept)):
-        kept.mkdir(parents=True, exist_ok=True)
-        # Elsewhere until it is complete: another process may look for it, and this one may be stopped.
-        with tempfile.TemporaryDirectory(dir=kept) as place:
-            Path(assemble(Path(place) / "model.gguf")).replace(kept / "model.gguf")
+    if _holds_model(kept):
+        return kept
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    # Elsewhere until it is complete: another process may look for it, and this one may be stopped.
+    with tempfile.TemporaryDirectory(dir=kept.parent) as place:
+        made = Path(place) / "model"
+        if package in _ONNX_FILES:
+            from isotune.files.onnx_encoder import write_encoder
+
+            file, prefix = _ONNX_FILES[package]
+            write_encoder(Path(spec.origin).parent / file, prefix, made)
+        else:
+            assemble = getattr(importlib.import_module(package), "assemble", None)
+            if assemble is None:
+                raise ValueError(f"The package {package!r} carries no model: there is no {carried / 'config.json'}.")
+            made.mkdir()
+            Path(assemble(made / "model.gguf")).replace(made / "model.gguf")
+        try:
+            made.rename(kept)
+        except OSError:
+            if not _holds_model(kept):  # else another process was faster
+                raise
     return kept
 
 
-def _converted(package: Path, file: str, prefix: str, kept: Path) -> Path:
-    """The folder of the model in a package's ONNX file, made once and kept."""
-    from isotune.files.onnx_encoder import write_encoder
-
-    if not (kept / "config.json").is_file():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        # Elsewhere until it is complete, as above.
-        with tempfile.TemporaryDirectory(dir=kept.parent) as place:
-            write_encoder(package / file, prefix, Path(place) / "model")
-            try:
-                (Path(place) / "model").rename(kept)
-            except OSError:
-                if not (kept / "config.json").is_file():  # else another process was faster
-                    raise
-    return kept
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or bool(gguf_of(str(folder)))
 
 
 def pipeline_of(name: str) -> dict[str, Path] | None:
@@ -176,6 +175,20 @@ def why_not_loaded(error: Exception) -> str:
     return lines[0]
 
 
+@contextlib.contextmanager
+def loading(name: str, by: str = "") -> Iterator[None]:
+    """Within this block a base model is loaded quietly; `by` says in messages which class does it.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be loaded; says why.
+    """
+    try:
+        with quiet():
+            yield
+    except LOADING_ERRORS as error:
+        raise ValueError(f"The base model {name!r} cannot be loaded{by}: {why_not_loaded(error)}") from error
+
+
 def load_base(name: str, *, trust_remote_code: bool = False) -> nn.Module:
     """Load a base model with the class that its own folder names, in evaluation mode on the CPU.
 
@@ -189,19 +202,15 @@ def load_base(name: str, *, trust_remote_code: bool = False) -> nn.Module:
     import transformers
 
     path = resolve_base(name)
-    try:
-        with quiet():
-            if (kind := diffusers_class(path)) is not None:
-                model: nn.Module = kind.from_pretrained(path)
-                return model.eval()
-            options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **gguf_of(path)}
+    options: dict[str, Any] = {}
+    with loading(name):
+        loader = diffusers_class(path)
+        if loader is None:
+            options = {"trust_remote_code": trust_remote_code, **gguf_of(path)}
             config = transformers.AutoConfig.from_pretrained(path, **options)
-            named = str((config.architectures or ["AutoModel"])[0])
-            loader: Any = getattr(transformers, named, transformers.AutoModel)
-            model = loader.from_pretrained(path, **options)
-            return model.eval()
-    except LOADING_ERRORS as error:
-        raise ValueError(f"The base model {name!r} cannot be loaded: {why_not_loaded(error)}") from error
+            loader = getattr(transformers, str((config.architectures or ["AutoModel"])[0]), transformers.AutoModel)
+        model: nn.Module = loader.from_pretrained(path, **options)
+    return model.eval()
 
 
 def copy_tokenizer(sources: list[str], folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isotune.errors import AdapterFileError, BaseMismatchError
-from isotune.files.adapter import ADAPTER, WEIGHTS_FILE, new_directory, refused
+from isotune.files.adapter import ADAPTER, WEIGHTS_FILE, new_directory, only, refused
 from isotune.files.base_model import load_base
 from isotune.files.peft_import.psoft import FREE_MATRIX, ImportedUpdate, adapted_on, ranks_of
 from isotune.files.peft_import.source import EXACT, Source
+from isotune.files.tensors import load_tensors
 from isotune.json_files import json_object
 from isotune.methods import PsoftConfig, SvfitConfig
 from isotune.subspace.selection import chosen
@@ -79,7 +77,6 @@ def import_eigentune(directory: str | os.PathLike[str], base_model: nn.Module) -
     header = _header(folder)
     layers = {name: _Layer(folder, name, own, header) for name, own in header["layers"].items()}
     tensors = _tensors(folder, layers)
-    targets = "|".join(re.escape(name) for name in sorted(layers))  # exactly these, even if other names end alike
     source = Source(folder, None, {name: tensors.get(name, {}) for name in layers}, base_model)
     weights = {name: source.weight(name) for name in layers}
     for name, layer in layers.items():
@@ -91,12 +88,12 @@ def import_eigentune(directory: str | os.PathLike[str], base_model: nn.Module) -
             own.parameters = {"stretch": own.difference.diagonal()}
         selection: Any = _SELECTIONS[header["config"]["selection"]]
         return adapted_on(
-            source, SvfitConfig(selection=selection, target_modules=targets, **ranks_of(updates)), updates
+            source, SvfitConfig(selection=selection, target_modules=only(layers), **ranks_of(updates)), updates
         )
     if not exact:
         updates = {name: layers[name].on_the_weight(weights[name], own) for name, own in updates.items()}
     basis: Any = "pinned" if exact else "embedded"
-    config = PsoftConfig(basis=basis, target_modules=targets, **ranks_of(updates), **FREE_MATRIX)
+    config = PsoftConfig(basis=basis, target_modules=only(layers), **ranks_of(updates), **FREE_MATRIX)
     return adapted_on(source, config, updates)
 
 
@@ -274,15 +271,9 @@ def _header(folder: Path) -> dict[str, Any]:
 def _tensors(folder: Path, layers: Mapping[str, _Layer]) -> dict[str, dict[str, Tensor]]:
     """The tensors of each layer, by their names in it."""
     path = folder / WEIGHTS_FILE
-    try:
-        found: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(
-            f"{path} cannot be read as a safetensors file ({error}). Only such files are read, and eigentune writes no "
-            "others; save the adapter again with eigentune.save_adapter."
-        ) from error
+    advice = "Only such files are read, and eigentune writes no others; save the adapter again with its save_adapter."
     split: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in found.items():
+    for key, tensor in load_tensors(path, advice).items():
         name, _, last = key.rpartition(".")
         check_values(key, tensor, file=str(path))
         split.setdefault(name, {})[last] = tensor

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -21,15 +20,16 @@ from isotune.files.adapter import (
     ADAPTER,
     CONFIG_FILE,
     WEIGHTS_FILE,
+    by_module,
     config_of,
     describe,
     named_base,
     new_directory,
-    rank_pattern,
     read_config,
 )
 from isotune.files.base_model import copy_tokenizer
 from isotune.files.pooled import ENCODER, HEAD, MeanPooled, save_sentence_transformer
+from isotune.files.tensors import save_tensors
 from isotune.methods.config import IsotuneConfig
 from isotune.subspace.lowrank import Factored, check_truncation, pad_rank, truncate, truncate_product
 from isotune.tuner.layer import Layer
@@ -62,6 +62,11 @@ class LoraExport:
     """The result of `export_lora`."""
 
     layers: tuple[ExportedLayer, ...]
+
+    @classmethod
+    def of(cls, found: Mapping[str, Factored]) -> LoraExport:
+        """The result for the factors of each layer."""
+        return cls(tuple(ExportedLayer(name, len(one.down), one.missing, one.norm) for name, one in found.items()))
 
     @property
     def rank(self) -> int:
@@ -150,21 +155,14 @@ def export_lora(
         layers = {k.removeprefix(ENCODER): layer for k, layer in layers.items()}
         config = copy.copy(config)
         config.task_type, config.modules_to_save = "FEATURE_EXTRACTION", None
-    tensors = {KEY_PREFIX + k: tensor for k, tensor in extras.items()}
     bar = tqdm(layers.items(), desc="factors", unit="layer", delay=3.0, leave=False)
     found = {module: _factored(module, layer, adapter_name, rank, energy) for module, layer in bar}
-    report = LoraExport(tuple(ExportedLayer(name, len(f.down), f.missing, f.norm) for name, f in found.items()))
-    ranks: dict[str, int] = {}
-    for module, factored in found.items():
-        up, down = pad_rank(factored.up, factored.down, report.rank) if uniform_rank else factored[:2]
-        ranks[module] = len(down)
-        tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = down
-        tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = up
-    # Cloned: safetensors refuses tensors that share memory, as tied embeddings do.
-    tensors = {k: tensor.detach().cpu().clone().contiguous() for k, tensor in tensors.items()}
+    report = LoraExport.of(found)
+    factors = {name: (one.up, one.down) for name, one in found.items()}
+    if uniform_rank:
+        factors = {name: pad_rank(*pair, report.rank) for name, pair in factors.items()}
     with new_directory(out) as folder:
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        lora_config(config, layers, ranks).save_pretrained(str(folder))
+        write_lora(folder, config, layers, factors, extras)
         if head:
             source = str(getattr(model.encoder, "name_or_path", ""))
             save_sentence_transformer(folder, head, source)
@@ -256,22 +254,46 @@ def factors_of(module: str, layer: Layer, adapter_name: str, rank: int | None, e
     return truncate(layer.host.seen(layer.get_delta_weight(adapter_name)), rank=rank, energy=energy)
 
 
-def lora_config(config: IsotuneConfig, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> LoraConfig:
-    """The configuration of a LoRA of these ranks on these layers, all else as in `config`; its scaling is 1."""
-    rank = max(ranks.values())  # servers compare r with the largest rank they support, and some ignore patterns
-    other = rank_pattern(ranks, rank)
-    return LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern=other,
-        alpha_pattern=dict(other),
-        target_modules=sorted(layers),
+def write_lora(
+    folder: Path,
+    config: IsotuneConfig,
+    layers: Mapping[str, Layer],
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    extras: Mapping[str, Tensor],
+) -> None:
+    """Write a LoRA adapter of PEFT whose scaling is 1.
+
+    Args:
+        folder: the folder.
+        config: says all but the ranks.
+        layers: the adapted layers, by name in the base model.
+        factors: up and down of each layer.
+        extras: further tensors of the file, by name in the base model.
+    """
+    tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in extras.items()}
+    for name, (up, down) in factors.items():
+        tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = down
+        tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = up
+    save_tensors(tensors, folder / WEIGHTS_FILE)
+    ranks = {name: len(down) for name, (_, down) in factors.items()}
+    largest = max(ranks.values())  # servers compare r with the largest rank they support, and some ignore patterns
+    LoraConfig(
+        **peft_options(config, layers, "lora"),
+        **by_module("r", "rank_pattern", ranks, largest),
+        **by_module("lora_alpha", "alpha_pattern", ranks, largest),
         fan_in_fan_out=any(getattr(layer.host, "transposed", False) for layer in layers.values()),
-        bias=config.bias.replace("isotune", "lora"),  # type: ignore[arg-type]
-        modules_to_save=config.modules_to_save and list(dict.fromkeys(config.modules_to_save)),
-        task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
-        revision=config.revision,
-        auto_mapping=config.auto_mapping,
-        inference_mode=True,
-    )
+    ).save_pretrained(str(folder))
+
+
+def peft_options(config: IsotuneConfig, layers: Mapping[str, Layer], method: str) -> dict[str, Any]:
+    """The options of an adapter of PEFT's own, "lora", "oft" or "boft", that mean the same in every method."""
+    return {
+        "target_modules": sorted(layers),
+        "bias": config.bias.replace("isotune", method),
+        "modules_to_save": config.modules_to_save and list(dict.fromkeys(config.modules_to_save)),
+        "task_type": config.task_type,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "revision": config.revision,
+        "auto_mapping": config.auto_mapping,
+        "inference_mode": True,
+    }

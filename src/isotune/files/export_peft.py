@@ -6,15 +6,15 @@ import os
 from typing import Any
 
 import torch
-from peft import BOFTConfig, OFTConfig
-from safetensors.torch import save_file
+from peft import BOFTConfig, OFTConfig, PeftConfig
 from torch import nn
 
 from isotune.algebra.skew import skew_from_vector
 from isotune.files.adapter import WEIGHTS_FILE, new_directory
-from isotune.files.diffusion.rotations import gain_of, generators_of
-from isotune.files.export_lora import opened
+from isotune.files.diffusion.rotations import gain_of, generators_of, rotation_of
+from isotune.files.export_lora import opened, peft_options
 from isotune.files.pooled import MeanPooled
+from isotune.files.tensors import save_tensors
 from isotune.methods.boft import BOFTOperator
 from isotune.methods.oft import OFTOperator
 from isotune.tuner.layer import Layer
@@ -38,13 +38,7 @@ def export_peft(
     factor unless its CUDA extension is built. COFT's bound and a scale that is set are applied to the generators for
     good. Saved modules and trained biases are written as they are.
 
-    Args:
-        model_or_dir: a model with isotune adapters, or the folder of a saved adapter.
-        out: the folder to write; it appears only when it is complete. Its adapter_model.safetensors uses PEFT's names,
-            base_model.model.MODULE.oft_R.weight, or .boft_R and .boft_s.
-        adapter_name: the adapter of a model to export.
-        base: for a folder, the base model or its name; by default the one that the adapter's configuration names.
-        trust_remote_code: whether to run code from the base model's repository.
+    All arguments are as in `export_lora`.
 
     Returns:
         The number of layers written.
@@ -58,50 +52,43 @@ def export_peft(
     own = opened(model_or_dir, adapter_name, base, trust_remote_code=trust_remote_code)
     if isinstance(own.model, MeanPooled):
         raise ValueError(f"PEFT cannot load an adapter on isotune's mean-pooled classifier. {_INSTEAD}")
-    operators = {name: _operator(name, layer, own.adapter_name) for name, layer in own.layers.items()}
-    first = next(iter(operators.values()))
-    oft = isinstance(first, OFTOperator)
+    operators: dict[str, Any] = {name: _operator(name, layer, own.adapter_name) for name, layer in own.layers.items()}
     tensors = {f"{KEY_PREFIX}{key}": tensor for key, tensor in own.extras.items()}
     for name, operator in operators.items():
         generators = generators_of(operator)
         if isinstance(operator, OFTOperator):
             # PEFT's exact transform is the inverse of the one its series approaches.
-            series = operator.cayley.neumann_terms is not None
-            tensors[f"{KEY_PREFIX}{name}.oft_R.weight"] = generators if series else -generators
+            in_series = operator.cayley.neumann_terms is not None
+            tensors[f"{KEY_PREFIX}{name}.oft_R.weight"] = generators if in_series else -generators
         else:
             gain = gain_of(operator)
             assert gain is not None
             tensors[f"{KEY_PREFIX}{name}.boft_R"] = -skew_from_vector(generators, operator.block_size)
             tensors[f"{KEY_PREFIX}{name}.boft_s"] = gain[:, None]
-    config = own.config
-    shared: dict[str, Any] = {
-        "target_modules": sorted(own.layers),
-        "bias": config.bias.replace("isotune", "oft" if oft else "boft"),
-        "modules_to_save": config.modules_to_save and list(dict.fromkeys(config.modules_to_save)),
-        "task_type": config.task_type,
-        "base_model_name_or_path": config.base_model_name_or_path,
-        "revision": config.revision,
-        "auto_mapping": config.auto_mapping,
-        "inference_mode": True,
-    }
-    theirs = OFTConfig(**shared, **_oft_fields(operators)) if oft else BOFTConfig(**shared, **_boft_fields(operators))
+    theirs: PeftConfig
+    first = next(iter(operators.values()))
+    if isinstance(first, OFTOperator):
+        terms = first.cayley.neumann_terms
+        series: dict[str, Any] = (
+            {"use_cayley_neumann": False} if terms is None else {"num_cayley_neumann_terms": terms + 2}
+        )
+        # In a layer of one block, shared and separate blocks look alike.
+        shared = any(len(operator.generator) < operator.blocks for operator in operators.values())
+        sizes = _sizes(operators, "oft_block_size", "r")
+        theirs = OFTConfig(**peft_options(own.config, own.layers, "oft"), **sizes, **series, block_share=shared)
+    else:
+        sizes = _sizes(operators, "boft_block_size", "boft_block_num")
+        theirs = BOFTConfig(**peft_options(own.config, own.layers, "boft"), **sizes)
     with new_directory(out) as folder:
-        # Cloned: safetensors refuses tensors that share memory.
-        stored = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
-        save_file(stored, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_tensors(tensors, folder / WEIGHTS_FILE)
         theirs.save_pretrained(str(folder))
     return len(operators)
 
 
 def _operator(name: str, layer: Layer, adapter_name: str) -> OFTOperator | BOFTOperator:
     """The operator of a layer, refused unless PEFT has one that computes the same."""
-    operator, module = layer.adapter(adapter_name), layer.get_base_layer()
-    if not isinstance(operator, OFTOperator | BOFTOperator) or operator.side != "input":
-        turned = getattr(operator, "side", None)
-        raise ValueError(
-            f"The adapter on {name!r} is a {type(operator).__name__}{f' on the {turned}s' if turned else ''}; only "
-            f"OFT and BOFT on inputs can be written for PEFT, whose own rotate inputs. {_INSTEAD}"
-        )
+    allowed = "only OFT and BOFT on inputs can be written for PEFT, whose own rotate inputs"
+    operator, module = rotation_of(name, layer.adapter(adapter_name), "input", allowed), layer.get_base_layer()
     if not isinstance(module, nn.Linear):
         raise ValueError(
             f"The adapted module {name!r} is a {type(module).__name__}; PEFT's own rotations compute the same only on "
@@ -117,20 +104,7 @@ def _operator(name: str, layer: Layer, adapter_name: str) -> OFTOperator | BOFTO
     return operator
 
 
-def _oft_fields(operators: dict[str, Any]) -> dict[str, Any]:
-    first = next(iter(operators.values()))
-    terms = first.cayley.neumann_terms
-    series = {"use_cayley_neumann": False} if terms is None else {"num_cayley_neumann_terms": terms + 2}
-    # In a layer of one block, shared and separate blocks look alike.
-    shared = any(len(operator.generator) < operator.blocks for operator in operators.values())
-    return {**_sizes(operators, "oft_block_size", "r"), **series, "block_share": shared}
-
-
-def _boft_fields(operators: dict[str, Any]) -> dict[str, Any]:
-    return _sizes(operators, "boft_block_size", "boft_block_num")
-
-
-def _sizes(operators: dict[str, Any], by_size: str, by_count: str) -> dict[str, int]:
+def _sizes(operators: dict[str, Any], by_size: str, by_count: str) -> dict[str, Any]:
     """PEFT's fields for one size of all blocks, or one number of blocks in all layers."""
     sizes = {operator.block_size for operator in operators.values()}
     counts = {operator.size // operator.block_size for operator in operators.values()}

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from isotune.files.tensors import save_tensors
+from isotune.tuner.state import KEY_PREFIX
 
 ENCODER = "encoder."
 """Prefix of the encoder's module names in the classifier."""
 HEAD = "classifier"
 """Name of the last layer."""
 
-_PREFIX = "base_model.model."
 _COPIED = ("sentence_bert_config.json", "sentence_transformers_config.json")
 
 
@@ -78,8 +79,6 @@ class MeanPooledEncoder(MeanPooled, nn.Module):
         self.classifier = nn.Linear(self.config.hidden_size, classes)
         self.name_or_path = str(getattr(encoder, "name_or_path", ""))
 
-    forward = MeanPooled.forward
-
 
 def load_encoder(path: str, **options: Any) -> Any:
     """Load a plain encoder without its pooling layer, which mean pooling does not use."""
@@ -102,7 +101,7 @@ def head_of(file: Path) -> tuple[int, set[str]]:
         return 0, set()
     try:
         with safe_open(file, framework="pt") as opened:
-            keys = {key.removeprefix(_PREFIX): key for key in opened.keys()}  # noqa: SIM118 (not a dictionary)
+            keys = {key.removeprefix(KEY_PREFIX): key for key in opened.keys()}  # noqa: SIM118 (not a dictionary)
             heads = [keys[f"{name}.weight"] for name in (HEAD, "score", f"{HEAD}.out_proj") if f"{name}.weight" in keys]
             classes = opened.get_slice(heads[0]).get_shape()[0] if heads else 0
     except SafetensorError:
@@ -144,8 +143,7 @@ def save_sentence_transformer(folder: Path, head: Mapping[str, Tensor], base: st
             "activation_function": "torch.nn.modules.linear.Identity",
         },
     )
-    file = folder / "2_Dense/model.safetensors"
-    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in head.items()}, file)
+    save_tensors(head, folder / "2_Dense/model.safetensors")
     for name in _COPIED:
         if (Path(base) / name).is_file():
             shutil.copyfile(Path(base) / name, folder / name)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from isotune.adapter.subspace import SubspaceAdapter
+from isotune.adapter.update import PlacedUpdate
 from isotune.algebra.means import linear_mean
-from isotune.methods.checks import require, require_sizes, shown
+from isotune.methods.checks import require, shown
 from isotune.methods.config import by_pattern, exactly
 from isotune.methods.subspace import SubspaceConfig
 from isotune.subspace.energy import kept_shares, least_size
@@ -58,7 +59,6 @@ class CersaConfig(SubspaceConfig):
     def __post_init__(self) -> None:
         trained, share, pattern = self.rank_energy, self.base_energy, self.base_rank_pattern
         super().__post_init__()
-        require_sizes("base_rank_pattern", pattern)
         self.truncate_base |= bool(pattern) and "truncate_base" not in self.given  # a file has the numbers alone
         if not self.truncate_base and (share is not None or pattern):
             raise ValueError(
@@ -96,7 +96,7 @@ class CersaConfig(SubspaceConfig):
         if k * (sum(shape) + 1) < math.prod(shape):
             self.base_rank_pattern[exactly(module)] = k
 
-    def build_operator(self, module: str, in_features: int, out_features: int) -> SubspaceAdapter:
+    def build_operator(self, module: str, in_features: int, out_features: int) -> PlacedUpdate:
         """As for every method on subspaces; raises ValueError if k does not fit the weight or r, too."""
         rank, k, limit = self.rank_of(module), self.base_rank(module), min(in_features, out_features)
         if k is not None and k > limit:

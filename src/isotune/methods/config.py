@@ -21,9 +21,7 @@ from isotune.adapter.subspace import SubspaceBasis
 from isotune.errors import AdapterFileError
 from isotune.internals.safetensors_files import readable
 from isotune.json_files import json_object
-from isotune.methods.checks import check_types, require_expressions, require_options
-from isotune.methods.checks import require_choice as require_choice
-from isotune.methods.checks import require_positive_integer as require_positive_integer
+from isotune.methods.checks import check_types, require_choice, require_expressions, require_options, require_sizes
 from isotune.methods.sizes import ChosenSize, check_budget
 from isotune.model_card import WEIGHTS, update_list, write_card
 
@@ -136,6 +134,11 @@ class IsotuneConfig(ChosenSize, PeftConfig):
                 "layers_to_transform cannot be used when target_modules is a string (a regular expression or "
                 "'all-linear'); give target_modules as a list, or put the layer indices into the expression."
             )
+        for name, value in vars(self).items():
+            if name == "alpha_pattern":
+                require_expressions(name, value)
+            elif name.endswith("_pattern") and isinstance(value, dict):
+                require_sizes(name, value)
         for name in ("target_modules", "exclude_modules"):
             modules = getattr(self, name)
             if isinstance(modules, list):
@@ -158,7 +161,7 @@ class IsotuneConfig(ChosenSize, PeftConfig):
             ValueError: an option in `kwargs` is not allowed.
         """
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
-        file = folder / "adapter_model.safetensors"
+        file = folder / WEIGHTS
         if file.is_file():
             try:
                 with safe_open(file, framework="pt"):

@@ -15,30 +15,31 @@ from isotune.methods.checks import require_number
 from isotune.methods.rotation import RotationConfig
 
 
-def _require_pair(module: str, width: int, side: str) -> None:
-    if width < 2:
-        raise ValueError(
-            f"The module {module!r} has one {side}, which cannot be rotated; exclude it with exclude_modules."
-        )
-
-
 @dataclass
 class GOFTConfig(RotationConfig):
     """Configuration of GOFT: y = host(x M), M a tree of in_features − 1 Givens rotations, exactly orthogonal."""
 
     title = "GOFT"
 
-    def rotation(self, module: str, width: int, out_features: int) -> GOFTOperator:
-        _require_pair(module, width, self.side)
+    def rotation(self, module: str, width: int, out_features: int) -> RotationAdapter:
+        if width < 2:
+            raise ValueError(
+                f"The module {module!r} has one {self.side}, which cannot be rotated; exclude it with exclude_modules."
+            )
+        return self.tree(width)
+
+    def tree(self, width: int) -> RotationAdapter:
+        """A new operator on vectors of this width."""
         return GOFTOperator(width)
 
     def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-        """One more than the number of angles."""
-        return len(tensors["angles"]) + 1, 1
+        """One more than the number of angles, or of qGOFT's pairs."""
+        (rotations,) = tensors.values()
+        return len(rotations) + 1, 1
 
 
 @dataclass
-class QGOFTConfig(RotationConfig):
+class QGOFTConfig(GOFTConfig):
     """Configuration of qGOFT: GOFT with free 2 × 2 matrices as rotations, kept nearly orthogonal by a loss.
 
     Args:
@@ -57,13 +58,8 @@ class QGOFTConfig(RotationConfig):
         super().__post_init__()
         require_number("regularizer_weight", self.regularizer_weight)
 
-    def rotation(self, module: str, width: int, out_features: int) -> QGOFTOperator:
-        _require_pair(module, width, self.side)
+    def tree(self, width: int) -> RotationAdapter:
         return QGOFTOperator(width, self.regularizer_weight)
-
-    def widths_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-        """One more than the number of pairs."""
-        return len(tensors["pairs"]) + 1, 1
 
 
 class GOFTOperator(RotationAdapter):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from isotune.adapter.lowrank import ComplementAdapter
 from isotune.adapter.subspace import SubspaceBasis
-from isotune.methods.checks import require, require_number, require_positive_integer, require_sizes, shown
+from isotune.methods.checks import require, require_number, require_positive_integer, shown
 from isotune.methods.config import by_pattern, exactly
 from isotune.methods.subspace import BasisConfig
 from isotune.subspace.energy import rank_of_energy
@@ -55,7 +55,6 @@ class OploraConfig(BasisConfig):
         super().__post_init__()
         require_number("lora_dropout", self.lora_dropout, below=1)
         require_positive_integer("preserved_rank", self.preserved_rank)
-        require_sizes("preserved_rank_pattern", self.preserved_rank_pattern)
         share = self.preserved_energy
         fits = share is None or 0.0 < share < 1.0
         require(fits, "preserved_energy", share, "it must be between 0 and 1, or None")
@@ -92,14 +91,7 @@ class OploraConfig(BasisConfig):
                 "the others. Choose a smaller preserved_rank or preserved_energy, give this module its own with "
                 f"preserved_rank_pattern={{{module!r}: {limit}}}, or exclude it with exclude_modules."
             )
-        return self._scaled(module, OploraAdapter(self.rank_of(module), in_features, out_features, k))
-
-    def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> OploraAdapter:
-        sizes = tensors["lora_A"].shape[1], tensors["lora_B"].shape[0]
-        return self._scaled(module, OploraAdapter(self.rank_of(module), *sizes, self.preserved_rank_of(module)))
-
-    def _scaled(self, module: str, adapter: OploraAdapter) -> OploraAdapter:
-        adapter.configured_scale = adapter.scale = self.scale_of(module)
+        adapter = self.scaled(module, OploraAdapter(self.rank_of(module), in_features, out_features, k))
         adapter.dropout = self.lora_dropout
         return adapter
 

@@ -32,7 +32,7 @@ class PesoConfig(RestartingConfig):
 
     lora_alpha: float | None = field(default=None)
 
-    def restarting(self, rank: int, in_features: int, out_features: int) -> PesoAdapter:
+    def update_of(self, rank: int, in_features: int, out_features: int) -> PesoAdapter:
         return PesoAdapter(rank, in_features, out_features)
 
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import Tensor
-
-from isotune.adapter.restarting import RestartingAdapter
 from isotune.methods.subspace import MovableConfig
 
 
@@ -34,22 +29,3 @@ class RestartingConfig(MovableConfig):
                 f"basis={self.basis!r} is not allowed with {type(self).__name__}, whose subspaces move to others than "
                 "those of the base's weight, which alone a pin can find again. Leave basis out."
             )
-
-    def build_operator(self, module: str, in_features: int, out_features: int) -> RestartingAdapter:
-        """A new adapter, which starts when it is placed.
-
-        Raises:
-            ValueError: the rank is larger than the smaller side of the weight.
-        """
-        self.check_rank(module, in_features, out_features)
-        adapter = self.restarting(self.rank_of(module), in_features, out_features)
-        adapter.configured_scale = adapter.scale = self.scale_of(module)
-        return adapter
-
-    def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> RestartingAdapter:
-        """As `build_operator`, from the shapes of the factors."""
-        return self.build_operator(module, tensors["lora_A"].shape[1], tensors["lora_B"].shape[0])
-
-    @abstractmethod
-    def restarting(self, rank: int, in_features: int, out_features: int) -> RestartingAdapter:
-        """A new adapter of this shape."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from isotune.adapter.placement import Placement
 from isotune.adapter.restarting import RestartingAdapter
-from isotune.methods.checks import require, require_choice, shown
+from isotune.methods.checks import require, shown
 from isotune.methods.config import exactly
 from isotune.methods.restarting import RestartingConfig
 from isotune.subspace.selection import chosen, drawn_start, generator_for
@@ -47,8 +47,6 @@ class RosaConfig(RestartingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("sample_method", self.sample_method, ("random", "top", "bottom"))
-        require_choice("factorize_method", self.factorize_method, ("equal", "add", "random"))
         share = self.rank_share
         require(share is None or 0.0 < share <= 1.0, "rank_share", share, "it must be in (0, 1], or None")
         if share is not None and ("r" in self.given or self.rank_pattern):
@@ -71,7 +69,7 @@ class RosaConfig(RestartingConfig):
         assert self.rank_share is not None
         self.rank_pattern[exactly(module)] = max(int(self.rank_share * min(shape)), 1)
 
-    def restarting(self, rank: int, in_features: int, out_features: int) -> RosaAdapter:
+    def update_of(self, rank: int, in_features: int, out_features: int) -> RosaAdapter:
         return RosaAdapter(rank, in_features, out_features, self.factorize_method)
 
 

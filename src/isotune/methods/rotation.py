@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from isotune.adapter.rotation import RotationAdapter
-from isotune.methods.checks import divisor_for, require_sizes
+from isotune.methods.checks import divisor_for
 from isotune.methods.config import IsotuneConfig, by_pattern
 
 
@@ -73,12 +73,6 @@ class BlockRotationConfig(RotationConfig):
 
     block_size_pattern: dict[str, int] = field(default_factory=dict)
     scaled_generator: bool = field(default=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, value in vars(self).items():
-            if name.endswith("_pattern") and isinstance(value, dict):
-                require_sizes(name, value)
 
     def own_block_size(self, module: str, width: int) -> int | None:
         """The block size that the pattern gives a module whose rotated side has this width; None if it gives none.

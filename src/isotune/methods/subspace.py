@@ -5,24 +5,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from isotune.adapter.operator import Adapter
 from isotune.adapter.subspace import SubspaceAdapter, SubspaceBasis
-from isotune.methods.checks import (
-    require,
-    require_expressions,
-    require_positive_integer,
-    require_seed,
-    require_sizes,
-    shown,
-)
+from isotune.adapter.update import PlacedUpdate
+from isotune.methods.checks import require, require_positive_integer, require_seed, shown
 from isotune.methods.config import IsotuneConfig, by_pattern
 from isotune.methods.sizes import check_choice
 from isotune.subspace.pinning import pin_width
 from isotune.subspace.selection import chosen
+
+_Update = TypeVar("_Update", bound=PlacedUpdate)
 
 
 @dataclass
@@ -82,8 +79,6 @@ class BasisConfig(IsotuneConfig):
         else:
             require_positive_integer("r", self.r)
         require_seed("basis_seed", self.basis_seed)
-        require_sizes("rank_pattern", self.rank_pattern)
-        require_expressions("alpha_pattern", self.alpha_pattern)
         name, alphas = self.alpha_option, (self._alpha, *self.alpha_pattern.values())
         if name and not all(alpha is None or 0 < alpha < float("inf") for alpha in alphas):
             raise ValueError(
@@ -129,6 +124,15 @@ class BasisConfig(IsotuneConfig):
         alpha = by_pattern(self.alpha_pattern, module, self._alpha)
         return 1.0 if alpha is None else float(alpha) / self.rank_of(module)
 
+    def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> Adapter:
+        """As `build_operator`, from the shapes of two trained factors."""
+        return self.build_operator(module, tensors["lora_A"].shape[1], tensors["lora_B"].shape[0])
+
+    def scaled(self, module: str, adapter: _Update) -> _Update:
+        """The same adapter with a module's scale."""
+        adapter.configured_scale = adapter.scale = self.scale_of(module)
+        return adapter
+
     def build_basis(self, module: str, in_features: int, device: torch.device) -> SubspaceBasis:
         """The pin or the basis of a module's subspace, still empty."""
         return self.basis_of_rank(self.rank_of(module), in_features, device)
@@ -166,11 +170,11 @@ class MovableConfig(BasisConfig):
         """The entry of `accumulated_ranks` for a module."""
         return self.accumulated_ranks.get(module)
 
-    def check_rank(self, module: str, in_features: int, out_features: int) -> None:
-        """Refuse a rank that is larger than the smaller side of a module's weight.
+    def build_operator(self, module: str, in_features: int, out_features: int) -> PlacedUpdate:
+        """A new adapter, not placed yet.
 
         Raises:
-            ValueError: it is.
+            ValueError: the rank is larger than the smaller side of the weight.
         """
         rank, limit = self.rank_of(module), min(in_features, out_features)
         if rank > limit:
@@ -179,26 +183,24 @@ class MovableConfig(BasisConfig):
                 f"rank may be at most {limit}. Choose a smaller r, give this module its own with "
                 f"rank_pattern={{{module!r}: {limit}}}, or exclude it with exclude_modules."
             )
+        return self.scaled(module, self.update_of(rank, in_features, out_features))
+
+    @abstractmethod
+    def update_of(self, rank: int, in_features: int, out_features: int) -> PlacedUpdate:
+        """A new adapter of a rank on a weight of this shape."""
 
 
 @dataclass
 class SubspaceConfig(MovableConfig):
     """Fields shared by the methods that act on the principal subspace of each weight."""
 
-    def build_operator(self, module: str, in_features: int, out_features: int) -> SubspaceAdapter:
-        """A new operator on the coordinates of the subspace, not placed yet.
-
-        Raises:
-            ValueError: the rank is larger than the smaller side of the weight.
-        """
-        self.check_rank(module, in_features, out_features)
-        return self.operator_of(module, {})
-
     def operator_of(self, module: str, tensors: Mapping[str, Tensor]) -> SubspaceAdapter:
         """A new operator of the configured rank."""
-        adapter = self.subspace_operator(self.rank_of(module))
-        adapter.configured_scale = adapter.scale = self.scale_of(module)
-        return adapter
+        return self.scaled(module, self.subspace_operator(self.rank_of(module)))
+
+    def update_of(self, rank: int, in_features: int, out_features: int) -> SubspaceAdapter:
+        """A new operator, whatever the shape."""
+        return self.subspace_operator(rank)
 
     @abstractmethod
     def subspace_operator(self, rank: int) -> SubspaceAdapter:

@@ -49,7 +49,7 @@ def spectrum(weight: Tensor, *, cache: SubspaceCache | None = None, name: str = 
     """
     count, key = min(weight.shape), ""
     if cache is not None and cache.directory is not None and worth_hashing(weight.device):
-        key = subspace_key(weight, count, "spectrum", 0.0, 0)
+        key = subspace_key(weight, count, "spectrum", 0.0)
         if (found := cache.get(key, (count, 0))) is not None:
             return found.singular_values
     values: Tensor = torch.linalg.eigvalsh(_gram(weight, name)).flip(0).clamp_min(0.0).sqrt().cpu()

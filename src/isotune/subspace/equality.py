@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,6 @@ from isotune.subspace.precision import rows_in_parts
 from isotune.subspace.result import Subspace, SubspaceRequest
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-_Key = tuple[int, torch.Size, torch.dtype, torch.device, int, tuple[int, ...] | None]
 
 
 class EqualWeights:
@@ -21,21 +21,21 @@ class EqualWeights:
     """
 
     def __init__(self) -> None:
-        self._found: dict[_Key, list[tuple[SubspaceRequest, Subspace]]] = {}
+        self._found: dict[Hashable, list[tuple[SubspaceRequest, Subspace]]] = {}
 
-    def find(self, weight: Tensor, rank: int, places: tuple[int, ...] | None = None) -> tuple[_Key, Subspace | None]:
-        """The key under which to `add` this weight, and the subspace of an equal weight at rank and places, or None."""
-        key = (checksum(weight), weight.shape, weight.dtype, weight.device, rank, places)
-        for request, subspace in self._found.get(key, ()):
+    def subspace(
+        self, weight: Tensor, request: SubspaceRequest, solve: Callable[[Tensor, SubspaceRequest], Subspace]
+    ) -> Subspace:
+        """The subspace of an equal weight at the same rank and places, or else the one that `solve` finds."""
+        key = (checksum(weight), weight.shape, weight.dtype, weight.device, request.rank, request.places)
+        known = self._found.setdefault(key, [])
+        for earlier, subspace in known:
             # An earlier weight that was made by a function has been dropped since, and is made again.
-            other = request.weight if isinstance(request.weight, Tensor) else request.weight()
+            other = earlier.weight if isinstance(earlier.weight, Tensor) else earlier.weight()
             if _same_memory(weight, other) or torch.equal(_bits(weight), _bits(other)):
-                return key, subspace
-        return key, None
-
-    def add(self, key: _Key, request: SubspaceRequest, subspace: Subspace) -> None:
-        """Record the subspace of a weight."""
-        self._found.setdefault(key, []).append((request, subspace))
+                return subspace
+        known.append((request, solve(weight, request)))
+        return known[-1][1]
 
 
 def checksum(weight: Tensor) -> int:

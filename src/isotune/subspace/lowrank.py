@@ -100,7 +100,7 @@ def truncate_product(up: Tensor, down: Tensor, *, rank: int | None = None, energ
     vectors of R₁R₂ᵀ, at most r × r, give those of Δ.
     """
     check_truncation(rank, energy)
-    left, values, right = _decomposed(up, down)
+    left, values, right = decomposed(up, down)
     energies = values.square()
     norm = float(energies.sum()) ** 0.5
     count = len(down)
@@ -136,14 +136,14 @@ def joined(updates: Sequence[tuple[Tensor, Tensor]], *, rank: int | None = None)
     Source: as of `truncate_product`.
     """
     check_truncation(rank, None)
-    left, values, right = _decomposed(torch.cat([up for up, _ in updates], 1), torch.cat([down for _, down in updates]))
+    left, values, right = decomposed(torch.cat([up for up, _ in updates], 1), torch.cat([down for _, down in updates]))
     full = int((values > _NEGLIGIBLE * values[0]).sum())
     count = full if rank is None else min(rank, full)
     lost, norm = (float(torch.linalg.vector_norm(one)) for one in (values[count:full], values))
     return Factored(left[:, :count] * values[:count], right[:count], lost, norm)
 
 
-def _decomposed(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def decomposed(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The thin singular value decomposition of up · down, left (out, r), values (r,) and right (r, in), in float64."""
     first, left = torch.linalg.qr(doubled(up.detach()))
     second, right = torch.linalg.qr(doubled(down.detach()).T)

@@ -46,7 +46,7 @@ def candidate_rank(rank: int, in_features: int, out_features: int) -> int:
     return min(in_features, out_features, rank + max(4, rank // 8))
 
 
-def pin(basis: Tensor, *, seed: int = 0, oversampling: int | None = None) -> Tensor:
+def pin(basis: Tensor, *, seed: int = 0) -> Tensor:
     """Sketch a basis V with orthonormal rows as S = V Ω.
 
     Ω holds standard normal numbers from numpy's `RandomState(seed)`, whose stream is frozen.
@@ -54,13 +54,12 @@ def pin(basis: Tensor, *, seed: int = 0, oversampling: int | None = None) -> Ten
     Args:
         basis: V, (r, in), r ≤ in.
         seed: seed of Ω, (in, p).
-        oversampling: largest p − r; None for that of `pin_width`.
 
     Returns:
         S, (r, p), float32, on the device of the basis.
 
     Raises:
-        ValueError: the basis is not a finite matrix with r ≤ in, or oversampling is negative.
+        ValueError: the basis is not a finite matrix with r ≤ in.
 
     Examples:
         >>> import torch
@@ -73,11 +72,7 @@ def pin(basis: Tensor, *, seed: int = 0, oversampling: int | None = None) -> Ten
         (True, True)
     """
     _check_matrix(basis, "the basis", "(r, in) with r ≤ in")
-    rank, width = basis.shape
-    if oversampling is not None and oversampling < 0:
-        raise ValueError(f"oversampling={oversampling} is not allowed; it must be at least 0, or None.")
-    columns = pin_width(rank, width) if oversampling is None else min(width, rank + oversampling)
-    return _sketch(doubled(basis.detach()), columns, seed).float().to(basis.device)
+    return _sketch(doubled(basis.detach()), pin_width(*basis.shape), seed).float().to(basis.device)
 
 
 def recover(pin: Tensor, candidates: Tensor, *, seed: int = 0) -> tuple[Tensor, float]:

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,8 +18,7 @@ from isotune.subspace.equality import EqualWeights
 from isotune.subspace.iteration import block_size, iterate
 from isotune.subspace.pinning import gaussian
 from isotune.subspace.precision import gram_by_rows, rows_in_parts, without_autocast
-from isotune.subspace.result import Subspace
-from isotune.subspace.result import SubspaceRequest as SubspaceRequest
+from isotune.subspace.result import Subspace, SubspaceRequest
 
 SOLVERS = ("auto", "full", "lowrank")
 SOLVER_VERSION = 2
@@ -132,13 +132,12 @@ def principal_subspaces(
     *,
     solver: str = "auto",
     tolerance: float = 1e-3,
-    seed: int = 0,
     cache: SubspaceCache | None = None,
     progress: bool | None = None,
 ) -> list[Subspace]:
     """Find the principal subspaces of many weights, solving equal weights once.
 
-    `solver`, `tolerance` and `seed` are as in `principal_subspace`.
+    `solver` and `tolerance` are as in `principal_subspace`.
 
     Args:
         requests: the weights and their ranks.
@@ -168,29 +167,25 @@ def principal_subspaces(
         for request in requests:
             weight = request.weight if isinstance(request.weight, Tensor) else request.weight()
             _check_request(weight, request.rank, solver, tolerance, request.name)
-            equal, found = solved.find(weight, request.rank, request.places)
-            if found is None:
-                found = _found_or_solved(weight, request, solver, tolerance, seed, cache)
-                solved.add(equal, request, found)
-            results.append(found)
+            results.append(solved.subspace(weight, request, partial(_found_or_solved, solver, tolerance, cache)))
             del weight
             bar.update()
     return results
 
 
 def _found_or_solved(
-    weight: Tensor, request: SubspaceRequest, solver: str, tolerance: float, seed: int, cache: SubspaceCache | None
+    solver: str, tolerance: float, cache: SubspaceCache | None, weight: Tensor, request: SubspaceRequest
 ) -> Subspace:
     key, full = "", request.places is not None  # a full decomposition takes longer than hashing, on a GPU too
     if cache is not None and cache.directory is not None and (full or worth_hashing(weight.device)):
         how = solver if request.places is None else f"full {request.places}"
-        key = subspace_key(weight, request.rank, how, tolerance, seed)
+        key = subspace_key(weight, request.rank, how, tolerance)
         found = cache.get(key, (request.rank, weight.shape[1]), weight=weight, tolerance=tolerance)
         if found is not None:
             return found
     if request.places is None:
         rank, name = request.rank, request.name
-        found = principal_subspace(weight, rank, solver=solver, tolerance=tolerance, seed=seed, name=name)
+        found = principal_subspace(weight, rank, solver=solver, tolerance=tolerance, name=name)
     else:
         found = subspace_at(weight, request.places, name=request.name)
     if cache is not None and key:
@@ -207,10 +202,10 @@ def worth_hashing(device: torch.device) -> bool:
     return device.type != "cuda"
 
 
-def subspace_key(weight: Tensor, rank: int, solver: str, tolerance: float, seed: int) -> str:
+def subspace_key(weight: Tensor, rank: int, solver: str, tolerance: float) -> str:
     """The cache key of a principal subspace, made from everything it depends on, including `SOLVER_VERSION`.
 
-    `rank`, `solver`, `tolerance` and `seed` are as in `principal_subspace`.
+    `rank`, `solver` and `tolerance` are as in `principal_subspace`.
 
     Args:
         weight: W, of which the shape, the dtype and the bytes in row-major order count.
@@ -219,7 +214,7 @@ def subspace_key(weight: Tensor, rank: int, solver: str, tolerance: float, seed:
         64 hexadecimal digits (blake2b).
     """
     digest = hashlib.blake2b(digest_size=32)
-    settings = (SOLVER_VERSION, tuple(weight.shape), str(weight.dtype), rank, solver, float(tolerance), seed)
+    settings = (SOLVER_VERSION, tuple(weight.shape), str(weight.dtype), rank, solver, float(tolerance))
     digest.update(repr(settings).encode())
     digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -10,25 +10,24 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from isotune.errors import IsotuneWarning
-from isotune.files.adapter import ADAPTER, WEIGHTS_FILE, new_directory
+from isotune.files.adapter import ADAPTER, new_directory
 from isotune.files.base_model import load_base
 from isotune.files.checkpoint import Checkpoint, open_checkpoint
-from isotune.files.export_lora import lora_config
+from isotune.files.export_lora import write_lora
 from isotune.methods import HRAConfig, OFTConfig, PsoftConfig
-from isotune.methods.config import IsotuneConfig, require_positive_integer
-from isotune.subspace.lowrank import Factored, truncate
+from isotune.methods.checks import require_positive_integer
+from isotune.methods.config import IsotuneConfig
+from isotune.subspace.lowrank import truncate
 from isotune.tools.fitting import check_fits, fit
 from isotune.tuner.experts_layer import ExpertsLayer
 from isotune.tuner.layer import Layer
@@ -199,7 +198,11 @@ def extract(
             with new_directory(out) as folder, _tuned(saved, checkpoint):
                 adapted.save_pretrained(str(folder))
                 if factors:
-                    _save_residual(folder / RESIDUAL, own, layers, factors)
+                    (folder / RESIDUAL).mkdir()
+                    alone = copy.copy(own)
+                    alone.modules_to_save, alone.bias = None, "none"
+                    pairs = {name: (one.up.float(), one.down.float()) for name, one in factors.items()}
+                    write_lora(folder / RESIDUAL, alone, layers, pairs, {})
                 text = json.dumps(report.to_dict(), indent=2) + "\n"
                 (folder / REPORT).write_text(text, encoding="utf-8")
     finally:
@@ -292,20 +295,3 @@ def _outside(
             found.append(Outside(name, tensor.numel(), change, kept=name in saved))
     found += [Outside(name, checkpoint.read(name).numel(), None, kept=False) for name in checkpoint.alone]
     return tuple(found)
-
-
-def _save_residual(
-    folder: Path, config: IsotuneConfig, layers: Mapping[str, Layer], factors: Mapping[str, Factored]
-) -> None:
-    """Write the residual as a LoRA folder of PEFT."""
-    folder.mkdir()
-    own = copy.copy(config)
-    own.modules_to_save, own.bias = None, "none"
-    tensors = {}
-    for name, factored in factors.items():
-        for key, factor in (("lora_A", factored.down), ("lora_B", factored.up)):
-            tensors[f"{KEY_PREFIX}{name}.{key}.weight"] = factor.float().cpu().contiguous()
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    lora_config(own, layers, {name: len(factored.down) for name, factored in factors.items()}).save_pretrained(
-        str(folder)
-    )

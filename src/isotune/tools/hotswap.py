@@ -34,6 +34,7 @@ _WHERE = {
 """Fields that may differ between two adapters that are computed alike."""
 
 _FORM = "isotune_form."
+_BESIDE = "Load it as another adapter with isotune.load_adapter and switch with set_adapter."
 
 
 def hotswap_adapter(
@@ -116,27 +117,22 @@ def _check(
     if type(file.config) is not type(config):
         raise ValueError(
             f"{file.directory} holds an adapter of type {file.config.peft_type}, but {adapter_name!r} is of type "
-            f"{config.peft_type}. Load it as another adapter with isotune.load_adapter and switch with set_adapter."
+            f"{config.peft_type}. {_BESIDE}"
         )
     missing, more = sorted(layers.keys() - file.layers.keys()), sorted(file.layers.keys() - layers.keys())
     if missing or more:
         raise ValueError(
             f"{file.directory} adapts other modules than {adapter_name!r}: it lacks {missing[:3] or 'none'} and adds "
-            f"{more[:3] or 'none'}. Only an adapter of the same modules can be swapped in; load it as another adapter "
-            "with isotune.load_adapter and switch with set_adapter."
+            f"{more[:3] or 'none'}, and only one of the same modules can be swapped in. {_BESIDE}"
         )
     others = sorted(key for key in given.keys() - held.keys() if ".isotune_" not in key)
     if others:
-        raise AdapterFileError(
-            f"{file.directory} holds {others[0]!r}, which {adapter_name!r} does not have; load it as another adapter "
-            "with isotune.load_adapter."
-        )
+        raise AdapterFileError(f"{file.directory} holds {others[0]!r}, which {adapter_name!r} does not have. {_BESIDE}")
     ranks = [getattr(one, "accumulated_ranks", {}) for one in (file.config, config)]
     if ranks[0] != ranks[1]:
         raise ValueError(
             f"{file.directory} has accumulated updates of other ranks than {adapter_name!r}, as subspaces have moved "
-            f"({shown(ranks[0])} instead of {shown(ranks[1])}), and they do not fit the same tensors. Load it as "
-            "another adapter with isotune.load_adapter and switch with set_adapter."
+            f"({shown(ranks[0])} instead of {shown(ranks[1])}), and they do not fit the same tensors. {_BESIDE}"
         )
     truncations = [getattr(one, "base_rank_pattern", {}) for one in (file.config, config)]
     if truncations[0] != truncations[1]:
@@ -158,7 +154,7 @@ def _check(
             raise ValueError(
                 f"{file.directory} was trained with other options than {adapter_name!r} ("
                 f"{', '.join(different) or 'another scale of ' + repr(name)}), so the model would compute differently. "
-                "Load it as another adapter with isotune.load_adapter and switch with set_adapter."
+                f"{_BESIDE}"
             )
 
 

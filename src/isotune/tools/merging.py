@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from isotune.files.adapter import WEIGHTS_FILE, AdapterFile, describe, new_directory
+from isotune.files.tensors import save_tensors
 from isotune.methods.config import type_of
 from isotune.tuner.mean import Part, check_request, combine
 from isotune.tuner.state import KEY_PREFIX
@@ -103,12 +103,12 @@ def merge_adapters(
     for module, own in first.layers.items():
         values = {f"isotune_operator.{name}": value for name, value in found.values[module].items()}
         for name, tensor in own.items():
-            tensors[f"{KEY_PREFIX}{module}.{name}"] = values.get(name, tensor).to(tensor.dtype).contiguous()
+            tensors[f"{KEY_PREFIX}{module}.{name}"] = values.get(name, tensor).to(tensor.dtype)
     config = copy.deepcopy(first.config)
     if base is not None:
         config.base_model_name_or_path, config.revision = base, None
     with new_directory(out) as folder:
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_tensors(tensors, folder / WEIGHTS_FILE)
         config.save_pretrained(str(folder))
     return Merged(type_of(config), len(first.layers), tuple(weights), found.error)
 

@@ -14,7 +14,8 @@ from isotune.adapter.operator import Adapter
 from isotune.adapter.update import PlacedUpdate
 from isotune.algebra.means import Nearest
 from isotune.errors import IsotuneWarning
-from isotune.methods.config import IsotuneConfig, require_choice, type_of
+from isotune.methods.checks import require_choice
+from isotune.methods.config import IsotuneConfig, type_of
 from isotune.tuner.experts_layer import ExpertsLayer
 from isotune.tuner.layer import Layer
 

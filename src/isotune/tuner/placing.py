@@ -21,8 +21,9 @@ from isotune.parallel.processes import one_for_all, sample_of, several
 from isotune.parallel.sharding import is_sharded
 from isotune.subspace.cache import SubspaceCache
 from isotune.subspace.pinning import CANDIDATE_TOLERANCE, MAX_RESIDUAL, candidate_rank, pin, recover
+from isotune.subspace.result import SubspaceRequest
 from isotune.subspace.selection import chosen, generator_for
-from isotune.subspace.solvers import SubspaceRequest, principal_subspaces
+from isotune.subspace.solvers import principal_subspaces
 from isotune.tuner.layer import Layer
 from isotune.tuner.truncating import truncated
 

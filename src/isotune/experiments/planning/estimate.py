@@ -25,7 +25,7 @@ from isotune.experiments.recipe import Method
 from isotune.experiments.text import first_line
 from isotune.files.base_model import quiet, resolve_base
 from isotune.internals.transformers_state import attention_of
-from isotune.methods.config import require_choice
+from isotune.methods.checks import require_choice
 
 _ATTENTION = "isotune_trace"
 

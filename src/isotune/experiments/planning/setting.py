@@ -8,7 +8,7 @@ from typing import Any
 
 from isotune.experiments import registry
 from isotune.experiments.loading import assignment
-from isotune.methods.config import require_choice, require_positive_integer
+from isotune.methods.checks import require_choice, require_positive_integer
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,17 @@ _SD3_JOINT = {
     "context_block_adaLN_modulation_1": "norm1_context.linear",
 }
 """Name in the original code, with underscores -> the diffusers modules whose concatenated outputs it has."""
+_MODELS = {
+    "FluxTransformer2DModel": (
+        _FLUX_AROUND,
+        (
+            ("double_blocks", "transformer_blocks", _FLUX_DOUBLE),
+            ("single_blocks", "single_transformer_blocks", _FLUX_SINGLE),
+        ),
+    ),
+    "SD3Transformer2DModel": (_SD3_AROUND, (("joint_blocks", "transformer_blocks", _SD3_JOINT),)),
+}
+"""diffusers' class -> the tables of its layers outside of blocks, and of each kind of block by its two names."""
 
 
 def original_layers(base: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -70,11 +82,16 @@ def original_layers(base: nn.Module) -> dict[str, tuple[str, ...]]:
     loaders/single_file_utils.py (convert_sd3_transformer_checkpoint_to_diffusers); kohya sd-scripts,
     networks/lora_flux.py and networks/lora_sd3.py, which put lora_unet_ before the original names.
     """
-    kinds = {"FluxTransformer2DModel": _flux, "SD3Transformer2DModel": _sd3}
-    kind = kinds.get(type(base).__name__)
-    if kind is None or not type(base).__module__.startswith("diffusers."):
+    if type(base).__name__ not in _MODELS or not type(base).__module__.startswith("diffusers."):
         return {}
-    return {f"lora_unet_{name}": modules for name, modules in kind(base)}
+    around, repeated = _MODELS[type(base).__name__]
+    found: dict[str, tuple[str, ...]] = {f"lora_unet_{name}": (module,) for name, module in around.items()}
+    for original, blocks, table in repeated:
+        for i in range(len(base.get_submodule(blocks))):  # type: ignore[arg-type]
+            for name, modules in table.items():
+                parts = tuple(f"{blocks}.{i}.{module}" for module in modules.split())
+                found[f"lora_unet_{original}_{i}_{name}"] = parts
+    return found
 
 
 def join(found: Mapping[str, Factored], base: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -91,36 +108,12 @@ def join(found: Mapping[str, Factored], base: nn.Module) -> dict[str, tuple[Tens
     for stem, parts in original_layers(base).items():
         downs = [found[part].down for part in parts if part in found]
         if downs:
-            ups = [found[part].up if part in found else downs[0].new_zeros(_outputs(base, part), 0) for part in parts]
+            # A part without an adapter has its rows too; those of a quantised weight are packed.
+            rows: dict[str, Any] = {part: base.get_submodule(part).out_features for part in parts}
+            ups = [found[part].up if part in found else downs[0].new_zeros(rows[part], 0) for part in parts]
             up: Tensor = torch.block_diag(*ups)  # type: ignore[no-untyped-call]
             around = base.get_submodule(parts[0].rpartition(".")[0])
             if type(around).__name__ == "AdaLayerNormContinuous":
                 up = torch.cat(up.chunk(2)[::-1])  # its rows are scales, then shifts; the original has the reverse
             joined[stem] = up, torch.cat(downs)
     return joined
-
-
-def _outputs(base: nn.Module, module: str) -> int:
-    # Not the rows of the weight, which is packed in quantised layers.
-    return int(base.get_submodule(module).out_features)  # type: ignore[arg-type]
-
-
-def _flux(base: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
-    for name, module in _FLUX_AROUND.items():
-        yield name, (module,)
-    yield from _blocks(base, "double_blocks", "transformer_blocks", _FLUX_DOUBLE)
-    yield from _blocks(base, "single_blocks", "single_transformer_blocks", _FLUX_SINGLE)
-
-
-def _sd3(base: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
-    for name, module in _SD3_AROUND.items():
-        yield name, (module,)
-    yield from _blocks(base, "joint_blocks", "transformer_blocks", _SD3_JOINT)
-
-
-def _blocks(
-    base: nn.Module, original: str, blocks: str, table: Mapping[str, str]
-) -> Iterator[tuple[str, tuple[str, ...]]]:
-    for i in range(len(base.get_submodule(blocks))):  # type: ignore[arg-type]
-        for name, modules in table.items():
-            yield f"{original}_{i}_{name}", tuple(f"{blocks}.{i}.{module}" for module in modules.split())

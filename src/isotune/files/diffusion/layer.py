@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from isotune.errors import AdapterFileError
+from isotune.files.adapter import by_module
 from isotune.hosts import widen
-from isotune.methods.config import exactly
 
 Parameters = dict[str, dict[str, Tensor]]
 """Module name -> the parameters of its operator."""
@@ -68,26 +66,13 @@ def block_options(layers: list[AdaptedModule], sizes: Mapping[str, int], side: s
     counts = {layer.side(side) // sizes[layer.name] for layer in layers}
     if len(counts) == 1 < len(set(sizes.values())):
         return {"r": counts.pop()}
-    return _by_module("oft_block_size", "block_size_pattern", sizes)
+    return by_module("oft_block_size", "block_size_pattern", sizes)
 
 
 def butterfly_options(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Options that give isotune's BOFT these numbers of factors and block sizes: (m, blocks, b, …) by module."""
     sizes, factors = ({name: shape[i] for name, shape in shapes.items()} for i in (2, 0))
     return {
-        **_by_module("boft_block_size", "block_size_pattern", sizes),
-        **_by_module("boft_n_butterfly_factor", "butterfly_factor_pattern", factors),
+        **by_module("boft_block_size", "block_size_pattern", sizes),
+        **by_module("boft_n_butterfly_factor", "butterfly_factor_pattern", factors),
     }
-
-
-def _by_module(option: str, pattern: str, values: Mapping[str, int]) -> dict[str, Any]:
-    """An option and, if modules differ, the pattern with each module's value."""
-    ((common, count), *_) = Counter(values.values()).most_common(1)
-    if count == len(values):
-        return {option: common}
-    return {option: common, pattern: {exactly(name): value for name, value in values.items()}}
-
-
-def targets_of(layers: list[AdaptedModule]) -> dict[str, Any]:
-    """The target_modules option for exactly these layers, even if other names end alike."""
-    return {"target_modules": "|".join(re.escape(name) for name in sorted(layer.name for layer in layers))}

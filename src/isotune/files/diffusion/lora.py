@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from isotune.files.adapter import ADAPTER, config_of, describe, named_base
 from isotune.files.diffusion.fused import join, original_layers
 from isotune.files.diffusion.names import original_names
-from isotune.files.export_lora import ExportedLayer, LoraExport, factors_of
+from isotune.files.export_lora import LoraExport, Opened, factors_of, opened
+from isotune.files.tensors import save_tensors
 from isotune.methods.checks import require, require_choice
 from isotune.subspace.lowrank import Factored, check_truncation, pad_rank
 from isotune.tuner.layer import Layer
-from isotune.tuner.state import KEY_PREFIX, adapted_layers
 from isotune.whole_files import written_whole
 
 Names = Literal["diffusers", "kohya"]
@@ -48,18 +46,14 @@ def export_lora_file(
     SD3 combines several of diffusers' layers (queries, keys and values), their factors become blocks on a diagonal,
     and its rank is the sum of their ranks.
 
+    Other arguments are as in `export_lora`.
+
     Args:
-        model_or_dir: a model with isotune adapters, or the folder of a saved adapter.
         file: a new .safetensors file.
         names: "diffusers" for unet.MODULE.lora_A.weight (transformer.MODULE… if it is not a UNet), as
             `load_lora_weights` reads it; "kohya" for lora_unet_MODULE.lora_down.weight, with the original names on
             SDXL, FLUX and SD3, which ComfyUI and, except for SD3, diffusers read too.
-        adapter_name: the adapter of a model to export.
-        base: for a folder, the base model or its name; by default the one that the adapter's configuration names.
         component: which text encoder of its pipeline the base is: the only one, the first or the second.
-        rank: the largest rank.
-        energy: share of each layer's ‖ΔW‖²_F to keep.
-        trust_remote_code: whether to run code from the base model's repository.
 
     Returns:
         Each layer's rank and error.
@@ -74,20 +68,20 @@ def export_lora_file(
     require_choice("names", names, ["diffusers", "kohya"])
     check_truncation(rank, energy)
     path = new_file(file)
-    layers, whole, adapter_name = placed(model_or_dir, adapter_name, base, trust_remote_code)
-    stems = stems_of(whole, list(layers), names, component, joined=True)
-    found = {name: _factors(name, layer, adapter_name, rank, energy) for name, layer in layers.items()}
-    if names == "kohya" and original_layers(whole):
-        factors = join({name.removeprefix(KEY_PREFIX): own for name, own in found.items()}, whole)
+    own = opened_alone(model_or_dir, adapter_name, base, trust_remote_code)
+    stems = stems_of(own.model, own.layers, names, component, joined=True)
+    found = {name: _factors(name, layer, own.adapter_name, rank, energy) for name, layer in own.layers.items()}
+    if names == "kohya" and original_layers(own.model):
+        factors = join(found, own.model)
         kernels = dict.fromkeys(factors, torch.Size())
     else:
-        factors = {stems[name]: (own.up, own.down) for name, own in found.items()}
-        kernels = {stems[name]: layer.host.weight.shape[2:] for name, layer in layers.items()}
+        factors = {stems[name]: (pair.up, pair.down) for name, pair in found.items()}
+        kernels = {stems[name]: layer.host.weight.shape[2:] for name, layer in own.layers.items()}
     tensors: dict[str, Tensor] = {}
     widest = max(len(down) for _, down in factors.values())
-    for stem, own in factors.items():
+    for stem, pair in factors.items():
         # diffusers applies one layer's rank or alpha to others, so all are padded with zeros to the same rank.
-        up, down = pad_rank(*own, widest)
+        up, down = pad_rank(*pair, widest)
         if kernel := kernels[stem]:
             down, up = down.reshape(widest, -1, *kernel), up.reshape(*up.shape, *[1] * len(kernel))
         if names == "diffusers":
@@ -95,8 +89,9 @@ def export_lora_file(
         else:
             tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
             tensors[f"{stem}.alpha"] = torch.tensor(float(widest))
-    write_file(path, tensors)
-    return LoraExport(tuple(ExportedLayer(name, len(own.down), own.missing, own.norm) for name, own in found.items()))
+    with written_whole(path) as partial:
+        save_tensors(tensors, partial)
+    return LoraExport.of(found)
 
 
 def new_file(file: str | os.PathLike[str]) -> Path:
@@ -107,48 +102,24 @@ def new_file(file: str | os.PathLike[str]) -> Path:
     return path
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as a safetensors file, completely or not at all, with the usual mode of a new file.
-
-    Args:
-        path: path of the file; its folders are created.
-        tensors: the tensors by name.
-    """
-    # Cloned: safetensors refuses tensors that share memory.
-    content = save({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, {"format": "pt"})
-    with written_whole(path) as partial:
-        partial.write_bytes(content)
-
-
-def placed(
+def opened_alone(
     model_or_dir: nn.Module | str | os.PathLike[str],
     adapter_name: str,
     base: nn.Module | str | None,
     trust_remote_code: bool,
-) -> tuple[dict[str, Layer], nn.Module, str]:
-    """The adapted layers of a model or folder by name, the base model, and the name of the adapter in the layers.
-
-    Raises:
-        ValueError: there is no such adapter or base, or it trains more than its own tensors.
-    """
-    if isinstance(model_or_dir, nn.Module):
-        config, layers = config_of(model_or_dir, adapter_name), dict(adapted_layers(model_or_dir, adapter_name))
-        unwrap = getattr(model_or_dir, "get_base_model", None)
-        whole: nn.Module = model_or_dir if unwrap is None else unwrap()
-        more = bool(config.modules_to_save) or config.bias != "none"
-    else:
-        saved, whole = describe(model_or_dir), named_base(model_or_dir, base, trust_remote_code=trust_remote_code)
-        layers, more, adapter_name = saved.place(whole), bool(saved.extras), ADAPTER
-    if more:
+) -> Opened:
+    """Open an adapter as `opened` does; refused if it trains more than its own tensors."""
+    own = opened(model_or_dir, adapter_name, base, trust_remote_code=trust_remote_code)
+    if own.extras or own.config.bias != "none":  # PEFT below 0.21 does not save biases
         raise ValueError(
             "The adapter trains modules or biases besides its own tensors, which such a file cannot hold; export the "
             "merged model (--to merged)."
         )
-    return layers, whole, adapter_name
+    return own
 
 
 def stems_of(
-    base: nn.Module, modules: list[str], names: Names, component: Component | None = None, *, joined: bool = False
+    base: nn.Module, modules: Collection[str], names: Names, component: Component | None = None, *, joined: bool = False
 ) -> dict[str, str]:
     """Module name -> the beginning of its keys in the file.
 
@@ -162,7 +133,6 @@ def stems_of(
     Raises:
         ValueError: there are no such names for the base or a module, or the component does not fit the base.
     """
-    modules_of = {name: name.removeprefix(KEY_PREFIX) for name in modules}
     is_unet = hasattr(base, "down_blocks") and hasattr(base, "mid_block")
     kind = f"{type(base).__module__}.{type(base).__qualname__}"
     is_text = type(base).__name__ in ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -181,23 +151,23 @@ def stems_of(
     if component is not None:
         start = _KOHYA[component] if names == "kohya" else f"{component.removesuffix('_1')}."
         # transformers 5 has taken "text_model." out of the names of CLIP's text encoder; files keep it.
-        full = {name: own if own.startswith("text_") else f"text_model.{own}" for name, own in modules_of.items()}
+        full = {name: name if name.startswith("text_") else f"text_model.{name}" for name in modules}
         return {name: start + (own.replace(".", "_") if names == "kohya" else own) for name, own in full.items()}
     if names == "diffusers":
-        return {name: f"{'unet' if is_unet else 'transformer'}.{own}" for name, own in modules_of.items()}
+        return {name: f"{'unet' if is_unet else 'transformer'}.{name}" for name in modules}
     if not is_unet:
         known = {part: stem for stem, parts in original_layers(base).items() for part in parts} if joined else {}
-        nameless = [own for own in modules_of.values() if own not in known]
+        nameless = [name for name in modules if name not in known]
         if nameless:
             raise ValueError(
                 f"kohya's files have no separate layer for {nameless[0]!r} of a {type(base).__qualname__}. Export it "
                 "as LoRA with diffusers' names (--to lora --names diffusers), which ComfyUI reads for such models too, "
                 "or export the merged model (--to merged)."
             )
-        return {name: known[own] for name, own in modules_of.items()}
+        return {name: known[name] for name in modules}
     # kohya uses the original names for SDXL, and diffusers' names for SD 1 and 2.
     original = original_names(base) if getattr(base, "add_embedding", None) is not None else {}
-    return {name: "lora_unet_" + original.get(own, own).replace(".", "_") for name, own in modules_of.items()}
+    return {name: "lora_unet_" + original.get(name, name).replace(".", "_") for name in modules}
 
 
 def _factors(name: str, layer: Layer, adapter_name: str, rank: int | None, energy: float | None) -> Factored:

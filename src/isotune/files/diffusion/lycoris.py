@@ -9,8 +9,8 @@ from torch import Tensor
 
 from isotune.algebra.skew import vector_from_skew
 from isotune.errors import IsotuneWarning
-from isotune.files.adapter import refused
-from isotune.files.diffusion.layer import AdaptedModule, Parameters, block_options, butterfly_options, targets_of
+from isotune.files.adapter import only, refused
+from isotune.files.diffusion.layer import AdaptedModule, Parameters, block_options, butterfly_options
 from isotune.methods import BOFTConfig, OFTConfig
 from isotune.methods.config import IsotuneConfig
 
@@ -27,7 +27,7 @@ def import_diagonal(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Paramet
     if any("rescale" in layer.tensors for layer in layers):
         return _butterfly(layers, {name: own[None] for name, own in generators.items()})
     sizes = {layer.name: layer.tensors["oft_blocks"].shape[-1] for layer in layers}
-    config = OFTConfig(**targets_of(layers), **block_options(layers, sizes, "output"), side="output")
+    config = OFTConfig(target_modules=only(generators), **block_options(layers, sizes, "output"), side="output")
     return config, {name: {"generator": own} for name, own in generators.items()}
 
 
@@ -56,7 +56,7 @@ def _butterfly(layers: list[AdaptedModule], generators: dict[str, Tensor]) -> tu
             raise layer.refuse(f"rescale has {len(gain)} values for {layer.outputs} outputs.")
         parameters[layer.name] = {"generator": generators[layer.name], "output_gain": gain}
     with refused(f"{layers[0].where}: "):
-        return BOFTConfig(**targets_of(layers), **butterfly_options(shapes), side="output"), parameters
+        return BOFTConfig(target_modules=only(generators), **butterfly_options(shapes), side="output"), parameters
 
 
 def _bounded(layers: list[AdaptedModule], dimensions: int) -> list[Tensor]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from math import isqrt
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from isotune.adapter.operator import Adapter
 from isotune.algebra.skew import skew_from_vector
-from isotune.files.diffusion.lora import Component, new_file, placed, stems_of, write_file
+from isotune.files.diffusion.lora import Component, new_file, opened_alone, stems_of
+from isotune.files.tensors import save_tensors
 from isotune.methods.boft import BOFTOperator
 from isotune.methods.checks import require_choice
 from isotune.methods.oft import OFTOperator
 from isotune.tuner.layer import Layer
-from isotune.tuner.state import KEY_PREFIX
+from isotune.whole_files import written_whole
 
 Format = Literal["kohya", "onetrainer", "lycoris"]
 _KOHYA_TERMS = 3
@@ -43,14 +46,12 @@ def export_rotation(
 
     The bound `alpha` of oft_blocks is written larger than the rotation, so that it has no effect in any reader.
 
+    Other arguments are as in `export_lora`.
+
     Args:
-        model_or_dir: a model with isotune adapters, or the folder of a saved adapter.
         file: a new .safetensors file.
         form: "kohya", "onetrainer" or "lycoris".
-        adapter_name: the adapter of a model to export.
-        base: for a folder, the base model or its name; by default the one that the adapter's configuration names.
         component: as in `export_lora_file`.
-        trust_remote_code: whether to run code from the base model's repository.
 
     Returns:
         The number of layers written.
@@ -60,25 +61,30 @@ def export_rotation(
 
     Source: as in `isotune.files.diffusion.single.import_single`.
     """
-    require_choice("form", form, ["kohya", "onetrainer", "lycoris"])
+    require_choice("form", form, _WRITERS)
     path = new_file(file)
-    layers, whole, adapter_name = placed(model_or_dir, adapter_name, base, trust_remote_code)
+    own = opened_alone(model_or_dir, adapter_name, base, trust_remote_code)
+    whole, layers = own.model, own.layers
     if form == "lycoris" and component is None and not type(whole).__module__.startswith("diffusers."):
-        stems = {name: "lycoris_" + name.removeprefix(KEY_PREFIX).replace(".", "_") for name in layers}
+        stems = {name: "lycoris_" + name.replace(".", "_") for name in layers}
     elif form == "onetrainer" and component is None:  # diffusers' names, for SDXL too
-        own = stems_of(whole, list(layers), "diffusers")
-        stems = {name: "lora_" + stem.replace(".", "_") for name, stem in own.items()}
+        dotted = stems_of(whole, layers, "diffusers")
+        stems = {name: "lora_" + stem.replace(".", "_") for name, stem in dotted.items()}
     else:
-        stems = stems_of(whole, list(layers), "kohya", component)
-    write = {"kohya": _kohya, "onetrainer": _onetrainer, "lycoris": _lycoris}[form]
-    tensors = {f"{stems[n]}.{key}": t for n, x in layers.items() for key, t in write(n, x, adapter_name).items()}
-    write_file(path, tensors)
+        stems = stems_of(whole, layers, "kohya", component)
+    tensors = {
+        f"{stems[name]}.{key}": tensor
+        for name, layer in layers.items()
+        for key, tensor in _WRITERS[form](name, layer, own.adapter_name).items()
+    }
+    with written_whole(path) as partial:
+        save_tensors(tensors, partial)
     return len(layers)
 
 
 def _operator(name: str, layer: Layer, adapter_name: str, side: str, form: str) -> OFTOperator | BOFTOperator:
     """The operator of a layer, refused unless it rotates this side."""
-    module, operator = layer.get_base_layer(), layer.adapter(adapter_name)
+    module = layer.get_base_layer()
     if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or (
         side == "input" and getattr(module, "groups", 1) != 1
     ):
@@ -86,13 +92,20 @@ def _operator(name: str, layer: Layer, adapter_name: str, side: str, form: str) 
             f"The adapted module {name!r} is a {type(module).__name__}, which these files cannot express; export the "
             "merged model (--to merged)."
         )
-    if not isinstance(operator, OFTOperator | BOFTOperator) or operator.side != side:
-        turned = getattr(operator, "side", None)
+    return rotation_of(
+        name, layer.adapter(adapter_name), side, f"{form} files can only hold OFT and BOFT on the {side}s"
+    )
+
+
+def rotation_of(name: str, adapter: Adapter, side: str, allowed: str) -> OFTOperator | BOFTOperator:
+    """The adapter on a module, refused with what is allowed unless it is OFT or BOFT on this side."""
+    if not isinstance(adapter, OFTOperator | BOFTOperator) or adapter.side != side:
+        turned = getattr(adapter, "side", None)
         raise ValueError(
-            f"The adapter on {name!r} is a {type(operator).__name__}{f' on the {turned}s' if turned else ''}; {form} "
-            f"files can only hold OFT and BOFT on the {side}s. Export it as LoRA (--to lora) or merged (--to merged)."
+            f"The adapter on {name!r} is a {type(adapter).__name__}{f' on the {turned}s' if turned else ''}; {allowed}."
+            " Export it as LoRA (--to lora) or merged (--to merged) instead."
         )
-    return operator
+    return adapter
 
 
 def generators_of(operator: OFTOperator | BOFTOperator) -> Tensor:
@@ -176,3 +189,11 @@ def _lycoris(name: str, layer: Layer, adapter_name: str) -> dict[str, Tensor]:
     if gain is not None:
         tensors["rescale"] = gain.reshape(-1, *[1] * (layer.host.weight.ndim - 1))
     return tensors
+
+
+_WRITERS: dict[str, Callable[[str, Layer, str], dict[str, Tensor]]] = {
+    "kohya": _kohya,
+    "onetrainer": _onetrainer,
+    "lycoris": _lycoris,
+}
+"""Format -> the function that gives the tensors of one layer."""

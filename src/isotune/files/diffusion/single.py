@@ -11,18 +11,17 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isotune.algebra.skew import generator_scale, skew_order, skew_size, vector_from_skew
 from isotune.errors import AdapterFileError
-from isotune.files.adapter import ADAPTER, new_directory, read_config, refused
+from isotune.files.adapter import ADAPTER, CONFIG_FILE, WEIGHTS_FILE, new_directory, only, read_config, refused
 from isotune.files.base_model import load_base, pipeline_of
-from isotune.files.diffusion.layer import AdaptedModule, Parameters, block_options, butterfly_options, targets_of
+from isotune.files.diffusion.layer import AdaptedModule, Parameters, block_options, butterfly_options
 from isotune.files.diffusion.lycoris import import_butterfly, import_diagonal
 from isotune.files.diffusion.names import component_of, resolve
 from isotune.files.peft_import.source import Source, series_fields
+from isotune.files.tensors import load_tensors
 from isotune.methods import BOFTConfig, OFTConfig
 from isotune.methods.config import IsotuneConfig
 from isotune.tuner.state import KEY_PREFIX, check_values
@@ -132,14 +131,7 @@ def read_single(file: str | os.PathLike[str]) -> dict[str, dict[str, Stem]]:
     Raises:
         AdapterFileError: the file is missing or damaged, or holds tensors of other methods.
     """
-    path = Path(file)
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(
-            f"{path} cannot be read as a safetensors file ({error}). Only such files are read; convert a pickle (.pt, "
-            ".bin, .ckpt) first."
-        ) from error
+    tensors = load_tensors(file, "Only such files are read; convert a pickle (.pt, .bin, .ckpt) first.")
     parts: dict[str, dict[str, Stem]] = {}
     others = []
     for key, tensor in tensors.items():
@@ -151,16 +143,16 @@ def read_single(file: str | os.PathLike[str]) -> dict[str, dict[str, Stem]]:
         if match[2] == "alpha" and tensor.dtype in (torch.int32, torch.int64):
             tensor = tensor.float()
         if match[2] != "oft_R.scaled_oft":
-            check_values(key, tensor, file=str(path))
+            check_values(key, tensor, file=str(file))
         own = parts.setdefault(component, {}).setdefault(stem, Stem(match[1].removesuffix(stem), {}))
         if match[2] in own.tensors:
-            raise AdapterFileError(f"{path} holds {match[2]!r} of {stem!r} twice, under two prefixes.")
+            raise AdapterFileError(f"{file} holds {match[2]!r} of {stem!r} twice, under two prefixes.")
         own.tensors[match[2]] = tensor
     if others or not parts:
         kinds = Counter(".".join(key.split(".")[-2 if key.endswith(".weight") else -1 :]) for key in others)
         shown = ", ".join(f"{name} ({count})" for name, count in sorted(kinds.items())) or "nothing"
         raise AdapterFileError(
-            f"{path} holds {shown}, such as {min(others, default='no tensor')!r}, which is not a rotation that can be "
+            f"{file} holds {shown}, such as {min(others, default='no tensor')!r}, which is not a rotation that can be "
             "imported; oft_R.weight, boft_R with boft_s, and oft_blocks are."
         )
     return parts
@@ -217,7 +209,7 @@ def _oft(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:
     if not shared:  # expand blocks that only some layers share
         rows = {x.name: rows[x.name].expand(x.width // sizes[x.name], -1) for x in layers}
     config = OFTConfig(
-        **targets_of(layers),
+        target_modules=only(rows),
         **block_options(layers, sizes, "input"),
         block_share=shared,
         scaled_generator=all(scaled.values()),
@@ -273,7 +265,7 @@ def _boft(layers: list[AdaptedModule]) -> tuple[IsotuneConfig, Parameters]:
         generator = -vector_from_skew((stages - stages.mT) / 2)
         parameters[layer.name] = {"generator": generator, "output_gain": gain.flatten()}
     with refused(f"{layers[0].where}: "):
-        config = BOFTConfig(**targets_of(layers), **butterfly_options(shapes))
+        config = BOFTConfig(target_modules=only(parameters), **butterfly_options(shapes))
     return config, parameters
 
 
@@ -289,6 +281,6 @@ _KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[list[AdaptedModule]], tu
 def with_config(file: str | os.PathLike[str]) -> Path | None:
     """The folder of a file with PEFT's configuration beside it, which says more than the tensors; otherwise None."""
     folder = Path(file).parent
-    if Path(file).name != "adapter_model.safetensors" or not (folder / "adapter_config.json").is_file():
+    if Path(file).name != WEIGHTS_FILE or not (folder / CONFIG_FILE).is_file():
         return None
     return folder if "peft_type" in read_config(folder) else None

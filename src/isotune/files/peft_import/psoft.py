@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from isotune.errors import AdapterFileError
-from isotune.files.adapter import ADAPTER, rank_pattern, refused
+from isotune.files.adapter import ADAPTER, by_module, refused
 from isotune.files.peft_import.source import EXACT, Source, series_fields
 from isotune.internals.peft_state import psoft_basis
 from isotune.methods import PsoftConfig
@@ -107,9 +106,7 @@ def import_psoft(source: Source) -> PeftModel:
 
 def ranks_of(layers: Mapping[str, ImportedUpdate]) -> dict[str, Any]:
     """The options r and rank_pattern with which each layer has the rank of its update."""
-    ranks = {name: len(layer.down) for name, layer in layers.items()}
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    return {"r": usual, "rank_pattern": rank_pattern(ranks, usual)}
+    return by_module("r", "rank_pattern", {name: len(layer.down) for name, layer in layers.items()})
 
 
 def adapted_on(source: Source, config: SubspaceConfig, layers: Mapping[str, ImportedUpdate]) -> PeftModel:

@@ -120,13 +120,13 @@ def test_failed_methods_and_a_failed_lora_are_left_out() -> None:
 
 
 def test_only_one_method() -> None:
-    assert sentence(PSOFT) == "PSOFT reaches 80.1 % ± 0.1 with 3 seeds; it was compared with nothing."
+    assert sentence(PSOFT) == "PSOFT reaches 80.1 ± 0.1 % with 3 seeds; it was compared with nothing."
     assert sentence(PSOFT, HEAD) == "PSOFT reaches 80.1 %, 10.1 points better than the head alone."
     assert sentence(GOFT, shifted(HEAD, 0.1)) == "GOFT reaches 75.0 %, 5.0 points worse than the head alone."
     assert sentence(("psoft:r=46", (0.8,), 40_572), ("head", (0.7,), 0)) == (
         "PSOFT has the highest accuracy (80.0 %), but one seed cannot tell it from head only (70.0 %)."
     )
-    assert sentence(HEAD).startswith("head only reaches 70.0 %")
+    assert sentence(HEAD).startswith("head only reaches 70.0 ± 0.1 %")
 
 
 def test_several_of_one_method_have_their_sizes_in_their_names() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from isotune.experiments import scores
 from isotune.experiments.outcome import MethodResult, reference_of
 from isotune.experiments.registry import entry, is_plain
 from isotune.report.results import Comparison
@@ -80,17 +81,18 @@ def _shown(
 
 def _of_one(judge: _Judge, variant: MethodResult) -> Finding:
     comparison = judge.comparison
-    name, score = judge.name(variant), comparison.shown(variant.mean)
-    head = judge.head
+    name, head = judge.name(variant), judge.head
     if head is None or head is variant:
-        errors = f" {comparison.shown_error(variant.standard_error)}".rstrip()
-        seeds = _seeds(len(variant.scores))
-        return Finding(f"{name} reaches {score}{errors} with {seeds}; it was compared with nothing.", "")
+        reached, seeds = comparison.shown(variant.mean, variant.standard_error), _seeds(len(variant.scores))
+        return Finding(f"{name} reaches {reached} with {seeds}; it was compared with nothing.", "")
     verdict = judge.verdict(variant, head)
     if verdict == "open":
         return _open(judge, [variant, head], judge.best([variant, head]))
     how = f"{judge.gap(variant, head)} {verdict} than" if verdict != "level" else "as good as"
-    return Finding(f"{name} reaches {score}, {how} the head alone.", judge.basis(head, level=verdict == "level"))
+    return Finding(
+        f"{name} reaches {comparison.shown(variant.mean)}, {how} the head alone.",
+        judge.basis(head, level=verdict == "level"),
+    )
 
 
 def _open(judge: _Judge, rivals: Sequence[MethodResult], best: MethodResult) -> Finding:
@@ -173,15 +175,9 @@ class _Judge:
         gained = 0.0 if self.head in (None, reference) else self.difference(reference, self.head or reference)
         return min(margin, gained / 2) if gained > 0 else margin
 
-    def amount(self, value: float) -> str:
-        """A difference of scores as people read it."""
-        if not self.comparison.percent:
-            return f"{value:.3f}"
-        return f"{100 * value:.1f} point{'' if f'{100 * value:.1f}' == '1.0' else 's'}"
-
     def gap(self, variant: MethodResult, other: MethodResult) -> str:
         """The size of the difference of two methods."""
-        return self.amount(abs(self.difference(variant, other)))
+        return scores.difference(self.comparison.metric, abs(self.difference(variant, other)), sign="")
 
     @staticmethod
     def size(variant: MethodResult) -> float | None:
@@ -212,7 +208,7 @@ class _Judge:
         """How certain the sentence is."""
         size = self.comparison.data.get("test")
         test = f"these {size:,} test examples" if isinstance(size, int) else "these test examples"
-        margin = self.amount(self.margin(reference))
+        margin = scores.difference(self.comparison.metric, self.margin(reference), sign="")
         means = f" To match means to be at most {margin} worse." if level else ""
         return f"With {100 * CONFIDENCE:.0f} % confidence over the seeds, on {test}.{means}"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from isotune.experiments import paper
+from isotune.experiments import paper, scores
 from isotune.experiments.files import read_object
 from isotune.experiments.outcome import MethodResult, best_rate, differences, method_result, with_titles
 from isotune.experiments.recipe import LESS_IS_BETTER
@@ -41,11 +41,6 @@ class Comparison:
     """What is missing, a sentence each."""
     foreign: bool = False
     """Whether another library's command made it, and its own results may stand in it: methods go by whole titles."""
-
-    @property
-    def percent(self) -> bool:
-        """Whether the metric is a share."""
-        return "accuracy" in self.metric
 
     @property
     def metric_name(self) -> str:
@@ -91,18 +86,9 @@ class Comparison:
         """What the paper reports for this task, by our name of the method."""
         return paper.figures(self.recipe)
 
-    def shown(self, score: float | None, *, sign: bool = False) -> str:
-        """A score as people read it."""
-        if score is None:
-            return "–"
-        plus = "+" if sign else ""
-        return f"{100 * score:{plus}.1f} %" if self.percent else f"{score:{plus}.3f}"
-
-    def shown_error(self, error: float | None) -> str:
-        """A standard error to stand behind a score, empty for none."""
-        if error is None:
-            return ""
-        return f"± {100 * error:.1f}" if self.percent else f"± {error:.3f}"
+    def shown(self, score: float | None, error: float | None = None) -> str:
+        """A score as people read it, with its standard error where that is given."""
+        return scores.score(self.metric, score, error)
 
 
 class _Row(Part):

@@ -69,8 +69,7 @@ def _against(
         symbol = looks.symbol(variant) + ("" if on else "-open")
         marker = {"size": 12 if on else 10, "color": colour, "symbol": symbol, "line": {"width": 0 if on else 2}}
         bars = error([variant.standard_error or 0], 1.2, 3, colour)
-        shown = f"{comparison.shown(score)} {comparison.shown_error(variant.standard_error)}"
-        text = hover(safe(variant.title), show(cost), shown)
+        text = hover(safe(variant.title), show(cost), comparison.shown(score, variant.standard_error))
         data.append(marks(variant, [cost], [score], text, marker=marker, error_y=bars))
     ends = [score + sign * (v.standard_error or 0.0) for _, score, v in points for sign in (-1, 1)]
     logarithmic = min(values) > 0 and max(values) / min(values) > 8

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from isotune.experiments.rates import at_border
+from isotune.experiments.rates import at_border, best_of
 from isotune.experiments.recipe import merit
 from isotune.experiments.records import Geometry, Record
 from isotune.experiments.registry import entry
@@ -18,12 +18,14 @@ from isotune.experiments.resampling import difference
 
 
 def best_rate(records: Iterable[Record], metric: str) -> float | None:
-    """The learning rate of the run that is best on validation, the first of equal ones; None without runs.
-
-    A run that was stopped early was worse than others at that point, and is not chosen.
-    """
-    done = [record for record in records if record.failed is None and record.stopped is None]
-    return max(done, key=lambda record: merit(metric, record.validation)).lr if done else None
+    """The learning rate of the run that is best on validation, in whichever order they are; None without runs."""
+    tried, merits = set(), {}
+    for record in records:
+        if record.lr is not None:
+            tried.add(record.lr)
+            if not record.lost:
+                merits[record.lr] = max(merit(metric, record.validation), merits.get(record.lr, -math.inf))
+    return best_of(merits, tried) if merits else None
 
 
 def standard_error(values: Sequence[float]) -> float | None:

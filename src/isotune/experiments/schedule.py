@@ -131,8 +131,7 @@ class Schedule:
         record = self.records.get((variant.label, lr, self.seeds[0]))
         if record is None:
             return None
-        lost = record.failed is not None or record.stopped is not None
-        return -math.inf if lost else merit(self.recipe.chosen_by, record.validation)
+        return -math.inf if record.lost else merit(self.recipe.chosen_by, record.validation)
 
     def best(self, variant: Variant) -> float | None:
         """The rate with the highest score on validation; None while runs are missing, or where all have failed."""

@@ -115,6 +115,7 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
         "load_seconds": loading,
         "setup_seconds": setup,
         "train_seconds": outcome.seconds,
+        "evaluation_seconds": outcome.evaluation_seconds,
         "tokens_per_second": outcome.tokens_per_second,
         "peak_memory_bytes": outcome.peak_memory,
         "peak_memory_of": measure.peak_memory_of(),

@@ -35,8 +35,11 @@ _CHECKPOINTING = next(
 class Loop(Trainer):  # type: ignore[misc]
     """transformers' Trainer with a head learning rate, an order that survives resuming, and a stop at NaN."""
 
-    def __init__(self, run: Run, head: Sequence[str], lengths: Sequence[int], **kwargs: Any) -> None:
+    def __init__(
+        self, run: Run, progress: Progress, head: Sequence[str], lengths: Sequence[int], **kwargs: Any
+    ) -> None:
         self.run, self.settings, self.head, self.lengths = run, run.settings, head, lengths
+        self.progress = progress
         super().__init__(**kwargs)
 
     optimizer: torch.optim.Optimizer | None
@@ -86,7 +89,8 @@ class Loop(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Scores of a split; raises TrainingDiverged where the loss is not finite, and nothing is saved then."""
-        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        with self.progress.evaluation():  # callbacks that measure besides included
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         loss = metrics.get("eval_loss", 0.0)
         if not math.isfinite(loss):
             raise diverged(f"the validation loss is {loss}", self.state.global_step, self.args.output_dir)
@@ -109,6 +113,9 @@ class Outcome:
     curve: list[dict[str, float]]
     best_step: int
     seconds: float
+    """Of training alone."""
+    evaluation_seconds: float
+    """Of what was measured on the way."""
     references: list[Any] = field(default_factory=list)
     tokens_per_second: float | None = None
     peak_memory: int | None = None
@@ -178,6 +185,7 @@ def train(
         )
         trainer = (task.trainer or Loop)(
             run,
+            progress,
             head,
             task.lengths,
             model=model,
@@ -212,6 +220,7 @@ def train(
         curve=_curve(state.log_history),
         best_step=state.best_global_step if chosen else state.global_step,
         seconds=seconds,
+        evaluation_seconds=progress.evaluating,
         references=references,
         peak_memory=peak,
         tokens_per_second=sum(task.lengths) * state.epoch / progress.stepping if progress.stepping else None,

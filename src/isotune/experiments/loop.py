@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,6 @@ class Outcome:
     """Of training alone."""
     evaluation_seconds: float
     """Of what was measured on the way."""
-    references: list[Any] = field(default_factory=list)
     tokens_per_second: float | None = None
     peak_memory: int | None = None
     stopped: dict[str, Any] | None = None
@@ -210,7 +209,7 @@ def train(
     state = trainer.state
     stopped = next((one.stopped for one in hopeless), None)
     validation = task.examined(trainer, "validation")[1] if watched else None
-    predictions, test, references = task.examined(trainer, "test") if stopped is None else ([], {}, [])
+    predictions, test = task.examined(trainer, "test") if stopped is None else ([], {})
     chosen = watched and settings.select_best and state.best_global_step
     return Outcome(
         model=trainer.model,
@@ -221,7 +220,6 @@ def train(
         best_step=state.best_global_step if chosen else state.global_step,
         seconds=seconds,
         evaluation_seconds=progress.evaluating,
-        references=references,
         peak_memory=peak,
         tokens_per_second=sum(task.lengths) * state.epoch / progress.stepping if progress.stepping else None,
         stopped=stopped,

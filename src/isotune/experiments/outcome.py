@@ -19,7 +19,8 @@ from isotune.experiments.resampling import difference
 
 def best_rate(records: Iterable[Record], metric: str) -> float | None:
     """The learning rate of the run that is best on validation, in whichever order they are; None without runs."""
-    tried, merits = set(), {}
+    tried: set[float] = set()
+    merits: dict[float, float] = {}
     for record in records:
         if record.lr is not None:
             tried.add(record.lr)

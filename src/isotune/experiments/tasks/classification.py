@@ -18,6 +18,7 @@ from transformers import DataCollatorWithPadding, TrainerCallback, default_data_
 from isotune.experiments import data, loop, models, processes
 from isotune.experiments.encoded import Encoded, class_scores, likeliest, regression_scores
 from isotune.experiments.recipe import Recipe
+from isotune.experiments.resampling import Answers
 from isotune.experiments.run import Run
 from isotune.experiments.tasks.task import Task
 
@@ -114,7 +115,14 @@ class Classifier(Task):
         return found
 
     def score(self, predictions: Sequence[Any]) -> dict[str, float]:
-        return self.measure(predictions, [row["labels"] for row in self.encoded.test])
+        return self.measure(predictions, self._labels())
+
+    def answers(self, predictions: Sequence[Any]) -> Answers | None:
+        return Answers.of(predictions, self._labels())
+
+    def _labels(self) -> list[int | float]:
+        """Of the test examples, in the order of predictions."""
+        return [row["labels"] for row in self.encoded.test]
 
     def decide(self, logits: Any) -> list[Any]:
         """Predictions from logits (examples, classes)."""

@@ -14,7 +14,7 @@ from typing import Any
 from isotune.experiments import processes
 from isotune.experiments.claim import claim, identity
 from isotune.experiments.files import read_object, write_json
-from isotune.experiments.outcome import MethodResult, best_rate, method_result, rows_of
+from isotune.experiments.outcome import MethodResult, best_rate, method_result, rows_of, with_titles
 from isotune.experiments.rates import Given, Search
 from isotune.experiments.recipe import LESS_IS_BETTER, Method, Recipe, RecipeError, Train, merit
 from isotune.experiments.records import FORMAT, Record, record_of
@@ -276,5 +276,5 @@ class Schedule:
             **self.details,
             "data": self.about,
             "complete": not any(True for _ in self.ready()),
-            "rows": rows_of([self._result(variant) for variant in self.variants]),
+            "rows": rows_of(with_titles([self._result(variant) for variant in self.variants])),
         }

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scipy.stats import t
 
 from isotune.experiments.outcome import MethodResult, method_result
 from isotune.experiments.records import Record
-from isotune.report.finding import finding, share, student
+from isotune.report.finding import finding, share
 from isotune.report.results import Comparison
 
 HEAD = ("head", (0.700, 0.701, 0.699), 0)
@@ -160,6 +160,7 @@ def test_shares_are_words_where_they_are_near(part: float, words: str) -> None:
     assert share(part) == words
 
 
-def test_quantiles_are_students() -> None:
-    for freedom in (*range(1, 40), 100, 101):
-        assert student(freedom) == pytest.approx(t.ppf(0.975, freedom), abs=1e-8)
+def test_scipy_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(ValueError, match=r"needs scipy: pip install 'isotune\[report\]'"):
+        sentence(PSOFT, LORA)

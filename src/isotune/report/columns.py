@@ -149,7 +149,7 @@ def table_of(comparison: Comparison) -> tuple[list[Head], list[tuple[MethodResul
     heads += [Head(next(iter(paper.values())).model, "paper")] if paper else []
     heads += [*(Head(column.title, column.kind) for column in columns), Head("Learning rate", "rate")]
     rows = []
-    for variant in ordered(comparison):
+    for variant in comparison.ranked(comparison.variants):
         cells = [score_of(comparison, variant), Cell(str(len(variant.scores)), len(variant.scores))]
         if paper:
             beside = paper.get(variant.name)
@@ -171,9 +171,3 @@ def score_of(comparison: Comparison, variant: MethodResult) -> Cell:
     mark = "best" if variant is comparison.best else "near" if comparison.near_best(variant) else ""
     error = scores.spread_of(comparison.metric, variant.standard_error)
     return Cell(comparison.shown(variant.mean), variant.mean, error, mark)
-
-
-def ordered(comparison: Comparison) -> list[MethodResult]:
-    """The methods, best first, and after them those without a result."""
-    sign = -1 if comparison.higher_is_better else 1
-    return sorted(comparison.variants, key=lambda v: (v.mean is None, sign * (v.mean or 0.0)))

@@ -55,10 +55,16 @@ class Comparison:
     @cached_property
     def best(self) -> MethodResult | None:
         """The method with the best mean."""
-        found = self.scored
-        if not found:
-            return None
-        return (max if self.higher_is_better else min)(found, key=lambda variant: variant.mean or 0.0)
+        return next(iter(self.ranked(self.scored)), None)
+
+    @property
+    def sign(self) -> float:
+        """What makes of scores numbers of which more is better."""
+        return 1.0 if self.higher_is_better else -1.0
+
+    def ranked(self, variants: Sequence[MethodResult]) -> list[MethodResult]:
+        """Methods, best first, and after them those without a result."""
+        return sorted(variants, key=lambda variant: (variant.mean is None, -self.sign * (variant.mean or 0.0)))
 
     def near_best(self, variant: MethodResult) -> bool:
         """Whether a method other than the best is within one standard error, the best's own, of the best."""

@@ -58,7 +58,7 @@ def functions() -> Iterator[str]:
                 yield f"{module.name}.{name}"
 
 
-TOUCHES = {*functions(), "torch_state.GROUPED_PRODUCT", "operations.Operations"}
+TOUCHES = {*functions(), "torch_state.FakeTensorMode", "torch_state.GROUPED_PRODUCT", "operations.Operations"}
 
 
 def test_the_page_lists_all_functions_and_no_others() -> None:

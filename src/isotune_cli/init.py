@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from isotune_cli.shared import say
+from isotune_cli.shared import say, write
 
 
 def init(
@@ -20,7 +20,6 @@ def init(
     output: Annotated[str, typer.Option("--output", "-o", help="The file to write.")] = "my-recipe.yaml",
 ) -> None:
     """Write a recipe for data of your own, with a comment on each key, for isotune train and compare."""
-    from isotune.experiments.files import write_text
     from isotune.experiments.starting import starting
 
     path = Path(output)
@@ -33,8 +32,5 @@ def init(
     text = starting(kind, model, data, path.stem)
     if data is not None and kind != "images" and Path(data).is_dir():
         raise ValueError(f"{data} is a folder; --for {kind} needs a file, and a folder of images --for images")
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise ValueError(f"cannot write {output}: {error.strerror}") from error
+    write(output, text)
     say(f"wrote {output}; next: isotune train {shlex.quote(output)}")

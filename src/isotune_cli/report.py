@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from isotune_cli.shared import Result
+from isotune_cli.shared import Result, write
 
 
 def report_results(
@@ -26,7 +26,6 @@ def report_results(
     ] = "html",
 ) -> Result:
     """Show comparisons and trainings: one page that needs no network, or the table alone."""
-    from isotune.experiments.files import write_text
     from isotune.report import table
     from isotune.report.page import render
     from isotune.report.reading import comparisons
@@ -39,10 +38,7 @@ def report_results(
     if output is None and form == "html":
         output = "report.html"
     if output is not None:
-        try:
-            write_text(Path(output), text)
-        except OSError as error:
-            raise ValueError(f"cannot write {output}: {error.strerror}") from error
+        write(output, text)
         text = f"wrote {output}"
     about = ("recipe", "task", "model", "metric")
     data = [

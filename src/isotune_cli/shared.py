@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -93,6 +94,16 @@ def say(text: str, *, err: bool = False) -> None:
     from isotune.experiments.text import printable
 
     typer.echo(printable(text, keep="\n\t"), err=err)
+
+
+def write(output: str, text: str) -> None:
+    """Write a file of a command; raises ValueError where it cannot be."""
+    from isotune.experiments.files import write_text
+
+    try:
+        write_text(Path(output), text)
+    except OSError as error:
+        raise ValueError(f"cannot write {output}: {error.strerror}") from error
 
 
 def brief(text: str) -> str:

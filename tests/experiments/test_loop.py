@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from exports import assert_exports
-from isotune.experiments import encoded, loop, models, progress, reload
+from isotune.experiments import encoded, forgetting, loop, models, progress, reload
 from isotune.experiments.files import read_json, write_json
 from isotune.experiments.recipe import RecipeError, validate
 from isotune.experiments.records import RESULT
@@ -71,6 +71,25 @@ def test_an_adapter_is_trained_scored_and_saved(tiny: dict[str, Any], method: st
     assert result["data"]["majority_accuracy"] == 0.5
     # No pickle stays behind, and no checkpoint once there is nothing to resume.
     assert not any(name.endswith((".bin", ".pt", ".pth")) or "checkpoint" in name for name in files_of(folder))
+
+
+def test_what_is_measured_on_the_way_is_no_part_of_the_training(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that goes on by a second at each step and by 100 whenever something is measured."""
+    clock = [0.0]
+
+    def later(seconds: float) -> float:
+        clock[0] += seconds
+        return 0.1
+
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(forgetting.Forgetting, "change", lambda *_: later(100))
+    at_step(monkeypatch, 2, lambda model: later(1))
+    tiny["train"] |= {"max_steps": 2, "eval_steps": 1}
+    (entry,) = run(validate(tiny))["runs"]
+    assert [row["step"] for row in entry["curve"] if "forgetting" in row] == [1, 2]
+    assert (entry["train_seconds"], entry["evaluation_seconds"]) == (1, 200)
 
 
 @pytest.mark.parametrize(

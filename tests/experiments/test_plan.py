@@ -17,7 +17,7 @@ import isotune_cli as cli
 from helpers import FAMILIES, layers_of, some_tokens, tiny_llama
 from isotune.experiments import registry
 from isotune.experiments.files import write_json
-from isotune.experiments.measure import Kept
+from isotune.experiments.measure import Kept, kept_bytes
 from isotune.experiments.methods import attach
 from isotune.experiments.planning import measured
 from isotune.experiments.planning.estimate import estimate as plan
@@ -106,6 +106,21 @@ def test_counts_file_and_kept_bytes_are_those_of_the_real_model(
     assert saved.nbytes * 0.98 <= found.memory["kept for backward"] <= saved.nbytes * 1.02 + operators
     assert found.memory["optimiser states"] == 8 * found.trained_parameters
     assert sum(found.memory.values()) == found.total
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS[:3])
+def test_what_autocast_keeps(method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Weights and inputs in half precision beside the whole ones: no share of what is kept without it."""
+    base = tiny_llama(layers=2)
+    where = folder(base, tmp_path)
+    without, found = (plan(setting(where, method, options, autocast=on)).memory for on in (False, True))
+    model, tokens = real(base, method, options).train(), some_tokens(BATCH, LENGTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = kept_bytes(model, lambda: model(input_ids=tokens, labels=tokens, use_cache=False))
+    assert found["kept for backward"] == pytest.approx(kept, rel=0.02)
+    assert without["kept for backward"] != pytest.approx(kept, rel=0.05)
+    rows = ("base weights", "adapter weights", "adapter's frozen factors", "gradients", "optimiser states")
+    assert [found[row] for row in rows] == [without[row] for row in rows]
 
 
 @pytest.mark.slow

@@ -46,6 +46,14 @@ def test_a_dry_run_says_what_the_training_then_has(recipe: Path, tiny: dict[str,
     assert validate(found["recipe"]).model_dump() == load(str(recipe), ["method.r=2"]).model_dump()
 
 
+def test_the_memory_is_that_under_autocast(recipe: Path) -> None:
+    kept = []
+    for given in ("train.autocast=false", "train.autocast=true"):
+        done = runner.invoke(app, ["train", str(recipe), given, "--dry-run", "--json"], catch_exceptions=False)
+        kept.append([row["memory"]["kept for backward"] for row in json.loads(done.stdout)["methods"]])
+    assert all(one != other for one, other in zip(*kept, strict=True))
+
+
 def test_of_several_processes_one_speaks(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     done = runner.invoke(app, ["train", str(recipe), "--dry-run"], catch_exceptions=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isotune.experiments.rates import Given, Widening, at_border, grid
+from isotune.experiments.rates import Given, Widening, at_border, best_of, grid
 
 
 def carried_out(search: Widening, merit: Callable[[float], float]) -> list[tuple[float, ...]]:
@@ -45,6 +46,14 @@ def test_a_search_widens_until_the_best_lies_inside() -> None:
 
 def test_of_equally_good_rates_the_usual_one_is_the_best() -> None:
     assert carried_out(Widening(1e-3, 2.5), lambda rate: 0.5) == [(1e-3, 4e-4, 2.5e-3), (6.3e-4, 1.6e-3)]
+
+
+@pytest.mark.parametrize("order", itertools.permutations((4e-5, 1e-4, 2.5e-4)))
+def test_of_equally_good_rates_the_order_decides_nothing(order: tuple[float, ...]) -> None:
+    ends = {rate: 0.2 if rate == 1e-4 else 0.5 for rate in order}
+    assert best_of(ends, order) == 4e-5
+    assert best_of(dict.fromkeys(order, 0.5), order) == 1e-4
+    assert best_of({rate: rate for rate in order if rate < 2e-4}, order) == 1e-4
 
 
 def test_where_all_fail_the_search_goes_down() -> None:

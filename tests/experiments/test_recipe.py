@@ -135,7 +135,7 @@ def test_a_methods_own_training_settings_go_over_the_recipes(path: str) -> None:
         ("padding.side=left", ["padding is for the tasks", "not for text-classification"]),
         ("train.start_from_head=true", ["needs 'head' among the baselines"]),
         ("method.train={lrr: 1}", ["in 'train' of method lora", "'lrr'", "did you mean 'lr'?"]),
-        ("train.moving={every: 2}", ["train.moving is for methods on subspaces", "psoft", "lora is none"]),
+        ("train.moving={every: 2}", ["train.moving is for ", "psoft", "and not for lora"]),
         ("method.name=uora", ["uora needs train.reinit with threshold, weight and every", "not public"]),
         ("train.reinit={threshold: 1, weight: 1, every: 2}", ["train.reinit is for uora, and not for lora"]),
         ("method.train.reinit={threshold: 0.1, every: 2}", ["the key 'reinit.weight' is missing"]),

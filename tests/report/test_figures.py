@@ -134,6 +134,17 @@ def test_costs_fill_what_is_on_the_front(comparison: Comparison) -> None:
     assert figures["kept"].layout["xaxis"]["range"][0] > -lowest
 
 
+@pytest.mark.parametrize(
+    ("times", "texts"),
+    [((765, 788), ["810 s", "820 s", "830 s"]), ((200, 900), ["0 min", "5 min", "10 min", "15 min"])],
+)
+def test_ticks_of_close_times_differ(tmp_path: Path, times: tuple[float, float], texts: list[str]) -> None:
+    known = zip(("psoft:r=46", "lora:r=8"), times, strict=True)
+    folder = write_comparison(tmp_path, methods={label: {**METHODS[label], "seconds": time} for label, time in known})
+    (time,) = [one for one in made(read(folder))["costs"].figures if one.key == "time"]
+    assert time.layout["xaxis"]["ticktext"] == texts
+
+
 def test_curves_are_over_the_share_of_training(tmp_path: Path) -> None:
     """However many steps a method takes."""
     folder = write_comparison(tmp_path, methods={label: METHODS[label] for label in ("head", "psoft:r=46", "lora:r=8")})

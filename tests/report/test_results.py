@@ -269,6 +269,15 @@ def test_the_result_of_a_training_is_reported_too(tmp_path: Path, folder: Path) 
     assert not results[0].notes
 
 
+def test_of_equally_good_rates_no_file_name_decides(tmp_path: Path) -> None:
+    """Without a stored row; 4e-05 is the lowest rate, and the last by name."""
+    place = write_comparison(tmp_path, methods={"psoft:r=46": METHODS["psoft:r=46"]}, rates=(4e-5, 1e-4, 2.5e-4))
+    for path in (place / "runs" / "psoft_r=46").iterdir():
+        change(path, validation={"accuracy": 0.5 if "0.0001" in path.name else 0.6})
+    (place / "comparison.json").unlink()
+    assert read(place).variants[0].lr == 4e-5
+
+
 BORDER = [
     ((1e-3,), False),
     ((1e-3, 2e-3), False),

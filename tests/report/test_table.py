@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,6 @@ def test_a_method_is_set_against_lora_example_by_example(tmp_path: Path) -> None
     column = head.index("Difference to LoRA r=8")
     shown = {row[0]: row[column] for row in rows}
     assert shown["LoRA r=8"] == shown["HRA r=8"] == "–"
-    assert shown["PSOFT r=46"].startswith("+10.0 % (+")
+    assert re.fullmatch(r"\+10\.0 points \(\+\d+\.\d to \+\d+\.\d\)", shown["PSOFT r=46"])  # of percent, no percent
     (record,) = [row for row in csv.DictReader(io.StringIO(comma_separated([comparison]))) if row["method"] == "psoft"]
     assert float(record["difference"]) == pytest.approx(0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import functools
 from collections.abc import Callable
@@ -38,8 +39,13 @@ def match(method: Method, target: int, count: Callable[[Method], int]) -> Method
     def sized(size: int) -> Method:
         return Method.model_validate({**method.model_dump(), option: size})
 
+    def above(rank: int) -> bool:
+        found = parameters(rank)
+        return found is None or found > target
+
     if option == "r":
-        _bisect(parameters, target, known.size_step)
+        # Parameters grow with the rank: both beside the target are counted on the way to it.
+        bisect.bisect_left(range(known.size_step, _LARGEST, known.size_step), True, key=above)
     else:
         # Blocks must divide the inputs of every layer, so that few sizes fit, all of them quickly counted.
         for size in range(2, 257):
@@ -50,23 +56,6 @@ def match(method: Method, target: int, count: Callable[[Method], int]) -> Method
     if not fitting:
         return method
     return sized(min(fitting, key=lambda size: (abs(fitting[size] - target), size)))
-
-
-def _bisect(parameters: Callable[[int], int | None], target: int, step: int) -> None:
-    """Look at the ranks around the one where the parameters, which grow with it, pass `target`."""
-    low, high = 1, 2
-
-    def above(steps: int) -> bool:
-        found = parameters(steps * step)
-        return found is None or found > target
-
-    if above(low):
-        return
-    while high < _LARGEST and not above(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if above(middle) else (middle, high)
 
 
 def counter(model: Any, head: list[str], peft_type: str | None) -> Callable[[Method], int]:

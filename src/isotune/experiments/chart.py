@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from isotune.experiments import scores
 from isotune.experiments.records import number
 from isotune.experiments.resampling import LEVEL
 from isotune.whole_files import written_whole
@@ -66,5 +67,5 @@ def _about(metric: str, data: Mapping[str, Any], rows: Sequence[Mapping[str, Any
     elif any(row.get("standard_error") for row in rows):
         about += " with one standard error over the seeds"
     if metric == "accuracy" and majority is not None:
-        about += f"\nalways the most frequent class: {100 * majority:.1f} %"
+        about += f"\nalways the most frequent class: {scores.score(metric, majority)}"
     return about

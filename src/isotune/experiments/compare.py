@@ -34,6 +34,9 @@ class Options:
         threads: of a run.
         keep_adapters: whether the trained weights stay, in `work/` of the comparison's folder.
         command: what repeats the comparison, for the record.
+
+    Raises:
+        RecipeError: a value is not allowed, alone or with another one.
     """
 
     methods: Sequence[str] = ()
@@ -46,6 +49,31 @@ class Options:
     threads: int = 1
     keep_adapters: bool = False
     command: str = ""
+
+    def __post_init__(self) -> None:
+        for key, value in (
+            ("--seeds", self.seeds),
+            ("--lr-search", self.lr_search),
+            ("--match-params", self.match_params),
+        ):
+            if isinstance(value, int) and value < 1:
+                raise RecipeError(f"{key} is {value} and must be at least 1")
+        if not 1 < self.factor < math.inf:
+            raise RecipeError(f"--lr-factor is {self.factor:g} and must be above 1")
+        auto = self.lr_search == "auto"
+        if self.lr_runs is not None and (not auto or self.lr_runs < 3):
+            raise RecipeError(f"--lr-runs is {self.lr_runs}; it is for --lr-search auto, which tries at least 3 rates")
+        if not auto:
+            return
+        if self.rates:
+            raise RecipeError("--lr-search auto finds the rates itself; leave it out, or --lr")
+        if self.factor < LEAST_FACTOR:
+            raise RecipeError(
+                f"--lr-factor is {self.factor:g} and must be at least {LEAST_FACTOR:g} with --lr-search auto, "
+                "whose rates have two digits"
+            )
+        if importlib.util.find_spec("optuna") is None:
+            raise RecipeError("--lr-search auto needs optuna: pip install 'isotune[search]'")
 
 
 def whole_number(text: str) -> int:
@@ -147,29 +175,11 @@ def plan(name: str, recipe: Recipe, options: Options, folder: Path) -> Schedule:
         folder: for the results.
 
     Raises:
-        RecipeError: an option or a method is wrong.
+        RecipeError: a method is wrong.
         DataError: the data cannot be used.
     """
     from isotune.experiments import tasks
 
-    auto = options.lr_search == "auto"
-    whole = {"--seeds": options.seeds, "--lr-search": options.lr_search, "--match-params": options.match_params}
-    for key, value in whole.items():
-        if isinstance(value, int) and value < 1:
-            raise RecipeError(f"{key} is {value} and must be at least 1")
-    if options.lr_runs is not None and (not auto or options.lr_runs < 3):
-        raise RecipeError(f"--lr-runs is {options.lr_runs}; it is for --lr-search auto, which tries at least 3 rates")
-    if auto and importlib.util.find_spec("optuna") is None:
-        raise RecipeError("--lr-search auto needs optuna: pip install 'isotune[search]'")
-    if auto and options.factor < LEAST_FACTOR:
-        raise RecipeError(
-            f"--lr-factor is {options.factor:g} and must be at least {LEAST_FACTOR:g} with --lr-search auto, "
-            "whose rates have two digits"
-        )
-    if auto and options.rates:
-        raise RecipeError("--lr-search auto finds the rates itself; leave it out, or --lr")
-    if not 1 < options.factor < math.inf:
-        raise RecipeError(f"--lr-factor is {options.factor:g} and must be above 1")
     given = list(options.methods) or [method.name for method in recipe.methods]
     variants = [parse(text, recipe, options) for text in given]
     check_extras(recipe, [variant.method for variant in variants])

@@ -231,10 +231,8 @@ def spread(
     So any number of groups from the beginning has every kind in about its share. The last group of a kind stands at the
     end: what is taken from the beginning leaves one of each, unless most is taken.
     """
-    groups: dict[Hashable, list[T]] = {}
-    for example in examples:
-        groups.setdefault(key(example), []).append(example)
-    shuffled = random.Random(seed).sample(list(groups.values()), len(groups))
+    groups = _grouped(examples, key)
+    shuffled = random.Random(seed).sample(groups, len(groups))
     sizes = Counter(kind(group[0]) for group in shuffled)
     seen: Counter[Hashable] = Counter()
     places = []
@@ -251,18 +249,22 @@ def halves(examples: Sequence[T], seed: int, key: Callable[[T], Hashable]) -> tu
     Examples of one key, equal texts, fall into the same half, so what is chosen on one half has not been seen in the
     other; the first half may therefore be longer by more than one.
     """
-    groups: dict[Hashable, list[T]] = {}
-    for example in examples:
-        groups.setdefault(key(example), []).append(example)
-    keys = list(groups)
-    random.Random(seed).shuffle(keys)
+    groups = _grouped(examples, key)
+    random.Random(seed).shuffle(groups)
     first: list[T] = []
     second: list[T] = []
-    for name in keys:
-        (first if len(first) <= len(second) else second).extend(groups[name])
+    for group in groups:
+        (first if len(first) <= len(second) else second).extend(group)
     if not second:
         raise DataError("the validation set is too small to split in halves: it has one example")
     return first, second
+
+
+def _grouped(examples: Sequence[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    groups: dict[Hashable, list[T]] = {}
+    for example in examples:
+        groups.setdefault(key(example), []).append(example)
+    return list(groups.values())
 
 
 def label_names(data: Data, train: Sequence[Row]) -> list[str]:

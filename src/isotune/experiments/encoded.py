@@ -21,8 +21,8 @@ class Encoded:
 
     `decide` turns a model's outputs into predictions, `score` these and the labels into metrics. A task whose answers
     are not read off one row of outputs gives `examine` instead, which makes of a model and "validation" or "test" the
-    predictions, the metrics and the right answers; checkpoints are then chosen by the loss. `trainer`, `arguments` and
-    `options` are for another of transformers' trainers than the plain one.
+    predictions and the metrics; checkpoints are then chosen by the loss. `trainer`, `arguments` and `options` are for
+    another of transformers' trainers than the plain one.
     """
 
     train: Sequence[Row]
@@ -33,7 +33,7 @@ class Encoded:
     lengths: Sequence[int]
     score: Callable[[Any, Any], dict[str, float]] | None = None
     decide: Callable[[Any], list[Any]] | None = None
-    examine: Callable[[Any, str], tuple[list[Any], dict[str, float], list[Any]]] | None = None
+    examine: Callable[[Any, str], tuple[list[Any], dict[str, float]]] | None = None
     trainer: type[Trainer] | None = None
     arguments: Callable[..., TrainingArguments] = TrainingArguments
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -44,13 +44,13 @@ class Encoded:
         assert self.decide is not None
         return self.score(self.decide(output.predictions), output.label_ids)
 
-    def examined(self, trainer: Any, split: str) -> tuple[list[Any], dict[str, float], list[Any]]:
-        """Predictions, metrics and right answers of a trainer's model on a split."""
+    def examined(self, trainer: Any, split: str) -> tuple[list[Any], dict[str, float]]:
+        """Predictions and metrics of a trainer's model on a split."""
         if self.examine is not None:
             return self.examine(trainer.model, split)
         output = trainer.predict(getattr(self, split))
         assert self.decide is not None
-        return self.decide(output.predictions), self.measured(output), np.asarray(output.label_ids).tolist()
+        return self.decide(output.predictions), self.measured(output)
 
 
 def likeliest(logits: Any) -> list[int]:

@@ -115,6 +115,7 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
         "load_seconds": loading,
         "setup_seconds": setup,
         "train_seconds": outcome.seconds,
+        "evaluation_seconds": outcome.evaluation_seconds,
         "tokens_per_second": outcome.tokens_per_second,
         "peak_memory_bytes": outcome.peak_memory,
         "peak_memory_of": measure.peak_memory_of(),
@@ -129,7 +130,7 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     write_json(run.folder / PREDICTIONS, outcome.predictions)
     # Of several sets the score is a mean, and their examples do not count alike.
     several = len(task.about().get("sets", {})) > 1
-    answers = None if several else task.answers(outcome.predictions, outcome.references)
+    answers = None if several else task.answers(outcome.predictions)
     config = getattr(outcome.model, "peft_config", {}).get("default")
     if isinstance(config, IsotuneConfig):
         write_card(run.folder / "adapter", config, {f"test {name}": value for name, value in outcome.test.items()})

@@ -31,18 +31,18 @@ def _packaged() -> dict[str, dict[str, Any]]:
             raw = _parse(entry.read_text(encoding="utf-8"), f"packaged recipe {name}")
             if "tasks" in raw:
                 defaults = raw.get("defaults", {})
-                found |= {f"{name}/{task}": _over(defaults, own) for task, own in raw["tasks"].items()}
+                found |= {f"{name}/{task}": over(defaults, own) for task, own in raw["tasks"].items()}
             else:
                 found[name] = raw
     return dict(sorted(found.items()))
 
 
-def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`above` put over `below`, key by key; null takes a key away."""
     merged = dict(below)
     for key, value in above.items():
         under = merged.get(key)
-        merged[key] = _over(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = over(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
     return {key: value for key, value in merged.items() if value is not None}
 
 
@@ -78,7 +78,7 @@ def _varied(raw: dict[str, Any], variant: Any, where: str) -> dict[str, Any]:
     if variant not in list(variants):
         known = f"variants: {', '.join(variants)}" if variants else "it has none at all"
         raise RecipeError(f"{where}: there is no variant {shown(variant)}; {known}" + meant(str(variant), variants))
-    return _over(raw, variants[variant])
+    return over(raw, variants[variant])
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,11 @@ _CHECKPOINTING = next(
 class Loop(Trainer):  # type: ignore[misc]
     """transformers' Trainer with a head learning rate, an order that survives resuming, and a stop at NaN."""
 
-    def __init__(self, run: Run, head: Sequence[str], lengths: Sequence[int], **kwargs: Any) -> None:
+    def __init__(
+        self, run: Run, progress: Progress, head: Sequence[str], lengths: Sequence[int], **kwargs: Any
+    ) -> None:
         self.run, self.settings, self.head, self.lengths = run, run.settings, head, lengths
+        self.progress = progress
         super().__init__(**kwargs)
 
     optimizer: torch.optim.Optimizer | None
@@ -86,7 +89,8 @@ class Loop(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Scores of a split; raises TrainingDiverged where the loss is not finite, and nothing is saved then."""
-        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        with self.progress.evaluation():  # callbacks that measure besides included
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         loss = metrics.get("eval_loss", 0.0)
         if not math.isfinite(loss):
             raise diverged(f"the validation loss is {loss}", self.state.global_step, self.args.output_dir)
@@ -109,7 +113,9 @@ class Outcome:
     curve: list[dict[str, float]]
     best_step: int
     seconds: float
-    references: list[Any] = field(default_factory=list)
+    """Of training alone."""
+    evaluation_seconds: float
+    """Of what was measured on the way."""
     tokens_per_second: float | None = None
     peak_memory: int | None = None
     stopped: dict[str, Any] | None = None
@@ -178,6 +184,7 @@ def train(
         )
         trainer = (task.trainer or Loop)(
             run,
+            progress,
             head,
             task.lengths,
             model=model,
@@ -202,7 +209,7 @@ def train(
     state = trainer.state
     stopped = next((one.stopped for one in hopeless), None)
     validation = task.examined(trainer, "validation")[1] if watched else None
-    predictions, test, references = task.examined(trainer, "test") if stopped is None else ([], {}, [])
+    predictions, test = task.examined(trainer, "test") if stopped is None else ([], {})
     chosen = watched and settings.select_best and state.best_global_step
     return Outcome(
         model=trainer.model,
@@ -212,7 +219,7 @@ def train(
         curve=_curve(state.log_history),
         best_step=state.best_global_step if chosen else state.global_step,
         seconds=seconds,
-        references=references,
+        evaluation_seconds=progress.evaluating,
         peak_memory=peak,
         tokens_per_second=sum(task.lengths) * state.epoch / progress.stepping if progress.stepping else None,
         stopped=stopped,

@@ -64,6 +64,11 @@ class FeatureHead(nn.Module):
         loss = None if labels is None else loss_of(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
+    def activation_checkpointing_enable(self, **_: Any) -> None:
+        """Do nothing, as the features are all that is kept."""
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # its name in earlier versions of transformers
+
 
 def tokenizer_for(name: str) -> Any:
     """The tokeniser of a model."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from isotune.experiments.rates import at_border
+from isotune.experiments.rates import at_border, best_of
 from isotune.experiments.recipe import merit
 from isotune.experiments.records import Geometry, Record
 from isotune.experiments.registry import entry
@@ -18,12 +18,15 @@ from isotune.experiments.resampling import difference
 
 
 def best_rate(records: Iterable[Record], metric: str) -> float | None:
-    """The learning rate of the run that is best on validation, the first of equal ones; None without runs.
-
-    A run that was stopped early was worse than others at that point, and is not chosen.
-    """
-    done = [record for record in records if record.failed is None and record.stopped is None]
-    return max(done, key=lambda record: merit(metric, record.validation)).lr if done else None
+    """The learning rate of the run that is best on validation, in whichever order they are; None without runs."""
+    tried: set[float] = set()
+    merits: dict[float, float] = {}
+    for record in records:
+        if record.lr is not None:
+            tried.add(record.lr)
+            if not record.lost:
+                merits[record.lr] = max(merit(metric, record.validation), merits.get(record.lr, -math.inf))
+    return best_of(merits, tried) if merits else None
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -173,25 +176,25 @@ def reference_of(found: Sequence[MethodResult]) -> MethodResult | None:
     return next((one for one in found if one.name == "lora"), None)
 
 
-def difference_of(one: MethodResult, other: MethodResult) -> dict[str, Any] | None:
-    """By how much a method scores higher than another on the same seeds and examples; see `resampling.difference`."""
-    others = {run.seed: run.answers for run in other.runs if run.answers is not None}
-    pairs = [(run.answers, others[run.seed]) for run in one.runs if run.answers is not None and run.seed in others]
-    return difference(one.runs[0].metric, pairs) if pairs else None
-
-
 def differences(found: Sequence[MethodResult]) -> tuple[str, dict[str, dict[str, Any]]]:
-    """The title of the reference, and by how much each method differs from it, by label, where that can be said."""
+    """The title of the reference, and by how much each method differs from it, by label, where that can be said.
+
+    On the same seeds and examples; see `resampling.difference`.
+    """
     reference = reference_of(found)
     if reference is None:
         return "", {}
-    apart = {one.label: difference_of(one, reference) for one in found if one is not reference}
-    return reference.title, {label: value for label, value in apart.items() if value is not None}
+    others = {run.seed: run.answers for run in reference.runs if run.answers is not None}
+    apart = {}
+    for one in found:
+        pairs = [(run.answers, others[run.seed]) for run in one.runs if run.answers is not None and run.seed in others]
+        if one is not reference and pairs and (value := difference(one.runs[0].metric, pairs)) is not None:
+            apart[one.label] = value
+    return reference.title, apart
 
 
-def rows_of(results: Sequence[MethodResult]) -> list[dict[str, Any]]:
+def rows_of(found: Sequence[MethodResult]) -> list[dict[str, Any]]:
     """The rows of `comparison.json`, each with its difference to the reference."""
-    found = with_titles(results)
     title, apart = differences(found)
     return [
         {**one.row(), "difference": {"to": title, **apart[one.label]} if one.label in apart else None} for one in found

@@ -43,6 +43,7 @@ def preview(schedule: Schedule) -> dict[str, Any]:
             sequence=settings.max_length,
             image_size=recipe.image_size,
             checkpointing=settings.gradient_checkpointing,
+            autocast=settings.autocast,
             new_head=True,
         )
         found = estimate(setting, built)

@@ -56,7 +56,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 class Progress(TrainerCallback):  # type: ignore[misc]
     """A progress bar, the seconds spent over all sessions of a run, and a checkpoint at Ctrl-C.
 
-    `seconds` are those of training with all that belongs to it, `stepping` those of its steps alone.
+    `seconds` are those of training, `stepping` those of its steps alone, and `evaluating` those of what is measured on
+    the way, which is no part of either.
     """
 
     def __init__(self, title: str, folder: Path, metric: Metric) -> None:
@@ -64,16 +65,28 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.spent = folder / "seconds.json"
         self.interrupted = False
         self.before, self.started = 0.0, time.perf_counter()
-        self.stepping, self.step_started = 0.0, 0.0
+        self.stepping, self.step_started, self.evaluating = 0.0, 0.0, 0.0
         self.bar: Any = None
 
     @property
     def seconds(self) -> float:
         return self.before + time.perf_counter() - self.started
 
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """While it is entered the seconds are those of an evaluation."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - began
+            self.started += took
+            self.evaluating += took
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step and self.spent.exists():
-            self.before, self.stepping = read_object(self.spent).get(str(state.global_step), (0.0, 0.0))
+            stored = read_object(self.spent).get(str(state.global_step), ())
+            self.before, self.stepping, self.evaluating = (*stored, 0.0, 0.0, 0.0)[:3]  # two in earlier releases
         self.bar = processes.bar(state.max_steps, state.global_step, self.title, "step")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -100,7 +113,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             # Trainer pickles its own arguments beside each checkpoint; nothing here reads a pickle.
             (self.folder / f"checkpoint-{state.global_step}" / "training_args.bin").unlink(missing_ok=True)
             known = read_object(self.spent) if self.spent.exists() else {}
-            write_json(self.spent, {**known, str(state.global_step): (self.seconds, self.stepping)})
+            write_json(self.spent, {**known, str(state.global_step): (self.seconds, self.stepping, self.evaluating)})
         # Left from here, not by `should_training_stop`: that would score and save once more in mid-epoch.
         if self.interrupted and state.global_step < state.max_steps:
             raise Interrupted(str(self.folder))

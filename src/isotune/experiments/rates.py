@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,18 @@ def at_border(lr: float | None, tried: Iterable[float]) -> bool:
     """
     rates = sorted(set(tried))
     return len(rates) > 2 and lr in (rates[0], rates[-1])
+
+
+def best_of(merits: Mapping[float, float], tried: Iterable[float]) -> float:
+    """The best of some rates; of equally good ones that nearest to the middle of those tried, and then the lower.
+
+    Args:
+        merits: how good each rate was, the more the better.
+        tried: those and, where there are some, those that came to nothing.
+    """
+    logarithms = [math.log(rate) for rate in tried]
+    middle = (min(logarithms) + max(logarithms)) / 2
+    return min(merits, key=lambda rate: (-merits[rate], round(abs(math.log(rate) - middle), 6), rate))
 
 
 def grid(centre: float, count: int, factor: float) -> tuple[float, ...]:
@@ -93,7 +105,7 @@ class Widening:
 
     def stages(self, merit: Callable[[float], float | None]) -> Iterator[tuple[float, ...]]:
         lower, middle, upper = grid(self.centre, 3, self.factor)
-        stage: tuple[float, ...] = (middle, lower, upper)  # of equally good rates the first is the best
+        stage: tuple[float, ...] = (middle, lower, upper)
         tried: dict[float, float] = {}
         while stage:
             yield stage
@@ -105,7 +117,7 @@ class Widening:
             stage = self._following(tried)[: self.runs - len(tried)]
 
     def _following(self, tried: dict[float, float]) -> tuple[float, ...]:
-        best = max(tried, key=tried.__getitem__)
+        best = best_of(tried, tried)
         if tried[best] == -math.inf:
             return (_rounded(min(tried) / self.factor),)
         if at_border(best, tried):

@@ -271,31 +271,26 @@ def validate(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
         raise RecipeError(f"{where}: {_explain(error, Recipe)}") from error
     try:
         for method in recipe.methods:
-            _check_reinit(recipe.training(method), method.name, where)
-            if recipe.training(method).moving and not registry.entries()[method.name].on_subspaces:
-                known = ", ".join(name for name, entry in registry.entries().items() if entry.on_subspaces)
-                raise RecipeError(
-                    f"{where}: train.moving is for methods on subspaces ({known}), and {method.name} is none; give it "
-                    "in the 'train' of those methods alone"
-                )
+            _check_own_settings(recipe.training(method), method.name, where)
     except ValidationError as error:
         raise RecipeError(f"{where}: in 'train' of method {method.name}: {_explain(error, Train)}") from error
     return recipe
 
 
-def _check_reinit(train: Train, method: str, where: str) -> None:
-    """Refuse UORA without the numbers that its paper does not tell, and another method with them."""
-    known = [name for name, entry in registry.entries().items() if entry.renews_rows]
-    if method in known and train.reinit is None:
+def _check_own_settings(train: Train, method: str, where: str) -> None:
+    """Refuse settings that are another method's, and UORA without the numbers that its paper does not tell."""
+    if registry.entry(method).renews_rows and train.reinit is None:
         raise RecipeError(
             f"{where}: {method} needs train.reinit with threshold, weight and every, which have no default since the "
             "paper's are not public; give it in the 'train' of this method"
         )
-    if train.reinit is not None and method not in known:
-        raise RecipeError(
-            f"{where}: train.reinit is for {', '.join(known)}, and not for {method}; give it in the 'train' of that "
-            "method alone"
-        )
+    for key, fits in (("moving", "on_subspaces"), ("reinit", "renews_rows")):
+        known = [name for name, entry in registry.entries().items() if getattr(entry, fits)]
+        if getattr(train, key) is not None and method not in known:
+            raise RecipeError(
+                f"{where}: train.{key} is for {', '.join(known)}, and not for {method}; give it in the 'train' of "
+                "those methods alone"
+            )
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

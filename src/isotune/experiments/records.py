@@ -209,6 +209,11 @@ class Record(Part):
         return self.label, self.lr, self.seed
 
     @property
+    def lost(self) -> bool:
+        """Whether its rate is not to be chosen: it failed, or was worse than others where it was stopped."""
+        return self.failed is not None or self.stopped is not None
+
+    @property
     def score(self) -> float | None:
         """The metric on the test data."""
         return self.test.get(self.metric)

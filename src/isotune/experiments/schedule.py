@@ -14,7 +14,7 @@ from typing import Any
 from isotune.experiments import processes
 from isotune.experiments.claim import claim, identity
 from isotune.experiments.files import read_object, write_json
-from isotune.experiments.outcome import MethodResult, best_rate, method_result, rows_of
+from isotune.experiments.outcome import MethodResult, best_rate, method_result, rows_of, with_titles
 from isotune.experiments.rates import Given, Search
 from isotune.experiments.recipe import LESS_IS_BETTER, Method, Recipe, RecipeError, Train, merit
 from isotune.experiments.records import FORMAT, Record, record_of
@@ -131,8 +131,7 @@ class Schedule:
         record = self.records.get((variant.label, lr, self.seeds[0]))
         if record is None:
             return None
-        lost = record.failed is not None or record.stopped is not None
-        return -math.inf if lost else merit(self.recipe.chosen_by, record.validation)
+        return -math.inf if record.lost else merit(self.recipe.chosen_by, record.validation)
 
     def best(self, variant: Variant) -> float | None:
         """The rate with the highest score on validation; None while runs are missing, or where all have failed."""
@@ -277,5 +276,5 @@ class Schedule:
             **self.details,
             "data": self.about,
             "complete": not any(True for _ in self.ready()),
-            "rows": rows_of([self._result(variant) for variant in self.variants]),
+            "rows": rows_of(with_titles([self._result(variant) for variant in self.variants])),
         }

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from isotune.experiments import scores
 from isotune.experiments.chart import draw
 from isotune.experiments.records import number
 from isotune.experiments.text import aligned, printable
@@ -31,14 +32,14 @@ def table(result: Mapping[str, Any]) -> str:
 
     What a row does not have is left empty, and a column that none has is left out.
     """
-    metric, rows = result["metric"], rows_of(result)
+    metric, rows = result["metric"], _rows(result)
     to = next((row["difference"]["to"] for row in rows if row.get("difference")), "")
     measures = (heading for heading, _, _, _ in _COLUMNS)
     lines = [("", metric.replace("_", " "), f"less {to}", "seeds", "lr", *measures)]
     for row in rows:
         seeds, lr = row.get("seeds"), row.get("lr")
-        apart = shown_difference(metric, row.get("difference"))
-        cells = [str(row["title"]), shown_score(metric, row), apart, "" if seeds is None else str(seeds)]
+        apart = _difference(metric, row.get("difference"))
+        cells = [str(row["title"]), _score(metric, row), apart, "" if seeds is None else str(seeds)]
         cells.append("" if lr is None else f"{lr:g}" + ("*" if row.get("lr_at_border") else ""))
         for _, key, form, unit in _COLUMNS:
             value = row.get(key)
@@ -60,7 +61,7 @@ def _aligned(lines: Sequence[tuple[str, ...]], used: Sequence[int]) -> list[str]
     return aligned([[printable(line[i]) for i in used] for line in lines], "<" + ">" * (len(used) - 1))
 
 
-def rows_of(result: Mapping[str, Any]) -> list[Row]:
+def _rows(result: Mapping[str, Any]) -> list[Row]:
     """The rows of an experiment: what needs no training, its methods, and what a training has saved."""
     metric, methods = result["metric"], result["rows"]
     majority = number(result["data"].get("majority_accuracy"))
@@ -79,26 +80,21 @@ def rows_of(result: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def shown_score(metric: str, row: Row) -> str:
-    """The score of a row as people read it, with its standard error where there are several seeds."""
+def _score(metric: str, row: Row) -> str:
     if row["mean"] is None:
         return "failed" if row.get("failed") else "not done"
-    scale, digits, unit = (100, 1, " %") if metric == "accuracy" else (1, 3, "")
-    error = row.get("standard_error")
-    spread = "" if error is None else f" ± {scale * error:.{digits}f}"
-    return f"{scale * row['mean']:.{digits}f}{spread}{unit}"
+    return scores.score(metric, row["mean"], row.get("standard_error"))
 
 
-def shown_difference(metric: str, difference: Mapping[str, float] | None) -> str:
-    """A difference of scores with the ends of its interval, empty for none."""
-    if difference is None:
+def _difference(metric: str, found: Mapping[str, float] | None) -> str:
+    """With the ends of its interval, and without its unit, for which a line has no room."""
+    if found is None:
         return ""
-    scale, digits = (100, 1) if metric == "accuracy" else (1, 3)
-    mean, low, high = (f"{scale * difference[key]:+.{digits}f}" for key in ("mean", "low", "high"))
+    mean, low, high = (scores.plain(metric, found[key], "+") for key in ("mean", "low", "high"))
     return f"{mean} ({low} to {high})"
 
 
 def chart(result: Mapping[str, Any], path: Path) -> None:
     """Draw the scores of the methods of an experiment, as `Schedule.result` makes it; as `draw`."""
-    rows = [{**row, "score": shown_score(result["metric"], row)} for row in result["rows"] if row["mean"] is not None]
+    rows = [{**row, "score": _score(result["metric"], row)} for row in result["rows"] if row["mean"] is not None]
     draw(result["metric"], result["data"], rows, path)

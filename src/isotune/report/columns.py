@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from isotune.experiments import scores
 from isotune.experiments.outcome import MethodResult
 from isotune.report.results import Comparison
 
@@ -20,8 +21,12 @@ class Column:
     title: str
     value: Callable[[MethodResult], float | None]
     show: Callable[[float], str]
+    small: Callable[[MethodResult], str] = lambda variant: ""
+    """What stands beside it in small print."""
     detail: bool = False
     """Whether it stands beside another figure rather than in a column of its own, where people read it."""
+    kind: str = ""
+    """Of its head."""
 
 
 def count(value: float) -> str:
@@ -46,12 +51,18 @@ def duration(value: float) -> str:
     return f"{value / length:.{1 if value < 10 * length else 0}f} {unit}"
 
 
-def _average(key: str, title: str, show: Callable[[float], str], detail: bool = False) -> Column:
-    return Column(key, title, lambda variant: variant.average(key), show, detail)
+def _average(key: str, title: str, show: Callable[[float], str], **more: Any) -> Column:
+    return Column(key, title, lambda variant: variant.average(key), show, **more)
+
+
+def _adapter_of(variant: MethodResult) -> str:
+    """The parameters of the adapter, where others are trained beside it."""
+    adapter = variant.average("adapter_parameters")
+    return "" if adapter in (None, variant.average("trainable_parameters")) else f"adapter {adapter:,.0f}"
 
 
 COLUMNS = (
-    _average("trainable_parameters", "Trainable parameters", count),
+    _average("trainable_parameters", "Trainable parameters", count, small=_adapter_of),
     _average("adapter_parameters", "Parameters of the adapter", count, detail=True),
     _average("adapter_bytes", "File", size),
     _average("train_seconds", "Training time", duration),
@@ -65,21 +76,38 @@ COLUMNS = (
 
 def columns_of(comparison: Comparison, *, details: bool = False) -> list[Column]:
     """The columns of which any method of a comparison has a value."""
-    parts = [
-        Column(f"test_{name}", name.replace("_", " "), partial(MethodResult.part, name=name), comparison.shown)
-        for name in comparison.parts
-    ]
+    columns = (*(_part(comparison, name) for name in comparison.parts), _difference(comparison), *COLUMNS)
+    found = [c for c in columns if any(c.value(variant) is not None for variant in comparison.variants)]
+    return [column for column in found if details or not column.detail]
+
+
+def _part(comparison: Comparison, name: str) -> Column:
+    """The score on one of several test sets, and what the paper reports for it."""
+
+    def small(variant: MethodResult) -> str:
+        beside = comparison.paper_of_part(name).get(variant.name)
+        return "" if beside is None else f"paper {comparison.shown(beside.score)}"
+
+    value = partial(MethodResult.part, name=name)
+    return Column(f"test_{name}", name.replace("_", " "), value, comparison.shown, small)
+
+
+def _difference(comparison: Comparison) -> Column:
+    """By how much a method scores higher than the reference, and the ends of the interval."""
     to, apart = comparison.differences
-    beside = Column(
+
+    def ends(variant: MethodResult) -> str:
+        low, high = (scores.plain(comparison.metric, apart[variant.label][end], "+") for end in ("low", "high"))
+        return f"{low} to {high}"
+
+    return Column(
         "difference",
         f"Difference to {to}",
         lambda variant: apart.get(variant.label, {}).get("mean"),
-        partial(comparison.shown, sign=True),
+        partial(scores.difference, comparison.metric),
+        ends,
+        kind="difference",
     )
-    found = [
-        c for c in (*parts, beside, *COLUMNS) if any(c.value(variant) is not None for variant in comparison.variants)
-    ]
-    return [column for column in found if details or not column.detail]
 
 
 def pareto(points: Iterable[tuple[float, float, Any]], *, higher_is_better: bool) -> list[tuple[float, float, Any]]:
@@ -119,18 +147,17 @@ def table_of(comparison: Comparison) -> tuple[list[Head], list[tuple[MethodResul
     columns, paper = columns_of(comparison), comparison.paper
     heads = [Head(f"Test {comparison.metric_name}", "score"), Head("Seeds", "seeds")]
     heads += [Head(next(iter(paper.values())).model, "paper")] if paper else []
-    heads += [
-        *(Head(column.title, "difference" if column.key == "difference" else "") for column in columns),
-        Head("Learning rate", "rate"),
-    ]
+    heads += [*(Head(column.title, column.kind) for column in columns), Head("Learning rate", "rate")]
     rows = []
-    for variant in ordered(comparison):
+    for variant in comparison.ranked(comparison.variants):
         cells = [score_of(comparison, variant), Cell(str(len(variant.scores)), len(variant.scores))]
         if paper:
             beside = paper.get(variant.name)
             shown = Cell(comparison.shown(beside.score), beside.score, beside.method) if beside else Cell("–")
             cells.append(shown)
-        cells += [_cell(comparison, variant, column) for column in columns]
+        for column in columns:
+            value = column.value(variant)
+            cells.append(Cell("–") if value is None else Cell(column.show(value), value, column.small(variant)))
         border = "at the border" if variant.rate_at_border else ""
         cells.append(Cell("–" if variant.lr is None else f"{variant.lr:g}", variant.lr, border))
         rows.append((variant, cells))
@@ -142,27 +169,5 @@ def score_of(comparison: Comparison, variant: MethodResult) -> Cell:
     if variant.mean is None:
         return Cell("failed" if variant.failed else "not run")
     mark = "best" if variant is comparison.best else "near" if comparison.near_best(variant) else ""
-    error = comparison.shown_error(variant.standard_error)
+    error = scores.spread_of(comparison.metric, variant.standard_error)
     return Cell(comparison.shown(variant.mean), variant.mean, error, mark)
-
-
-def _cell(comparison: Comparison, variant: MethodResult, column: Column) -> Cell:
-    value = column.value(variant)
-    if value is None:
-        return Cell("–")
-    part = column.key.removeprefix("test_")
-    beside = comparison.paper_of_part(part).get(variant.name) if part in comparison.parts else None
-    small = "" if beside is None else f"paper {comparison.shown(beside.score)}"
-    adapter = variant.average("adapter_parameters")
-    if column.key == "trainable_parameters" and adapter is not None and adapter != value:
-        small = f"adapter {adapter:,.0f}"
-    if column.key == "difference":
-        ends = comparison.differences[1][variant.label]
-        small = f"{column.show(ends['low'])} to {column.show(ends['high'])}"
-    return Cell(column.show(value), value, small)
-
-
-def ordered(comparison: Comparison) -> list[MethodResult]:
-    """The methods, best first, and after them those without a result."""
-    sign = -1 if comparison.higher_is_better else 1
-    return sorted(comparison.variants, key=lambda v: (v.mean is None, sign * (v.mean or 0.0)))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from isotune.experiments import scores
 from isotune.experiments.outcome import MethodResult, reference_of
 from isotune.experiments.registry import entry, is_plain
 from isotune.report.results import Comparison
@@ -46,7 +46,7 @@ def finding(comparison: Comparison) -> Finding | None:
     judge = _Judge(comparison)
     if len(rivals) == 1:
         return _of_one(judge, rivals[0])
-    best = judge.best(rivals)
+    best = judge.ranked(rivals)[0]
     reference = reference_of(rivals) or best
     verdicts = {v.label: judge.verdict(v, reference) for v in rivals if v is not reference}
     others = [v for v in rivals if v is not reference]
@@ -54,7 +54,7 @@ def finding(comparison: Comparison) -> Finding | None:
     if clauses:
         return Finding("; ".join(clauses) + ".", judge.basis(reference, level="level" in verdicts.values()))
     if all(verdict == "worse" for verdict in verdicts.values()):
-        following = judge.best(others)
+        following = judge.ranked(others)[0]
         gap = judge.gap(following, reference)
         sentence = f"{judge.name(reference)} does best; the next, {judge.name(following)}, is {gap} worse."
         return Finding(sentence, judge.basis(reference))
@@ -65,8 +65,8 @@ def _shown(
     judge: _Judge, others: Sequence[MethodResult], reference: MethodResult, verdicts: dict[str, Verdict]
 ) -> list[tuple[list[MethodResult], Verdict]]:
     """What is worth saying: who beats the reference at its size, or at all, and the smallest that is as good."""
-    better = judge.ordered([v for v in others if verdicts[v.label] == "better"])
-    level = judge.ordered([v for v in others if verdicts[v.label] == "level"])
+    better = judge.ranked([v for v in others if verdicts[v.label] == "better"])
+    level = judge.ranked([v for v in others if verdicts[v.label] == "level"])
     lead = [v for v in better if judge.alike(v, reference)] or better[:1]
     small = [(ratio, v) for v in (*better, *level) if (ratio := judge.ratio(v, reference)) and ratio >= THRIFTY]
     smallest = max(small, key=lambda pair: pair[0])[1] if small else None
@@ -80,23 +80,24 @@ def _shown(
 
 def _of_one(judge: _Judge, variant: MethodResult) -> Finding:
     comparison = judge.comparison
-    name, score = judge.name(variant), comparison.shown(variant.mean)
-    head = judge.head
+    name, head = judge.name(variant), judge.head
     if head is None or head is variant:
-        errors = f" {comparison.shown_error(variant.standard_error)}".rstrip()
-        seeds = _seeds(len(variant.scores))
-        return Finding(f"{name} reaches {score}{errors} with {seeds}; it was compared with nothing.", "")
+        reached, seeds = comparison.shown(variant.mean, variant.standard_error), _seeds(len(variant.scores))
+        return Finding(f"{name} reaches {reached} with {seeds}; it was compared with nothing.", "")
     verdict = judge.verdict(variant, head)
     if verdict == "open":
-        return _open(judge, [variant, head], judge.best([variant, head]))
+        return _open(judge, [variant, head], judge.ranked([variant, head])[0])
     how = f"{judge.gap(variant, head)} {verdict} than" if verdict != "level" else "as good as"
-    return Finding(f"{name} reaches {score}, {how} the head alone.", judge.basis(head, level=verdict == "level"))
+    return Finding(
+        f"{name} reaches {comparison.shown(variant.mean)}, {how} the head alone.",
+        judge.basis(head, level=verdict == "level"),
+    )
 
 
 def _open(judge: _Judge, rivals: Sequence[MethodResult], best: MethodResult) -> Finding:
     """Scores between which the seeds cannot decide."""
     comparison = judge.comparison
-    near = [v for v in judge.ordered(rivals) if v is not best and judge.verdict(v, best) != "worse"]
+    near = [v for v in judge.ranked(rivals) if v is not best and judge.verdict(v, best) != "worse"]
     fewest = min(len(v.scores) for v in (best, *near))
     which = "highest" if comparison.higher_is_better else "lowest"
     told = f"{judge.name(near[0])} ({comparison.shown(near[0].mean)})" if len(near) == 1 else "the others"
@@ -123,8 +124,12 @@ class _Judge:
     """Differences between the methods of one comparison, and their names in a sentence."""
 
     def __init__(self, comparison: Comparison) -> None:
+        try:
+            from scipy.stats import t as student
+        except ImportError as error:
+            raise ValueError("a report needs scipy: pip install 'isotune[report]'") from error
         self.comparison = comparison
-        self.sign = 1.0 if comparison.higher_is_better else -1.0
+        self.ranked = comparison.ranked
         self.head = next((v for v in comparison.scored if v.name == "head"), None)
         # A head on features that are computed once scatters less than what trains the whole way through.
         adapters = [v for v in comparison.scored if not is_plain(v.name)] or comparison.scored
@@ -132,6 +137,7 @@ class _Judge:
         self.freedom = sum(len(scores) - 1 for scores, _ in repeated)
         squares = sum((score - mean) ** 2 for scores, mean in repeated for score in scores)
         self.variance = squares / self.freedom if self.freedom else 0.0
+        self.reach = float(student.ppf((1 + CONFIDENCE) / 2, self.freedom or 1))
         titles = [entry(v.name).title for v in comparison.variants]
         self._names = {
             v.label: title if titles.count(title) == 1 and not comparison.foreign else v.title
@@ -142,17 +148,9 @@ class _Judge:
         """Without its options where the method is there once."""
         return self._names[variant.label]
 
-    def ordered(self, variants: Sequence[MethodResult]) -> list[MethodResult]:
-        """Best first."""
-        return sorted(variants, key=lambda v: -self.sign * (v.mean or 0.0))
-
-    def best(self, variants: Sequence[MethodResult]) -> MethodResult:
-        """The first of these with the best mean."""
-        return self.ordered(variants)[0]
-
     def difference(self, variant: MethodResult, other: MethodResult) -> float:
         """By how much the first is better."""
-        return self.sign * ((variant.mean or 0.0) - (other.mean or 0.0))
+        return self.comparison.sign * ((variant.mean or 0.0) - (other.mean or 0.0))
 
     def verdict(self, variant: MethodResult, other: MethodResult) -> Verdict:
         """What is shown of the first against the second; "open" where it is nothing, as with single seeds."""
@@ -160,7 +158,7 @@ class _Judge:
             return "open"
         pooled = math.sqrt(self.variance * (1 / len(variant.scores) + 1 / len(other.scores)))
         error = max(pooled, math.hypot(variant.standard_error, other.standard_error))
-        difference, reach = self.difference(variant, other), student(self.freedom or 1) * error
+        difference, reach = self.difference(variant, other), self.reach * error
         if difference - reach > 0:
             return "better"
         if difference + reach < 0:
@@ -173,15 +171,9 @@ class _Judge:
         gained = 0.0 if self.head in (None, reference) else self.difference(reference, self.head or reference)
         return min(margin, gained / 2) if gained > 0 else margin
 
-    def amount(self, value: float) -> str:
-        """A difference of scores as people read it."""
-        if not self.comparison.percent:
-            return f"{value:.3f}"
-        return f"{100 * value:.1f} point{'' if f'{100 * value:.1f}' == '1.0' else 's'}"
-
     def gap(self, variant: MethodResult, other: MethodResult) -> str:
         """The size of the difference of two methods."""
-        return self.amount(abs(self.difference(variant, other)))
+        return scores.difference(self.comparison.metric, abs(self.difference(variant, other)), sign="")
 
     @staticmethod
     def size(variant: MethodResult) -> float | None:
@@ -212,7 +204,7 @@ class _Judge:
         """How certain the sentence is."""
         size = self.comparison.data.get("test")
         test = f"these {size:,} test examples" if isinstance(size, int) else "these test examples"
-        margin = self.amount(self.margin(reference))
+        margin = scores.difference(self.comparison.metric, self.margin(reference), sign="")
         means = f" To match means to be at most {margin} worse." if level else ""
         return f"With {100 * CONFIDENCE:.0f} % confidence over the seeds, on {test}.{means}"
 
@@ -231,28 +223,3 @@ def share(part: float) -> str:
     if part < 1:
         return f"{100 * part:.2g} % of"
     return f"{part:.2g} times" if part < 99.5 else f"{part:,.0f} times"
-
-
-@functools.cache
-def student(freedom: int) -> float:
-    """What Student's t stays within on both sides with 95 % probability (Abramowitz and Stegun 26.7.3 and 26.7.4).
-
-    Args:
-        freedom: its degrees of freedom, at least 1.
-    """
-    low, high = 1.0, 20.0
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < CONFIDENCE else (low, middle)
-    return high
-
-
-def _within(t: float, freedom: int) -> float:
-    angle = math.atan(t / math.sqrt(freedom))
-    term = total = math.cos(angle) if freedom % 2 else 1.0
-    for step in range(3 if freedom % 2 else 2, freedom, 2):
-        term *= math.cos(angle) ** 2 * (step - 1) / step
-        total += term
-    if freedom % 2 == 0:
-        return math.sin(angle) * total
-    return 2 / math.pi * (angle + (math.sin(angle) * total if freedom > 1 else 0.0))

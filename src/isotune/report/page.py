@@ -11,7 +11,7 @@ from typing import Any
 
 from isotune.experiments import paper, suites
 from isotune.experiments.outcome import MethodResult
-from isotune.report.columns import Cell, ordered, score_of, table_of
+from isotune.report.columns import Cell, score_of, table_of
 from isotune.report.figures import PALETTES, SYMBOLS, Looks, Section, sections
 from isotune.report.finding import finding
 from isotune.report.results import Comparison
@@ -186,7 +186,7 @@ def _geometry(comparison: Comparison) -> list[dict[str, str]]:
 
 def _overview(comparisons: Sequence[Comparison], keys: Sequence[str], names: Sequence[str]) -> dict[str, Any] | None:
     """Every method that several comparisons have, on each of these; None where there is none."""
-    titles = [v.title for c in comparisons for v in ordered(c)]
+    titles = [v.title for c in comparisons for v in c.ranked(c.variants)]
     shared = [title for title in dict.fromkeys(titles) if titles.count(title) > 1]
     named = zip(comparisons, keys, names, strict=True)
     tables = [(c, key, name, {v.title: v for v in c.variants if v.title in shared}) for c, key, name in named]

@@ -7,7 +7,7 @@ included. A condensed file holds the facts of many of PEFT's published ones, wit
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, AliasChoices, Field
 
 from isotune.experiments.files import read_json, read_object
+from isotune.experiments.loading import over
 from isotune.experiments.outcome import MethodResult, method_result, with_titles
 from isotune.experiments.records import (
     RESULT,
@@ -265,21 +266,12 @@ def _read(file: Path) -> list[_Trained]:
     condensed = parse(_Condensed, content, file)
     return [
         _Trained(
-            parse(_Result, _over(condensed.shared, result), file.with_name(f"{file.name}, result {number}")),
+            parse(_Result, over(condensed.shared, result), file.with_name(f"{file.name}, result {number}")),
             file,
             condensed.source,
         )
         for number, result in enumerate(condensed.results, start=1)
     ]
-
-
-def _over(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """An object in which a value of `own` takes the place of the shared one, also within objects."""
-    found = dict(shared)
-    for key, value in own.items():
-        below = shared.get(key)
-        found[key] = _over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return found
 
 
 def _benchmark(metric: str) -> _Benchmark:

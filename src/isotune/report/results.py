@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from isotune.experiments import paper
+from isotune.experiments import paper, scores
 from isotune.experiments.files import read_object
 from isotune.experiments.outcome import MethodResult, best_rate, differences, method_result, with_titles
 from isotune.experiments.recipe import LESS_IS_BETTER
@@ -43,11 +43,6 @@ class Comparison:
     """Whether another library's command made it, and its own results may stand in it: methods go by whole titles."""
 
     @property
-    def percent(self) -> bool:
-        """Whether the metric is a share."""
-        return "accuracy" in self.metric
-
-    @property
     def metric_name(self) -> str:
         """The metric in words."""
         return self.metric.replace("_", " ")
@@ -60,10 +55,16 @@ class Comparison:
     @cached_property
     def best(self) -> MethodResult | None:
         """The method with the best mean."""
-        found = self.scored
-        if not found:
-            return None
-        return (max if self.higher_is_better else min)(found, key=lambda variant: variant.mean or 0.0)
+        return next(iter(self.ranked(self.scored)), None)
+
+    @property
+    def sign(self) -> float:
+        """What makes of scores numbers of which more is better."""
+        return 1.0 if self.higher_is_better else -1.0
+
+    def ranked(self, variants: Sequence[MethodResult]) -> list[MethodResult]:
+        """Methods, best first, and after them those without a result."""
+        return sorted(variants, key=lambda variant: (variant.mean is None, -self.sign * (variant.mean or 0.0)))
 
     def near_best(self, variant: MethodResult) -> bool:
         """Whether a method other than the best is within one standard error, the best's own, of the best."""
@@ -91,18 +92,9 @@ class Comparison:
         """What the paper reports for this task, by our name of the method."""
         return paper.figures(self.recipe)
 
-    def shown(self, score: float | None, *, sign: bool = False) -> str:
-        """A score as people read it."""
-        if score is None:
-            return "–"
-        plus = "+" if sign else ""
-        return f"{100 * score:{plus}.1f} %" if self.percent else f"{score:{plus}.3f}"
-
-    def shown_error(self, error: float | None) -> str:
-        """A standard error to stand behind a score, empty for none."""
-        if error is None:
-            return ""
-        return f"± {100 * error:.1f}" if self.percent else f"± {error:.3f}"
+    def shown(self, score: float | None, error: float | None = None) -> str:
+        """A score as people read it, with its standard error where that is given."""
+        return scores.score(self.metric, score, error)
 
 
 class _Row(Part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from isotune.experiments.planning.setting import (
     SHARDED,
     Setting,
 )
-from isotune.experiments.planning.trace import attention, blocks_of, inputs_for, trace
+from isotune.experiments.planning.trace import attention, autocast, blocks_of, inputs_for, trace
 from isotune.experiments.recipe import Method
 from isotune.experiments.text import first_line
 from isotune.files.base_model import quiet, resolve_base
@@ -106,19 +107,21 @@ def estimate(setting: Setting, built: Built | None = None) -> Estimate:
             base_bytes, largest = _base_bytes(base, setting.quantization)
             blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(base)]
             model = _adapted(built, setting).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        trained_parameters, trained_bytes = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
+        factors, file = factor_bytes(model), _file_bytes(model)
         try:  # not on the meta device: a number that a model draws, whether to leave layers out, must be one
-            inputs = inputs_for(base, setting.batch, setting.sequence, setting.image_size)
-            step = trace(model, inputs)
+            with autocast(model) if setting.autocast else nullcontext():
+                inputs = inputs_for(base, setting.batch, setting.sequence, setting.image_size)
+                step = trace(model, inputs)
         except Exception as error:
             raise ValueError(
                 f"A step of {type(base).__name__} cannot be followed without its weights: {first_line(error)}"
             ) from error
-    trained = [p for p in model.parameters() if p.requires_grad]
-    trained_parameters, trained_bytes = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
     memory = {
         "base weights": base_bytes,
         "adapter weights": 0 if registry.is_plain(setting.method) else trained_bytes,
-        "adapter's frozen factors": factor_bytes(model),
+        "adapter's frozen factors": factors,
         "gradients": trained_bytes,
         "optimiser states": OPTIMIZER_BYTES[setting.optimizer] * trained_parameters,
     }
@@ -143,7 +146,7 @@ def estimate(setting: Setting, built: Built | None = None) -> Estimate:
         base_parameters=base_parameters,
         trained_parameters=trained_parameters,
         tokens=tokens,
-        adapter_file=_file_bytes(model),
+        adapter_file=file,
         memory=memory,
         adapter_activations=adapter_activations(model, tokens),
         paper_activations=paper_activations(setting, base, tokens),

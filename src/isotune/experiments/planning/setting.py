@@ -73,6 +73,7 @@ class Setting:
             of a model with an encoder gets a sequence as long as the encoder's.
         image_size: the side in pixels of the squares that a model of images is given; None: its own.
         checkpointing: whether activations of blocks are computed again in backward.
+        autocast: whether a step is computed under torch's autocast in bfloat16, whatever the dtype of the weights.
         flops: operations a second of one device, in the place of an accelerator's.
         utilization: share of that speed that is reached; None: what was measured on this accelerator with this method,
             or else `ASSUMED_UTILIZATION`.
@@ -91,6 +92,7 @@ class Setting:
     sequence: int = 2048
     image_size: int | None = None
     checkpointing: bool = False
+    autocast: bool = False
     accelerator: str = "h100"
     flops: float | None = None
     utilization: float | None = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from isotune.experiments.measure import Kept, counted_operators
-from isotune.internals.torch_state import GROUPED_PRODUCT
+from isotune.internals.torch_state import GROUPED_PRODUCT, FakeTensorMode
 from isotune.internals.transformers_state import attention_of
 
 
@@ -70,6 +70,17 @@ def trace(model: nn.Module, inputs: dict[str, Tensor]) -> Trace:
     found.backward = flops.get_total_flops() - found.forward
     found.kept, found.largest = counter.nbytes, counter.largest
     return found
+
+
+@contextlib.contextmanager
+def autocast(model: nn.Module) -> Iterator[None]:
+    """Let a step be followed under torch's autocast in bfloat16, with tensors of the CPU that have no numbers.
+
+    The model is moved to them, as the meta device has no autocast.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
+        model.to_empty(device="cpu")
+        yield
 
 
 @contextlib.contextmanager
@@ -156,6 +167,8 @@ def attention(
         causal = getattr(module, "is_causal", True)
         layout = {"memory_format": torch.contiguous_format}
         position_bias = position_bias.clone(**layout) if causal else position_bias.contiguous()
+    if torch.is_autocast_enabled("cpu"):  # as torch's own attention is computed then
+        query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
     result: Tensor = _Attention.apply(query, key, value, position_bias)  # type: ignore[no-untyped-call]
     return result.transpose(1, 2), None
 

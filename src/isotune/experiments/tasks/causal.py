@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from statistics import fmean
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import DataCollatorForSeq2Seq
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from isotune.experiments import loop, models, processes
+from isotune.experiments import data, loop, models, processes
 from isotune.experiments.encoded import Encoded
 from isotune.experiments.recipe import RecipeError
 from isotune.experiments.sections import Padding
@@ -65,6 +66,20 @@ class CausalTask(Task):
     """What tasks of causal language models share; see `Task`. What is learnt of which text, a subclass says."""
 
     peft_type = "CAUSAL_LM"
+    splits: dict[str, list[Any]]
+    """The examples of each split, none of which is left out; each has `content`, all that it says, and `set`."""
+
+    def arrange(self, read: dict[str, list[Any]], key: Callable[[Any], Hashable]) -> None:
+        """Take what was read; as `data.arrange`."""
+        arranged = data.arrange(self.recipe.data, read, key)
+        self.splits = {split: arranged.get(split, []) for split in ("train", "validation", "test")}
+        self.sizes = {split: len(found) for split, found in self.splits.items()}
+
+    def fingerprint(self) -> str:
+        return data.fingerprint(*([example.content for example in split] for split in self.splits.values()))
+
+    def about(self) -> dict[str, Any]:
+        return {"sets": dict(Counter(one.set for one in self.splits["test"] if one.set is not None))}
 
     def build(self) -> tuple[Any, list[str]]:
         return models.load_causal(self.recipe.model, self.recipe.dtype), []
@@ -111,8 +126,23 @@ class CausalTask(Task):
         """Rows of `input_ids` and, where a token is learnt, `labels`; raises DataError where none is left."""
 
     @abstractmethod
-    def examine(self, model: Any, split: str) -> tuple[list[Any], dict[str, float], list[Any]]:
-        """What a model answers to the examples of a split, the metrics of that, and the right answers."""
+    def answered(self, model: Any, split: str) -> list[Any]:
+        """What a model answers to the examples of a split."""
+
+    @abstractmethod
+    def scores(self, split: str, answered: Sequence[Any]) -> dict[str, float]:
+        """The metrics of that."""
+
+    def examine(self, model: Any, split: str) -> tuple[list[Any], dict[str, float]]:
+        """What a model answers to the examples of a split, and the metrics of that."""
+        answered = self.answered(model, split)
+        return answered, self.scores(split, answered)
+
+    def predict(self, model: Any) -> list[Any]:
+        return self.answered(model, "test")
+
+    def score(self, predictions: Sequence[Any]) -> dict[str, float]:
+        return self.scores("test", predictions)
 
     def encode(self) -> Encoded:
         """The training set for TRL; the rest is examined one way or another."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 from abc import abstractmethod
-from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -26,29 +25,18 @@ LARGEST_EXPONENT = 700.0
 class DialogueTask(CausalTask):
     """What tasks of dialogues share; see `Task`. What a row says, a subclass reads."""
 
-    splits: dict[str, list[Any]]
-
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         rows, _ = data.read(recipe.data)
-        read = {split: [self.dialogue(row) for row in found] for split, found in rows.items()}
-        arranged = data.arrange(recipe.data, read, self.key)
-        self.splits = {split: arranged.get(split, []) for split in ("train", "validation", "test")}
-        self.sizes = {split: len(found) for split, found in self.splits.items()}
+        # Equal prompts, or equal dialogues, stay together where a test set is made of the training set.
+        self.arrange(
+            {split: [self.dialogue(row) for row in found] for split, found in rows.items()},
+            lambda dialogue: json.dumps(dialogue.prompt or dialogue.completion, sort_keys=True),
+        )
 
     @abstractmethod
     def dialogue(self, row: Row) -> Any:
         """What a row says; raises DataError where it lacks something."""
-
-    def key(self, dialogue: Any) -> Hashable:
-        """What makes two dialogues the same when a test set is made of the training set: the prompt, or all."""
-        return json.dumps(dialogue.prompt or dialogue.completion, sort_keys=True)
-
-    def fingerprint(self) -> str:
-        return data.fingerprint(*([dialogue.content for dialogue in split] for split in self.splits.values()))
-
-    def about(self) -> dict[str, Any]:
-        return {"sets": dict(Counter(one.set for one in self.splits["test"] if one.set is not None))}
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -85,20 +73,10 @@ class Answers(DialogueTask):
             found[split] = self.fitting(split, texts, whole=True)
         return found
 
-    def answers(self, predictions: Sequence[Any], references: Sequence[Any]) -> None:
+    def answers(self, predictions: Sequence[Any]) -> None:
         return None  # losses
 
-    def predict(self, model: Any) -> list[Any]:
-        return self._losses(model, "test")
-
-    def score(self, predictions: Sequence[Any]) -> dict[str, float]:
-        return self._scores("test", predictions)
-
-    def examine(self, model: Any, split: str) -> tuple[list[Any], dict[str, float], list[Any]]:
-        losses = self._losses(model, split)
-        return losses, self._scores(split, losses), []
-
-    def _losses(self, model: Any, split: str) -> list[float]:
+    def answered(self, model: Any, split: str) -> list[float]:
         """The mean negative log-likelihood of a learnt token, for each dialogue."""
         rows = self.training_rows(split)
         first = [next(i for i, label in enumerate(row["labels"]) if label != IGNORED) for row in rows]
@@ -110,10 +88,10 @@ class Answers(DialogueTask):
                 found[index] = -float(scores[torch.tensor(learnt, device=scores.device)].mean())
         return found
 
-    def _scores(self, split: str, losses: Sequence[float]) -> dict[str, float]:
+    def scores(self, split: str, answered: Sequence[float]) -> dict[str, float]:
         counts = [float(sum(label != IGNORED for label in row["labels"])) for row in self._rows[split].values()]
         sets = [self.splits[split][place].set for place in self._rows[split]]
-        scores = by_set("loss", sets, losses, counts)
+        scores = by_set("loss", sets, answered, counts)
         return {**scores, "perplexity": math.exp(min(scores["loss"], LARGEST_EXPONENT))}
 
 

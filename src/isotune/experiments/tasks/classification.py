@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, TrainerCallback, default_data_collator
 
 from isotune.experiments import data, loop, models, processes
 from isotune.experiments.encoded import Encoded, class_scores, likeliest, regression_scores
-from isotune.experiments.recipe import Recipe, Train
+from isotune.experiments.recipe import Recipe
+from isotune.experiments.resampling import Answers
 from isotune.experiments.run import Run
 from isotune.experiments.tasks.task import Task
 
@@ -76,6 +78,31 @@ class Classifier(Task):
     def training_batch(self) -> dict[str, Any]:
         return dict(self.encoded.collate(self.encoded.train[: self.recipe.train.batch_size]))
 
+    @abstractmethod
+    def last_layer(self, model: Any, head: Sequence[str]) -> nn.Module | None:
+        """What makes the outputs of few numbers for each example, by which alone a head can be trained; or None."""
+
+    def train(
+        self, model: Any, run: Run, head: Sequence[str], callbacks: Sequence[TrainerCallback] = ()
+    ) -> loop.Outcome:
+        last = self.last_layer(model, head) if run.method.name == "head" else None
+        if last is None:
+            return super().train(model, run, head, callbacks)
+        # The encoder does not change, so each example goes through it once and not once an epoch.
+        encoded, size, began = self.encoded, run.settings.eval_batch_size, time.perf_counter()
+        splits = {
+            split: _features(model, last, getattr(encoded, split), encoded.collate, self.length, size)
+            for split in ("train", "validation", "test")
+        }
+        if None in splits.values():
+            return super().train(model, run, head, callbacks)
+        bare = models.FeatureHead(getattr(model, "dropout", nn.Identity()), last).eval()
+        embedding = time.perf_counter() - began
+        features: Any = {**splits, "collate": default_data_collator}
+        outcome = loop.train(bare, replace(encoded, **features), run, ["classifier"])
+        # The loop has seen embeddings and no tokens.
+        return replace(outcome, model=model, seconds=outcome.seconds + embedding, tokens_per_second=None)
+
     def predict(self, model: Any) -> list[Any]:
         encoded, size = self.encoded, self.recipe.train.eval_batch_size
         device = next(model.parameters()).device
@@ -88,7 +115,14 @@ class Classifier(Task):
         return found
 
     def score(self, predictions: Sequence[Any]) -> dict[str, float]:
-        return self.measure(predictions, [row["labels"] for row in self.encoded.test])
+        return self.measure(predictions, self._labels())
+
+    def answers(self, predictions: Sequence[Any]) -> Answers | None:
+        return Answers.of(predictions, self._labels())
+
+    def _labels(self) -> list[int | float]:
+        """Of the test examples, in the order of predictions."""
+        return [row["labels"] for row in self.encoded.test]
 
     def decide(self, logits: Any) -> list[Any]:
         """Predictions from logits (examples, classes)."""
@@ -132,27 +166,8 @@ class TextClassification(Classifier):
     def length(self, row: Row) -> int:
         return len(row["input_ids"])
 
-    def train(
-        self, model: Any, run: Run, head: Sequence[str], callbacks: Sequence[TrainerCallback] = ()
-    ) -> loop.Outcome:
-        if run.method.name != "head" or not isinstance(model, models.MeanPooledClassifier):
-            return super().train(model, run, head, callbacks)
-        # The encoder does not change, so each text is embedded once and not once an epoch.
-        encoded = self.encoded
-        began = time.perf_counter()
-        features = replace(
-            encoded,
-            collate=default_data_collator,
-            train=_features(model, encoded.train, encoded.collate, run.settings),
-            validation=_features(model, encoded.validation, encoded.collate, run.settings),
-            test=_features(model, encoded.test, encoded.collate, run.settings),
-        )
-        bare = models.FeatureHead(model.dropout, model.classifier).eval()
-        embedding = time.perf_counter() - began
-        outcome = loop.train(bare, features, run, head)
-        # The loop has seen embeddings and no tokens.
-        seconds = outcome.seconds + embedding
-        return replace(outcome, model=model, seconds=seconds, tokens_per_second=None)
+    def last_layer(self, model: Any, head: Sequence[str]) -> nn.Module | None:
+        return model.classifier if isinstance(model, models.MeanPooledClassifier) else None
 
 
 class TextRegression(TextClassification):
@@ -172,16 +187,27 @@ class TextRegression(TextClassification):
         return regression_scores(predictions, labels)
 
 
-def _features(model: Any, rows: Sequence[Row], collate: Any, settings: Train) -> list[Row]:
+def _features(
+    model: Any, last: nn.Module, rows: Sequence[Row], collate: Any, length: Callable[[Row], int], size: int
+) -> list[Row] | None:
+    """What the last layer reads of each row; None where the model's outputs are not those of this layer."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).eval()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    order = sorted(range(len(rows)), key=lambda i: length(rows[i]))
     found: list[Any] = [None] * len(rows)
-    with torch.no_grad():
-        for start in processes.with_bar(range(0, len(rows), settings.eval_batch_size), "embedding", "batch"):
-            indices = order[start : start + settings.eval_batch_size]
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = last.register_forward_hook(lambda _, given, made: seen.append((given[0], made)))
+    try:
+        for start in processes.with_bar(range(0, len(rows), size), "embedding", "batch"):
+            indices = order[start : start + size]
             batch = {name: value.to(device) for name, value in collate([rows[i] for i in indices]).items()}
-            batch.pop("labels")
-            for i, feature in zip(indices, model.embed(**batch).cpu(), strict=True):
-                found[i] = {"features": feature, "labels": rows[i]["labels"]}
+            labels, seen[:] = batch.pop("labels"), []
+            with torch.no_grad():
+                logits = model(**batch).logits
+            if len(seen) != 1 or seen[0][1] is not logits:
+                return None
+            for i, feature, label in zip(indices, seen[0][0].cpu(), labels.tolist(), strict=True):
+                found[i] = {"features": feature, "labels": label}
+    finally:
+        hook.remove()
     return found

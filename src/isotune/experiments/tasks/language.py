@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from statistics import fmean
 from typing import Any
 
@@ -32,6 +31,11 @@ class Question:
     set: str | None = None
     """The test set that it belongs to, where there are several."""
 
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """All that it says, as JSON."""
+        return astuple(self)
+
 
 class LanguageTask(CausalTask):
     """Questions answered in words; see `Task`. What a right answer is, a subclass says."""
@@ -55,8 +59,7 @@ class LanguageTask(CausalTask):
             split: [self.question(row, columns, judged=split != "train") for row in found]
             for split, found in rows.items()
         }
-        arranged = data.arrange(recipe.data, found, lambda question: question.prompt)
-        self.splits = {split: arranged.get(split, []) for split in ("train", "validation", "test")}
+        self.arrange(found, lambda question: question.prompt)
         if recipe.score != "loss" and recipe.choose_by != "loss":
             for question in self.splits["validation"]:
                 if not question.answer:
@@ -64,7 +67,6 @@ class LanguageTask(CausalTask):
                         f"a validation question has no answer to judge by ({question.prompt[-60:]!r}); "
                         "set choose_by=loss to choose by the loss"
                     )
-        self.sizes = {split: len(questions) for split, questions in self.splits.items()}
 
     @abstractmethod
     def question(self, row: Row, columns: Data, judged: bool) -> Question:
@@ -84,24 +86,10 @@ class LanguageTask(CausalTask):
         parts = {self.shown: text, **({"{input}": further} if further else {})}
         return re.sub("|".join(map(re.escape, parts)), lambda found: parts[found[0]], prompt)
 
-    def fingerprint(self) -> str:
-        return data.fingerprint(
-            *([(q.prompt, q.completion, q.answer, q.choices, q.set) for q in split] for split in self.splits.values())
-        )
-
-    def about(self) -> dict[str, Any]:
-        return {"sets": dict(Counter(question.set for question in self.splits["test"] if question.set is not None))}
-
     @property
     def generates(self) -> bool:  # type: ignore[override]
         """Whether answers are written token by token."""
         return self.recipe.score == "generation"
-
-    def predict(self, model: Any) -> list[Any]:
-        return self._answers(model, self.splits["test"], self.recipe.score)
-
-    def score(self, predictions: Sequence[Any]) -> dict[str, float]:
-        return self._scores(self.splits["test"], predictions)
 
     def training_rows(self, split: str) -> list[dict[str, Any]]:
         texts = []
@@ -117,33 +105,34 @@ class LanguageTask(CausalTask):
             given = min(len(self.tokenizer(question.prompt)["input_ids"]), len(ids))
         return ids, 0 if self.recipe.learn == "text" else given
 
-    def examine(self, model: Any, split: str) -> tuple[list[Any], dict[str, float], list[Any]]:
-        questions = self.splits[split]
-        answers = [question.answer for question in questions]
+    def examine(self, model: Any, split: str) -> tuple[list[Any], dict[str, float]]:
         if split == "validation" and self.recipe.choose_by == "loss" and self.recipe.score != "loss":
-            return [], {"loss": fmean(self._answers(model, questions, "loss"))}, answers
-        predictions = self._answers(model, questions, self.recipe.score)
-        return predictions, self._scores(questions, predictions), answers
+            return [], {"loss": fmean(self._answers(model, split, "loss"))}
+        return super().examine(model, split)
 
-    def answers(self, predictions: Sequence[Any], references: Sequence[Any]) -> Answers | None:
+    def answered(self, model: Any, split: str) -> list[Any]:
+        return self._answers(model, split, self.recipe.score)
+
+    def answers(self, predictions: Sequence[Any]) -> Answers | None:
         if self.recipe.score == "loss":
             return None
         pairs = zip(self.splits["test"], predictions, strict=True)
         return Answers.of([self.right(question, prediction) for question, prediction in pairs], [1] * len(predictions))
 
-    def _answers(self, model: Any, questions: Sequence[Question], score: str) -> list[Any]:
+    def _answers(self, model: Any, split: str, score: str) -> list[Any]:
         """What a model says to each question: a text, one of the choices, or the loss of the right answer."""
         answers: dict[str, Callable[[Any, Sequence[Question]], list[Any]]]
         answers = {"generation": self._generated, "likelihood": self._likeliest, "loss": self._losses}
         with torch.no_grad(), quiet():
-            return answers[score](model.eval(), questions)
+            return answers[score](model.eval(), self.splits[split])
 
-    def _scores(self, questions: Sequence[Question], predictions: Sequence[Any]) -> dict[str, float]:
+    def scores(self, split: str, answered: Sequence[Any]) -> dict[str, float]:
         """The mean over the test sets, and each by its name where there are several."""
+        questions = self.splits[split]
         name = "loss" if self.recipe.score == "loss" else "accuracy"
         values = [
             prediction if name == "loss" else float(self.right(question, prediction))
-            for question, prediction in zip(questions, predictions, strict=True)
+            for question, prediction in zip(questions, answered, strict=True)
         ]
         return by_set(name, [question.set for question in questions], values)
 

@@ -163,32 +163,22 @@ class Preference(DialogueTask):
             encoded = replace(encoded, options={**encoded.options, "ref_model": copy.copy(model.get_base_model())})
         return loop.train(model, encoded, run, head, callbacks)
 
-    def predict(self, model: Any) -> list[Any]:
-        return self._margins(model, "test")
-
-    def score(self, predictions: Sequence[Any]) -> dict[str, float]:
-        return self._scores("test", predictions)
-
-    def examine(self, model: Any, split: str) -> tuple[list[Any], dict[str, float], list[Any]]:
-        margins = self._margins(model, split)
-        return margins, self._scores(split, margins), []
-
-    def answers(self, predictions: Sequence[Any], references: Sequence[Any]) -> Answers | None:
+    def answers(self, predictions: Sequence[Any]) -> Answers | None:
         return Answers.of([margin > 0 for margin in predictions], [1] * len(predictions))
 
     def score_untrained(self, model: Any) -> dict[str, float] | None:
         return None  # its margins are against itself, and zero
 
-    def _scores(self, split: str, margins: Sequence[float]) -> dict[str, float]:
-        values = torch.tensor(margins, dtype=torch.float64)
-        right = [float(margin > 0) for margin in margins]
+    def scores(self, split: str, answered: Sequence[float]) -> dict[str, float]:
+        values = torch.tensor(answered, dtype=torch.float64)
+        right = [float(margin > 0) for margin in answered]
         return {
             **by_set("accuracy", [self.splits[split][place].set for place in self.pairs[split]], right),
             "loss": float(functional.softplus(-values).mean()),
-            "margin": fmean(margins),
+            "margin": fmean(answered),
         }
 
-    def _margins(self, model: Any, split: str) -> list[float]:
+    def answered(self, model: Any, split: str) -> list[float]:
         reference = self._reference(split, model, trained=True)
         now = self._likelihoods(split, model)
         beta = self.recipe.preference.beta

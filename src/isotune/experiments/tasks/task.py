@@ -112,12 +112,12 @@ class Task(ABC):
     def score(self, predictions: Sequence[Any]) -> dict[str, float]:
         """The metrics of answers to the test examples."""
 
-    def answers(self, predictions: Sequence[Any], references: Sequence[Any]) -> Answers | None:
+    @abstractmethod
+    def answers(self, predictions: Sequence[Any]) -> Answers | None:
         """What was answered to the test examples, as classes or numbers, or as 1 for right and 0 for wrong beside 1.
 
-        `predictions` and `references` are those of an `Outcome`. None where no metric adds up over the examples.
+        None where no metric adds up over the examples.
         """
-        return Answers.of(predictions, references)
 
     def score_untrained(self, model: Any) -> dict[str, float] | None:
         """The metrics of a model that `build` made, before it is trained; None where they would say nothing."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from isotune.experiments import data, models
 from isotune.experiments.builtin_images import BuiltinImage
@@ -53,6 +54,10 @@ class ImageClassification(Classifier):
 
     def build(self) -> tuple[Any, list[str]]:
         return models.load_image_classifier(self.recipe.model, self.examples.labels, self.recipe.image_size)
+
+    def last_layer(self, model: Any, head: Sequence[str]) -> nn.Module | None:
+        found: nn.Module | None = model.get_submodule(head[0]) if len(head) == 1 else None
+        return found
 
     def rows(self, split: Sequence[data.Example]) -> list[dict[str, Any]]:
         return [{"image": example.text, "labels": example.label} for example in split]

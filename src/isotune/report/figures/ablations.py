@@ -37,10 +37,7 @@ def sizes(comparison: Comparison, looks: Looks) -> Section | None:
         letter = entry(first.name).size_names[key]
         name = first.title.replace(f" {letter}={first.method[key]}", "", 1)
         listed.append(f"{name}: " + ", ".join(f"{x:g} {comparison.shown(v.mean)}" for x, v in members))
-        texts = [
-            hover(safe(v.title), f"{comparison.shown(v.mean)} {comparison.shown_error(v.standard_error)}", _trained(v))
-            for _, v in members
-        ]
+        texts = [hover(safe(v.title), comparison.shown(v.mean, v.standard_error), _trained(v)) for _, v in members]
         data.append(
             {
                 "name": safe(name),
@@ -103,9 +100,7 @@ def vectors(comparison: Comparison, looks: Looks) -> Section | None:
         "xaxis": names([what for what, _ in members], "trained besides the rotation"),
         "yaxis": scores(comparison, f"test {comparison.metric_name}"),
     }
-    alt = "; ".join(
-        f"{what}: {comparison.shown(v.mean)} {comparison.shown_error(v.standard_error)}" for what, v in members
-    )
+    alt = "; ".join(f"{what}: {comparison.shown(v.mean, v.standard_error)}" for what, v in members)
     caption = "Circles: seeds; diamonds: their mean with one standard error."
     figure = Figure("vectors", "PSOFT with and without its vectors", caption, alt + ".", data, layout, 340)
     text = "None is the strict method, which keeps angles and norms; α and β scale the principal directions."

@@ -69,8 +69,7 @@ def _against(
         symbol = looks.symbol(variant) + ("" if on else "-open")
         marker = {"size": 12 if on else 10, "color": colour, "symbol": symbol, "line": {"width": 0 if on else 2}}
         bars = error([variant.standard_error or 0], 1.2, 3, colour)
-        shown = f"{comparison.shown(score)} {comparison.shown_error(variant.standard_error)}"
-        text = hover(safe(variant.title), show(cost), shown)
+        text = hover(safe(variant.title), show(cost), comparison.shown(score, variant.standard_error))
         data.append(marks(variant, [cost], [score], text, marker=marker, error_y=bars))
     ends = [score + sign * (v.standard_error or 0.0) for _, score, v in points for sign in (-1, 1)]
     logarithmic = min(values) > 0 and max(values) / min(values) > 8
@@ -110,7 +109,7 @@ _MARKS: dict[Show, list[float]] = {
 
 
 def _ticks(values: Sequence[float], show: Show, *, logarithmic: bool) -> Spec:
-    """An axis whose ticks are written as the table writes them."""
+    """An axis with round ticks."""
     low, high = min(values), max(values)
     if low == high:
         return {"tickvals": [low], "ticktext": [show(low)]}
@@ -121,7 +120,7 @@ def _ticks(values: Sequence[float], show: Show, *, logarithmic: bool) -> Spec:
         places = [step * i for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
         pad = 0.12 * (high - low or step)
         places = [place for place in places if low - 0.9 * pad <= place <= high + 0.5 * pad]
-        return marked(places, [_tick(place, show) for place in places], [low - pad, high + pad])
+        return marked(places, _texts(places, show), [low - pad, high + pad])
     inside = [mark for mark in _MARKS[show] if low / 1.2 <= mark <= high * 1.2] or [low, high]
     decades = [mark for mark in inside if math.log10(mark).is_integer()]
     if show is count and len(decades) > 2:
@@ -129,13 +128,20 @@ def _ticks(values: Sequence[float], show: Show, *, logarithmic: bool) -> Spec:
     places = inside[:: -(-len(inside) // 5)]
     ends = math.log10(low), math.log10(high)
     pad = 0.08 * (ends[1] - ends[0]) + 0.07
-    return marked(places, [_tick(place, show) for place in places], [ends[0] - pad, ends[1] + pad], type="log")
+    texts = [_texts([place], show)[0] for place in places]
+    return marked(places, texts, [ends[0] - pad, ends[1] + pad], type="log")
 
 
-def _tick(value: float, show: Show) -> str:
-    if show is not count:
-        return show(value).replace(".0 ", " ")
-    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:g} {letter}"
-    return f"{value:g}"
+_UNITS: dict[Show, tuple[tuple[float, str], ...]] = {
+    count: ((1e9, " G"), (1e6, " M"), (1e3, " k"), (1.0, "")),
+    size: ((2.0**30, " GiB"), (2.0**20, " MiB"), (2.0**10, " KiB"), (1.0, " B")),
+    duration: ((_HOUR, " h"), (_MINUTE, " min"), (1.0, " s")),
+}
+
+
+def _texts(places: Sequence[float], show: Show) -> list[str]:
+    """Ticks in the largest unit in which one decimal is enough for each, so that no two read alike."""
+    units = [(unit, name) for unit, name in _UNITS[show] if unit <= max(places)] or [_UNITS[show][-1]]
+    exact = (one for one in units if all(math.isclose(x := 10 * place / one[0], round(x)) for place in places))
+    unit, name = next(exact, units[-1])
+    return [f"{place / unit:,.6g}{name}" for place in places]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from isotune.experiments.outcome import MethodResult
+from isotune.experiments.scores import is_share
 from isotune.report.figures.looks import Looks, Spec
 from isotune.report.results import Comparison
 
@@ -44,7 +45,7 @@ def mean(
     """A method's mean as a diamond with its standard error along the axis of scores, at a place on the other one."""
     colour = looks.colour(variant)
     first, *rest = text
-    shown = f"mean {comparison.shown(variant.mean)} {comparison.shown_error(variant.standard_error)}"
+    shown = f"mean {comparison.shown(variant.mean, variant.standard_error)}"
     places: dict[str, list[float | None]] = {along: [variant.mean], "y" if along == "x" else "x": [at]}
     return marks(
         variant,
@@ -94,7 +95,7 @@ _NARROW = 0.02
 
 def scores(comparison: Comparison, title: str, values: Sequence[float] = ()) -> Spec:
     """An axis of scores; where `values` are almost alike, one that does not make their differences large."""
-    found = axis(title, tickformat="~%" if comparison.percent else ".3~f")
+    found = axis(title, tickformat="~%" if is_share(comparison.metric) else ".3~f")
     if values and max(values) - min(values) < _NARROW:
         middle = (max(values) + min(values)) / 2
         found["range"] = [middle - _NARROW, middle + _NARROW]

@@ -9,7 +9,7 @@ from isotune.report.results import Comparison
 
 def seeds(comparison: Comparison, looks: Looks) -> Section | None:
     """The score of every seed and the mean of each method."""
-    shown = sorted(comparison.scored, key=lambda v: v.mean or 0.0, reverse=not comparison.higher_is_better)
+    shown = comparison.ranked(comparison.scored)[::-1]
     if not shown:
         return None
     data: list[Spec] = []

@@ -32,6 +32,15 @@ def run_script(name: str, *arguments: str, folder: Path) -> CompletedProcess[str
     return CompletedProcess([name, *arguments], code, stdout, stderr)
 
 
+def printed_by(code: str, *arguments: str, folder: Path) -> str:
+    """What this code prints, run as a script that must succeed and is kept in the folder."""
+    script = folder / "script.py"
+    script.write_text(code)
+    done = run_script(str(script), *arguments, folder=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def torchrun(count: int, script: str, folder: Path, *arguments: str) -> list[Any]:
     """What each of several processes finds, that meet as those of torchrun do.
 
@@ -54,17 +63,21 @@ def torchrun(count: int, script: str, folder: Path, *arguments: str) -> list[Any
         environment = {name: str(value) for name, value in {**group, "RANK": rank, "LOCAL_RANK": rank}.items()}
         processes.append(_started(Path(script), [str(folder), *arguments], own, environment))
     codes = _ended(processes)
-    assert not any(codes), "\n".join((own / STREAMS[1]).read_text()[-4000:] for own in printed)
+    assert not any(codes), "\n".join([str(codes), *((own / STREAMS[1]).read_text()[-4000:] for own in printed)])
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(count)]
 
 
+def copies() -> Any:
+    """Processes that begin as copies of one, from which the engine of the library takes its own too."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["isotune.experiments.preload"])
+    return context
+
+
 def _started(path: Path, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Any:
-    # With the same preload as the engine of the library, whose server of copies this is in one process.
-    copies = multiprocessing.get_context("forkserver")
-    copies.set_forkserver_preload(["isotune.experiments.preload"])
     # The server's own environment is that of when it began.
     everything = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    child = copies.Process(target=_run, args=(str(path), list(arguments), str(folder), everything))
+    child = copies().Process(target=_run, args=(str(path), list(arguments), str(folder), everything))
     child.start()
     return child
 

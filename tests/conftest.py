@@ -25,7 +25,7 @@ import pytest
 if TYPE_CHECKING:
     from torch import nn
 
-PRODUCT = 100
+PRODUCT = 30
 """Cases of one test of which all run; of more a part in which every two values of different parameters meet."""
 
 

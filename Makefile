@@ -2,7 +2,7 @@
 # make test   lint, types and every test, the slow ones on real models included
 # make quick  the tests to run while you work: no slow ones, a covering part of the contract; `make quick PART=adapter`
 #             runs those of one package, a folder or a file of tests/ (adapter, hosts, contract, user_paths, …)
-# make product  every case of every test, where `make test` takes a covering part of products of over 100
+# make product  every case of every test, where `make test` takes a covering part of products of over 30
 # make gpu    on a machine with an NVIDIA GPU: what is right, how fast, how much memory, in 8 minutes; again to continue.
 #             Needs no network and no virtual environment, only what is installed for $(PYTHON); `make gpu GPU=--dry-run`
 #             tries it on a CPU, `make gpu GPU='--only step --minutes 3'` measures a part

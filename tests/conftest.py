@@ -6,6 +6,7 @@ runs none of them.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 
@@ -24,7 +25,7 @@ import pytest
 if TYPE_CHECKING:
     from torch import nn
 
-PRODUCT = 100
+PRODUCT = 30
 """Cases of one test of which all run; of more a part in which every two values of different parameters meet."""
 
 
@@ -42,6 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("quick" if QUICK else "ci")
     torch.set_num_threads(1)  # tiny matrices gain nothing from more, and several runs may share the machine
     config.addinivalue_line("filterwarnings", "error::isotune.errors.IsotuneWarning")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now out of every later search for garbage, which would take longer than most tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

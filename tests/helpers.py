@@ -7,8 +7,6 @@ import functools
 import gc
 import itertools
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -508,14 +506,6 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
     for name, (identity, flag, value) in before["parameters"].items():
         assert after["parameters"][name][:2] == (identity, flag), name
         assert torch.equal(after["parameters"][name][2].nan_to_num(7.0), value.nan_to_num(7.0)), name
-
-
-def torchrun(count: int, *command: Any, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a script in processes of one thread each, on a free port."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    done = subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True, timeout=600)
-    assert not check or done.returncode == 0, done.stderr[-4000:]
-    return done
 
 
 @contextmanager

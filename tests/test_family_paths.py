@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from helpers import (
 )
 from isotune import get_peft_model
 from isotune.methods import METHODS
+from scripts import printed_by
 
 FAMILY = [name for name in OPTIONS_FOR_TINY if name != "psoft"]
 every_method = pytest.mark.parametrize("method", FAMILY)
@@ -49,15 +48,13 @@ def trained(method: str, base: nn.Module) -> PeftModel:
     return model.eval()
 
 
-_LOAD = """
+LOAD = """
 import sys, torch
-torch.set_num_threads(2)
-sys.path.insert(0, {tests!r})
-import isotune
-from helpers import tiny_llama
 from pathlib import Path
 from peft import PeftModel
-for folder in map(Path, {folders!r}):
+from helpers import tiny_llama
+torch.set_num_threads(2)
+for folder in map(Path, sys.argv[1:]):
     model = PeftModel.from_pretrained(tiny_llama(), str(folder)).eval()
     with torch.no_grad():
         torch.save(model(input_ids=torch.arange(4, 24).reshape(2, 10)).logits, folder / "logits.pt")
@@ -76,8 +73,7 @@ def test_train_save_and_load_in_another_process(tmp_path: Path) -> None:
         again = PeftModel.from_pretrained(tiny_llama(), str(folder)).eval()
         with torch.no_grad():
             assert torch.equal(again(input_ids=TOKENS).logits, expected[folder]), method
-    script = _LOAD.format(tests=str(Path(__file__).parent), folders=list(map(str, expected)))
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    printed_by(LOAD, *map(str, expected), folder=tmp_path)
     for folder, logits in expected.items():
         found = torch.load(folder / "logits.pt", weights_only=True)
         assert relative_error(found, logits) < 1e-6, folder.name

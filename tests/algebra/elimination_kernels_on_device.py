@@ -23,7 +23,9 @@ from isotune.algebra.skew import skew_from_vector, skew_size, vector_from_skew
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-on_gpu = pytest.mark.skipif(INTERPRETED, reason="what is checked is how a GPU is used")
+on_gpu = pytest.mark.skipif(INTERPRETED, reason="how a GPU is used, or a case in which the interpreter is slow")
+every_path = pytest.mark.parametrize("n", [8, pytest.param(46, marks=on_gpu), 65])
+"""A tile that is full, one that is not, which every_shape has too, and several."""
 # One matrix, and more than a program takes; sizes that fill their tiles and such that do not, of one block to four.
 SHAPES = [(1, 2), (9, 3), (19, 8), (1, 11), (3, 16), (2, 31), (2, 46), (1, 64), (1, 65)]
 LARGE = [(1, 130)] if INTERPRETED else [(1, 200), (7, 256), (3, 352)]
@@ -87,7 +89,7 @@ def test_zero_is_exactly_the_identity(n: int) -> None:
     assert not cayley_by_elimination(torch.zeros(2, n, n, device=DEVICE)).any()
 
 
-@pytest.mark.parametrize("n", [8, 46, 65])
+@every_path
 def test_matrices_do_not_meet(n: int) -> None:
     """A matrix with an entry that is not a number spoils itself alone, and each is what it is by itself."""
     generator = skew(3, n, 0.5)
@@ -99,7 +101,7 @@ def test_matrices_do_not_meet(n: int) -> None:
     assert found[1].isnan().any()
 
 
-@pytest.mark.parametrize("n", [8, 46, 70])
+@every_path
 def test_the_transform_takes_them_forward_and_backward(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     inner = elimination_kernels.cayley_by_elimination

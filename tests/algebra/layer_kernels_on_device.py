@@ -87,8 +87,7 @@ def decoder(method: str, bias: bool) -> Any:
     return as_trained(method, base.to(DEVICE), "0", "2").to(DEVICE)
 
 
-@pytest.mark.parametrize("method", ["psoft", "lora_xs", "oplora"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("method", "bias"), [("psoft", True), ("lora_xs", False), ("oplora", True)])
 def test_a_model_takes_them_for_one_token(method: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[tuple[Tensor, Tensor]] = []
 

@@ -40,7 +40,7 @@ def accelerator_of(mixed_precision: str | None = None, **plugin: Any) -> Acceler
 
 def prepared(accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, Any]:
     """The model and an optimizer of what is trained, as accelerate gives them back."""
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.01)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=worker.RATE)
     return accelerator.prepare(model, optimizer)
 
 
@@ -118,11 +118,11 @@ def trainer_of(out: Path, fsdp: dict[str, Any] | None) -> Any:
         max_steps=worker.STEPS,
         per_device_train_batch_size=worker.ROWS // size,
         per_device_eval_batch_size=worker.ROWS // size,
-        learning_rate=0.01,
+        learning_rate=worker.RATE,
         lr_scheduler_type="constant",
         logging_steps=1,
         eval_strategy="steps",
-        eval_steps=7,
+        eval_steps=4,
         save_steps=worker.STEPS // 2,
         report_to=[],
         disable_tqdm=True,

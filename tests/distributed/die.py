@@ -1,4 +1,4 @@
-"""`isotune train RECIPE` that is killed while its main process writes the checkpoint of a step."""
+"""`isotune train FOLDER/recipe.json` that is killed while its main process writes the checkpoint of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peft import peft_model
 from isotune.experiments.recipe import validate
 from isotune.experiments.train import train as run
 
-recipe, step = Path(sys.argv[1]), sys.argv[2]
+recipe, step = Path(sys.argv[1]) / "recipe.json", sys.argv[2]
 original = safetensors.torch.save
 
 

@@ -11,7 +11,7 @@ from torch import distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from distributed.worker import ROWS, adapted, main, refused, sharded
+from distributed.worker import RATE, ROWS, adapted, main, refused, sharded
 from helpers import layers_of, some_tokens, trainable
 from isotune.moving import MovingSchedule, UoraSchedule
 
@@ -35,7 +35,7 @@ def train(model: Any, select: Any, rank: int = 0, size: int = 1) -> list[float]:
         schedule = UoraSchedule(threshold=1.0, weight=0.4, every=4)
     else:
         schedule = MovingSchedule(4, select=select, optimizer_state="project", **given)
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.01)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=RATE)
     losses = []
     for step in range(STEPS):
         rows = some_tokens(ROWS, 9, seed=step % 3)[rank::size]
@@ -64,7 +64,7 @@ def run(out: Path) -> dict[str, Any]:
     found[UORA] = train(replica := nn.parallel.DistributedDataParallel(adapted(UORA)), UORA, rank, size)
     found["counts"] = [layer.adapter("default").reinitializations.tolist() for layer in layers_of(replica)]
     model = sharded(adapted("psoft"))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
     found["fsdp uora"] = refused(
         lambda: UoraSchedule(threshold=0.1, weight=0.4, every=1).step(sharded(adapted(UORA)), None)
     )

@@ -40,9 +40,9 @@ DROPOUTS = {"psoft": "psoft_dropout", "oft": "module_dropout", "boft": "boft_dro
 
 
 def base(kind: str = "even") -> Any:
-    """Four layers with biases, whose inner features four processes can divide evenly or not."""
+    """Two layers with biases, whose inner features four processes can divide evenly or not."""
     width = WIDTHS.get(kind, WIDTHS["even"])
-    model = tiny_llama(layers=4, num_key_value_heads=4, intermediate_size=width, attention_bias=True, mlp_bias=True)
+    model = tiny_llama(num_key_value_heads=4, intermediate_size=width, attention_bias=True, mlp_bias=True)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

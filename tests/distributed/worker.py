@@ -21,7 +21,8 @@ from isotune import get_peft_model, regularization_loss
 from isotune.methods import METHODS
 from isotune.parallel.processes import average_gradients
 
-STEPS = 20
+STEPS = 10
+RATE = 0.03
 ROWS = 8
 SOLVED: list[str] = []
 
@@ -40,7 +41,7 @@ def count_solves() -> None:
 def adapted(method: str, base: nn.Module | None = None, seed: int = 7, **options: Any) -> Any:
     options = {"target_modules": ["q_proj", "v_proj"], **OPTIONS_FOR_TINY[method], **options}
     torch.manual_seed(seed)  # HRA starts at random pairs of reflections
-    model = get_peft_model(tiny_llama(layers=4) if base is None else base, METHODS[method](**options))
+    model = get_peft_model(tiny_llama() if base is None else base, METHODS[method](**options))
     randomize(model, std=0.02, seed=seed)
     return model.train()
 
@@ -53,8 +54,8 @@ def train(
     after_backward: Any = None,
     evaluate: bool = False,
 ) -> list[float]:
-    """20 steps of AdamW on the rows of this process; the loss of all rows at each."""
-    optimizer = torch.optim.AdamW(parameters, lr=0.01)
+    """Steps of AdamW on the rows of this process; the loss of all rows at each."""
+    optimizer = torch.optim.AdamW(parameters, lr=RATE)
     losses = []
     for step in range(STEPS):
         rows = some_tokens(ROWS, 9, seed=step % 3)[rank::size]

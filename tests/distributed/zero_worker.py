@@ -37,7 +37,7 @@ def configuration(stage: int, **options: Any) -> dict[str, Any]:
 
 def engine_of(model: Any, config: dict[str, Any]) -> Any:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=worker.RATE)
     return deepspeed.initialize(model=model, model_parameters=parameters, optimizer=optimizer, config=config)[0]
 
 
@@ -88,7 +88,7 @@ def merged_and_back(engine: Any) -> float:
         merged = {name: p.detach().clone() for name, p in model.named_parameters() if ".base_layer." in name}
         model.unmerge_adapter()
     after = worker.logits(engine)
-    plain = tiny_llama(layers=4)
+    plain = tiny_llama()
     state = {name.removeprefix("base_model.model.").replace(".base_layer", ""): t for name, t in merged.items()}
     plain.load_state_dict(state, strict=False)
     return max(float((worker.logits(plain) - before).abs().max()), float((after - before).abs().max()))
@@ -118,7 +118,7 @@ def run(out: Path) -> dict[str, Any]:
     )
     # The base divided while it is loaded, before there is an adapter.
     if rank == 0:
-        tiny_llama(layers=4).save_pretrained(out / "base")
+        tiny_llama().save_pretrained(out / "base")
     dist.barrier()
     for method in ("psoft", "oft"):
         before = len(worker.SOLVED)
@@ -143,7 +143,7 @@ def run_by_accelerate(out: Path, stage: int) -> dict[str, Any]:
     plugin = DeepSpeedPlugin(hf_ds_config=configuration(stage), zero3_init_flag=stage == 3)
     accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
     if accelerator.is_main_process:
-        tiny_llama(layers=4).save_pretrained(out / "base")
+        tiny_llama().save_pretrained(out / "base")
     accelerator.wait_for_everyone()
     base = LlamaForCausalLM.from_pretrained(out / "base")
     found: dict[str, Any] = {"divided": all(hasattr(p, "ds_id") for p in base.parameters())}

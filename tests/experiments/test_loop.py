@@ -268,31 +268,32 @@ def test_head_and_adapter_have_their_own_learning_rates(tiny: dict[str, Any], mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grouped", [True, False])
-@pytest.mark.parametrize("step", [4, 8, 11])
-@pytest.mark.covered(step=(8,), grouped=(True,))
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
-    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, grouped: bool
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grouped: bool
 ) -> None:
     tiny["train"] |= {"lr": 0.05, "group_by_length": grouped, "select_best": False}
     whole = run(validate({**tiny, "output": str(tmp_path / "whole")}))
-    with monkeypatch.context() as patch:
-        at_step(patch, step, lambda model: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):
-            run(validate(tiny))
-    folder = Path(tiny["output"])
-    assert progress.last_checkpoint(folder / "psoft") == folder / "psoft" / f"checkpoint-{step}"
-    assert not (folder / RESULT).exists()
-    seen: list[int] = []
-    at_step(monkeypatch, step + 1, lambda model: seen.append(step + 1))
-    resumed = run(validate(tiny))
-    assert seen == [step + 1]  # it went on, and did not start again
-    assert resumed["metrics"] == whole["metrics"]
-    assert [r["step"] for r in resumed["runs"][0]["curve"]] == [r["step"] for r in whole["runs"][0]["curve"]]
-    first, second = (
-        load_file(f / "psoft" / "adapter" / "adapter_model.safetensors") for f in (folder, tmp_path / "whole")
-    )
-    for name, weights in second.items():
-        torch.testing.assert_close(first[name], weights, rtol=1e-3, atol=1e-4)
+    for step in (4, 8, 11):
+        folder = tmp_path / str(step)
+        recipe = validate({**tiny, "output": str(folder)})
+        with monkeypatch.context() as patch:
+            at_step(patch, step, lambda model: signal.raise_signal(signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                run(recipe)
+        assert progress.last_checkpoint(folder / "psoft") == folder / "psoft" / f"checkpoint-{step}"
+        assert not (folder / RESULT).exists()
+        seen: list[int] = []
+        with monkeypatch.context() as patch:
+            at_step(patch, step + 1, lambda model, step=step, seen=seen: seen.append(step + 1))
+            resumed = run(recipe)
+        assert seen == [step + 1]  # it went on, and did not start again
+        assert resumed["metrics"] == whole["metrics"]
+        assert [r["step"] for r in resumed["runs"][0]["curve"]] == [r["step"] for r in whole["runs"][0]["curve"]]
+        first, second = (
+            load_file(f / "psoft" / "adapter" / "adapter_model.safetensors") for f in (folder, tmp_path / "whole")
+        )
+        for name, weights in second.items():
+            torch.testing.assert_close(first[name], weights, rtol=1e-3, atol=1e-4)
 
 
 def test_a_checkpoint_cut_off_while_written_is_passed_over(tmp_path: Path) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from helpers import tiny_llama
 from isotune import PsoftConfig, get_peft_model
 from isotune.experiments import measure
+from scripts import printed_by
 
 
 def test_kept_bytes_are_those_of_the_inputs_and_each_storage_counts_once() -> None:
@@ -57,10 +57,9 @@ print(before, after, measure.peak_memory())
 """
 
 
-def test_peak_memory_grows_with_what_is_held() -> None:
+def test_peak_memory_grows_with_what_is_held(tmp_path: Path) -> None:
     """In a process of its own: what other tests have left on the heap moves the peak too."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", HOLDING], capture_output=True, text=True, check=True)
-    before, after, later = map(int, done.stdout.split())
+    before, after, later = map(int, printed_by(HOLDING, folder=tmp_path).split())
     peak = 4 * 40_000_000
     assert before > 100 * 2**20
     assert after > before + peak * 3 // 4

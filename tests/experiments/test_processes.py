@@ -13,13 +13,10 @@ import pytest
 
 from isotune.experiments import processes
 from isotune.experiments.recipe import RecipeError, validate
+from scripts import torchrun
 from trainings import found_in, run
 
-DIE = Path(__file__).parents[1] / "distributed" / "die.py"
-
-
-def launch(launcher: list[str], *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *launcher, *command], capture_output=True, text=True, timeout=600)
+DIE = str(Path(__file__).parents[1] / "distributed" / "die.py")
 
 
 @pytest.mark.slow
@@ -35,18 +32,18 @@ def test_a_run_killed_in_a_checkpoint_ends_as_one_process_would(tiny: dict[str, 
 
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(tiny))
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    killed = launch(torchrun, str(DIE), str(recipe), "16")
-    assert killed.returncode
+    with pytest.raises(AssertionError, match="-9"):
+        torchrun(2, DIE, tmp_path, "16")
     folder = Path(tiny["output"]) / "psoft"
     assert (folder / "checkpoint-8" / "trainer_state.json").exists()
     assert not (folder / "run.json").exists()
 
-    # Started by the one launcher, it may go on under the other. Where there is no GPU the processes of --multi_gpu
-    # compute on the CPU; with --cpu, accelerate starts several by MPI alone.
-    accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
-    accelerate += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    resumed = launch([*accelerate, "-m", "isotune"], "train", str(recipe))
+    # accelerate's launcher is torchrun's with more in the environment. Where there is no GPU the processes of
+    # --multi_gpu compute on the CPU; with --cpu, accelerate starts several by MPI alone.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    command += ["-m", "isotune", "train", str(recipe)]
+    resumed = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     found = found_in(Path(tiny["output"]))
     assert found["runs"][0]["hardware"]["processes"] == 2

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +34,7 @@ from isotune import get_peft_model
 from isotune.errors import AdapterFileError, BaseMismatchError, IsotuneWarning
 from isotune.subspace.result import Subspace, SubspaceRequest
 from isotune.subspace.solvers import principal_subspaces
+from scripts import printed_by
 
 FILE = "adapter_model.safetensors"
 
@@ -169,12 +167,10 @@ import sys, torch
 from test_portability import PeftModel, base, updates
 for threads in (1, 2):
     torch.set_num_threads(threads)
-    torch.save(updates(PeftModel.from_pretrained(base(), sys.argv[1])), f"found-{threads}.pt")
+    found = updates(PeftModel.from_pretrained(base(), f"{sys.argv[1]}/adapter"))
+    torch.save(found, f"{sys.argv[1]}/found-{threads}.pt")
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))}
-    command = [sys.executable, "-c", script, str(tmp_path / "adapter")]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    printed_by(script, str(tmp_path), folder=tmp_path)
     for threads in (1, 2):
         assert_same_updates(torch.load(tmp_path / f"found-{threads}.pt"), updates(model))
 

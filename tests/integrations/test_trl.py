@@ -162,9 +162,10 @@ def dpo(model: nn.Module, folder: Path, tokenizer: Any, peft: PeftConfig | None,
 def test_dpo_starts_at_ln2_against_the_frozen_model(method: str, chat: Any, tmp_path: Path) -> None:
     trainer = dpo(tiny_llama(), tmp_path, chat, config(method), precompute_ref_log_probs=True)
     assert trainer.ref_model is None
+    plain = tiny_llama()
     for row, found in zip(preferences(), trainer.train_dataset, strict=True):
         for answer in ("chosen", "rejected"):
-            expected = reference_log_probabilities(tiny_llama(), chat, row, answer)
+            expected = reference_log_probabilities(plain, chat, row, answer)
             assert found[f"ref_{answer}_logps"] == pytest.approx(expected, rel=1e-5)
     trainer.train()
     expected_losses = logged(trainer)

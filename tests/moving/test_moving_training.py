@@ -11,10 +11,11 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from distributed import moving_worker, worker
-from helpers import PROCESSES, layers_of, some_tokens, tiny_llama, torchrun
+from helpers import PROCESSES, layers_of, some_tokens, tiny_llama
 from isotune import get_peft_model
 from isotune.methods import METHODS
 from isotune.moving import MovingSchedule
+from scripts import torchrun
 
 STEPS = 9
 
@@ -97,8 +98,7 @@ def test_the_best_checkpoint_of_before_a_move_is_taken_in_the_end(tmp_path: Path
 @pytest.fixture(scope="module", params=[pytest.param(count, marks=pytest.mark.slow) for count in PROCESSES])
 def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder = tmp_path_factory.mktemp(f"moving-{request.param}")
-    torchrun(request.param, Path(moving_worker.__file__), folder)
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(request.param)]
+    return torchrun(request.param, moving_worker.__file__, folder)
 
 
 def test_several_processes_give_the_curve_of_one(processes: list[Any]) -> None:

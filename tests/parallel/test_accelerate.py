@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +10,22 @@ import torch
 from peft import PeftModel
 
 from distributed import accelerated, worker
-from helpers import tiny_llama, torchrun, trainable
+from helpers import tiny_llama, trainable
+from scripts import torchrun
 
 pytestmark = pytest.mark.slow
-
-
-def found_by(folder: Path, *arguments: str) -> list[Any]:
-    """What each of two processes of the worker finds."""
-    torchrun(2, accelerated.__file__, folder, *arguments)
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
 def by_hand(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     folder = tmp_path_factory.mktemp("by-hand")
-    return folder, found_by(folder)
+    return folder, torchrun(2, accelerated.__file__, folder)
 
 
 @pytest.fixture(scope="module")
 def by_trainer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     folder = tmp_path_factory.mktemp("by-trainer")
-    return folder, found_by(folder, "trainer")
+    return folder, torchrun(2, accelerated.__file__, folder, "trainer")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +36,7 @@ def alone() -> dict[str, list[float]]:
 
 
 def assert_loads_alone(adapter: Path, logits: Path) -> None:
-    loaded = PeftModel.from_pretrained(tiny_llama(layers=4), adapter)
+    loaded = PeftModel.from_pretrained(tiny_llama(), adapter)
     expected = torch.load(logits, weights_only=True)
     torch.testing.assert_close(worker.logits(loaded), expected, rtol=1e-4, atol=1e-4)
 
@@ -72,11 +66,11 @@ def test_the_loss_curve_is_that_of_one_process(
 def test_half_precision_follows_the_curve(by_hand: Any, alone: dict[str, list[float]]) -> None:
     for found in by_hand[1]:
         assert found["half"] == pytest.approx(alone["psoft"], abs=0.05)
-        assert found["half"][-1] < found["half"][0] - 0.2
+        assert found["half"][-1] < found["half"][0] - 0.15
 
 
 def test_the_first_process_finds_the_subspaces_for_all(by_hand: Any) -> None:
-    assert [found["solved"] for found in by_hand[1]] == [8, 0]
+    assert [found["solved"] for found in by_hand[1]] == [4, 0]
 
 
 def test_a_basis_that_accelerate_would_not_send_is_refused(by_hand: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_distributed import torchrun
 from torch import Tensor, nn
 
 from distributed import tensor_worker, worker
 from helpers import PROCESSES, Stack, layers_of, tiny_llama, trainable
 from isotune import get_peft_model
 from isotune.methods import METHODS
+from scripts import torchrun
 
-SCRIPT = Path(tensor_worker.__file__)
 pytest.importorskip("transformers", minversion="5.17")
 CASES = [
     *tensor_worker.METHODS_APART,
@@ -37,8 +35,7 @@ def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp(f"tensor-parallel-{request.param}")
     for kind in tensor_worker.WIDTHS:
         tensor_worker.base(kind).save_pretrained(folder / kind)
-    torchrun(request.param, SCRIPT, folder)
-    return folder, [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(request.param)]
+    return folder, torchrun(request.param, tensor_worker.__file__, folder)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +69,7 @@ def test_every_gradient_is_that_of_one_process_and_alike_in_all(processes: Any, 
     first, *others = (torch.load(folder / f"steps-{rank}.pt", weights_only=True)[case] for rank in range(len(ranks)))
     expected = steps[case]
     assert first.keys() == expected.keys()
-    assert len(expected) > 20
+    assert len(expected) > 2 * len(tensor_worker.PROJECTIONS)
     for name, value in expected.items():
         assert float(value.abs().max()) > 0, name
         limit = 1e-4 * max(float(value.abs().max()), 1e-3)
@@ -82,7 +79,7 @@ def test_every_gradient_is_that_of_one_process_and_alike_in_all(processes: Any, 
 
 def test_the_first_process_finds_the_subspaces_for_all(processes: Any) -> None:
     first, *others = processes[1]
-    assert first["solved psoft"] == 4 * len(tensor_worker.PROJECTIONS)
+    assert first["solved psoft"] == 2 * len(tensor_worker.PROJECTIONS)
     assert all(found["solved psoft"] == 0 for found in others)
 
 

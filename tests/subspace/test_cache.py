@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import stat
 import time
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from isotune.subspace.cache import DEFAULT_MAX_BYTES, SubspaceCache, spans
 from isotune.subspace.result import Subspace, SubspaceRequest
 from isotune.subspace.solvers import principal_subspace, principal_subspaces
+from scripts import copies
 
 SHAPE = (4, 64)
 
@@ -181,7 +181,7 @@ def _hammer(directory: str, failures: Any) -> None:
 
 @pytest.mark.slow
 def test_two_processes_write_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = copies()
     messages = context.Queue()
     processes = [context.Process(target=_hammer, args=(str(tmp_path), messages)) for _ in range(2)]
     for process in processes:

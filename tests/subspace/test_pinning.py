@@ -241,8 +241,8 @@ def test_one_real_layer(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [32, 46, 128])
 def test_the_layers_of_a_real_encoder(rank: int) -> None:
-    """At rank 46 every one, at the others each third."""
-    for name, weight in list(minilm_weights().items())[:: 1 if rank == 46 else 3]:
+    """Each fifth of 36, which are six kinds in six blocks: all kinds, from the bottom to the top."""
+    for name, weight in list(minilm_weights().items())[::5]:
         check_real_weight(name, weight, rank)
 
 

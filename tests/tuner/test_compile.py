@@ -106,14 +106,14 @@ def train_beside_eager(model: Any, backend: str, steps: int, dynamic: bool = Tru
 # RoAd compiles as GOFT does.
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in (*ALIKE, "road")])
-def test_twenty_steps_with_changing_batches(method: str) -> None:
-    train_beside_eager(on_every_host(method), "aot_eager", 20)
+def test_steps_with_changing_batches(method: str) -> None:
+    train_beside_eager(on_every_host(method), "aot_eager", 8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["psoft", "oft-output"])
-def test_twenty_steps_of_a_llama_with_changing_batches(method: str) -> None:
-    train_beside_eager(on_llama(method), "aot_eager", 20)
+def test_steps_of_a_llama_with_changing_batches(method: str) -> None:
+    train_beside_eager(on_llama(method), "aot_eager", 8)
 
 
 @pytest.mark.slow

@@ -24,9 +24,9 @@ HERE = str(Path(isotune.__file__).parent)
 
 
 class Held(threading.Thread):
-    """Runs a function, but waits before its line number `at` inside isotune until `go` is set."""
+    """Runs a function, but waits before its line number `at` inside isotune, if given, until `go` is set."""
 
-    def __init__(self, function: Callable[[], Any], at: int = -1) -> None:
+    def __init__(self, function: Callable[[], Any], at: int | None = None) -> None:
         super().__init__(daemon=True)
         self.function, self.at, self.lines = function, at, 0
         self.reached, self.go = threading.Event(), threading.Event()
@@ -34,7 +34,8 @@ class Held(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        sys.settrace(self.trace)
+        if self.at is not None:
+            sys.settrace(self.trace)
         try:
             self.function()
         except BaseException as error:
@@ -81,7 +82,7 @@ def test_a_swap_while_a_reader_is_held_anywhere(method: str, grad: bool) -> None
     """The reader stops before a line, a swap and another reader pass, and it goes on."""
     served = Served(method, grad)
     served.swap(0)
-    thread = Held(served.read)
+    thread = Held(served.read, -1)  # which counts them
     thread.join()
     for at in range(0, thread.lines, max(1, thread.lines // (8 if QUICK else 60))):
         served.swap(1)
@@ -102,7 +103,7 @@ def test_a_swap_while_a_reader_is_held_anywhere(method: str, grad: bool) -> None
 @pytest.mark.slow
 def test_two_readers_held_anywhere_raise_nothing(method: str) -> None:
     served = Served(method, False)
-    thread = Held(served.read)
+    thread = Held(served.read, -1)
     thread.join()
     stride = max(1, thread.lines // (4 if QUICK else 12))
     for at in range(0, thread.lines, stride):

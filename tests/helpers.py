@@ -718,3 +718,32 @@ def bytes_left_by(action: Callable[[], Any], times: int = 20) -> float:
         for _ in range(times):
             action()
     return sum(event.nbytes() for event in profile.kineto_results.events() if event.name() == "[memory]") / times
+
+
+def _imul(weight: Tensor) -> None:
+    weight *= 3
+
+
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "mul_": lambda weight: weight.mul_(3),
+    "*=": _imul,
+    "data.copy_": lambda weight: weight.data.copy_(torch.zeros_like(weight)),
+    "data =": lambda weight: setattr(weight, "data", torch.zeros_like(weight)),
+    "[0] =": lambda weight: weight.__setitem__(0, 0.0),
+    "init": nn.init.normal_,
+    "out": lambda weight: torch.mul(torch.zeros_like(weight), 2, out=weight),
+    "foreach": lambda weight: torch._foreach_mul_([weight], 2.0),
+}
+"""Ways to write to a weight."""
+
+
+@torch.no_grad()
+def assert_writing_is_refused(layer: Any, advice: str) -> None:
+    """Every way to write to the weight that a layer computes is an error that gives the advice."""
+    before = layer.weight.clone()
+    for write in WRITES.values():
+        with pytest.raises(ValueError, match=f"would be lost.*{advice}"):
+            write(layer.weight)
+    torch.testing.assert_close(layer.weight.clone(), before, rtol=0, atol=0)
+    assert layer.weight.clone().mul_(3).shape == layer.weight.data.shape
+    layer.weight.requires_grad_(False)

@@ -21,6 +21,7 @@ import isotune
 from helpers import (
     Chain,
     assert_unchanged,
+    assert_writing_is_refused,
     layers_of,
     move,
     only,
@@ -231,6 +232,7 @@ def test_everything_stands_on_the_truncated_base() -> None:
         with torch.no_grad():
             other = layer.base_layer.weight + layer.get_delta_weight("default")
         assert relative_error(layer.weight + 0.0, other) < 1e-5
+        assert_writing_is_refused(layer.base_layer, "load_state_dict")
     model.merge_adapter()
     assert relative_error(model(x), output) < 1e-5
     assert all(layer.base_layer.left is not own for layer, own in zip(layers_of(model), kept, strict=True))

@@ -16,6 +16,7 @@ from helpers import (
     FEW,
     as_trained,
     assert_gradients_are_right,
+    assert_writing_is_refused,
     error_of_update,
     layers_of,
     relative_error,
@@ -201,3 +202,9 @@ def test_what_is_asked_about_a_weight_computes_nothing(method: str, monkeypatch:
         weight = layer.weight
         assert (weight.shape, weight.dtype, weight.device) == (base.shape, base.dtype, base.device)
         assert (weight.ndim, weight.numel(), weight.is_floating_point()) == (base.ndim, base.numel(), True)
+
+
+def test_writing_to_a_computed_weight_is_refused(method: str) -> None:
+    model, _ = built(method, "parts")
+    for layer in layers_of(model):
+        assert_writing_is_refused(layer, r"get_base_layer\(\)")

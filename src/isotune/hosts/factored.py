@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isotune.hosts.computed_weight import ComputedWeight
 from isotune.hosts.host import Host, widen
 from isotune.parallel.sharding import gathered, is_sharded
 
@@ -15,6 +16,12 @@ _UNSEEN = 1e-3
 _FACTORS = ("left", "values", "right")
 _ALIKE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Relative difference up to which an adapter's factors count as the layer's own."""
+
+
+class FactoredWeight(ComputedWeight):
+    """W_k of a `FactoredLinear`, as a layer's weight."""
+
+    instead = "The layer keeps it as two factors: give it the new weight by load_state_dict, or adapt the whole base."
 
 
 class FactoredLinear(nn.Module):
@@ -70,8 +77,9 @@ class FactoredLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W_k in the layout of the layer that was replaced, computed at each use."""
-        return self.matrix().mT if self.transposed else self.matrix()
+        """W_k in the layout of the layer that was replaced, computed at each use; writing to it is an error."""
+        matrix = self.matrix()
+        return (matrix.mT if self.transposed else matrix).as_subclass(FactoredWeight)
 
     def left_of(self, matrix: Tensor) -> Tensor:
         """The `left` with which the layer computes another matrix.

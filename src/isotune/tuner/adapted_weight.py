@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from isotune.hosts.computed_weight import ComputedWeight
+
 _ATTRIBUTES = ("dtype", "device", "shape", "ndim", "is_meta", "layout", "is_cpu", "is_cuda")
 _ABOUT = {
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
@@ -17,9 +19,10 @@ _ABOUT = {
 """What is answered without computing the values; much code only reads a weight's dtype."""
 
 
-class AdaptedWeight(Tensor):
+class AdaptedWeight(ComputedWeight):
     """A stand-in for a layer's weight: any use of its values computes them, with the active adapters folded in."""
 
+    instead = "Change the base layer's own weight, get_base_layer().weight, or merge the adapters first."
     make: Callable[[], Tensor]
 
     @staticmethod
@@ -30,12 +33,14 @@ class AdaptedWeight(Tensor):
         return weight
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def read(cls, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Answer from the base's weight where that suffices, and pass the adapted weight to everything else."""
         with torch._C.DisableTorchFunctionSubclass():
             if func in _ABOUT:
-                return func(*args, **(kwargs or {}))
+                return func(*args, **kwargs)
             args, kwargs = tree_map(lambda one: one.make() if isinstance(one, AdaptedWeight) else one, (args, kwargs))
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
+
+    def as_data(self) -> AdaptedWeight:
+        """A stand-in whose values have no gradient."""
+        return AdaptedWeight.of(self.as_subclass(Tensor), lambda: self.make().detach())

@@ -136,7 +136,11 @@ def test_costs_fill_what_is_on_the_front(comparison: Comparison) -> None:
 
 @pytest.mark.parametrize(
     ("times", "texts"),
-    [((765, 788), ["810 s", "820 s", "830 s"]), ((200, 900), ["0 min", "5 min", "10 min", "15 min"])],
+    [
+        ((765, 788), ["810 s", "820 s", "830 s"]),
+        ((200, 900), ["0 min", "5 min", "10 min", "15 min"]),
+        ((0.28, 0.34), ["0.3 s", "0.32 s", "0.34 s", "0.36 s"]),
+    ],
 )
 def test_ticks_of_close_times_differ(tmp_path: Path, times: tuple[float, float], texts: list[str]) -> None:
     known = zip(("psoft:r=46", "lora:r=8"), times, strict=True)

@@ -102,7 +102,8 @@ _MINUTE, _HOUR = 60.0, 3600.0
 _MARKS: dict[Show, list[float]] = {
     count: [n * 10.0**e for e in range(14) for n in (1, 2, 5)],
     size: [2.0**e for e in range(50)],
-    duration: [u * n for u in (1.0, _MINUTE) for n in (1, 2, 5, 10, 20, 30)]
+    duration: [n / 10**e for e in (3, 2, 1) for n in (1, 2, 5)]
+    + [u * n for u in (1.0, _MINUTE) for n in (1, 2, 5, 10, 20, 30)]
     + [_HOUR * n * 10**e for e in range(4) for n in (1, 2, 5)],
 }
 """By the function that writes a number, the numbers that look round when it has written them."""
@@ -119,7 +120,7 @@ def _ticks(values: Sequence[float], show: Show, *, logarithmic: bool) -> Spec:
         step = next((mark for mark in _MARKS[show] if (high - low) / mark <= 4), beyond)
         places = [step * i for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
         pad = 0.12 * (high - low or step)
-        places = [place for place in places if low - 0.9 * pad <= place <= high + 0.5 * pad]
+        places = [place for place in places if low - 0.9 * pad <= place <= high + 0.5 * pad] or [low]
         return marked(places, _texts(places, show), [low - pad, high + pad])
     inside = [mark for mark in _MARKS[show] if low / 1.2 <= mark <= high * 1.2] or [low, high]
     decades = [mark for mark in inside if math.log10(mark).is_integer()]

@@ -16,18 +16,20 @@ from safetensors.torch import load_file
 
 from isotune import PsoftConfig
 from isotune.algebra.cayley import CayleyMap
-from isotune.algebra.skew import skew_from_vector
+from isotune.algebra.skew import skew_from_vector, skew_order
+from isotune.files.adapter import WEIGHTS_FILE
+from isotune.files.export_runs import only_adapter
 
 
 def measured(folder: Path, terms: int) -> dict[str, list[float]]:
     """The three figures of every layer of an adapter."""
-    folder = next((path.parent for path in sorted(folder.rglob("adapter_config.json"))), folder)
+    folder = Path(only_adapter(folder))
     config = PsoftConfig.from_pretrained(str(folder))
     found: dict[str, list[float]] = {"‖Q‖": [], "not orthogonal by": [], "off the rotation by": []}
-    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+    for name, tensor in load_file(folder / WEIGHTS_FILE).items():
         if "generator" not in name:
             continue
-        vector, rank = tensor.double(), round((1 + (1 + 8 * tensor.numel()) ** 0.5) / 2)
+        vector, rank = tensor.double(), skew_order(tensor.numel())
         exact, series = (CayleyMap(rank, count, scaled=config.scaled_generator) for count in (None, terms))
         rotation, truncated = exact.difference(vector), series.difference(vector)
         eye, norm = torch.eye(rank, dtype=torch.float64), torch.linalg.matrix_norm

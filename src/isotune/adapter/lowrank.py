@@ -48,7 +48,7 @@ class LowRankAdapter(Update):
         if found is not None:
             return found
         of_x, of_result = shares
-        return low_rank_update(x, of_x.of(down), of_result.of(up.mT).mT, base, shares)
+        return low_rank_update(x, of_x.of(down), of_result.of(up, 0), base, shares)
 
     def fold(self, matrix: Tensor, tensors: tuple[Tensor, ...], part: Part = ALL, *, drop: bool = False) -> Tensor:
         """W + s·Up Down."""

@@ -182,7 +182,7 @@ class SharedAdapter(LowRankAdapter):
         d, b = super()._acting(tensors, x.dtype)  # s·d and b alone
         down, up = self.matrices(x.dtype, x.device)
         of_x, of_result = shares
-        factors = down[:, of_x.span], up[of_result.span]
+        factors = of_x.cut(down), of_result.cut(up, 0)
         return shared_update(x, d, of_result.of(b), base, factors, shares)
 
     def kept(self, in_features: int) -> int:

@@ -198,7 +198,7 @@ class SubspaceAdapter(PlacedUpdate, Operator):
         )
         update = self._acting(tensors[0], x.dtype, filled=True)
         of_x, of_result = shares
-        factors = down[:, of_x.span], up[of_result.span]
+        factors = of_x.cut(down), of_result.cut(up, 0)
         return subspace_update(x, update, base, factors, shares, on_input=on_input)
 
     def _absorbed(self, difference: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

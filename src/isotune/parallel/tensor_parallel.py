@@ -29,15 +29,6 @@ class Share:
     size: int
     """Size of the whole dimension."""
 
-    @property
-    def span(self) -> slice:
-        """The indices of this process's share, divided as by `torch.chunk`."""
-        if self.mesh is None:
-            return slice(None)
-        length = -(-self.size // self.mesh.size())
-        start = min(self.mesh.get_local_rank() * length, self.size)
-        return slice(start, min(start + length, self.size))
-
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all processes, without a gradient."""
         if self.mesh is None:
@@ -46,14 +37,22 @@ class Share:
         dist.all_reduce(tensor, group=self.mesh.get_group())
         return tensor
 
-    def of(self, whole: Tensor) -> Tensor:
-        """This process's part of a whole tensor; backward joins the gradients of all parts."""
+    def cut(self, whole: Tensor, dim: int = -1) -> Tensor:
+        """This process's part of a frozen tensor along a dimension, divided as by `torch.chunk`: a view."""
+        if self.mesh is None:
+            return whole
+        length = -(-self.size // self.mesh.size())
+        start = min(self.mesh.get_local_rank() * length, self.size)
+        return whole.narrow(dim, start, min(length, self.size - start))
+
+    def of(self, whole: Tensor, dim: int = -1) -> Tensor:
+        """This process's part of a whole tensor along a dimension; backward joins the gradients of all parts."""
         if self.mesh is None:
             return whole
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
         tensor = DTensor.from_local(whole, self.mesh, [Replicate()], run_check=False)
-        return tensor.redistribute(placements=[Shard(whole.ndim - 1)]).to_local()
+        return tensor.redistribute(placements=[Shard(dim % whole.ndim)]).to_local()
 
     def joined(self, part: Tensor) -> Tensor:
         """The whole tensor from the parts of all processes; in backward each takes the gradient of its own part."""

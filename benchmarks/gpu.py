@@ -38,7 +38,7 @@ except ImportError:
 
 from gpu_bench import decode, learning, markdown, profile, right, start, training  # noqa: E402
 from gpu_bench.journal import Clock, Journal, Note, environment  # noqa: E402
-from gpu_bench.models import Settings, chosen, configs, heavy, usual  # noqa: E402
+from gpu_bench.models import Settings, chosen, configs, goals, heavy, usual  # noqa: E402
 from gpu_bench.table import table  # noqa: E402
 from gpu_bench.timing import free  # noqa: E402
 
@@ -72,6 +72,8 @@ def pieces(settings: Settings, options: argparse.Namespace, clock: Clock) -> Ite
     yield step("1x", 110, "8b")
     slow = {"variants": heavy(settings), "layers": settings.heavy_layers, "rounds": min(3, settings.rounds)}
     yield step("heavy", 30, "8b", **slow)
+    for name in ("3b", "8b"):
+        yield step("whole", 60, name, variants=goals(settings), layers=settings.shapes[name].layers)
     yield Piece("right", right.LIMIT, lambda note: right.run_tests(note, options.tests))
     for rank in (small, largest):
         yield Piece(f"start/8b/r={rank}", 90, lambda note, r=rank: start.whole_model(settings, note, "8b", r))

@@ -3,8 +3,8 @@
     python benchmarks/gpu_constants.py benchmarks/results/gpu/h100.json
 
 Of every method whose eager training steps were timed: the operations of the step, counted as `isotune plan` counts
-them, over its time, as a share of the speed that the vendor gives; the median over all shapes and sizes. Written to
-src/isotune/experiments/planning/measured/NAME.json, NAME as for `isotune plan --accelerator`.
+them, over its time, as a share of the speed that the vendor gives; the median over all steps of the widest shape.
+Written to src/isotune/experiments/planning/measured/NAME.json, NAME as for `isotune plan --accelerator`.
 """
 
 from __future__ import annotations
@@ -70,20 +70,24 @@ def operations_of(piece: dict[str, Any], variant: str) -> int:
     return trace(model, {"inputs_embeds": embeddings}).operations_with(checkpointing=piece["checkpointing"])
 
 
-def constants(pieces: dict[str, dict[str, Any]], card: str, environment: dict[str, Any]) -> Measured:
-    """What was measured on one card by the pieces of a results file that are complete."""
-    peak = ACCELERATORS[accelerator_of(card)].half
+def constants(steps: list[dict[str, Any]], accelerator: str) -> Measured:
+    """What complete pieces of steps say of an accelerator, whichever machine and sources measured each.
+
+    Of the widest shape alone: launches limit the others, more so with few blocks, and a plan cannot know how much.
+    """
+    peak = ACCELERATORS[accelerator].half
+    widest = max(SHAPES[piece["shape"]].width for piece in steps)
+    steps = [piece for piece in steps if SHAPES[piece["shape"]].width == widest]
     shares: dict[str, list[float]] = defaultdict(list)
     known, used = configs(Settings.of_gpu(1)), set()
-    for name, piece in pieces.items():
-        if not name.startswith("step/") or not piece["complete"] or piece["environment"] != environment:
-            continue
+    for piece in steps:
         for variant, row in piece["variants"].items():
             method = method_of(variant)
             if method is not None and variant in known and row.get("ms"):
                 used.add(f"{piece['shape']}, {piece['batch']} × {piece['tokens'] // piece['batch']} tokens")
                 shares[method].append(operations_of(piece, variant) / (row["ms"] / 1e3) / peak)
-    about = f"{card}, torch {environment['torch']}, eager steps of Llama's shapes: {'; '.join(sorted(used))}"
+    where = dict.fromkeys(f"{piece['environment']['card']}, torch {piece['environment']['torch']}" for piece in steps)
+    about = f"{'; '.join(where)}, eager steps of Llama's shapes: {'; '.join(sorted(used))}"
     return Measured(about, "bfloat16", {name: round(statistics.median(found), 4) for name, found in shares.items()})
 
 
@@ -94,14 +98,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
     pieces = read_object(options.results)["pieces"]
-    environments = [piece["environment"] for name, piece in pieces.items() if name.startswith("step/")]
-    if not environments:
-        raise SystemExit(f"{options.results} has no steps; run benchmarks/gpu.py --only step")
-    for environment in (one for index, one in enumerate(environments) if one not in environments[:index]):
-        card = environment["card"]
-        found = constants(pieces, card, environment)
+    steps: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for name, piece in pieces.items():
+        if name.startswith("step/") and piece["complete"]:
+            steps[accelerator_of(piece["environment"]["card"])].append(piece)
+    if not steps:
+        raise SystemExit(f"{options.results} has no complete steps; run benchmarks/gpu.py --only step")
+    for accelerator, own in steps.items():
+        found = constants(own, accelerator)
         options.folder.mkdir(parents=True, exist_ok=True)
-        path = options.folder / f"{accelerator_of(card)}.json"
+        path = options.folder / f"{accelerator}.json"
         write_json(path, vars(found))
         print(f"{path}: {found.utilization}")
 

@@ -43,7 +43,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_every_variant_has_its_figures_and_nothing_fails(first: tuple[Path, str]) -> None:
     pieces = pieces_of(first[0])
-    assert len(pieces) == 4 + 6 + 2 + 1 + 1
+    assert len(pieces) == 5 + 6 + 2 + 1 + 1
     for name, piece in pieces.items():
         assert piece["complete"], name
         assert piece["errors"] == {}, name
@@ -57,8 +57,11 @@ def test_every_variant_has_its_figures_and_nothing_fails(first: tuple[Path, str]
         assert row["init_s"] > 0
         assert row["rounds"] == 2
         assert row["peak_gib"] is None  # only a GPU tells
+    whole = pieces["step/8b/whole"]
+    assert whole["layers"] == 2  # of a shape that has as many
+    assert len(whole["variants"]) == 8
     assert {"PEFT HRA r=8", "PEFT BOFT m=2 b=8"} < set(pieces["step/8b/heavy"]["variants"])
-    for name in ("step/8b/1x", "step/8b/heavy", "step/8b/4x", "step/8b/checkpointing", "graph/8b"):
+    for name in ("step/8b/1x", "step/8b/whole", "step/8b/heavy", "step/8b/4x", "step/8b/checkpointing", "graph/8b"):
         assert pieces[name]["variants"]["PEFT LoRA r=16"]["ratio"] == 1
     for name in ("decode/eager/batch=1", "decode/graph/batch=1"):
         assert pieces[name]["variants"]["frozen"]["ratio"] == 1

@@ -207,6 +207,11 @@ def usual(settings: Settings) -> dict[str, Callable[[], Any]]:
     )
 
 
+def goals(settings: Settings) -> dict[str, Callable[[], Any]]:
+    """What whole models are measured for: there one evaluation for all layers weighs as little as it does in use."""
+    return {**usual(settings), **chosen(settings, "isotune BOFT m=2 b=8", "isotune GOFT", "isotune HRA r=8")}
+
+
 def adapted(base: nn.Module, make: Callable[[], Any]) -> nn.Module:
     """A model with an adapter that is not the identity, on the memory of the base; the base's copy for None."""
     config, model = make(), shared(base)

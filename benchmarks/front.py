@@ -1,9 +1,10 @@
-"""The score of each adapter of a comparison over its trainable parameters, light and dark, for the README.
+"""A plot of the report of a comparison, of its adapters alone, light and dark, for the README and the pages.
 
     python benchmarks/front.py benchmarks/results/docstrings -o docs/images/front
+    python benchmarks/front.py benchmarks/results/word-order-search --plot trade --legend -o docs/images/trade
 
-writes front-light.svg and front-dark.svg: the plot of the report, of the adapters alone. Needs Chromium or Chrome, and
-isotune's extra `report`.
+writes front-light.svg and front-dark.svg: the score of each over its trainable parameters; and what each forgot for
+what it learnt. Needs Chromium or Chrome, and isotune's extra `report`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ EXPORT = """
 <script>
 (async () => {
   while (!document.documentElement.dataset.drawn) await new Promise((resolve) => setTimeout(resolve, 50));
-  const plot = document.querySelector("[id$=-plot-parameters]");
+  const plot = document.querySelector("[id$=-plot-PLOT]");
+  if (LEGEND) {
+    await Plotly.relayout(plot, { showlegend: true, legend: { orientation: "h", y: -0.25 }, annotations: [] });
+  }
   const image = await Plotly.toImage(plot, { format: "svg", width: null, height: null });
   document.documentElement.innerHTML = "<body><pre></pre></body>";
   document.querySelector("pre").textContent = decodeURIComponent(image.slice(image.indexOf(",") + 1));
@@ -37,11 +41,14 @@ EXPORT = """
 """
 
 
-def picture(folder: Path, output: Path, scheme: str) -> None:
-    """Write the plot of one comparison in one colour scheme."""
+def picture(folder: Path, plot: str, output: Path, scheme: str, *, legend: bool) -> None:
+    """Write a plot of one comparison in one colour scheme."""
     comparison = read(folder)
     adapters = [variant for variant in comparison.variants if not is_plain(variant.name)]
-    page = render([dataclasses.replace(comparison, variants=adapters)]).replace("</body>", EXPORT + "</body>")
+    page = render([dataclasses.replace(comparison, variants=adapters)])
+    if f'-plot-{plot}"' not in page:
+        raise SystemExit(f"the report of {folder} has no plot {plot!r}")
+    page = page.replace("</body>", EXPORT.replace("PLOT", plot).replace("LEGEND", str(legend).lower()) + "</body>")
     chosen = f"--blink-settings=preferredColorScheme={SCHEMES[scheme]}"
     found = browse(page, chosen, "--dump-dom", width=WIDTH, height=900)
     svg = html.unescape(found[found.index("<pre>") + len("<pre>") : found.index("</pre>")])
@@ -52,7 +59,7 @@ def picture(folder: Path, output: Path, scheme: str) -> None:
     # and a part of each identifier.
     svg = re.sub(r' class="[^"]*"', "", svg)
     if lot := re.search(r'id="clip([0-9a-f]{6})', svg):
-        svg = svg.replace(lot[1], "front")
+        svg = svg.replace(lot[1], "fixed")
     path = output.with_name(f"{output.name}-{scheme}.svg")
     path.write_text(svg + "\n", encoding="utf-8")
     print(f"wrote {path}, {path.stat().st_size / 1024:.0f} KiB")
@@ -62,10 +69,12 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="a folder that isotune compare wrote")
+    parser.add_argument("--plot", default="parameters", help="the last part of its identifier in the report's page")
+    parser.add_argument("--legend", action="store_true", help="name the methods below, and not at their points")
     parser.add_argument("-o", "--output", type=Path, required=True, help="without -light.svg")
     given = parser.parse_args()
     for scheme in SCHEMES:
-        picture(given.results, given.output, scheme)
+        picture(given.results, given.plot, given.output, scheme, legend=given.legend)
 
 
 if __name__ == "__main__":

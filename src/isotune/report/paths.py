@@ -1,4 +1,4 @@
-"""What each method forgot on its way: the course of a training as scores against forgetting."""
+"""What each method forgot for what it learnt: on the way of a training, and from one learning rate to the next."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ class AtOneScore:
     """What the methods had forgotten when they first reached the same score on validation."""
 
     level: float
-    """The highest that the mean course of each method reaches."""
+    """The highest that each method reaches, by the mean of its courses or at some rate."""
     forgotten: Mapping[str, Sequence[float]]
     """By label, for each seed that reaches it."""
+    of: Mapping[str, int]
+    """By label, how many seeds there are."""
 
     def mean(self, label: str) -> float | None:
         """The mean over the seeds."""
@@ -57,23 +59,57 @@ def mean_path(variant: MethodResult, score: str) -> Path:
     return [(statistics.fmean(s for s, _ in one), statistics.fmean(f for _, f in one)) for one in points]
 
 
+def sign(comparison: Comparison) -> float:
+    """What makes of scores on validation numbers of which more is better."""
+    return -1.0 if comparison.chosen_by in LESS_IS_BETTER else 1.0
+
+
+def by_rate(variant: MethodResult, score: str) -> list[Record]:
+    """The trainings of a method's search that measured both, by rate; empty for fewer than two."""
+    found = [run for run in variant.search if score in run.validation and run.forgetting is not None]
+    return found if len(found) > 1 else []
+
+
+def rate_path(variant: MethodResult, score: str) -> Path:
+    """Where the trainings of a method's search ended, by rate: a higher one usually learns and forgets more."""
+    found = by_rate(variant, score)
+    start = next((run.untrained[score] for run in found if score in run.untrained), None)
+    ends = [(run.validation[score], run.forgetting or 0.0) for run in found]
+    return [(start, 0.0), *ends] if start is not None else []
+
+
 def at_one_score(comparison: Comparison) -> AtOneScore | None:
-    """What was forgotten at the best score that all methods reach; None where fewer than two have a course."""
-    score, sign = comparison.chosen_by, 1.0 if comparison.chosen_by not in LESS_IS_BETTER else -1.0
-    courses = {v.label: mean_path(v, score) for v in comparison.variants}
+    """What was forgotten at the best score that all methods reach on their way; None where fewer than two have one."""
+    score = comparison.chosen_by
+    return _at_one_score(
+        comparison,
+        {v.label: mean_path(v, score) for v in comparison.variants},
+        {v.label: [path_of(run, score) for run in v.runs] for v in comparison.variants},
+    )
+
+
+def at_one_score_by_rate(comparison: Comparison) -> AtOneScore | None:
+    """What was forgotten at the best score that all methods reach at a rate of their search, of one seed each."""
+    paths = {v.label: rate_path(v, comparison.chosen_by) for v in comparison.variants}
+    return _at_one_score(comparison, paths, {label: [path] for label, path in paths.items()})
+
+
+def _at_one_score(
+    comparison: Comparison, courses: Mapping[str, Path], seeds: Mapping[str, Sequence[Path]]
+) -> AtOneScore | None:
+    better = sign(comparison)
     courses = {label: path for label, path in courses.items() if path and abs(path[-1][1]) > _NOTHING}
     if len(courses) < 2:
         return None
-    level = min(max(sign * s for s, _ in path) for path in courses.values())
-    starts = [sign * path[0][0] for path in courses.values()]
+    level = min(max(better * s for s, _ in path) for path in courses.values())
+    starts = [better * path[0][0] for path in courses.values()]
     if level <= max(starts):
         return None  # one of them learns nothing
     forgotten = {}
-    for variant in comparison.variants:
-        if variant.label in courses:
-            paths = [[(sign * s, f) for s, f in path_of(run, score)] for run in variant.runs]
-            forgotten[variant.label] = [f for path in paths if (f := _first_at(path, level)) is not None]
-    return AtOneScore(sign * level, forgotten)
+    for label in courses:
+        paths = [[(better * s, f) for s, f in path] for path in seeds[label]]
+        forgotten[label] = [f for path in paths if (f := _first_at(path, level)) is not None]
+    return AtOneScore(better * level, forgotten, {label: len(seeds[label]) for label in courses})
 
 
 def _first_at(path: Path, level: float) -> float | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from isotune.experiments.outcome import MethodResult
 from isotune.report.figures.looks import Figure, Looks, Section, Spec
-from isotune.report.figures.marks import axis, hover, line, marked, safe, scores
+from isotune.report.figures.marks import axis, hover, line, marked, safe, scores, with_chosen
 from isotune.report.results import Comparison
 
 
@@ -81,14 +81,7 @@ def rates(comparison: Comparison, looks: Looks) -> Section | None:
     data: list[Spec] = []
     for variant, points in searched:
         trace = line(looks, variant, points, hover(safe(variant.title), "rate %{x:.2g}: %{y:.4f}"), width=1.5, size=7)
-        chosen = [lr == variant.lr for lr, _ in points]
-        trace["marker"] = {
-            "size": [11 if one else 7 for one in chosen],
-            "symbol": [looks.symbol(variant) + ("" if one else "-open") for one in chosen],
-            "color": looks.colour(variant),
-            "opacity": 1,
-        }
-        data.append(trace)
+        data.append(with_chosen(trace, [lr == variant.lr for lr, _ in points]))
     border = [variant.title for variant, _ in searched if variant.rate_at_border]
     text = "Filled: the rate that was chosen, on validation alone."
     if border:

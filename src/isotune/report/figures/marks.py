@@ -74,6 +74,18 @@ def line(
     return marks(variant, x, y, text, mode=mode, line=stroke, marker=marker)
 
 
+def with_chosen(trace: Spec, chosen: Sequence[bool]) -> Spec:
+    """A line whose chosen points are larger and filled, and the others open."""
+    symbol = trace["marker"]["symbol"]
+    marker = {
+        "size": [11 if one else 7 for one in chosen],
+        "symbol": [symbol if one else f"{symbol}-open" for one in chosen],
+        "color": trace["line"]["color"],
+        "opacity": 1,
+    }
+    return {**trace, "marker": marker}
+
+
 def axis(title: str = "", **more: Any) -> Spec:
     """An axis with a title."""
     return {**({"title": {"text": title}} if title else {}), **more}

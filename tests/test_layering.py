@@ -21,6 +21,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "versions": (),
     "json_files": (),
     "whole_files": (),
+    "progress": (),
     "model_card": (),
     "algebra": (),
     "subspace": ("algebra",),
@@ -44,7 +45,8 @@ BELOW: dict[str, tuple[str, ...]] = {
     "__main__": ("cli",),
     "integrations": ("methods", "model_card"),
 }
-"""Package -> those of isotune that it may import, besides itself, `errors`, `json_files` and `whole_files`."""
+"""Package -> those of isotune that it may import, besides itself and those in `BASIC`."""
+BASIC = {"errors", "json_files", "progress", "whole_files"}
 SHARED_BY_METHODS = ("methods.config", "methods.checks", "methods.rotation", "methods.subspace", "methods.restarting")
 MAY_IMPORT_PEFT = (
     "methods.config",
@@ -138,7 +140,7 @@ def test_the_sources_are_found() -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports_run_downward(name: str) -> None:
-    allowed = {package(name), "errors", "json_files", "whole_files", *BELOW[package(name)]}
+    allowed = {package(name), *BASIC, *BELOW[package(name)]}
     if package(name) not in ("algebra", "report", "__main__"):
         allowed.add("internals")
     if package(name) in OUTER:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from isotune import progress
 from isotune.subspace import iteration
 from isotune.subspace import solvers as module
 from isotune.subspace.cache import SubspaceCache
@@ -386,7 +387,7 @@ def test_the_bar_appears_only_when_the_work_is_long(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    monkeypatch.setattr(module, "_PROGRESS_DELAY_SECONDS", 60.0)
+    monkeypatch.setattr(progress, "_DELAY_SECONDS", 60.0)
     requests = [SubspaceRequest(weight_like(8, 8, seed)[0], 2) for seed in range(3)]
     principal_subspaces(requests)
     assert capsys.readouterr().err == ""
@@ -397,7 +398,7 @@ def test_the_bar_appears_only_when_the_work_is_long(
         time.sleep(0.05)
         return torch.eye(4)
 
-    monkeypatch.setattr(module, "_PROGRESS_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "_DELAY_SECONDS", 0.01)
     principal_subspaces([SubspaceRequest(slow, 2)] * 4, progress=False)
     assert capsys.readouterr().err == ""
     principal_subspaces([SubspaceRequest(slow, 2)] * 4)

@@ -14,7 +14,6 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from isotune.files.adapter import (
     ADAPTER,
@@ -31,6 +30,7 @@ from isotune.files.base_model import copy_tokenizer
 from isotune.files.pooled import ENCODER, HEAD, MeanPooled, save_sentence_transformer
 from isotune.files.tensors import save_tensors
 from isotune.methods.config import IsotuneConfig
+from isotune.progress import bar
 from isotune.subspace.lowrank import Factored, check_truncation, pad_rank, truncate, truncate_product
 from isotune.tuner.layer import Layer
 from isotune.tuner.state import KEY_PREFIX, adapted_layers
@@ -155,8 +155,8 @@ def export_lora(
         layers = {k.removeprefix(ENCODER): layer for k, layer in layers.items()}
         config = copy.copy(config)
         config.task_type, config.modules_to_save = "FEATURE_EXTRACTION", None
-    bar = tqdm(layers.items(), desc="factors", unit="layer", delay=3.0, leave=False)
-    found = {module: _factored(module, layer, adapter_name, rank, energy) for module, layer in bar}
+    shown = bar(layers.items(), desc="factors", unit="layer", leave=False)
+    found = {module: _factored(module, layer, adapter_name, rank, energy) for module, layer in shown}
     report = LoraExport.of(found)
     factors = {name: (one.up, one.down) for name, one in found.items()}
     if uniform_rank:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from isotune.files.adapter import CONFIG_FILE, named_base, read_config
 from isotune.files.export_lora import LORA_REPORT, LoraExport, export_lora, origin_of
+from isotune.progress import bar
 from isotune.subspace.lowrank import check_truncation
 
 
@@ -97,7 +97,7 @@ def export_lora_runs(
                 pending.setdefault(_base_of(root / folder), []).append(folder)
         except ValueError as error:
             result.failed[folder.as_posix()] = str(error)
-    with tqdm(total=sum(map(len, pending.values())), desc="exporting", unit="adapter") as bar:
+    with bar(total=sum(map(len, pending.values())), desc="exporting", unit="adapter") as shown:
         for folders in pending.values():
             model: nn.Module | None = None
             for folder in folders:
@@ -107,7 +107,7 @@ def export_lora_runs(
                     result.written[folder.as_posix()] = report
                 except ValueError as error:
                     result.failed[folder.as_posix()] = str(error)
-                bar.update()
+                shown.update()
     return result
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from isotune.adapter.evaluation import without_autocast
 from isotune.adapter.placement import Placement
@@ -19,14 +18,13 @@ from isotune.internals.offloading import is_managed
 from isotune.moving.optimiser import between, held_by, project
 from isotune.parallel.processes import one_for_all, sample_of, several
 from isotune.parallel.sharding import is_partitioned, is_sharded, is_wrapped_by_fsdp
+from isotune.progress import bar
 from isotune.subspace.lowrank import joined
 from isotune.subspace.selection import generator_for
 from isotune.tuner.adapted_model import AdaptedModel
 from isotune.tuner.experts_layer import ExpertsLayer
 from isotune.tuner.layer import Layer
 from isotune.tuner.moved import update_config
-
-_PROGRESS_DELAY_SECONDS = 3.0
 
 Choose = Callable[[Tensor, Layer], Tensor]
 """choose(current weight (out, in), layer) -> the next basis (r, in)."""
@@ -195,8 +193,8 @@ def _next_of_all(
     """The next values of all layers, the same in all processes."""
 
     def make() -> list[Tensor]:
-        bar = tqdm(layers, desc="next subspaces", unit="weight", delay=_PROGRESS_DELAY_SECONDS)
-        return [tensor for layer in bar for tensor in _computed(layer, adapter_name, choose, max_rank)]
+        shown = bar(layers, desc="next subspaces", unit="weight")
+        return [tensor for layer in shown for tensor in _computed(layer, adapter_name, choose, max_rank)]
 
     same = [(layer.key, sample_of(layer.base_weight)) for layer in layers] if several() else []
     tensors = iter(one_for_all(f"move {number} of {adapter_name}: {same}", make))

@@ -8,18 +8,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from isotune.adapter.shared import Renewal, SharedAdapter
 from isotune.methods.checks import require
 from isotune.moving.boundaries import BoundarySchedule
 from isotune.moving.boundary import layers_of
 from isotune.parallel.sharding import is_partitioned, is_sharded
+from isotune.progress import bar
 from isotune.subspace.random_rows import RandomRows
 from isotune.tuner.adapted_model import AdaptedModel
 from isotune.tuner.layer import Layer
-
-_PROGRESS_DELAY_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ class UoraSchedule(BoundarySchedule[Reinitialization]):
         rows = tuple(torch.nonzero(d.abs().mean(0) < self.threshold).flatten().tolist())
         new: dict[str, Renewal] = {}
         changes: dict[str, float] = {}
-        for key, adapter in tqdm(own.items(), desc="renewed rows", unit="weight", delay=_PROGRESS_DELAY_SECONDS):
+        for key, adapter in bar(own.items(), desc="renewed rows", unit="weight"):
             new[key] = adapter.renewed(rows, number, self.weight)
             changes[key] = _change(adapter, new[key], rows)
         found = Reinitialization(number, done, rows, changes)

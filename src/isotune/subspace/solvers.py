@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from isotune.progress import bar
 from isotune.subspace.cache import SubspaceCache
 from isotune.subspace.equality import EqualWeights
 from isotune.subspace.iteration import block_size, iterate
@@ -27,7 +26,6 @@ SOLVER_VERSION = 2
 # Singular values below this share of the largest are rounding noise of the weight itself: their directions are
 # arbitrary, so they are replaced by directions that depend only on the others (see `_complete`).
 _NEGLIGIBLE = {torch.float32: 2e-6, torch.float64: 1e-13}
-_PROGRESS_DELAY_SECONDS = 3.0
 _LARGEST_FULL = 2048
 """The largest shorter side at which "auto" may choose the exact solver on a GPU for its speed."""
 
@@ -153,23 +151,15 @@ def principal_subspaces(
     Raises:
         ValueError: as in `principal_subspace`, beginning with the request's name.
     """
-    # tqdm reads its own switch only if nothing is passed, and then only once, when imported.
-    off = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
     solved = EqualWeights()
     results: list[Subspace] = []
-    with tqdm(
-        total=len(requests),
-        desc="principal subspaces",
-        unit="weight",
-        delay=0.0 if progress else _PROGRESS_DELAY_SECONDS,
-        disable=progress is False or (progress is None and off),
-    ) as bar:
+    with bar(total=len(requests), desc="principal subspaces", unit="weight", shown=progress) as shown:
         for request in requests:
             weight = request.weight if isinstance(request.weight, Tensor) else request.weight()
             _check_request(weight, request.rank, solver, tolerance, request.name)
             results.append(solved.subspace(weight, request, partial(_found_or_solved, solver, tolerance, cache)))
             del weight
-            bar.update()
+            shown.update()
     return results
 
 

@@ -17,7 +17,6 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from isotune.errors import IsotuneWarning
 from isotune.files.adapter import ADAPTER, new_directory
@@ -27,6 +26,7 @@ from isotune.files.export_lora import write_lora
 from isotune.methods import HRAConfig, OFTConfig, PsoftConfig
 from isotune.methods.checks import require_positive_integer
 from isotune.methods.config import IsotuneConfig
+from isotune.progress import bar
 from isotune.subspace.lowrank import truncate
 from isotune.tools.fitting import check_fits, fit
 from isotune.tuner.experts_layer import ExpertsLayer
@@ -183,7 +183,7 @@ def extract(
         prefix = str(getattr(model, "base_model_prefix", ""))
         checkpoint = open_checkpoint(tuned, names, weights.values(), prefix)
         rows, factors = [], {}
-        for name, layer in tqdm(layers.items(), desc="extracting", unit="layer", delay=3.0, leave=False):
+        for name, layer in bar(layers.items(), desc="extracting", unit="layer", leave=False):
             target = layer.host.seen(checkpoint.tensor(weights[name], layer.host.weight)).to(layer.host.weight.device)
             row, left = _extracted(name, layer, target)
             if residual == "lora":

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from isotune.methods.config import IsotuneConfig
 from isotune.methods.rotation import RotationConfig
+from isotune.progress import bar
 from isotune.tuner.batches import groups_that_fit, on_device
 from isotune.tuner.layer import Layer
 from isotune.tuner.model import IsotuneModel
@@ -118,7 +118,7 @@ def _moments(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Mappin
         found[key] = rows.mT @ rows + found.get(key, 0.0)
 
     parts = list(groups_that_fit(layers, _MOMENTS_AT_ONCE, lambda layer: 4 * layer.in_features**2))
-    with torch.no_grad(), tqdm(total=len(parts) * len(batches), desc="activations", unit="batch", delay=3.0) as bar:
+    with torch.no_grad(), bar(total=len(parts) * len(batches), desc="activations", unit="batch") as shown:
         for part in parts:
             handles = [
                 layer.host.module.register_forward_pre_hook(lambda _, args, key=layer.key: gather(key, args[0]))
@@ -130,7 +130,7 @@ def _moments(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Mappin
                     moved = on_device(batch, device)
                     mask[0] = moved.get("attention_mask")
                     model(**moved)
-                    bar.update()
+                    shown.update()
             finally:
                 model.train(training)
                 for handle in handles:

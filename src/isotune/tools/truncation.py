@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from isotune.errors import IsotuneWarning
 from isotune.methods.config import IsotuneConfig
+from isotune.progress import bar
 from isotune.tools.ranks import adapted_copy
 from isotune.tuner.batches import on_device
 from isotune.tuner.truncating import TruncatedLayer, summary
@@ -97,7 +97,7 @@ def _compared(model: nn.Module, truncated: nn.Module, batches: list[Any]) -> tup
     try:
         model.eval()
         truncated.eval()
-        for batch in tqdm(batches, desc="outputs", unit="batch", delay=3.0):
+        for batch in bar(batches, desc="outputs", unit="batch"):
             moved = on_device(batch, device)
             before, after = (_result(one, moved) for one in (model, truncated))
             norms.append(float(torch.linalg.vector_norm(before)))

@@ -10,18 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from isotune.internals.torch_state import is_symbolic
 from isotune.methods.config import IsotuneConfig, by_pattern, exactly
 from isotune.methods.rotation import RotationConfig
 from isotune.methods.subspace import SubspaceConfig
 from isotune.parallel.processes import one_for_all, sample_of
+from isotune.progress import bar
 from isotune.subspace.cache import SubspaceCache
 from isotune.subspace.energy import Sizes, block_shares, kept_shares, least_size, output_energies, spectrum, spend
 from isotune.tuner.layer import Layer
-
-_PROGRESS_DELAY_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def size_layers(model: nn.Module, adapter_name: str, config: IsotuneConfig) -> N
             setattr(config, option, value)
     if config.fits:
         cache = SubspaceCache() if getattr(config, "subspace_cache", False) else None
-        for layer in tqdm(layers, desc="singular values", unit="weight", delay=_PROGRESS_DELAY_SECONDS):
+        for layer in bar(layers, desc="singular values", unit="weight"):
             values = torch.empty(0) if config.fits_by_shape else _singular_values(layer, cache)
             config.fit(layer.key, _shape(layer), values)
     for name in config.asking:
@@ -130,7 +128,7 @@ def choose_sizes(
     share = None if own is None else own.rank_energy
     price = _Prices(config, budget)
     found = []
-    for layer in tqdm(layers, desc="sizes of layers", unit="weight", delay=_PROGRESS_DELAY_SECONDS):
+    for layer in bar(layers, desc="sizes of layers", unit="weight"):
         given = None if moments is None else moments[layer.key]
         if own is not None:
             kept = kept_shares(_energies(layer, own, given, cache))

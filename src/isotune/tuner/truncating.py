@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from isotune.adapter.placement import filling
 from isotune.errors import IsotuneWarning
@@ -23,14 +22,13 @@ from isotune.methods.subspace import BasisConfig
 from isotune.parallel.processes import one_for_all, sample_of
 from isotune.parallel.sharding import is_partitioned, is_sharded
 from isotune.parallel.tensor_parallel import mesh_of
+from isotune.progress import bar
 from isotune.subspace.cache import SubspaceCache
 from isotune.subspace.pinning import pin
 from isotune.subspace.precision import exact_product, without_autocast
 from isotune.subspace.result import SubspaceRequest
 from isotune.subspace.solvers import principal_subspaces
 from isotune.tuner.layer import Layer
-
-_PROGRESS_DELAY_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -189,8 +187,10 @@ def truncated(adapter_name: str, layers: Sequence[Layer]) -> Iterator[None]:
     own = [layer for layer in layers if adapter_name in layer.configs]
     ranks = [layer.configs[adapter_name].base_rank(layer.key) for layer in own]
     found = [(layer, k) for layer, k in zip(own, ranks, strict=True) if k is not None and not layer.host.stands_in]
-    bar = tqdm(found, desc="truncating weights", unit="weight", delay=_PROGRESS_DELAY_SECONDS)
-    made = [(layer, _factored(layer, adapter_name, rank)) for layer, rank in bar if not is_symbolic(layer.base_weight)]
+    shown = bar(found, desc="truncating weights", unit="weight")
+    made = [
+        (layer, _factored(layer, adapter_name, rank)) for layer, rank in shown if not is_symbolic(layer.base_weight)
+    ]
     before = [(layer, layer.base_layer, layer.host) for layer, _ in made]
     try:
         for layer, module in made:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -138,14 +138,15 @@ class _Evaluation:
 
     def is_of(self, slot: int, parameters: Sequence[Tensor]) -> bool:
         """Whether these parameter objects were read, and their versions have not changed since."""
-        count = len(self.parameters) // len(parameters)
-        places = range(slot, len(self.parameters), count)
-        return all(
-            self.parameters[place] is parameter and self.versions[place] == version_of(parameter)
-            for place, parameter in zip(places, parameters, strict=True)
-        )
+        place, count = slot, len(self.parameters) // len(parameters)
+        for parameter in parameters:  # not by a generator, since every layer asks in every pass
+            if self.parameters[place] is not parameter or self.versions[place] != version_of(parameter):
+                return False
+            place += count
+        return True
 
 
+_requires_grad = attrgetter("requires_grad")
 _Results = dict[tuple[torch.dtype | None, bool], _Evaluation]
 
 
@@ -238,11 +239,11 @@ class SharedEvaluation:
         if results is None or self.apart or self.members[slot] is not operator:  # a replica of DataParallel
             return None
         parameters = operator.parameters_read()
-        tracked = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+        tracked = torch.is_grad_enabled() and any(map(_requires_grad, parameters))
         found, placement = results.get((dtype, tracked)), self._placement()
         if found is None or not found.is_of(slot, parameters) or found.placement is not placement:
             flat = tuple(self._parameters())
-            if any(parameter.is_meta != flat[0].is_meta or is_sharded(parameter) for parameter in flat):
+            if len({parameter.is_meta for parameter in flat}) > 1 or any(map(is_sharded, flat)):
                 return None
             versions = tuple(map(version_of, flat))
             if tracked:

@@ -24,7 +24,7 @@ def frozen_linear(flat: Tensor, shape: Sequence[int], weight: Tensor, bias: Tens
     such as ReLU(inplace=True) could not change it in place.
     """
     result = flat.new_empty(*shape[:-1], weight.shape[0])
-    rows = result.view(len(flat), weight.shape[0])
+    rows = result.view(flat.shape[0], weight.shape[0])
     if bias is None:
         torch.mm(flat, weight.t(), out=rows)
     else:

@@ -61,14 +61,16 @@ class SubspaceBasis(Stored):
     @property
     def stored(self) -> Tensor:
         """The pin, (r, p), or the basis, (r, in)."""
-        stored = self.basis if self.embedded else self.pin
+        own = self._buffers  # and not as attributes, for which nn.Module looks in three places: every pass asks
+        stored = own["pin"] if own["basis"] is None else own["basis"]
         assert stored is not None
         return stored
 
     @property
     def accumulated(self) -> tuple[Tensor, Tensor] | None:
         """U and D; None if the subspace has never moved."""
-        return None if self.up is None or self.down is None else (self.up, self.down)
+        up, down = self._buffers["up"], self._buffers["down"]
+        return None if up is None or down is None else (up, down)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)  # not before torch 2.7
 
 
 def is_exported() -> bool:
@@ -12,8 +16,7 @@ def is_exported() -> bool:
     Autograd nodes written in Python are then avoided: the recording is never differentiated, and neither ONNX nor
     TorchScript knows them.
     """
-    exporting = getattr(torch.compiler, "is_exporting", bool)  # not before torch 2.7
-    return bool(exporting()) or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+    return bool(_is_exporting() or torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def inverse_by_products(matrix: Tensor, start: Tensor, steps: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate keeps a module's tensors elsewhere between its calls."""
     hook: Any = module.__dict__.get("_hf_hook")
-    return any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
+    return hook is not None and any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
 
 
 def is_managed(module: nn.Module) -> bool:

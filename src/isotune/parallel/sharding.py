@@ -21,8 +21,10 @@ def in_group() -> bool:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether the tensor is sharded by FSDP2 or partitioned by ZeRO-3, even over a single process."""
-    if is_partitioned(tensor) or not in_group():
-        return is_partitioned(tensor)
+    if is_partitioned(tensor):
+        return True
+    if not in_group():
+        return False
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)

@@ -44,6 +44,8 @@ class AdaptedModel:
     def __init__(self) -> None:
         self.model: nn.Module | None = None
         self.layers: list[Layer] = []
+        self.refreshed: list[Layer] = []
+        """The layers with an adapter whose `refresh` does anything."""
         self.evaluations: list[SharedEvaluation] = []
         self.built = False
         self.warned = False
@@ -111,6 +113,8 @@ class AdaptedModel:
         self.layers = [module for module in model.modules() if isinstance(module, Layer)]
         for layer in self.layers:
             layer.owner = self
+        kinds = [{type(layer.adapter(name)).refresh for name in layer.isotune_operator} for layer in self.layers]
+        self.refreshed = [layer for layer, own in zip(self.layers, kinds, strict=True) if own - {Adapter.refresh}]
         self.evaluations = []
         for name in dict.fromkeys(name for layer in self.layers for name in layer.isotune_operator):
             # The parameters of experts already hold many operators, of which only some are evaluated at a time.
@@ -181,16 +185,14 @@ class AdaptedModel:
         """Check before a pass where weights and parameters are; once per call of `generate`."""
         # Code that loads without load_state_dict (as transformers' own loader does), replaces the base's weights, or
         # adapts a model before its weights exist leaves no earlier moment for finding the subspaces.
-        self.place()
-        apart = self._is_moved_by_others()
+        apart = self.place()
         partitioned = [is_partitioned(shared.members[0].parameters_read()[0]) for shared in self.evaluations]
         for shared, is_zero3 in zip(self.evaluations, partitioned, strict=True):
             shared.apart = apart or is_zero3
         if any(partitioned):
             self._gather_with_layers()
         elif torch.is_grad_enabled() and not (self.warned or apart) and self.model is not None and self.model.training:
-            experts = [layer for layer in self.layers if isinstance(layer, ExpertsLayer)]
-            several = [one for layer in experts for one in layer.isotune_operator.values()]
+            several = [m for one in self.layers if isinstance(one, ExpertsLayer) for m in one.isotune_operator.values()]
             # One trainable adapter of each kind: this runs in every pass, and a frozen one would reveal nothing.
             trained = (filter(_is_trained, shared.members) for shared in self.evaluations)
             self.warned = warn_of_rounded([*(one for own in trained for one in itertools.islice(own, 1)), *several])
@@ -222,11 +224,14 @@ class AdaptedModel:
 
     # -- placing ---------------------------------------------------------------------------------------------------
 
-    def place(self, layers: Sequence[Layer] | None = None) -> None:
+    def place(self, layers: Sequence[Layer] | None = None) -> bool:
         """Place every adapter that is not placed yet, or whose stored basis or base weight has changed since.
 
         Args:
             layers: of the model; None for all.
+
+        Returns:
+            Whether other libraries move the model's weights in and out.
 
         Raises:
             BaseMismatchError: as in `place_adapter`.
@@ -237,9 +242,11 @@ class AdaptedModel:
         stale = {name: None for layer in layers for name in layer.isotune_form if not self._is_placed(layer, name)}
         for name in stale:
             place_adapter(name, layers)
-        if not self._is_moved_by_others():  # or the buffers may have any contents
-            for layer in layers:
+        moved = self._is_moved_by_others()
+        if not moved:  # or the buffers may have any contents
+            for layer in self.refreshed if layers is self.layers else layers:
                 layer.refresh()
+        return moved
 
     def place_on(self, layer: nn.Module) -> None:
         """Check one layer and place its adapters, as the beginning of a pass does for all layers.
@@ -271,11 +278,10 @@ class AdaptedModel:
         """Whether an adapter has a valid placement; an invalid one is dropped."""
         adapter = layer.subspace(adapter_name)
         placement, weight = adapter.placement, layer.base_weight
-        if placement is None:
+        empty = is_symbolic(weight)
+        if placement is None or (is_symbolic(placement.down) != empty and not is_managed(layer.host.module)):
             return False
-        if is_symbolic(placement.down) != is_symbolic(weight) and not is_managed(layer.host.module):
-            return False
-        if is_symbolic(weight):
+        if empty:
             return True
         stored = layer.stored_of(adapter_name)
         as_many = len(stored) == len(placement.pins)  # fewer or more once it has moved

@@ -195,8 +195,10 @@ class Layer(MergingLayer):
 
     def bases(self, adapter_name: str) -> list[SubspaceBasis]:
         """The stored bases of an adapter: one on a plain layer, one per expert on experts, none for a rotation."""
-        forms = self.isotune_form[adapter_name].modules() if adapter_name in self.isotune_form else ()
-        return [module for module in forms if isinstance(module, SubspaceBasis)]
+        form = self.isotune_form._modules.get(adapter_name)
+        if form is None or isinstance(form, SubspaceBasis):  # without going through modules, since every pass asks
+            return [] if form is None else [form]
+        return [module for module in form.modules() if isinstance(module, SubspaceBasis)]
 
     def stored_of(self, adapter_name: str) -> list[Tensor]:
         """All stored tensors on which the placement of an adapter depends."""
@@ -278,12 +280,14 @@ class Layer(MergingLayer):
         """The host's output with the active adapters."""
         if self.disable_adapters and self.merged_adapters:
             self.unmerge()
-        if self.owner is not None and not is_recorded():
+        recorded = is_recorded()
+        if self.owner is not None and not recorded:
             self.owner.see(self)
         if self.mixed_batch is not None and not self.disable_adapters:
             return self._mixed(x, self.mixed_batch, *args, **kwargs)
         names = self.active_here()
-        if len(names) == 1 and not args and not kwargs and (linear := self._bare_linear()) is not None:
+        plain = len(names) == 1 and not (args or kwargs or (recorded and is_exported()))
+        if plain and (linear := self._bare_linear()) is not None:
             adapter = self.adapter(names[0])
             tensors = adapter.tensors(working_dtype(x))
             result = adapter.fused(x, tensors, linear)
@@ -324,7 +328,7 @@ class Layer(MergingLayer):
     def _bare_linear(self) -> FrozenLinear | None:
         """W (out, in) and b of a host that only computes x Wᵀ + b with both frozen; None for any other."""
         host, module = self.host, self.base_layer
-        if not host.multiplies or module is not host.module or not is_bare(module) or is_exported():
+        if not host.multiplies or module is not host.module or not is_bare(module):
             return None
         weight: Tensor = module.weight  # type: ignore[assignment]
         bias: Tensor | None = module.bias  # type: ignore[assignment]

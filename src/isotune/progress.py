@@ -19,8 +19,8 @@ def bar(
     total: int | None = None,
     leave: bool = True,
     shown: bool | None = None,
-) -> tqdm[Any]:
-    """A bar over items, or to be updated by hand; of work that takes less than three seconds nothing is seen.
+) -> Any:
+    """A bar of tqdm over items, or to be updated by hand; of work that takes less than three seconds nothing is seen.
 
     Args:
         items: what is gone through; None for a bar that is updated by hand.

@@ -121,7 +121,7 @@ def test_pairs_of_equal_rows_are_the_identity(pairs: int, n: int, scale: float, 
     torch.manual_seed(seed)
     rows = (scale * torch.randn(pairs, n)).repeat_interleave(2, 0)
     assert not torch.allclose(whole(*reflections(rows[:-1])), torch.eye(n), atol=1e-2)
-    torch.testing.assert_close(whole(*reflections(rows)), torch.eye(n), rtol=0, atol=1e-6)
+    torch.testing.assert_close(whole(*reflections(rows)), torch.eye(n), rtol=0, atol=4e-6)  # eight rounded products
 
 
 @pytest.mark.parametrize("copies", [3, 16, 33])

@@ -158,7 +158,8 @@ class Adapter(Stored, ABC):
         They are read as attributes: in a replica of nn.DataParallel, and while FSDP has gathered them, they are nowhere
         else.
         """
-        return tuple([own for name in self.evaluated if (own := getattr(self, name)) is not None])
+        found = [getattr(self, name) for name in self.evaluated]
+        return tuple([parameter for parameter in found if parameter is not None])
 
     def in_part(self, name: str, parameter: Tensor) -> Tensor:
         """A parameter as it acts at the current scale."""

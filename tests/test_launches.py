@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -182,3 +185,35 @@ def test_an_evaluation_takes_few_operations_whatever_the_depth(name: str, kernel
     between = operations(None, 4, kernels)[0] + 4 * len(PROJECTIONS) * a_layer + count * an_evaluation
     assert operations(name, 4, kernels)[0] == pytest.approx(between, abs=1e-6)
     assert an_evaluation <= (EVALUATION if kernels else MORE.get(name, EVALUATION))
+
+
+PYTHON_CALLS = {"PSOFT": 104, "LoRA-XS": 91, "OFT": 72, "HRA": 66, "BOFT": 84, "GOFT": 101}
+"""The most calls of the library's own functions in a layer's forward and backward pass, on a CPU."""
+
+
+def calls(name: str, depth: int) -> int:
+    """The calls of functions of isotune in one step, which the host makes while a GPU may wait for it."""
+    torch.manual_seed(0)
+    config = CONFIGURATIONS[name]
+    config.target_modules = set(PROJECTIONS)
+    model = get_peft_model(nn.Sequential(*(Block() for _ in range(depth))), config).train()
+    x = torch.randn(2, WIDTH, requires_grad=True)
+    model(x).sum().backward()
+    source, found = str(Path(isotune.__file__).parent), 0
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        nonlocal found
+        found += event == "call" and frame.f_code.co_filename.startswith(source)
+
+    sys.setprofile(note)
+    try:
+        model(x).sum().backward()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+@pytest.mark.parametrize("name", ["PSOFT r=8", "LoRA-XS r=8", "OFT b=8", "HRA r=2", "BOFT m=2 b=8", "GOFT"])
+def test_a_layer_calls_few_functions(name: str) -> None:
+    few, many = (calls(name, depth) for depth in (1, 2))
+    assert (many - few) / len(PROJECTIONS) <= PYTHON_CALLS[name.split()[0]]

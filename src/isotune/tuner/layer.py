@@ -286,7 +286,7 @@ class Layer(MergingLayer):
         if self.mixed_batch is not None and not self.disable_adapters:
             return self._mixed(x, self.mixed_batch, *args, **kwargs)
         names = self.active_here()
-        plain = len(names) == 1 and not (args or kwargs or (recorded and is_exported()))
+        plain = len(names) == 1 and not args and not kwargs and not (recorded and is_exported())
         if plain and (linear := self._bare_linear()) is not None:
             adapter = self.adapter(names[0])
             tensors = adapter.tensors(working_dtype(x))

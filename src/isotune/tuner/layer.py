@@ -286,8 +286,8 @@ class Layer(MergingLayer):
         if self.mixed_batch is not None and not self.disable_adapters:
             return self._mixed(x, self.mixed_batch, *args, **kwargs)
         names = self.active_here()
-        plain = len(names) == 1 and not args and not kwargs and not (recorded and is_exported())
-        if plain and (linear := self._bare_linear()) is not None:
+        lone = len(names) == 1 and not (recorded and is_exported())
+        if lone and not args and not kwargs and (linear := self._bare_linear()) is not None:
             adapter = self.adapter(names[0])
             tensors = adapter.tensors(working_dtype(x))
             result = adapter.fused(x, tensors, linear)

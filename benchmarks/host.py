@@ -27,11 +27,11 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import isotune  # noqa: E402
-from step import PROJECTIONS  # noqa: E402
+from step import PROJECTIONS, REFERENCE  # noqa: E402
 
 WIDTH, INNER, TOKENS = 64, 128, 8
 DEPTHS = 8, 24
-FROZEN, REFERENCE = "frozen", "PEFT LoRA r=8"
+FROZEN = "frozen"
 
 
 class Block(nn.Module):

@@ -121,7 +121,8 @@ def test_pairs_of_equal_rows_are_the_identity(pairs: int, n: int, scale: float, 
     torch.manual_seed(seed)
     rows = (scale * torch.randn(pairs, n)).repeat_interleave(2, 0)
     assert not torch.allclose(whole(*reflections(rows[:-1])), torch.eye(n), atol=1e-2)
-    torch.testing.assert_close(whole(*reflections(rows)), torch.eye(n), rtol=0, atol=4e-6)  # eight rounded products
+    atol = 1e-6 if pairs == 1 else 2e-6  # the most in 16,000 draws: 0.9e-6 for one pair, 1.5e-6 for four
+    torch.testing.assert_close(whole(*reflections(rows)), torch.eye(n), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("copies", [3, 16, 33])

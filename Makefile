@@ -1,7 +1,7 @@
 # make demo   fine-tune a real pre-trained model with PSOFT and show the result (four minutes on two cores)
 # make test   lint, types and every test, the slow ones on real models included
-# make quick  the tests to run while you work: no slow ones, a covering part of the contract; `make quick PART=adapter`
-#             runs those of one package, a folder or a file of tests/ (adapter, hosts, contract, user_paths, …)
+# make quick  the tests to run while you work: no slow ones, none for a GPU, a covering part of the contract;
+#             `make quick PART=adapter` runs those of one package, a folder or a file of tests/ (hosts, contract, …)
 # make product  every case of every test, where `make test` takes a covering part of products of over 30
 # make gpu    on a machine with an NVIDIA GPU: what is right, how fast, how much memory, in 8 minutes; again to continue.
 #             Needs no network and no virtual environment, only what is installed for $(PYTHON); `make gpu GPU=--dry-run`
@@ -37,7 +37,7 @@ test: lint
 
 # What is looked for under tests/: a folder, or test_PART.py; nothing found is an error of pytest's.
 quick: $(VENV)/.test
-	ISOTUNE_TESTS=quick $(PYTEST) -m "not slow and not matrix" \
+	ISOTUNE_TESTS=quick $(PYTEST) -m "not slow and not matrix and not gpu" \
 		$(if $(PART),$(or $(wildcard tests/$(PART) tests/test_$(PART).py),tests/$(PART)),tests)
 
 product: $(VENV)/.test

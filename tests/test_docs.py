@@ -100,6 +100,7 @@ def accelerates(content: dict[str, Any]) -> Any:
     return ClusterConfig.from_yaml_file("accelerate.yaml")
 
 
+@pytest.mark.slow
 def test_the_tables_of_methods_are_the_library_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "docs_tools")
     import sizes

@@ -574,6 +574,7 @@ def test_bitsandbytes_keeps_a_weight_under_these_names() -> None:
     assert not layer.support_avx512bf16_for_cpu
 
 
+@pytest.mark.slow
 def test_what_old_versions_of_peft_need_may_be_missing_in_later_ones() -> None:
     if not HAS_HOOKS:
         pytest.skip("for PEFT from 0.21 on")

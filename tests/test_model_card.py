@@ -261,6 +261,7 @@ except KeyError as error:
 """
 
 
+@pytest.mark.slow
 def test_without_isotune_the_folder_names_what_is_missing(base: nn.Module, tmp_path: Path) -> None:
     adapted(base).save_pretrained(tmp_path / "adapter")
     assert printed_elsewhere(WITHOUT, tmp_path) == ["'ISOTUNE_PSOFT'|import isotune"]

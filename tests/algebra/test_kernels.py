@@ -21,6 +21,7 @@ LOOPS = INSTALLED and (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
 @pytest.mark.parametrize(
     "interpreted",

@@ -24,7 +24,7 @@ from isotune.model_card import write_cards
 trl = pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
-pytestmark = pytest.mark.parametrize("method", ["psoft", "oft", "hra"])
+pytestmark = [pytest.mark.parametrize("method", ["psoft", "oft", "hra"]), pytest.mark.slow]
 
 LN2 = math.log(2)
 

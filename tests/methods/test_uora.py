@@ -138,7 +138,8 @@ def renewed(model: Any, rows: tuple[int, ...] = (0, 3, 3)) -> Any:
     """The model after boundaries at which one row each was re-initialised."""
     for number, row in enumerate(rows, 1):
         for adapter in adapters(model):
-            adapter.hold(adapter.renewed([row], number, 0.5).buffers)
+            renewal = adapter.renewed([row], number, 0.5)  # holds the new matrices until they are taken over
+            adapter.hold(renewal.buffers)
             adapter.refresh()
     return model
 

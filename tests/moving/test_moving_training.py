@@ -46,6 +46,7 @@ def curve(trained: Trainer) -> list[float]:
     return [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "every", "unit", "boundaries", "stops"),
     [

@@ -202,6 +202,7 @@ def trainer(folder: Path, using: UoraSchedule) -> Trainer:
     return Trainer(get_peft_model(tiny_llama(layers=1), config), settings, train_dataset=rows, callbacks=[using])
 
 
+@pytest.mark.slow
 def test_a_trainer_resumed_at_and_between_boundaries_has_the_same_curve(tmp_path: Path) -> None:
     def curve(trained: Trainer) -> list[float]:
         return [entry["loss"] for entry in trained.state.log_history if "loss" in entry]

@@ -164,6 +164,7 @@ def added(name: str, kernels: bool) -> tuple[float, float]:
     return a_layer, (few - layers[0] * a_layer) / max(1, operations(name, DEPTHS[0], kernels)[1])
 
 
+@pytest.mark.covered(kernels=(False,))
 @pytest.mark.parametrize("name", NAMES)
 @PATHS
 def test_a_layer_adds_no_more_operations_than_lora(name: str, kernels: bool) -> None:
@@ -175,6 +176,7 @@ def test_a_layer_adds_no_more_operations_than_lora(name: str, kernels: bool) -> 
     )
 
 
+@pytest.mark.covered(kernels=(False,))
 @pytest.mark.parametrize("name", [name for name in NAMES if name.split()[0] not in OF_ITS_OWN])
 @PATHS
 def test_an_evaluation_takes_few_operations_whatever_the_depth(name: str, kernels: bool) -> None:
@@ -213,6 +215,7 @@ def calls(name: str, depth: int) -> int:
     return found
 
 
+@pytest.mark.covered(name=("PSOFT r=8", "OFT b=8"))
 @pytest.mark.parametrize("name", ["PSOFT r=8", "LoRA-XS r=8", "OFT b=8", "HRA r=2", "BOFT m=2 b=8", "GOFT"])
 def test_a_layer_calls_few_functions(name: str) -> None:
     few, many = (calls(name, depth) for depth in (1, 2))

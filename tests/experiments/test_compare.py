@@ -653,6 +653,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(long: Recipe, tmp_path: Path)
     assert records_of(found.folder) == {}
 
 
+@pytest.mark.slow
 def test_the_command_compares_and_shows_what_is_done(finished: Path, small: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(small))

@@ -79,6 +79,7 @@ class Tensors(TorchDispatchMode):
         return found
 
 
+@pytest.mark.covered(shape=((240, 700),), tolerance=(1e-4,))
 @pytest.mark.parametrize("decay", [0.2, 0.5, 1.0])
 @pytest.mark.parametrize("shape", [(320, 300), (240, 700)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -124,6 +125,7 @@ def test_products_are_exact_in_parts(narrow: bool, shape: tuple[int, ...], tf32:
         assert float((left @ right - true).norm() / true.norm()) > 1e-4  # what the parts are for
 
 
+@pytest.mark.covered(shape=((2048, 512),))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2048, 512), (512, 2048)])
 def test_no_large_float64_and_little_memory(shape: tuple[int, int], dtype: torch.dtype, tf32: bool) -> None:

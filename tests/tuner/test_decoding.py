@@ -180,6 +180,7 @@ def test_a_bare_model_in_a_block(graphs: Graphs) -> None:
     assert not torch.equal(inside, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_first_pass_of_a_block_may_be_compiled(dtype: torch.dtype, graphs: Graphs) -> None:
     """Training between blocks neither sees what they were given nor is compiled again for it."""

@@ -91,7 +91,7 @@ class Forgetting:
         # The logits of a language model with a large vocabulary are larger than all else.
         size = 1 if self.causal else 8
         cut = {"padding": True, "padding_side": "right", "truncation": True, "max_length": self.max_length}
-        for start in range(0, len(self.texts), size):
+        for start in processes.with_bar(range(0, len(self.texts), size), "measuring what is forgotten", "batch"):
             tokens = self.tokenizer(self.texts[start : start + size], return_tensors="pt", **cut)
             yield dict(tokens.to(device))
 

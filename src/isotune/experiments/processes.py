@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
+from isotune import progress
 from isotune.experiments.recipe import RecipeError
 from isotune.experiments.text import printable
 
@@ -97,5 +98,5 @@ def bar(total: int, done: int, title: str, unit: str, *, hidden: bool = False) -
 
 def with_bar(items: Sequence[T], title: str, unit: str) -> Iterable[T]:
     """The items, with a progress bar of the main process as they are taken, which goes away at the end."""
-    taken: Iterable[T] = tqdm(items, desc=title, unit=unit, leave=False, disable=not is_main(), mininterval=1)
+    taken: Iterable[T] = progress.bar(items, desc=title, unit=unit, leave=False, shown=None if is_main() else False)
     return taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -16,12 +17,17 @@ DryRun = Annotated[
 def train(
     recipe: Annotated[str, typer.Argument(help="The name of a packaged recipe, such as demo, or a YAML file.")],
     overrides: Overrides = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="The folder to write, as output=FOLDER. By default the recipe's."),
+    ] = None,
     dry_run: DryRun = False,
 ) -> Result | None:
     """Train and score a recipe; run the same command again to continue after an interruption."""
     from isotune.experiments.loading import load
 
-    loaded = load(recipe, overrides or ())
+    folder = [] if output is None else [f"output={json.dumps(output)}"]
+    loaded = load(recipe, [*(overrides or ()), *folder])
     from isotune.experiments import preview, processes, table
     from isotune.experiments import train as training
 

@@ -61,6 +61,13 @@ def test_train_hands_recipe_and_overrides_over(called: list[Recipe]) -> None:
     assert (called[0].train.lr, called[0].output) == ([1e-3, 2e-3], "x")
 
 
+def test_the_folder_of_a_training_is_an_option_as_in_other_commands(called: list[Recipe]) -> None:
+    """Whatever it is called, as it stands: a number and a colon would mean something else in YAML."""
+    for name in ("2024", 'a: "b"', "runs/übung"):
+        assert runner.invoke(cli.app, ["train", "demo", "output=x", "-o", name]).exit_code == 0
+        assert called[-1].output == name
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -82,6 +82,44 @@ def test_a_full_disk_while_the_adapter_or_the_record_is_written_is_one_line(
     assert progress.last_checkpoint(folder / "psoft") is not None  # the next attempt goes on from there
 
 
+@pytest.fixture
+def stopped(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run stopped after its last step, when no checkpoint would be saved any more."""
+
+    def stop(*arguments: Any) -> Path:
+        raise KeyboardInterrupt
+
+    tiny["train"] |= {"epochs": 6, "eval_steps": 4, "lr": [0.3]}
+    with monkeypatch.context() as patch:
+        patch.setattr(execute_module, "_save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(validate(tiny))
+    return Path(tiny["output"])
+
+
+@pytest.mark.slow
+def test_a_run_moved_before_its_end_still_has_its_best_checkpoint(
+    stopped: Path, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(stopped, moved)
+    in_place = run(validate(tiny))["runs"][0]
+    assert in_place["best_step"] < max(row["step"] for row in in_place["curve"])  # or the last would do
+    shutil.rmtree(stopped)
+    elsewhere = run(validate({**tiny, "output": str(moved)}))["runs"][0]
+    for key in ("best_step", "validation", "test"):
+        assert elsewhere[key] == in_place[key]
+
+
+@pytest.mark.slow
+def test_a_best_checkpoint_that_is_gone_is_asked_for(stopped: Path, tiny: dict[str, Any]) -> None:
+    last = progress.last_checkpoint(stopped / "psoft")
+    (best,) = (path for path in stopped.glob("psoft/checkpoint-*") if path != last)
+    shutil.rmtree(best)
+    with pytest.raises(ValueError, match=rf"{best.name}, the best checkpoint so far, is gone; put it back, or remove"):
+        run(validate(tiny))
+
+
 def test_what_is_no_failed_write_is_no_storage_error() -> None:
     with pytest.raises(KeyError), storing("x"):
         raise KeyError("a bug")

@@ -17,7 +17,7 @@ from isotune.experiments import processes
 from isotune.experiments.encoded import Encoded, LengthGrouped
 from isotune.experiments.files import StorageError, storing
 from isotune.experiments.measure import peak_memory
-from isotune.experiments.progress import Progress, diverged, last_checkpoint
+from isotune.experiments.progress import Progress, diverged, last_checkpoint, prepare_to_resume
 from isotune.experiments.recipe import LESS_IS_BETTER
 from isotune.experiments.run import Run
 from isotune.experiments.stopping import SuccessiveHalving
@@ -143,7 +143,7 @@ def train(
     progress = Progress(run.title, folder, task.metric)
     per_epoch = math.ceil(len(task.train) / settings.batch_size)
     if processes.is_main():
-        last_checkpoint(folder)  # removes what was cut off
+        prepare_to_resume(folder)
     processes.wait_for_all()
     resume = last_checkpoint(folder)
     regularizers = [regularization_callback()] if has_regularization(model) else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import signal
 import sys
@@ -18,8 +19,10 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from isotune.experiments import processes
-from isotune.experiments.files import read_json, read_object, write_json
+from isotune.experiments.files import read_json, read_object, storing, write_json, write_text
 from isotune.experiments.recipe import Metric
+
+_STATE = "trainer_state.json"
 
 
 class TrainingDiverged(ValueError):
@@ -46,11 +49,35 @@ def last_checkpoint(folder: Path) -> Path | None:
     if newest is None:
         return None
     try:
-        read_json(Path(newest) / "trainer_state.json")
+        read_json(Path(newest) / _STATE)
     except ValueError:
         shutil.rmtree(newest)
         return last_checkpoint(folder)
     return Path(newest)
+
+
+def prepare_to_resume(folder: Path) -> None:
+    """Leave in a run's folder what can be resumed, wherever the folder was when its checkpoints were written.
+
+    Trainer stores where the best checkpoint lay. Of a folder that was moved since it would end with the last
+    checkpoint in the place of the best, and say nothing.
+
+    Raises:
+        ValueError: the best checkpoint is no longer there.
+    """
+    newest = last_checkpoint(folder)  # removes what was cut off
+    if newest is None:
+        return
+    file = newest / _STATE
+    state = read_object(file)
+    if state.get("best_model_checkpoint") is None:
+        return
+    best = folder / f"checkpoint-{state['best_global_step']}"
+    if not best.is_dir():
+        raise ValueError(f"{best}, the best checkpoint so far, is gone; put it back, or remove {folder} to train anew")
+    if state["best_model_checkpoint"] != str(best):
+        with storing(str(file)):  # a loss in its history may be no number, unlike in our own records
+            write_text(file, json.dumps({**state, "best_model_checkpoint": str(best)}, indent=2) + "\n")
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]

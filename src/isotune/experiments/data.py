@@ -207,6 +207,7 @@ def _with_test_set(
     count = data.hold_out or max(1, min(MOST_HELD_OUT, round(HELD_OUT * len(train))))
     found = dict(splits)
     groups = spread(train, data.split_seed, key, kind)
+    alike = "" if len(groups) == len(train) else f", with {len(groups)} different among them,"
     for split in missing:
         found[split] = []
         while groups and len(found[split]) < count:
@@ -215,8 +216,8 @@ def _with_test_set(
     for split in (*missing, "train"):
         if not found[split]:
             raise DataError(
-                f"{len(train)} training examples are too few to make a {' and a '.join(missing)} set of {count} each "
-                "of them; give more, or files of your own for these sets"
+                f"{len(train)} training examples{alike} are too few to make a {' and a '.join(missing)} set of "
+                f"{count} each of them; give more, or files of your own for these sets"
             )
     sizes = " and ".join(f"{len(found[split])} for the {split} set" for split in missing)
     processes.say(f"of {len(train)} training examples are held out: {sizes}")

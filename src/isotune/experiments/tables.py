@@ -192,10 +192,24 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
         if not isinstance(table, list):
             raise DataError(f"{path}: a .json file must hold a list of objects; one object a line is .jsonl")
         parsed = [(f"{path}, entry {number}", row) for number, row in enumerate(table, 1)]
+    escaped = "\\u" in text  # where a file of whole characters can hold half of one
     for where, row in parsed:
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected an object with named fields, not {type(row).__name__}")
+        if escaped:
+            _check_characters(row, where)
         yield Row(row, where)
+
+
+def _check_characters(row: Any, where: str) -> None:
+    """Raise DataError where a text holds half a character, which no tokenizer takes and no file."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {error.object[error.start]!a} is half a character, as a text cut in the middle of an emoji "
+            "has; cut it before that, or take it out"
+        ) from error
 
 
 def _lines(text: str) -> list[str]:
@@ -226,6 +240,11 @@ def _separated_rows(path: Path, text: str, columns: list[str] | None) -> Iterato
                 continue
             if columns is None:
                 columns = cells
+                for name in columns:
+                    if name and columns.count(name) > 1:
+                        raise DataError(
+                            f"{path}: the column {name!r} is there twice; rename one of the two, or remove it"
+                        )
                 continue
             if len(cells) != len(columns):
                 raise DataError(

@@ -67,9 +67,9 @@ def aligned(lines: Sequence[Sequence[str]], sides: str) -> list[str]:
 
 
 def from_json(text: str) -> Any:
-    """Parse JSON; raises a ValueError with the reason alone, also where it is nested deeper than DEEPEST."""
+    """Parse JSON, no object with a key twice; raises a ValueError with the reason, also if deeper than DEEPEST."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
         raise ValueError(_TOO_DEEP) from error
     _check_depth(value)
@@ -93,6 +93,15 @@ def from_yaml(text: str) -> Any:
     except ValueError as error:
         raise YamlError(str(error)) from error
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, of whose equal keys `json` would keep the last and say nothing."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return found
 
 
 def _check_depth(value: Any) -> None:

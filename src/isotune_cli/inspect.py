@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from isotune_cli.shared import Adapter, Base, Result, Trust
+from isotune_cli.shared import Adapter, Base, Result, Trust, failed_on_disk, say
 
 
 def inspect_adapter(
@@ -30,6 +30,11 @@ def inspect_adapter(
     from isotune.report.adapter import save_png, to_text
 
     report = inspect(only_adapter(directory), base, top=top, trust_remote_code=trust_remote_code)
+    drawn = True
     if png is not None:
-        save_png(report, png)
-    return Result(to_text(report, everything=everything), report.to_dict())
+        try:
+            save_png(report, png)
+        except OSError as error:  # what was found took longer than a picture
+            say(f"error: {failed_on_disk(error) or error}", err=True)
+            drawn = False
+    return Result(to_text(report, everything=everything), report.to_dict(), failed=not drawn)

@@ -13,7 +13,10 @@ from isotune_cli.shared import Out, Result
 def merge_folders(
     directories: Annotated[
         list[str],
-        typer.Argument(metavar="ADAPTER...", help="The folders of adapters of one method on one base model."),
+        typer.Argument(
+            metavar="ADAPTER...",
+            help="The folders of adapters of one method on one base model, or of their runs.",
+        ),
     ],
     output: Out,
     weights: Annotated[
@@ -36,13 +39,14 @@ def merge_folders(
     ] = None,
 ) -> Result:
     """Write the weighted mean of adapters as one adapter, from their files alone."""
+    from isotune.files.export_runs import only_adapter
     from isotune.tools.merging import merge_adapters
 
     # The numbers after the first one of --weights are arguments, as a shell's options take one value each.
     numbers = [text for text in directories if _is_number(text) and not Path(text).exists()]
     if numbers and weights is None:
         raise ValueError(f"{numbers[0]!r} is no folder; numbers follow --weights.")
-    folders = [text for text in directories if text not in numbers]
+    folders = [only_adapter(text) for text in directories if text not in numbers]
     given = None if weights is None else [text for part in (weights, *numbers) for text in part.split(",")]
     if given is not None and not all(map(_is_number, given)):
         raise ValueError(f"--weights {' '.join(given)} must be one number for each adapter, such as --weights 0.7 0.3")

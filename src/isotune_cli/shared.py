@@ -38,6 +38,10 @@ Overrides = Annotated[
 Out = Annotated[str, typer.Option("--output", "-o", help="The new folder or file to write.")]
 Adapter = Annotated[str, typer.Argument(help="The folder of an adapter, or of a run with one adapter in it.")]
 
+_ON_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+}
 _LONG = re.compile(r"\S{400,}")
 _UNREACHABLE = ("ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled")
 
@@ -106,6 +110,15 @@ def write(output: str, text: str) -> None:
         raise ValueError(f"cannot write {output}: {error.strerror}") from error
 
 
+def failed_on_disk(error: Exception) -> str | None:
+    """What a file or folder could not be read or written for, in one line; None if the error is of another kind."""
+    if isinstance(error, OSError) and error.errno in _ON_DISK:
+        return f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
+    if type(error).__name__ == "SafetensorError" and "os error" in str(error):
+        return f"cannot read or write the weights: {error}"
+    return None
+
+
 def brief(text: str) -> str:
     """A message without the middle of what is too long in it to be read."""
     text = _LONG.sub(lambda found: f"{found[0][:250]}…{found[0][-100:]}", text)
@@ -143,10 +156,11 @@ def _one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt as stop:
         say("interrupted; the same command again goes on from what was finished", err=True)
         raise typer.Exit(130) from stop
-    except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+    except Exception as error:
+        reason = failed_on_disk(error) or (str(error) if isinstance(error, ValueError) else None)
+        if reason is None:
             raise
-        said = f"error: {error}"
+        said = f"error: {reason}"
         if _is_unreachable(error):
             said += "; nothing on the network could be reached: give a folder on this machine, or "
             said += (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 from tqdm import tqdm
 from typer.testing import CliRunner
 
@@ -102,6 +104,13 @@ def test_missing_data_are_one_line_before_any_model_is_looked_for(
     ("raised", "code", "said"),
     [
         (ValueError("said plainly"), 2, "error: said plainly\n"),
+        (OSError(errno.ENOSPC, "No space left", "a/b"), 2, "error: cannot read or write a/b: No space left\n"),
+        (OSError(errno.EACCES, "Permission denied"), 2, "error: cannot read or write a file: Permission denied\n"),
+        (
+            SafetensorError("I/O error: x (os error 28)"),
+            2,
+            "error: cannot read or write the weights: I/O error: x (os error 28)\n",
+        ),
         (KeyboardInterrupt(), 130, "interrupted; the same command again goes on from what was finished\n"),
     ],
 )
@@ -117,12 +126,14 @@ def test_what_is_raised_sets_the_exit_code(
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(recipe: Recipe, command: str) -> None:
-        raise KeyError("a bug")
+    for bug in (KeyError("a bug"), OSError("of no file"), SafetensorError("a bug")):
 
-    monkeypatch.setattr(train_module, "train", fail)
-    done = runner.invoke(cli.app, ["train", "demo"])
-    assert isinstance(done.exception, KeyError)
+        def fail(recipe: Recipe, command: str, bug: Exception = bug) -> None:
+            raise bug
+
+        monkeypatch.setattr(train_module, "train", fail)
+        done = runner.invoke(cli.app, ["train", "demo"])
+        assert done.exception is bug
     assert done.exit_code == 1
 
 

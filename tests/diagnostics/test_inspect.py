@@ -144,6 +144,14 @@ def test_command_prints_json_and_draws(tmp_path: Path) -> None:
     assert picture.shape[0] > 400
     assert picture.shape[1] > 800
     assert len({tuple(pixel) for pixel in picture[::5, ::5].reshape(-1, picture.shape[2]).tolist()}) > 10
+    # A picture that cannot be written takes nothing from what was found.
+    (tmp_path / "file").touch()
+    done = CliRunner().invoke(cli.app, [*arguments[:-2], str(tmp_path / "file" / "a.png"), "--json"])
+    assert (done.exit_code, json.loads(done.stdout)) == (1, content)
+    assert done.stderr.splitlines()[-1] == f"error: cannot read or write {tmp_path}/file: File exists"
+    done = CliRunner().invoke(cli.app, [*arguments[:-2], str(tmp_path / "new" / "a.png")])
+    assert done.exit_code == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
     # A folder that holds the adapter is enough, and of several the names are said.
     done = CliRunner().invoke(cli.app, ["inspect", str(tmp_path)])
     assert done.exit_code == 0

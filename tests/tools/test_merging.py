@@ -94,6 +94,20 @@ def test_the_command_line_takes_numbers_apart_or_together(tmp_path: Path) -> Non
     assert weights["apart"] == weights["together"] != weights["equal"] == weights["half"]
 
 
+def test_the_command_line_takes_the_folders_of_runs_and_says_where_it_cannot_write(tmp_path: Path) -> None:
+    a, b = folders(tmp_path / "run", r=8)
+    for name in (a, b):
+        Path(name).rename(f"{name}_")
+        Path(name, "psoft").mkdir(parents=True)
+        Path(f"{name}_").rename(Path(name, "psoft", "adapter"))
+    assert run(a, b, "-o", str(tmp_path / "new")).exit_code == 0
+    assert set(PeftModel.from_pretrained(stack(), str(tmp_path / "new")).peft_config) == {"default"}
+    (tmp_path / "file").touch()
+    said = run(a, b, "-o", str(tmp_path / "file" / "new"))
+    assert said.exit_code == 2
+    assert said.stderr == f"error: cannot read or write {tmp_path}/file: File exists\n"
+
+
 def test_a_large_error_is_said(tmp_path: Path) -> None:
     given = folders(tmp_path, "hra", r=4)
     with pytest.warns(IsotuneWarning, match=r"differs from it by \d\d\.\d% of all that it changes"):

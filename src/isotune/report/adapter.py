@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.diagnostics.inspect import MISSING_BASE, AdapterReport, LayerReport
+from isotune.whole_files import written_whole
 
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _FROM_FILE = (
@@ -138,6 +139,7 @@ def save_png(report: AdapterReport, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the name does not end in .png, or matplotlib is missing.
+        OSError: the file cannot be written.
     """
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"{path} does not end in .png; only that format is written.")
@@ -175,8 +177,11 @@ def save_png(report: AdapterReport, path: str | os.PathLike[str]) -> None:
             frameon=False,
         )
         figure.align_ylabels()
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        try:
+            with written_whole(Path(path)) as partial:
+                figure.savefig(partial, dpi=130)
+        finally:
+            pyplot.close(figure)
 
 
 def _series(layers: Sequence[LayerReport]) -> dict[str, list[tuple[int, LayerReport]]]:

@@ -234,3 +234,17 @@ def test_a_mean_is_refused() -> None:
 def test_options_that_are_not_allowed(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         UoraConfig(**options)
+
+
+@pytest.mark.parametrize("start", ["meta", "cpu"])
+def test_what_uninitialised_memory_holds_is_no_history(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`to_empty` leaves any numbers until the state is loaded; as a history they could take hours to follow."""
+    full = renewed(move(model_of()))
+    model = model_of().to(start)
+    empty = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty(*args, **kwargs).fill_(1e9))
+    model.to_empty(device="cpu")
+    monkeypatch.undo()
+    model.load_state_dict(full.state_dict())
+    x = torch.randn(5, 12)
+    assert torch.equal(model(x), full(x))

@@ -125,6 +125,57 @@ def test_a_changed_base_gives_what_loading_on_it_gives(
     assert torch.equal(only(model).host.weight, plain.layer.weight)
 
 
+def exchange(layer: Any, module: nn.Module, how: str) -> None:
+    """As code does that converts a model in place, such as torchao's for training in float8."""
+    if how == "set":
+        layer.base_layer = module
+    else:
+        layer._modules["base_layer"] = module
+
+
+@pytest.mark.parametrize("host", HOSTS_OF_12)
+@pytest.mark.parametrize("how", ["set", "in the table"])
+@pytest.mark.parametrize("called", [True, False])
+def test_a_layer_exchanged_for_another_is_adapted(
+    method: str, host: str, how: str, called: bool, tmp_path: Path
+) -> None:
+    plain, x = seeded_host(host), HOSTS_OF_12[host][1]()
+    model = as_trained(method, seeded_host(host), "layer", **with_basis(method, "embedded"))
+    model.save_pretrained(tmp_path)
+    plain.layer = seeded_host(host, seed=7).layer
+    exchange(only(model), copy.deepcopy(plain.layer), how)
+    base = plain(x)
+    expected = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()(x)
+    if called:
+        assert error_of_update(model(x), expected, base) < 1e-3
+    model.merge_adapter()
+    assert error_of_update(model(x), expected, base) < 1e-3
+    model.unmerge_adapter()
+    assert torch.equal(only(model).host.weight, plain.layer.weight)
+    assert error_of_update(model(x), expected, base) < 1e-3
+    assert error_of_update(model.merge_and_unload()(x), expected, base) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (nn.Identity(), "cannot act on the layer that is there now: it was exchanged for a torch.nn.modules.linear.Identity"),
+        (nn.Linear(12, 24), r"is \(24, 12\) and not \(20, 12\), as its adapters are: it was exchanged for a torch.nn"),
+    ],
+)
+def test_a_layer_exchanged_for_what_cannot_be_adapted_is_refused(method: str, module: nn.Module, said: str) -> None:
+    model = as_trained(method, seeded_host("linear"), "layer")
+    layer, x = only(model), torch.randn(5, 12)
+    before, expected = layer.base_layer, model(x)
+    layer.base_layer = module
+    for act in (model.merge_adapter, lambda: model(x)):
+        with pytest.raises(ValueError, match=said):
+            act()
+    assert not layer.merged_adapters
+    layer.base_layer = before
+    assert torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("read", ["merged", "merged by layer", "copied and merged", "delta", "low rank", "weight"])
 def test_a_changed_base_is_seen_by_what_reads_the_adapter(method: str, change: Any, read: str, tmp_path: Path) -> None:

@@ -263,7 +263,13 @@ class SharedAdapter(LowRankAdapter):
             self.refresh()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SharedAdapter:
+        before = None if is_symbolic(self.reinitializations) else self.reinitializations.clone()
         super()._apply(fn, recurse)
-        if self._held is not None:
+        now = self.reinitializations
+        if self._held is None:
+            return self
+        if not is_symbolic(now) and (before is None or not torch.equal(before.cpu(), now.cpu())):
+            self._held = None  # as by to_empty, which leaves any numbers until the right ones are loaded
+        else:
             self.refresh(fn(self._held.down.new_empty(1)).dtype)
         return self

@@ -57,8 +57,9 @@ class Layer(MergingLayer):
         super().__init__()
         self.base_layer = base_layer
         self.key = key
-        self.host = host_for(self.get_base_layer(), key, backend, parameter)
         self.quantization_backend: Any = backend  # PEFT's get_layer_status() reads this name
+        self.parameter = parameter
+        self.host = host_for(self.get_base_layer(), key, backend, parameter)
         self.in_features = self.host.in_features
         self.out_features = self.host.out_features
         self.isotune_operator = nn.ModuleDict()
@@ -82,8 +83,8 @@ class Layer(MergingLayer):
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             own = found()
             assert own is not None
-            own.host = copy.copy(host)
-            own.host.module = own.get_base_layer()  # torch sets it after making the replica
+            own._host = copy.copy(host)
+            own._host.module = own.get_base_layer()  # torch sets it after making the replica
             return run(own, *args, **kwargs)
 
         replica.forward = forward  # type: ignore[method-assign]
@@ -327,7 +328,7 @@ class Layer(MergingLayer):
 
     def _bare_linear(self) -> FrozenLinear | None:
         """W (out, in) and b of a host that only computes x Wᵀ + b with both frozen; None for any other."""
-        host, module = self.host, self.base_layer
+        host, module = self._host, self.base_layer  # of another module than the host's it does nothing
         if not host.multiplies or module is not host.module or not is_bare(module):
             return None
         weight: Tensor = module.weight  # type: ignore[assignment]

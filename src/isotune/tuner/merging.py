@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from isotune.adapter.evaluation import without_autocast
 from isotune.adapter.operator import Adapter, Part
 from isotune.errors import IsotuneWarning
-from isotune.hosts import Host, Kept, widen
+from isotune.hosts import Host, Kept, host_for, widen
 from isotune.internals.offloading import brought
 from isotune.parallel.sharding import whole
 
@@ -74,9 +74,11 @@ class Owner(Protocol):
 class MergingLayer(nn.Module, BaseTunerLayer):
     """The part of the tuner layer that merges: a new parameter replaces W, and unmerging restores W bit for bit."""
 
-    host: Host
     key: str
     base_layer: nn.Module
+    parameter: str | None
+    quantization_backend: Any
+    _host: Host
     isotune_operator: nn.ModuleDict
 
     def __init__(self) -> None:
@@ -86,6 +88,37 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         self.owner: Owner | None = None
         """The model-level object, which sets this itself."""
         self._kept: Kept | None = None
+
+    @property
+    def host(self) -> Host:
+        """The base's own layer, seen as a matrix: the one that is in the model now, if it was exchanged for another.
+
+        Raises:
+            ValueError: it was, and adapters cannot act on the new one.
+        """
+        module = self.get_base_layer()
+        # A wrapper, as of FSDP1 or torch.compile, holds the layer that was there before.
+        if not (torch.compiler.is_compiling() or any(self._host.module is part for part in module.modules())):
+            self._follow(module)
+        return self._host
+
+    @host.setter
+    def host(self, host: Host) -> None:
+        self._host = host
+
+    def _follow(self, module: nn.Module) -> None:
+        before, kind = self._host, f"{type(module).__module__}.{type(module).__qualname__}"
+        why = f"it was exchanged for a {kind} after adapters were added. Exchange it first, or merge and unload them."
+        try:
+            host = host_for(module, self.key, self.quantization_backend, self.parameter)
+        except ValueError as error:
+            raise ValueError(
+                f"The adapters of {self.key!r} cannot act on the layer that is there now: {why}"
+            ) from error
+        now, then = (host.out_features, host.in_features), (before.out_features, before.in_features)
+        if now != then:
+            raise ValueError(f"The weight of {self.key!r} is {now} and not {then}, as its adapters are: {why}")
+        self._host = host
 
     def adapter(self, adapter_name: str) -> Adapter:
         """The adapter of this name."""

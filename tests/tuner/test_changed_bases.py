@@ -159,7 +159,10 @@ def test_a_layer_exchanged_for_another_is_adapted(
 @pytest.mark.parametrize(
     ("module", "said"),
     [
-        (nn.Identity(), "cannot act on the layer that is there now: it was exchanged for a torch.nn.modules.linear.Identity"),
+        (
+            nn.Identity(),
+            "cannot act on the layer that is there now: it was exchanged for a torch.nn.modules.linear.Identity",
+        ),
         (nn.Linear(12, 24), r"is \(24, 12\) and not \(20, 12\), as its adapters are: it was exchanged for a torch.nn"),
     ],
 )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from isotune.algebra.recording import is_exported
-from isotune.internals.torch_state import backward_pass, is_symbolic, version_of
+from isotune.internals.torch_state import backward_pass, has_own_values, is_symbolic, version_of
 from isotune.parallel.sharding import is_sharded, shape_of
 
 
@@ -284,7 +284,8 @@ class SharedEvaluation:
             values = self._stacked()
             tensors = self._untracked(values, dtype)
         found = _Evaluation(tensors, flat, versions, self._placement(), tuple(values), self._here.call)
-        self._kept = {**self._kept, dtype: found}
+        if all(map(has_own_values, (*values, *tensors))):
+            self._kept = {**self._kept, dtype: found}
         return found
 
     def _is_true(self, kept: _Evaluation, flat: tuple[Tensor, ...], versions: tuple[int, ...]) -> bool:
@@ -292,7 +293,8 @@ class SharedEvaluation:
         if is_symbolic(flat[0]) or kept.placement is not self._placement():
             return False
         if flat[0].device.type == "cpu":
-            return all(map(torch.equal, self._stacked(), kept.values))
+            now = self._stacked()
+            return all(map(has_own_values, now)) and all(map(torch.equal, now, kept.values))
         same = all(map(is_, flat, kept.parameters)) and versions == kept.versions
         return same and kept.call is not None and kept.call is self._here.call
 
@@ -347,8 +349,8 @@ def share_evaluations(operators: Iterable[Evaluable]) -> list[SharedEvaluation]:
 
 
 def autocasts(tensor: Tensor) -> bool:
-    """Whether autocast is on for the tensor's device; the meta device has none, and torch raises if asked."""
-    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+    """Whether autocast would cast the tensor: not float64, nor on the meta device, where torch raises if asked."""
+    return not tensor.is_meta and tensor.dtype != torch.float64 and torch.is_autocast_enabled(tensor.device.type)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.autograd import forward_ad
 
 
 def backward_pass() -> int | None:
@@ -24,6 +26,18 @@ def version_of(tensor: Tensor) -> int:
 def is_symbolic(tensor: Tensor) -> bool:
     """Whether a tensor has no values, as on the meta device or under FakeTensorMode."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def has_own_values(tensor: Tensor) -> bool:
+    """Whether a tensor's values are its own and all there is to it, so that they may be compared and kept.
+
+    They are not while torch follows what is computed: in a transform such as vmap or jvp, in forward-mode
+    differentiation, under FakeTensorMode and in make_fx.
+    """
+    followed = sys.modules.get("torch.fx.experimental.proxy_tensor")  # which takes long to import
+    if forward_ad._current_level >= 0 or (followed is not None and followed.get_proxy_mode() is not None):
+        return False
+    return not (is_symbolic(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def is_bare(module: torch.nn.Module) -> bool:

@@ -6,11 +6,13 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from helpers import (
     OPTIONS_FOR_12,
@@ -42,13 +44,17 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).float().square().mean()
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_changes_no_gradient(method: str, reentrant: bool) -> None:
+PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+SELECTIVE = {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, PRODUCTS)}
+
+
+@pytest.mark.parametrize("how", [{"use_reentrant": True}, {"use_reentrant": False}, SELECTIVE])
+def test_checkpointing_changes_no_gradient(method: str, how: dict[str, Any]) -> None:
     config = METHODS[method](target_modules=["q_proj", "v_proj", "down_proj"], **OPTIONS_FOR_TINY[method])
     plain = get_peft_model(tiny_llama(), config).train()
     randomize(plain)
     model = copy.deepcopy(plain)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     model.enable_input_require_grads()
     tokens = some_tokens()
     for each in (model, plain):

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from isotune.algebra.recording import is_exported
-from isotune.internals.torch_state import backward_pass, has_own_values, is_symbolic, version_of
+from isotune.internals.torch_state import (
+    backward_pass,
+    has_own_values,
+    is_symbolic,
+    outside_selective_checkpointing,
+    version_of,
+)
 from isotune.parallel.sharding import is_sharded, shape_of
 
 
@@ -246,15 +252,16 @@ class SharedEvaluation:
             if len({parameter.is_meta for parameter in flat}) > 1 or any(map(is_sharded, flat)):
                 return None
             versions = tuple(map(version_of, flat))
-            if tracked:
-                made = (
-                    _Evaluated.apply(self.members[0], dtype, len(self.members), *flat)  # type: ignore[no-untyped-call]
-                    if operator.batched
-                    else evaluate_alone(operator, flat, dtype)
-                )
-                found = _Evaluation(made, flat, versions, placement)
-            else:
-                found = self._kept_or_made(dtype, flat, versions)
+            with outside_selective_checkpointing():
+                if tracked:
+                    made = (
+                        _Evaluated.apply(self.members[0], dtype, len(self.members), *flat)  # type: ignore[no-untyped-call]
+                        if operator.batched
+                        else evaluate_alone(operator, flat, dtype)
+                    )
+                    found = _Evaluation(made, flat, versions, placement)
+                else:
+                    found = self._kept_or_made(dtype, flat, versions)
             results[dtype, tracked] = found
         tensors = found.tensors[slot :: len(self.members)]
         if self._here.call is not None and not tracked:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils import _python_dispatch, checkpoint
 
 
 def backward_pass() -> int | None:
@@ -38,6 +40,17 @@ def has_own_values(tensor: Tensor) -> bool:
     if forward_ad._current_level >= 0 or (followed is not None and followed.get_proxy_mode() is not None):
         return False
     return not (is_symbolic(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def outside_selective_checkpointing() -> AbstractContextManager[Any]:
+    """A scope of which selective checkpointing, where it is on, neither keeps nor looks up what is computed.
+
+    It tells operations apart by their order in a region. What all layers share is computed in the first region of a
+    forward pass, and in backward in the region that is rerun first, which is the last.
+    """
+    modes = _python_dispatch._get_current_dispatch_mode_stack()
+    kinds = checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode
+    return _python_dispatch._disable_current_modes() if any(isinstance(m, kinds) for m in modes) else nullcontext()
 
 
 def is_bare(module: torch.nn.Module) -> bool:

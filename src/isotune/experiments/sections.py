@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -12,10 +12,13 @@ from pydantic import (
     Field,
     FiniteFloat,
     PositiveInt,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 
 def as_list(value: Any) -> Any:
@@ -39,10 +42,22 @@ def _seed_of_the_training(value: Any, seed: ValidatorFunctionWrapHandler) -> Any
     return value if value == TRAINING_SEED else seed(value)
 
 
+def _may_be_true(annotation: Any) -> bool:
+    return annotation in (bool, Any) or any(map(_may_be_true, get_args(annotation)))
+
+
 class Section(BaseModel):
-    """A mapping that has no other keys than its fields."""
+    """A mapping that has no other keys than its fields, and `true` only where something may be true."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, about: ValidationInfo) -> Any:
+        """Refuse a truth value for a number, of which pydantic would make 1 or 0."""
+        if isinstance(value, bool) and not _may_be_true(cls.model_fields[str(about.field_name)].annotation):
+            raise PydanticCustomError("truth_value", "Input should be a number or a text")
+        return value
 
 
 class HubTable(Section):

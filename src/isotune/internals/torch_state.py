@@ -39,7 +39,7 @@ def has_own_values(tensor: Tensor) -> bool:
     followed = sys.modules.get("torch.fx.experimental.proxy_tensor")  # which takes long to import
     if forward_ad._current_level >= 0 or (followed is not None and followed.get_proxy_mode() is not None):
         return False
-    return not (is_symbolic(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    return not (isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def outside_selective_checkpointing() -> AbstractContextManager[Any]:

@@ -97,8 +97,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
             ValueError: it was, and adapters cannot act on the new one.
         """
         module = self.get_base_layer()
-        # A wrapper, as of FSDP1 or torch.compile, holds the layer that was there before.
-        if not (torch.compiler.is_compiling() or any(self._host.module is part for part in module.modules())):
+        if module is not self._host.module and not torch.compiler.is_compiling():
             self._follow(module)
         return self._host
 
@@ -107,6 +106,8 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         self._host = host
 
     def _follow(self, module: nn.Module) -> None:
+        if any(part is self._host.module for part in module.modules()):
+            return  # a wrapper of the layer that was there before, as of FSDP1 or torch.compile
         before, kind = self._host, f"{type(module).__module__}.{type(module).__qualname__}"
         why = f"it was exchanged for a {kind} after adapters were added. Exchange it first, or merge and unload them."
         try:

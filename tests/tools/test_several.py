@@ -158,6 +158,27 @@ def test_a_batch_of_another_size_is_refused_and_leaves_nothing_behind() -> None:
     assert torch.equal(model(input_ids=tokens).logits, expected)
 
 
+def test_a_layer_whose_input_has_other_rows_is_named_as_what_it_is() -> None:
+    """As of positions, or of texts beside images: the batch itself has as many samples as there are names."""
+    model = get_peft_model(Positions(), psoft(r=2, target_modules=["positions", "head"]))
+    with pytest.raises(
+        ValueError, match=r"names 4 samples, and an adapted layer has an input of 5 rows, of which each"
+    ):
+        model(torch.randn(4, 5, 12), adapter_names=["default", "default", "__base__", "default"])
+
+
+class Positions(nn.Module):
+    """A layer of the samples, and one of their positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.head = nn.Linear(3, 12), nn.Linear(12, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(x + self.positions(torch.ones(5, 3)))
+        return found
+
+
 @pytest.mark.parametrize("active", ["with", "without"])
 def test_a_saved_head_goes_to_the_samples_of_its_adapter_whatever_is_active(active: str) -> None:
     model = get_peft_model(tiny_bert(), psoft(target_modules=["query"], modules_to_save=["classifier"]), "with")

@@ -45,6 +45,12 @@ class MixedBatch:
             for repeats in (copies, copies * self.length) if x.ndim == 2 else (copies,):
                 if len(x) == len(self.names) * repeats:
                     return [name for name in self.names for _ in range(repeats)]
+        if self.rows in (len(self.names), len(self.names) * self.copies):
+            raise ValueError(
+                f"adapter_names names {len(self.names)} samples, and an adapted layer has an input of {len(x)} rows, "
+                "of which each belongs to no sample or to several, as of positions, or of texts beside images. Leave "
+                "such layers out of target_modules, or call the model once for each adapter."
+            )
         raise ValueError(
             f"adapter_names has {len(self.names)} entries for a batch of "
             f"{len(x) if self.rows is None else self.rows} samples; give one name for each sample."

@@ -160,7 +160,7 @@ def test_a_batch_of_another_size_is_refused_and_leaves_nothing_behind() -> None:
 
 def test_a_layer_whose_input_has_other_rows_is_named_as_what_it_is() -> None:
     """As of positions, or of texts beside images: the batch itself has as many samples as there are names."""
-    model = get_peft_model(Positions(), psoft(r=2, target_modules=["positions", "head"]))
+    model = get_peft_model(Positions(), psoft(r=2, target_modules=["positions", "head"])).eval()
     with pytest.raises(
         ValueError, match=r"names 4 samples, and an adapted layer has an input of 5 rows, of which each"
     ):

@@ -291,7 +291,7 @@ class SharedEvaluation:
             values = self._stacked()
             tensors = self._untracked(values, dtype)
         found = _Evaluation(tensors, flat, versions, self._placement(), tuple(values), self._here.call)
-        if all(map(has_own_values, (*values, *tensors))):
+        if all(map(has_own_values, values)):
             self._kept = {**self._kept, dtype: found}
         return found
 

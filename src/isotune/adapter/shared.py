@@ -263,11 +263,12 @@ class SharedAdapter(LowRankAdapter):
             self.refresh()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SharedAdapter:
+        if self._held is None:
+            super()._apply(fn, recurse)
+            return self
         before = None if is_symbolic(self.reinitializations) else self.reinitializations.clone()
         super()._apply(fn, recurse)
         now = self.reinitializations
-        if self._held is None:
-            return self
         if not is_symbolic(now) and (before is None or not torch.equal(before.cpu(), now.cpu())):
             self._held = None  # as by to_empty, which leaves any numbers until the right ones are loaded
         else:

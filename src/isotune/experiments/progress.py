@@ -16,13 +16,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from isotune.experiments import processes
 from isotune.experiments.files import read_json, read_object, storing, write_json, write_text
 from isotune.experiments.recipe import Metric
-
-_STATE = "trainer_state.json"
 
 
 class TrainingDiverged(ValueError):
@@ -49,7 +48,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     if newest is None:
         return None
     try:
-        read_json(Path(newest) / _STATE)
+        read_json(Path(newest) / TRAINER_STATE_NAME)
     except ValueError:
         shutil.rmtree(newest)
         return last_checkpoint(folder)
@@ -68,7 +67,7 @@ def prepare_to_resume(folder: Path) -> None:
     newest = last_checkpoint(folder)  # removes what was cut off
     if newest is None:
         return
-    file = newest / _STATE
+    file = newest / TRAINER_STATE_NAME
     state = read_object(file)
     if state.get("best_model_checkpoint") is None:
         return

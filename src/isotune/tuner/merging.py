@@ -108,7 +108,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
     def _follow(self, module: nn.Module) -> None:
         if any(part is self._host.module for part in module.modules()):
             return  # a wrapper of the layer that was there before, as of FSDP1 or torch.compile
-        before, kind = self._host, f"{type(module).__module__}.{type(module).__qualname__}"
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
         why = f"it was exchanged for a {kind} after adapters were added. Exchange it first, or merge and unload them."
         try:
             host = host_for(module, self.key, self.quantization_backend, self.parameter)
@@ -116,7 +116,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
             raise ValueError(
                 f"The adapters of {self.key!r} cannot act on the layer that is there now: {why}"
             ) from error
-        now, then = (host.out_features, host.in_features), (before.out_features, before.in_features)
+        now, then = (host.out_features, host.in_features), (self._host.out_features, self._host.in_features)
         if now != then:
             raise ValueError(f"The weight of {self.key!r} is {now} and not {then}, as its adapters are: {why}")
         self._host = host

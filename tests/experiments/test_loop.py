@@ -550,3 +550,18 @@ def test_training_says_nothing_that_is_not_ours(tiny: dict[str, Any], tmp_path: 
     assert all(line.startswith(("psoft lr", "run 1", "64 training", "principal")) for line in said), said
     assert "Warning" not in done.stdout + done.stderr
     assert "PSOFT r=4" in done.stdout
+
+
+def test_texts_beyond_a_models_positions_are_one_line(tiny: dict[str, Any], tmp_path: Path) -> None:
+    tiny["train"]["max_length"] = 100
+    run(validate(tiny))  # no text is that long
+    folder = shutil.copytree(tiny["data"]["path"], tmp_path / "data")
+    with (folder / "test.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"text": "good " * 40, "label": 1}))
+    tiny["data"]["path"] = str(folder)
+    tiny["output"] += "-long"
+    said = r"has 32 positions, and fails at a text of 42 tokens \(.*\); set train.max_length=32 or less"
+    with pytest.raises(models.ModelError, match=said):
+        run(validate(tiny))
+    tiny["train"]["max_length"] = 32
+    run(validate(tiny))

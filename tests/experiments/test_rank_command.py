@@ -133,8 +133,8 @@ def test_a_recipe_refuses_what_the_configuration_refuses() -> None:
         ({"name": "lora", "rank_budget": "80k"}, "unknown key 'method.rank_budget'"),
     ):
         with pytest.raises(RecipeError, match=said):
-            methods.check(Method.model_validate(options))
-    methods.check(Method(name="lora_xs", r="auto"))
+            methods.checked(Method.model_validate(options))
+    methods.checked(Method(name="lora_xs", r="auto"))
 
 
 def test_chosen_sizes_are_those_that_an_adapter_would_choose(folder: Path) -> None:

@@ -11,6 +11,7 @@ from isotune.experiments import methods
 from isotune.experiments.loading import load, packaged
 from isotune.experiments.recipe import Recipe as RecipeModel
 from isotune.experiments.recipe import RecipeError, keys_of, merit
+from isotune.experiments.registry import entry
 
 MINIMAL = """
 model: some/model
@@ -34,13 +35,13 @@ def test_every_packaged_recipe_is_valid() -> None:
         recipe = load(name)
         assert recipe.output == f"runs/{name}"
         for method in recipe.methods:
-            methods.check(method)
+            methods.checked(method)
         assert recipe.description
         for variant in packaged()[name].get("variants", {}):
             varied = load(name, [f"variant={variant}"])
             assert varied.output == f"runs/{name}-{variant}"
             for method in varied.methods:
-                methods.check(method)
+                methods.checked(method)
 
 
 def test_a_variant_lies_between_the_recipe_and_the_overrides(tmp_path: Path) -> None:
@@ -205,6 +206,7 @@ def test_keys_are_dotted() -> None:
         (["method.rank=8"], "unknown key 'method.rank'"),
         (["method.lora_alhpa=8"], "did you mean 'method.lora_alpha'"),
         (["method.r=eight"], r"method.r: .*integer.*'eight'"),
+        (["method.r=true"], "method.r: should be a number or a text, not True"),
         (["method={name: head, r: 3}"], "the method head has no options, given r"),
         (["method={name: psoft, r: -1}"], "method psoft: .*r=-1"),
         (["method={name: psoft_so, psoft_mag_a: true}"], "unknown key 'method.psoft_mag_a'"),
@@ -213,11 +215,19 @@ def test_keys_are_dotted() -> None:
 )
 def test_method_options_are_checked_against_the_configuration(path: str, overrides: list[str], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
-        methods.check(load(path, overrides).method)
+        methods.checked(load(path, overrides).method)
+
+
+def test_method_options_are_kept_as_the_configuration_reads_them(path: str) -> None:
+    options = "r: '8', psoft_mag_a: 'false', layers_to_transform: null, use_cayley_neumann: 'yes'"
+    given = [f"method={{name: psoft, {options}}}"]
+    read = methods.checked(load(path, given).method)
+    assert read.options == {"r": 8, "psoft_mag_a": False, "use_cayley_neumann": True}
+    assert entry("psoft").title_of(read.options) == "PSOFT r=8 no α use_cayley_neumann=True"
 
 
 def test_configurations_have_scale_one_on_all_linear_layers() -> None:
-    lora = methods.adapter_config("lora", r="8")
+    lora = methods.adapter_config("lora", r=8)
     assert (lora.r, lora.lora_alpha, lora.use_dora, lora.target_modules) == (8, 8, False, "all-linear")
     assert methods.adapter_config("lora", r=8, lora_alpha=16).lora_alpha == 16
     assert methods.adapter_config("dora").use_dora is True

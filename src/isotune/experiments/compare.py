@@ -142,9 +142,9 @@ def parse(text: str, recipe: Recipe, options: Options) -> Variant:
         else:
             given[key] = read
     # Through the recipe's own check, which names the nearest method to a misspelt one.
-    method = validate({**recipe.model_dump(), "method": {"name": name, **given, "train": train}}, text).method
-    methods.check(method)
-    centre = centre or registry.entry(name).rate_with(given)
+    asked = validate({**recipe.model_dump(), "method": {"name": name, **given, "train": train}}, text).method
+    method = methods.checked(asked)
+    centre = centre or registry.entry(name).rate_with(method.options)
     return Variant(text, method, _search(tried, centre, options))
 
 

@@ -71,7 +71,7 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     from safetensors.torch import load_file
     from transformers import set_seed
 
-    from isotune.experiments import angles, loop, measure, methods
+    from isotune.experiments import angles, loop, measure, methods, models
     from isotune.experiments.forgetting import Forgetting, ForgettingCurve
     from isotune.files.adapter import LABELS_FILE
     from isotune.files.base_model import quiet
@@ -81,6 +81,7 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     began = time.perf_counter()
     set_seed(run.seed)  # the new head and the adapter start alike in every run of this seed
     model, head = task.build()
+    models.check_length(model, run.recipe.model, task.longest)
     if run.settings.start_from_head and run.method.name != "head":
         if run.start_from is None:
             raise RecipeError(f"start_from_head needs the method head to be trained before {run.method.name}")

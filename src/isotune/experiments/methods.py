@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from isotune.experiments.recipe import Method, RecipeError, meant
 from isotune.experiments.registry import HEADS, entry, is_plain
+from isotune.experiments.sections import NO_TRUTH, may_be_true
 from isotune.experiments.text import shown
 from isotune.methods import METHODS
 
@@ -31,32 +32,45 @@ def _config_class(name: str) -> tuple[type, Mapping[str, Any]]:
     return METHODS.get(found.base) or baselines[found.base], found.fixed
 
 
-def check(method: Method) -> None:
-    """Check a method's options against its configuration class; raises RecipeError."""
+def checked(method: Method) -> Method:
+    """The method with its options as its configuration class reads them, such as 8 for the text "8".
+
+    What says nothing, None where that is the default, is left out.
+
+    Raises:
+        RecipeError: an option that the class does not have, or a value that it does not take.
+    """
     if is_plain(method.name):
         if method.options:
             raise RecipeError(f"the method {method.name} has no options, given {', '.join(method.options)}")
-        return
+        return method
     cls, fixed = _config_class(method.name)
     hints = typing.get_type_hints(cls)
-    allowed = sorted(
-        field.name
+    defaults = {
+        field.name: field.default
         for field in dataclasses.fields(cls)
         if field.init and field.name not in _RESERVED and field.name not in fixed
-    )
+    }
+    read = {}
     for key, value in method.options.items():
-        if key not in allowed:
+        if key not in defaults:
+            allowed = sorted(defaults)
             said = f"unknown key 'method.{key}': {method.name} allows {', '.join(allowed)}"
             raise RecipeError(said + meant(key, allowed, "method."))
         try:
-            _adapter(hints[key]).validate_python(value)
+            found = _adapter(hints[key]).validate_python(value)
         except ValidationError as error:
             message = error.errors()[0]["msg"].removeprefix("Input ")
             raise RecipeError(f"method.{key}: {message}, not {shown(value)}") from error
+        if isinstance(value, bool) and not may_be_true(hints[key]):
+            raise RecipeError(f"method.{key}: {NO_TRUTH}, not {shown(value)}")
+        if found is not None or defaults[key] is not None:
+            read[key] = found
     try:
-        adapter_config(method.name, **method.options)
+        adapter_config(method.name, **read)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"method {method.name}: {error}") from error
+    return Method(name=method.name, train=method.train, **read)
 
 
 def _adapter(hint: Any) -> TypeAdapter[Any]:
@@ -77,11 +91,9 @@ def adapter_config(name: str, **options: Any) -> Any:
         ValueError: a value that it does not take.
     """
     cls, fixed = _config_class(name)
-    hints = typing.get_type_hints(cls)
-    values = {key: _adapter(hints[key]).validate_python(value) for key, value in options.items() if key in hints}
-    if "lora_alpha" in hints and cls not in METHODS.values():
-        values.setdefault("lora_alpha", values.get("r", inspect.signature(cls).parameters["r"].default))
-    return cls(**{"target_modules": "all-linear", **values, **fixed})
+    if cls not in METHODS.values() and "lora_alpha" in (parameters := inspect.signature(cls).parameters):
+        options.setdefault("lora_alpha", options.get("r", parameters["r"].default))
+    return cls(**{"target_modules": "all-linear", **options, **fixed})
 
 
 def attach(method: Method, model: Any, head: list[str], peft_type: str | None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,29 @@ def load_causal(name: str, dtype: str) -> Any:
         path = locate(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **gguf_of(path))
     return forget_quantisation(model) if gguf_of(path) else model
+
+
+def check_length(model: Any, name: str, length: int) -> None:
+    """Try a text of as many tokens as the longest one has, where a model may have no positions for them.
+
+    Raises:
+        ModelError: the model has none; says how many it has.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if length <= positions - 2:  # of RoBERTa's two are for nothing
+        return
+    training = model.training
+    try:
+        with torch.no_grad():
+            ids = torch.zeros(1, length, dtype=torch.long)
+            model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"the model {name} has {positions} positions, and fails at a text of {length} tokens "
+            f"({why_not_loaded(error)}); set train.max_length={positions} or less"
+        ) from error
+    finally:
+        model.train(training)
 
 
 def merged_copy(model: Any, dtype: str) -> Any:

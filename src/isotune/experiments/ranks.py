@@ -87,9 +87,7 @@ class Question:
             options["rank_measure"] = "values"
         if self.data is not None and on_subspaces:
             options["rank_measure"] = "activations"
-        method = Method.model_validate({"name": self.method, **options})
-        methods.check(method)
-        return method
+        return methods.checked(Method.model_validate({"name": self.method, **options}))
 
 
 def rank(question: Question) -> tuple[str, dict[str, Any]]:

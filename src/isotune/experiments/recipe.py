@@ -81,7 +81,7 @@ Tracker = Literal["tensorboard", "wandb", "trackio"]
 class Method(BaseModel):
     """A method by name, the options of its adapter configuration, and training settings of its own.
 
-    The options are checked against the method's configuration class by `methods.check`.
+    The options are checked against the method's configuration class by `methods.checked`.
     """
 
     model_config = ConfigDict(extra="allow")

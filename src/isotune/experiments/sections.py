@@ -30,6 +30,8 @@ Rate = Annotated[FiniteFloat, Field(gt=0)]
 Count = Annotated[PositiveInt, Field(lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 TRAINING_SEED = "train.seed"
+NO_TRUTH = "should be a number or a text"
+"""What errors say of `true` in the place of something else."""
 Names = Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)]
 
 
@@ -42,8 +44,9 @@ def _seed_of_the_training(value: Any, seed: ValidatorFunctionWrapHandler) -> Any
     return value if value == TRAINING_SEED else seed(value)
 
 
-def _may_be_true(annotation: Any) -> bool:
-    return annotation in (bool, Any) or any(map(_may_be_true, get_args(annotation)))
+def may_be_true(annotation: Any) -> bool:
+    """Whether values of an annotated type may be true or false."""
+    return annotation in (bool, Any) or any(map(may_be_true, get_args(annotation)))
 
 
 class Section(BaseModel):
@@ -55,8 +58,8 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, about: ValidationInfo) -> Any:
         """Refuse a truth value for a number, of which pydantic would make 1 or 0."""
-        if isinstance(value, bool) and not _may_be_true(cls.model_fields[str(about.field_name)].annotation):
-            raise PydanticCustomError("truth_value", "Input should be a number or a text")
+        if isinstance(value, bool) and not may_be_true(cls.model_fields[str(about.field_name)].annotation):
+            raise PydanticCustomError("truth_value", f"Input {NO_TRUTH}")
         return value
 
 

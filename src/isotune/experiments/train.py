@@ -36,8 +36,8 @@ def plan(recipe: Recipe) -> Schedule:
 
     Nothing is written or trained. Raises as `train` about recipe and data.
     """
-    for method in recipe.methods:
-        methods.check(method)
+    read = [methods.checked(method) for method in recipe.baselines]
+    recipe = recipe.model_copy(update={"baselines": read, "method": methods.checked(recipe.method)})
     variants = [Variant(m.name, m, Given(tuple(sorted(set(recipe.training(m).lr))))) for m in recipe.methods]
     check_extras(recipe, recipe.methods)
     processes.join()

@@ -208,8 +208,7 @@ def _let_attention_be_followed(model: Any) -> None:
 
 
 def _adapted(built: Built, setting: Setting) -> nn.Module:
-    method = Method(name=setting.method, **setting.options)
-    methods.check(method)
+    method = methods.checked(Method(name=setting.method, **setting.options))
     model: nn.Module = methods.attach(method, built.base, built.head, built.kind)
     return model
 

@@ -100,6 +100,10 @@ class CausalTask(Task):
         """How many tokens a row has."""
         return len(row["input_ids"])
 
+    @property
+    def longest(self) -> int:
+        return min(self.recipe.train.max_length, max(self.encoded.lengths))
+
     def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
         if _takes_places(model, batch):
             return _answer_loss(model, batch)

@@ -51,6 +51,11 @@ class Classifier(Task):
         """By which rows are grouped where the recipe asks for it."""
         return 1
 
+    @property
+    def longest(self) -> int:
+        encoded = self.encoded
+        return max(map(self.length, (*encoded.train, *encoded.validation, *encoded.test)))
+
     def encode(self) -> Encoded:
         train = self.rows(self.examples.train)
         # Validation and test are sorted by length, which saves padding and changes no score.

@@ -62,6 +62,11 @@ class Task(ABC):
         """All splits as rows for the model, encoded once."""
         return self.encode()
 
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """The tokens of the longest row; 1 where rows are no texts."""
+
     @abstractmethod
     def encode(self) -> Encoded:
         """All splits as rows for the model; raises ModelError where what encodes them cannot be loaded."""

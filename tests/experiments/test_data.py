@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
 from pathlib import Path
@@ -88,6 +89,15 @@ def test_only_line_breaks_end_a_line(folder: Path, name: str) -> None:
     assert [example.text for example in examples.train] == texts
 
 
+@pytest.mark.parametrize("name", ["train.csv", "train.tsv"])
+def test_a_text_may_be_as_long_as_a_book(folder: Path, name: str) -> None:
+    between, long, limit = "," if name == "train.csv" else "\t", "a" * 200_000, csv.field_size_limit()
+    (folder / name).write_text("\n".join(between.join(row) for row in [("text", "label"), (long, "x"), ("b", "y")]))
+    examples = load(recipe(folder, files={"train": name, "test": name}))
+    assert [example.text for example in examples.train] == [long, "b"]
+    assert csv.field_size_limit() == limit
+
+
 @pytest.mark.parametrize(
     ("name", "text", "changes", "said"),
     [
@@ -123,6 +133,7 @@ def test_only_line_breaks_end_a_line(folder: Path, name: str) -> None:
         ("train.csv", "text,label\na\n", {}, "train.csv, line 2: 1 columns where 2 are expected"),
         ("train.csv", "text,label\n,x\nb,y\n", {}, "train.csv, line 2: the column 'text' holds ''"),
         ("train.csv", "text,label\na,x\nb,x\n", {}, "at least two different labels, found x"),
+        ("train.csv", "text,label\na,x\nb,x \n", {}, "the labels 'x' and 'x ' differ in blanks alone"),
         ("test.csv", "text,label\na,z\n", {}, r"test.csv, line 2: the label 'z' is none of .*\(x, y\)"),
         (
             "train.csv",

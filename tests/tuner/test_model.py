@@ -40,6 +40,7 @@ from helpers import (
     trainable,
 )
 from isotune import PsoftConfig, get_peft_model
+from isotune.errors import IsotuneWarning
 from isotune.tuner.layer import Linear
 
 # -- which modules -------------------------------------------------------------------------------------------------
@@ -311,6 +312,19 @@ def test_a_refused_second_adapter_leaves_the_first_alone(
     assert list(model.peft_config) == ["default"]
     assert torch.equal(model.get_base_model().second(x), expected)
     model.add_adapter("other", psoft(target_modules=["second"]))  # the name is still free
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_a_misspelt_name_among_several_is_said(method: str, tmp_path: Path) -> None:
+    """PEFT adapts what it finds, and says nothing of the rest of the list."""
+    base = Stack()
+    with pytest.warns(IsotuneWarning, match="no module of the model is called 'secnd'.*Did you mean 'second'") as said:
+        model = get_peft_model(copy.deepcopy(base), configured(method, ["first", "secnd"]))
+    assert len(said) == 1
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PeftModel.from_pretrained(base, tmp_path)  # whoever loads it need not hear it again
 
 
 class TwoPlaces(nn.Module):

@@ -279,6 +279,12 @@ def label_names(data: Data, train: Sequence[Row]) -> list[str]:
         names = sorted(seen, key=lambda name: (0, int(name), "") if _is_integer(name) else (1, 0, name))
     if len(names) < 2 or len(set(names)) != len(names):
         raise DataError(f"a classification needs at least two different labels, found {', '.join(names) or 'none'}")
+    bare: dict[str, str] = {}
+    for name in names:
+        if (other := bare.setdefault(name.strip(), name)) != name:
+            raise DataError(
+                f"the labels {shown(other)} and {shown(name)} differ in blanks alone; write them alike in the data"
+            )
     return names
 
 

@@ -234,6 +234,7 @@ def _separated_rows(path: Path, text: str, columns: list[str] | None) -> Iterato
         if path.suffix == ".tsv"
         else csv.reader(io.StringIO(text))
     )
+    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
     try:
         for cells in reader:
             if not cells:
@@ -254,3 +255,5 @@ def _separated_rows(path: Path, text: str, columns: list[str] | None) -> Iterato
             yield Row(dict(zip(columns, cells, strict=True)), f"{path}, line {reader.line_num}")
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)

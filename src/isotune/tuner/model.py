@@ -35,6 +35,7 @@ from isotune.tuner.refusals import (
     refuse_loading_by_one,
     refuse_names_of_saved,
     refuse_several_places,
+    warn_of_missing,
 )
 from isotune.tuner.sizes import size_layers
 from isotune.tuner.state import check_file, current_key, keys_in_model
@@ -84,6 +85,8 @@ class IsotuneModel(Tuner):
             refuse_names_of_saved(model, self.peft_config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             refuse_several_places(model)
+            if config.origin is None and "target_modules" in config.given:  # else the names are PEFT's, of its tables
+                warn_of_missing(model, config)
             refuse_untruncatable(model, adapter_name, config)
             if chooses:
                 size_layers(model, adapter_name, config)

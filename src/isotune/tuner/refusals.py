@@ -1,12 +1,15 @@
-"""Models that cannot take an adapter, refused before anything is changed."""
+"""Models that cannot take an adapter, refused before anything is changed, and names that are likely mistakes."""
 
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Mapping
+from difflib import get_close_matches
 
 from torch import nn
 
+from isotune.errors import IsotuneWarning
 from isotune.methods.config import IsotuneConfig
 from isotune.parallel.processes import loaded_by_one
 from isotune.parallel.sharding import is_sharded
@@ -73,4 +76,20 @@ def refuse_several_places(model: nn.Module) -> None:
             raise ValueError(
                 f"The target module {key!r} is the same object as {name!r}, so an adapter would act in one place but "
                 "be merged into all. Exclude the module with exclude_modules, or give each place a copy of its own."
+            )
+
+
+def warn_of_missing(model: nn.Module, config: IsotuneConfig) -> None:
+    """Warn of names in target_modules that no module has: PEFT leaves them out where others of the list are found."""
+    if isinstance(config.target_modules, str):
+        return
+    paths = [f".{path}" for path, _ in model.named_modules()]
+    for name in sorted(config.target_modules or ()):
+        if not any(path.endswith(f".{name}") for path in paths):
+            near = get_close_matches(name, {path.rpartition(".")[2] for path in paths}, n=1)
+            warnings.warn(
+                f"target_modules: no module of the model is called {name!r}, so nothing is adapted for it."
+                + (f" Did you mean {near[0]!r}?" if near else ""),
+                IsotuneWarning,
+                stacklevel=2,
             )

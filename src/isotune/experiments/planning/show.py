@@ -14,7 +14,8 @@ def to_text(found: Estimate) -> str:
     head = [
         f"{setting.model} ({found.architecture}), {setting.method} {options}".rstrip(),
         f"{setting.devices} × {setting.accelerator if not setting.flops else 'device'}, {setting.sharding}, "
-        f"{found.dtype}, quantisation {setting.quantization}, batch {setting.batch} × {setting.sequence} a device"
+        f"{found.dtype}, quantisation {setting.quantization}, "
+        f"batch {setting.batch} × {found.tokens // setting.batch} tokens a device"
         + (", checkpointing" if setting.checkpointing else ""),
         "",
         f"base parameters      {found.base_parameters:>18,}",

@@ -105,28 +105,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     In a module marked `covered(name=(values, …), …)` the parameters named there keep these values alone, and of the
     product of the rest a part remains in which every two values of different parameters meet; values of one mechanism
     (`helpers.ALIKE`) count as one there but for one case of each. The whole product, with all values, runs beside it up
-    to PRODUCT cases; of a larger one such a part of all values, unless ISOTUNE_TESTS=product asks for everything.
+    to PRODUCT cases; of a larger one such a part of all values, unless ISOTUNE_TESTS=product asks for everything. In a
+    quick run all tests are covered so, and of values of one mechanism one is enough.
     """
-    from helpers import ALIKE
+    from helpers import ALIKE, QUICK
 
     items[:] = [item for item in items if not rotates_an_embedding(item)]
     tests: dict[str, list[pytest.Function]] = {}
     for item in items:
-        if isinstance(item, pytest.Function) and item.get_closest_marker("covered") and hasattr(item, "callspec"):
+        if hasattr(item, "callspec") and (QUICK or item.get_closest_marker("covered")):
             tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     left_out = set[pytest.Item]()
     for cases in tests.values():
         marker = cases[0].get_closest_marker("covered")
-        assert marker is not None
+        few = marker.kwargs.items() if marker else ()
         kept = [
-            item
-            for item in cases
-            if all(item.callspec.params.get(name, values[0]) in values for name, values in marker.kwargs.items())
+            item for item in cases if all(item.callspec.params.get(name, values[0]) in values for name, values in few)
         ]
         quick = covering(kept, ALIKE)
         for item in set(cases) - set(quick):
             item.add_marker(pytest.mark.matrix)
-        if len(cases) > PRODUCT and os.environ.get("ISOTUNE_TESTS") != "product":
+        if marker and len(cases) > PRODUCT and os.environ.get("ISOTUNE_TESTS") != "product":
             left_out |= set(cases) - set(covering(cases, ALIKE, quick))
     items[:] = [item for item in items if item not in left_out]
 
@@ -144,15 +143,18 @@ def covering(
 
     Args:
         items: the cases.
-        alike: values -> the value for which they may stand in a pair; by itself each value occurs.
+        alike: values -> the value for which they may stand in a pair; by itself each value occurs, but in a quick run.
         chosen: those of the cases that are taken already.
     """
+    from helpers import QUICK
+
     numbers: dict[Hashable, int] = {}
     pairs: dict[pytest.Function, int] = {}  # sets as bits, since there are thousands of cases
     for item in items:
         own = sorted(item.callspec.params.items())
         values = [(name, repr(alike.get(one, one) if isinstance(one, str) else one)) for name, one in own]
-        met = [*itertools.combinations(values, 2), *((name, repr(value)) for name, value in own)]
+        each = values if QUICK else [(name, repr(value)) for name, value in own]
+        met = [*itertools.combinations(values, 2), *each]
         pairs[item] = sum(1 << numbers.setdefault(pair, len(numbers)) for pair in met)
     missing, found = (1 << len(numbers)) - 1, list(chosen)
     for item in found:

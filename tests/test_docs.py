@@ -148,6 +148,7 @@ def said() -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 def test_messages_are_those_of_the_library() -> None:
     table = text_of("docs/guides/troubleshooting.md").split("## What messages mean")[1]
     messages = re.findall(r"^\| `([^`]+)`(?! \(PEFT's\))", table, re.MULTILINE)
@@ -157,6 +158,7 @@ def test_messages_are_those_of_the_library() -> None:
         assert any(pattern.search(text) for text in said()), message
 
 
+@pytest.mark.slow
 def test_exports_and_pictures_are_written(recipes: Path) -> None:
     from transformers import AutoModelForCausalLM
 

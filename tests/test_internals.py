@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -123,6 +124,7 @@ which Python documents."""
 FILES = {str(path.relative_to(SOURCE)): ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
 
 
+@functools.cache
 def own_names() -> set[str]:
     """What isotune's own classes and modules call private: defined there, or assigned to self."""
     found: set[str] = set()

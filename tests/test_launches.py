@@ -167,6 +167,7 @@ def added(name: str, kernels: bool) -> tuple[float, float]:
 @pytest.mark.covered(kernels=(False,))
 @pytest.mark.parametrize("name", NAMES)
 @PATHS
+@pytest.mark.slow
 def test_a_layer_adds_no_more_operations_than_lora(name: str, kernels: bool) -> None:
     method = name.split()[0]
     a_layer, _ = added(name, kernels)

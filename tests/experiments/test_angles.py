@@ -57,6 +57,7 @@ def test_strict_keeps_angles_and_norms_and_relaxed_moves_them() -> None:
 
 
 @pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.slow
 def test_numbers_are_those_of_the_full_matrices(merged: bool) -> None:
     model = adapt(tiny_bert(), target_modules=["query", "value"], ab_svd_init="pissa_init")
     expected = {layer.key: layer for layer in layers_of(model)}

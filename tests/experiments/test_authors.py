@@ -117,6 +117,7 @@ def commonsense_prompt(instruction: str, blanks_after: int) -> str:
     return f"{GIVEN}. {WANTED}{' ' * blanks_after}\n\n" + "".join(" " * 16 + line for line in lines)
 
 
+@pytest.mark.slow
 def test_maths(llama: Path, seen: SimpleNamespace, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -175,6 +176,7 @@ def commonsense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_commonsense(llama: Path, commonsense: Path, seen: SimpleNamespace, tmp_path: Path) -> None:
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -287,6 +289,7 @@ def groups_of(trainer: Any) -> dict[str, tuple[float, float]]:
     }
 
 
+@pytest.mark.slow
 def test_glue(deberta: Path, seen: SimpleNamespace, tmp_path: Path) -> None:
     from safetensors import safe_open
 
@@ -364,6 +367,7 @@ def eurosat(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_vtab(vit: Path, eurosat: Path, seen: SimpleNamespace) -> None:
     given = ["variant=authors", f"model={vit}", "method.r=4", "train.max_steps=1", "train.lr=1e-3"]
     recipe = load("vtab/eurosat", [*given, f"data.hub.name={eurosat / 'hub'}", f"output={eurosat / 'run'}"])

@@ -96,6 +96,7 @@ def test_what_is_measured_on_the_way_is_no_part_of_the_training(
     ("name", "moving", "boundary"),
     [("rosa", {"select": "band"}, 1), ("peso", {"every": 6, "unit": "step", "select": "warm"}, 2)],
 )
+@pytest.mark.slow
 def test_subspaces_move_as_the_training_says(
     tiny: dict[str, Any], name: str, moving: dict[str, Any], boundary: int
 ) -> None:
@@ -109,6 +110,7 @@ def test_subspaces_move_as_the_training_says(
     assert all(np.isfinite(row.get("loss", 0.0)) for row in result["runs"][0]["curve"])
 
 
+@pytest.mark.slow
 def test_a_recipe_of_uora_renews_rows(tiny: dict[str, Any]) -> None:
     reinit = {"threshold": 0.1, "weight": 0.5, "every": 3}
     tiny["method"] = {"name": "uora", "r": 8, "target_modules": "all-linear", "train": {"lr": 0.05, "reinit": reinit}}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +58,7 @@ print(before, after, measure.peak_memory())
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_what_is_held(tmp_path: Path) -> None:
     """In a process of its own: what other tests have left on the heap moves the peak too."""
     before, after, later = map(int, printed_by(HOLDING, folder=tmp_path).split())

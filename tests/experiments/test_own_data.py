@@ -304,6 +304,7 @@ def test_a_dry_run_counts_both_answers_of_a_pair(own: Callable[..., Recipe]) -> 
     assert paired["methods"][0]["memory"] == single["methods"][0]["memory"]
 
 
+@pytest.mark.slow
 def test_preferences_are_trained_by_trl_against_the_base(
     own: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:

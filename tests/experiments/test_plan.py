@@ -109,6 +109,7 @@ def test_counts_file_and_kept_bytes_are_those_of_the_real_model(
 
 
 @pytest.mark.parametrize(("method", "options"), METHODS[:3])
+@pytest.mark.slow
 def test_what_autocast_keeps(method: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Weights and inputs in half precision beside the whole ones: no share of what is kept without it."""
     base = tiny_llama(layers=2)
@@ -338,6 +339,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert own.total < ACCELERATORS["l4"].memory
 
 
+@pytest.mark.slow
 def test_measured_steps_replace_the_assumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "FOLDER", tmp_path / "measured")
     where = folder(tiny_llama(), tmp_path)

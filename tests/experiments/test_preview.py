@@ -29,6 +29,7 @@ def recipe(tiny: dict[str, Any], tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_the_training_then_has(recipe: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
     done = runner.invoke(app, ["train", str(recipe), "method.r=2", "--dry-run", "--json"], catch_exceptions=False)
     assert done.exit_code == 0, done.stderr
@@ -46,6 +47,7 @@ def test_a_dry_run_says_what_the_training_then_has(recipe: Path, tiny: dict[str,
     assert validate(found["recipe"]).model_dump() == load(str(recipe), ["method.r=2"]).model_dump()
 
 
+@pytest.mark.slow
 def test_the_memory_is_that_under_autocast(recipe: Path) -> None:
     kept = []
     for given in ("train.autocast=false", "train.autocast=true"):

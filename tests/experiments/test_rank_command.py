@@ -68,6 +68,7 @@ def test_the_table_is_the_librarys_choice(folder: Path) -> None:
 
 @pytest.mark.parametrize("file", ["texts.csv", "chats.jsonl", "pairs.jsonl"])
 @pytest.mark.parametrize("method", ["psoft", "oft"])
+@pytest.mark.slow
 def test_activations_are_those_on_a_file(folder: Path, file: str, method: str) -> None:
     arguments = (folder / "llama", "--budget", "3k", "--target", "q_proj,o_proj", "--method", method)
     measured = called(*arguments, "--data", folder / file)

@@ -162,6 +162,7 @@ def write_glue(folder: Path, task: str) -> None:
 
 @pytest.mark.covered(task=("stsb",))
 @pytest.mark.parametrize("task", GLUE)
+@pytest.mark.slow
 def test_nlu(task: str, deberta: Path, tmp_path: Path) -> None:
     write_glue(tmp_path, task)
     name = f"glue/{task}"
@@ -258,6 +259,7 @@ def test_vtab_has_three_groups_whose_means_are_averaged() -> None:
         suites.means("glu", {})
 
 
+@pytest.mark.slow
 def test_the_papers_35_tasks_are_recipes_with_its_parameters_and_a_figure_beside_them() -> None:
     tasks = [name for suite in paper.MODELS for names in suites.groups(suite).values() for name in names]
     assert len(tasks) == 6 + 19 + 2 + 8

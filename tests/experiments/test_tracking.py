@@ -52,6 +52,7 @@ class Writer:
     def close(self) -> None: ...
 
 
+@pytest.mark.slow
 def test_each_run_is_reported_under_its_own_name_and_folder(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,6 +88,7 @@ CONFIGS: dict[str, IsotuneConfig] = {
 @pytest.mark.parametrize("names", ["diffusers", "kohya"])
 @pytest.mark.parametrize("sdxl", [False, True], ids=["sd", "sdxl"])
 @pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.slow
 def test_exact_on_a_unet(method: str, sdxl: bool, names: Any, tmp_path: Path) -> None:
     model = get_peft_model(unet(sdxl), CONFIGS[method])
     randomize(model, std=0.2)

@@ -97,6 +97,7 @@ def test_an_honest_file_is_taken(method: str, load: Any, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("load", LOADERS)
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_tensors_without_a_place(method: str, load: Any, tmp_path: Path) -> None:
     config = METHODS[method]
     for number, (name, tensor, message) in enumerate(

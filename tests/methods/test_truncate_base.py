@@ -540,6 +540,7 @@ def test_a_weight_that_is_not_finite() -> None:
 
 
 @pytest.mark.parametrize("loading", [False, True])
+@pytest.mark.slow
 def test_ctrl_c_at_any_line_leaves_the_base_whole(loading: bool, tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)
 

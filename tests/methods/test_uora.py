@@ -104,6 +104,7 @@ def test_all_layers_of_a_shape_share_their_matrices_and_models_let_them_go() -> 
     assert held() == 0
 
 
+@pytest.mark.slow
 def test_compiled_code_has_the_matrices_of_a_copied_or_loaded_model(tmp_path: Path) -> None:
     """It cannot make them itself, and a copy has them before it was ever called."""
     model = renewed(move(model_of()))

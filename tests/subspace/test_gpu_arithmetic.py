@@ -84,6 +84,7 @@ class Tensors(TorchDispatchMode):
 @pytest.mark.parametrize("shape", [(320, 300), (240, 700)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
+@pytest.mark.slow
 def test_the_tolerance_is_met(
     decay: float, shape: tuple[int, int], dtype: torch.dtype, tolerance: float, tf32: bool
 ) -> None:
@@ -128,6 +129,7 @@ def test_products_are_exact_in_parts(narrow: bool, shape: tuple[int, ...], tf32:
 @pytest.mark.covered(shape=((2048, 512),))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2048, 512), (512, 2048)])
+@pytest.mark.slow
 def test_no_large_float64_and_little_memory(shape: tuple[int, int], dtype: torch.dtype, tf32: bool) -> None:
     weight = with_spectrum(*shape, torch.arange(1, 513, dtype=torch.float64) ** -0.5)[0].to(dtype)
     block = iteration.block_size(16)

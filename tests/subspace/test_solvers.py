@@ -383,6 +383,7 @@ def test_the_cache_spares_the_solver(tmp_path: object, monkeypatch: pytest.Monke
     assert len(calls) == 5
 
 
+@pytest.mark.slow
 def test_the_bar_appears_only_when_the_work_is_long(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,7 @@ def output(model: nn.Module, x: Tensor | None = None) -> Tensor:
 
 @pytest.mark.parametrize("std", [0.01, 0.2])
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_what_an_adapter_made_gives_the_adapter_back(tmp_path: Path, case: str, std: float) -> None:
     method, options = CASES[case]
     config = METHODS[method](**{"target_modules": TARGETS, **options})
@@ -93,6 +94,7 @@ def tune(model: nn.Module, x: Tensor, steps: int = 4) -> nn.Module:
 
 @pytest.mark.parametrize("case", ["oft", "psoft", "hra"])
 @pytest.mark.parametrize("family", ["opt", "gpt2"])
+@pytest.mark.slow
 def test_the_error_said_is_that_of_what_is_loaded(tmp_path: Path, case: str, family: str) -> None:
     make = {"opt": tiny_opt, "gpt2": tiny_gpt2}[family]
     make(layers=1).save_pretrained(str(tmp_path / "base"))
@@ -139,6 +141,7 @@ def test_the_error_said_is_that_of_what_is_loaded(tmp_path: Path, case: str, fam
     assert not any(one["kept"] for one in said["outside"].values())
 
 
+@pytest.mark.slow
 def test_no_search_from_elsewhere_comes_nearer() -> None:
     torch.manual_seed(1)
     base, tuned = stack(), tune(stack(), torch.randn(8, 24))
@@ -161,6 +164,7 @@ def test_no_search_from_elsewhere_comes_nearer() -> None:
             assert float(left.detach().norm()) > 0.998 * least
 
 
+@pytest.mark.slow
 def test_a_residual_goes_with_the_adapter_in_each_of_the_ways_that_the_guide_names(tmp_path: Path) -> None:
     make, tokens = functools.partial(tiny_opt, layers=1), some_tokens()
     make().save_pretrained(str(tmp_path / "base"))

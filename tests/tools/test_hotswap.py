@@ -72,6 +72,7 @@ def assert_same_places(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.slow
 def test_the_numbers_change_and_the_tensors_stay(method: str, tmp_path: Path) -> None:
     first, second = (saved(tmp_path / str(seed), config(method), seed) for seed in (1, 2))
     model, expected = loaded(first), logits(loaded(second))

@@ -62,6 +62,7 @@ NAMES = ["oft", "__base__", *METHODS, "psoft"]
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_opt])
+@pytest.mark.slow
 def test_every_sample_of_a_batch_with_all_methods_is_as_if_alone(build: Any) -> None:
     model = with_all_methods(build())
     tokens = some_tokens(len(NAMES), 6)

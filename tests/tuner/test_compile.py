@@ -168,6 +168,7 @@ def test_a_dynamic_cache_and_no_gradients() -> None:
 
 
 @pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.slow
 def test_a_trace_holds_one_evaluation_for_all_layers(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph of a model does not grow by a factorisation with each layer."""
     model = adapted_stack(r=16)

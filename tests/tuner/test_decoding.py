@@ -140,6 +140,7 @@ def test_no_token_after_the_first_is_evaluated(method: str, graphs: Graphs, monk
     assert len(graphs.seen) == 1
 
 
+@pytest.mark.slow
 def test_each_of_two_adapters_has_its_own(graphs: Graphs) -> None:
     model = causal()
     model.add_adapter("other", psoft(r=3, target_modules=["q_proj", "down_proj"]))
@@ -157,6 +158,7 @@ def test_each_of_two_adapters_has_its_own(graphs: Graphs) -> None:
     assert graphs.evaluating(model) == [False, False]
 
 
+@pytest.mark.slow
 def test_a_bare_model_in_a_block(graphs: Graphs) -> None:
     """Nothing of PEFT's tells that a call begins; outside of a block all is as it was."""
     model: Any = inject_adapter_in_model(psoft(target_modules=["q_proj", "v_proj"]), tiny_llama(layers=1)).eval()

@@ -567,3 +567,26 @@ def test_texts_beyond_a_models_positions_are_one_line(tiny: dict[str, Any], tmp_
         run(validate(tiny))
     tiny["train"]["max_length"] = 32
     run(validate(tiny))
+
+
+def without_dropout(model: Path, folder: Path) -> str:
+    copied = shutil.copytree(model, folder)
+    config = read_json(copied / "config.json")
+    write_json(copied / "config.json", config | {name: 0.0 for name in config if "dropout" in name})
+    return str(copied)
+
+
+@pytest.mark.parametrize("pooling", ["native", "mean"])
+@pytest.mark.parametrize("task", ["text-classification", "text-regression"])
+def test_a_batch_in_parts_is_the_batch(tiny: dict[str, Any], tmp_path: Path, pooling: str, task: str) -> None:
+    """Classifiers of transformers take any keyword, and do not divide by the number of examples that Trainer gives."""
+    tiny |= {"model": without_dropout(Path(tiny["model"]), tmp_path / "model"), "pooling": pooling, "task": task}
+    tiny["metric"] = "pearson" if task == "text-regression" else "accuracy"
+    tiny["data"]["max_train"] = 61  # the last batch is a short one, of parts of unequal size
+    whole = run(validate(tiny))["runs"][0]["curve"]
+    tiny["train"]["gradient_accumulation"] = 4
+    parts = run(validate({**tiny, "output": str(tmp_path / "parts")}))["runs"][0]["curve"]
+    assert len(whole) == len(parts) > 4
+    for one, other in zip(whole, parts, strict=True):
+        del one["epoch"], other["epoch"]  # Trainer counts the batches of which an update is made
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)

@@ -27,7 +27,7 @@ def test_a_run_killed_in_a_checkpoint_ends_as_one_process_would(tiny: dict[str, 
     # What a process drops it draws by itself, so that only without dropout two of them compute what one does.
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (model / "config.json").write_text(json.dumps(config))
-    tiny["model"] = str(model)
+    tiny |= {"model": str(model), "pooling": "native"}
     expected = run(validate({**tiny, "output": str(tmp_path / "alone")}))
 
     recipe = tmp_path / "recipe.json"

@@ -21,6 +21,7 @@ from isotune.experiments.recipe import Recipe
 from isotune.experiments.resampling import Answers
 from isotune.experiments.run import Run
 from isotune.experiments.tasks.task import Task
+from isotune.files.pooled import loss_of
 
 Row = dict[str, Any]
 
@@ -68,6 +69,7 @@ class Classifier(Task):
             score=self.measure,
             decide=self.decide,
             lengths=[self.length(row) for row in train],
+            options={"compute_loss_func": mean_loss},
         )
 
     def fingerprint(self) -> str:
@@ -190,6 +192,16 @@ class TextRegression(TextClassification):
 
     def measure(self, predictions: Any, labels: Any) -> dict[str, float]:
         return regression_scores(predictions, labels)
+
+
+def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """The mean loss of a batch, or its part in the mean of an update of `num_items_in_batch` examples.
+
+    For Trainer, which takes classifiers of transformers for models that divide by this number, since their forward
+    takes any keyword, and would multiply loss and gradient by the number of parts and processes.
+    """
+    mean = loss_of(outputs.logits, labels)
+    return mean if num_items_in_batch is None else mean * (len(labels) / num_items_in_batch)
 
 
 def _features(

@@ -13,6 +13,8 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 from helpers import (
     EMBEDDED,
@@ -64,6 +66,10 @@ def copied(layer: Any, other: Any) -> None:
     layer.weight.copy_(other.weight)
 
 
+def one_row_through_data(layer: Any, other: Any) -> None:
+    layer.weight.data[1] += 3
+
+
 def copied_through_data(layer: Any, other: Any) -> None:
     layer.weight.data.copy_(other.weight.data)
 
@@ -85,7 +91,16 @@ def replaced(layer: Any, other: Any) -> None:
 
 
 SAME_SUBSPACE = [scaled, scaled_through_data, scaled_through_numpy]
-CHANGES = [*SAME_SUBSPACE, copied, copied_through_data, data_exchanged, loaded, assigned, replaced]
+CHANGES = [
+    *SAME_SUBSPACE,
+    one_row_through_data,
+    copied,
+    copied_through_data,
+    data_exchanged,
+    loaded,
+    assigned,
+    replaced,
+]
 MODES: dict[str, Callable[[], Any]] = {
     "grad": torch.enable_grad,
     "no_grad": torch.no_grad,
@@ -123,6 +138,55 @@ def test_a_changed_base_gives_what_loading_on_it_gives(
     assert error_of_update(model(x), expected, base) < 1e-3
     model.unmerge_adapter()
     assert torch.equal(only(model).host.weight, plain.layer.weight)
+
+
+@pytest.mark.parametrize("host", HOSTS_OF_12)
+def test_a_weight_that_is_stored_transposed_is_seen_to_change(method: str, host: str, tmp_path: Path) -> None:
+    plain, x = seeded_host(host), HOSTS_OF_12[host][1]()
+    model = as_trained(method, seeded_host(host), "layer", **with_basis(method, "embedded"))
+    layer = only(model).get_base_layer()
+    layer.weight.data = layer.weight.data.transpose(0, 1).contiguous().transpose(0, 1)
+    model.save_pretrained(tmp_path)
+    model(x)
+    for one in (plain.layer, layer):
+        one.weight.data.mul_(3)
+    expected = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()(x)
+    assert error_of_update(model(x), expected, plain(x)) < 1e-3
+
+
+class Tripled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 3 * weight
+
+
+@pytest.mark.parametrize("host", HOSTS_OF_12)
+@pytest.mark.parametrize("how", ["parametrised", "called with"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_weight_that_is_put_in_the_place_of_the_bases_counts(
+    method: str, host: str, how: str, grad: bool, tmp_path: Path
+) -> None:
+    """It is no parameter of the layer, and another tensor in every pass."""
+    plain, x = seeded_host(host), HOSTS_OF_12[host][1]()
+    model = as_trained(method, seeded_host(host), "layer", **with_basis(method, "embedded"))
+    model.save_pretrained(tmp_path)
+    before, layer = model(x), only(model).get_base_layer()
+    scaled(plain.layer, None)
+    expected = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()(x)
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            if how == "called with":
+                name = next(n for n, p in model.named_parameters() if p is layer.weight)
+                found = functional_call(model, {name: 3 * layer.weight.detach()}, (x,))
+                torch.testing.assert_close(model(x), before)
+            else:
+                parametrize.register_parametrization(layer, "weight", Tripled())
+                if "conv" in host:
+                    with pytest.raises(ValueError, match="it is computed from others"):
+                        model(x)
+                    return
+                found = model(x)
+                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            assert error_of_update(found, expected, plain(x)) < 1e-3
 
 
 def exchange(layer: Any, module: nn.Module, how: str) -> None:

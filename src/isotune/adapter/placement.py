@@ -14,7 +14,6 @@ from isotune.subspace.precision import exact_product
 
 _ALIGNMENT = 16
 """Products with tokens × r results run up to twice as fast on a CPU, and on GPUs too, if r is a multiple of this."""
-_SAMPLES = 32
 _NEGLIGIBLE = 2e-6
 """Share of the largest singular value below which one is rounding, as for the solvers; coarser in half precision."""
 
@@ -36,8 +35,9 @@ class Mark:
     """The tensor's id."""
     version: int
     address: int
-    sample: tuple[float, ...]
-    """Some values of a tensor on a CPU, where reading them is cheap: writes to `tensor.data` leave no other trace."""
+    sample: bytes
+    """A value of each row of a tensor on a CPU, where reading them is cheap: writes to `tensor.data` leave no other
+    trace, and are not noticed on other devices."""
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether this is still the marked tensor, and it has not been written to since."""
@@ -48,7 +48,7 @@ class Mark:
     @classmethod
     def of(cls, tensor: Tensor, *, sampled: bool = True) -> Mark:
         """The mark of a tensor in its current state."""
-        return cls(id(tensor), version_of(tensor), _address(tensor), _sample(tensor) if sampled else ())
+        return cls(id(tensor), version_of(tensor), _address(tensor), _sample(tensor) if sampled else b"")
 
 
 def _address(tensor: Tensor) -> int:
@@ -56,12 +56,15 @@ def _address(tensor: Tensor) -> int:
     return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta else 0
 
 
-def _sample(tensor: Tensor) -> tuple[float, ...]:
-    """Some values of a contiguous tensor on a CPU; empty for any other."""
-    if not _address(tensor) or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        return ()
-    flat = tensor.detach().view(-1)
-    return tuple(flat[:: max(1, len(flat) // _SAMPLES)].tolist())
+def _sample(tensor: Tensor) -> bytes:
+    """At least one value of each row, in changing columns, of a tensor on a CPU; empty for any other."""
+    if not _address(tensor) or tensor.device.type != "cpu" or not tensor.numel():
+        return b""
+    # Through the storage, as a transposed weight has no rows side by side; of a part of a larger tensor this reads
+    # other values too, and a change of those is only one more comparison.
+    step = max(1, tensor.numel() // len(tensor) - 1)
+    values = tensor.detach().as_strided((-(-tensor.numel() // step),), (step,)).contiguous()
+    return values.view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from isotune.internals.deepspeed_state import is_partitioned
 from isotune.internals.offloading import brought, is_offloaded
@@ -167,6 +168,8 @@ class Host:
             forward = partial(type(module).forward, module)
         # Otherwise another thread would find this thread's weight in the module.
         with nullcontext() if torch.compiler.is_compiling() else self._in_use, brought(module):
+            if self.is_computed():
+                self.check()  # what the layer computes would come before what is put here
             weight = self.folded(fold, (*args, *kwargs.values()))
             with _attribute_of(module, self.parameter, weight):
                 result: Tensor = forward(x, *args, **kwargs)
@@ -175,6 +178,17 @@ class Host:
     def folded(self, fold: Fold, arguments: tuple[Any, ...]) -> Tensor:
         """The weight with `fold` applied to W for a call with these arguments, rounded once to its own dtype."""
         return self.stored(fold(widen(self.seen(self.weight)))).to(self.weight.dtype)
+
+    def is_computed(self) -> bool:
+        """Whether the module computes its weight from other parameters, at each reading or by a hook before each call.
+
+        As parametrisations do, or prune and the former weight_norm.
+        """
+        if isinstance(self.weight, nn.Parameter):
+            return False
+        by_hook = self.parameter in vars(self.module)  # and there FSDP1 and replicas of DataParallel keep it
+        own = dict(self.module.named_parameters(recurse=False)) if by_hook else {}
+        return is_parametrized(self.module, self.parameter) or any(f.startswith(f"{self.parameter}_") for f in own)
 
     def check_merge(self) -> None:
         """Refuse a layer into which `set_matrix` cannot write.

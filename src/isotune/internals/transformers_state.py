@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -24,3 +25,9 @@ def forget_quantisation(model: Any) -> Any:
     if quantiser is not None:
         quantiser.remove_quantization_config(model)
     return model
+
+
+def scales_by_tie(model: Any) -> bool:
+    """Whether a model's forward asks whether its embeddings are tied, as UMT5's does, which then scales its logits."""
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    return code is not None and "tie_word_embeddings" in code.co_names

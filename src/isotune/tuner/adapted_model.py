@@ -28,7 +28,7 @@ from isotune.parallel.sharding import gather_with, is_partitioned, is_sharded, i
 from isotune.tuner.experts_layer import ExpertsLayer
 from isotune.tuner.layer import Layer
 from isotune.tuner.moved import update_config
-from isotune.tuner.placing import keeps_its_basis, place_adapter
+from isotune.tuner.placing import forget_untrained, is_read_anew, keeps_its_basis, place_adapter
 from isotune.tuner.rounding import warn_of_rounded
 
 _KEY = "_isotune"
@@ -276,8 +276,8 @@ class AdaptedModel:
 
     def _is_placed(self, layer: Layer, adapter_name: str) -> bool:
         """Whether an adapter has a valid placement; an invalid one is dropped."""
-        adapter = layer.subspace(adapter_name)
-        placement, weight = adapter.placement, layer.base_weight
+        adapter, weight = layer.subspace(adapter_name), layer.base_weight
+        placement = adapter.placement
         empty = is_symbolic(weight)
         if placement is None or (is_symbolic(placement.down) != empty and not is_managed(layer.host.module)):
             return False
@@ -292,14 +292,11 @@ class AdaptedModel:
             adapter.placement = None
             return False
         seen = isinstance(weight, nn.Parameter) and not is_sharded(weight)
+        weight_holds = placement.weight.is_of(weight) if seen else not is_read_anew(layer)
         # The update belongs to the base's own weight, which is still kept while another tuner is merged into it.
-        weight_holds = not seen or placement.weight.is_of(weight) or any(o.merged for o in layer.other_tuners())
+        weight_holds = weight_holds or any(other.merged for other in layer.other_tuners())
         if not weight_holds and not self._is_moved_by_others() and not keeps_its_basis(layer, adapter_name):
-            if layer.accumulated(adapter_name) is None and adapter.is_untrained():
-                for basis in layer.bases(adapter_name):
-                    basis.record(torch.zeros_like(basis.stored))
-                for parameter in adapter.parameters() if adapter.starts_by_placement else ():
-                    parameter.data.zero_()
+            forget_untrained(layer, adapter_name)
             adapter.placement = None
             return False
         if not (pins_hold and weight_holds):

@@ -17,6 +17,7 @@ from isotune.errors import AdapterFileError
 from isotune.internals.peft_hooks import HAS_HOOKS, Tuner
 from isotune.internals.peft_quantisation import get_quantization_kwargs
 from isotune.internals.quantised_state import keep_readable
+from isotune.internals.transformers_state import scales_by_tie
 from isotune.methods.config import IsotuneConfig
 from isotune.methods.subspace import BasisConfig
 from isotune.parallel.sharding import is_sharded
@@ -36,6 +37,7 @@ from isotune.tuner.refusals import (
     refuse_names_of_saved,
     refuse_several_places,
     warn_of_missing,
+    warn_of_tied,
 )
 from isotune.tuner.sizes import size_layers
 from isotune.tuner.state import check_file, current_key, keys_in_model
@@ -87,6 +89,7 @@ class IsotuneModel(Tuner):
             refuse_several_places(model)
             if config.origin is None and "target_modules" in config.given:  # else the names are PEFT's, of its tables
                 warn_of_missing(model, config)
+                warn_of_tied(model)
             refuse_untruncatable(model, adapter_name, config)
             if chooses:
                 size_layers(model, adapter_name, config)
@@ -178,9 +181,12 @@ class IsotuneModel(Tuner):
         layers = self._check_merge(safe_merge, adapter_names) if merge else []
         if not merge:
             self._refuse_to_unload_within_others()
+        tied = scales_by_tie(self.model) and self.model.config.tie_word_embeddings
         model: Any = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        if tied:  # the merged head differs from the embedding, and is to be used as before
+            model.config.tie_word_embeddings = True
         own = AdaptedModel.of(model)
         if own is not None:
             own.detach()

@@ -15,7 +15,7 @@ from isotune.adapter.update import PlacedUpdate
 from isotune.errors import BaseMismatchError, IsotuneWarning
 from isotune.hosts import FactoredHost
 from isotune.internals.offloading import is_managed
-from isotune.internals.torch_state import is_symbolic
+from isotune.internals.torch_state import has_own_values, is_symbolic
 from isotune.methods.subspace import BasisConfig
 from isotune.parallel.processes import one_for_all, sample_of, several
 from isotune.parallel.sharding import is_sharded
@@ -120,6 +120,25 @@ def share_basis(adapter_name: str, other: str, layers: Iterable[Layer]) -> None:
             _take(layer, adapter_name, other)
 
 
+def is_read_anew(layer: Layer) -> bool:
+    """Whether the base's weight is another tensor at each reading, of which no mark lasts.
+
+    A parametrisation computes it so, and torch.func.functional_call puts one in its place.
+
+    Raises:
+        ValueError: a hook computes it before each call of the layer, as of prune and the former weight_norm, so that
+            what it will be is not known yet.
+    """
+    host, weight = layer.host, layer.base_weight
+    if isinstance(weight, nn.Parameter) or not has_own_values(weight):
+        return False
+    if host.parameter in vars(host.module):
+        if host.is_computed():
+            host.check()
+        return False
+    return host.parameter not in dict(host.module.named_buffers(recurse=False))
+
+
 @torch.no_grad()
 def keeps_its_basis(layer: Layer, adapter_name: str) -> bool:
     """Whether the base's weight is still the one an adapter was placed on, apart from a move, cast or rounding.
@@ -154,6 +173,16 @@ def keeps_its_basis(layer: Layer, adapter_name: str) -> bool:
     down, up = layer.host.shared(placement.down, placement.up, adapter.basis_rank)
     adapter.placement = replace(placement, down=down, up=up)
     return True
+
+
+def forget_untrained(layer: Layer, adapter_name: str) -> None:
+    """Have an adapter that has learnt nothing yet start anew on the next weight that it is placed on."""
+    adapter = layer.subspace(adapter_name)
+    if layer.accumulated(adapter_name) is None and adapter.is_untrained():
+        for basis in layer.bases(adapter_name):
+            basis.record(torch.zeros_like(basis.stored))
+        for parameter in adapter.parameters() if adapter.starts_by_placement else ():
+            parameter.data.zero_()
 
 
 def _places(layer: Layer, adapter_name: str) -> list[_Place]:

@@ -93,3 +93,23 @@ def warn_of_missing(model: nn.Module, config: IsotuneConfig) -> None:
                 IsotuneWarning,
                 stacklevel=2,
             )
+
+
+def warn_of_tied(model: nn.Module) -> None:
+    """Warn of adapted embeddings whose weight other embeddings look up too, as those of T5 and BART that are called."""
+    modules = dict(model.named_modules())
+    bare = {name: module for name, module in modules.items() if isinstance(module, nn.Embedding)}
+    for name, layer in modules.items():
+        if not (isinstance(layer, Layer) and isinstance(layer.host.module, nn.Embedding)):
+            continue
+        weight = layer.base_weight
+        others = [other for other, one in bare.items() if one.weight is weight and one is not layer.host.module]
+        others = [other for other in others if not other.endswith(".base_layer")]
+        if others:
+            warnings.warn(
+                f"The weight of {name!r} is also that of {', '.join(map(repr, others))}, and the adapter acts only "
+                f"where {name!r} itself is called. If the model calls the others in its place, put them into "
+                "target_modules instead.",
+                IsotuneWarning,
+                stacklevel=2,
+            )

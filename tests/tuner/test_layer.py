@@ -261,3 +261,26 @@ def test_two_threads_in_one_layer(host: str) -> None:
     assert len(results) == 2
     for found in results:
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("host", HOSTS_OF_12)
+def test_the_sizes_of_the_bases_layer_are_read_from_it(host: str) -> None:
+    layer = only(as_trained("psoft", seeded_host(host), "layer"))
+    module = layer.get_base_layer()
+    for name in set(getattr(module, "__constants__", ())) - {"in_features", "out_features"}:
+        assert getattr(layer, name) == getattr(module, name)
+
+
+@pytest.mark.parametrize("method", ["psoft", "hra"])
+def test_a_parent_that_reads_the_stride(method: str) -> None:
+    """MobileNet pads the images by the sizes of its first convolution, before it calls that."""
+    from transformers import MobileNetV1Config, MobileNetV1Model
+
+    torch.manual_seed(0)
+    base = MobileNetV1Model(MobileNetV1Config(image_size=32, depth_multiplier=0.25)).eval()
+    model, images = as_trained(method, base, "conv_stem.convolution"), torch.randn(2, 3, 32, 32)
+    expected = model(images).last_hidden_state
+    assert relative_error(base(images).last_hidden_state, expected) == 0
+    with model.disable_adapter():
+        assert relative_error(model(images).last_hidden_state, expected) > 1e-3
+    assert relative_error(model.merge_and_unload()(images).last_hidden_state, expected) < 1e-5

@@ -104,6 +104,10 @@ class MergingLayer(nn.Module, BaseTunerLayer):
     @host.setter
     def host(self, host: Host) -> None:
         self._host = host
+        # Code around a layer reads its sizes from it: MobileNet the stride of its first, Whisper its embeddings' number.
+        for name in getattr(host.module, "__constants__", ()):
+            if not hasattr(self, name):
+                setattr(self, name, getattr(host.module, name))
 
     def _follow(self, module: nn.Module) -> None:
         if any(part is self._host.module for part in module.modules()):

@@ -104,7 +104,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
     @host.setter
     def host(self, host: Host) -> None:
         self._host = host
-        # Code around a layer reads its sizes from it: MobileNet the stride of its first, Whisper its embeddings' number.
+        # Code around a layer reads its sizes from it, as MobileNet does the stride of its first.
         for name in getattr(host.module, "__constants__", ()):
             if not hasattr(self, name):
                 setattr(self, name, getattr(host.module, name))

@@ -59,7 +59,8 @@ def functions() -> Iterator[str]:
                 yield f"{module.name}.{name}"
 
 
-TOUCHES = {*functions(), "torch_state.FakeTensorMode", "torch_state.GROUPED_PRODUCT", "operations.Operations"}
+VALUES = {"torch_state.FakeTensorMode", "torch_state.GROUPED_PRODUCT", "torch_state.transform_level"}
+TOUCHES = {*functions(), *VALUES, "operations.Operations"}
 
 
 def test_the_page_lists_all_functions_and_no_others() -> None:

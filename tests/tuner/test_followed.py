@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.func import functional_call, vmap
+from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from helpers import EVERY_METHOD, FEW, HOSTS_OF_12, as_trained, relative_error, seeded_host
@@ -92,3 +92,42 @@ def test_autocast_leaves_float64_alone_as_torch_does(method: str, host: str, dty
         found = model(x)
     assert found.dtype == torch.float64
     assert relative_error(found, expected) < 1e-12
+
+
+def relative_errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    assert found.keys() == expected.keys()
+    return {name: float(relative_error(found[name], one)) for name, one in expected.items() if one.norm() > 1e-9}
+
+
+@pytest.mark.parametrize("host", HOSTS_OF_12)
+def test_the_transforms_of_torch_func_give_what_autograd_gives(method: str, host: str) -> None:
+    """For gradients of single samples, as of differential privacy, and for derivatives along a direction."""
+    model, x, parameters = made(method, host)
+
+    def output(given: dict[str, torch.Tensor], x: Any) -> torch.Tensor:
+        result: torch.Tensor = functional_call(model, given, (x,))
+        return result
+
+    def scored(result: torch.Tensor) -> torch.Tensor:  # by what a rotation changes, too
+        return (result - torch.arange(result[0].numel()).view(result[0].shape).cos()).pow(4).mean()
+
+    def loss(given: dict[str, torch.Tensor], x: Any) -> torch.Tensor:
+        return scored(output(given, x))
+
+    def gradients(x: Any) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        scored(model(x)).backward()
+        return {name: model.get_parameter(name).grad.clone() for name in parameters}  # type: ignore[union-attr]
+
+    whole = gradients(x)
+    assert max(relative_errors(grad(loss)(parameters, x), whole).values()) < 1e-4
+    each = vmap(grad(loss), (None, 0))(parameters, x[:, None])
+    alone = [gradients(sample[None]) for sample in x]
+    assert max(relative_errors(each, {n: torch.stack([one[n] for one in alone]) for n in whole}).values()) < 1e-4
+    torch.testing.assert_close(vmap(model)(x[:, None])[:, 0], model(x), rtol=1e-4, atol=1e-5)
+    towards = {name: torch.randn_like(one) for name, one in parameters.items()}
+    _, along = jvp(lambda given: loss(given, x), (parameters,), (towards,))
+    assert along.item() == pytest.approx(sum(float((whole[n] * towards[n]).sum()) for n in whole), rel=1e-3, abs=1e-5)
+    for parameter in parameters.values():
+        assert parameter.requires_grad is False
+    assert max(relative_errors(gradients(x), whole).values()) < 1e-6  # and nothing is left behind

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from isotune.algebra.recording import is_exported
+from isotune.algebra.recording import is_plain
 from isotune.internals.torch_state import (
     backward_pass,
     has_own_values,
@@ -124,8 +124,8 @@ def evaluate_alone(
 
 
 def is_recorded() -> bool:
-    """Whether torch.compile or torch.jit.trace is recording, which cannot follow a node that holds a graph."""
-    return torch.compiler.is_compiling() or is_exported()
+    """Whether torch.compile, an export or a transform of torch.func follows, which know no node that holds a graph."""
+    return torch.compiler.is_compiling() or is_plain()
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,7 @@ class _Here(threading.local):
 
 def given_to(operator: Evaluable) -> tuple[Tensor, ...] | None:
     """The tensors of an operator that compiled code may use without computing them: in a call, without gradients."""
-    return None if torch.is_grad_enabled() or is_exported() else operator.given.tensors
+    return None if torch.is_grad_enabled() or is_plain() else operator.given.tensors
 
 
 def share_evaluations(operators: Iterable[Evaluable]) -> list[SharedEvaluation]:

@@ -12,7 +12,7 @@ from isotune.adapter.evaluation import is_recorded, without_autocast
 from isotune.adapter.operator import Base
 from isotune.algebra.acceleration import kernels_for
 from isotune.algebra.factors import Chain, chain_backward, chain_forward, refuse_double_backward
-from isotune.algebra.recording import is_exported
+from isotune.algebra.recording import is_plain
 from isotune.parallel.tensor_parallel import UNSPLIT, Shares
 from isotune.subspace.precision import exact_product, reduces_float32
 
@@ -129,7 +129,7 @@ def subspace_update(
     Returns:
         base + ((x downᵀ) D) upᵀ, differentiable once.
     """
-    if is_exported():
+    if is_plain():
         assert isinstance(base, Tensor)
         down, up = factors
         return base + x @ down.t() @ difference @ up.t()
@@ -177,7 +177,7 @@ def low_rank_update(x: Tensor, down: Tensor, up: Tensor, base: Base, shares: Sha
     Returns:
         base + (x downᵀ) upᵀ, differentiable once.
     """
-    if is_exported():
+    if is_plain():
         assert isinstance(base, Tensor)
         return base + x @ down.t() @ up.t()
     result: Tensor = _LowRankUpdate.apply(x, down, up, base, shares)  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ from isotune.adapter.kernels import complement, low_rank_update, update_of_one_t
 from isotune.adapter.operator import ALL, Base, Part
 from isotune.adapter.placement import Factors, update_factors
 from isotune.adapter.update import PlacedUpdate, Update
-from isotune.algebra.recording import is_exported
+from isotune.algebra.recording import is_plain
 from isotune.parallel.tensor_parallel import UNSPLIT, Shares
 
 
@@ -104,7 +104,7 @@ class ComplementAdapter(PlacedLowRank):
             right, left = right[None], left[None]
         down, up = complement(a, right), complement(b.mT, left.mT).mT
         # As the kernels for decoding read it; but a trace, which is checked with gradients off, must not differ then.
-        return down, up if torch.is_grad_enabled() or is_exported() else up.contiguous()
+        return down, up if torch.is_grad_enabled() or is_plain() else up.contiguous()
 
     def batch_key(self) -> Hashable:
         """r and k."""

@@ -14,7 +14,7 @@ from isotune.adapter.kernels import input_gradient, output_below, weight_of
 from isotune.adapter.lowrank import LowRankAdapter
 from isotune.adapter.operator import Base
 from isotune.algebra.factors import refuse_double_backward
-from isotune.algebra.recording import is_exported
+from isotune.algebra.recording import is_plain
 from isotune.internals.torch_state import is_symbolic, version_of
 from isotune.parallel.tensor_parallel import UNSPLIT, Shares
 from isotune.subspace.random_rows import RandomRows
@@ -80,7 +80,7 @@ def shared_update(
     Returns:
         base + b ⊙ (((x Aᵀ) ⊙ d) Bᵀ), differentiable once.
     """
-    if is_exported():
+    if is_plain():
         assert isinstance(base, Tensor)
         down, up = factors
         return base + b * ((d * (x @ down.t())) @ up.t())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isotune.algebra.recording import is_exported
+from isotune.algebra.recording import is_plain
 
 DEVICE = "cuda"
 
@@ -25,6 +25,6 @@ def load(name: str) -> Any:
 
 def kernels_for(tensor: Tensor, name: str) -> Any:
     """The module of kernels for a tensor; None if there is none, as on a CPU and in traced code."""
-    if tensor.device.type != DEVICE or torch.compiler.is_compiling() or is_exported():
+    if tensor.device.type != DEVICE or torch.compiler.is_compiling() or is_plain():
         return None
     return load(name)

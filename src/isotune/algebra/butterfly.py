@@ -16,7 +16,7 @@ from torch import Tensor
 
 from isotune.algebra.constants import made_once
 from isotune.algebra.factors import BlockDiagonal, Chain, refuse_double_backward
-from isotune.algebra.recording import is_exported
+from isotune.algebra.recording import is_plain
 
 MAX_BLOCK = 64
 """Largest folded block; beyond it the extra multiplications outweigh the gain of larger products."""
@@ -95,12 +95,12 @@ def _double(blocks: Tensor, stage: Tensor) -> Tensor:
     Each (2h, 2h) of E, (..., k, S / h, 2h, 2h), joins a chunk of h coordinates of one block with the same chunk of the
     next. Differentiable once.
     """
-    if is_exported():
+    if is_plain():
         joined, spread = _written_out(blocks, stage)
         result = torch.baddbmm(joined + spread, spread, joined)
     else:
         result = _Doubled.apply(blocks, stage)  # type: ignore[no-untyped-call]
-    return result.view(*stage.shape[:-3], *result.shape[-2:])
+    return result.reshape(*stage.shape[:-3], *result.shape[-2:])
 
 
 def _written_out(blocks: Tensor, stage: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,10 +110,10 @@ def _written_out(blocks: Tensor, stage: Tensor) -> tuple[Tensor, Tensor]:
     """
     width, half = blocks.shape[-1], stage.shape[-1] // 2
     sides = _sides(blocks.dtype, blocks.device)[0][:, None, :, None]
-    joined = (blocks.view(*stage.shape[:-3], 2, width, 1, width) * sides).view(-1, 2 * width, 2 * width)
+    joined = (blocks.reshape(*stage.shape[:-3], 2, width, 1, width) * sides).reshape(-1, 2 * width, 2 * width)
     (places,) = _places(width, half, stage.device)
     spread = stage.new_zeros(len(joined), 4 * width * width).index_copy_(-1, places, stage.reshape(len(joined), -1))
-    return joined, spread.view(joined.shape)
+    return joined, spread.reshape(joined.shape)
 
 
 class _Doubled(torch.autograd.Function):

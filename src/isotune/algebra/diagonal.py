@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isotune.algebra.recording import is_exported
+from isotune.algebra.recording import is_plain
 
 
 class _ScaledDifference(torch.autograd.Function):
@@ -47,7 +47,7 @@ def scaled_difference(difference: Tensor, alpha: Tensor, beta: Tensor) -> Tensor
     Returns:
         (..., n, n), differentiable twice.
     """
-    if is_exported():
+    if is_plain():
         diagonal = (alpha - 1) + alpha * (beta - 1)
         return difference * alpha[..., :, None] * beta[..., None, :] + diagonal.diag_embed()
     result: Tensor = _ScaledDifference.apply(difference, alpha, beta)  # type: ignore[no-untyped-call]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from isotune.algebra.acceleration import kernels_for
-from isotune.algebra.recording import is_exported
+from isotune.algebra.recording import is_plain
 
 
 def refuse_double_backward() -> None:
@@ -263,7 +263,7 @@ def chain_forward(x: Tensor, chain: Chain, tensors: Sequence[Tensor], in_place: 
     """x (I + D₁) (I + D₂) … for x (tokens, n), without a graph; `in_place` may overwrite it."""
     for factor, own in zip(chain, split_tensors(chain, tensors), strict=True):
         x = factor.apply(x, own, in_place)
-        in_place = not is_exported()  # a factor's result belongs to this chain alone
+        in_place = not is_plain()  # a factor's result belongs to this chain alone
     return x
 
 
@@ -322,7 +322,7 @@ def apply_chain(x: Tensor, chain: Chain, tensors: Sequence[Tensor]) -> Tensor:
     Returns:
         The shape of x; differentiable once. For backward, x itself is saved, so layers with the same input share it.
     """
-    if is_exported():
+    if is_plain():
         return chain_forward(x.reshape(-1, x.shape[-1]), chain, tensors).reshape(x.shape)
     result: Tensor = _Chain.apply(x, chain, *tensors)  # type: ignore[no-untyped-call]
     return result

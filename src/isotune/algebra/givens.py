@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from isotune.algebra.constants import made_once
 from isotune.algebra.factors import BlockDiagonal, Chain, Nested, refuse_double_backward
-from isotune.algebra.recording import is_exported
+from isotune.algebra.recording import is_exported, is_plain
 
 LEVELS = 5
 """Levels folded into one block; from blocks of 32 × 32 on, a matrix product pays."""
@@ -100,7 +100,7 @@ def rotation_pairs(angles: Tensor) -> Tensor:
     Returns:
         (..., 2, 2), [[c − 1, −s], [s, c − 1]]; c − 1 is computed without cancellation.
     """
-    result: Tensor = _pairs(angles) if is_exported() else _Pairs.apply(angles)  # type: ignore[no-untyped-call]
+    result: Tensor = _pairs(angles) if is_plain() else _Pairs.apply(angles)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -119,7 +119,7 @@ def givens_blocks(pairs: Tensor, n: int) -> tuple[Tensor, ...]:
     widths = _widths(n)
     if not widths:
         return ()
-    result: Tensor = _fold(pairs, n)[0] if is_exported() else _Blocks.apply(pairs, n)  # type: ignore[no-untyped-call]
+    result: Tensor = _fold(pairs, n)[0] if is_plain() else _Blocks.apply(pairs, n)  # type: ignore[no-untyped-call]
     grids = torch.split(result, [-(-width // _LEAF) for width in widths], -3)
     dense = _joined(widths)
     found: list[Tensor] = []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isotune.algebra.factors import refuse_double_backward
-from isotune.algebra.recording import inverse_by_products, is_exported
+from isotune.algebra.recording import inverse_by_products, is_exported, is_plain
 
 
 class _UnitRows(torch.autograd.Function):
@@ -44,7 +44,7 @@ def _unit_rows(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 def unit_rows(vectors: Tensor) -> Tensor:
     """Each row divided by its norm, differentiable once; a zero row stays zero, so its reflection is the identity."""
-    if is_exported():
+    if is_plain():
         return _unit_rows(vectors)[0]
     units: Tensor = _UnitRows.apply(vectors)  # type: ignore[no-untyped-call]
     return units

@@ -1,4 +1,4 @@
-"""Special cases for export, where operations are recorded to be run elsewhere."""
+"""Special cases for what follows the operations: export, to run them elsewhere, and the transforms of torch.func."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from isotune.internals.torch_state import transform_level
+
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)  # not before torch 2.7
 
 
 def is_exported() -> bool:
-    """Whether torch.export or torch.jit.trace is recording, for a format that only has plain operations.
-
-    Autograd nodes written in Python are then avoided: the recording is never differentiated, and neither ONNX nor
-    TorchScript knows them.
-    """
+    """Whether torch.export or torch.jit.trace is recording, for a format that only has plain operations."""
     return bool(_is_exporting() or torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def is_plain() -> bool:
+    """Whether only operations of torch's own may be used, in an export or a transform of torch.func such as vmap.
+
+    Autograd nodes written in Python are then avoided: neither ONNX nor TorchScript knows them, where nothing is
+    differentiated, and the transforms have no rules for them.
+    """
+    exported = _is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return bool(exported or (not torch.compiler.is_compiling() and transform_level() is not None))
 
 
 def inverse_by_products(matrix: Tensor, start: Tensor, steps: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -40,6 +41,10 @@ def has_own_values(tensor: Tensor) -> bool:
     if forward_ad._current_level >= 0 or (followed is not None and followed.get_proxy_mode() is not None):
         return False
     return not (isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+transform_level: Callable[[], int | None] = torch._C._functorch.maybe_current_level
+"""How deep within transforms of torch.func, such as grad and vmap, the code runs; None outside of them."""
 
 
 def outside_selective_checkpointing() -> AbstractContextManager[Any]:

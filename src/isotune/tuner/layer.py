@@ -17,7 +17,7 @@ from isotune.adapter.evaluation import is_recorded, working_dtype
 from isotune.adapter.operator import Adapter, Below, FrozenLinear
 from isotune.adapter.subspace import SubspaceBasis
 from isotune.adapter.update import PlacedUpdate
-from isotune.algebra.recording import is_exported
+from isotune.algebra.recording import is_plain
 from isotune.hosts import Backend, host_for, widen
 from isotune.internals.offloading import is_managed
 from isotune.internals.torch_state import is_bare
@@ -287,7 +287,7 @@ class Layer(MergingLayer):
         if self.mixed_batch is not None and not self.disable_adapters:
             return self._mixed(x, self.mixed_batch, *args, **kwargs)
         names = self.active_here()
-        lone = len(names) == 1 and not (recorded and is_exported())
+        lone = len(names) == 1 and not (recorded and is_plain())
         if lone and not args and not kwargs and (linear := self._bare_linear()) is not None:
             adapter = self.adapter(names[0])
             tensors = adapter.tensors(working_dtype(x))

@@ -12,7 +12,7 @@ import pytest
 
 from isotune.experiments.data import Example, halves, load, texts_of
 from isotune.experiments.sections import Data, HubData
-from isotune.experiments.tables import DataError, hub_rows
+from isotune.experiments.tables import DataError, file_rows, hub_rows
 
 
 def recipe(folder: Path, **changes: Any) -> Data:
@@ -96,6 +96,56 @@ def test_a_text_may_be_as_long_as_a_book(folder: Path, name: str) -> None:
     examples = load(recipe(folder, files={"train": name, "test": name}))
     assert [example.text for example in examples.train] == [long, "b"]
     assert csv.field_size_limit() == limit
+
+
+QUOTED = [
+    ('he said "x" twice,x\n6\'2"",y', ['he said "x" twice', '6\'2""'], [2, 3]),  # a mark within a field is text
+    ('"""5"" wide",x\n"a ""b""",y', ['"5" wide', 'a "b"'], [2, 3]),
+    ('"one, two\nthree ""four""\n",x\n\nb,y', ['one, two\nthree "four"\n', "b"], [2, 6]),
+    ('"Dear all, hello\nbye, y",x\nb,y\nc,x', ["Dear all, hello\nbye, y", "b", "c"], [2, 4, 5]),
+    ('"a, b",x\n"c",y', ["a, b", "c"], [2, 3]),
+]
+
+
+@pytest.mark.parametrize(("rows", "texts", "lines"), QUOTED)
+def test_quotation_marks_of_csv(folder: Path, rows: str, texts: list[str], lines: list[int]) -> None:
+    (folder / "train.csv").write_text("text,label\n" + rows)
+    assert [example.text for example in load(recipe(folder)).train] == texts
+    found = file_rows(recipe(folder).files, folder)["train"]
+    assert [row.where.rpartition(" ")[2] for row in found] == list(map(str, lines))
+
+
+STRAY = [
+    ("text,label", 'a,x\n"unclosed,y\nb,x\nc,y', 3, "unexpected end of data in line 5"),
+    ("label,text", 'x,a\ny,"unclosed\nx,b\ny,c\n', 3, "unexpected end of data in line 5"),
+    ("text,label", 'a,x\n\n"5 inch,y\nb,x\nhe said "so",y\nc,x', 4, "in line 6"),
+    ("text,label", 'a,x\n"5 inch,y\n"b, c",x', 3, "in line 4"),
+    ("text,label", '"so" he said,x\nb,y', 2, "in line 2"),
+    # To the module csv the marks of these are pairs.
+    ("text,label", 'a,x\nb,y\n"5 inch,y\nc,x\nof 12",x\nd,y', 4, "close in line 6"),
+    ("label,text", 'x,a\ny,b\ny,"5 inch\nx,of 12"\ny,d', 4, "close in line 5"),
+    ("id,label,text", '1,x,a\n2,y,b\n3,y,"5 inch\n4,x,c\n5,x,of 12"\n6,y,d', 4, "close in line 6"),
+]
+
+
+@pytest.mark.parametrize(("head", "rows", "line", "said"), STRAY)
+def test_a_stray_quotation_mark_swallows_no_rows(folder: Path, head: str, rows: str, line: int, said: str) -> None:
+    (folder / "train.csv").write_text(f"{head}\n{rows}")
+    with pytest.raises(DataError, match=f"train.csv, line {line}: .*{said}.*whole field in quotation marks") as caught:
+        load(recipe(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_label_is_one_whether_it_is_written_as_a_float_or_not(folder: Path) -> None:
+    written = ["0", "1.0", "1", "0.0", "-0.0", "1e0", '"1"', "true", "0.5", "1e300"]
+    lines = [f'{{"text": "t{i}", "label": {label}}}' for i, label in enumerate(written)]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    files = {"train": "rows.jsonl", "test": "rows.jsonl"}
+    examples = load(recipe(folder, files=files))
+    assert examples.labels == ["0", "1", str(int(1e300)), "0.5"]
+    assert [example.label for example in examples.test] == [0, 1, 1, 0, 0, 1, 1, 1, 3, 2]
+    numbers = load(recipe(folder, files=files), regression=True).test
+    assert [example.label for example in numbers] == [0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.5, 1e300]
 
 
 @pytest.mark.parametrize(

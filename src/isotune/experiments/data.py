@@ -82,6 +82,14 @@ def cell(row: Row, column: str) -> str:
     return str(value)
 
 
+def label_in(row: Row, column: str) -> str:
+    """The label in a column; 1.0 is 1, as pandas makes floats of whole numbers where one of a column is missing."""
+    value = given(row, column)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return cell(row, column)
+
+
 def load(data: Data, regression: bool = False, text_of: Callable[[Row, str], str] = cell) -> Examples:
     """Read, check and split the examples of a recipe, their texts by `text_of`.
 
@@ -93,7 +101,7 @@ def load(data: Data, regression: bool = False, text_of: Callable[[Row, str], str
     for split, found in rows.items():
         for row in found:
             texts[split].append([text_of(row, column) for column in data.text])
-            cell(row, data.label)
+            label_in(row, data.label)
     names = [] if regression else label_names(data, rows["train"])
 
     def example(row: Row, texts: list[str]) -> Example:
@@ -275,7 +283,7 @@ def label_names(data: Data, train: Sequence[Row]) -> list[str]:
     if data.labels is not None:
         names = [str(name) for name in data.labels]
     else:
-        seen = {cell(row, data.label) for row in train}
+        seen = {label_in(row, data.label) for row in train}
         names = sorted(seen, key=lambda name: (0, int(name), "") if _is_integer(name) else (1, 0, name))
     if len(names) < 2 or len(set(names)) != len(names):
         raise DataError(f"a classification needs at least two different labels, found {', '.join(names) or 'none'}")
@@ -304,7 +312,7 @@ def number(row: Row, column: str, allowed: tuple[float, float] | None) -> float:
 
 def label_of(row: Row, data: Data, names: Sequence[str]) -> int:
     """The index of a row's label."""
-    name = cell(row, data.label)
+    name = label_in(row, data.label)
     if name not in names:
         known = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
         raise DataError(f"{row.where}: the label {shown(name)} is none of the task's labels ({known})")

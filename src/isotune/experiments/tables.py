@@ -227,33 +227,87 @@ def _parsed(text: str, where: str) -> Any:
         raise DataError(f"{where}: not valid JSON: {error}") from error
 
 
+@dataclass(frozen=True)
+class _Record:
+    """The cells of a row of a table, and the lines that it stands on, counted from 1."""
+
+    cells: list[str]
+    first: int
+    last: int
+
+
 def _separated_rows(path: Path, text: str, columns: list[str] | None) -> Iterator[Row]:
     # In tab-separated corpora a quotation mark is text; in csv it quotes.
     reader = (
         csv.reader(_lines(text), delimiter="\t", quoting=csv.QUOTE_NONE)
         if path.suffix == ".tsv"
-        else csv.reader(io.StringIO(text))
+        else csv.reader(io.StringIO(text), strict=True)
     )
+    found: list[_Record] = []
     limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
     try:
-        for cells in reader:
-            if not cells:
-                continue
+        for record in _records(path, reader):
             if columns is None:
-                columns = cells
+                columns = record.cells
                 for name in columns:
                     if name and columns.count(name) > 1:
                         raise DataError(
                             f"{path}: the column {name!r} is there twice; rename one of the two, or remove it"
                         )
                 continue
-            if len(cells) != len(columns):
+            if len(record.cells) != len(columns):
                 raise DataError(
-                    f"{path}, line {reader.line_num}: {len(cells)} columns where {len(columns)} are expected "
+                    f"{path}, line {record.first}: {len(record.cells)} columns where {len(columns)} are expected "
                     f"({', '.join(columns)})"
                 )
-            yield Row(dict(zip(columns, cells, strict=True)), f"{path}, line {reader.line_num}")
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+            found.append(record)
     finally:
         csv.field_size_limit(limit)
+    _check_rows_within(path, text, found)
+    for record in found:
+        yield Row(dict(zip(columns or (), record.cells, strict=True)), f"{path}, line {record.first}")
+
+
+def _records(path: Path, reader: Any) -> Iterator[_Record]:
+    """What a reader of the module csv finds, without empty lines.
+
+    Raises:
+        DataError: a field begins with a quotation mark that is not closed where a field ends.
+    """
+    while True:
+        first = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, line {first}: the row that begins here cannot be read ({error} in line {reader.line_num}). "
+                'A field that begins with a quotation mark ends with one, and those within it are doubled: "a 5"" '
+                'screen". Double a mark that is text and put the whole field in quotation marks'
+            ) from error
+        if cells:
+            yield _Record(cells, first, reader.line_num)
+
+
+def _check_rows_within(path: Path, text: str, found: Sequence[_Record]) -> None:
+    """Raise DataError where a field in quotation marks holds other rows.
+
+    A mark that begins one row's field and another that ends a later row's are a pair to any reader of CSV, and all
+    between them is one text. Such a text is known by its lines, each of which is a row by itself, with a value in some
+    column, such as a label, that rows on one line have there too.
+    """
+    several = [record for record in found if record.last > record.first]
+    known = [set(column) - {""} for column in zip(*(r.cells for r in found if r.last == r.first), strict=True)]
+    lines = _lines(text) if several else []
+    for record in several:
+        alone = [line.split(",") for line in lines[record.first - 1 : record.last]]
+        if any(len(cells) != len(known) for cells in alone):
+            continue
+        if any(values.issuperset(column) for values, column in zip(known, zip(*alone, strict=True), strict=True)):
+            raise DataError(
+                f"{path}, line {record.first}: the quotation marks of the field that begins here close in line "
+                f"{record.last}, and each line up to there looks like a row of its own. Where the marks are text, "
+                'double them and put the whole field in quotation marks: "a 5"" screen"; a text that does hold these '
+                "lines can be given in a .jsonl file"
+            )

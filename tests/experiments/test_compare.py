@@ -21,7 +21,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from isotune.experiments import execute, registry
+from isotune.experiments import claim, execute, registry
 from isotune.experiments.compare import Options, parse, plan, rates, searched, split_methods
 from isotune.experiments.compare import whole_number as read_number
 from isotune.experiments.engines import LocalProcesses, RayTasks
@@ -32,6 +32,7 @@ from isotune.experiments.run import WEIGHTS, Run
 from isotune.experiments.runner import carry_out
 from isotune.experiments.schedule import Schedule
 from isotune.experiments.table import table
+from isotune.report.results import read
 from isotune_cli import app
 
 # What depends on the speed and the state of the machine.
@@ -501,6 +502,28 @@ def test_ctrl_c_stops_the_engine_and_keeps_what_is_done(tiny: dict[str, Any]) ->
     assert engine.closed
     assert len(planned(tiny, "psoft", lr_search=3, seeds=1).records) == 1
     assert read_json(found.folder / "comparison.json")["complete"] is False
+
+
+def test_two_commands_do_not_write_to_one_folder(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "_PATIENCE", 0.05)
+    good, second = scored(lambda spec: spec.lr, lambda spec: 0.5), Fake(lambda spec: {})
+
+    def outcome(spec: Run) -> dict[str, Any]:
+        with pytest.raises(RecipeError, match=f"another process is writing to {folder}; .*with -o FOLDER"):
+            carry_out(planned(tiny, "psoft", seeds=1), second)
+        if found.records:
+            assert [one.name for one in read(folder).variants] == ["psoft"]  # as `isotune report` does meanwhile
+        with monkeypatch.context() as patch:  # the other processes of a launcher, of whom the main one holds the folder
+            patch.setenv("RANK", "1")
+            planned(tiny, "psoft", seeds=1).alone().__enter__()
+        return good(spec)
+
+    found = planned(tiny, "psoft", seeds=1)
+    folder = found.folder
+    assert carry_out(found, Fake(outcome))["complete"]
+    assert not second.started
+    assert carry_out(planned(tiny, "psoft", seeds=1), second)["complete"]
+    assert not any(path.name.startswith(".") for path in folder.rglob("*"))
 
 
 def test_a_full_disk_stops_the_comparison_with_one_line(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,11 +24,16 @@ def carry_out(schedule: Schedule, engine: Engine) -> dict[str, Any]:
     Under torchrun or `accelerate launch` all processes train together, and the main one alone writes and logs.
 
     Raises:
-        RecipeError: the folder holds something else.
+        RecipeError: the folder holds something else, or another process is writing to it.
         KeyboardInterrupt: Ctrl-C, once the runs that were going on have saved a checkpoint.
         StorageError: there is no room.
         ValueError: a run in this process failed, as `execute` says.
     """
+    with schedule.alone():
+        return _carry_out(schedule, engine)
+
+
+def _carry_out(schedule: Schedule, engine: Engine) -> dict[str, Any]:
     schedule.begin()
     path, total, done = schedule.folder / RESULT, schedule.total(), len(schedule.records)
     for note in schedule.notes:

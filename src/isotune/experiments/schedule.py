@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.experiments import processes
-from isotune.experiments.claim import claim, identity
+from isotune.experiments.claim import alone, claim, identity
 from isotune.experiments.files import read_object, write_json
 from isotune.experiments.outcome import MethodResult, best_rate, method_result, rows_of, with_titles
 from isotune.experiments.rates import Given, Search
@@ -91,6 +92,15 @@ class Schedule:
         """What a record says of the data, with their sizes and fingerprint."""
         return self.task.described()
 
+    @property
+    def _another_folder(self) -> str:
+        """What is given on the command line for another folder."""
+        return "output=FOLDER" if self.training else "-o FOLDER"
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other commands from the folder, where this is the main process; entering raises RecipeError."""
+        return alone(self.folder, self._another_folder) if processes.is_main() else contextlib.nullcontext()
+
     def begin(self) -> None:
         """Take the folder for this experiment, and read what of it has been done.
 
@@ -100,7 +110,7 @@ class Schedule:
         """
         if processes.is_main():
             own = identity(self.recipe, self.about["fingerprint"], methods=self.training)
-            claim(self.folder, own, "output=FOLDER" if self.training else "-o FOLDER")
+            claim(self.folder, own, self._another_folder)
         processes.wait_for_all()
         # A search may have to be read before the best rate is known, and with it which further runs there are.
         while [run for run in self._possible() if run.key not in self.records and self._read(run)]:

@@ -14,6 +14,7 @@ from comparisons import METHODS, write_comparison
 from isotune.experiments.data import load
 from isotune.experiments.files import read_json
 from isotune.experiments.loading import load as load_recipe
+from isotune.experiments.methods import checked
 from isotune.experiments.recipe import RecipeError
 from isotune.experiments.sections import Data
 from isotune.experiments.tables import DataError
@@ -51,6 +52,35 @@ def test_what_is_as_deep_as_allowed_is_read_and_a_structure_in_itself_is_not() -
 def test_what_yaml_itself_cannot_convert_is_an_error_of_yaml(text: str) -> None:
     with pytest.raises(YamlError):
         from_yaml(text)
+
+
+def test_mappings_are_merged_in_yaml() -> None:
+    text = "a: &a {x: 1, y: 1}\nb: &b {<<: *a, y: 2}\nc: {<<: [*b, {z: 3, x: 9}], z: 4}"
+    assert from_yaml(text) == {"a": {"x": 1, "y": 1}, "b": {"x": 1, "y": 2}, "c": {"x": 1, "y": 2, "z": 4}}
+    assert from_yaml("a: &a {<<: *a, x: 1}") == {"a": {"x": 1}}
+    for twice, key in (
+        ("{<<: {x: 1}, <<: {y: 1}}", "<<"),
+        ("{<<: {x: 1, x: 2}}", "x"),
+        ("{<<: {x: 1}, y: 1, y: 2}", "y"),
+    ):
+        with pytest.raises(YamlError, match=f"the key '{key}' is given twice"):
+            from_yaml(twice)
+    with pytest.raises(YamlError, match="expected a mapping or list of mappings for merging"):
+        from_yaml("<<: 5")
+    # Each merges the one before nine times: 9 ** 40 entries, if one stayed for each time that it is merged.
+    laughs = "\n".join(
+        ["a0: &a0 {x: 1}", *(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 40))]
+    )
+    assert from_yaml(laughs)["a39"] == {"x": 1}
+
+
+def test_digits_of_base_60_are_text() -> None:
+    assert from_yaml("[1:10, -12:30:00, 1:10.5, 10, 0x1F, -1.5, 1.0e+3]") == [
+        *("1:10", "-12:30:00", "1:10.5"),
+        *(10, 31, -1.5, 1000.0),
+    ]
+    with pytest.raises(RecipeError, match=r"method\.r: should be a valid integer.*'1:10'"):
+        checked(load_recipe("demo", ["method.r=1:10"]).method)
 
 
 @pytest.mark.slow

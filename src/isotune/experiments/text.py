@@ -77,9 +77,12 @@ def from_json(text: str) -> Any:
 
 
 def from_yaml(text: str) -> Any:
-    """Parse YAML, no mapping with a key twice; raises YamlError, also where it is nested deeper than DEEPEST."""
+    """Parse YAML, no mapping with a key twice; raises YamlError, also where it is nested deeper than DEEPEST.
+
+    The key `<<` merges mappings into another. What YAML 1.1 takes for a number of base 60, such as 1:10, is text.
+    """
     try:
-        value = yaml.load(text, Loader=_UniqueKeys)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise YamlError(str(getattr(error, "problem", None) or error), mark.line + 1 if mark else None) from error
@@ -118,14 +121,33 @@ def _check_depth(value: Any) -> None:
         waiting += [(one, depth + 1) for one in (node.values() if isinstance(node, dict) else node)]
 
 
-class _UniqueKeys(yaml.SafeLoader):
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+class _Loader(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys and says nothing; in a recipe that hides a mistake."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put what is merged into a mapping before its own keys, which must differ and override it."""
+        keys = ["<<" if key.tag == _MERGE else self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
                     problem=f"the key {key!r} is given twice", problem_mark=node.start_mark
                 )
-        return super().construct_mapping(node, deep)
+        super().flatten_mapping(node)
+        if "<<" in keys:
+            # Left in, what is overridden would be found twice when this is merged into others, and grow with each.
+            last = {self.construct_object(key, deep=True): (key, value) for key, value in node.value}
+            node.value = list(last.values())
+
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        """A number, or text where YAML 1.1 sees digits of base 60, which no one means."""
+        if ":" in node.value:
+            return node.value
+        whole = node.tag == "tag:yaml.org,2002:int"
+        return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)

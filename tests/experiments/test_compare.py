@@ -277,6 +277,16 @@ def test_other_settings_are_not_mixed_into_a_folder(tiny: dict[str, Any]) -> Non
         planned(other, "psoft", lr_search=1, seeds=1)
 
 
+def test_a_record_that_holds_no_run_is_not_taken_for_one(tiny: dict[str, Any]) -> None:
+    carry_out(planned(tiny, "psoft", lr_search=1, seeds=1), Fake(scored(lambda spec: spec.lr, lambda spec: 0.5)))
+    (path,) = (Path(tiny["output"]).parent / "comparison" / "runs").rglob("*.json")
+    path.write_text('{"a": NaN}')
+    with pytest.raises(ValueError, match=f"cannot read {re.escape(str(path))}: it holds no run"):
+        planned(tiny, "psoft", lr_search=1, seeds=1)
+    path.unlink()
+    assert len(planned(tiny, "psoft", lr_search=1, seeds=1).records) == 0
+
+
 def test_settings_that_a_later_release_adds_do_not_end_a_comparison(tiny: dict[str, Any]) -> None:
     outcome = scored(lambda spec: spec.lr, lambda spec: 0.5)
     found = planned(tiny, "psoft", lr_search=1, seeds=1)

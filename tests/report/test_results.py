@@ -135,6 +135,8 @@ def test_damage_is_one_error_that_names_the_file(folder: Path, tmp_path: Path) -
     for text, said in (
         (good[:100], "cannot read"),
         ("[1]", "should hold an object"),
+        ('{"a": NaN}', "it holds no run, as it names no method; remove it"),
+        ("{}", "it holds no run"),
         (good.replace('"seed": 1', '"seed": "one"'), "seed should be a number"),
         (json.dumps({**json.loads(good), "test": 0.5}), "test should be an object"),
     ):

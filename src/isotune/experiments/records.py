@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from isotune.experiments import angles
+from isotune.experiments.files import read_object
 from isotune.experiments.resampling import Answers
 from isotune.experiments.text import clean, shown
 
@@ -252,6 +253,21 @@ def parse(kind: type[P], content: Mapping[str, Any], path: Path) -> P:
         where = ".".join(map(str, first["loc"])) or "it"
         wanted = str(first["ctx"]["error"]) if first["type"] == "value_error" else _WANTED[first["type"]]
         raise ValueError(f"cannot read {path}: {where} should be {wanted}, not {shown(first['input'])}") from error
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Read what a run has left at `path`.
+
+    Raises:
+        ValueError: it cannot be read, or holds no run, as it says neither which method was trained nor its label.
+    """
+    content = read_object(path)
+    if not content.get("label") and not content.get("method"):
+        raise ValueError(
+            f"cannot read {path}: it holds no run, as it names no method; remove it, and the same command trains that "
+            "run again"
+        )
+    return content
 
 
 def record_of(content: Mapping[str, Any], path: Path) -> Record:

@@ -18,7 +18,7 @@ from isotune.experiments.files import read_object, write_json
 from isotune.experiments.outcome import MethodResult, best_rate, method_result, rows_of, with_titles
 from isotune.experiments.rates import Given, Search
 from isotune.experiments.recipe import LESS_IS_BETTER, Method, Recipe, RecipeError, Train, merit
-from isotune.experiments.records import FORMAT, Record, record_of
+from isotune.experiments.records import FORMAT, Record, read_run, record_of
 from isotune.experiments.run import Run
 from isotune.experiments.tasks.task import Task
 from isotune.experiments.text import shown
@@ -221,7 +221,7 @@ class Schedule:
         path = run.record
         if not path.exists():
             return False
-        content = read_object(path)
+        content = read_run(path)
         if "settings" in content:
             try:
                 # A later release may know more settings; what an earlier one has stored then had their defaults.

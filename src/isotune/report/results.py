@@ -14,7 +14,19 @@ from isotune.experiments import paper, scores
 from isotune.experiments.files import read_object
 from isotune.experiments.outcome import MethodResult, best_rate, differences, method_result, with_titles
 from isotune.experiments.recipe import LESS_IS_BETTER
-from isotune.experiments.records import RESULT, Number, Object, Part, Rate, Record, Text, Whole, parse, record_of
+from isotune.experiments.records import (
+    RESULT,
+    Number,
+    Object,
+    Part,
+    Rate,
+    Record,
+    Text,
+    Whole,
+    parse,
+    read_run,
+    record_of,
+)
 from isotune.experiments.text import printable
 
 
@@ -185,7 +197,7 @@ def read(folder: Path) -> Comparison:
 def _records(folder: Path) -> list[Record]:
     """The records of all runs: of a comparison in `runs/`, of a training beside what each has trained."""
     found = [
-        record_of(read_object(run), run)
+        record_of(read_run(run), run)
         for pattern in ("runs/*/*.json", "*/run.json")
         for run in sorted(folder.glob(pattern))
         if run.name == "run.json" or run.name.startswith("lr=")

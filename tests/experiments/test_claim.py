@@ -14,7 +14,9 @@ from isotune.experiments import claim as claiming
 from isotune.experiments.claim import LOCK, alone, claim
 from isotune.experiments.recipe import RecipeError, validate
 
-HOLD = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); sys.stdin.read()"
+HOLD = (
+    "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); sys.stdin.read()"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,8 @@ def test_an_encoder_with_attention_of_its_own(tmp_path: Path) -> None:
         ({"optimizer": "adam"}, "adamw"),
         ({"accelerator": "h1000"}, "h100"),
         ({"flops": -1.0}, "flops"),
+        ({"flops": math.inf}, "flops=inf is not allowed"),
+        ({"flops": math.nan}, "flops=nan"),
         ({"utilization": 1.5}, "utilization=1.5"),
     ],
 )

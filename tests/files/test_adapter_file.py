@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from helpers import tiny_opt
 from isotune import PeftModel, PsoftConfig, get_peft_model
 from isotune.errors import AdapterFileError, BaseMismatchError
 from isotune.files.adapter import describe
+from isotune.files.peft_import import import_peft
 
 
 def bert(seed: int = 0) -> nn.Module:
@@ -94,6 +96,12 @@ def test_damaged_folders_are_refused_with_what_to_do(folder: Path, tmp_path: Pat
         config.write_text(json.dumps({**json.loads(text), "peft_type": kind}))
         with pytest.raises(AdapterFileError, match=rf"'{kind}'.*ISOTUNE_PSOFT.*isotune import"):
             describe(folder)
+    for kind in (["x"], {}, None, 5):
+        config.write_text(json.dumps({**json.loads(text), "peft_type": kind}))
+        with pytest.raises(AdapterFileError, match=rf"of type {re.escape(repr(kind))}; isotune's own types are"):
+            describe(folder)
+        with pytest.raises(AdapterFileError, match=rf"of type {re.escape(repr(kind))}; only PEFT's"):
+            import_peft(folder, bert())
     config.write_text(json.dumps({**json.loads(text), "psoft_orth": False}))
     file = describe(folder)
     with pytest.raises(AdapterFileError, match="size mismatch"):

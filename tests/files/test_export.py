@@ -239,12 +239,27 @@ def test_the_named_adapter_is_exported_also_while_merged(tmp_path: Path) -> None
     assert not (tmp_path / "no").exists()
 
 
+def test_a_link_to_an_empty_folder_is_written_to(tmp_path: Path) -> None:
+    model, _ = adapted("llama", tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    export_lora(model, tmp_path / "link", energy=0.9)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "adapter_config.json").exists()
+
+
 def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
     model, base = adapted("llama", tmp_path)
     with pytest.raises(ValueError, match=r"no isotune adapter 'missing'.*default"):
         export_lora(model, tmp_path / "out", adapter_name="missing")
     with pytest.raises(ValueError, match="exists already"):
         export_lora(model, base)
+    link = tmp_path / "link"
+    link.symlink_to("nowhere")
+    with pytest.raises(ValueError, match="link is a symbolic link to nowhere, which does not exist; make that folder"):
+        export_lora(model, link)
+    link.unlink()
+    assert not any(path.name.endswith(".partial") for path in tmp_path.iterdir())
     model.save_pretrained(tmp_path / "adapter")
     config = tmp_path / "adapter/adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": None}))

@@ -159,7 +159,7 @@ def describe(directory: str | os.PathLike[str]) -> AdapterFile:
     folder = Path(directory)
     kinds = {f"ISOTUNE_{name.upper()}": config for name, config in METHODS.items()}
     kind = read_config(folder).get("peft_type")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         hint = " `isotune import` converts it." if f"ISOTUNE_{kind}" in kinds else ""
         raise AdapterFileError(
             f"{folder} holds an adapter of type {kind!r}; isotune's own types are {', '.join(kinds)}.{hint}"
@@ -228,12 +228,18 @@ def new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write into, which is renamed to `out` when the block succeeds and deleted when it fails.
 
     Raises:
-        ValueError: `out` exists and is not an empty folder.
+        ValueError: `out` exists and is not an empty folder, or is a symbolic link to nothing.
     """
     target = Path(out)
+    if target.is_symlink() and not target.exists():
+        raise ValueError(
+            f"{target} is a symbolic link to {os.readlink(target)}, which does not exist; make that folder, remove the "
+            "link, or choose another place."
+        )
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists already; choose another place, or remove it first.")
     target.parent.mkdir(parents=True, exist_ok=True)
+    target = target.resolve()  # no folder can take the place of a link to one
     partial = target.parent / f".{target.name}.{os.getpid()}.partial"
     partial.mkdir()
     try:

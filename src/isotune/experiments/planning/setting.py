@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,7 +115,7 @@ class Setting:
             raise ValueError(f"quantization={self.quantization!r} cannot be trained in full; choose an adapter method.")
         require_choice("optimizer", self.optimizer, OPTIMIZER_BYTES)
         require_choice("accelerator", self.accelerator, ACCELERATORS)
-        if self.flops is not None and not self.flops > 0:
+        if self.flops is not None and not 0 < self.flops < math.inf:
             raise ValueError(f"flops={self.flops!r} is not allowed; give operations a second, such as 300e12.")
         if self.utilization is not None and not 0 < self.utilization <= 1:
             raise ValueError(f"utilization={self.utilization!r} is not allowed; it must be above 0 and at most 1.")

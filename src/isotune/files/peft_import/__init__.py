@@ -67,7 +67,7 @@ def import_peft(directory: str | os.PathLike[str], base_model: nn.Module) -> Pef
     """
     folder = Path(directory)
     kind = read_config(folder).get("peft_type")
-    if kind not in _METHODS:
+    if kind not in list(_METHODS):  # of a dictionary no list could be asked, which a damaged file may hold
         raise AdapterFileError(
             f"{folder} holds an adapter of type {kind!r}; only PEFT's {', '.join(_METHODS)} can be imported."
         )

@@ -576,8 +576,11 @@ SUBSPACES = ("psoft", "lora_xs", "svfit", "cersa", "oplora", "rosa", "peso")
 UPDATES = (*SUBSPACES, "uora")
 """Methods that update the weight; the others rotate the inputs of a layer, or its outputs."""
 
+MOVING = tuple(method for method in SUBSPACES if method != "oplora")
+"""Those of them whose subspaces can move during training."""
+
 EMBEDDED = ("rosa", "peso")
-"""Those of them that store the subspace itself, and refuse to pin it."""
+"""Methods on subspaces that store the subspace itself, and refuse to pin it."""
 
 
 def with_basis(method: str, basis: str) -> dict[str, Any]:

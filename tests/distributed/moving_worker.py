@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from distributed.worker import RATE, ROWS, adapted, main, refused, sharded
@@ -27,15 +28,24 @@ def batches(rank: int, size: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": one, "labels": one} for one in rows]
 
 
-def train(model: Any, select: Any, rank: int = 0, size: int = 1) -> list[float]:
-    """The loss of all rows at each step, of a training that moves after the fourth and the eighth."""
+def train(model: Any, select: Any, rank: int = 0, size: int = 1, *, zero: bool = False) -> list[float]:
+    """The loss of all rows at each step, of a training that moves after the fourth and the eighth.
+
+    Args:
+        model, select: the model, and how its schedule selects.
+        rank, size: of this process.
+        zero: whether each process keeps the moments of a share of the parameters alone.
+    """
     given = {"batches": batches(rank, size)} if select == "gradient" else {}
     schedule: Any
     if select == UORA:
         schedule = UoraSchedule(threshold=1.0, weight=0.4, every=4)
     else:
         schedule = MovingSchedule(4, select=select, optimizer_state="project", **given)
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=RATE)
+    own = trainable(model).values()
+    optimizer: Any = (
+        ZeroRedundancyOptimizer(own, torch.optim.AdamW, lr=RATE) if zero else torch.optim.AdamW(own, lr=RATE)
+    )
     losses = []
     for step in range(STEPS):
         rows = some_tokens(ROWS, 9, seed=step % 3)[rank::size]
@@ -61,6 +71,7 @@ def run(out: Path) -> dict[str, Any]:
         found[name] = train(replica, select, rank, size)
         stored = [tensor for layer in layers_of(replica) for tensor in layer.stored_of("default")]
         found[f"{name} stored"] = [float((t * torch.arange(1, t.numel() + 1).view(t.shape)).sum()) for t in stored]
+    found["zero"] = train(nn.parallel.DistributedDataParallel(adapted("psoft")), "band", rank, size, zero=True)
     found[UORA] = train(replica := nn.parallel.DistributedDataParallel(adapted(UORA)), UORA, rank, size)
     found["counts"] = [layer.adapter("default").reinitializations.tolist() for layer in layers_of(replica)]
     model = sharded(adapted("psoft"))

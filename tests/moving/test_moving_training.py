@@ -111,6 +111,12 @@ def test_several_processes_give_the_curve_of_one(processes: list[Any]) -> None:
             assert found[f"{method} {select} stored"] == processes[0][f"{method} {select} stored"]
 
 
+def test_processes_that_share_the_moments_have_the_curve_of_one(processes: list[Any]) -> None:
+    alone = moving_worker.train(worker.adapted("psoft"), "band")
+    for found in processes:
+        assert found["zero"] == pytest.approx(alone, abs=1e-4)
+
+
 def test_several_processes_renew_the_rows_of_one(processes: list[Any]) -> None:
     alone = moving_worker.train(model := worker.adapted("uora"), moving_worker.UORA)
     counts = [layer.adapter("default").reinitializations.tolist() for layer in layers_of(model)]

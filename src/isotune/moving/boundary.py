@@ -15,7 +15,8 @@ from isotune.adapter.placement import Placement
 from isotune.adapter.update import PlacedUpdate
 from isotune.hosts import widen
 from isotune.internals.offloading import is_managed
-from isotune.moving.optimiser import between, held_by, project
+from isotune.moving.optimiser import between, project
+from isotune.moving.stores import Store, held_by, stores_of, why_hidden
 from isotune.parallel.processes import one_for_all, sample_of, several
 from isotune.parallel.sharding import is_partitioned, is_sharded, is_wrapped_by_fsdp
 from isotune.progress import bar
@@ -66,6 +67,10 @@ class _Next:
     error: float
 
 
+_State = tuple[Store, nn.Parameter, dict[str, Any]]
+"""Where an optimiser keeps the state of a parameter, the parameter, and that state after a move."""
+
+
 def adapted(model: nn.Module) -> AdaptedModel:
     """The object that knows all isotune layers of a model, however it is wrapped.
 
@@ -99,8 +104,8 @@ def layers_of(
     return layers
 
 
-def layers_to_move(model: nn.Module, adapter_name: str, optimizer: Any) -> list[Layer]:
-    """The layers of an adapter, if all of them can move now.
+def layers_to_move(model: nn.Module, adapter_name: str, optimizer: Any, optimizer_state: str) -> list[Layer]:
+    """The layers of an adapter, if all of them can move now, and what the optimiser keeps for them as is asked.
 
     Raises:
         ValueError: they cannot; says why and what to do.
@@ -121,6 +126,8 @@ def layers_to_move(model: nn.Module, adapter_name: str, optimizer: Any) -> list[
             "move. Give the schedule the optimiser that trains the adapter. DeepSpeed's optimisers train copies of "
             "their own, with which subspaces cannot move: use DDP, or one process."
         )
+    if optimizer_state != "keep" and (why := why_hidden(optimizer, trained)) is not None:
+        raise ValueError(f"optimizer_state={optimizer_state!r} is not possible for {adapter_name!r}: {why}")
     return layers
 
 
@@ -173,16 +180,13 @@ def move(
         ValueError: as in `layers_to_move`, or the choice or the projection is not possible. Nothing is changed then,
             nor by any other exception.
     """
-    layers = layers_to_move(model, adapter_name, optimizer)
+    layers = layers_to_move(model, adapter_name, optimizer, optimizer_state)
     own = adapted(model)
     own.place()
     found = _next_of_all(layers, adapter_name, choose, number, max_rank, seed)
-    states = {
-        parameter: state
-        for one in found
-        for parameter, state in _states(optimizer, one, adapter_name, optimizer_state).items()
-    }
-    _exchange(own, adapter_name, found, optimizer, states)
+    stores = stores_of(optimizer)
+    states = [state for one in found for state in _states(stores, one, adapter_name, optimizer_state)]
+    _exchange(own, adapter_name, found, states)
     ranks = {one.layer.key: one.placement.accumulated for one in found}
     return Move(number, done, ranks, {one.layer.key: one.error for one in found})
 
@@ -235,24 +239,23 @@ def _placed(layer: Layer, adapter_name: str, tensors: Sequence[Tensor], number: 
     return _Next(layer, buffers, placement, values, float(tensors[3]))
 
 
-def _states(optimizer: Any, found: _Next, adapter_name: str, treatment: str) -> dict[nn.Parameter, dict[str, Any]]:
+def _states(stores: Sequence[Store], found: _Next, adapter_name: str, treatment: str) -> list[_State]:
     """The next state of each parameter that has one and does not keep it; an empty one stands for none."""
     adapter = found.layer.subspace(adapter_name)
-    own = {name: parameter for name, parameter in adapter.named_parameters() if parameter in optimizer.state}
+    own = [(store, name, p) for store in stores for name, p in adapter.named_parameters() if p in store]
     if treatment == "keep":
-        return {}
+        return []
     if treatment == "reset":
-        return {parameter: {} for parameter in own.values()}
+        return [(store, parameter, {}) for store, _, parameter in own]
     overlap = between(adapter, found.placement, found.values)
-    return {p: project(adapter, name, optimizer.state[p], overlap) for name, p in own.items()}
+    return [(store, p, project(adapter, name, store[p], overlap)) for store, name, p in own]
 
 
 def _exchange(
     own: AdaptedModel,
     adapter_name: str,
     found: Sequence[_Next],
-    optimizer: Any,
-    states: Mapping[nn.Parameter, dict[str, Any]],
+    states: Sequence[_State],
 ) -> None:
     """Exchange everything, or nothing: whatever interrupts it, the old values are put back."""
     undo: list[Callable[[], Any]] = []
@@ -269,12 +272,12 @@ def _exchange(
             for name, value in one.values.items():
                 adapter.get_parameter(name).copy_(value)
             adapter.placement = one.placement
-        for parameter, state in states.items():
-            undo.append(partial(optimizer.state.__setitem__, parameter, optimizer.state[parameter]))
+        for store, parameter, state in states:
+            undo.append(partial(store.__setitem__, parameter, store[parameter]))
             if state:
-                optimizer.state[parameter] = state
+                store[parameter] = state
             else:
-                del optimizer.state[parameter]
+                del store[parameter]
         configs: dict[str, Any] = getattr(own.model, "peft_config", {})
         undo.append(partial(configs.update, {name: configs[name] for name in configs if name == adapter_name}))
         update_config(configs, [one.layer for one in found], adapter_name)

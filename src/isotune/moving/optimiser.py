@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from isotune.adapter.placement import Placement
 from isotune.adapter.restarting import RestartingAdapter
@@ -202,9 +202,3 @@ def _mapped(
         f"optimizer_state='project' is not possible for {name} of {type(adapter).__name__}, of shape "
         f"{tuple(value.shape)}, which is no matrix or vector of the subspace's coordinates. Use 'reset' or 'keep'."
     )
-
-
-def held_by(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> str | None:
-    """The first of these parameters that an optimiser does not have; None if it has all."""
-    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return next((name for name, parameter in parameters.items() if id(parameter) not in own), None)

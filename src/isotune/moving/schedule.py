@@ -112,7 +112,7 @@ class MovingSchedule(BoundarySchedule[Move]):
 
     def _check(self, model: nn.Module, optimizer: Any) -> list[Layer]:
         """Refuse a model whose subspaces cannot move."""
-        return layers_to_move(model, self.adapter, optimizer)
+        return layers_to_move(model, self.adapter, optimizer, self.optimizer_state)
 
     def _starts(self, last: int | None, done: int, *, first: bool) -> bool:
         """Whether `at_start` asks for a subspace now."""
@@ -132,7 +132,7 @@ class MovingSchedule(BoundarySchedule[Move]):
     def _act(self, model: nn.Module, optimizer: Any, number: int, done: int) -> Move:
         chosen: dict[str, Tensor] = {}
         if self.select == "gradient":
-            layers = layers_to_move(model, self.adapter, optimizer)
+            layers = layers_to_move(model, self.adapter, optimizer, self.optimizer_state)
             batches = self.batches() if callable(self.batches) else self.batches
             inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
             bases = gradient_subspaces(inner, layers, self.adapter, batches or (), self.loss, self.gradient_memory)

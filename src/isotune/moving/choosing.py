@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from isotune.hosts import widen
+from isotune.internals.torch_state import version_of
 from isotune.parallel.processes import several
 from isotune.subspace.precision import doubled, without_autocast
 from isotune.subspace.selection import SELECTIONS
@@ -106,14 +109,13 @@ def _gradients(model: nn.Module, group: Sequence[Layer], batches: Sequence[Any],
         for batch in batches:
             with _calls_of(group) as calls:
                 value = loss(model, on_device(batch, group[0].base_weight.device))
-            used = [call for call in calls if call[1].requires_grad and value.requires_grad]
-            outputs = [call[1] for call in used]
-            gradients = torch.autograd.grad(value, outputs, allow_unused=True) if used else ()
+            used = calls if value.requires_grad else []
+            gradients = torch.autograd.grad(value, [edge for _, edge, _ in used], allow_unused=True) if used else ()
             with torch.no_grad(), without_autocast(value.device):
                 for (layer, _, read), gradient in zip(used, gradients, strict=True):
                     if gradient is not None:
                         read(totals[layer.key], widen(gradient))
-            del calls, used, outputs, gradients, value
+            del calls, used, gradients, value
     return totals
 
 
@@ -135,22 +137,46 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-_Call = tuple[Layer, Tensor, Callable[[Tensor, Tensor], Any]]
-"""A layer, a tensor of the graph, and what adds to the layer's gradient, given the gradient of that tensor."""
+class _Copies:
+    """Copies of tensors as they are now; layers that are given the same tensor one after the other share one."""
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+        """The tensor that was copied last, its version then, and the copy."""
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        last, version = self._last, version_of(tensor)
+        if last is None or last[0]() is not tensor or last[1] != version:
+            last = self._last = weakref.ref(tensor), version, tensor.detach().clone()
+        return last[2]
+
+
+_Call = tuple[Layer, GradientEdge, Callable[[Tensor, Tensor], Any]]
+"""A layer, where a tensor of it enters the graph, and what adds to the layer's gradient, given that of the tensor."""
 
 
 @contextmanager
 def _calls_of(group: Sequence[Layer]) -> Iterator[list[_Call]]:
-    """Within this block, note each call of the layers."""
-    calls: list[_Call] = []
+    """Within this block, note each call of the layers that takes part in a graph.
 
-    def note(layer: Layer, args: tuple[Any, ...], output: Tensor) -> None:
-        x = args[0].detach().flatten(0, -2)
+    The model may write into what a layer is given and into what it returns, once it has returned. So inputs are copied,
+    the model gets a copy of the output, and the gradient is taken where the output itself entered the graph.
+    """
+    calls: list[_Call] = []
+    copied = _Copies()
+
+    def note(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        if not output.requires_grad:
+            return None
+        given: Tensor = next(iter((*args, *kwargs.values())))
+        x = copied(given).flatten(0, -2)
 
         def read(total: Tensor, gradient: Tensor) -> None:
             total.addmm_(gradient.flatten(0, -2).T.to(total), x.to(total))
 
-        calls.append((layer, output, read))
+        calls.append((layer, get_gradient_edge(output), read))
+        # A write into a view, as the output may be, would leave the place out of the graph that was noted here.
+        return output.clone()
 
     def folding(layer: Layer) -> Callable[..., Tensor]:
         def fold(names: Sequence[str], matrix: Tensor, **given: Any) -> Tensor:
@@ -161,7 +187,8 @@ def _calls_of(group: Sequence[Layer]) -> Iterator[list[_Call]]:
                 gradient = gradient.to(total) if multiple is None else gradient.to(total) * multiple
                 total.add_(gradient) if at is None else total.index_add_(0, at, gradient)
 
-            calls.append((layer, folded, read))
+            if folded.requires_grad:
+                calls.append((layer, get_gradient_edge(folded), read))
             return folded
 
         return fold
@@ -172,5 +199,5 @@ def _calls_of(group: Sequence[Layer]) -> Iterator[list[_Call]]:
                 vars(layer)["fold"] = folding(layer)
                 stack.callback(vars(layer).pop, "fold")
             else:
-                stack.callback(layer.register_forward_hook(note).remove)
+                stack.callback(layer.register_forward_hook(note, with_kwargs=True).remove)
         yield calls

@@ -15,6 +15,15 @@ from isotune.tuner.adapted_model import AdaptedModel
 
 Record = TypeVar("Record")
 """What a schedule says of one boundary."""
+Known = TypeVar("Known")
+"""What a schedule knows of one model."""
+
+
+class _OfModels(weakref.WeakKeyDictionary[AdaptedModel, Known]):
+    """What a schedule knows of each model as long as it lives; a pickled one is empty, since it has other models."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
 
 
 class BoundarySchedule(ABC, Generic[Record]):
@@ -35,10 +44,10 @@ class BoundarySchedule(ABC, Generic[Record]):
         self.every, self.unit, self.adapter = every, unit, adapter
         self.history: list[Record] = []
         """What this schedule object did at its boundaries, oldest first."""
-        self._counted: tuple[weakref.ref[AdaptedModel], int] | None = None
-        """The model of the last step, and how many steps or epochs it had finished."""
-        self._read: tuple[Tensor, int, int] | None = None
-        """The tensor that was read last, its version then, and the number in it."""
+        self._counted: _OfModels[int] = _OfModels()
+        """How many steps or epochs each model has finished."""
+        self._read: _OfModels[tuple[Tensor, int, int]] = _OfModels()
+        """The tensor of each model that was read last, its version then, and the number in it."""
 
     def step(self, model: nn.Module, optimizer: Any, done: int | None = None) -> Record | None:
         """Count one step or epoch, and act if a boundary is reached; after the optimiser's step, before the next pass.
@@ -47,7 +56,8 @@ class BoundarySchedule(ABC, Generic[Record]):
             model: the model, as trained.
             optimizer: the optimiser that trains the adapter.
             done: how many steps or epochs are finished in all; None counts the calls, from the last boundary that the
-                adapter's file knows of, for each model anew. Give it when a training resumes between two boundaries.
+                adapter's file knows of, for each model by itself. Give it when a training resumes between two
+                boundaries, and after the schedule has been pickled there.
 
         Returns:
             What was done, as in `history`; None between boundaries.
@@ -57,14 +67,14 @@ class BoundarySchedule(ABC, Generic[Record]):
         """
         model = uncompiled(model)
         own = adapted(model)
-        before = self._counted[1] if self._counted is not None and self._counted[0]() is own else None
+        before = self._counted.get(own)
         if before is None:
             self._check(model, optimizer)
         last = self._last(own)
         if done is None:
             done = ((last or 0) * self.every if before is None else before) + 1
         starts = self._starts(last, done, first=before is None)
-        self._counted = weakref.ref(own), done
+        self._counted[own] = done
         number = done // self.every
         return self._act(model, optimizer, number, done) if starts or number > (last or 0) else None
 
@@ -86,11 +96,12 @@ class BoundarySchedule(ABC, Generic[Record]):
     def _last(self, own: AdaptedModel) -> int | None:
         """The number of the last boundary, from the adapter itself; 0 or None before the first."""
 
-    def _number(self, boundary: Tensor) -> int:
+    def _number(self, own: AdaptedModel, boundary: Tensor) -> int:
         """The number in a buffer of the adapter; reading it from a GPU waits, so it is kept while it is true."""
-        if self._read is None or self._read[0] is not boundary or self._read[1] != version_of(boundary):
-            self._read = boundary, version_of(boundary), int(boundary)
-        return self._read[2]
+        read = self._read.get(own)
+        if read is None or read[0] is not boundary or read[1] != version_of(boundary):
+            read = self._read[own] = boundary, version_of(boundary), int(boundary)
+        return read[2]
 
     @abstractmethod
     def _act(self, model: nn.Module, optimizer: Any, number: int, done: int) -> Record:

@@ -137,7 +137,7 @@ class UoraSchedule(BoundarySchedule[Reinitialization]):
             yield layer.key, adapter
 
     def _last(self, own: AdaptedModel) -> int:
-        return self._number(next(self._adapters(own.layers_with(self.adapter)))[1].reinit_boundary)
+        return self._number(own, next(self._adapters(own.layers_with(self.adapter)))[1].reinit_boundary)
 
     @torch.no_grad()
     def _act(self, model: nn.Module, optimizer: Any, number: int, done: int) -> Reinitialization:

@@ -127,7 +127,7 @@ class MovingSchedule(BoundarySchedule[Move]):
     def _last(self, own: AdaptedModel) -> int | None:
         bases = [basis for layer in own.layers_with(self.adapter) for basis in layer.bases(self.adapter)]
         moves = bases[0].moves if bases else None
-        return None if moves is None else self._number(moves)
+        return None if moves is None else self._number(own, moves)
 
     def _act(self, model: nn.Module, optimizer: Any, number: int, done: int) -> Move:
         chosen: dict[str, Tensor] = {}

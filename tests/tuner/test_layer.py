@@ -14,7 +14,10 @@ import torch
 from torch import nn
 
 from helpers import (
+    EVERY_METHOD,
     HOSTS_OF_12,
+    UPDATES,
+    OneLayer,
     Stack,
     adapt,
     adapted_stack,
@@ -284,3 +287,23 @@ def test_a_parent_that_reads_the_stride(method: str) -> None:
     with model.disable_adapter():
         assert relative_error(model(images).last_hidden_state, expected) > 1e-3
     assert relative_error(model.merge_and_unload()(images).last_hidden_state, expected) < 1e-5
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_a_layer_that_returns_several_tensors(method: str) -> None:
+    """As the routers of Phi-3.5-MoE and Llama 4 do, which are linear layers by their class."""
+
+    class Router(nn.Linear):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+            scores = super().forward(x)
+            return scores.softmax(-1), scores
+
+    torch.manual_seed(0)
+    base, x = OneLayer(Router(12, 20)), torch.randn(5, 12)
+    model = as_trained(method, base, "layer")
+    if method in (*UPDATES, "boft") or method.endswith("-output"):
+        with pytest.raises(ValueError, match=r"'layer' returns a tuple, and no tensor.*exclude_modules"):
+            model(x)
+    else:
+        found = model(x)[1]
+        assert relative_error(model.merge_and_unload()(x)[1], found) < 1e-5

@@ -29,6 +29,15 @@ class Below(NamedTuple):
     """The frozen layer's bias; None if it has none."""
     division: Division = UNDIVIDED
     """How tensor parallelism splits the frozen layer's inputs and outputs."""
+    key: str = ""
+    """The layer's name."""
+
+    def no_tensor(self, result: object) -> ValueError:
+        """The error for a layer whose own forward returns something else, as some routers of experts do."""
+        return ValueError(
+            f"The layer {self.key!r} returns a {type(result).__name__}, and no tensor that this adapter could change. "
+            "Leave it out with exclude_modules, or take a rotation of inputs, such as OFT."
+        )
 
 
 class Part(NamedTuple):

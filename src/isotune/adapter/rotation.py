@@ -70,6 +70,8 @@ class RotationAdapter(Operator):
             result = below.call(_on_all(below.division.of_input(x), x, self.chain, tensors))
             if gain is None:
                 return result
+        if not isinstance(result, Tensor):
+            raise below.no_tensor(result)
         share, bias = below.division.of_output(result), below.division.bias_of(result, below.bias)
         # Computed as an addition to the output, so that an adapter that changes nothing changes no bit.
         own = result if bias is None else result - bias.to(result.dtype)

@@ -45,6 +45,8 @@ class Update(Adapter):
     def output(self, x: Tensor, tensors: tuple[Tensor, ...], below: Below) -> Tensor:
         """The output below and the update of x, in its dtype; in training x has its dropout."""
         result, division = below.call(x), below.division
+        if not isinstance(result, Tensor):
+            raise below.no_tensor(result)
         x = nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
         return self.added(x.to(result.dtype), tensors, result, (division.of_input(x), division.of_output(result)))
 

@@ -318,12 +318,12 @@ class Layer(MergingLayer):
         bias: Tensor | None = getattr(self.host.module, "bias", None)
         if bias is not None and is_managed(self.host.module):
             bias = call(x.new_zeros(1, x.shape[-1]))[0]  # the parameter is here only while its module runs
-        below = Below(call, bias, division)
+        below = Below(call, bias, division, self.key)
         for name in names:
             # Each adapter is applied to the output of those before it: the order in which merging would change W.
             adapter = self.adapter(name)
             applied = partial(adapter.output, tensors=adapter.tensors(working_dtype(x)), below=below)
-            below = Below(applied, bias, division)
+            below = Below(applied, bias, division, self.key)
         return below.call(x)
 
     def _bare_linear(self) -> FrozenLinear | None:

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -23,6 +25,7 @@ from isotune.experiments.files import read_json, write_json
 from isotune.experiments.recipe import RecipeError, validate
 from isotune.experiments.records import RESULT
 from isotune.experiments.table import table
+from isotune.experiments.tasks.classification import mean_loss
 from isotune.experiments.train import train
 from trainings import run, train_with
 
@@ -562,11 +565,39 @@ def test_texts_beyond_a_models_positions_are_one_line(tiny: dict[str, Any], tmp_
         file.write("\n" + json.dumps({"text": "good " * 40, "label": 1}))
     tiny["data"]["path"] = str(folder)
     tiny["output"] += "-long"
-    said = r"has 32 positions, and fails at a text of 42 tokens \(.*\); set train.max_length=32 or less"
+    said = r"has 32 positions, and fails at a text of 42 tokens \(.*\); set train.max_length=32, or 30 where"
     with pytest.raises(models.ModelError, match=said):
         run(validate(tiny))
     tiny["train"]["max_length"] = 32
     run(validate(tiny))
+
+
+@pytest.mark.parametrize("kind", ["Bart", "Roberta"])
+def test_positions_are_tried_with_a_text_that_is_there(kind: str) -> None:
+    """BART's classifiers ask for the end of a text; RoBERTa counts no padding, and reserves two positions."""
+    sizes = {"vocab_size": 21, "hidden_size": 32, "d_model": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    small = {
+        "num_hidden_layers": 1,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_ffn_dim": 8,
+        "decoder_ffn_dim": 8,
+    }
+    config = getattr(transformers, f"{kind}Config")(**sizes, **small, max_position_embeddings=34)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    fits = 34 if kind == "Bart" else 32
+    models.check_length(model, kind, [0, *[5] * (fits - 2), config.eos_token_id])
+    with pytest.raises(models.ModelError, match=f"{kind} has 34 positions.*34, or 32 where"):
+        models.check_length(model, kind, [0, *[5] * (fits + 6), config.eos_token_id])
+
+
+def test_a_loss_is_the_part_in_that_of_an_update() -> None:
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    outputs, whole = SimpleNamespace(logits=logits), torch.nn.functional.cross_entropy(logits, labels)
+    assert mean_loss(outputs, labels) == whole
+    # As Trainer gives the number of 12 examples: of one process, and for nn.DataParallel on two devices.
+    for number, by in ((torch.tensor(12), 1), (torch.tensor([[12], [12]]), 2), (12, 1)):
+        torch.testing.assert_close(by * mean_loss(outputs, labels, number), whole / 2)
 
 
 def without_dropout(model: Path, folder: Path) -> str:

@@ -245,3 +245,39 @@ def test_a_state_in_eight_bits_is_reset() -> None:
     assert not optimizer.state
     backward(model)
     optimizer.step()
+
+
+class Loaded(Both):
+    """As ZeroRedundancyOptimizer after load_state_dict: beside the states inside, none for what others keep."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters)
+        self.state: dict[Any, Any] = dict.fromkeys(parameters)
+
+
+@pytest.mark.parametrize("treatment", ["reset", "project"])
+def test_what_other_processes_keep_is_passed_over(treatment: str) -> None:
+    model = adapted("psoft")
+    optimizer = Loaded(list(trainable(model).values()))
+    schedule = MovingSchedule(2, optimizer_state=treatment)
+    for _ in range(4):
+        backward(model)
+        optimizer.step()
+        schedule.step(model, optimizer)
+        for parameter in trainable(model).values():
+            parameter.grad = None
+    assert set(optimizer.state.values()) == {None}
+
+
+def test_a_step_that_is_skipped_after_a_move_is_no_hidden_state() -> None:
+    """As a GradScaler skips steps; the head has kept its state, and the adapter's was reset."""
+    model, head = adapted("psoft"), nn.Linear(12, 3)
+    own = list(trainable(model).values())
+    optimizer, schedule = AdamW([*own, *head.parameters()], lr=RATE), MovingSchedule(1)
+    for stepping in (True, False, True):
+        backward(model, head)
+        if stepping:
+            optimizer.step()
+        schedule.step(model, optimizer)
+        if not stepping:
+            assert not any(parameter in optimizer.state for parameter in own)

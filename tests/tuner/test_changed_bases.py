@@ -154,6 +154,17 @@ def test_a_weight_that_is_stored_transposed_is_seen_to_change(method: str, host:
     assert error_of_update(model(x), expected, plain(x)) < 1e-3
 
 
+def test_a_weight_of_one_row_repeated_can_be_adapted(method: str) -> None:
+    base = OneLayer(nn.Linear(12, 12))
+    base.layer.weight = nn.Parameter(torch.randn(1, 12).expand(12, 12), requires_grad=False)
+    x = torch.randn(5, 12)
+    expected = base(x).detach()
+    model = get_peft_model(
+        base, configured(method, ["layer"], r=1) if method in SUBSPACES else configured(method, ["layer"])
+    )
+    assert relative_error(model(x), expected) < 1e-5
+
+
 class Tripled(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return 3 * weight

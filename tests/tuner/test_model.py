@@ -560,5 +560,6 @@ def test_an_embedding_that_only_lends_its_weight_is_said(method: str) -> None:
         IsotuneWarning, match=r"The weight of 'shared' is also that of .*encoder\.embed_tokens'.*instead"
     ):
         get_peft_model(tiny_t5("T5"), configured(method, ["shared"]))
-    get_peft_model(tiny_t5("T5"), configured(method, ["shared", "embed_tokens"]))
+    for names in (["embed_tokens"], ["encoder.embed_tokens"], ["shared", "embed_tokens"]):
+        get_peft_model(tiny_t5("T5"), configured(method, names))
     get_peft_model(tiny_llama(tie_word_embeddings=True), configured(method, ["embed_tokens"]))

@@ -58,7 +58,7 @@ def _address(tensor: Tensor) -> int:
 
 def _sample(tensor: Tensor) -> bytes:
     """At least one value of each row, in changing columns, of a tensor on a CPU; empty for any other."""
-    if not _address(tensor) or tensor.device.type != "cpu" or not tensor.numel():
+    if not _address(tensor) or tensor.device.type != "cpu" or not tensor.numel() or 0 in tensor.stride():
         return b""
     # Through the storage, as a transposed weight has no rows side by side; of a part of a larger tensor this reads
     # other values too, and a change of those is only one more comparison.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,24 +122,29 @@ def load_causal(name: str, dtype: str) -> Any:
     return forget_quantisation(model) if gguf_of(path) else model
 
 
-def check_length(model: Any, name: str, length: int) -> None:
-    """Try a text of as many tokens as the longest one has, where a model may have no positions for them.
+def check_length(model: Any, name: str, longest: Sequence[int]) -> None:
+    """Try the longest text, where a model may have no positions for so many tokens.
+
+    Args:
+        longest: its tokens.
 
     Raises:
         ModelError: the model has none; says how many it has.
     """
-    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-    if length <= positions - 2:  # of RoBERTa's two are for nothing
+    positions, length = getattr(model.config, "max_position_embeddings", None) or math.inf, len(longest)
+    turned = any(getattr(model.config, name, None) for name in ("rope_parameters", "rope_theta"))  # for any length
+    if turned or length <= positions - 2:  # of RoBERTa's two are for nothing
         return
     training = model.training
     try:
         with torch.no_grad():
-            ids = torch.zeros(1, length, dtype=torch.long)
+            ids = torch.tensor([longest])
             model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
     except (IndexError, RuntimeError, ValueError) as error:
         raise ModelError(
             f"the model {name} has {positions} positions, and fails at a text of {length} tokens "
-            f"({why_not_loaded(error)}); set train.max_length={positions} or less"
+            f"({why_not_loaded(error)}); set train.max_length={positions}, or {positions - 2} where two of them are "
+            "reserved, as RoBERTa's are"
         ) from error
     finally:
         model.train(training)

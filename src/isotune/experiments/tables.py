@@ -284,7 +284,8 @@ def _records(path: Path, reader: Any) -> Iterator[_Record]:
             raise DataError(
                 f"{path}, line {first}: the row that begins here cannot be read ({error} in line {reader.line_num}). "
                 'A field that begins with a quotation mark ends with one, and those within it are doubled: "a 5"" '
-                'screen". Double a mark that is text and put the whole field in quotation marks'
+                'screen". Double a mark that is text and put the whole field in quotation marks; nothing, not even '
+                "a blank, may stand between the closing mark and the comma"
             ) from error
         if cells:
             yield _Record(cells, first, reader.line_num)

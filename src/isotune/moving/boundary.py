@@ -126,7 +126,8 @@ def layers_to_move(model: nn.Module, adapter_name: str, optimizer: Any, optimize
             "move. Give the schedule the optimiser that trains the adapter. DeepSpeed's optimisers train copies of "
             "their own, with which subspaces cannot move: use DDP, or one process."
         )
-    if optimizer_state != "keep" and (why := why_hidden(optimizer, trained)) is not None:
+    moved = any(layer.accumulated(adapter_name) is not None for layer in layers)
+    if optimizer_state != "keep" and (why := why_hidden(optimizer, trained, reset=moved)) is not None:
         raise ValueError(f"optimizer_state={optimizer_state!r} is not possible for {adapter_name!r}: {why}")
     return layers
 
@@ -242,7 +243,7 @@ def _placed(layer: Layer, adapter_name: str, tensors: Sequence[Tensor], number: 
 def _states(stores: Sequence[Store], found: _Next, adapter_name: str, treatment: str) -> list[_State]:
     """The next state of each parameter that has one and does not keep it; an empty one stands for none."""
     adapter = found.layer.subspace(adapter_name)
-    own = [(store, name, p) for store in stores for name, p in adapter.named_parameters() if p in store]
+    own = [(store, name, p) for store in stores for name, p in adapter.named_parameters() if store.get(p)]
     if treatment == "keep":
         return []
     if treatment == "reset":

@@ -31,11 +31,14 @@ def stores_of(optimizer: Any) -> list[Store]:
     return found
 
 
-def why_hidden(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> str | None:
+def why_hidden(optimizer: Any, parameters: Mapping[str, nn.Parameter], *, reset: bool) -> str | None:
     """Why what an optimiser keeps for these parameters cannot be found; None if it can, or if it keeps nothing.
 
     An optimiser may keep nothing for them, as SGD without momentum and as any does before its first step. So it is
     refused only where it has state for what is no parameter of its own, or for a neighbour of one that has a gradient.
+
+    Args:
+        reset: whether an earlier move has reset what it kept, which a skipped step leaves so.
     """
     optimisers = list(_with_inner(optimizer))
     if any(isinstance(one, LBFGS) for one in optimisers):
@@ -43,7 +46,7 @@ def why_hidden(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> str | 
             "LBFGS keeps one history for all its parameters together, of which no part is theirs alone. Use another "
             "optimiser, such as AdamW, or 'keep' with a new LBFGS after each move."
         )
-    if any(parameter in one.state for one in optimisers for parameter in parameters.values()):
+    if reset or any(parameter in one.state for one in optimisers for parameter in parameters.values()):
         return None
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trained = {id(parameter) for parameter in parameters.values() if parameter.grad is not None}
@@ -52,7 +55,7 @@ def why_hidden(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> str | 
         any(id(p) in trained for p in group) and any(p in store for p in group) for group, store in groups
     ):
         return (
-            f"this optimiser, a {type(optimizer).__name__}, has a state in which nothing is kept under these "
+            f"this optimiser of type {type(optimizer).__name__} has a state in which nothing is kept under these "
             "parameters, and so has any optimiser inside it. Give the schedule an optimiser that keeps a state for "
             "each parameter, or use 'keep'."
         )

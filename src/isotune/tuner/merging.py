@@ -106,8 +106,9 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         self._host = host
         # Code around a layer reads its sizes from it, as MobileNet does the stride of its first.
         for name in getattr(host.module, "__constants__", ()):
-            if not hasattr(self, name):
-                setattr(self, name, getattr(host.module, name))
+            value = getattr(host.module, name, None)
+            if not (hasattr(self, name) or isinstance(value, nn.Module | Tensor)):
+                setattr(self, name, value)
 
     def _follow(self, module: nn.Module) -> None:
         if any(part is self._host.module for part in module.modules()):

@@ -98,13 +98,15 @@ def warn_of_missing(model: nn.Module, config: IsotuneConfig) -> None:
 def warn_of_tied(model: nn.Module) -> None:
     """Warn of adapted embeddings whose weight other embeddings look up too, as those of T5 and BART that are called."""
     modules = dict(model.named_modules())
-    bare = {name: module for name, module in modules.items() if isinstance(module, nn.Embedding)}
+    inner = (".base_layer", ".original_module")
+    bare = {n: one for n, one in modules.items() if isinstance(one, nn.Embedding) and not n.endswith(inner)}
     for name, layer in modules.items():
         if not (isinstance(layer, Layer) and isinstance(layer.host.module, nn.Embedding)):
             continue
         weight = layer.base_weight
-        others = [other for other, one in bare.items() if one.weight is weight and one is not layer.host.module]
-        others = [other for other in others if not other.endswith(".base_layer")]
+        # Those that are called lie deeper, in the encoder and the decoder, than the one that lends its weight to them.
+        deeper = {other: one for other, one in bare.items() if other.count(".") > name.count(".")}
+        others = [other for other, one in deeper.items() if one.weight is weight and one is not layer.host.module]
         if others:
             warnings.warn(
                 f"The weight of {name!r} is also that of {', '.join(map(repr, others))}, and the adapter acts only "

@@ -101,8 +101,11 @@ class CausalTask(Task):
         return len(row["input_ids"])
 
     @property
-    def longest(self) -> int:
-        return min(self.recipe.train.max_length, max(self.encoded.lengths))
+    def longest(self) -> Sequence[int]:
+        rows, lengths = self.encoded.train, self.encoded.lengths
+        row = rows[max(range(len(lengths)), key=lengths.__getitem__)]
+        parts = [row[name] for name in ("input_ids", "prompt_ids", "chosen_ids") if name in row]
+        return [token for part in parts for token in part][: self.recipe.train.max_length]
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
         if _takes_places(model, batch):

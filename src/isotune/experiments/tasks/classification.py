@@ -53,9 +53,11 @@ class Classifier(Task):
         return 1
 
     @property
-    def longest(self) -> int:
+    def longest(self) -> Sequence[int]:
         encoded = self.encoded
-        return max(map(self.length, (*encoded.train, *encoded.validation, *encoded.test)))
+        row = max((*encoded.train, *encoded.validation, *encoded.test), key=self.length)
+        tokens: Sequence[int] = row.get("input_ids", ())
+        return tokens
 
     def encode(self) -> Encoded:
         train = self.rows(self.examples.train)
@@ -201,7 +203,10 @@ def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | N
     takes any keyword, and would multiply loss and gradient by the number of parts and processes.
     """
     mean = loss_of(outputs.logits, labels)
-    return mean if num_items_in_batch is None else mean * (len(labels) / num_items_in_batch)
+    if num_items_in_batch is None:
+        return mean
+    # Under nn.DataParallel there is a copy of the number for each device, by the count of which Trainer multiplies.
+    return mean * (len(labels) / torch.as_tensor(num_items_in_batch).sum())
 
 
 def _features(

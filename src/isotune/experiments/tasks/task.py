@@ -64,8 +64,8 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def longest(self) -> int:
-        """The tokens of the longest row; 1 where rows are no texts."""
+    def longest(self) -> Sequence[int]:
+        """The tokens of the longest row; none where rows are no texts."""
 
     @abstractmethod
     def encode(self) -> Encoded:

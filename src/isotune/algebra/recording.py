@@ -23,6 +23,7 @@ def is_plain() -> bool:
     Autograd nodes written in Python are then avoided: neither ONNX nor TorchScript knows them, where nothing is
     differentiated, and the transforms have no rules for them.
     """
+    # Not by a call of `is_exported`: every layer asks, several times in a pass, and each call of Python counts.
     exported = _is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return bool(exported or (not torch.compiler.is_compiling() and transform_level() is not None))
 

@@ -139,11 +139,11 @@ def rotates_an_embedding(item: pytest.Item) -> bool:
 def covering(
     items: Sequence[pytest.Function], alike: Mapping[str, str], chosen: Sequence[pytest.Function] = ()
 ) -> list[pytest.Function]:
-    """Few of these cases of one test in which each two values that meet in any of them meet.
+    """A few cases of one test in which each two values that meet in any of them meet; in a quick run each occurs.
 
     Args:
         items: the cases.
-        alike: values -> the value for which they may stand in a pair; by itself each value occurs, but in a quick run.
+        alike: values -> the value for which they may stand in a pair (in a quick run: at all); by itself each occurs.
         chosen: those of the cases that are taken already.
     """
     from helpers import QUICK
@@ -154,7 +154,7 @@ def covering(
         own = sorted(item.callspec.params.items())
         values = [(name, repr(alike.get(one, one) if isinstance(one, str) else one)) for name, one in own]
         each = values if QUICK else [(name, repr(value)) for name, value in own]
-        met = [*itertools.combinations(values, 2), *each]
+        met = each if QUICK else [*itertools.combinations(values, 2), *each]
         pairs[item] = sum(1 << numbers.setdefault(pair, len(numbers)) for pair in met)
     missing, found = (1 << len(numbers)) - 1, list(chosen)
     for item in found:

@@ -557,6 +557,7 @@ def test_training_says_nothing_that_is_not_ours(tiny: dict[str, Any], tmp_path: 
     assert "PSOFT r=4" in done.stdout
 
 
+@pytest.mark.slow
 def test_texts_beyond_a_models_positions_are_one_line(tiny: dict[str, Any], tmp_path: Path) -> None:
     tiny["train"]["max_length"] = 100
     run(validate(tiny))  # no text is that long
@@ -607,6 +608,7 @@ def without_dropout(model: Path, folder: Path) -> str:
     return str(copied)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["native", "mean"])
 @pytest.mark.parametrize("task", ["text-classification", "text-regression"])
 def test_a_batch_in_parts_is_the_batch(tiny: dict[str, Any], tmp_path: Path, pooling: str, task: str) -> None:

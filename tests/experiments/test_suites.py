@@ -278,7 +278,7 @@ def test_the_papers_35_tasks_are_recipes_with_its_parameters_and_a_figure_beside
     assert adapter_parameters(load("demo", ["model=my/model"])) is None
 
 
-def test_recipes_are_listed_by_suite_in_a_hundred_columns_and_printed_whole(tmp_path: Path) -> None:
+def test_recipes_are_listed_by_suite_in_a_hundred_columns() -> None:
     for prefix in ("", "glue/", "vtab/"):
         lines = suites.listing(prefix).splitlines()
         assert max(map(len, lines)) <= 100
@@ -289,6 +289,10 @@ def test_recipes_are_listed_by_suite_in_a_hundred_columns_and_printed_whole(tmp_
     assert "variant" not in suites.listing("demo")
     with pytest.raises(RecipeError, match=r"no recipe 'glu/'; there are arc/, .*demo, .*glue/.*did you mean"):
         suites.listing("glu/")
+
+
+@pytest.mark.slow
+def test_a_recipe_printed_whole_is_the_recipe(tmp_path: Path) -> None:
     for name in packaged():
         file = tmp_path / "mine.yaml"
         file.write_text(suites.whole(name), encoding="utf-8")

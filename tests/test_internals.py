@@ -23,8 +23,9 @@ import torch
 from packaging.version import Version
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import isotune
@@ -360,6 +361,18 @@ def test_a_backward_pass_has_a_number() -> None:
     assert len(set(seen)) == 2
     assert None not in seen
     assert torch_state.backward_pass() is None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_part_is_rerun_within_its_graph_by_non_reentrant_checkpointing(reentrant: bool) -> None:
+    seen = []
+
+    def part(x: Tensor) -> Tensor:
+        seen.append((torch_state.backward_pass() is not None, torch_state.is_rerun_within_its_graph()))
+        return x.exp()
+
+    checkpoint(part, torch.ones(2, requires_grad=True), use_reentrant=reentrant).sum().backward()
+    assert seen == [(False, False), (True, not reentrant)]
 
 
 def test_a_tensor_counts_what_is_written_to_it() -> None:

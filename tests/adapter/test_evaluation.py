@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from helpers import (
+    CHECKPOINTING,
+    WITH_LORA,
+    Chain,
     Stack,
     adapt,
     adapted_stack,
     assert_same_gradients,
+    configured,
     counted,
     layers_of,
     one_by_one,
@@ -27,6 +31,7 @@ from helpers import (
     tiny_opt,
     trainable,
 )
+from isotune import get_peft_model
 from isotune.adapter.evaluation import share_evaluations
 from isotune.methods.psoft import PsoftOperator
 
@@ -378,6 +383,18 @@ def test_checkpointing_of_some_layers(reentrant: bool, layers: tuple[str, ...], 
         assert_same_gradients(model, reference)
         for each in (model, reference):
             randomize(each, seed=3)
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+@pytest.mark.parametrize("method", WITH_LORA)
+def test_hooks_on_parameters_run_once_and_with_a_gradient(method: str, mode: str | None) -> None:
+    """DDP averages, and optimisers within backward step, when such a hook runs."""
+    model = get_peft_model(Chain(12, 12, 12, 12, checkpointing=mode), configured(method)).train()
+    called = []
+    for name, parameter in trainable(model).items():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: called.append((name, p.grad is not None)))
+    model(torch.randn(3, 12, requires_grad=True)).square().sum().backward()
+    assert sorted(called) == sorted((name, True) for name in trainable(model))
 
 
 # -- copies --------------------------------------------------------------------------------------------------------

@@ -40,6 +40,18 @@ def test_models_that_take_turns_are_counted_each(method: str) -> None:
     assert [one.done for one in schedule.history] == [3, 3, 6, 6]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_count_that_begins_anew_on_a_moved_adapter_is_refused(method: str) -> None:
+    model = model_of(method)
+    assert step(schedule_of(method), model, done=7).number == 2
+    with pytest.raises(ValueError, match=r"done=1, but 'default' has passed 2 boundaries, with every=3 after 6 steps"):
+        step(schedule_of(method), model, done=1)
+    going_on = schedule_of(method)
+    assert [step(going_on, model) is None for _ in range(3)] == [True, True, False]
+    assert step(schedule_of(method), model, done=9) is None  # saved and resumed right after this boundary
+    assert step(schedule_of(method), model, done=12).number == 4
+
+
 def test_a_model_that_is_gone_is_not_kept() -> None:
     schedule = MovingSchedule(3)
     step(schedule, model_of("psoft"))

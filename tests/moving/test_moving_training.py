@@ -8,21 +8,23 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
 from distributed import moving_worker, worker
 from helpers import PROCESSES, layers_of, some_tokens, tiny_llama
 from isotune import get_peft_model
 from isotune.methods import METHODS
-from isotune.moving import MovingSchedule
+from isotune.moving import MovingSchedule, UoraSchedule
 from scripts import torchrun
 
 STEPS = 9
 
 
-def trainer(folder: Path, schedule: MovingSchedule, method: str = "psoft", **options: Any) -> Trainer:
+def trainer(folder: Path, schedule: Any, method: str = "psoft", model: Any = None, **options: Any) -> Trainer:
     torch.manual_seed(0)
-    model = get_peft_model(tiny_llama(layers=1), METHODS[method](r=4, target_modules=["q_proj", "v_proj"]))
+    if model is None:
+        model = get_peft_model(tiny_llama(layers=1), METHODS[method](r=4, target_modules=["q_proj", "v_proj"]))
     rows = [{"input_ids": row, "labels": row} for row in some_tokens(16, 9, seed=3)]
     settings = TrainingArguments(
         str(folder),
@@ -79,6 +81,44 @@ def test_a_resumed_training_has_the_same_curve(
             done for done, step in zip(boundaries, steps, strict=True) if step >= stop
         ]
         torch.testing.assert_close(again.model.eval()(input_ids=some_tokens()).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "unit", "every", "boundaries"),
+    [("psoft", "step", 3, [3, 6, 9, 12]), ("rosa", "epoch", 1, [1, 2, 3, 4]), ("uora", "step", 3, [3, 6, 9, 12])],
+)
+def test_a_moved_adapter_moves_on_in_a_new_training(
+    method: str, unit: Any, every: int, boundaries: list[int], tmp_path: Path
+) -> None:
+    """The Trainer counts anew, the adapter does not; also in a new training that is resumed, or of the same Trainer."""
+
+    def schedule() -> Any:
+        if method == "uora":
+            return UoraSchedule(threshold=1e-6, weight=0.5, every=every, unit=unit)
+        return MovingSchedule(every, unit=unit, select="band")
+
+    first, second = schedule(), schedule()
+    trained = trainer(tmp_path / "first", first, method)
+    trained.train()
+    assert [move.done for move in first.history] == boundaries[:2]
+    trained.model.save_pretrained(tmp_path / "adapter")
+
+    def loaded() -> PeftModel:
+        return PeftModel.from_pretrained(tiny_llama(layers=1), tmp_path / "adapter", is_trainable=True)
+
+    again = trainer(tmp_path / "second", second, model=loaded())
+    again.train()
+    assert [move.done for move in second.history] == boundaries[2:]
+    for stop in (3, 4, 5):
+        part = schedule()
+        resumed = trainer(tmp_path / "part", part, model=loaded())
+        resumed.train(resume_from_checkpoint=str(tmp_path / "second" / f"checkpoint-{stop}"))
+        steps = [done * 4 if unit == "epoch" else done for done in boundaries[:2]]
+        assert [move.done for move in part.history] == [
+            done for done, step in zip(boundaries[2:], steps, strict=True) if step >= stop
+        ]
+    again.train()
+    assert [move.done for move in second.history[2:]] == [boundaries[-1] + done for done in boundaries[:2]]
 
 
 def test_the_best_checkpoint_of_before_a_move_is_taken_in_the_end(tmp_path: Path) -> None:

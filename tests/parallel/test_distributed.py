@@ -42,6 +42,7 @@ def test_the_loss_curve_is_that_of_one_process(processes: Any, alone: dict[str, 
     curves = {
         "ddp psoft": "psoft",
         "ddp oft": "oft",
+        "ddp checkpointed": "psoft",
         "fsdp psoft": "psoft",
         "fsdp oft": "oft",
         "fsdp ignored": "psoft",

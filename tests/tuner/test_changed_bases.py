@@ -466,3 +466,30 @@ def test_the_base_dtype_is_kept_where_peft_is_told_so(method: str) -> None:
     assert relative_error(y.detach().float(), wide(x.float()).detach()) < 2e-2
     y.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad)
+
+
+def emptied(model: Any) -> None:
+    """With NaN in what nothing is written to."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        model.to_empty(device="cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def zeroed(model: Any) -> None:
+    """As `to_empty` leaves large tensors."""
+    model._apply(torch.zeros_like)
+
+
+@pytest.mark.parametrize("host", HOSTS_OF_12)
+@pytest.mark.parametrize("empty", [emptied, zeroed])
+@pytest.mark.parametrize("basis", ["embedded", "pinned"])
+def test_a_model_in_use_is_emptied_and_loaded(method: str, host: str, empty: Any, basis: str) -> None:
+    x = HOSTS_OF_12[host][1]()
+    model = as_trained(method, seeded_host(host), "layer", **with_basis(method, basis)).eval()
+    with torch.no_grad():
+        expected, state = model(x), copy.deepcopy(model.state_dict())
+        empty(model)
+        model.load_state_dict(state)
+        assert error_of_update(model(x), expected, seeded_host(host)(x)) < 1e-3

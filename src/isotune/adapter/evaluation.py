@@ -21,6 +21,7 @@ from isotune.algebra.recording import is_plain
 from isotune.internals.torch_state import (
     backward_pass,
     has_own_values,
+    is_rerun_within_its_graph,
     is_symbolic,
     outside_selective_checkpointing,
     version_of,
@@ -241,11 +242,11 @@ class SharedEvaluation:
             if self._traced is None:
                 return None
             return tuple(one if dtype is None else one.to(dtype) for one in self._traced[slot :: len(self.members)])
-        results = self._results()
-        if results is None or self.apart or self.members[slot] is not operator:  # a replica of DataParallel
-            return None
         parameters = operator.parameters_read()
         tracked = torch.is_grad_enabled() and any(map(_requires_grad, parameters))
+        results = self._results(tracked)
+        if results is None or self.apart or self.members[slot] is not operator:  # a replica of DataParallel
+            return None
         found, placement = results.get((dtype, tracked)), self._placement()
         if found is None or not found.is_of(slot, parameters) or found.placement is not placement:
             flat = tuple(self._parameters())
@@ -268,11 +269,15 @@ class SharedEvaluation:
             self._here.call.give(operator, tensors)
         return tensors
 
-    def _results(self) -> _Results | None:
+    def _results(self, tracked: bool) -> _Results | None:
         """The evaluations of this thread's forward pass; during backward, those for the parts that are rerun."""
         running = backward_pass()
         if running is None:
             return self._here.results
+        if tracked and not is_rerun_within_its_graph():
+            # Re-entrant checkpointing differentiates each part by itself. From a node of all layers it would reach the
+            # parameters of all, and whoever waits for their gradients by hooks, as DDP does, would take them for done.
+            return None
         number, results = self._again
         if number != running:
             results = {}

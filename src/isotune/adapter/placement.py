@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.adapter.evaluation import without_autocast
-from isotune.internals.torch_state import version_of
+from isotune.internals.torch_state import is_symbolic, version_of
 from isotune.subspace.precision import exact_product
 
 _ALIGNMENT = 16
@@ -103,7 +103,7 @@ class Placement:
         return self.down, self.up
 
     def moved(self, change: Callable[[Tensor], Tensor], *, narrow: bool) -> Placement | None:
-        """The placement with its factors moved or cast; None if they move to or from the meta device.
+        """The placement with its factors moved or cast; None if their values are lost, as on the meta device.
 
         Args:
             change: moves or casts one tensor.
@@ -112,9 +112,15 @@ class Placement:
         down, up = change(self.down), change(self.up)
         if down.is_meta != self.down.is_meta:
             return None
+        if not (is_symbolic(down) or _has_values_of(down, self.down) and _has_values_of(up, self.up)):
+            return None  # to_empty leaves any numbers
         if down.itemsize < 4 and not narrow:
             down, up = (factor.to(down.device) for factor in self.factors)
         return replace(self, down=down, up=up)
+
+
+def _has_values_of(changed: Tensor, tensor: Tensor) -> bool:
+    return torch.equal(changed, tensor.to(changed.device, changed.dtype))
 
 
 def left_vectors(product: Tensor, dtype: torch.dtype) -> Tensor:

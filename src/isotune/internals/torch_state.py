@@ -21,6 +21,16 @@ def backward_pass() -> int | None:
     return None if number == -1 else number
 
 
+def is_rerun_within_its_graph() -> bool:
+    """Whether a part of the model runs again to fill the graph of its forward pass, as non-re-entrant checkpointing.
+
+    False too where other hooks of saved tensors lie above those of checkpointing, or torch cannot be asked.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = None if top is None else top(False)
+    return hooks is not None and hooks[0].__qualname__.startswith(checkpoint._recomputation_hook.__qualname__)
+
+
 def version_of(tensor: Tensor) -> int:
     """The number of in-place writes to a tensor; 0 for inference tensors, which do not count them."""
     return 0 if tensor.is_inference() else tensor._version

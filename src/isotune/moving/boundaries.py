@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from abc import ABC, abstractmethod
 from typing import Any, Generic, Literal, TypeVar
@@ -46,6 +47,8 @@ class BoundarySchedule(ABC, Generic[Record]):
         """What this schedule object did at its boundaries, oldest first."""
         self._counted: _OfModels[int] = _OfModels()
         """How many steps or epochs each model has finished."""
+        self._former: _OfModels[int] = _OfModels()
+        """How many boundaries each model's adapter had passed before the Trainer's present training."""
         self._read: _OfModels[tuple[Tensor, int, int]] = _OfModels()
         """The tensor of each model that was read last, its version then, and the number in it."""
 
@@ -55,9 +58,9 @@ class BoundarySchedule(ABC, Generic[Record]):
         Args:
             model: the model, as trained.
             optimizer: the optimiser that trains the adapter.
-            done: how many steps or epochs are finished in all; None counts the calls, from the last boundary that the
-                adapter's file knows of, for each model by itself. Give it when a training resumes between two
-                boundaries, and after the schedule has been pickled there.
+            done: how many steps or epochs are finished in all, former trainings of the adapter included; None counts
+                the calls, from the last boundary that the adapter's file knows of, for each model by itself. Give it
+                when a training resumes between two boundaries, and after the schedule has been pickled there.
 
         Returns:
             What was done, as in `history`; None between boundaries.
@@ -71,12 +74,19 @@ class BoundarySchedule(ABC, Generic[Record]):
         if before is None:
             self._check(model, optimizer)
         last = self._last(own)
+        passed = last or 0
         if done is None:
-            done = ((last or 0) * self.every if before is None else before) + 1
+            done = (passed * self.every if before is None else before) + 1
+        elif before is None and done // self.every < passed:
+            raise ValueError(
+                f"done={done}, but {self.adapter!r} has passed {passed} boundaries, with every={self.every} after "
+                f"{passed * self.every} {self.unit}s, and would not meet another before the next. Count former "
+                "trainings of the adapter too, or leave done out: it counts on from the last boundary."
+            )
         starts = self._starts(last, done, first=before is None)
         self._counted[own] = done
         number = done // self.every
-        return self._act(model, optimizer, number, done) if starts or number > (last or 0) else None
+        return self._act(model, optimizer, number, done) if starts or number > passed else None
 
     def _starts(self, last: int | None, done: int, *, first: bool) -> bool:
         """Whether to act before the first step, too.
@@ -109,11 +119,21 @@ class BoundarySchedule(ABC, Generic[Record]):
 
     # -- as a TrainerCallback ------------------------------------------------------------------------------------------
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Count anew: the Trainer does, unless it resumes."""
+        self._former.clear()
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Act before the first step after a boundary."""
+        model, own = given["model"], adapted(given["model"])
         # The Trainer adds up shares of an epoch; at its end the sum is a whole number up to rounding.
         done = state.global_step if self.unit == "step" else int(state.epoch + 1e-6)
-        self.step(given["model"], given["optimizer"], done)
+        if own not in self._former:
+            self._check(model, given["optimizer"])
+            # Where a training resumes, this boundary is not passed yet: it is the first thing that happens here.
+            before = state.global_step - 1 if self.unit == "step" else math.ceil(state.epoch - 1e-6) - 1
+            self._former[own] = max(0, (self._last(own) or 0) - max(0, before) // self.every)
+        self.step(model, given["optimizer"], self._former[own] * self.every + done)
 
     def __getattr__(self, name: str) -> Any:
         """The other events of a TrainerCallback, of which none concerns a schedule."""

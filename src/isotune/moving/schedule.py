@@ -42,8 +42,9 @@ class MovingSchedule(BoundarySchedule[Move]):
             subspace again, on the weight so far.
         optimizer_state: "reset" forgets what the optimiser keeps for the adapter's parameters, "keep" leaves it, and
             "project" carries the moments of AdamW, Adam or SGD to the coordinates of the next subspace.
-        at_start: whether to choose a subspace before the first step too, by `select`. A loop of your own then calls
-            `step(model, optimizer, done=0)` before its first step; transformers' trainers do.
+        at_start: whether to choose a subspace before the first step too, by `select`, of an adapter that has never
+            moved. A loop of your own then calls `step(model, optimizer, done=0)` before its first step; transformers'
+            trainers do.
         max_rank: the largest rank of an accumulated update. Above it the smallest singular values are cut off;
             `history` has the error. None keeps everything, of a rank that grows by at most r with each move.
         largest_error: an error of a cut above it, relative to the layer's accumulated update, gives a warning.

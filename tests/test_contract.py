@@ -402,6 +402,13 @@ def test_inputs_of_any_dimension(method: str, case: Case, leading: tuple[int, ..
     assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in trainable(model).values())
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_integers_are_refused_as_the_layer_itself_refuses_them(method: str, case: Case, grad: bool) -> None:
+    model = build(method, case)
+    with torch.set_grad_enabled(grad), pytest.raises(TypeError, match=r"was given torch\.int64"):
+        model(torch.ones(2, case.in_features, dtype=torch.int64))
+
+
 def test_inputs_that_are_not_contiguous(method: str, case: Case) -> None:
     # In float64, since the order of a sum depends on the strides.
     model = build(method, case).double()

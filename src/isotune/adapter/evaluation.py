@@ -366,7 +366,13 @@ def autocasts(tensor: Tensor) -> bool:
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer computes with this input."""
+    """The dtype in which a linear layer computes with this input.
+
+    Raises:
+        TypeError: it holds integers, of which a rotation's would be rounded.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"An adapted linear layer was given {x.dtype}; give it floating-point numbers, by x.float().")
     return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 

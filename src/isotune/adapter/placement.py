@@ -112,7 +112,7 @@ class Placement:
         down, up = change(self.down), change(self.up)
         if down.is_meta != self.down.is_meta:
             return None
-        if not (is_symbolic(down) or _has_values_of(down, self.down) and _has_values_of(up, self.up)):
+        if not (is_symbolic(down) or (_has_values_of(down, self.down) and _has_values_of(up, self.up))):
             return None  # to_empty leaves any numbers
         if down.itemsize < 4 and not narrow:
             down, up = (factor.to(down.device) for factor in self.factors)

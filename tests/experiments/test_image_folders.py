@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from isotune.experiments import tasks
@@ -70,6 +72,14 @@ def none_at_all(folder: Path) -> None:
     (folder / "dog" / "0.png").unlink()
 
 
+def numbers_with_a_point(folder: Path) -> None:
+    Image.fromarray(np.ones((8, 8), np.float32)).save(folder / "cat" / "3.tiff")
+
+
+def integers_of_32_bits(folder: Path) -> None:
+    Image.fromarray(np.ones((8, 8), np.int32)).save(folder / "cat" / "3.tiff")
+
+
 def a_file_beside(folder: Path) -> None:
     (folder / "labels.csv").write_text("a,b")
 
@@ -80,6 +90,11 @@ def a_file_beside(folder: Path) -> None:
         (text_for_an_image, r"cat/3\.png is no image that can be read: "),
         (only_one, r"dog/0\.png is the only image of the class dog; a class needs at least two"),
         (none_at_all, r"the folder .*dog of a class has no image"),
+        (
+            numbers_with_a_point,
+            r"cat/3\.tiff is no image that can be read: its pixels are numbers with a point, whose range",
+        ),
+        (integers_of_32_bits, r"cat/3\.tiff .*: its pixels are integers of 32 bits, whose range"),
         (a_file_beside, r"labels\.csv lies beside the folders of the classes"),
     ],
 )
@@ -88,3 +103,35 @@ def test_what_cannot_be_learnt_from_is_named(photos: Path, change: Callable[[Pat
     with pytest.raises(DataError, match=said) as caught:
         made(photos)
     assert "\n" not in str(caught.value)
+
+
+def turned(image: Any, path: Path) -> None:
+    """As a camera saves it that was held upright: on its side, with a note."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save(path.with_suffix(".png"), exif=exif)
+
+
+def in_16_bits(image: Any, path: Path) -> None:
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(path.with_suffix(".png"))
+
+
+def in_16_bits_of_the_other_order(image: Any, path: Path) -> None:
+    values = np.asarray(image.convert("L")).astype(np.uint16) * 257
+    Image.frombytes("I;16B", image.size, values.astype(">u2").tobytes()).save(path.with_suffix(".tiff"))
+
+
+def with_transparency(image: Any, path: Path) -> None:
+    image.convert("RGBA").save(path.with_suffix(".png"))
+
+
+@pytest.mark.parametrize("save", [turned, in_16_bits, in_16_bits_of_the_other_order, with_transparency])
+def test_an_image_is_read_as_it_is_looked_at(save: Callable[[Any, Path], None], photos: Path) -> None:
+    shade = np.linspace(0, 255, 8 * 6).astype(np.uint8).reshape(6, 8)
+    image = Image.fromarray(np.stack([shade] * 3, -1))
+    (photos / "cat" / "3.png").unlink()
+    save(image, photos / "cat" / "3")
+    (name,) = {str(path) for path in (photos / "cat").glob("3.*")}
+    read = made(photos)._read(name)  # type: ignore[attr-defined]
+    assert (read.mode, read.size) == ("RGB", (8, 6))
+    np.testing.assert_array_equal(np.asarray(read), np.asarray(image))

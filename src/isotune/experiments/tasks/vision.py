@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from isotune.experiments import data, models
@@ -75,8 +76,8 @@ class ImageClassification(Classifier):
         stored = self._stored.get(name)
         try:
             with Image.open(name) if stored is None else stored.read() as image:
-                return image.convert("RGB")
-        except OSError as error:
+                return _rgb(image)
+        except (OSError, DataError) as error:
             raise DataError(f"cannot read the image {name}: {error}") from error
 
 
@@ -86,8 +87,24 @@ def _checked(row: Row, column: str) -> str:
     if not Path(path).is_file():
         raise DataError(f"{row.where}: there is no image {path}")
     try:
-        with Image.open(path):
+        with Image.open(path) as image:
+            _check_range(image)
             return path
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, Image.DecompressionBombError, DataError) as error:
         where = "" if row.where == path else f"{row.where}: "
         raise DataError(f"{where}{path} is no image that can be read: {error}") from error
+
+
+def _check_range(image: Image.Image) -> None:
+    """Refuse an image whose values have no range of which 8 bits could be made."""
+    if image.mode in ("I", "F"):
+        kind = "numbers with a point" if image.mode == "F" else "integers of 32 bits"
+        raise DataError(f"its pixels are {kind}, whose range is not known. Save it with 8 or 16 bits a channel.")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The image as it is looked at: upright, in three channels of 8 bits."""
+    _check_range(image)
+    if image.mode.startswith("I;16"):  # which Pillow would clip at 255
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    return ImageOps.exif_transpose(image).convert("RGB")

@@ -73,8 +73,8 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert blocks
-    (said,) = re.findall(r"^trainable params: .*$", text, re.MULTILINE)
-    assert trainable_parameters() == said, trainable_parameters()
+    (said,) = re.findall(r"print_trainable_parameters\(\)  # (\S+) of (\S+), or (\S+) %$", text, re.MULTILINE)
+    assert trainable_parameters() == "trainable params: {} || all params: {} || trainable%: {}".format(*said)
     before, original = Path.cwd(), trl.SFTConfig
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,11 +88,8 @@ def measured(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
         batch.length = tensors[0].shape[1] if tensors else 1
         batch.rows = tensors[0].shape[0] if tensors else None
 
-    handle = model.register_forward_pre_hook(measure, with_kwargs=True, prepend=True)
-    try:
+    with model.register_forward_pre_hook(measure, with_kwargs=True, prepend=True):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -105,17 +102,11 @@ def saved_modules_routed(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
         known = [name if name in wrapper.modules_to_save else BASE for name in names]
         return given, {**named, "adapter_names": known}
 
-    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    active = [(wrapper.active_adapter, wrapper.disable_adapters) for wrapper in wrappers]
     disabled = any(isinstance(module, BaseTunerLayer) and module.disable_adapters for module in model.modules())
-    handles = [wrapper.register_forward_pre_hook(name_adapters, with_kwargs=True) for wrapper in wrappers]
-    for wrapper in wrappers:
-        # A wrapper without a module for the active adapter would return before it reads the names.
-        set_active_of(wrapper, list(wrapper.modules_to_save)[:1], disabled)
-    try:
+    with ExitStack() as undo:
+        for wrapper in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
+            undo.enter_context(wrapper.register_forward_pre_hook(name_adapters, with_kwargs=True))
+            undo.callback(set_active_of, wrapper, wrapper.active_adapter, wrapper.disable_adapters)
+            # A wrapper without a module for the active adapter would return before it reads the names.
+            set_active_of(wrapper, list(wrapper.modules_to_save)[:1], disabled)
         yield
-    finally:
-        for wrapper, before in zip(wrappers, active, strict=True):
-            set_active_of(wrapper, *before)
-        for handle in handles:
-            handle.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +21,6 @@ _FIRST = ("exp_avg", "momentum_buffer")
 """Moments that are linear in the gradient, in torch's optimisers."""
 _SECOND = ("exp_avg_sq", "max_exp_avg_sq")
 """Moments that are sums of squares of its entries."""
-
-
-class Carries(Protocol):
-    """How the moments of an adapter's parameters become those after a move."""
-
-    def first(self, adapter: Any, name: str, moment: Tensor) -> Tensor:
-        """A moment that is linear in the gradient, in float64."""
-
-    def second(self, adapter: Any, name: str, moment: Tensor) -> Tensor:
-        """A moment of squares, in float64."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +53,11 @@ class Overlap:
         right = cosines / ratio if ups is None else ups[1].double().T @ ups[0].double()
         return cls(cosines, cosines * ratio, right)
 
-    def first(self, adapter: SubspaceAdapter, name: str, moment: Tensor) -> Tensor:
+    def first(self, adapter: Any, name: str, moment: Tensor) -> Tensor:
         """A matrix as left N rightᵀ, a generator as the skew part of that, a vector as its diagonal."""
         return _mapped(adapter, name, moment, self.left, self.right)
 
-    def second(self, adapter: SubspaceAdapter, name: str, moment: Tensor) -> Tensor:
+    def second(self, adapter: Any, name: str, moment: Tensor) -> Tensor:
         """The same with the squares of the coefficients, and the mean for what lies outside the former subspace."""
         inside = self.cosines.square().sum(1).clamp_max(1.0)
         more = (1.0 - inside[:, None] * inside) * float(moment.mean())
@@ -100,11 +90,11 @@ class Factors:
             outside[name] = torch.where(lengths > 0, rest, 1.0)
         return cls(coefficients, outside)
 
-    def first(self, adapter: RestartingAdapter, name: str, moment: Tensor) -> Tensor:
+    def first(self, adapter: Any, name: str, moment: Tensor) -> Tensor:
         """C times the moment, in its layout."""
         return self._times(name, self.coefficients[name], moment)
 
-    def second(self, adapter: RestartingAdapter, name: str, moment: Tensor) -> Tensor:
+    def second(self, adapter: Any, name: str, moment: Tensor) -> Tensor:
         """The squares of C times the moment, and its mean for what lies outside."""
         found = self._times(name, self.coefficients[name].square(), moment)
         more = self.outside[name] * float(moment.mean())
@@ -115,7 +105,7 @@ class Factors:
         return coefficients @ moment if name == "lora_A" else moment @ coefficients.T
 
 
-def between(adapter: PlacedUpdate, placement: Placement, values: Mapping[str, Tensor]) -> Carries:
+def between(adapter: PlacedUpdate, placement: Placement, values: Mapping[str, Tensor]) -> Overlap | Factors:
     """How the moments of a placed adapter are carried to its next placement.
 
     Args:
@@ -133,7 +123,7 @@ def between(adapter: PlacedUpdate, placement: Placement, values: Mapping[str, Te
     return Overlap.of(old_down[:rank], new_down[:rank], ups)
 
 
-def project(adapter: PlacedUpdate, name: str, state: Mapping[str, Any], overlap: Carries) -> dict[str, Any]:
+def project(adapter: PlacedUpdate, name: str, state: Mapping[str, Any], overlap: Overlap | Factors) -> dict[str, Any]:
     """The state of one parameter, carried to the next subspace. This is isotune's own; no paper says how.
 
     A first moment is mapped as a gradient is. A second moment is mapped by the squares of the same coefficients, as the
@@ -154,25 +144,19 @@ def project(adapter: PlacedUpdate, name: str, state: Mapping[str, Any], overlap:
     own = adapter.get_parameter(name)
     done: dict[str, Any] = {}
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.shape != own.shape or key == "step":
-            known = key == "step" or value is None or key in _FIRST + _SECOND
-            if not known:
-                raise ValueError(_unknown(key))
-            done[key] = value
-        elif key in _FIRST:
+        if key not in ("step", *_FIRST, *_SECOND) and value is not None:
+            raise ValueError(
+                f"optimizer_state='project' is not possible with this optimiser, whose state has {key!r}: it can carry "
+                "the moments of torch's AdamW, Adam and SGD alone. Use 'reset' or 'keep'."
+            )
+        done[key] = value
+        if not isinstance(value, Tensor) or value.shape != own.shape:
+            continue
+        if key in _FIRST:
             done[key] = overlap.first(adapter, name, value.double()).to(value).contiguous()
         elif key in _SECOND:
             done[key] = overlap.second(adapter, name, value.double()).to(value).contiguous().clamp_min(0.0)
-        else:
-            raise ValueError(_unknown(key))
     return done
-
-
-def _unknown(key: str) -> str:
-    return (
-        f"optimizer_state='project' is not possible with this optimiser, whose state has {key!r}: it can carry the "
-        "moments of torch's AdamW, Adam and SGD alone. Use 'reset' or 'keep'."
-    )
 
 
 def _mapped(

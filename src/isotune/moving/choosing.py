@@ -18,7 +18,7 @@ from isotune.parallel.processes import several
 from isotune.subspace.precision import doubled, without_autocast
 from isotune.subspace.selection import SELECTIONS
 from isotune.subspace.solvers import principal_subspace
-from isotune.tuner.batches import groups_that_fit, on_device
+from isotune.tuner.batches import evaluating, groups_that_fit, on_device
 from isotune.tuner.layer import Layer
 
 CHOICES = (*(one for one in SELECTIONS if one != "mixed"), "warm", "gradient")
@@ -105,7 +105,7 @@ def _gradients(model: nn.Module, group: Sequence[Layer], batches: Sequence[Any],
         layer.key: torch.zeros(layer.out_features, layer.in_features, device=layer.base_weight.device)
         for layer in group
     }
-    with _evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for batch in batches:
             with _calls_of(group) as calls:
                 value = loss(model, on_device(batch, group[0].base_weight.device))
@@ -124,17 +124,6 @@ def _summed(tensor: Tensor) -> Tensor:
     if several():
         dist.all_reduce(tensor)
     return tensor
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 class _Copies:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from isotune.methods.config import IsotuneConfig
 from isotune.methods.rotation import RotationConfig
 from isotune.progress import bar
-from isotune.tuner.batches import groups_that_fit, on_device
+from isotune.tuner.batches import evaluating, groups_that_fit, on_device
 from isotune.tuner.layer import Layer
 from isotune.tuner.model import IsotuneModel
 from isotune.tuner.sizes import ChosenSizes, choose_sizes
@@ -107,34 +108,30 @@ def _moments(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Mappin
             "multiplies, so data say nothing of its directions. Leave data out, or exclude the module with "
             "exclude_modules."
         )
-    device, training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     found: dict[str, Tensor] = {}
     mask: list[Tensor | None] = [None]
 
-    def gather(key: str, x: Tensor) -> None:
+    def gather(key: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
         if mask[0] is not None and mask[0].shape == x.shape[:-1]:
             x = x[mask[0].bool()]
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         found[key] = rows.mT @ rows + found.get(key, 0.0)
 
     parts = list(groups_that_fit(layers, _MOMENTS_AT_ONCE, lambda layer: 4 * layer.in_features**2))
-    with torch.no_grad(), bar(total=len(parts) * len(batches), desc="activations", unit="batch") as shown:
+    shown = bar(total=len(parts) * len(batches), desc="activations", unit="batch")
+    with torch.no_grad(), evaluating(model), shown:
         for part in parts:
-            handles = [
-                layer.host.module.register_forward_pre_hook(lambda _, args, key=layer.key: gather(key, args[0]))
-                for layer in part
-            ]
-            try:
-                model.eval()
+            with ExitStack() as hooks:
+                for layer in part:
+                    hook = partial(gather, layer.key)
+                    hooks.enter_context(layer.host.module.register_forward_pre_hook(hook))
                 for batch in batches:
                     moved = on_device(batch, device)
                     mask[0] = moved.get("attention_mask")
                     model(**moved)
                     shown.update()
-            finally:
-                model.train(training)
-                for handle in handles:
-                    handle.remove()
     if missed := next((layer.key for layer in layers if layer.key not in found), None):
         raise ValueError(
             f"The model does not call {missed!r} on the given data, so nothing is known of its inputs; exclude it with "

@@ -15,7 +15,7 @@ from isotune.errors import IsotuneWarning
 from isotune.methods.config import IsotuneConfig
 from isotune.progress import bar
 from isotune.tools.ranks import adapted_copy
-from isotune.tuner.batches import on_device
+from isotune.tuner.batches import evaluating, on_device
 from isotune.tuner.truncating import TruncatedLayer, summary
 
 _OUTPUTS = ("logits", "last_hidden_state", "pooler_output", "image_embeds", "sample")
@@ -92,19 +92,13 @@ def truncation_error(model: nn.Module, config: IsotuneConfig, data: Iterable[Any
 
 def _compared(model: nn.Module, truncated: nn.Module, batches: list[Any]) -> tuple[list[float], list[float]]:
     """‖y' − y‖ and ‖y‖ of each batch."""
-    device, modes = next(model.parameters()).device, {module: module.training for module in model.modules()}
-    errors, norms = [], []
-    try:
-        model.eval()
-        truncated.eval()
+    device, errors, norms = next(model.parameters()).device, [], []
+    with evaluating(model), evaluating(truncated):
         for batch in bar(batches, desc="outputs", unit="batch"):
             moved = on_device(batch, device)
             before, after = (_result(one, moved) for one in (model, truncated))
             norms.append(float(torch.linalg.vector_norm(before)))
             errors.append(float(torch.linalg.vector_norm(after - before)))
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return errors, norms
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isotune.tuner.layer import Layer
 
@@ -30,6 +31,18 @@ def groups_that_fit(layers: Iterable[Layer], memory: int, size: Callable[[Layer]
         room -= own
     if group:
         yield group
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this block, a model is in evaluation mode; each of its modules then is in its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def on_device(batch: Any, device: torch.device) -> Any:

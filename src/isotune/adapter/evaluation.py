@@ -113,14 +113,14 @@ def _stack(parameters: Sequence[Tensor], count: int) -> list[Tensor]:
 
 
 def evaluate_alone(
-    operator: Evaluable, parameters: tuple[Tensor, ...], dtype: torch.dtype | None
+    operator: Evaluable, parameters: tuple[Tensor, ...], dtype: torch.dtype | None, count: int = 1
 ) -> tuple[Tensor, ...]:
-    """Evaluate one operator from these parameters."""
+    """Evaluate one operator from these parameters; with gradients also several alike ones, as `_Evaluated` does."""
     tracked = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
     if not tracked or is_recorded() or not operator.batched:
         with without_autocast(parameters[0]):
             return cast(operator.evaluate(wide(operator.names_read(), parameters)), dtype)
-    result: tuple[Tensor, ...] = _Evaluated.apply(operator, dtype, 1, *parameters)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, ...] = _Evaluated.apply(operator, dtype, count, *parameters)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -255,11 +255,7 @@ class SharedEvaluation:
             versions = tuple(map(version_of, flat))
             with outside_selective_checkpointing():
                 if tracked:
-                    made = (
-                        _Evaluated.apply(self.members[0], dtype, len(self.members), *flat)  # type: ignore[no-untyped-call]
-                        if operator.batched
-                        else evaluate_alone(operator, flat, dtype)
-                    )
+                    made = evaluate_alone(operator, flat, dtype, len(self.members))
                     found = _Evaluation(made, flat, versions, placement)
                 else:
                     found = self._kept_or_made(dtype, flat, versions)

@@ -90,6 +90,8 @@ class Adapter(Stored, ABC):
     """Names of the parameters that `evaluate` reads; such an attribute may also be None."""
     beside: ClassVar[tuple[str, ...]] = ()
     """Names of parameters that act directly and may differ in shape between layers; they follow the evaluated ones."""
+    near_one: ClassVar[tuple[str, ...]] = ()
+    """Names of the parameters that start at 1, around which half precision is too coarse for training."""
     averages: Means = {}  # noqa: RUF012
     """Parameter name -> how to average it over several adapters; a method that lacks a name has no mean."""
     additive: ClassVar[bool]

@@ -139,13 +139,13 @@ class RotationAdapter(Operator):
         return super().tensors(dtype) if self._scale == 1.0 else self(dtype)
 
     def in_part(self, name: str, parameter: Tensor) -> Tensor:
-        """A generator, an angle or a gain, with its difference from the identity multiplied by the scale."""
+        """A generator, an angle, a scale or a gain, with its difference from the identity multiplied by the scale."""
         if self._scale == 1.0:
             return parameter
         parameter = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
         if name == "generator" and self.cayley is not None:
             parameter = self.cayley.generator(parameter) / self.cayley.scale
-        return 1 + self._scale * (parameter - 1) if name in self.beside else self._scale * parameter
+        return 1 + self._scale * (parameter - 1) if name in self.near_one else self._scale * parameter
 
     def check_scale(self, scale: float) -> None:
         """Refuse a scale that this rotation does not support.

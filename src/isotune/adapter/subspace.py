@@ -250,8 +250,7 @@ class SubspaceAdapter(PlacedUpdate, Operator):
 
     def identity(self) -> dict[str, Tensor]:
         """The parameters of the identity, if there is one: ones for those that start at 1, zeros for others."""
-        ones = getattr(self, "near_one", ())
-        return {name: torch.full_like(p.detach(), float(name in ones)) for name, p in self.named_parameters()}
+        return {name: torch.full_like(p.detach(), float(name in self.near_one)) for name, p in self.named_parameters()}
 
     @property
     def fixed(self) -> str | None:

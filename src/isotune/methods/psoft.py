@@ -116,7 +116,6 @@ class PsoftOperator(SubspaceAdapter):
 
     evaluated = ("generator", "input_scale", "output_scale")
     near_one = ("input_scale", "output_scale")
-    """Parameters that start at 1, around which half precision is too coarse for training."""
 
     def __init__(
         self, size: int, *, orthogonal: bool = True, input_scale: bool = True, output_scale: bool = True, **cayley: Any

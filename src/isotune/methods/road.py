@@ -97,12 +97,6 @@ class RoadOperator(RotationAdapter):
         nn.init.normal_(self.angles, std=0.5)
         nn.init.normal_(self.scales, mean=1.0, std=0.2)
 
-    def in_part(self, name: str, parameter: Tensor) -> Tensor:
-        """An angle times the scale; of a scale, its difference from 1."""
-        if self._scale == 1.0 or name != "scales":
-            return super().in_part(name, parameter)
-        return 1 + super().in_part(name, parameter - 1)
-
     def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The diagonal of M − I, and the entry in the column of each output and the row of its partner, (..., n)."""
         (cosine, sine), (diagonal, other) = (self._of_outputs(parameters[name]) for name in ("angles", "scales"))

@@ -25,7 +25,7 @@ def warn_of_rounded(adapters: Iterable[Any]) -> bool:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False
     for adapter in adapters:
-        names = tuple(name for name in getattr(adapter, "near_one", ()) if _is_rounded(getattr(adapter, name)))
+        names = tuple(name for name in adapter.near_one if _is_rounded(getattr(adapter, name)))
         if not names or takes_gradients(adapter):
             continue
         dtype, verb = getattr(adapter, names[0]).dtype, "is" if len(names) == 1 else "are"

@@ -10,7 +10,7 @@ from isotune.hosts.experts import ExpertsHost
 from isotune.hosts.factored import FactoredHost, FactoredLinear
 from isotune.hosts.host import Host, Kept, widen
 from isotune.hosts.linear import LinearHost
-from isotune.hosts.quantised import Backend, Functions, QuantisedHost, functions_for, product_with_identity
+from isotune.hosts.quantised import Backend, QuantisedHost
 from isotune.parallel.tensor_parallel import refuse_other_splits
 
 __all__ = [
@@ -20,14 +20,11 @@ __all__ = [
     "ExpertsHost",
     "FactoredHost",
     "FactoredLinear",
-    "Functions",
     "Host",
     "Kept",
     "LinearHost",
     "QuantisedHost",
-    "functions_for",
     "host_for",
-    "product_with_identity",
     "widen",
 ]
 

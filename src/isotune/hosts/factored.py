@@ -139,43 +139,39 @@ class FactoredHost(Host):
     """A FactoredLinear: W is W_k, of which a merge changes `left` alone, exactly for an update in its row space."""
 
     kinds = ()  # nobody needs to be told to build one
+    module: FactoredLinear
     modules = (FactoredLinear,)
     parameter = "left"
     stands_in = True
 
     def __init__(self, module: nn.Module, name: str = "") -> None:
         super().__init__(module, name)
-        self.transposed = self._layer.transposed
-
-    @property
-    def _layer(self) -> FactoredLinear:
-        assert isinstance(self.module, FactoredLinear)
-        return self.module
+        self.transposed = self.module.transposed
 
     @property
     def as_read(self) -> Tensor:
         """W_k in the layout of the layer that was replaced."""
-        return self._layer.weight
+        return self.module.weight
 
     def shape(self) -> tuple[int, int]:
         """The shape of W_k."""
-        return self._layer.out_features, self._layer.in_features
+        return self.module.out_features, self.module.in_features
 
     def matrix(self) -> Tensor:
         """W_k, computed at each call."""
-        return self._layer.matrix()
+        return self.module.matrix()
 
     def set_matrix(self, matrix: Tensor) -> None:
         """Replace `left`, as a new parameter, so that the layer computes `matrix`."""
-        self._layer.left = nn.Parameter(self._layer.left_of(matrix), requires_grad=False)
+        self.module.left = nn.Parameter(self.module.left_of(matrix), requires_grad=False)
 
     def leading(self, count: int) -> Tensor:
         """The first right singular vectors, (count or k, in), at least float32."""
-        return widen(gathered(self._layer.right).detach()[: min(count, self._layer.rank)])
+        return widen(gathered(self.module.right).detach()[: min(count, self.module.rank)])
 
     def shared(self, down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """The layer's own factors, where they are those of the adapter: views, so that none are held twice."""
-        left, right = self._layer.left.detach(), self._layer.right.detach()
+        left, right = self.module.left.detach(), self.module.right.detach()
         count, norm = len(down), torch.linalg.vector_norm
         if is_sharded(right) or count > len(right) or down.dtype != right.dtype or down.device != right.device:
             return down, up

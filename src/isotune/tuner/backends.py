@@ -7,15 +7,8 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from isotune.hosts import (
-    Backend,
-    FactoredLinear,
-    Functions,
-    LinearHost,
-    QuantisedHost,
-    functions_for,
-    product_with_identity,
-)
+from isotune.hosts import FactoredLinear, LinearHost
+from isotune.hosts.quantised import Backend, Functions, QuantisedHost, functions_for, product_with_identity
 from isotune.internals.peft_quantisation import is_forward_only, resolve_quantization_backend
 from isotune.tuner.layer import Layer, Linear
 

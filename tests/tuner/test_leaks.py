@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,6 +180,12 @@ def test_unloading_leaves_the_model_as_it_was(method: str) -> None:
     if method != LORA:
         assert {name: p.requires_grad for name, p in base.named_parameters()} == dict.fromkeys(flags, False)
     base.load_state_dict(Chain(seed=3).state_dict())  # with no hook that looks for adapters
+
+
+def test_unloading_a_copy_that_was_never_called_leaves_nothing(method: str) -> None:
+    base = copy.deepcopy(get_peft_model(Chain(), configured(method))).unload()
+    for module in base.modules():
+        assert not [key for key, value in vars(module).items() if "isotune" in key or ("hook" in key and value)]
 
 
 @pytest.mark.covered(method=("psoft", "boft"))

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -82,11 +81,10 @@ class AdaptedModel:
         """Find the layers of a model and hook the forward passes of every module that contains them all."""
         own = cls.of(model) or cls()
         own.build(model)
-        names = [name for name, module in model.named_modules() if isinstance(module, Layer)]
-        paths = [name.split(".")[:-1] for name in names]
-        common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
-        for depth in range(len(common) + 1):
-            module = model.get_submodule(".".join(common[:depth]))
+        layers = set(own.layers)
+        for module in (model, *own.surroundings):
+            if isinstance(module, Layer) or not layers.issubset(module.modules()):
+                continue
             if _KEY not in module.__dict__:
                 module.register_forward_pre_hook(_begin)
                 module.register_forward_hook(_end, always_call=True)
@@ -98,12 +96,11 @@ class AdaptedModel:
         ignore_buffers(model, [f"{name}.{key}" for name, holder in holders for key in holder.held()])
         return own
 
-    def detach(self) -> None:
+    @staticmethod
+    def detach(model: nn.Module) -> None:
         """Undo `attach`, leaving nothing of isotune on the model."""
-        if self.model is None:
-            return
-        ignore_buffers(self.model, [])
-        for module in self.model.modules():
+        ignore_buffers(model, [])
+        for module in model.modules():
             if module.__dict__.pop(_KEY, None) is not None:
                 remove_hooks(module, _begin, _end, _after_load)
 
@@ -125,9 +122,7 @@ class AdaptedModel:
                 for slot, member in enumerate(shared.members):
                     assert isinstance(member, Adapter)
                     member.shared, member.slot = shared, slot
-        names = {name for name, module in model.named_modules() if isinstance(module, Layer)}
-        around = {".".join(name.split(".")[:depth]) for name in names for depth in range(name.count(".") + 2)}
-        self.surroundings = [model.get_submodule(name) for name in around]
+        self.surroundings = [m for m in model.modules() if any(isinstance(inner, Layer) for inner in m.modules())]
         self.surroundings += [m for layer in self.layers for m in layer.isotune_operator.values()]
         self._find_others(model)
         self.built = True
@@ -172,14 +167,14 @@ class AdaptedModel:
         for shared in self.evaluations:
             shared.begin(self._running.call)
 
-    def see(self, layer: nn.Module) -> None:
-        """Check a layer that is called outside of any checked pass, by `place_on`.
+    def see(self, layer: Layer) -> None:
+        """Check a layer that is called outside of any checked pass, by `place`.
 
         Raises:
-            BaseMismatchError, ValueError: as in `place_on`.
+            BaseMismatchError, ValueError: as in `place`.
         """
         if not self._running.passing and backward_pass() is None:
-            self.place_on(layer)
+            self.place([layer])
 
     def _look(self) -> None:
         """Check before a pass where weights and parameters are; once per call of `generate`."""
@@ -247,15 +242,6 @@ class AdaptedModel:
             for layer in self.refreshed if layers is self.layers else layers:
                 layer.refresh()
         return moved
-
-    def place_on(self, layer: nn.Module) -> None:
-        """Check one layer and place its adapters, as the beginning of a pass does for all layers.
-
-        Raises:
-            BaseMismatchError, ValueError: as in `place`.
-        """
-        assert isinstance(layer, Layer)
-        self.place([layer])
 
     def place_after_load(self) -> None:
         """Place adapters that were just loaded, and remove one that does not fit this base.
@@ -390,7 +376,7 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     if own is not None:
         for parameter, flag in own.trainable.items():
             parameter.requires_grad_(flag)
-        own.detach()
+        own.detach(model)
     if not configs and hasattr(model, "peft_config"):
         del model.peft_config
         if getattr(model, "_hf_peft_config_loaded", False):

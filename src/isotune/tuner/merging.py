@@ -61,14 +61,14 @@ class Owner(Protocol):
     def tuners_around(self, layer: nn.Module) -> list[BaseTunerLayer]:
         """Layers of other tuners that contain the layer."""
 
-    def see(self, layer: nn.Module) -> None:
+    def see(self, layer: Any) -> None:
         """Note that the layer is called."""
 
     def forget(self) -> None:
         """Have the layers found again before the next forward pass."""
 
-    def place_on(self, layer: nn.Module) -> None:
-        """Place the layer's adapters again if its base weight has changed since."""
+    def place(self, layers: Sequence[Any]) -> bool:
+        """Place the adapters of layers again where the base weight has changed since."""
 
 
 class MergingLayer(nn.Module, BaseTunerLayer):
@@ -141,7 +141,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
     def _see_the_base(self) -> None:
         """Notice a change of the base's weight, as the next forward pass would."""
         if self.owner is not None:
-            self.owner.place_on(self)
+            self.owner.place([self])
 
     def fold(self, names: Sequence[str], matrix: Tensor, *, drop: bool = False, **part: Tensor | None) -> Tensor:
         """Fold these adapters into `matrix`, a `Part` of W, in this order, with autocast off."""

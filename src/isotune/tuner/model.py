@@ -187,14 +187,12 @@ class IsotuneModel(Tuner):
         )
         if tied:  # the merged head differs from the embedding, and is to be used as before
             model.config.tie_word_embeddings = True
-        own = AdaptedModel.of(model)
-        if own is not None:
-            own.detach()
+        AdaptedModel.detach(model)
         warn_of_requantising(layers)
         return model
 
     def _refuse_to_unload_within_others(self) -> None:
-        own = AdaptedModel.of(self.model)
+        own = AdaptedModel.ready(self.model)
         for layer in self._layers():
             if own is not None and (others := own.tuners_around(layer)):
                 names = ", ".join(type(other).__name__ for other in others)

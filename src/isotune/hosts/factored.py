@@ -14,8 +14,9 @@ from isotune.parallel.sharding import gathered, is_sharded
 _UNSEEN = 1e-3
 """Share of a change of W that may lie outside of the rows of the layer: that of rounding."""
 _FACTORS = ("left", "values", "right")
-_ALIKE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-"""Relative difference up to which an adapter's factors count as the layer's own."""
+ALIKE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""Relative difference up to which factors count as the same: an adapter's and the layer's own, or of a weight moved or
+cast since."""
 
 
 class FactoredWeight(ComputedWeight):
@@ -176,6 +177,6 @@ class FactoredHost(Host):
         if is_sharded(right) or count > len(right) or down.dtype != right.dtype or down.device != right.device:
             return down, up
         for own, given in ((right[:rank], down[:rank]), (left[:, :rank], up[:, :rank])):
-            if norm(widen(own) - widen(given)) > _ALIKE[own.dtype] * norm(widen(given)):
+            if norm(widen(own) - widen(given)) > ALIKE[own.dtype] * norm(widen(given)):
                 return down, up
         return right[:count], left[:, :count]

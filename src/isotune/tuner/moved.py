@@ -13,35 +13,24 @@ from isotune.tuner.layer import Layer
 from isotune.tuner.state import KEY_PREFIX, adapted_layers
 
 
-def moved_config(config: MovableConfig, layers: Iterable[Layer], adapter_name: str) -> MovableConfig:
-    """The configuration that says what the layers of an adapter have accumulated; the same one if it does already.
+def update_config(configs: MutableMapping[str, Any], layers: Iterable[Layer], adapter_name: str) -> None:
+    """Exchange an adapter's configuration, after tensors were loaded, if it no longer says what is accumulated.
 
     Args:
-        config: the adapter's configuration, which is not changed, since other adapters may have it too.
-        layers: layers of a model, of which those without the adapter do not count.
+        configs: the configurations of a model; that of the adapter is not changed, since others may have it too.
+        layers: layers of the model, of which those without the adapter do not count.
         adapter_name: the adapter.
     """
-    own = {layer.key: layer.bases(adapter_name)[0] for layer in layers if adapter_name in layer.isotune_form}
-    ranks = {key: len(basis.accumulated[1]) for key, basis in own.items() if basis.accumulated is not None}
-    if ranks == config.accumulated_ranks:
-        return config
-    config = copy.copy(config)
-    config.accumulated_ranks = ranks
-    config.basis = "embedded" if next(iter(own.values())).embedded else "pinned"
-    return config
-
-
-def update_config(configs: MutableMapping[str, Any], layers: Iterable[Layer], adapter_name: str) -> None:
-    """Exchange an adapter's configuration, after tensors were loaded, if it no longer says what is accumulated."""
-    known, layers = configs.get(adapter_name), list(layers)
-    if not isinstance(known, MovableConfig):
+    known, own = configs.get(adapter_name), [layer for layer in layers if adapter_name in layer.isotune_form]
+    found = {layer.key: layer.accumulated(adapter_name) for layer in own}
+    ranks = {key: len(factors[1]) for key, factors in found.items() if factors is not None}
+    if not isinstance(known, MovableConfig) or ranks == known.accumulated_ranks:
         return
-    config = moved_config(known, layers, adapter_name)
-    if config is not known:
-        configs[adapter_name] = config
-        for layer in layers:
-            if adapter_name in layer.configs:
-                layer.configs[adapter_name] = config
+    config = configs[adapter_name] = copy.copy(known)
+    config.accumulated_ranks = ranks
+    config.basis = "embedded" if own[0].bases(adapter_name)[0].embedded else "pinned"
+    for layer in own:
+        layer.configs[adapter_name] = config
 
 
 def make_room(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from isotune.adapter.placement import Mark, Placement
 from isotune.adapter.subspace import SubspaceBasis
 from isotune.adapter.update import PlacedUpdate
 from isotune.errors import BaseMismatchError, IsotuneWarning
-from isotune.hosts import FactoredHost
+from isotune.hosts.factored import ALIKE, FactoredHost
 from isotune.internals.offloading import is_managed
 from isotune.internals.torch_state import has_own_values, is_symbolic
 from isotune.methods.subspace import BasisConfig
@@ -28,9 +28,6 @@ from isotune.subspace.solvers import principal_subspaces
 from isotune.tuner.layer import Layer
 from isotune.tuner.truncating import truncated
 
-_SAME_WEIGHT = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-"""Relative difference of W downᵀ up to which a moved or cast weight counts as the one the adapter was placed on."""
-
 
 @dataclass(frozen=True)
 class _Place:
@@ -39,11 +36,6 @@ class _Place:
     layer: Layer
     basis: SubspaceBasis
     expert: int | None
-
-    @property
-    def key(self) -> str:
-        """The layer's name in the model."""
-        return self.layer.key
 
     def matrix(self) -> Tensor:
         """W, (out, in)."""
@@ -166,7 +158,7 @@ def keeps_its_basis(layer: Layer, adapter_name: str) -> bool:
     dtypes: tuple[torch.dtype, ...] = (matrix.dtype, placement.up.dtype)
     if adapter.starts_by_placement:
         dtypes = (torch.float32,)  # its parameters hold a part of the weight itself, and its factors are not rounded
-    if change > max(_SAME_WEIGHT.get(dtype, 2e-2) for dtype in dtypes):
+    if change > max(ALIKE.get(dtype, 2e-2) for dtype in dtypes):
         if change > MAX_RESIDUAL:
             return False
         starts = adapter.starts_by_placement and adapter.is_untrained()  # on what the weight was
@@ -292,7 +284,7 @@ def _subspaces(adapter_name: str, places: Sequence[_Place]) -> list[Tensor]:
         weight = one.matrix if layer.host.quantised else one.matrix()
         at = None
         if config.selection != "top":  # for which there are faster solvers
-            at = tuple(config.directions(one.key, min(layer.in_features, layer.out_features), rank).tolist())
+            at = tuple(config.directions(layer.key, min(layer.in_features, layer.out_features), rank).tolist())
         requests.append(SubspaceRequest(weight, rank, f"module {layer.key!r}", at))
     cache = SubspaceCache() if config.subspace_cache else None
 
@@ -303,7 +295,7 @@ def _subspaces(adapter_name: str, places: Sequence[_Place]) -> list[Tensor]:
     if not several():
         return solve()
     same = [
-        (one.key, request.rank, one.layer.out_features, one.layer.in_features, sample_of(one.layer.base_weight))
+        (one.layer.key, request.rank, one.layer.out_features, one.layer.in_features, sample_of(one.layer.base_weight))
         for one, request in zip(places, requests, strict=True)
     ]
     return one_for_all(f"{config.solver} {config.selection} {same}", solve)
@@ -361,7 +353,7 @@ def _refuse_other_base(adapter_name: str, places: Sequence[_Place], residuals: S
     )
     message = (
         f"The adapter {adapter_name!r} was not trained on this base model: in {len(above)} of "
-        f"{len(places)} layers the principal subspace differs, most in {worst.key!r} with a residual of "
+        f"{len(places)} layers the principal subspace differs, most in {worst.layer.key!r} with a residual of "
         f"{residual:.3f} (the same base gives below 0.001, a base rounded to bfloat16 about 0.003, at most "
         f"{MAX_RESIDUAL} is allowed). {in_part if len(above) < len(places) else ''}"
         "Load the adapter on the base it was trained on, quantised in the same way or not at all; or train and save it "

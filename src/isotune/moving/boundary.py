@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -259,33 +260,28 @@ def _exchange(
     states: Sequence[_State],
 ) -> None:
     """Exchange everything, or nothing: whatever interrupts it, the old values are put back."""
-    undo: list[Callable[[], Any]] = []
-    try:
+    with ExitStack() as undo:
         for one in found:
             layer, adapter, basis = one.layer, one.layer.subspace(adapter_name), one.layer.bases(adapter_name)[0]
-            undo += [
-                partial(basis.hold, basis.held()),
-                partial(setattr, adapter, "placement", adapter.placement),
-                partial(layer.configs.__setitem__, adapter_name, layer.configs[adapter_name]),
-                *(partial(parameter.copy_, parameter.detach().clone()) for parameter in adapter.parameters()),
-            ]
+            undo.callback(basis.hold, basis.held())
+            undo.callback(setattr, adapter, "placement", adapter.placement)
+            undo.callback(layer.configs.__setitem__, adapter_name, layer.configs[adapter_name])
+            for parameter in adapter.parameters():
+                undo.callback(parameter.copy_, parameter.detach().clone())
             basis.hold(one.buffers)
             for name, value in one.values.items():
                 adapter.get_parameter(name).copy_(value)
             adapter.placement = one.placement
         for store, parameter, state in states:
-            undo.append(partial(store.__setitem__, parameter, store[parameter]))
+            undo.callback(store.__setitem__, parameter, store[parameter])
             if state:
                 store[parameter] = state
             else:
                 del store[parameter]
         configs: dict[str, Any] = getattr(own.model, "peft_config", {})
-        undo.append(partial(configs.update, {name: configs[name] for name in configs if name == adapter_name}))
+        undo.callback(configs.update, {name: configs[name] for name in configs if name == adapter_name})
         update_config(configs, [one.layer for one in found], adapter_name)
-    except BaseException:
-        for back in reversed(undo):
-            back()
-        raise
+        undo.pop_all()
     for one in found:
         for parameter in one.layer.adapter(adapter_name).parameters():
             parameter.grad = None  # with respect to coordinates that are gone

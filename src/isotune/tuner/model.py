@@ -253,14 +253,10 @@ class IsotuneModel(Tuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Wrap each forward and generate of a PeftModel: share one evaluation and apply `adapter_names`."""
-        own = AdaptedModel.of(self.model)
-        with nullcontext() if own is None or is_recorded() else own.calling():
-            names = kwargs.get("adapter_names")
-            if names is None:
-                yield
-            else:
-                with self._mixed(names, kwargs):
-                    yield
+        own, names = AdaptedModel.of(self.model), kwargs.get("adapter_names")
+        mixed = nullcontext() if names is None else self._mixed(names, kwargs)
+        with nullcontext() if own is None or is_recorded() else own.calling(), mixed:
+            yield
 
     @contextmanager
     def _mixed(self, names: Sequence[str], kwargs: dict[str, Any]) -> Iterator[None]:

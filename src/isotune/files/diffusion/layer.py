@@ -48,10 +48,6 @@ class AdaptedModule:
     def refuse(self, reason: str) -> AdapterFileError:
         return AdapterFileError(f"{self.where}: {self.name!r}: {reason}")
 
-    def side(self, side: str) -> int:
-        """The number of inputs or outputs."""
-        return self.outputs if side == "output" else self.width
-
     def tensor(self, key: str, dimensions: int) -> Tensor:
         """One of its tensors, at least float32; refused if missing or of another number of dimensions."""
         tensor = self.tensors.get(key)
@@ -63,7 +59,7 @@ class AdaptedModule:
 
 def block_options(layers: list[AdaptedModule], sizes: Mapping[str, int], side: str) -> dict[str, Any]:
     """Options that give isotune's OFT blocks of these sizes, by module: one number of blocks, or sizes."""
-    counts = {layer.side(side) // sizes[layer.name] for layer in layers}
+    counts = {(x.outputs if side == "output" else x.width) // sizes[x.name] for x in layers}
     if len(counts) == 1 < len(set(sizes.values())):
         return {"r": counts.pop()}
     return by_module("oft_block_size", "block_size_pattern", sizes)

@@ -17,15 +17,6 @@ from isotune.algebra.recording import inverse_by_products, is_exported, is_plain
 from isotune.algebra.skew import generator_scale, skew_from_vector, skew_positions, skew_size
 
 
-def _by_kernels(generator: Tensor) -> Tensor | None:
-    """R − I of matrices (count, n, n) in Triton, which a CUDA graph can capture; None if that is not supported."""
-    kernels = kernels_for(generator, "elimination_kernels")
-    if kernels is None or not kernels.can_eliminate(generator):
-        return None
-    found: Tensor | None = kernels.cayley_by_elimination(generator)
-    return found
-
-
 def _solve(generator: Tensor) -> Tensor:
     """R − I of matrices (count, n, n) by factorisation.
 
@@ -87,7 +78,9 @@ class _CayleyOfEntries(torch.autograd.Function):
     @staticmethod
     def forward(entries: Tensor, n: int) -> Tensor:
         generator = skew_from_vector(entries, n).view(-1, n, n)
-        difference = _by_kernels(generator)
+        kernels, difference = kernels_for(generator, "elimination_kernels"), None
+        if kernels is not None and kernels.can_eliminate(generator):
+            difference = kernels.cayley_by_elimination(generator)  # which a CUDA graph can capture
         if difference is None:
             difference = _eliminate(generator) if n in _SMALL and entries.device.type == "cpu" else _solve(generator)
         return difference.view(*entries.shape[:-1], n, n)

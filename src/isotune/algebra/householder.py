@@ -68,17 +68,10 @@ def reflections(vectors: Tensor) -> tuple[Tensor, Tensor]:
         left = inverse_by_products(upper, (-2 * eye).expand_as(upper), steps) @ units
     else:
         left = torch.linalg.solve_triangular(upper, units, upper=True)  # −T Uᵀ
-    return _by_pairs(left, units)
-
-
-def _by_pairs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """leftᵀ right, both (..., r, n), expressed in each pair's sum and half difference.
-
-    Training starts with equal pairs, whose reflections cancel. Expressed in the vectors themselves, they would cancel
-    only up to rounding, which in half precision exceeds a small rotation; expressed like this, each product is small.
-    """
-    readers, writers = _mixed(left, 1.0, 0.5), _mixed(right, 0.5, 1.0)
-    return readers.mT, writers
+    # Training starts with equal pairs, whose reflections cancel. Expressed in the vectors themselves, they would cancel
+    # only up to rounding, which in half precision exceeds a small rotation; in each pair's sum and half difference,
+    # each product is small.
+    return _mixed(left, 1.0, 0.5).mT, _mixed(units, 0.5, 1.0)
 
 
 def _mixed(rows: Tensor, of_sum: float, of_difference: float) -> Tensor:

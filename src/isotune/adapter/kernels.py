@@ -69,39 +69,26 @@ class _SubspaceUpdate(torch.autograd.Function):
         base: Base,
         factors: tuple[Tensor, Tensor],
         shares: Shares,
-        on_input: bool,
     ) -> Tensor:
         (down, up), (of_x, of_result) = factors, shares
         flat = x.reshape(-1, x.shape[-1])
         coordinates = of_x.total(torch.mm(flat, down.t()))
         ctx.save_for_backward(coordinates, difference)
-        ctx.frozen = down, up, weight_of(base), of_result, on_input
-        update = torch.mm(coordinates, difference)
-        if on_input:
-            flat = torch.addmm(flat, update, down)
+        ctx.frozen = down, up, weight_of(base), of_result
         result, rows = output_below(flat, x.shape, base)
-        if not on_input:
-            rows.addmm_(update, up.t())
+        rows.addmm_(torch.mm(coordinates, difference), up.t())
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         coordinates, difference = ctx.saved_tensors
-        down, up, weight, of_result, on_input = ctx.frozen
+        down, up, weight, of_result = ctx.frozen
         needs_x, needs_difference, needs_base, *_ = ctx.needs_input_grad
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        grad_x = None
-        if on_input:
-            grad_x = torch.mm(flat, weight)
-            read = torch.mm(grad_x, down.t())
-            grad_x = grad_x.addmm_(torch.mm(read, difference.t()), down).view(*gradient.shape[:-1], down.shape[1])
-        else:
-            read = of_result.total(torch.mm(flat, up))
-            if needs_x:
-                grad_x = input_gradient(gradient, weight, torch.mm(read, difference.t()), down)
+        read = of_result.total(torch.mm(gradient.reshape(-1, gradient.shape[-1]), up))
+        grad_x = input_gradient(gradient, weight, torch.mm(read, difference.t()), down) if needs_x else None
         grad_difference = torch.mm(coordinates.t(), read) if needs_difference else None
-        return grad_x, grad_difference, gradient if needs_base else None, None, None, None
+        return grad_x, grad_difference, gradient if needs_base else None, None, None
 
 
 def subspace_update(
@@ -110,8 +97,6 @@ def subspace_update(
     base: Base,
     factors: tuple[Tensor, Tensor],
     shares: Shares = UNSPLIT,
-    *,
-    on_input: bool = False,
 ) -> Tensor:
     """Add a subspace update to the output of any layer, or compute a frozen linear layer with its update in one node.
 
@@ -123,8 +108,6 @@ def subspace_update(
         base: the layer's own output, or this process's share of its columns, or the linear layer; in the dtype of x.
         factors: down (r or more, in) and up (out, r or more), in the dtype of x and cut to the shares.
         shares: those of x and of the output under tensor parallelism.
-        on_input: add the update to the x of a linear layer instead of its output, which is cheaper if in < out: with
-            up = W downᵀ, and only then, x Wᵀ + u D upᵀ = (x + u D down) Wᵀ. Needs the gradient of x, if any.
 
     Returns:
         base + ((x downᵀ) D) upᵀ, differentiable once.
@@ -133,7 +116,7 @@ def subspace_update(
         assert isinstance(base, Tensor)
         down, up = factors
         return base + x @ down.t() @ difference @ up.t()
-    result: Tensor = _SubspaceUpdate.apply(x, difference, base, factors, shares, on_input)  # type: ignore[no-untyped-call]
+    result: Tensor = _SubspaceUpdate.apply(x, difference, base, factors, shares)  # type: ignore[no-untyped-call]
     return result
 
 

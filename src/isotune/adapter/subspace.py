@@ -17,9 +17,6 @@ from isotune.adapter.placement import Factors, Placement, filling, update_factor
 from isotune.adapter.update import PlacedUpdate
 from isotune.parallel.tensor_parallel import UNSPLIT, Shares
 
-_WIDE = (torch.float32, torch.float64)
-"""Dtypes in which small differences survive; half precision rounds them away."""
-
 
 class SubspaceBasis(Stored):
     """What a file stores of the subspace of one adapter on one layer: the pin S = V Ω, (r, p), or V itself.
@@ -188,20 +185,10 @@ class SubspaceAdapter(PlacedUpdate, Operator):
         found = update_of_one_token(x, base, factors, lambda: self._absorbed(tensors[0], factors))
         if found is not None:
             return found
-        # Adding the update to the input saves work if in < out. But it needs ∂L/∂x, which a first layer does not
-        # compute, and half precision would round a small update away in x; in both cases it is added to the output.
-        on_input = (
-            not isinstance(base, Tensor)
-            and self.power == 0.0
-            and not self.accumulated_rank
-            and down.shape[1] < up.shape[0]
-            and x.dtype in _WIDE
-            and (x.requires_grad or not torch.is_grad_enabled())
-        )
         update = self._acting(tensors[0], x.dtype, filled=True)
         of_x, of_result = shares
         factors = of_x.cut(down), of_result.cut(up, 0)
-        return subspace_update(x, update, base, factors, shares, on_input=on_input)
+        return subspace_update(x, update, base, factors, shares)
 
     def _absorbed(self, difference: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """down and up, the smaller one times s·(M − I); kept until a call ends, if `difference` lasts that long."""

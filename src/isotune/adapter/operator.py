@@ -130,9 +130,9 @@ class Adapter(Stored, ABC):
     def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Map parameters, all with the same leading dimensions, to tensors with these dimensions in front."""
 
-    @abstractmethod
     def batch_key(self) -> Hashable:
-        """Adapters of one class with equal keys and parameter shapes are evaluated in one batch."""
+        """Adapters of one class with equal keys and parameter shapes are evaluated in one batch: n or r alone."""
+        return self.size
 
     def complete(self, tensors: tuple[Tensor, ...], drop: bool = False) -> tuple[Tensor, ...]:
         """Turn the result of `evaluate` into what acts on a layer; with `drop`, random parts of it do nothing."""

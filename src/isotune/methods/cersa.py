@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -136,9 +136,6 @@ class CersaOperator(SubspaceAdapter):
     def __init__(self, size: int) -> None:
         super().__init__(size)
         self.core = nn.Parameter(torch.zeros(size, size, dtype=torch.float32))
-
-    def batch_key(self) -> Hashable:
-        return self.size
 
     def difference_of(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """M − I = Cᵀ."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -72,9 +72,6 @@ class GOFTOperator(RotationAdapter):
         super().__init__(size, givens_chain(size))
         self.angles = nn.Parameter(torch.zeros(size - 1, dtype=torch.float32))
 
-    def batch_key(self) -> Hashable:
-        return self.size
-
     def randomize_parameters(self) -> None:
         """Draw angles of the same size at every width."""
         nn.init.normal_(self.angles, std=0.5)
@@ -93,9 +90,6 @@ class QGOFTOperator(RotationAdapter):
         super().__init__(size, givens_chain(size))
         self.regularizer_weight = regularizer_weight
         self.pairs = nn.Parameter(torch.zeros(size - 1, 2, 2, dtype=torch.float32))
-
-    def batch_key(self) -> Hashable:
-        return self.size
 
     def penalty(self) -> Tensor | None:
         """λ Σ (a₁b₁ + a₂b₂)²."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -68,9 +68,6 @@ class LoraXsOperator(SubspaceAdapter):
         super().__init__(size)
         self.std = std
         self.coefficients = nn.Parameter(std * torch.randn(size, size, dtype=torch.float32))
-
-    def batch_key(self) -> Hashable:
-        return self.size
 
     def is_untrained(self) -> bool:
         """Whether R is still as small as at the start, and nothing is accumulated."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -47,9 +47,6 @@ class SvfitOperator(SubspaceAdapter):
     def __init__(self, size: int) -> None:
         super().__init__(size)
         self.stretch = nn.Parameter(torch.zeros(size, dtype=torch.float32))
-
-    def batch_key(self) -> Hashable:
-        return self.size
 
     def difference_of(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """M − I = diag(d)."""

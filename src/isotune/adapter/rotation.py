@@ -140,7 +140,7 @@ class RotationAdapter(Operator):
 
     def in_part(self, name: str, parameter: Tensor) -> Tensor:
         """A generator, an angle, a scale or a gain, with its difference from the identity multiplied by the scale."""
-        if self._scale == 1.0:
+        if self._scale == 1.0 or not self.divisible:  # the directions of reflections have no parts
             return parameter
         parameter = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
         if name == "generator" and self.cayley is not None:

@@ -111,10 +111,6 @@ class HRAOperator(RotationAdapter):
         vectors = parameters["vectors"]
         return orthonormal_reflection(vectors) if self.strict else reflections(vectors)
 
-    def in_part(self, name: str, parameter: Tensor) -> Tensor:
-        """The directions unchanged: a reflection does not depend on the length of its direction."""
-        return parameter
-
     def complete(self, tensors: tuple[Tensor, ...], drop: bool = False) -> tuple[Tensor, ...]:
         """M − I times the scale, which is 0 or 1."""
         left, right = tensors

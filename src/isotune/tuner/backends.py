@@ -40,9 +40,9 @@ def _backend_of(module: nn.Module, key: str, get_apply_tensor_subclass: Any = No
     weight = module._parameters.get("weight")
     if isinstance(module, FactoredLinear) or (type(weight) is nn.Parameter and weight.is_floating_point()):
         return None  # PEFT would import every installed quantisation library
-    backend: Any = resolve_quantization_backend(
-        module, get_apply_tensor_subclass=get_apply_tensor_subclass or _unknown_configuration
-    )
+    # Of a torchao model whose configuration is not known, nothing says how to quantise it again.
+    how = get_apply_tensor_subclass or (lambda: None)
+    backend: Any = resolve_quantization_backend(module, get_apply_tensor_subclass=how)
     if is_forward_only(backend):
         if backend.backend_name == "aqlm":
             _refuse_racing(module, key)
@@ -67,7 +67,3 @@ def _refuse_racing(module: Any, key: str) -> None:
             "different results at every call (its threads race) and has no gradient. Move the model to a GPU first, "
             "use a model with codebooks of 16 bits, or exclude the module with exclude_modules."
         )
-
-
-def _unknown_configuration() -> None:
-    """Placeholder where the configuration that a torchao model was quantised with is not known."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isotune.adapter.kernels import complement, low_rank_update, update_of_one_token
 from isotune.adapter.operator import ALL, Base, Part
@@ -79,26 +80,33 @@ class PlacedLowRank(LowRankAdapter, PlacedUpdate):
 class ComplementAdapter(PlacedLowRank):
     """Down = A (I − Vᵀ V) and Up = (I − U Uᵀ) B: an update that leaves the k strongest singular triplets of W alone.
 
-    The placement's `down` is V, (k, in), and its `up` is U, (out, k): singular vectors of W, both at least float32.
+    The placement's `down` is V, (k, in), and its `up` is U, (out, k): singular vectors of W, both at least float32. The
+    parameters are A, `lora_A` (r, in), and B, `lora_B` (out, r), which is zero at the start.
 
     Args:
         size: r.
+        in_features, out_features: of W.
         preserved: k.
 
     Source: Xiong and Xie, OPLoRA (AAAI 2026, arXiv 2510.13003), abstract.
     """
 
-    def __init__(self, size: int, preserved: int) -> None:
+    evaluated = ("lora_A", "lora_B")
+
+    def __init__(self, size: int, in_features: int, out_features: int, preserved: int) -> None:
         super().__init__(size)
         self.preserved = preserved
+        self.lora_A = nn.Parameter(torch.empty(size, in_features, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, size, dtype=torch.float32))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT's LoRA starts
 
-    @abstractmethod
-    def factors_of(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Map parameters, all with the same leading dimensions, to A (..., r, in) and B (..., out, r)."""
+    def is_identity(self) -> bool:
+        """Whether B is zero."""
+        return not bool(self.lora_B.detach().any())
 
     def evaluate(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Down and Up."""
-        a, b = self.factors_of(parameters)
+        a, b = parameters["lora_A"], parameters["lora_B"]
         right, left = self.factors(a.dtype, a.device)
         if a.ndim > right.ndim:
             right, left = right[None], left[None]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from isotune.adapter.lowrank import ComplementAdapter
 from isotune.adapter.subspace import SubspaceBasis
@@ -77,7 +75,7 @@ class OploraConfig(BasisConfig):
     def build_basis(self, module: str, in_features: int, device: torch.device) -> SubspaceBasis:
         return self.basis_of_rank(self.preserved_rank_of(module), in_features, device)
 
-    def build_operator(self, module: str, in_features: int, out_features: int) -> OploraAdapter:
+    def build_operator(self, module: str, in_features: int, out_features: int) -> ComplementAdapter:
         """A new adapter, not placed yet.
 
         Raises:
@@ -91,34 +89,6 @@ class OploraConfig(BasisConfig):
                 "the others. Choose a smaller preserved_rank or preserved_energy, give this module its own with "
                 f"preserved_rank_pattern={{{module!r}: {limit}}}, or exclude it with exclude_modules."
             )
-        adapter = self.scaled(module, OploraAdapter(self.rank_of(module), in_features, out_features, k))
+        adapter = self.scaled(module, ComplementAdapter(self.rank_of(module), in_features, out_features, k))
         adapter.dropout = self.lora_dropout
         return adapter
-
-
-class OploraAdapter(ComplementAdapter):
-    """Down = A (I − V_k V_kᵀ) and Up = (I − U_k U_kᵀ) B, with B zero at the start.
-
-    The parameters are `lora_A`, (r, in), and `lora_B`, (out, r).
-
-    Args:
-        size: r.
-        in_features, out_features: of W.
-        preserved: k.
-    """
-
-    evaluated = ("lora_A", "lora_B")
-
-    def __init__(self, size: int, in_features: int, out_features: int, preserved: int) -> None:
-        super().__init__(size, preserved)
-        self.lora_A = nn.Parameter(torch.empty(size, in_features, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, size, dtype=torch.float32))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT's LoRA starts
-
-    def is_identity(self) -> bool:
-        """Whether B is zero."""
-        return not bool(self.lora_B.detach().any())
-
-    def factors_of(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """A and B."""
-        return parameters["lora_A"], parameters["lora_B"]

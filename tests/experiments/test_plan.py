@@ -150,7 +150,7 @@ def test_operations_are_those_of_the_products(tmp_path: Path) -> None:
     linear = [m for m in base.modules() if isinstance(m, nn.Linear)]
     frozen = sum(m.weight.numel() for m in linear)
     adapted = [m for m in linear if m is not base.lm_head]
-    own = sum(2 * 8 * (m.in_features + min(m.in_features, m.out_features)) + 3 * 64 for m in adapted)
+    own = sum(2 * 8 * (m.in_features + m.out_features) + 3 * 64 for m in adapted)
     attention = 3 * BATCH * LENGTH**2 * 2 * 64
     first = (64 + 32 + 32) * 64  # the input of the first layer needs no gradient
     # Backward has one product for each frozen weight, and five for two of attention's.

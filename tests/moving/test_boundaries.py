@@ -47,6 +47,7 @@ def test_a_count_that_begins_anew_on_a_moved_adapter_is_refused(method: str) -> 
     with pytest.raises(ValueError, match=r"done=1, but 'default' has passed 2 boundaries, with every=3 after 6 steps"):
         step(schedule_of(method), model, done=1)
     going_on = schedule_of(method)
+    assert step(going_on, model, done=0) is None  # as loops do that choose a subspace before the first step
     assert [step(going_on, model) is None for _ in range(3)] == [True, True, False]
     assert step(schedule_of(method), model, done=9) is None  # saved and resumed right after this boundary
     assert step(schedule_of(method), model, done=12).number == 4

@@ -78,6 +78,8 @@ class BoundarySchedule(ABC, Generic[Record]):
         if done is None:
             done = (passed * self.every if before is None else before) + 1
         elif before is None and done // self.every < passed:
+            if done == 0:
+                return None  # before the first step of a loop that begins anew, or goes on, and then counts its calls
             raise ValueError(
                 f"done={done}, but {self.adapter!r} has passed {passed} boundaries, with every={self.every} after "
                 f"{passed * self.every} {self.unit}s, and would not meet another before the next. Count former "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -146,15 +145,13 @@ def keeps_its_basis(layer: Layer, adapter_name: str) -> bool:
     basis = nn.functional.normalize(placement.down[..., : adapter.basis_rank, :].to(matrix.device, wide), dim=-1)
     now_down, now_up = adapter.factors_on(basis, matrix, accumulated)
     norm, rank = torch.linalg.vector_norm, adapter.basis_rank + placement.accumulated  # beyond it nothing acts
-    changes = [
-        norm(one.to(wide) - other.to(one.device, wide))
-        / norm(other.to(one.device, wide)).clamp_min(torch.finfo(wide).tiny)
+    change = max(
+        float(norm(one.to(wide) - other.to(one.device, wide)) / norm(other.to(wide)).clamp_min(torch.finfo(wide).tiny))
         for one, other in (
             (now_down[..., :rank, :], placement.down[..., :rank, :]),
             (now_up[..., :rank], placement.up[..., :rank]),
         )
-    ]
-    change = float(torch.stack(changes).amax().nan_to_num(math.inf))
+    )
     dtypes: tuple[torch.dtype, ...] = (matrix.dtype, placement.up.dtype)
     if adapter.starts_by_placement:
         dtypes = (torch.float32,)  # its parameters hold a part of the weight itself, and its factors are not rounded

@@ -1,8 +1,8 @@
-"""The tables of docs/guides/ranks.md: PSOFT's published ranks as budgets, and prices of ranks.
+"""The tables of docs/guides/ranks.md and of its record: PSOFT's published ranks as budgets, and what chosen ranks gave.
 
-    python docs_tools/ranks.py docs/guides/ranks.md
+    python docs_tools/ranks.py docs/guides/ranks.md docs/evidence/results.md
 
-writes them between the comments of that page. Parameters are counted on the published configurations, on the meta
+writes them between the comments of each page. Parameters are counted on the published configurations, on the meta
 device, as `isotune compare --match-params` counts them; nothing is downloaded.
 """
 
@@ -152,6 +152,8 @@ def compared() -> str:
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
     tables = {"published": published(), "chosen": chosen(), "compared": compared(), "language": language()}
-    path.write_text(written(path.read_text("utf-8"), **tables), "utf-8")
+    for path in map(Path, sys.argv[1:]):
+        page = path.read_text("utf-8")
+        own = {name: table for name, table in tables.items() if f"<!-- {name}: begin -->" in page}
+        path.write_text(written(page, **own), "utf-8")

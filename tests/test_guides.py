@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,24 @@ def test_serving(hub: Path) -> None:
     config = PsoftConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
     export_lora(get_peft_model(base, config), "runs/psoft-lora")
     assert run("docs/guides/serving.md")["model"].peft_config["default"].peft_type == "LORA"
+
+
+@pytest.mark.parametrize("pooling", ["native", "mean"])
+def test_own_classes_are_predicted(pooling: str, hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from isotune import PsoftConfig, get_peft_model
+    from isotune.experiments.models import load_classifier
+    from isotune.files.adapter import LABELS_FILE
+
+    tiny_bert().bert.save_pretrained(hub / "base")
+    model, head = load_classifier("./base", pooling, ["complaint", "praise"])
+    config = PsoftConfig(r=4, target_modules=["query"], task_type="SEQ_CLS", modules_to_save=head)
+    folder = hub / "runs/my-recipe/psoft/adapter"
+    get_peft_model(model, config).save_pretrained(folder)
+    (folder / LABELS_FILE).write_text('{"id2label": {"0": "complaint", "1": "praise"}}')
+    make_tokenizer().save_pretrained(folder)
+    kind = type(run("docs/guides/own-data.md")["model"].get_base_model()).__name__
+    assert kind == {"native": "BertForSequenceClassification", "mean": "MeanPooledEncoder"}[pooling]
+    assert re.fullmatch(r"\['(complaint|praise)', '(complaint|praise)'\]\n", capsys.readouterr().out)
 
 
 def test_what_is_not_run_is_there() -> None:

@@ -20,6 +20,7 @@ from helpers import METHODS, configured, some_tokens, tiny_bert, tiny_llama
 from isotune import OFTConfig, PsoftConfig, get_peft_model
 from isotune.errors import AdapterFileError
 from isotune.model_card import write_card
+from isotune.package_models import KEPT
 
 TARGETS = ["q_proj", "v_proj"]
 
@@ -65,6 +66,19 @@ def test_a_base_of_the_hub_is_named(base: Any, tmp_path: Path) -> None:
     assert card.data.base_model == "someone/model"
     assert "base_model:adapter:someone/model" in card.data.tags
     assert "https://huggingface.co/someone/model" in card.text
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_base_in_a_package_is_named_as_recipes_name_it(made: bool, base: Any, tmp_path: Path) -> None:
+    (tmp_path / "some_models").mkdir()
+    (tmp_path / "some_models/__init__.py").touch()
+    base.name_or_path = str(KEPT.expanduser() / "some_models" if made else tmp_path / "some_models/model")
+    adapted(base).save_pretrained(tmp_path / "adapter")
+    text = (tmp_path / "adapter/README.md").read_text()
+    assert_ours(text)
+    assert "# PSOFT adapter of package:some_models\n" in text
+    assert "| base model | `package:some_models`, an installed package |" in text
+    assert 'named_base("THIS_FOLDER", "package:some_models")' in text
 
 
 def test_only_what_is_trained_is_counted(tmp_path: Path) -> None:

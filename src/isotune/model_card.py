@@ -12,6 +12,7 @@ from safetensors import safe_open
 from yaml import YAMLError
 
 from isotune.json_files import json_object
+from isotune.package_models import package_of
 from isotune.whole_files import written_whole
 
 REQUIRES = "pip install isotune, and `import isotune` before the adapter is loaded"
@@ -140,14 +141,22 @@ def _block(folder: Path, config: Any, table: str) -> str:
     name = type(config).title or type(config).__name__.removesuffix("Config").upper()
     sizes = ", ".join(f"{option} = {getattr(config, option)}" for option in type(config).size_names)
     base, given = _hub_name(config), str(config.base_model_name_or_path or "")
-    local = Path(given.removeprefix("package:")).name
+    package = given if given.startswith("package:") else package_of(given)
+    local = package or Path(given).name
     shown = (
-        f"[{base}](https://huggingface.co/{base})" if base else f"`{local}`, a local folder" if local else "not named"
+        f"[{base}](https://huggingface.co/{base})"
+        if base
+        else f"`{package}`, an installed package"
+        if package
+        else f"`{local}`, a local folder"
+        if local
+        else "not named"
     )
     loader = auto_class(config.task_type)
     numbers, layers = _counted(folder, config)
     source = base or local or "BASE_MODEL"
-    if loader == "AutoModelForSequenceClassification":  # needs a head of the saved size and the class that was trained
+    # A new head needs one of the saved size and the class that was trained, and a package is isotune's to find.
+    if loader == "AutoModelForSequenceClassification" or config.modules_to_save or package:
         imports = "import isotune, peft\nfrom isotune.files.adapter import named_base"
         load = f'named_base("THIS_FOLDER", "{source}")'
     else:

@@ -11,8 +11,15 @@ from isotune_cli.shared import Result
 
 def recipes(
     name: Annotated[str | None, typer.Argument(help="One, to print it whole, or the beginning of several.")] = None,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="List all keys of a recipe with their usual values, or those below NAME.")
+    ] = False,
 ) -> Result:
     """List the packaged recipes with data, metric and the parameters of the adapter, or print one to start from."""
+    if keys:
+        from isotune.experiments import reference
+
+        return Result(reference.to_text(name or ""), reference.reference(name or ""))
     from isotune.experiments.loading import packaged
     from isotune.experiments.suites import listing, whole
 

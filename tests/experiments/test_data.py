@@ -159,7 +159,13 @@ def test_a_label_is_one_whether_it_is_written_as_a_float_or_not(folder: Path) ->
             "train.csv",
             "words,label\na,x\n",
             {},
-            r"line 2: there is no column 'text'; there are words, label\. .*data\.rename=\{NAME: text\}",
+            r"there are words, label\. Name one of them by data\.text, or .*data\.rename=\{NAME: text\}",
+        ),
+        (
+            "train.csv",
+            "text,kind\na,x\n",
+            {},
+            "no column 'label'; there are text, kind. Name one of them by data.label",
         ),
         ("train.csv", "text,label,label\na,x,y\n", {}, "train.csv: the column 'label' is there twice; rename one"),
         (

@@ -162,7 +162,7 @@ def test_parts_of_text_are_one_text() -> None:
         ("chat", {"messages": said("user", 1)}, "no message of the assistant in 'messages', so nothing to learn"),
         ("chat", {"messages": TURNS, "tools": "{"}, "the column 'tools' is not valid JSON"),
         ("chat", {"messages": TURNS, "tools": {"a": 1}}, "the column 'tools' holds .*, not a list of tools"),
-        ("completion", {"prompt": "a"}, "there is no column 'completion'; there are prompt"),
+        ("completion", {"prompt": "a"}, "no column 'completion'; there are prompt. Take one for it by data.rename="),
         ("completion", {"prompt": "", "completion": "b"}, "the column 'prompt' holds ''"),
         ("completion", {"prompt": "a", "completion": said("assistant", 1)}, "one is a text, the other messages"),
         ("completion", {"prompt": said("user", 1), "completion": said("user", 1)}, "is the user's, not the assistant"),

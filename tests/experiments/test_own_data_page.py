@@ -53,7 +53,8 @@ def test_a_recipe_reads_the_data_beside_it(
 
 def test_its_commands_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("chat.jsonl").write_text("")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    Path("chat.jsonl").write_text(json.dumps({"messages": turns}))
     runner = CliRunner()
     commands = [line for block in blocks("bash") for line in block.splitlines()]
     assert len(commands) >= 4

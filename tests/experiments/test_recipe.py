@@ -9,8 +9,8 @@ import pytest
 
 from isotune.experiments import methods
 from isotune.experiments.loading import load, packaged
+from isotune.experiments.recipe import ELSEWHERE, RecipeError, keys_of, merit
 from isotune.experiments.recipe import Recipe as RecipeModel
-from isotune.experiments.recipe import RecipeError, keys_of, merit
 from isotune.experiments.registry import entry
 
 MINIMAL = """
@@ -113,6 +113,10 @@ def test_a_methods_own_training_settings_go_over_the_recipes(path: str) -> None:
     [
         ("train.lrr=1", ["'train.lrr'", "lr_head", "did you mean 'train.lr'?"]),
         ("lr=1", ["'lr'", "did you mean 'train.lr'?"]),
+        ("train.learning_rate=1e-3", ["did you mean 'train.lr'?"]),
+        ("train.per_device_train_batch_size=4", ["did you mean 'train.batch_size'?"]),
+        ("gradient_accumulation_steps=4", ["did you mean 'train.gradient_accumulation'?"]),
+        ("train.max_seq_length=4", ["did you mean 'train.max_length'?"]),
         ("modle=x", ["'modle'", "did you mean 'model'?"]),
         ("data.files.trian=x.csv", ["'data.files.trian'", "did you mean 'data.files.train'?"]),
         ("model.size=3", ["'model.size'", "'model' has no keys below it"]),
@@ -203,7 +207,7 @@ def test_keys_are_dotted() -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["method.rank=8"], "unknown key 'method.rank'"),
+        (["method.rank=8"], "unknown key 'method.rank': .*; did you mean 'method.r'"),
         (["method.lora_alhpa=8"], "did you mean 'method.lora_alpha'"),
         (["method.r=eight"], r"method.r: .*integer.*'eight'"),
         (["method.r=true"], "method.r: should be a number or a text, not True"),
@@ -249,3 +253,9 @@ def test_integers_of_hundreds_of_digits_are_one_line(path: str, key: str) -> Non
     with pytest.raises(RecipeError, match=f"{key}: should be less than") as caught:
         load(path, [f"{key}={10**400}"])
     assert len(str(caught.value)) < 200
+
+
+def test_names_elsewhere_are_of_keys_that_there_are() -> None:
+    leaves = {key.rpartition(".")[2] for key in keys_of(RecipeModel)} | {"r"}
+    assert set(ELSEWHERE.values()) <= leaves
+    assert not set(ELSEWHERE) & leaves

@@ -60,14 +60,18 @@ def test_every_key_has_a_comment_and_the_value_of_the_schema(kind: str) -> None:
 
 def test_nothing_is_overwritten_and_no_data_are_made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    isotune("init")
+    said = isotune("init").stdout
+    assert said == (
+        "wrote my-recipe.yaml for chat; name your data there (data.files.train), then: isotune train my-recipe.yaml\n"
+    )
     before = Path("my-recipe.yaml").read_text()
+    assert "# Put your data there, or give their name here. One conversation a line" in before
     assert load("my-recipe.yaml").task == "chat"
     for arguments, said in (
         ([], "my-recipe.yaml exists and is not overwritten"),
         (["--for", "chats", "-o", "b.yaml"], "--for chats is not one of chat, completion, .*; did you mean 'chat'"),
         (["--data", "none.jsonl", "-o", "b.yaml"], "there is no none.jsonl"),
-        (["--data", ".", "-o", "b.yaml"], "is a folder; --for chat needs a file"),
+        (["--data", ".", "--for", "chat", "-o", "b.yaml"], "is a folder; --for chat needs a file: a .jsonl with the"),
         (["-o", "b.txt"], "the name of a recipe ends in .yaml"),
     ):
         done = runner.invoke(app, ["init", *arguments])
@@ -132,6 +136,8 @@ def test_from_own_classes_to_an_export(own: Path, tiny_model: Path, vit: Path) -
         found = json.loads(isotune("train", f"{kind}.yaml", *quick, "--json", "-q").stdout)
         assert found["data"]["labels"] == {"classification": ["0", "1"], "images": ["blue", "red"]}[kind]
         adapter = next(Path(f"runs/{kind}").rglob("adapter_config.json")).parent
+        inputs = {"classification": "tokenizer_config.json", "images": "preprocessor_config.json"}[kind]
+        assert (adapter / inputs).is_file()
         isotune("export", str(adapter), "--to", "lora", "-o", f"lora-{kind}")
 
 

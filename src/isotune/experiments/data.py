@@ -58,14 +58,17 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def given(row: Row, column: str) -> Any:
-    """What stands in a column; raises DataError where there is no such column."""
+def given(row: Row, column: str, key: str = "") -> Any:
+    """What stands in a column, which `key` of the recipe names, if any; raises DataError where there is none."""
     if column not in row.values:
         found = ", ".join(map(str, row.values))
         hint = " (a .csv file is separated by commas)" if len(row.values) == 1 and ";" in found else ""
+        todo = f"name one of them by {key}, or " if key else ""
+        todo += f"take one for it by data.rename={{NAME: {column}}}"
+        if row.values.get("image") == row.where:  # renaming would make texts of the paths
+            todo = "a folder is read as images by class; write texts by class into a .csv with the columns text, label"
         raise DataError(
-            f"{row.where}: there is no column {column!r}; there are {found}{hint}. Name one of them where the recipe "
-            f"says {column} (data.text, data.label), or take one for it by data.rename={{NAME: {column}}}"
+            f"{row.where}: there is no column {column!r}; there are {found}{hint}. {todo[0].upper() + todo[1:]}"
         )
     return row.values[column]
 
@@ -100,6 +103,8 @@ def load(data: Data, regression: bool = False, text_of: Callable[[Row, str], str
     texts: dict[str, list[list[str]]] = {split: [] for split in rows}
     for split, found in rows.items():
         for row in found:
+            for column, key in (*((name, "data.text") for name in data.text), (data.label, "data.label")):
+                given(row, column, key)
             texts[split].append([text_of(row, column) for column in data.text])
             label_in(row, data.label)
     names = [] if regression else label_names(data, rows["train"])

@@ -126,6 +126,8 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
         return {**found, "stopped": outcome.stopped}
     with storing(f"the trained weights in {run.folder}"):
         saved = _save(run.method, outcome.model, run.folder / "adapter")
+        if task.processor is not None:
+            task.processor.save_pretrained(str(run.folder / "adapter"))
     if labels := task.about().get("labels"):
         write_json(run.folder / "adapter" / LABELS_FILE, {"id2label": {str(i): name for i, name in enumerate(labels)}})
     write_json(run.folder / PREDICTIONS, outcome.predictions)

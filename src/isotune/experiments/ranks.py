@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.experiments import methods, tasks
+from isotune.experiments.own_columns import fitting
 from isotune.experiments.recipe import Method, RecipeError, validate
 from isotune.experiments.registry import entries, entry
 from isotune.experiments.sections import FileData
@@ -24,8 +25,8 @@ from isotune.tuner.sizes import ChosenSizes
 
 _TOKENS, _BATCH = 512, 8
 """The longest text that activations are measured on, and how many at a time."""
-_KINDS = {"messages": "chat", "conversations": "chat", "chosen": "preference", "prompt": "completion"}
-"""A column of a file -> what `isotune init --for` calls its kind."""
+_KINDS = ("chat", "preference", "completion")
+"""The kinds of files whose examples are made as they would be trained on; of others texts are read."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,11 @@ def _batches(model: str, path: Path, text: str) -> Iterator[dict[str, Any]]:
     if not path.exists():
         raise DataError(f"there is no data file {path}")
     rows = [] if path.is_dir() else file_rows(FileData(train=[str(path)]), Path())["train"]
-    columns = rows[0].values if rows else {}
-    kind = "images" if path.is_dir() else next((kind for name, kind in _KINDS.items() if name in columns), None)
+    columns = list(rows[0].values) if rows else []
+    fits = {"images": dict[str, str]()} if path.is_dir() else fitting(columns)
+    kind = next((kind for kind in ("images", *_KINDS) if kind in fits), None)
     if kind is not None and not (text != "text" and text in columns):
-        recipe = validate(from_yaml(starting(kind, model, str(path))), f"the recipe for {path}")
+        recipe = validate(from_yaml(starting(kind, model, str(path), renamed=fits[kind])), f"the recipe for {path}")
         yield from tasks.make(recipe).inputs()
     else:
         yield from _texts(model, rows, text)

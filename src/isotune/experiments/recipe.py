@@ -53,6 +53,21 @@ _TASKS_OF: dict[str, tuple[str, ...]] = {
     "padding": (*_ASKED, "chat", "completion"),
 }
 """The tasks that some keys are for."""
+ELSEWHERE = {
+    **dict.fromkeys(("learning_rate", "adapter_lr"), "lr"),
+    **dict.fromkeys(("num_train_epochs", "num_epochs", "n_epochs", "epoch"), "epochs"),
+    **dict.fromkeys(("per_device_train_batch_size", "train_batch_size"), "batch_size"),
+    "per_device_eval_batch_size": "eval_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    **dict.fromkeys(("max_seq_length", "max_seq_len", "sequence_len", "cutoff_len"), "max_length"),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), "schedule"),
+    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "r"),
+    **dict.fromkeys(("model_name_or_path", "model_name", "base_model"), "model"),
+    "torch_dtype": "dtype",
+    "bf16": "autocast",
+    "output_dir": "output",
+}
+"""What other trainers call a key -> its last part here."""
 
 
 def merit(metric: str, scores: Mapping[str, float] | None) -> float:
@@ -297,20 +312,24 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """All dotted keys below a recipe section."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        for inner in _sections(field.annotation):
+        for inner in sections_in(field.annotation):
             yield from keys_of(inner, f"{prefix}{name}.")
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that the values of an annotated key are made of."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [section for argument in get_args(annotation) for section in _sections(argument)]
+    return [section for argument in get_args(annotation) for section in sections_in(argument)]
 
 
 def meant(name: str, valid: Iterable[str], prefix: str = "") -> str:
-    """The end of an error: the valid name most like `name`, or whose last part it is, as `lr` of `train.lr`."""
+    """The end of an error: the valid name most like `name`, or whose last part it, or its name elsewhere, is."""
     options = list(valid)
-    same_leaf = [option for option in options if option.rpartition(".")[2] == name.rpartition(".")[2]]
+    leaf = name.rpartition(".")[2]
+    leaves = [option.rpartition(".")[2] for option in options]
+    leaf = leaf if leaf in leaves else ELSEWHERE.get(leaf, leaf)
+    same_leaf = [option for option, own in zip(options, leaves, strict=True) if own == leaf]
     near = same_leaf or difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     return f"; did you mean {prefix + near[0]!r}?" if near else ""
 
@@ -323,7 +342,7 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         section = root
         for part in path[:-1]:
-            section = _sections(section.model_fields[part].annotation)[0]
+            section = sections_in(section.model_fields[part].annotation)[0]
         return f"unknown key {key!r}: allowed here are {', '.join(section.model_fields)}" + meant(key, keys_of(root))
     if first["type"] == "missing":
         return f"the key {key!r} is missing"

@@ -29,6 +29,7 @@ class Kind:
         file: a name for the data where none is given.
         learnt: what is learnt, for the comment on the task.
         form: what the data look like.
+        columns: those that the task reads.
         model: a usual one.
         keys: those of its own, in order.
         train: settings that are not the default. With a learning rate of the published kind among them, the method has
@@ -39,6 +40,7 @@ class Kind:
     file: str
     learnt: str
     form: str
+    columns: tuple[str, ...]
     model: str
     keys: tuple[str, ...]
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -51,6 +53,7 @@ KINDS = {
         "chat.jsonl",
         "what the assistant says in conversations",
         'One conversation a line: {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]}.',
+        ("messages",),
         _CHAT_MODEL,
         ("dtype", *_LANGUAGE),
         _CHAT,
@@ -60,6 +63,7 @@ KINDS = {
         "completions.jsonl",
         "the completion of each prompt",
         'One object a line: {"prompt": "…", "completion": "…"}, both texts, or both lists of messages.',
+        ("prompt", "completion"),
         _CHAT_MODEL,
         ("dtype", *_LANGUAGE),
         _CHAT,
@@ -69,6 +73,7 @@ KINDS = {
         "preferences.jsonl",
         "which of two answers is preferred (DPO)",
         'One object a line: {"prompt": "…", "chosen": "…", "rejected": "…"}, all texts, or all lists of messages.',
+        ("chosen", "rejected"),
         _CHAT_MODEL,
         ("dtype", *_LANGUAGE, "preference.beta"),
         _CHAT | {"lr": 1e-4},
@@ -78,6 +83,7 @@ KINDS = {
         "texts.csv",
         "the class of a text",
         "A .csv or .tsv file with a header, or .jsonl with one object a line.",
+        ("text", "label"),
         "microsoft/deberta-v3-base",
         ("data.text", "data.label", "train.lr_head", *_TEXT),
         {"lr_head": 1e-3},
@@ -87,6 +93,7 @@ KINDS = {
         "images",
         "the class of an image",
         "A folder with one folder of images for each class, or with folders train and test of that kind.",
+        ("image", "label"),
         "google/vit-base-patch16-224-in21k",
         ("train.lr_head", "train.batch_size"),
         {"lr_head": 1e-3},
@@ -109,6 +116,7 @@ ABOUT = {
     "unless a test file is given.",
     "data.files.test": "What is reported is measured on it. null: a tenth of the training examples.",
     "data.text": "The column that holds the text; two, as [question, answer], make pairs.",
+    "data.rename": "A column of the file, and the name that the task knows it by.",
     "data.label": "The column that holds the class; the classes are those that occur.",
     "method.name": f"Of isotune or of PEFT: {', '.join(entries())}.",
     "train.lr": "Of several, as [4e-4, 8e-4], the one that validates best is reported.",
@@ -127,21 +135,39 @@ ABOUT = {
 """What each key is for; what differs from kind to kind and from method to method is in `starting`."""
 
 
-def starting(kind: str = "chat", model: str | None = None, data: str | None = None, name: str = "my-recipe") -> str:
+def known_kind(kind: str) -> Kind:
+    """One of KINDS by name; raises RecipeError where there is none."""
+    if kind not in KINDS:
+        raise RecipeError(f"--for {kind} is not one of {', '.join(KINDS)}" + meant(kind, KINDS))
+    return KINDS[kind]
+
+
+def starting(
+    kind: str = "chat",
+    model: str | None = None,
+    data: str | None = None,
+    name: str = "my-recipe",
+    renamed: Mapping[str, str] | None = None,
+) -> str:
     """A recipe as YAML, which runs as it stands where its data are.
 
     Args:
         kind: one of KINDS.
         model: in place of the usual one.
-        data: the file or folder of the training examples.
+        data: the file or folder of the training examples; None where they are still to be put there.
         name: of the folder in `runs` for the results.
+        renamed: columns of the data -> what the task knows them by, where that differs.
 
     Raises:
         RecipeError: there is no such kind.
     """
-    if kind not in KINDS:
-        raise RecipeError(f"--for {kind} is not one of {', '.join(KINDS)}" + meant(kind, KINDS))
-    known, method = KINDS[kind], entry(METHOD)
+    known, method = known_kind(kind), entry(METHOD)
+    columns: dict[str, Any] = {}
+    for old, new in (renamed or {}).items():
+        if f"data.{new}" in known.keys:
+            columns[new] = old
+        else:
+            columns.setdefault("rename", {})[old] = new
     size = method.size_option
     assert size is not None
     options = {size: getattr(METHODS[METHOD](), size)}
@@ -151,7 +177,7 @@ def starting(kind: str = "chat", model: str | None = None, data: str | None = No
         "description": f"{method.title} on data of my own: {known.learnt}.",
         "task": known.task,
         "model": model or known.model,
-        "data": {"files": {"train": data or known.file}},
+        "data": {"files": {"train": data or known.file}, **columns},
         "method": {"name": METHOD, **options},
         "train": {"lr": method.rate_with(options), **known.train},
         "check_saved": True,
@@ -161,14 +187,23 @@ def starting(kind: str = "chat", model: str | None = None, data: str | None = No
     about = {
         **ABOUT,
         "task": f"What is learnt: {known.learnt}.",
-        "data.files.train": known.form,
+        "data.files.train": known.form if data else f"Put your data there, or give their name here. {known.form}",
         f"method.{size}": "The size of the adapter: more trains more parameters.",
         "method.scaled_generator": "true: one learning rate for all sizes. PSOFT, OFT and BOFT have it.",
         "train.lr": f"The adapter's learning rate to begin with. {ABOUT['train.lr']}",
     }
     own = {part: [key for key in known.keys if key.startswith(part)] for part in ("data.", "train.", "preference.")}
     alone = [key for key in known.keys if "." not in key]
-    keys = [*_FIRST, *alone, *_SOURCES, *own["data."], "method.name", *(f"method.{option}" for option in options)]
+    renaming = ["data.rename"] if "rename" in columns else []
+    keys = [
+        *_FIRST,
+        *alone,
+        *_SOURCES,
+        *own["data."],
+        *renaming,
+        "method.name",
+        *(f"method.{option}" for option in options),
+    ]
     keys += [*_SCHEDULE, *own["train."], *own["preference."], *_LAST]
     return "\n".join(_lines(recipe, keys, about)) + "\n"
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from isotune.errors import IsotuneWarning
 from isotune.json_files import json_object
+from isotune.package_models import KEPT
 
 _TOKENIZER_FILES = [
     "tokenizer.json",
@@ -105,7 +106,7 @@ def _model_of(package: str) -> Path:
     carried = Path(spec.origin).parent / "model"
     if (carried / "config.json").is_file():
         return carried
-    kept = Path("~/.cache/isotune/models").expanduser() / package
+    kept = KEPT.expanduser() / package
     if _holds_model(kept):
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)

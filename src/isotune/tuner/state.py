@@ -90,7 +90,8 @@ def check_tensors(
                 f"{file.replace('the', 'The', 1) if file.startswith(THE_FILE) else file} has no {name!r}. It is "
                 "incomplete, or was saved with other target_modules, another rank or another basis than its "
                 "adapter_config.json says, or with a base of another class than this; load the base with the class "
-                "that the adapter was trained on, or save the adapter again."
+                "that the adapter was trained on, as isotune.files.adapter.named_base(FOLDER) does, or save the "
+                "adapter again."
             )
         if given[name].shape != tensor.shape:
             raise AdapterFileError(

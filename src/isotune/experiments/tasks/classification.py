@@ -158,6 +158,11 @@ class TextClassification(Classifier):
         """The model's."""
         return models.tokenizer_for(self.recipe.model)
 
+    @property
+    def processor(self) -> Any:
+        """The model's tokeniser."""
+        return self.tokenizer
+
     def rows(self, split: Sequence[data.Example]) -> list[Row]:
         if not split:
             return []

@@ -41,6 +41,8 @@ class Task(ABC):
 
     tokenizer: Any = None
     """The tokeniser of the model, loaded when it is asked for; None where it reads no text."""
+    processor: Any = None
+    """What makes a model's inputs and is saved beside its adapter; None where people have it with the base."""
     recipe: Recipe
     sizes: dict[str, int]
     """How many examples each of train, validation and test has; validation may be 0."""

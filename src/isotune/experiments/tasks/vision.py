@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,13 @@ class ImageClassification(Classifier):
     def rows(self, split: Sequence[data.Example]) -> list[dict[str, Any]]:
         return [{"image": example.text, "labels": example.label} for example in split]
 
+    @cached_property
+    def processor(self) -> Any:
+        """The model's image processor, for images of the recipe's size."""
+        return models.image_processor_for(self.recipe.model, self.recipe.image_size)
+
     def collator(self) -> Any:
-        processor = models.image_processor_for(self.recipe.model, self.recipe.image_size)
+        processor = self.processor
 
         def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             pixels = processor(images=[self._read(row["image"]) for row in rows], return_tensors="pt")["pixel_values"]

@@ -322,6 +322,32 @@ def test_undocumented_names_of_peft(name: str) -> None:
 # -- torch -------------------------------------------------------------------------------------------------------------
 
 
+def test_lines_tell_a_new_title_and_of_some_bars_no_second_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress_bars, "_SECONDS", 0)
+    log = tmp_path / "log.txt"
+    assert progress_bars.last_title(log) == ""
+    progress_bars.show_progress("lines")
+    try:
+        with log.open("w") as file:
+            shown = {"file": file, "disable": False, "mininterval": 0, "leave": False}
+            with tqdm(total=4, desc="measuring", **shown) as once, tqdm(total=4, desc="a lr 1e-3", **shown) as bar:
+                once.isotune_once = True
+                for one in (bar, once, once, once):
+                    one.update()
+                file.flush()
+                assert progress_bars.last_title(log) == "measuring"
+                for title in ("b", "b", "c: d"):
+                    bar.set_description_str(title)
+    finally:
+        progress_bars.show_progress("bars")
+    lines = [line.partition(" [")[0] for line in log.read_text().splitlines()]
+    assert lines.count("measuring: 25% 1/4") + lines.count("measuring: 0% 0/4") == 1
+    assert lines[-2:] == ["b: 25% 1/4", "c: d: 25% 1/4"]
+    assert progress_bars.last_title(log) == "c: d"
+
+
 @pytest.mark.parametrize("how", ["bars", "lines", "none"])
 @pytest.mark.parametrize("leave", [True, False])
 def test_bars_are_shown_as_bars_lines_or_not_at_all(how: Any, leave: bool, monkeypatch: pytest.MonkeyPatch) -> None:

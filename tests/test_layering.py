@@ -47,7 +47,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "integrations": ("methods", "model_card"),
 }
 """Package -> those of isotune that it may import, besides itself and those in `BASIC`."""
-BASIC = {"errors", "json_files", "package_models", "progress", "whole_files"}
+BASIC = {"errors", "json_files", "package_models", "progress", "versions", "whole_files"}
 SHARED_BY_METHODS = ("methods.config", "methods.checks", "methods.rotation", "methods.subspace", "methods.restarting")
 MAY_IMPORT_PEFT = (
     "methods.config",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -85,3 +87,24 @@ def test_the_package_promises_the_same_versions() -> None:
         assert f">={minimum}" in str(promised[name]).split(","), name
     assert promised["peft"].contains("0.22.0")
     assert promised["peft"].contains("1.0")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (None, "pip install 'isotune[train]'"),
+        ('{"url": "https://there/isotune.whl", "archive_info": {}}', "pip install 'isotune[train]'"),
+        ('{"url": "file:///here", "dir_info": {"editable": true}}', "pip install '.[train]' in your clone of isotune"),
+        (PackageNotFoundError(), "pip install '.[train]' in your clone of isotune"),
+    ],
+)
+def test_an_extra_comes_from_where_isotune_came(source: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Installed:
+        def read_text(self, name: str) -> str | None:
+            assert name == "direct_url.json"
+            if isinstance(source, Exception):
+                raise source
+            return source
+
+    monkeypatch.setattr(versions, "distribution", lambda name: Installed())
+    assert versions.install("train") == said

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 
 from packaging.version import InvalidVersion, Version
 
@@ -41,3 +42,14 @@ def check_versions() -> None:
                 IsotuneWarning,
                 stacklevel=2,
             )
+
+
+def install(extra: str) -> str:
+    """The command that installs one of isotune's extras, from where isotune itself was installed."""
+    try:
+        source = json.loads(distribution("isotune").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:  # the sources are run without an installation
+        source = {"dir_info": {}}
+    if "dir_info" in source:
+        return f"pip install '.[{extra}]' in your clone of isotune"
+    return f"pip install 'isotune[{extra}]'"

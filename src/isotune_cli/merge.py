@@ -14,7 +14,7 @@ def merge_folders(
     directories: Annotated[
         list[str],
         typer.Argument(
-            metavar="ADAPTER...",
+            metavar="ADAPTERS",
             help="The folders of adapters of one method on one base model, or of their runs.",
         ),
     ],

@@ -210,7 +210,10 @@ def _output(quiet: bool, verbose: bool) -> Iterator[None]:
         warnings.showwarning = lambda *_, **__: None
     show_progress("none" if quiet else "bars" if sys.stderr.isatty() else "lines")
     try:
-        yield
+        with warnings.catch_warnings():
+            # PEFT asks transformers by the older of two names.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
     finally:
         logger.removeHandler(handler)
         own.setLevel(logging.NOTSET)

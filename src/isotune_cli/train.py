@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+import shlex
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from isotune_cli.shared import Overrides, Result, command_line
+
+if TYPE_CHECKING:
+    from isotune.experiments.recipe import Recipe
 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be trained, and what it needs; train and write nothing.")
@@ -36,5 +41,18 @@ def train(
         text = preview.to_text(found)
     else:
         found = training.train(loaded, command_line())
-        text = table.table(found)
+        text = "\n".join([table.table(found), *_next(loaded, found)])
     return Result(text, found) if processes.is_main() else None
+
+
+def _next(recipe: Recipe, found: Mapping[str, Any]) -> list[str]:
+    """A line about where the adapter lies, and the commands for it; of another library's there are none."""
+    from isotune.experiments import registry
+    from isotune.methods import METHODS
+
+    folder = shlex.quote(found["adapter"])
+    if registry.entry(recipe.method.name).base not in METHODS:
+        return [f"{'weights' if registry.is_plain(recipe.method.name) else 'adapter'}: {folder}"]
+    commands = [f"isotune inspect {folder}", "isotune export"]
+    commands += ["isotune chat"] if recipe.task == "chat" else []
+    return [f"adapter: {folder}; next: {', '.join(commands)}"]

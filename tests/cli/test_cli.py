@@ -34,7 +34,8 @@ RECIPE = "model: m\ndata: {files: {train: a.csv, test: a.csv}}\nmethod: lora\n"
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     seen: list[Recipe] = []
-    result = {"metric": "accuracy", "data": {}, "rows": [{"title": "PSOFT", "mean": 0.5, "untrained_score": None}]}
+    rows = [{"title": "PSOFT", "mean": 0.5, "untrained_score": None}]
+    result = {"metric": "accuracy", "data": {}, "rows": rows, "adapter": "x/psoft/adapter"}
     monkeypatch.setattr(sys, "argv", ["isotune", "train", "demo"])  # a worker of pytest-xdist has none
 
     def note(recipe: Recipe, command: str) -> dict[str, Any]:
@@ -51,14 +52,15 @@ def test_recipes_lists_what_train_takes() -> None:
     done = runner.invoke(cli.app, ["recipes"])
     assert done.exit_code == 0
     table, last = done.output.strip().split("\n\n")
-    assert [line.split()[0] for line in table.splitlines()] == ["recipe", *packaged()]
+    assert {line.split()[0] for line in table.splitlines()} == {"recipe", *packaged()}
     assert last.startswith(f"{len(packaged())} recipes; ")
 
 
 def test_train_hands_recipe_and_overrides_over(called: list[Recipe]) -> None:
     done = runner.invoke(cli.app, ["train", "demo", "method.r=8", "train.lr=[1e-3, 2e-3]", "output=x"])
     assert (done.exit_code, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1].split() == ["PSOFT", "50.0", "%"]
+    assert done.stdout.endswith("\nadapter: x/psoft/adapter; next: isotune inspect x/psoft/adapter, isotune export\n")
+    assert done.stdout.splitlines()[-2].split() == ["PSOFT", "50.0", "%"]
     assert called[0].method.options == {"r": 8, "scaled_generator": True}
     assert (called[0].train.lr, called[0].output) == ([1e-3, 2e-3], "x")
 

@@ -328,7 +328,26 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(tiny: dict[str, Any]) -> 
 def test_the_best_rate_at_the_border_is_marked(tiny: dict[str, Any]) -> None:
     result = carry_out(planned(tiny, "psoft", seeds=1), Fake(scored(lambda spec: spec.lr, lambda spec: 0.5)))
     assert result["rows"][0]["lr_at_border"] is True
-    assert "a better one may lie beyond" in table(result)
+    said = "best rate at the border for PSOFT, a better one may lie beyond: --lr-search auto searches on"
+    assert table(result).count(said) == 1
+
+
+def test_the_table_says_what_its_headings_mean_and_how_sure_a_single_seed_is(tiny: dict[str, Any]) -> None:
+    result = carry_out(planned(tiny, "psoft", "lora", lr_search=1, seeds=1), Fake(scored(lambda _: 0.5, lambda _: 0.5)))
+    first, second = result["rows"]
+    first |= {"interval": [0.25, 0.75], "forgetting_unit": "nats a token"}
+    second["forgetting"] = None
+    shown = table(result)
+    assert "50.0 % (25.0 to 75.0)" in shown
+    assert "+0.500" in shown
+    assert next(line for line in shown.splitlines() if line.startswith("LoRA")).rstrip().endswith("–")
+    told = " ".join(shown.splitlines()[-3:])
+    assert "forgetting: the change on text that was not trained on, in nats a token" in told
+    assert "kept: " in told
+    assert "in brackets: 95 % interval" in told
+    first["interval"] = first["forgetting"] = None
+    assert "forgetting" not in table(result)
+    assert "brackets" not in table(result)
 
 
 def test_less_is_better_for_a_loss(tiny: dict[str, Any]) -> None:
@@ -413,7 +432,7 @@ def test_a_search_ends_at_its_limit_which_is_the_same_for_all(tiny: dict[str, An
     result = carry_out(planned(tiny, "psoft", "lora", lr_search="auto", lr_runs=4, seeds=1), rising)
     assert [len(row["lr_tried"]) for row in result["rows"]] == [4, 4]
     assert all(row["lr_at_border"] for row in result["rows"])
-    assert "a better one may lie beyond" in table(result)
+    assert "at the border for PSOFT, LoRA, a better one may lie beyond: --lr-runs allows more of them" in table(result)
 
 
 def test_a_run_that_was_stopped_is_not_chosen(tiny: dict[str, Any]) -> None:
@@ -512,6 +531,23 @@ def test_ctrl_c_stops_the_engine_and_keeps_what_is_done(tiny: dict[str, Any]) ->
     assert engine.closed
     assert len(planned(tiny, "psoft", lr_search=3, seeds=1).records) == 1
     assert read_json(found.folder / "comparison.json")["complete"] is False
+
+
+def test_the_bar_says_what_is_done_meanwhile(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Fake):
+        waits = 0
+
+        def wait(self) -> list[tuple[Run, dict[str, Any]]]:
+            self.waits += 1
+            return [] if self.waits % 2 else super().wait()
+
+        def doing(self) -> str:
+            return "measuring what is forgotten"
+
+    titles = []
+    monkeypatch.setattr("tqdm.std.tqdm.set_description_str", lambda bar, title: titles.append(title))
+    carry_out(planned(tiny, "psoft", lr_search=1, seeds=2), Slow(scored(lambda _: 0.5, lambda _: 0.5)))
+    assert titles == ["comparing (measuring what is forgotten)"] * 2
 
 
 def test_two_commands_do_not_write_to_one_folder(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

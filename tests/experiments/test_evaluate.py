@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from helpers import WORDS
 from isotune.experiments.evaluate import evaluate, table
+from isotune.versions import install
 from isotune_cli import app
 
 runner = CliRunner()
@@ -34,7 +35,7 @@ def test_without_the_harness_the_command_says_what_to_install(monkeypatch: pytes
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else find(name, *a))
     done = runner.invoke(app, ["eval", str(tmp_path), "--tasks", "gsm8k"])
     assert done.exit_code == 2
-    assert done.stderr == "error: evaluation needs lm-evaluation-harness: pip install 'isotune[eval]'\n"
+    assert done.stderr == f"error: evaluation needs lm-evaluation-harness: {install('eval')}\n"
 
 
 def test_the_table_names_metric_filter_and_standard_error() -> None:

@@ -45,6 +45,17 @@ def test_an_encoder_forgets_nothing_until_it_is_changed(tiny_model: Path) -> Non
     assert 1e-6 < changes[0] < changes[1] < 2
 
 
+def test_what_the_base_knows_is_measured_once_for_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_llama(), make_tokenizer()
+    first = Forgetting(model, tokenizer, tmp_path / "untrained").after(model)
+    monkeypatch.setattr(Forgetting, "_look", None)
+    again = Forgetting(model, tokenizer, tmp_path / "untrained")
+    assert again.after(model, 0.0) == first
+    monkeypatch.setattr("isotune.experiments.forgetting.general_texts", lambda: ["another text"])
+    with pytest.raises(TypeError):
+        Forgetting(model, tokenizer, tmp_path / "untrained")
+
+
 def test_a_language_model_forgets_by_its_loss() -> None:
     model, tokenizer = tiny_llama(), make_tokenizer()
     forgetting = Forgetting(model, tokenizer)

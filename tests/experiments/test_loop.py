@@ -95,6 +95,15 @@ def test_what_is_measured_on_the_way_is_no_part_of_the_training(
     assert (entry["train_seconds"], entry["evaluation_seconds"]) == (1, 200)
 
 
+def test_a_recipe_may_leave_out_what_is_forgotten(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forgetting.Forgetting, "_look", None)
+    tiny["train"]["max_steps"] = 2
+    (entry,) = run(validate({**tiny, "measure_forgetting": False}))["runs"]
+    assert entry["forgetting"] is None
+    assert not any("forgetting" in row for row in entry["curve"])
+    assert train(validate(tiny))["rows"][0]["forgetting"] is None  # the same experiment, which is over
+
+
 @pytest.mark.parametrize(
     ("name", "moving", "boundary"),
     [("rosa", {"select": "band"}, 1), ("peso", {"every": 6, "unit": "step", "select": "warm"}, 2)],

@@ -279,14 +279,17 @@ def test_the_papers_35_tasks_are_recipes_with_its_parameters_and_a_figure_beside
 
 
 def test_recipes_are_listed_by_suite_in_a_hundred_columns() -> None:
+    offline = ["demo", "docstrings", "few-shot/digits", "few-shot/mnist"]
     for prefix in ("", "glue/", "vtab/"):
         lines = suites.listing(prefix).splitlines()
         assert max(map(len, lines)) <= 100
         listed = [line.split()[0] for line in lines[1 : lines.index("")]]
-        assert listed == [name for name in packaged() if name.startswith(prefix)]
+        named = [name for name in packaged() if name.startswith(prefix)]
+        assert listed == [name for name in offline if name in named] + [name for name in named if name not in offline]
     assert "of microsoft/deberta-v3-base" in suites.listing("glue/")
     assert suites.listing().endswith("\nvariant=authors is for commonsense/, glue/, math/, vtab/")
     assert "variant" not in suites.listing("demo")
+    assert f"\nno network is needed for {', '.join(offline)}\n" in suites.listing()
     with pytest.raises(RecipeError, match=r"no recipe 'glu/'; there are arc/, .*demo, .*glue/.*did you mean"):
         suites.listing("glu/")
 

@@ -124,11 +124,11 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     out = str(tmp_path / "new")
     for others, said in (
         (folders(tmp_path / "oft", "oft", oft_block_size=8)[:1], "Adapters of different methods have no weighted mean"),
-        (folders(tmp_path / "rank", r=4)[:1], "different sizes"),
+        (folders(tmp_path / "rank", r=4)[:1], "different sizes (r = 8 and r = 4)"),
         (folders(tmp_path / "seed", r=8, basis_seed=3)[:1], "different bases of the principal subspace"),
         (folders(tmp_path / "where", r=8, target_modules=TARGETS[:2])[:1], "adapt different modules, such as 'third'"),
         (folders(tmp_path / "head", r=8, target_modules=TARGETS[:2], modules_to_save=["third"])[:1], "modules_to_save"),
-        ([a], "each once"),
+        ([a], f"{a} is given twice"),
         ([str(tmp_path / "absent")], "is not a folder"),
         ([b, "--weights", "1"], "must be one finite number for each of the 2 adapters"),
         ([b, "--weights", "1", "x"], "x is not a folder"),

@@ -151,7 +151,7 @@ def stack() -> Stack:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "rank": ({"r": 5}, r"'a' and 'b' have different sizes .*'first'"),
+    "rank": ({"r": 5}, r"'a' and 'b' have different sizes \(r = \d and r = 5\) in .*'first'"),
     "options": ({"use_cayley_neumann": True}, "different options"),
     "split": ({"ab_svd_init": "pissa_init"}, "different options .*split"),
     "kind": ({"basis": "embedded"}, "different options .*basis"),

@@ -14,7 +14,7 @@ from isotune.experiments.recipe import Recipe, RecipeError
 from isotune.experiments.text import shown
 from isotune.whole_files import is_left_of
 
-_FREE = ("output", "description", "group", "chart", "check_saved", "score_untrained")
+_FREE = ("output", "description", "group", "chart", "check_saved", "score_untrained", "measure_forgetting")
 """What may differ between two calls of one experiment without making them two experiments."""
 _METHODS = ("method", "baselines")
 LOCK = ".isotune.lock"

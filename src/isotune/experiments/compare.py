@@ -17,6 +17,7 @@ from isotune.experiments.recipe import Recipe, RecipeError, validate
 from isotune.experiments.schedule import Schedule, Variant
 from isotune.experiments.text import YamlError, from_yaml, shown
 from isotune.methods import checks
+from isotune.versions import install
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Options:
                 "whose rates have two digits"
             )
         if importlib.util.find_spec("optuna") is None:
-            raise RecipeError("--lr-search auto needs optuna: pip install 'isotune[search]'")
+            raise RecipeError(f"--lr-search auto needs optuna: {install('search')}")
 
 
 def whole_number(text: str) -> int:

@@ -17,8 +17,9 @@ from isotune.experiments.files import read_object, write_json
 from isotune.experiments.run import Run
 from isotune.experiments.tasks.task import Task
 from isotune.experiments.text import first_line
-from isotune.internals.progress_bars import show_progress
+from isotune.internals.progress_bars import last_title, show_progress
 from isotune.methods.checks import require_choice
+from isotune.versions import install
 
 Finished = tuple[Run, dict[str, Any]]
 
@@ -47,7 +48,14 @@ class Engine(ABC):
 
     @abstractmethod
     def wait(self) -> list[Finished]:
-        """Wait for a run to end, and hand back those that have with their records; a failure is a record too."""
+        """Wait for a run to end, and hand back those that have with their records; a failure is a record too.
+
+        May end without one, so that meanwhile it can be shown what is being done.
+        """
+
+    def doing(self) -> str:
+        """What the run that was started first does now, in words; empty where that is not known."""
+        return ""
 
     def stop(self) -> None:
         """Stop all runs, leaving behind what they can be continued from."""
@@ -96,11 +104,15 @@ class LocalProcesses(Engine):
         self.pending[process] = run
 
     def wait(self) -> list[Finished]:
-        wait_for([process.sentinel for process in self.pending])
+        wait_for([process.sentinel for process in self.pending], timeout=1.0)
         ended = [(process, run) for process, run in self.pending.items() if not process.is_alive()]
         for process, _ in ended:
             del self.pending[process]
         return [(run, _outcome(run, process.exitcode)) for process, run in ended]
+
+    def doing(self) -> str:
+        run = next(iter(self.pending.values()), None)
+        return "" if run is None else last_title(run.folder / "log.txt")
 
     def stop(self) -> None:
         """Ask every run for a checkpoint and wait for its end; a second Ctrl-C ends them at once."""
@@ -191,7 +203,7 @@ class RayTasks(Engine):
         try:
             import ray
         except ImportError as error:
-            raise ValueError("--engine ray needs Ray: pip install 'isotune[ray]'") from error
+            raise ValueError(f"--engine ray needs Ray: {install('ray')}") from error
         super().__init__(jobs)
         self.ray: Any = ray
         self.owned = not ray.is_initialized()

@@ -12,6 +12,7 @@ from isotune.experiments.language import language_model
 from isotune.experiments.records import number
 from isotune.experiments.text import aligned
 from isotune.files.base_model import quiet
+from isotune.versions import install
 
 
 def evaluate(
@@ -47,7 +48,7 @@ def evaluate(
         ValueError: the harness is not installed, does not know a task, or the adapter does not fit.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("evaluation needs lm-evaluation-harness: pip install 'isotune[eval]'")
+        raise ValueError(f"evaluation needs lm-evaluation-harness: {install('eval')}")
     if not tasks:
         raise ValueError("name at least one task, as --tasks gsm8k,arc_easy")
     from lm_eval import simple_evaluate

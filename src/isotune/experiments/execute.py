@@ -22,6 +22,7 @@ from isotune.experiments.recipe import Method, Recipe, RecipeError
 from isotune.experiments.run import WEIGHTS, Run
 from isotune.experiments.tasks.task import Task
 from isotune.experiments.text import first_line
+from isotune.versions import install
 
 PREDICTIONS = "predictions.json"
 """In a run's folder, what the trained model answered to the test examples."""
@@ -88,7 +89,10 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
         model.load_state_dict(load_file(run.start_from / WEIGHTS), strict=False)
     loading = time.perf_counter() - began
     untrained = _untrained(run, task, model)
-    forgetting = None if task.tokenizer is None else Forgetting(model, task.tokenizer)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # where subspaces are searched fastest
+    forgetting = None
+    if run.recipe.measure_forgetting and task.tokenizer is not None:
+        forgetting = Forgetting(model, task.tokenizer, run.untrained.parent)
     measure.reset_peak_memory()
     began = time.perf_counter()
     with quiet():
@@ -134,6 +138,8 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     # Of several sets the score is a mean, and their examples do not count alike.
     several = len(task.about().get("sets", {})) > 1
     answers = None if several else task.answers(outcome.predictions)
+    # On the way it was measured under autocast, where the training has that.
+    changes = {p["step"]: p["forgetting"] for p in outcome.curve if "forgetting" in p and not run.settings.autocast}
     config = getattr(outcome.model, "peft_config", {}).get("default")
     if isinstance(config, IsotuneConfig):
         write_card(run.folder / "adapter", config, {f"test {name}": value for name, value in outcome.test.items()})
@@ -143,7 +149,7 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
         "interval": None if answers is None else answers.interval(run.recipe.metric),
         "answers": None if answers is None else answers.stored(),
         "best_step": outcome.best_step,
-        "forgetting": forgetting.after(outcome.model) if forgetting is not None else None,
+        "forgetting": forgetting and forgetting.after(outcome.model, changes.get(outcome.best_step)),
         "geometry": angles.adapter_geometry(outcome.model),
         "adapter_bytes": saved.stat().st_size,
     }
@@ -257,7 +263,7 @@ def check_extras(recipe: Recipe, trained: Iterable[Method]) -> None:
     """Check that the packages which training these methods needs are installed; raises RecipeError."""
     missing = _missing("accelerate", "sklearn", "matplotlib")
     if missing:
-        raise RecipeError(f"training needs {' and '.join(missing)}: pip install 'isotune[train]'")
+        raise RecipeError(f"training needs {' and '.join(missing)}: {install('train')}")
     for tracker in dict.fromkeys(name for method in trained for name in recipe.training(method).report_to):
         if _missing(tracker):
             raise RecipeError(f"train.report_to={tracker} needs {tracker}: pip install {tracker}")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from isotune.experiments import processes
+from isotune.experiments.files import storing
+from isotune.internals.safetensors_files import readable
+from isotune.whole_files import written_whole
 
 
 def general_texts(count: int = 64, words: int = 64) -> list[str]:
@@ -42,16 +48,20 @@ class Forgetting:
 
     For a causal language model the mean next-token loss. An encoder with a new head has no such loss; for it the
     measure is how far its sentence embeddings (the mean of the last hidden states) have moved from the base model's.
+
+    Args:
+        model: before its training.
+        tokenizer: of the model.
+        folder: one of this base model's, where its values are kept for other runs; None keeps none.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, folder: Path | None = None) -> None:
         self.tokenizer = tokenizer
         self.texts = general_texts()
         # RoBERTa and its kin use two positions less than they have.
         self.max_length = min(128, (getattr(model.config, "max_position_embeddings", 0) or 130) - 2)
         self.causal = bool(model.can_generate())
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.before: Any = self._look(model) if self.texts else None
+        self.before: Tensor | None = self._of_base(model, folder) if self.texts else None
 
     def change(self, model: Any) -> float | None:
         """How much worse the model has become; None without a text."""
@@ -62,14 +72,16 @@ class Forgetting:
             return float(now) - float(self.before)
         return float((1 - nn.functional.cosine_similarity(self.before, now, dim=-1)).mean())
 
-    def after(self, model: Any) -> dict[str, Any] | None:
+    def after(self, model: Any, change: float | None = None) -> dict[str, Any] | None:
         """The record of the change; None without a text.
+
+        `change` is that of the model, where it has been measured already.
 
         `{measure, unit, before, after, change, text}`, and for an encoder `apart`: how far the embeddings of two
         different passages lie from each other in the base model, which says how much a distance is.
         """
-        change = self.change(model)
-        if change is None:
+        change = self.change(model) if change is None else change
+        if change is None or self.before is None:
             return None
         if self.causal:
             before, measure, unit, apart = float(self.before), "next-token loss", "nats a token", {}
@@ -87,15 +99,33 @@ class Forgetting:
             "text": f"{len(self.texts)} passages of pydoc_data.topics, Python {python}",
         }
 
+    def _of_base(self, model: Any, folder: Path | None) -> Tensor:
+        """The values before training, which are those of every run that starts from the same model."""
+        if folder is None:
+            return self._look(model)
+        device = next(model.parameters()).device.type
+        about = repr((self.texts, self.max_length, self.causal, str(model.dtype), device))
+        file = folder / f"forgetting-{hashlib.sha256(about.encode()).hexdigest()[:12]}.safetensors"
+        if file.exists():
+            return load_file(file)["before"]
+        found = self._look(model)
+        if processes.is_main():
+            # Of runs at a time each may write it, as a whole, and what they write is equal.
+            with storing(str(file)), written_whole(file) as partial:
+                save_file({"before": found}, partial)
+                readable(partial)
+        return found
+
     def _batches(self, device: torch.device) -> Iterator[dict[str, Tensor]]:
         # The logits of a language model with a large vocabulary are larger than all else.
         size = 1 if self.causal else 8
         cut = {"padding": True, "padding_side": "right", "truncation": True, "max_length": self.max_length}
-        for start in processes.with_bar(range(0, len(self.texts), size), "measuring what is forgotten", "batch"):
+        starts = range(0, len(self.texts), size)
+        for start in processes.with_bar(starts, "measuring what is forgotten", "batch", once=True):
             tokens = self.tokenizer(self.texts[start : start + size], return_tensors="pt", **cut)
             yield dict(tokens.to(device))
 
-    def _look(self, model: Any) -> Any:
+    def _look(self, model: Any) -> Tensor:
         """The loss of a causal language model, or the embeddings (texts, width) of an encoder."""
         device = next(model.parameters()).device
         training = model.training
@@ -106,7 +136,7 @@ class Forgetting:
         finally:
             model.train(training)
 
-    def _loss(self, model: Any, device: torch.device) -> float:
+    def _loss(self, model: Any, device: torch.device) -> Tensor:
         total, count = 0.0, 0
         for batch in self._batches(device):
             # By the attention mask and not by the padding token, which may be the end-of-text token.
@@ -114,7 +144,7 @@ class Forgetting:
             logits = model(**batch).logits[:, :-1].float()
             total += float(nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
             count += int((labels != -100).sum())
-        return total / count
+        return torch.tensor(total / count, dtype=torch.float64)
 
     def _embeddings(self, model: Any, device: torch.device) -> Tensor:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model

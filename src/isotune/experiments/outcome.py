@@ -120,6 +120,7 @@ class MethodResult:
             "validation_score": self._mean(run.validation.get(run.metric) for run in self.runs),
             "untrained_score": self._mean(run.untrained.get(run.metric) for run in self.runs),
             **{name: self._measure(name) for name in MEASURES},
+            "forgetting_unit": next((run.forgetting_about.unit for run in self.runs if run.forgetting_about), None),
         }
 
     def _measure(self, name: str) -> float | None:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from tqdm.auto import tqdm
 
@@ -96,7 +96,11 @@ def bar(total: int, done: int, title: str, unit: str, *, hidden: bool = False) -
     return tqdm(total=total, initial=done, desc=title, unit=unit, disable=hidden, dynamic_ncols=True, mininterval=often)
 
 
-def with_bar(items: Sequence[T], title: str, unit: str) -> Iterable[T]:
-    """The items, with a progress bar of the main process as they are taken, which goes away at the end."""
-    taken: Iterable[T] = progress.bar(items, desc=title, unit=unit, leave=False, shown=None if is_main() else False)
-    return taken
+def with_bar(items: Sequence[T], title: str, unit: str, *, once: bool = False) -> Iterable[T]:
+    """The items, with a progress bar of the main process as they are taken, which goes away at the end.
+
+    With `once` it is one line at most where progress is shown in lines.
+    """
+    taken: Any = progress.bar(items, desc=title, unit=unit, leave=False, shown=None if is_main() else False)
+    taken.isotune_once = once
+    return cast("Iterable[T]", taken)

@@ -221,6 +221,7 @@ class Recipe(Section):
     choose_by: Metric | None = None
     check_saved: bool = False
     score_untrained: bool | None = None
+    measure_forgetting: bool = True
     chart: bool = False
     output: str | None = None
 

@@ -21,6 +21,8 @@ from isotune.experiments.schedule import Key, Schedule
 def carry_out(schedule: Schedule, engine: Engine) -> dict[str, Any]:
     """Carry out what is left of an experiment, and write and return what its file RESULT then holds.
 
+    Of a training what is returned says besides where its `adapter` lies.
+
     Under torchrun or `accelerate launch` all processes train together, and the main one alone writes and logs.
 
     Raises:
@@ -46,7 +48,7 @@ def _carry_out(schedule: Schedule, engine: Engine) -> dict[str, Any]:
         processes.say(f"already finished; remove {schedule.folder} to run it again")
     bar = processes.bar(total, min(total, done), "comparing", "run", hidden=schedule.training)
     try:
-        for run, record in _runs(schedule, engine):
+        for run, record in _runs(schedule, engine, bar):
             bar.total = max(bar.total, schedule.total())  # a search may go on
             bar.update()
             processes.say(_line(run, record))
@@ -67,11 +69,16 @@ def _carry_out(schedule: Schedule, engine: Engine) -> dict[str, Any]:
         elif not schedule.keep_adapters and all(record.failed is None for record in schedule.records.values()):
             shutil.rmtree(schedule.folder / "work", ignore_errors=True)
         write_json(path, result)
+    if schedule.training:  # not in the file, which may be moved with its folder
+        result["adapter"] = str(schedule.folder / _own_folder(schedule).name / "adapter")
     return result
 
 
-def _runs(schedule: Schedule, engine: Engine) -> Iterator[tuple[Run, Record]]:
-    """Start each run as soon as it can be, and hand it out with its record once it has ended."""
+def _runs(schedule: Schedule, engine: Engine, bar: Any) -> Iterator[tuple[Run, Record]]:
+    """Start each run as soon as it can be, and hand it out with its record once it has ended.
+
+    Until then the bar says what is being done, and for how long.
+    """
     running: set[Key] = set()
     started = len(schedule.records)
     while True:
@@ -83,7 +90,10 @@ def _runs(schedule: Schedule, engine: Engine) -> Iterator[tuple[Run, Record]]:
                 engine.start(run)
         if not engine.running:
             return
-        for run, content in engine.wait():
+        while not (ended := engine.wait()):
+            doing = engine.doing()
+            bar.set_description_str(f"comparing ({doing})" if doing else "comparing")
+        for run, content in ended:
             running.discard(run.key)
             schedule.add_record(run, content)
             yield run, schedule.records[run.key]
@@ -101,16 +111,21 @@ def _line(run: Run, record: Record) -> str:
 
 def _finish(schedule: Schedule, result: dict[str, Any], *, redraw: bool) -> None:
     """Score what the recipe's own method has saved, and draw the chart, where the recipe asks for them."""
-    variant = schedule.variants[-1]
     if schedule.recipe.check_saved:
-        best = schedule.best(variant)
-        folder = next(run.folder for run in schedule.search(variant) if run.lr == best)
+        folder = _own_folder(schedule)
         if not (folder / RELOADED).exists():
             _check_saved(folder)
         result["saved"] = read_object(folder / RELOADED)
     chart = schedule.folder / "chart.png"
     if schedule.recipe.chart and (redraw or not chart.exists()):
         table.chart(result, chart)
+
+
+def _own_folder(schedule: Schedule) -> Path:
+    """Where the recipe's own method has been trained, at its best rate."""
+    variant = schedule.variants[-1]
+    best = schedule.best(variant)
+    return next(run.folder for run in schedule.search(variant) if run.lr == best)
 
 
 def _check_saved(folder: Path) -> None:

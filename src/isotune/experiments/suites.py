@@ -51,6 +51,8 @@ def means(suite: str, scores: Mapping[str, float]) -> dict[str, float]:
 def listing(prefix: str = "") -> str:
     """The packaged recipes whose names begin with `prefix` as a table, of up to 100 columns for one suite.
 
+    Those that need no network come first.
+
     Raises:
         RecipeError: there is none; the message says which suites there are.
     """
@@ -59,8 +61,10 @@ def listing(prefix: str = "") -> str:
     if not chosen:
         suites = dict.fromkeys(name.partition("/")[0] + "/" * ("/" in name) for name in known)
         raise RecipeError(f"there is no recipe {prefix!r}; there are {', '.join(suites)}" + meant(prefix, known))
-    lines = [("recipe", "data", "metric", "adapter")]
+    lines = [("recipe", "data", "metric", "parameters")]
     recipes = {name: load(name) for name in chosen}
+    offline = [name for name, recipe in recipes.items() if _is_offline(recipe)]
+    recipes = {name: recipes[name] for name in dict.fromkeys([*offline, *chosen])}
     for name, recipe in recipes.items():
         count = adapter_parameters(recipe)
         lines.append((name, _source(recipe), recipe.metric, "" if count is None else f"{count:,}"))
@@ -71,7 +75,8 @@ def listing(prefix: str = "") -> str:
     for name in chosen:
         for variant in known[name].get("variants", ()):
             variants.setdefault(variant, {})[name.partition("/")[0] + "/" * ("/" in name)] = None
-    told = [f"variant={variant} is for {', '.join(suites)}" for variant, suites in variants.items()]
+    told = [f"no network is needed for {', '.join(offline)}"] if offline else []
+    told += [f"variant={variant} is for {', '.join(suites)}" for variant, suites in variants.items()]
     return "\n".join([*table, "", f"{about}; `isotune recipes NAME` prints one whole.", *told])
 
 
@@ -80,6 +85,11 @@ def whole(name: str) -> str:
     raw = packaged()[name]
     text: str = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=100)
     return f"# isotune recipes {name} > mine.yaml; isotune train mine.yaml\n{text}".rstrip()
+
+
+def _is_offline(recipe: Recipe) -> bool:
+    """Whether data and model come with packages."""
+    return recipe.data.builtin is not None and recipe.model.startswith("package:")
 
 
 def _source(recipe: Recipe) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,26 @@ _COLUMNS = (
     ("time", "train_seconds", "{:,.0f} s", 1),
     ("peak", "peak_memory_bytes", "{:,.0f} MiB", 2**20),
     ("kept", "kept_bytes", "{:,.1f} MiB", 2**20),
+    ("forgetting", "forgetting", "{:+.3f}", 1),
 )
 """Heading, key of a row, how a number is written, and in which unit."""
 WIDTH = 100
 _LEFT_OUT = ("file", "peak", "adapter", "kept", "time")
 """The columns that are left out one after the other where a line would have more than WIDTH characters."""
+_MEANT = {
+    "adapter": "its parameters",
+    "trained": "all that are trained, as a new head's",
+    "peak": "most memory",
+    "kept": "what a batch keeps for backward",
+    "forgetting": "the change on text that was not trained on, in {unit}",
+}
+"""What a heading stands for, where it does not say."""
 
 
 def table(result: Mapping[str, Any]) -> str:
     """What an experiment came to, as `Schedule.result` makes it, as lines of text, and after them what failed.
 
-    What a row does not have is left empty, and a column that none has is left out.
+    What a method has not measured is a dash, and a column that none has is left out.
     """
     metric, rows = result["metric"], _rows(result)
     to = next((row["difference"]["to"] for row in rows if row.get("difference")), "")
@@ -39,21 +49,29 @@ def table(result: Mapping[str, Any]) -> str:
     for row in rows:
         seeds, lr = row.get("seeds"), row.get("lr")
         apart = _difference(metric, row.get("difference"))
-        cells = [str(row["title"]), _score(metric, row), apart, "" if seeds is None else str(seeds)]
+        cells = [str(row["title"]), _score(metric, row) + _interval(metric, row), apart]
+        cells.append("" if seeds is None else str(seeds))
         cells.append("" if lr is None else f"{lr:g}" + ("*" if row.get("lr_at_border") else ""))
         for _, key, form, unit in _COLUMNS:
             value = row.get(key)
-            cells.append("" if value is None else form.format(value / unit))
+            none = "" if row.get("mean") is None or "label" not in row else "–"
+            cells.append(none if value is None else form.format(round(value / unit, 3) + 0.0))
         lines.append(tuple(cells))
-    used = [i for i in range(len(lines[0])) if i < 2 or any(line[i] for line in lines[1:])]
+    used = [i for i in range(len(lines[0])) if i < 2 or any(line[i] not in ("", "–") for line in lines[1:])]
     head, *body = _aligned(lines, used)
     for heading in _LEFT_OUT:
         if len(head) > WIDTH and (column := lines[0].index(heading)) in used:
             used.remove(column)
             head, *body = _aligned(lines, used)
     shown = [head, "-" * len(head), *body]
-    if any(row.get("lr_at_border") for row in rows):
-        shown.append("* the best of the rates tried is the lowest or the highest; a better one may lie beyond")
+    unit = next((row["forgetting_unit"] for row in rows if row.get("forgetting_unit")), "its unit")
+    told = [f"{name}: {_MEANT[name]}".format(unit=unit) for i in used if (name := lines[0][i]) in _MEANT]
+    told += ["in brackets: 95 % interval"] if any("(" in line[i] for line in lines[1:] for i in (1, 2)) else []
+    shown += textwrap.wrap("; ".join(told), WIDTH)
+    if border := [str(row["title"]) for row in rows if row.get("lr_at_border")]:
+        more = {None: "give train.lr more of them", "auto": "--lr-runs allows more of them"}
+        beyond = more.get(result.get("lr_search"), "--lr-search auto searches on")
+        shown.append(f"* best rate at the border for {', '.join(border)}, a better one may lie beyond: {beyond}")
     return "\n".join([*shown, *(f"{row['title']} failed: {row['failed']}" for row in rows if row.get("failed"))])
 
 
@@ -84,6 +102,12 @@ def _score(metric: str, row: Row) -> str:
     if row["mean"] is None:
         return "failed" if row.get("failed") else "not done"
     return scores.score(metric, row["mean"], row.get("standard_error"))
+
+
+def _interval(metric: str, row: Row) -> str:
+    """The ends of the interval of a single seed's score over the draw of the test examples."""
+    found = row.get("interval")
+    return "" if found is None else " ({} to {})".format(*(scores.plain(metric, end) for end in found))
 
 
 def _difference(metric: str, found: Mapping[str, float] | None) -> str:

@@ -17,6 +17,8 @@ from isotune.experiments.schedule import Schedule, Variant
 def train(recipe: Recipe, command: str = "") -> dict[str, Any]:
     """Train and score a recipe, and write and return what `comparison.json` in its output folder then holds.
 
+    What is returned says besides where the `adapter` of the recipe's own method lies.
+
     Continues where an earlier call with the same recipe stopped. Where that had finished, nothing is trained. `command`
     is what repeats the training, for the record.
 

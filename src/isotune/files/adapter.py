@@ -161,6 +161,7 @@ def describe(directory: str | os.PathLike[str]) -> AdapterFile:
     kind = read_config(folder).get("peft_type")
     if not isinstance(kind, str) or kind not in kinds:
         hint = " `isotune import` converts it." if f"ISOTUNE_{kind}" in kinds else ""
+        hint = hint or " PEFT loads and merges an adapter of its own: PeftModel.from_pretrained, merge_and_unload."
         raise AdapterFileError(
             f"{folder} holds an adapter of type {kind!r}; isotune's own types are {', '.join(kinds)}.{hint}"
         )

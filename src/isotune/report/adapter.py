@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isotune.diagnostics.inspect import MISSING_BASE, AdapterReport, LayerReport
+from isotune.versions import install
 from isotune.whole_files import written_whole
 
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -146,7 +147,7 @@ def save_png(report: AdapterReport, path: str | os.PathLike[str]) -> None:
     try:
         import matplotlib
     except ImportError as error:
-        raise ValueError("the picture needs matplotlib: pip install 'isotune[report]'") from error
+        raise ValueError(f"the picture needs matplotlib: {install('report')}") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -11,6 +11,7 @@ from isotune.experiments import scores
 from isotune.experiments.outcome import MethodResult, reference_of
 from isotune.experiments.registry import entry, is_plain
 from isotune.report.results import Comparison
+from isotune.versions import install
 
 CONFIDENCE = 0.95
 POINT = 0.01
@@ -127,7 +128,7 @@ class _Judge:
         try:
             from scipy.stats import t as student
         except ImportError as error:
-            raise ValueError("a report needs scipy: pip install 'isotune[report]'") from error
+            raise ValueError(f"a report needs scipy: {install('report')}") from error
         self.comparison = comparison
         self.ranked = comparison.ranked
         self.head = next((v for v in comparison.scored if v.name == "head"), None)

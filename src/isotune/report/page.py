@@ -16,6 +16,7 @@ from isotune.report.figures import PALETTES, SYMBOLS, Looks, Section, sections
 from isotune.report.finding import finding
 from isotune.report.results import Comparison
 from isotune.report.titles import page_title, recipe_names, summary, titles
+from isotune.versions import install
 
 _OUTLINES = {
     "circle": "M6 1.5a4.5 4.5 0 1 1 0 9a4.5 4.5 0 1 1 0-9z",
@@ -39,7 +40,7 @@ def render(comparisons: Sequence[Comparison]) -> str:
         import jinja2
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise ValueError(f"the page needs {error.name}: pip install 'isotune[report]'") from error
+        raise ValueError(f"the page needs {error.name}: {install('report')}") from error
     from isotune import __version__  # its metadata are missing where the sources are run without an installation
 
     looks = Looks(comparisons)

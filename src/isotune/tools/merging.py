@@ -67,11 +67,12 @@ def merge_adapters(
             biases, have no mean, or the weights do not fit; or `out` is not empty. Nothing is written then.
         AdapterFileError: a folder holds no adapter of isotune, or is damaged.
     """
-    files = {os.fspath(directory): describe(directory) for directory in directories}
-    if len(files) < len(directories) or not files:
-        raise ValueError(
-            f"{[os.fspath(directory) for directory in directories]} must name at least one adapter folder, each once."
-        )
+    names = [os.fspath(directory) for directory in directories]
+    if not names:
+        raise ValueError("No adapter is given; give the folders of two or more, or of one with a weight.")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{twice} is given twice; give each adapter's folder once, and a weight to count it more.")
+    files = {name: describe(name) for name in names}
     if weights is None:
         weights = [1 / len(files)] * len(files)
     configs = {name: file.config for name, file in files.items()}

@@ -187,9 +187,9 @@ def combine(parts: Mapping[str, Mapping[str, Part]], weights: Sequence[float], c
 def _difference(first: Part, other: Part) -> str | None:
     """How two adapters on a layer differ, apart from the values of their parameters; None if they do not."""
     one, two = first.operator, other.operator
-    shapes = [{name: tuple(p.shape) for name, p in operator.named_parameters()} for operator in (one, two)]
+    shapes = [{name: p.shape for name, p in operator.named_parameters()} for operator in (one, two)]
     if shapes[0] != shapes[1]:
-        return f"different sizes ({shapes[0]} and {shapes[1]})"
+        return f"different sizes ({_sizes(one, two)})"
     if one.batch_key() != two.batch_key():
         return "different options"
     if one.side != two.side:
@@ -206,6 +206,15 @@ def _difference(first: Part, other: Part) -> str | None:
     if not all(_close(a, b) for a, b in zip(first.bases, other.bases, strict=True)):
         return "different bases of the principal subspace (solved on another machine or base, or moved)"
     return None
+
+
+def _sizes(one: Adapter, two: Adapter) -> str:
+    """The ranks of two adapters, or else the shapes of the parameters in which they differ."""
+    if isinstance(one, PlacedUpdate) and isinstance(two, PlacedUpdate) and one.size != two.size:
+        return f"r = {one.size} and r = {two.size}"
+    shapes = [{name: tuple(p.shape) for name, p in operator.named_parameters()} for operator in (one, two)]
+    odd = [name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name)]
+    return ", ".join(" and ".join(str(own.get(name, "none")) for own in shapes) + f" of {name}" for name in odd)
 
 
 def _close(one: Tensor, two: Tensor) -> bool:

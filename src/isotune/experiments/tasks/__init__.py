@@ -6,6 +6,7 @@ from importlib import import_module
 
 from isotune.experiments.recipe import Recipe, RecipeError
 from isotune.experiments.tasks.task import Task
+from isotune.versions import install
 
 __all__ = ["Task", "make"]
 
@@ -35,6 +36,6 @@ def make(recipe: Recipe) -> Task:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("isotune"):
             raise
-        raise RecipeError(f"a task {recipe.task} needs {error.name}: pip install 'isotune[language]'") from error
+        raise RecipeError(f"a task {recipe.task} needs {error.name}: {install('language')}") from error
     task: Task = getattr(found, name)(recipe)
     return task

@@ -13,6 +13,7 @@ from isotune.experiments.recipe import Recipe, RecipeError
 from isotune.experiments.sections import Data
 from isotune.experiments.tables import DataError, Row
 from isotune.experiments.tasks.language import LanguageTask, Question
+from isotune.versions import install
 
 _NUMBER = re.compile(r"[-+]?\$?\s?(\d[\d,]*(?:\.\d+)?|\.\d+)")
 _ANNOUNCED = re.compile(r"(?:####|(?:the\s+)?answer\s+is\s*:?)", re.IGNORECASE)
@@ -52,7 +53,7 @@ class MathWords(LanguageTask):
             return str(final_number(solution))
         if "\\boxed" in solution:
             if self.recipe.score != "loss" and importlib.util.find_spec("math_verify") is None:
-                raise RecipeError("judging expressions needs the package math-verify: pip install 'isotune[math]'")
+                raise RecipeError(f"judging expressions needs the package math-verify: {install('math')}")
             return solution
         return str(final_number(solution)) if _ANNOUNCED.search(solution) and final_number(solution) is not None else ""
 

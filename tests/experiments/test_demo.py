@@ -46,5 +46,7 @@ def test_the_demo_trains_reloads_and_merges(tmp_path: Path) -> None:
         "PSOFT r=46 scaled, merged",
     ):
         assert shown in printed
-    assert all(len(line) <= 100 for line in printed.splitlines())
+    *lines, last = printed.splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    assert "/psoft/adapter; next: isotune inspect " in last
     assert_exports(folder, "psoft", tmp_path / "exported")

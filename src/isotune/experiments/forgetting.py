@@ -107,7 +107,8 @@ class Forgetting:
         about = repr((self.texts, self.max_length, self.causal, str(model.dtype), device))
         file = folder / f"forgetting-{hashlib.sha256(about.encode()).hexdigest()[:12]}.safetensors"
         if file.exists():
-            return load_file(file)["before"]
+            stored: Tensor = load_file(file)["before"]
+            return stored
         found = self._look(model)
         if processes.is_main():
             # Of runs at a time each may write it, as a whole, and what they write is equal.

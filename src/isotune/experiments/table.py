@@ -32,7 +32,7 @@ _MEANT = {
     "trained": "all that are trained, as a new head's",
     "peak": "most memory",
     "kept": "what a batch keeps for backward",
-    "forgetting": "the change on text that was not trained on, in {unit}",
+    "forgetting": "the change on text that was not trained on{unit}",
 }
 """What a heading stands for, where it does not say."""
 
@@ -64,8 +64,8 @@ def table(result: Mapping[str, Any]) -> str:
             used.remove(column)
             head, *body = _aligned(lines, used)
     shown = [head, "-" * len(head), *body]
-    unit = next((row["forgetting_unit"] for row in rows if row.get("forgetting_unit")), "its unit")
-    told = [f"{name}: {_MEANT[name]}".format(unit=unit) for i in used if (name := lines[0][i]) in _MEANT]
+    measured = next((f", in {row['forgetting_unit']}" for row in rows if row.get("forgetting_unit")), "")
+    told = [f"{name}: {_MEANT[name]}".format(unit=measured) for i in used if (name := lines[0][i]) in _MEANT]
     told += ["in brackets: 95 % interval"] if any("(" in line[i] for line in lines[1:] for i in (1, 2)) else []
     shown += textwrap.wrap("; ".join(told), WIDTH)
     if border := [str(row["title"]) for row in rows if row.get("lr_at_border")]:

@@ -95,7 +95,7 @@ def test_the_package_promises_the_same_versions() -> None:
         (None, "pip install 'isotune[train]'"),
         ('{"url": "https://there/isotune.whl", "archive_info": {}}', "pip install 'isotune[train]'"),
         ('{"url": "file:///here", "dir_info": {"editable": true}}', "pip install '.[train]' in your clone of isotune"),
-        (PackageNotFoundError(), "pip install '.[train]' in your clone of isotune"),
+        (PackageNotFoundError("isotune"), "pip install '.[train]' in your clone of isotune"),
     ],
 )
 def test_an_extra_comes_from_where_isotune_came(source: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -434,7 +434,7 @@ def test_a_search_ends_at_its_limit_which_is_the_same_for_all(tiny: dict[str, An
     assert [len(row["lr_tried"]) for row in result["rows"]] == [4, 4]
     assert all(row["lr_at_border"] for row in result["rows"])
     titles = ", ".join(row["title"] for row in result["rows"])
-    assert f"at the border for {titles}, a better one may lie beyond: --lr-runs allows more of them" in table(result)
+    assert f"at the border for {titles}, a better one may lie beyond: --lr-runs allows more rates" in table(result)
 
 
 def test_a_run_that_was_stopped_is_not_chosen(tiny: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ def table(result: Mapping[str, Any]) -> str:
     told += ["in brackets: 95 % interval"] if any("(" in line[i] for line in lines[1:] for i in (1, 2)) else []
     shown += textwrap.wrap("; ".join(told), WIDTH)
     if border := [str(row["title"]) for row in rows if row.get("lr_at_border")]:
-        more = {None: "give train.lr more of them", "auto": "--lr-runs allows more of them"}
+        more = {None: "give train.lr more rates", "auto": "--lr-runs allows more rates"}
         beyond = more.get(result.get("lr_search"), "--lr-search auto searches on")
         shown.append(f"* best rate at the border for {', '.join(border)}, a better one may lie beyond: {beyond}")
     return "\n".join([*shown, *(f"{row['title']} failed: {row['failed']}" for row in rows if row.get("failed"))])

@@ -164,7 +164,7 @@ def test_version() -> None:
 
 
 def test_json_is_all_there_is_on_stdout(called: list[Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    result = {"metric": "accuracy", "data": {"\u202e": "ü"}, "rows": []}
+    result = {"metric": "accuracy", "data": {"\u202e": "ü"}, "rows": [], "adapter": "a"}
 
     def talk(recipe: Recipe, command: str) -> dict[str, Any]:
         processes.say("a line about progress")

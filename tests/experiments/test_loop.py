@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -564,6 +565,20 @@ def test_training_says_nothing_that_is_not_ours(tiny: dict[str, Any], tmp_path: 
     assert all(line.startswith(("psoft lr", "run 1", "64 training", "principal")) for line in said), said
     assert "Warning" not in done.stdout + done.stderr
     assert "PSOFT r=4" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("best", "kept"), [(None, {"checkpoint-8", "checkpoint-12"}), (4, {"checkpoint-4", "checkpoint-12"})]
+)
+def test_checkpoints_are_kept_by_their_steps(best: int | None, kept: set[str], tmp_path: Path) -> None:
+    """Also where a clock was set back, by which Trainer would remove the one that it has just written."""
+    for step in (4, 8, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (1e9 - step, 1e9 - step))
+    (tmp_path / "checkpoint-mine").mkdir()
+    state = SimpleNamespace(best_model_checkpoint=best and str(tmp_path / f"checkpoint-{best}"))
+    loop.Loop._keep_two(SimpleNamespace(state=state), tmp_path / "checkpoint-12")
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "checkpoint-mine"}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from helpers import tiny_opt
 from isotune import PeftModel, PsoftConfig, get_peft_model
 from isotune.errors import AdapterFileError, BaseMismatchError
-from isotune.files.adapter import describe
+from isotune.files.adapter import describe, new_directory
 from isotune.files.peft_import import import_peft
 
 
@@ -108,3 +109,25 @@ def test_damaged_folders_are_refused_with_what_to_do(folder: Path, tmp_path: Pat
         file.operator(next(iter(file.layers)))
     with pytest.raises(AdapterFileError, match="size mismatch"):
         file.place(bert())
+
+
+def test_a_new_folder_is_in_nobodys_way(tmp_path: Path) -> None:
+    """Names as long as a file system allows, and what a process of the same number left that was killed."""
+    target = tmp_path / ("x" * 250)
+    (tmp_path / f".{'x' * 200}.{os.getpid()}.partial").mkdir()
+    with new_directory(target) as folder:
+        (folder / "a").write_text("b")
+    assert (target / "a").read_text() == "b"
+
+
+def test_a_folder_at_which_another_file_system_begins_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "mounted")
+    with (
+        pytest.raises(ValueError, match=r"another file system begins at .*mounted.*; give a folder in it"),
+        new_directory(tmp_path / "mounted"),
+    ):
+        raise AssertionError
+    assert [path.name for path in tmp_path.iterdir()] == ["mounted"]

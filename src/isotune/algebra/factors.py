@@ -116,7 +116,7 @@ class BlockDiagonal(Factor):
             own = x.reshape(update.shape)
             return (own.add_(update) if in_place else own + update).reshape(x.shape)
         result = x if in_place else x.clone()
-        self._covered(result).add_(update.reshape(len(x), -1))
+        self._covered(result).add_(update.reshape(len(x), update.shape[1] * self.size))
         return result
 
     def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

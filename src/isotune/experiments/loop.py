@@ -86,6 +86,17 @@ class Loop(Trainer):  # type: ignore[misc]
         except StorageError:
             shutil.rmtree(part, ignore_errors=True)  # makes room, and leaves the one before as the last
             raise
+        if self.args.should_save:
+            self._keep_two(part)
+
+    def _keep_two(self, last: Path) -> None:
+        """Remove checkpoints but the last and the best, or the one before; by their steps, and not by a clock."""
+        best = Path(self.state.best_model_checkpoint or last)
+        steps = {path: path.name.partition("-")[2] for path in last.parent.glob("checkpoint-*")}
+        old = [path for path in steps if steps[path].isdigit() and path.name not in (last.name, best.name)]
+        old.sort(key=lambda path: int(steps[path]))
+        for path in old[: -1 if best.name == last.name else None]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Scores of a split; raises TrainingDiverged where the loss is not finite, and nothing is saved then."""
@@ -170,7 +181,6 @@ def train(
             save_strategy=every,
             eval_steps=settings.eval_steps,
             save_steps=settings.eval_steps or 500,
-            save_total_limit=2,
             load_best_model_at_end=watched and settings.select_best,
             metric_for_best_model=task.metric if watched else None,
             greater_is_better=task.metric not in LESS_IS_BETTER if watched else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -229,7 +230,8 @@ def new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write into, which is renamed to `out` when the block succeeds and deleted when it fails.
 
     Raises:
-        ValueError: `out` exists and is not an empty folder, or is a symbolic link to nothing.
+        ValueError: `out` exists and is not an empty folder, is a symbolic link to nothing, or is where another file
+            system begins, which no folder can take the place of.
     """
     target = Path(out)
     if target.is_symlink() and not target.exists():
@@ -241,7 +243,9 @@ def new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
         raise ValueError(f"{target} exists already; choose another place, or remove it first.")
     target.parent.mkdir(parents=True, exist_ok=True)
     target = target.resolve()  # no folder can take the place of a link to one
-    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
+    if target.is_mount():
+        raise ValueError(f"another file system begins at {target}, so it cannot be made anew; give a folder in it.")
+    partial = target.parent / f".{target.name[:200]}.{secrets.token_hex(6)}.partial"
     partial.mkdir()
     try:
         yield partial

@@ -248,5 +248,5 @@ def test_a_picture_without_matplotlib_says_what_to_install(tmp_path: Path, monke
     as_trained("oft", nn.Sequential(nn.Linear(12, 12)), "0").save_pretrained(tmp_path / "adapter")
     report = inspect(tmp_path / "adapter", nn.Sequential(nn.Linear(12, 12)))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"isotune\[report\]"):
+    with pytest.raises(ValueError, match=r"needs matplotlib: pip install .*\[report\]"):
         save_png(report, tmp_path / "a.png")

@@ -13,7 +13,6 @@ from isotune.adapter.operator import Base
 from isotune.algebra.acceleration import kernels_for
 from isotune.algebra.factors import Chain, chain_backward, chain_forward, refuse_double_backward
 from isotune.algebra.recording import is_plain
-from isotune.internals.torch_state import is_batched
 from isotune.parallel.tensor_parallel import UNSPLIT, Shares
 from isotune.subspace.precision import exact_product, reduces_float32
 
@@ -264,7 +263,7 @@ class _RotatedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad, grad_gain = _gain_backward(torch.mm(chain_forward(flat, ctx.chain, tensors), weight.t()), grad, gain)
         elif gain is not None:
-            grad = _scaled(grad, gain, torch.empty_like(grad))
+            grad = torch.mul(grad, gain, out=torch.empty_like(grad))  # in grad's dtype; the gain's is wider
         inner = torch.mm(grad, weight)
         grad_x, grads = chain_backward(flat, inner, ctx.chain, tensors, ctx.needs_input_grad[0], in_place=True)
         return None if grad_x is None else grad_x.reshape(x.shape), grad_gain, None, None, *grads
@@ -276,16 +275,8 @@ def _gain_backward(rows: Tensor, gradient: Tensor, gain: Tensor) -> tuple[Tensor
         found: Tensor | None = kernels.gain_backward(rows, gradient, gain)
         if found is not None:
             return rows, found
-    grad_gain = (rows * gradient if is_batched(gradient) else rows.mul_(gradient)).sum(0, dtype=gain.dtype)
-    return _scaled(gradient, gain, rows), grad_gain
-
-
-def _scaled(gradient: Tensor, gain: Tensor, into: Tensor) -> Tensor:
-    """gradient ⊙ gain in the dtype of the gradient, not in the gain's, which is wider; by a write into `into`.
-
-    Several gradients that vmap computes at once are written into nothing.
-    """
-    return (gradient * gain).to(gradient.dtype) if is_batched(gradient) else torch.mul(gradient, gain, out=into)
+    grad_gain = rows.mul_(gradient).sum(0, dtype=gain.dtype)
+    return torch.mul(gradient, gain, out=rows), grad_gain
 
 
 def rotated_linear(

@@ -132,8 +132,7 @@ class _Doubled(torch.autograd.Function):
         joined, spread = _written_out(blocks, stage)
         width = blocks.shape[-1]
         (places,) = _places(width, stage.shape[-1] // 2, stage.device)
-        of_stage = torch.baddbmm(gradient, gradient, joined.mT)
-        of_stage = of_stage.view(len(gradient), gradient.shape[1] * gradient.shape[2]).index_select(-1, places)
+        of_stage = torch.baddbmm(gradient, gradient, joined.mT).flatten(1).index_select(-1, places)
         of_joined = torch.baddbmm(gradient, spread.mT, gradient).view(-1, 2, width, 2, width)
         of_blocks = of_joined.diagonal(dim1=1, dim2=3).movedim(-1, 1)
         return of_blocks.reshape(blocks.shape), of_stage.view(stage.shape)

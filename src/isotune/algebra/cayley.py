@@ -95,7 +95,7 @@ class _CayleyOfEntries(torch.autograd.Function):
         *leading, n, _ = difference.shape
         turned, gradient = difference.reshape(-1, n, n).mT, gradient.reshape(-1, n, n)
         left = torch.baddbmm(gradient, turned, gradient, alpha=0.5)
-        half = torch.baddbmm(left, left, turned, alpha=0.5).view(-1, n * n)  # vmap has no rule for flatten
+        half = torch.baddbmm(left, left, turned, alpha=0.5).flatten(-2)
         upper, lower = skew_positions(n, half.device)
         found = 2 * (half.index_select(-1, upper) - half.index_select(-1, lower))
         return found.view(*leading, skew_size(n)), None

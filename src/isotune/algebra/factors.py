@@ -84,13 +84,9 @@ class BlockDiagonal(Factor):
         if self.permuted:
             x = x.index_select(1, self._order(x.device)[0])
         elif self.columns is not None:
-            x = self._covered(x)
+            x = x[:, self.columns]
             x = x if x.stride(1) == 1 else x.contiguous()  # or each product would copy strided columns
         return x.reshape(x.shape[0], x.shape[1] // self.size, self.size).transpose(0, 1)
-
-    def _covered(self, x: Tensor) -> Tensor:
-        """A view of the columns of x in the slice; x itself if that has all, as vmap has no rule for a mere alias."""
-        return x if self.columns == slice(0, x.shape[1], 1) else x[:, self.columns]
 
     def kernels(self, blocks: Tensor, *rows: Tensor) -> Any:
         """The kernels for these tensors, or None if there are none."""
@@ -110,13 +106,13 @@ class BlockDiagonal(Factor):
         """Add (blocks, tokens, b) to x on the columns that they cover."""
         update = blocks.transpose(0, 1)
         if self.permuted:
-            update = update.reshape(x.shape).index_select(1, self._order(x.device)[1])
+            update = update.flatten(1).index_select(1, self._order(x.device)[1])
             return x.add_(update) if in_place else x + update
         if self.columns is None:
             own = x.reshape(update.shape)
             return (own.add_(update) if in_place else own + update).reshape(x.shape)
         result = x if in_place else x.clone()
-        self._covered(result).add_(update.reshape(len(x), update.shape[1] * self.size))
+        result[:, self.columns].add_(update.flatten(1))
         return result
 
     def transposed(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -228,7 +224,7 @@ class Pairs(Factor):
 
     def partners(self, x: Tensor) -> Tensor:
         """x (..., n) with each column in the place of its partner; a copy."""
-        return self.halves(x).flip(-2).reshape(x.shape)
+        return self.halves(x).flip(-2).flatten(-3)
 
     def halves(self, x: Tensor) -> Tensor:
         """x (..., n) as (..., n / group, 2, group / 2)."""

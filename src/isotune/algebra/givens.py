@@ -252,9 +252,7 @@ class _Blocks(torch.autograd.Function):
         refuse_double_backward()
         full, before = ctx.saved_tensors
         _, places, inverse = _ways(ctx.n, gradient.device)
-        # By reshape: the vmap of `is_grads_batched` has no rule for flatten.
-        values = gradient.reshape(*gradient.shape[:-2], -1).index_select(-1, places)
-        values = values.view(*full.shape[:-4], -1, LEVELS + 1, _LEAF)
+        values = gradient.flatten(-2).index_select(-1, places).view(*full.shape[:-4], -1, LEVELS + 1, _LEAF)
         go_on, stop = full.unbind(-4)
         ends = values[..., :LEVELS, :]
         ended = ends * stop
@@ -263,8 +261,8 @@ class _Blocks(torch.autograd.Function):
             ways.append(torch.addcmul(ended[..., level, :], ways[-1], go_on[..., level, :]))
         # For each path to a leaf at a level; a pair's entry sums over all leaves on its side.
         each = torch.stack([torch.stack(ways[::-1], -2), ends], -4) * before.unsqueeze(-4)
-        of_pairs = [each[..., level, :].reshape(*each.shape[:-2], -1, 2, 2**level).sum(-1) for level in range(LEVELS)]
-        flat = torch.cat(of_pairs, -2).reshape(*full.shape[:-4], -1)
+        of_pairs = [each[..., level, :].unflatten(-1, (-1, 2, 2**level)).sum(-1) for level in range(LEVELS)]
+        flat = torch.cat(of_pairs, -2).flatten(-4)
         return flat.index_select(-1, inverse).view(*flat.shape[:-1], ctx.n - 1, 2, 2), None
 
 

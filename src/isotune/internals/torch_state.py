@@ -53,12 +53,6 @@ def has_own_values(tensor: Tensor) -> bool:
     return not (isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
-def is_batched(tensor: Tensor) -> bool:
-    """Whether a tensor stands for several, as gradients do in `torch.autograd.grad(is_grads_batched=True)`."""
-    functorch = torch._C._functorch
-    return bool(functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor))
-
-
 transform_level: Callable[[], int | None] = torch._C._functorch.maybe_current_level
 """How deep within transforms of torch.func, such as grad and vmap, the code runs; None outside of them."""
 

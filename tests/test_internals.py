@@ -395,6 +395,8 @@ def test_a_part_is_rerun_within_its_graph_by_non_reentrant_checkpointing(reentra
 
     def part(x: Tensor) -> Tensor:
         seen.append((torch_state.backward_pass() is not None, torch_state.is_rerun_within_its_graph()))
+        with torch.autograd.graph.saved_tensors_hooks(functools.partial(torch.clone), lambda x: x):
+            assert not torch_state.is_rerun_within_its_graph()
         return x.exp()
 
     checkpoint(part, torch.ones(2, requires_grad=True), use_reentrant=reentrant).sum().backward()

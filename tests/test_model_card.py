@@ -20,7 +20,7 @@ from helpers import METHODS, configured, some_tokens, tiny_bert, tiny_llama
 from isotune import OFTConfig, PsoftConfig, get_peft_model
 from isotune.errors import AdapterFileError
 from isotune.model_card import write_card
-from isotune.package_models import KEPT
+from isotune.package_models import KEPT, package_of
 
 TARGETS = ["q_proj", "v_proj"]
 
@@ -69,8 +69,12 @@ def test_a_base_of_the_hub_is_named(base: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("made", [False, True])
-def test_a_base_in_a_package_is_named_as_recipes_name_it(made: bool, base: Any, tmp_path: Path) -> None:
+def test_a_base_in_a_package_is_named_as_recipes_name_it(
+    made: bool, base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "some_models").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert package_of(str(tmp_path / "other" / "model")) is None
     (tmp_path / "some_models/__init__.py").touch()
     base.name_or_path = str(KEPT.expanduser() / "some_models" if made else tmp_path / "some_models/model")
     adapted(base).save_pretrained(tmp_path / "adapter")

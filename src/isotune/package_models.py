@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 KEPT = Path("~/.cache/isotune/models")
@@ -13,5 +14,8 @@ def package_of(path: str) -> str | None:
     folder = Path(path)
     if folder.parent == KEPT.expanduser():
         return f"package:{folder.name}"
-    init = folder.parent / "__init__.py"
-    return f"package:{folder.parent.name}" if folder.name == "model" and init.is_file() else None
+    name, init = folder.parent.name, folder.parent / "__init__.py"
+    if folder.name != "model" or not init.is_file() or not name.isidentifier():
+        return None
+    spec = find_spec(name)
+    return f"package:{name}" if spec is not None and spec.origin == str(init) else None

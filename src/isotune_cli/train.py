@@ -53,6 +53,5 @@ def _next(recipe: Recipe, found: Mapping[str, Any]) -> list[str]:
     folder = shlex.quote(found["adapter"])
     if registry.entry(recipe.method.name).base not in METHODS:
         return [f"{'weights' if registry.is_plain(recipe.method.name) else 'adapter'}: {folder}"]
-    commands = [f"isotune inspect {folder}", "isotune export"]
-    commands += ["isotune chat"] if recipe.task == "chat" else []
-    return [f"adapter: {folder}; next: {', '.join(commands)}"]
+    others = "export or chat" if recipe.task == "chat" else "export"
+    return [f"adapter: {folder}; next: isotune inspect {folder}, or {others}"]

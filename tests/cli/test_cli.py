@@ -59,7 +59,7 @@ def test_recipes_lists_what_train_takes() -> None:
 def test_train_hands_recipe_and_overrides_over(called: list[Recipe]) -> None:
     done = runner.invoke(cli.app, ["train", "demo", "method.r=8", "train.lr=[1e-3, 2e-3]", "output=x"])
     assert (done.exit_code, done.stderr) == (0, "")
-    assert done.stdout.endswith("\nadapter: x/psoft/adapter; next: isotune inspect x/psoft/adapter, isotune export\n")
+    assert done.stdout.endswith("\nadapter: x/psoft/adapter; next: isotune inspect x/psoft/adapter, or export\n")
     assert done.stdout.splitlines()[-2].split() == ["PSOFT", "50.0", "%"]
     assert called[0].method.options == {"r": 8, "scaled_generator": True}
     assert (called[0].train.lr, called[0].output) == ([1e-3, 2e-3], "x")

@@ -112,9 +112,9 @@ def test_damaged_folders_are_refused_with_what_to_do(folder: Path, tmp_path: Pat
 
 
 def test_a_new_folder_is_in_nobodys_way(tmp_path: Path) -> None:
-    """Names as long as a file system allows, and what a process of the same number left that was killed."""
-    target = tmp_path / ("x" * 250)
-    (tmp_path / f".{'x' * 200}.{os.getpid()}.partial").mkdir()
+    """A name as long as a file system allows, and what a process of the same number left that was killed."""
+    target = tmp_path / ("漢" * 80)
+    (tmp_path / f".{target.name}.{os.getpid()}.partial").mkdir()
     with new_directory(target) as folder:
         (folder / "a").write_text("b")
     assert (target / "a").read_text() == "b"

@@ -28,7 +28,7 @@ from helpers import (
     tiny_llama,
     trainable,
 )
-from isotune import PsoftConfig, get_peft_model
+from isotune import PsoftConfig, evaluated_once, get_peft_model
 from isotune.errors import BaseMismatchError, IsotuneWarning
 from isotune.files.export_lora import export_lora
 from isotune.files.export_merged import export_merged
@@ -256,6 +256,17 @@ def test_the_pin_takes_eight_bits_for_the_base_itself(tmp_path: Path) -> None:
 
 
 # -- subspaces ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", parameters("bitsandbytes-nf4", "bitsandbytes-int8"))
+@pytest.mark.parametrize("method", ["psoft", "oft"])
+def test_evaluated_once_leaves_packed_weights_to_the_first_pass(method: str, name: str) -> None:
+    model = adapt(quantise(OneLayer(spectral(64, 64)), name), METHODS[method](target_modules=["layer"])).eval()
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        expected = model(x)
+        with evaluated_once(model):
+            assert torch.equal(model(x), expected)
 
 
 def test_the_subspace_is_that_of_the_dequantised_weight() -> None:

@@ -365,7 +365,7 @@ def working_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a linear layer computes with this input.
 
     Raises:
-        TypeError: it holds integers, of which a rotation's would be rounded.
+        TypeError: its numbers are not floating-point; those of a rotation would be rounded to integers.
     """
     if not x.is_floating_point():
         raise TypeError(f"An adapted linear layer was given {x.dtype}; give it floating-point numbers, by x.float().")

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, __version__
 
 from isotune.experiments import processes
 from isotune.experiments.files import storing
 from isotune.internals.safetensors_files import readable
+from isotune.internals.transformers_state import attention_of
 from isotune.whole_files import written_whole
 
 
@@ -104,7 +105,8 @@ class Forgetting:
         if folder is None:
             return self._look(model)
         device = next(model.parameters()).device.type
-        about = repr((self.texts, self.max_length, self.causal, str(model.dtype), device))
+        computed = str(model.dtype), device, attention_of(model.config), __version__
+        about = repr((self.texts, self.max_length, self.causal, *computed))
         file = folder / f"forgetting-{hashlib.sha256(about.encode()).hexdigest()[:12]}.safetensors"
         if file.exists():
             stored: Tensor = load_file(file)["before"]

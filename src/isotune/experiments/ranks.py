@@ -112,7 +112,7 @@ def _batches(model: str, path: Path, text: str) -> Iterator[dict[str, Any]]:
     columns = list(rows[0].values) if rows else []
     fits = {"images": dict[str, str]()} if path.is_dir() else fitting(columns)
     kind = next((kind for kind in ("images", *_KINDS) if kind in fits), None)
-    if kind is not None and not (text != "text" and text in columns):
+    if kind is not None and text not in columns:
         recipe = validate(from_yaml(starting(kind, model, str(path), renamed=fits[kind])), f"the recipe for {path}")
         yield from tasks.make(recipe).inputs()
     else:

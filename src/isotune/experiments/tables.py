@@ -13,6 +13,7 @@ from typing import Any
 
 from isotune.experiments.sections import FileData, HubData, HubTable
 from isotune.experiments.text import first_line, from_json
+from isotune.versions import install
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 _SPLITS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
@@ -79,7 +80,7 @@ def _hub_table(table: HubTable) -> list[Row]:
     try:
         from datasets import Image, load_dataset
     except ImportError as error:
-        raise DataError("data from the Hub need the package datasets: pip install datasets") from error
+        raise DataError(f"data from the Hub need the package datasets: {install('language')}") from error
     try:
         files = {"data_files": table.files} if table.files else {}
         found = load_dataset(table.name, table.config, split=table.split, revision=table.revision, **files)

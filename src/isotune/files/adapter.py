@@ -245,7 +245,7 @@ def new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
     target = target.resolve()  # no folder can take the place of a link to one
     if target.is_mount():
         raise ValueError(f"another file system begins at {target}, so it cannot be made anew; give a folder in it.")
-    partial = target.parent / f".{target.name[:200]}.{secrets.token_hex(6)}.partial"
+    partial = target.parent / f".{secrets.token_hex(12)}.partial"
     partial.mkdir()
     try:
         yield partial

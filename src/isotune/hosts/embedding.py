@@ -12,6 +12,20 @@ from isotune.hosts.host import Fold, Host, widen
 from isotune.parallel.tensor_parallel import mesh_of
 
 
+class _ScaleGradient(torch.autograd.Function):
+    """The identity whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return gradient * factor, None
+
+
 class _Rows(TorchFunctionMode):
     """Records which rows an embedding looks up, and what they hold."""
 
@@ -66,8 +80,8 @@ class EmbeddingHost(Host):
         rows = widen(found).reshape(-1, found.shape[-1])
         folded = fold(rows, rows=rows, at=tokens, multiple=multiple)
         factor = self._gradient_factor(tokens, folded.dtype) if folded.requires_grad else None
-        if factor is not None:  # for the gradient alone: what is added is zero
-            folded = folded.detach() + factor * (folded - folded.detach())
+        if factor is not None:
+            folded = _ScaleGradient.apply(folded, factor)  # type: ignore[no-untyped-call]
         return folded.to(found.dtype).view(found.shape)
 
     def _look_up(

@@ -28,7 +28,8 @@ def is_rerun_within_its_graph() -> bool:
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     hooks = None if top is None else top(False)
-    return hooks is not None and hooks[0].__qualname__.startswith(checkpoint._recomputation_hook.__qualname__)
+    name = getattr(hooks[0], "__qualname__", "") if hooks is not None else ""  # a partial has none
+    return bool(name.startswith(checkpoint._recomputation_hook.__qualname__))
 
 
 def version_of(tensor: Tensor) -> int:

@@ -59,10 +59,10 @@ def _evaluate(own: AdaptedModel, model: nn.Module) -> None:
     try:
         for layer in own.layers:
             weight = layer.base_weight
-            # A packed quantised weight does not show the dtype; the first pass evaluates what is not evaluated here.
-            names = layer.active_here() if weight.is_floating_point() else []
+            if not weight.is_floating_point():
+                continue  # packed, it does not show the dtype; the first pass evaluates what is not evaluated here
             dtype = torch.promote_types(weight.dtype, torch.float32) if layer.host.folds else working_dtype(weight)
-            for adapter in map(layer.adapter, names):
+            for adapter in map(layer.adapter, layer.active_here()):
                 if adapter.shared is not None:
                     adapter.shared.tensors(adapter, adapter.slot, dtype)
     finally:

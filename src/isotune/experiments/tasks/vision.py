@@ -104,13 +104,16 @@ def _checked(row: Row, column: str) -> str:
 def _check_range(image: Image.Image) -> None:
     """Refuse an image whose values have no range of which 8 bits could be made."""
     if image.mode in ("I", "F"):
-        kind = "numbers with a point" if image.mode == "F" else "integers of 32 bits"
-        raise DataError(f"its pixels are {kind}, whose range is not known. Save it with 8 or 16 bits a channel.")
+        raise DataError(
+            f"its pixels are {'numbers with a point' if image.mode == 'F' else 'integers'} whose range is not known. "
+            "Save it as a PNG of 8 or 16 bits."
+        )
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     """The image as it is looked at: upright, in three channels of 8 bits."""
     _check_range(image)
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # which Pillow would clip at 255
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-    return ImageOps.exif_transpose(image).convert("RGB")
+    return image.convert("RGB")

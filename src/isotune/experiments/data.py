@@ -16,7 +16,7 @@ import numpy as np
 
 from isotune.experiments import processes
 from isotune.experiments.sections import Data
-from isotune.experiments.tables import DataError, Row, builtin_rows, file_rows, hub_rows
+from isotune.experiments.tables import DataError, Row, builtin_rows, commas_meant, file_rows, hub_rows
 from isotune.experiments.text import shown
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ def given(row: Row, column: str, key: str = "") -> Any:
     """What stands in a column, which `key` of the recipe names, if any; raises DataError where there is none."""
     if column not in row.values:
         found = ", ".join(map(str, row.values))
-        hint = " (a .csv file is separated by commas)" if len(row.values) == 1 and ";" in found else ""
+        hint = commas_meant(row.values)
         todo = f"name one of them by {key}, or " if key else ""
         todo += f"take one for it by data.rename={{NAME: {column}}}"
         if row.values.get("image") == row.where:  # renaming would make texts of the paths

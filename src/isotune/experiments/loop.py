@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from isotune.experiments import processes
 from isotune.experiments.encoded import Encoded, LengthGrouped
@@ -91,12 +92,7 @@ class Loop(Trainer):  # type: ignore[misc]
 
     def _keep_two(self, last: Path) -> None:
         """Remove checkpoints but the last and the best, or the one before; by their steps, and not by a clock."""
-        best = Path(self.state.best_model_checkpoint or last)
-        steps = {path: path.name.partition("-")[2] for path in last.parent.glob("checkpoint-*")}
-        old = [path for path in steps if steps[path].isdigit() and path.name not in (last.name, best.name)]
-        old.sort(key=lambda path: int(steps[path]))
-        for path in old[: -1 if best.name == last.name else None]:
-            shutil.rmtree(path, ignore_errors=True)
+        rotate_checkpoints(str(last.parent), 2, self.state.best_model_checkpoint, use_mtime=False)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Scores of a split; raises TrainingDiverged where the loss is not finite, and nothing is saved then."""

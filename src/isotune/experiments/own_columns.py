@@ -9,7 +9,7 @@ from typing import Any
 
 from isotune.experiments.sections import FileData
 from isotune.experiments.starting import KINDS, known_kind
-from isotune.experiments.tables import DataError, Row, file_rows
+from isotune.experiments.tables import DataError, Row, commas_meant, file_rows
 from isotune.experiments.text import shown
 
 OTHER_NAMES = {
@@ -104,9 +104,7 @@ def _needs(kind: str | None) -> str:
 
 
 def _refusal(path: Path, kind: str | None, columns: Sequence[str], found: Mapping[str, Any]) -> str:
-    said = f"{path} has the columns {', '.join(columns)}"
-    if len(columns) == 1 and ";" in columns[0]:
-        said += " (a .csv file is separated by commas)"
+    said = f"{path} has the columns {', '.join(columns)}{commas_meant(columns)}"
     if kind is None:
         return f"{said}, and --for cannot be told from them; call them as a task does: {_needs(None)}"
     said += f"; --for {kind} needs {' and '.join(KINDS[kind].columns)}: call them so in the file"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -44,6 +44,12 @@ class StoredImage:
     def read(self) -> Any:
         """The image; raises OSError where it cannot be decoded."""
         return self.table[self.place][self.column]
+
+
+def commas_meant(columns: Iterable[Any]) -> str:
+    """What to say beside the names of columns where another separator makes one column of all."""
+    names = [str(name) for name in columns]
+    return " (a .csv file is separated by commas)" if len(names) == 1 and ";" in names[0] else ""
 
 
 def builtin_rows(name: str) -> dict[str, list[Row]]:

@@ -48,7 +48,7 @@ BELOW: dict[str, tuple[str, ...]] = {
 }
 """Package -> those of isotune that it may import, besides itself and those in `BASIC`."""
 BASIC = {"errors", "json_files", "package_models", "progress", "versions", "whole_files"}
-SHARED_BY_METHODS = ("methods.config", "methods.checks", "methods.rotation", "methods.subspace", "methods.restarting")
+SHARED_BY_METHODS = ("methods.config", "methods.checks", "methods.rotation", "methods.basis", "methods.subspace")
 MAY_IMPORT_PEFT = (
     "methods.config",
     "tuner",

@@ -17,8 +17,9 @@ from isotune.adapter.rotation import RotationAdapter
 from isotune.diagnostics import geometry
 from isotune.diagnostics.turn import MAX_DENSE, basis_of, turn, turned_weights
 from isotune.files.adapter import ADAPTER, AdapterFile, describe, named_base
+from isotune.methods.basis import BasisConfig
 from isotune.methods.config import type_of
-from isotune.methods.subspace import BasisConfig, SubspaceConfig
+from isotune.methods.subspace import SubspaceConfig
 from isotune.subspace.cache import SubspaceCache
 from isotune.subspace.pinning import CANDIDATE_TOLERANCE
 from isotune.subspace.result import SubspaceRequest

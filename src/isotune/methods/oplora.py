@@ -9,9 +9,9 @@ from torch import Tensor
 
 from isotune.adapter.lowrank import ComplementAdapter
 from isotune.adapter.subspace import SubspaceBasis
+from isotune.methods.basis import BasisConfig
 from isotune.methods.checks import require, require_number, require_positive_integer, shown
 from isotune.methods.config import by_pattern, exactly
-from isotune.methods.subspace import BasisConfig
 from isotune.subspace.energy import rank_of_energy
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from isotune.adapter.placement import Placement
 from isotune.adapter.restarting import RestartingAdapter
-from isotune.methods.restarting import RestartingConfig
+from isotune.methods.subspace import RestartingConfig
 
 
 @dataclass

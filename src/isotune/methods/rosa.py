@@ -12,7 +12,7 @@ from isotune.adapter.placement import Placement
 from isotune.adapter.restarting import RestartingAdapter
 from isotune.methods.checks import require, shown
 from isotune.methods.config import exactly
-from isotune.methods.restarting import RestartingConfig
+from isotune.methods.subspace import RestartingConfig
 from isotune.subspace.selection import chosen, drawn_start, generator_for
 
 

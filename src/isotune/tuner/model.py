@@ -18,8 +18,8 @@ from isotune.internals.peft_hooks import HAS_HOOKS, Tuner
 from isotune.internals.peft_quantisation import get_quantization_kwargs
 from isotune.internals.quantised_state import keep_readable
 from isotune.internals.transformers_state import scales_by_tie
+from isotune.methods.basis import BasisConfig
 from isotune.methods.config import IsotuneConfig
-from isotune.methods.subspace import BasisConfig
 from isotune.parallel.sharding import is_sharded
 from isotune.parallel.tensor_parallel import make_equal, mesh_of
 from isotune.tuner.adapted_model import AdaptedModel, remove_adapter

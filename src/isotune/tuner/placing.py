@@ -16,7 +16,7 @@ from isotune.errors import BaseMismatchError, IsotuneWarning
 from isotune.hosts.factored import ALIKE, FactoredHost
 from isotune.internals.offloading import is_managed
 from isotune.internals.torch_state import has_own_values, is_symbolic
-from isotune.methods.subspace import BasisConfig
+from isotune.methods.basis import BasisConfig
 from isotune.parallel.processes import one_for_all, sample_of, several
 from isotune.parallel.sharding import is_sharded
 from isotune.subspace.cache import SubspaceCache

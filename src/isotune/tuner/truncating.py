@@ -17,8 +17,8 @@ from isotune.errors import IsotuneWarning
 from isotune.hosts import FactoredLinear, LinearHost
 from isotune.internals.offloading import is_managed
 from isotune.internals.torch_state import is_bare, is_symbolic
+from isotune.methods.basis import BasisConfig
 from isotune.methods.config import IsotuneConfig
-from isotune.methods.subspace import BasisConfig
 from isotune.parallel.processes import one_for_all, sample_of
 from isotune.parallel.sharding import is_partitioned, is_sharded
 from isotune.parallel.tensor_parallel import mesh_of

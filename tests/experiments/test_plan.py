@@ -406,5 +406,14 @@ def test_a_mixture_of_experts(tmp_path: Path) -> None:
     assert more.adapter_activations - found.adapter_activations == copies
     # And what so few tokens cannot outweigh: the inputs of the products, for the gradient of the copies.
     assert copies <= more.memory["kept for backward"] - found.memory["kept for backward"] <= 2 * copies
-    with pytest.raises(ValueError, match="cannot be followed without its weights"):
-        plan(setting(where, options=options, dtype="float32"))  # torch's grouped product on no numbers is for bfloat16
+
+
+def test_a_step_that_depends_on_the_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> float:
+        return float(self.lm_head.weight.sum())
+
+    model = tiny_llama()
+    where = folder(model, tmp_path)
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(ValueError, match="A step of LlamaForCausalLM cannot be followed without its weights"):
+        plan(setting(where, options={"r": 8, "target_modules": ["q_proj"]}))

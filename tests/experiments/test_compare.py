@@ -371,7 +371,9 @@ def with_head(tiny: dict[str, Any]) -> dict[str, Any]:
     return tiny
 
 
-def test_heads_to_start_from_come_first_one_for_each_seed(tiny: dict[str, Any]) -> None:
+def test_heads_to_start_from_come_first_one_for_each_seed(
+    tiny: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     engine = Fake(scored(lambda spec: spec.lr, lambda spec: 0.5))
     carry_out(planned(with_head(tiny), "head", "psoft", lr_search=1, seeds=2), engine)
     assert [(spec.phase, spec.seed) for spec in engine.started[:2]] == [("start", 0), ("start", 1)]
@@ -383,8 +385,11 @@ def test_heads_to_start_from_come_first_one_for_each_seed(tiny: dict[str, Any]) 
     again = Fake(scored(lambda spec: spec.lr, lambda spec: 0.5))
     carry_out(planned(tiny, "head", "psoft", lr_search=1, seeds=2), again)
     assert again.started == []
+    caplog.set_level("INFO", "isotune")
     carry_out(planned(tiny, "head", "psoft", "lora", lr_search=1, seeds=2), again)
     assert [(spec.phase, spec.seed) for spec in again.started] == [("search", 0), ("start", 1), ("seed", 1)]
+    assert "start:head lr 0.05 seed 1, again for its weights" in caplog.text
+    assert re.findall(r"run \d+ of \d+", caplog.text) == ["run 7 of 8", "run 8 of 8"]
     # A head that fails takes with it only what starts from it.
     tiny["output"] = str(Path(tiny["output"]).parent / "other" / "run")
     good = scored(lambda spec: spec.lr, lambda spec: 0.5)

@@ -50,7 +50,7 @@ def _carry_out(schedule: Schedule, engine: Engine) -> dict[str, Any]:
     try:
         for run, record in _runs(schedule, engine, bar):
             bar.total = max(bar.total, schedule.total())  # a search may go on
-            bar.update()
+            bar.update(len(schedule.records) - bar.n)
             processes.say(_line(run, record))
             if processes.is_main():
                 write_json(path, schedule.result())
@@ -80,13 +80,15 @@ def _runs(schedule: Schedule, engine: Engine, bar: Any) -> Iterator[tuple[Run, R
     Until then the bar says what is being done, and for how long.
     """
     running: set[Key] = set()
-    started = len(schedule.records)
     while True:
         for run in schedule.ready():
             if engine.free and run.key not in running:
                 running.add(run.key)
-                started += 1
-                processes.say(f"run {started} of {schedule.total()}: {run.title}, starting")
+                if run.key in schedule.records:
+                    processes.say(f"{run.title}, again for its weights, from which others start")
+                else:
+                    place = len(running | schedule.records.keys())
+                    processes.say(f"run {place} of {schedule.total()}: {run.title}, starting")
                 engine.start(run)
         if not engine.running:
             return

@@ -134,7 +134,8 @@ def _write(folder: Path, block_of: Callable[[str], str], *configs: Any, tags: It
     task = tasks.pop() if len(tasks) == 1 else None
     if task and not data.get("pipeline_tag"):
         data["pipeline_tag"] = task[0]
-    card.save(path)
+    with written_whole(path) as partial:
+        card.save(partial)
 
 
 def _block(folder: Path, config: Any, table: str) -> str:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from isotune.experiments.files import StorageError, read_json, storing, write_json
 
@@ -63,3 +64,21 @@ def test_what_is_no_matter_of_room_passes_as_it_is(error: Exception, expected: t
     with pytest.raises(expected) as found, storing("the checkpoint"):
         raise error
     assert (found.value is error) == (expected is type(error))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "; make room and run the same"),
+        (OSError(30, "Read-only file system"), "; when it can be written, run the same"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "; make room and run the same",
+        ),
+        (RuntimeError("basic_ios::clear: iostream error"), "; there may be no room left; when it can be written, run"),
+    ],
+)
+def test_where_the_disk_is_full_it_is_said(error: Exception, said: str) -> None:
+    with pytest.raises(StorageError) as found, storing("the checkpoint"):
+        raise error
+    assert said in str(found.value)

@@ -132,6 +132,9 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
         saved = _save(run.method, outcome.model, run.folder / "adapter")
         if task.processor is not None:
             task.processor.save_pretrained(str(run.folder / "adapter"))
+        config = getattr(outcome.model, "peft_config", {}).get("default")
+        if isinstance(config, IsotuneConfig):
+            write_card(run.folder / "adapter", config, {f"test {name}": value for name, value in outcome.test.items()})
     if labels := task.about().get("labels"):
         write_json(run.folder / "adapter" / LABELS_FILE, {"id2label": {str(i): name for i, name in enumerate(labels)}})
     write_json(run.folder / PREDICTIONS, outcome.predictions)
@@ -140,9 +143,6 @@ def _train(run: Run, task: Task) -> dict[str, Any]:
     answers = None if several else task.answers(outcome.predictions)
     # On the way it was measured under autocast, where the training has that.
     changes = {p["step"]: p["forgetting"] for p in outcome.curve if "forgetting" in p and not run.settings.autocast}
-    config = getattr(outcome.model, "peft_config", {}).get("default")
-    if isinstance(config, IsotuneConfig):
-        write_card(run.folder / "adapter", config, {f"test {name}": value for name, value in outcome.test.items()})
     return {
         **found,
         "test": outcome.test,

@@ -15,6 +15,7 @@ from typing import Any
 from isotune.experiments.text import first_line, from_json, shown
 from isotune.whole_files import written_whole
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What torch says, as a RuntimeError, where its own writer fails.
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter|iostream|inline_container|unexpected pos")
 
@@ -36,10 +37,13 @@ def storing(what: str) -> Iterator[None]:
     except (StorageError, ConnectionError):  # another process that is gone is no matter of room
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _TORCH_WRITER.search(str(error)):
+        unexplained = isinstance(error, RuntimeError)
+        if unexplained and not _TORCH_WRITER.search(str(error)):
             raise
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        full = getattr(error, "errno", None) in _FULL or any(f"os error {code}" in str(error) for code in _FULL)
         todo = "make room and run" if full else "when it can be written, run"
+        if unexplained:
+            todo = f"there may be no room left; {todo}"
         raise StorageError(
             f"cannot write {what}: {first_line(error)}; {todo} the same command again, which goes on from the last "
             "checkpoint"

@@ -151,6 +151,7 @@ def test_set_and_restore(requires_grad: bool, channels_last: bool) -> None:
     assert torch.equal(original, values)
     assert torch.equal(host.matrix(), other.float())
     assert module.weight.shape == original.shape
+    assert module.weight.stride() == original.stride()
     assert module.weight.requires_grad is requires_grad
     host.restore(kept)
     assert module.weight is original

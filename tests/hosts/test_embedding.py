@@ -91,6 +91,20 @@ def test_set_and_restore(requires_grad: bool) -> None:
     assert module.weight is original
 
 
+@pytest.mark.parametrize("options", [{}, {"padding_idx": PADDING}, {"scale_grad_by_freq": True}], ids=str)
+@pytest.mark.parametrize("tokens", [TOKENS, TOKENS[0]], ids=["batch", "text"])
+def test_the_model_may_write_into_the_vectors(method: str, options: dict[str, Any], tokens: Tensor) -> None:
+    """As BLIP and GIT do, which add the positions in place."""
+    model = build(method, embedding(**options))
+    found = []
+    for add in (Tensor.add, Tensor.add_):
+        model.zero_grad()
+        y = add(model(tokens), 1.0)
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad for p in trainable(model).values())])
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_max_norm_is_refused_and_the_model_is_left_alone(method: str) -> None:
     model = OneLayer(embedding(max_norm=1.0))
     before = snapshot(model)

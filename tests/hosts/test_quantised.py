@@ -255,6 +255,25 @@ def test_the_pin_takes_eight_bits_for_the_base_itself(tmp_path: Path) -> None:
     assert relative_error(only(loaded).get_delta_weight("default"), only(model).get_delta_weight("default")) < 5e-2
 
 
+@pytest.mark.filterwarnings("ignore:.*quantised again")
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("method", ["psoft", "oft"])
+def test_a_model_on_a_base_by_torchao_is_moved(method: str, merged: bool) -> None:
+    """Trainer and accelerate do so before the first step."""
+    model = adapt(quantise(OneLayer(spectral(64, 64)), "torchao-int8"), METHODS[method](target_modules=["layer"]))
+    randomize(model)
+    x = torch.randn(5, 64)
+    if merged:
+        model.merge_adapter()
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(model.to("cpu")(x), expected)
+        assert relative_error(model.to(torch.bfloat16)(x.bfloat16()).float(), expected) < 2e-2
+    inner = model.unload()
+    inner.to("meta")
+    assert inner.layer.weight.is_meta
+
+
 # -- subspaces ---------------------------------------------------------------------------------------------------
 
 

@@ -43,7 +43,15 @@ pytestmark = [
     pytest.mark.covered(
         method=FEW,
         host=("linear", "conv2d", "embedding"),
-        moved=("half", "bfloat16 twice", "deepcopy", "pickle", "its own state, assigned", "merged, cast and back"),
+        moved=(
+            "half",
+            "bfloat16 twice",
+            "double, swapped",
+            "deepcopy",
+            "pickle",
+            "its own state, assigned",
+            "merged, cast and back",
+        ),
     ),
 ]
 
@@ -384,6 +392,15 @@ def _trainable(model: Any) -> Any:
     return model
 
 
+def _swapped(model: Any) -> Any:
+    """As torch moves parameters of torchao's and DTensors, to which nothing may hold a weak reference."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 MOVES: dict[str, Callable[[Any], Any]] = {
     "half": lambda model: model.half(),
     "half and back": lambda model: model.half().float(),
@@ -391,6 +408,7 @@ MOVES: dict[str, Callable[[Any], Any]] = {
     "bfloat16 twice": lambda model: model.bfloat16().float().bfloat16().float(),
     "double": lambda model: model.double(),
     "double, half": lambda model: model.double().half(),
+    "double, swapped": _swapped,
     "to the same device": lambda model: model.to("cpu"),
     "deepcopy": copy.deepcopy,
     "deepcopy in half": lambda model: copy.deepcopy(model).half(),

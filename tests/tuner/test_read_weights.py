@@ -208,3 +208,19 @@ def test_writing_to_a_computed_weight_is_refused(method: str) -> None:
     model, _ = built(method, "parts")
     for layer in layers_of(model):
         assert_writing_is_refused(layer, r"get_base_layer\(\)")
+
+
+@torch.no_grad()
+def test_a_bound_that_changes_nothing_may_be_set(method: str) -> None:
+    """Gemma 3n bounds the weights of two of its projections in every step of a training."""
+    model, _ = built(method, "parts")
+    for layer in layers_of(model):
+        values, base = layer.weight.clone(), layer.get_base_layer().weight.clone()
+        largest = float(values.abs().max())
+        for weight in (layer.weight, layer.weight.data):
+            assert weight.clamp_(-2 * largest, 2 * largest) is weight
+            weight.clamp_min_(-2 * largest)
+            with pytest.raises(ValueError, match=rf"clamp_ .* would be lost.* of '{layer.key}'.*exclude_modules"):
+                weight.clamp_(-largest / 2, largest / 2)
+        assert torch.equal(layer.weight.clone(), values)
+        assert torch.equal(layer.get_base_layer().weight, base)

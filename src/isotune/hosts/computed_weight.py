@@ -14,6 +14,7 @@ _WRITTEN_AS_OPERATORS = {
     *(f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")),
 }
 _KEEP_VALUES = {"requires_grad_", "share_memory_"}
+_BOUNDS = {"clamp_", "clamp_min_", "clamp_max_", "clip_"}
 
 
 class ComputedWeight(Tensor):
@@ -35,12 +36,20 @@ class ComputedWeight(Tensor):
         name = "data = …" if func == _SET_DATA else getattr(func, "__name__", "")
         in_place = (name.endswith("_") and not name.startswith("__")) or name in _WRITTEN_AS_OPERATORS
         written = kwargs.get("out", next(iter((*args, *kwargs.values()))) if in_place or func == _SET_DATA else None)
+        if name in _BOUNDS and cls._lies_within(name, args, kwargs):
+            return args[0]
         for weight in written if isinstance(written, (list, tuple)) else [written]:
             if isinstance(weight, ComputedWeight) and name not in _KEEP_VALUES:
                 raise ValueError(
                     f"{name} on a weight that is computed at each use would be lost, and was left out. {weight.instead}"
                 )
         return args[0].as_data() if func == _GET_DATA else cls.read(func, args, kwargs)
+
+    @classmethod
+    def _lies_within(cls, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a bound on a weight changes nothing, as the one that some models set in every step of a training."""
+        bounded = cls.read(getattr(Tensor, name[:-1]), args, kwargs)
+        return bounded.is_meta or torch.equal(bounded, cls.read(Tensor.detach, args[:1], {}))
 
     @classmethod
     def read(cls, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -207,9 +207,11 @@ class Host:
 
     def set_matrix(self, matrix: Tensor) -> None:
         """Replace W by `matrix` (out, in), as a new parameter; modules that share the old one keep it."""
-        before = self.weight
-        weight = self.stored(matrix).contiguous().to(before.device, before.dtype)
-        weight = weight if mesh_of(self.module) is None else split_like(weight, before)
+        before, weight = self.weight, self.stored(matrix)
+        if mesh_of(self.module) is None:
+            weight = torch.empty_like(before).copy_(weight)  # channels last too
+        else:
+            weight = split_like(weight.contiguous().to(before.device, before.dtype), before)
         setattr(self.module, self.parameter, nn.Parameter(weight, requires_grad=before.requires_grad))
 
     def shared(self, down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -226,7 +228,7 @@ class Host:
         assert isinstance(original, nn.Parameter)
         if original.device != current.device or original.dtype != current.dtype:  # moved or cast meanwhile
             moved = original.data.to(current.device, current.dtype)
-            if mesh_of(self.module) is not None:  # a DTensor's data cannot be replaced
+            if current.is_meta or mesh_of(self.module) is not None:  # then torch cannot replace the data
                 original = nn.Parameter(moved, requires_grad=original.requires_grad)
             else:
                 original.data = moved

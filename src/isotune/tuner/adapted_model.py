@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from isotune.adapter.evaluation import Call, SharedEvaluation, is_recorded, share_evaluations
 from isotune.adapter.operator import Adapter, Stored
@@ -25,6 +24,7 @@ from isotune.internals.offloading import is_managed
 from isotune.internals.torch_state import backward_pass, is_symbolic, remove_hooks
 from isotune.parallel.sharding import gather_with, is_partitioned, is_sharded, is_wrapped_by_fsdp
 from isotune.tuner.experts_layer import ExpertsLayer
+from isotune.tuner.flags import Flags
 from isotune.tuner.layer import Layer
 from isotune.tuner.moved import update_config
 from isotune.tuner.placing import forget_untrained, is_read_anew, keeps_its_basis, place_adapter
@@ -49,8 +49,7 @@ class AdaptedModel:
         self.built = False
         self.warned = False
         """Whether the warning about parameters in too coarse a dtype has been given."""
-        # Weak references: a strong one would keep the whole parameter alive beside the shards that replace it.
-        self.trainable: MutableMapping[nn.Parameter, bool] = WeakTensorKeyDictionary()
+        self.flags = Flags()
         self.surroundings: list[nn.Module] = []
         """The modules on which accelerate or diffusers would put a hook that moves the layers' weights."""
         self.homes: list[tuple[nn.Module, str, nn.Module]] = []
@@ -374,8 +373,7 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
             own.forget()
         return
     if own is not None:
-        for parameter, flag in own.trainable.items():
-            parameter.requires_grad_(flag)
+        own.flags.restore()
         own.detach(model)
     if not configs and hasattr(model, "peft_config"):
         del model.peft_config

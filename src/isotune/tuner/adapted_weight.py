@@ -22,15 +22,23 @@ _ABOUT = {
 class AdaptedWeight(ComputedWeight):
     """A stand-in for a layer's weight: any use of its values computes them, with the active adapters folded in."""
 
-    instead = "Change the base layer's own weight, get_base_layer().weight, or merge the adapters first."
     make: Callable[[], Tensor]
+    layer: str
 
     @staticmethod
-    def of(base: Tensor, make: Callable[[], Tensor]) -> AdaptedWeight:
+    def of(base: Tensor, make: Callable[[], Tensor], layer: str) -> AdaptedWeight:
         """Make the stand-in for a base weight; `make` computes the adapted weight, differentiably, at each use."""
         weight = base.detach().as_subclass(AdaptedWeight)
-        weight.make = make
+        weight.make, weight.layer = make, layer
         return weight
+
+    @property
+    def instead(self) -> str:  # type: ignore[override]
+        """What to do instead of writing."""
+        return (
+            f"Change the base layer's own weight, get_base_layer().weight of {self.layer!r}, or merge the adapters "
+            "first; where it is the model that writes, exclude the module with exclude_modules."
+        )
 
     @classmethod
     def read(cls, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -43,4 +51,4 @@ class AdaptedWeight(ComputedWeight):
 
     def as_data(self) -> AdaptedWeight:
         """A stand-in whose values have no gradient."""
-        return AdaptedWeight.of(self.as_subclass(Tensor), lambda: self.make().detach())
+        return AdaptedWeight.of(self.as_subclass(Tensor), lambda: self.make().detach(), self.layer)

@@ -365,7 +365,7 @@ class Layer(MergingLayer):
         base: Tensor = self.host.as_read
         if self.host.quantised or not (self.active_here() or self.mixed_batch is not None):
             return base
-        return self._adapted_weight() if is_recorded() else AdaptedWeight.of(base, self._adapted_weight)
+        return self._adapted_weight() if is_recorded() else AdaptedWeight.of(base, self._adapted_weight, self.key)
 
     def _adapted_weight(self) -> Tensor:
         names, base = self.active_here(), self.host.weight

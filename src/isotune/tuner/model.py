@@ -25,6 +25,7 @@ from isotune.parallel.tensor_parallel import make_equal, mesh_of
 from isotune.tuner.adapted_model import AdaptedModel, remove_adapter
 from isotune.tuner.backends import adapt
 from isotune.tuner.experts_layer import inject as inject_experts
+from isotune.tuner.flags import Flags
 from isotune.tuner.layer import Layer
 from isotune.tuner.mean import check_request, combine, parts_of
 from isotune.tuner.merging import warn_of_requantising
@@ -79,7 +80,7 @@ class IsotuneModel(Tuner):
         if chooses:  # on a copy, so that the given configuration makes its own choice for every model
             config = self.peft_config[adapter_name] = copy.deepcopy(config)
             config.sized = False
-        trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        flags = Flags.of(model)
         first = not any(isinstance(module, Layer) for module in model.modules())
         for module in model.modules():
             keep_readable(module)  # without an adapter too: the gradients of earlier layers pass through it
@@ -96,7 +97,7 @@ class IsotuneModel(Tuner):
             refuse_other_truncation(model, adapter_name, config)
             own = AdaptedModel.attach(model)
             if first:
-                own.trainable.update(trainable)
+                own.flags = flags
             if basis_of is not None:
                 share_basis(adapter_name, basis_of, own.layers)
             elif config.origin is None:  # otherwise the file's tensors come next and are placed then
@@ -105,8 +106,7 @@ class IsotuneModel(Tuner):
         except BaseException:
             remove_adapter(model, adapter_name)
             getattr(self, "peft_config", {}).pop(adapter_name, None)  # gone with the model's last adapter
-            for parameter, flag in trainable.items():
-                parameter.requires_grad_(flag)
+            flags.restore()
             raise
 
     def add_weighted_adapter(

@@ -20,7 +20,7 @@ from isotune.experiments import registry
 from isotune.experiments.files import write_json
 from isotune.experiments.measure import Kept, kept_bytes
 from isotune.experiments.methods import attach
-from isotune.experiments.planning import measured
+from isotune.experiments.planning import estimate, measured
 from isotune.experiments.planning.estimate import estimate as plan
 from isotune.experiments.planning.formula import adapter_activations
 from isotune.experiments.planning.measured import Measured
@@ -28,6 +28,7 @@ from isotune.experiments.planning.setting import ACCELERATORS, ASSUMED_UTILIZATI
 from isotune.experiments.planning.show import to_text
 from isotune.experiments.planning.trace import trace
 from isotune.experiments.recipe import Method
+from isotune.internals.torch_state import GROUPED_PRODUCT
 
 BATCH, LENGTH = 2, 24
 METHODS: list[tuple[str, dict[str, Any]]] = [  # the first three on every architecture, the others on Llama
@@ -377,7 +378,7 @@ def test_the_constants_that_the_package_holds_are_of_known_accelerators_and_meth
         assert all(0.0 < share < 1.0 for share in found.utilization.values())
 
 
-def test_a_mixture_of_experts(tmp_path: Path) -> None:
+def test_a_mixture_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the experts, those that a token is sent to are multiplied; adapters on them keep a folded copy."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -395,6 +396,12 @@ def test_a_mixture_of_experts(tmp_path: Path) -> None:
         model = MixtralForCausalLM(config)
     where = folder(model, tmp_path)
     options = {"r": 8, "target_modules": ["q_proj"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(estimate, "GROUPED_PRODUCT", None)
+        with pytest.raises(ValueError, match=r"MixtralForCausalLM cannot be followed.*a later one does"):
+            plan(setting(where, options=options, dtype="bfloat16"))
+    if GROUPED_PRODUCT is None:
+        return
     found = plan(setting(where, options=options, dtype="bfloat16"))
     tokens, attention = BATCH * LENGTH, 2 * BATCH * LENGTH**2 * 2 * 64
     weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 4 * 64 + 2 * 3 * 64 * 96) + 64 * 96

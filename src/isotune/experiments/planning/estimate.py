@@ -25,6 +25,7 @@ from isotune.experiments.planning.trace import attention, autocast, blocks_of, i
 from isotune.experiments.recipe import Method
 from isotune.experiments.text import first_line
 from isotune.files.base_model import quiet, resolve_base
+from isotune.internals.torch_state import GROUPED_PRODUCT
 from isotune.internals.transformers_state import attention_of
 from isotune.methods.checks import require_choice
 
@@ -102,6 +103,7 @@ def estimate(setting: Setting, built: Built | None = None) -> Estimate:
         with torch.device("meta"):
             built = built or _build(setting)
             base, dtype = built.base, built.dtype
+            _check_experts(base)
             _let_attention_be_followed(base)
             base_parameters = sum(p.numel() for p in base.parameters())
             base_bytes, largest = _base_bytes(base, setting.quantization)
@@ -195,6 +197,17 @@ def _build(setting: Setting) -> Built:
         torch.set_default_dtype(before)
     head = [name for name, _ in model.named_children() if name in registry.HEADS]
     return Built(model, dtype, head, "SEQ_CLS" if "SequenceClassification" in type(model).__name__ else None)
+
+
+def _check_experts(model: nn.Module) -> None:
+    """Refuse a mixture of experts where torch has no product of them all: then values decide what is computed."""
+    kinds = ((module, parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    fused = any(p.ndim == 3 and len(p) > 1 and "Conv" not in type(module).__name__ for module, p in kinds)
+    if GROUPED_PRODUCT is None and fused:
+        raise ValueError(
+            f"A step of {type(model).__name__} cannot be followed without its weights: PyTorch {torch.__version__} "
+            "does not compute a mixture's experts by one product; a later one does."
+        )
 
 
 def _let_attention_be_followed(model: Any) -> None:

@@ -105,6 +105,19 @@ def test_the_model_may_write_into_the_vectors(method: str, options: dict[str, An
     torch.testing.assert_close(found[1], found[0])
 
 
+class Positions(nn.Embedding):
+    """Returns more than the vectors, as ProphetNet's positions do."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), x
+
+
+def test_an_embedding_that_returns_several_tensors_is_refused(method: str) -> None:
+    model = build(method, Positions(ROWS, WIDTH))
+    with pytest.raises(ValueError, match=r"'layer', a Positions, returns a tuple.*exclude_modules"):
+        model(TOKENS)
+
+
 def test_max_norm_is_refused_and_the_model_is_left_alone(method: str) -> None:
     model = OneLayer(embedding(max_norm=1.0))
     before = snapshot(model)

@@ -17,6 +17,7 @@ from helpers import (
     OneLayer,
     Stack,
     adapt,
+    assert_same_gradients,
     down_of,
     layers_of,
     merged_matrix,
@@ -274,6 +275,85 @@ def test_a_model_on_a_base_by_torchao_is_moved(method: str, merged: bool) -> Non
     assert inner.layer.weight.is_meta
 
 
+@pytest.mark.filterwarnings("ignore:.*quantised again")
+def test_unmerging_follows_a_cast() -> None:
+    model = adapt(quantise(OneLayer(spectral(64, 64)), "torchao-int4"), psoft(r=8, target_modules=["layer"]))
+    randomize(model)
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        expected = model(x)
+        model.merge_adapter()
+        model.to(torch.bfloat16)
+        model.unmerge_adapter()
+        assert relative_error(model(x.bfloat16()).float(), expected) < 2e-2
+
+
+@pytest.mark.parametrize("name", parameters("bitsandbytes-nf4", "bitsandbytes-int8", "torchao-int8"))
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_over_layers_that_return_single_precision(method: str, name: str) -> None:
+    """As `Trainer(bf16=True)` on a base by `prepare_model_for_kbit_training`."""
+    model, x = adapted(method, name), torch.randn(5, 192)
+    wide = copy.deepcopy(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(x)
+    expected = wide(x)
+    assert relative_error(output.float(), expected) < 2e-2
+    for each, found in ((model, output), (wide, expected)):
+        found.float().square().mean().backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trainable(each).values())
+    assert_same_gradients(model, wide, 0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert torch.isfinite(model.eval()(x)).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_base_that_torchao_quantises_in_place_is_followed(method: str, kind: str, bias: bool) -> None:
+    quantisation = pytest.importorskip("torchao.quantization")
+    base = OneLayer(spectral(64, 192))
+    base.layer.bias = nn.Parameter(torch.randn(64)) if bias else None
+    options = {"target_modules": ["layer"], "init_weights": False, **OPTIONS_FOR_12[method]}
+    model, x = get_peft_model(copy.deepcopy(base), METHODS[method](**options)).eval(), torch.randn(5, 192)
+    with torch.no_grad():
+        expected = model(x)
+        for one in (base, model):
+            quantisation.quantize_(one, getattr(quantisation, kind)())
+        assert relative_error(model(x), expected) < 0.05
+        with model.disable_adapter():
+            assert torch.equal(model(x), base(x))
+    with pytest.raises(ValueError, match="cannot be written back"):
+        model.merge_adapter()
+
+
+@pytest.mark.parametrize("name", parameters("bitsandbytes-nf4", "bitsandbytes-int8", "torchao-int8"))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_base_that_is_dequantised_is_followed(method: str, name: str) -> None:
+    model, x = adapted(method, name).eval(), torch.randn(5, 192)
+    layer = only(model)
+    plain = nn.Linear(192, 64)
+    with torch.no_grad():
+        plain.weight.copy_(layer.host.matrix())
+        plain.bias.copy_(layer.get_base_layer().bias)
+        expected = model(x)
+        layer.base_layer = plain
+        found = model(x)
+        assert relative_error(found, expected) < 0.02
+        model.merge_adapter()
+        assert relative_error(model(x), found) < 1e-5
+
+
+def test_a_layer_that_gives_its_input_no_gradient_is_refused_for_training() -> None:
+    quantisation = pytest.importorskip("torchao.quantization")
+    base = OneLayer(nn.Linear(64, 64))
+    quantisation.quantize_(base, quantisation.Int8DynamicActivationInt8WeightConfig())
+    for method in ("psoft", "oft"):
+        with pytest.raises(ValueError, match=r"'layer' is quantised together with its inputs.*Int8WeightOnlyConfig"):
+            get_peft_model(copy.deepcopy(base), METHODS[method](target_modules=["layer"]))
+        served = METHODS[method](target_modules=["layer"], inference_mode=True)
+        assert get_peft_model(copy.deepcopy(base), served)(torch.randn(2, 64)).shape == (2, 64)
+
+
 # -- subspaces ---------------------------------------------------------------------------------------------------
 
 
@@ -457,7 +537,7 @@ def test_a_library_whose_weights_peft_cannot_read_is_named(
 ) -> None:
     utils = pytest.importorskip("peft.utils.quantization_utils", reason="PEFT reads quantised weights from 0.20 on")
     monkeypatch.setattr(
-        "isotune.tuner.backends.resolve_quantization_backend",
+        "isotune.tuner.quantisation.resolve_quantization_backend",
         lambda *_, **__: utils.ForwardOnlyQuantizationBackend(library),
     )
     base = OneLayer(Packed())
@@ -512,5 +592,7 @@ def test_a_layer_that_was_repacked_before_is_brought_back() -> None:
 
 
 def test_plain_models_import_no_quantisation_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isotune.tuner.backends.resolve_quantization_backend", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr(
+        "isotune.tuner.quantisation.resolve_quantization_backend", lambda *_, **__: pytest.fail("asked")
+    )
     adapt(Stack(), psoft(target_modules=["first"]))

@@ -76,6 +76,29 @@ def test_autocast_trains_the_parameters_in_single(method: str, dtype: torch.dtyp
     assert_same_gradients(model, wide, 0.1 if dtype == torch.bfloat16 else 1e-2)
 
 
+class InSingle(nn.Linear):
+    """A layer that computes in single precision whatever the setting, as some libraries' do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
+@HALF
+def test_autocast_over_a_layer_that_returns_single_precision(method: str, dtype: torch.dtype) -> None:
+    base = nn.Sequential(nn.Linear(12, 24), InSingle(24, 12))
+    model = get_peft_model(base, METHODS[method](target_modules=["1"], **OPTIONS_FOR_12[method])).train()
+    randomize(model)
+    wide, x = copy.deepcopy(model), torch.randn(6, 12)
+    with torch.autocast("cpu", dtype=dtype):
+        output = model(x)
+    assert output.dtype == torch.float32
+    assert relative_error(output, wide(x)) < 2e-2
+    output.square().mean().backward()
+    loss_of(wide, x).backward()
+    assert_same_gradients(model, wide, 0.1 if dtype == torch.bfloat16 else 2e-2)
+
+
 def test_a_scaled_loss_gives_the_steps_of_an_unscaled_one(method: str) -> None:
     """And a step whose gradients overflow is not made."""
     model, x = stack(method), torch.randn(6, 12)

@@ -504,6 +504,25 @@ def test_safe_merge_of_a_whole_model_is_all_or_nothing(family: str) -> None:
     assert not any(layer.merged for layer in layers_of(model))
 
 
+class Listed(nn.Module):
+    """Calls its layers through a plain list, as a head of Mask2Former does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(8, 8), nn.ReLU()]
+        for index, layer in enumerate(self.layers):
+            self.add_module(str(index), layer)
+        self.last = nn.Linear(8, 8)
+
+
+def test_a_layer_that_is_called_through_a_plain_list_is_said() -> None:
+    with pytest.warns(IsotuneWarning, match=r"'0' lies in a plain list of its Listed too, 'layers'.*exclude_modules"):
+        get_peft_model(Listed(), psoft(r=4, target_modules=["0", "last"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(Listed(), psoft(r=4, target_modules=["last"]))
+
+
 def test_unloading_leaves_the_very_base() -> None:
     base = tiny_opt()
     before = {name: (id(p), p.detach().clone()) for name, p in base.named_parameters()}

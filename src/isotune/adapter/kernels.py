@@ -37,12 +37,23 @@ def weight_of(base: Base) -> Tensor | None:
     return None if isinstance(base, Tensor) else base[0]
 
 
-def output_below(flat: Tensor, shape: Sequence[int], base: Base) -> tuple[Tensor, Tensor]:
-    """What an update is added to, in new memory, as `frozen_linear` returns it: a copy of an output, or x Wᵀ + b."""
+def output_with(flat: Tensor, shape: Sequence[int], base: Base, left: Tensor, right: Tensor) -> Tensor:
+    """The update left · right added to what is below it, in new memory: to an output, or to x Wᵀ + b."""
     if isinstance(base, Tensor):
         result = base.clone(memory_format=torch.contiguous_format)
-        return result, result.view(len(flat), result.shape[-1])
-    return frozen_linear(flat, shape, *base)
+        rows = result.view(len(flat), result.shape[-1])
+    else:
+        result, rows = frozen_linear(flat, shape, *base)
+    if rows.dtype == left.dtype:
+        rows.addmm_(left, right)
+    else:  # under autocast, of a layer whose output has another dtype, as of bitsandbytes
+        rows.add_(torch.mm(left, right))
+    return result
+
+
+def rows_of(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient as (tokens, out), in the dtype in which the update was computed."""
+    return gradient.reshape(-1, gradient.shape[-1]).to(dtype)
 
 
 def input_gradient(gradient: Tensor, weight: Tensor | None, read: Tensor, down: Tensor) -> Tensor:
@@ -75,9 +86,7 @@ class _SubspaceUpdate(torch.autograd.Function):
         coordinates = of_x.total(torch.mm(flat, down.t()))
         ctx.save_for_backward(coordinates, difference)
         ctx.frozen = down, up, weight_of(base), of_result
-        result, rows = output_below(flat, x.shape, base)
-        rows.addmm_(torch.mm(coordinates, difference), up.t())
-        return result
+        return output_with(flat, x.shape, base, torch.mm(coordinates, difference), up.t())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -85,7 +94,7 @@ class _SubspaceUpdate(torch.autograd.Function):
         coordinates, difference = ctx.saved_tensors
         down, up, weight, of_result = ctx.frozen
         needs_x, needs_difference, needs_base, *_ = ctx.needs_input_grad
-        read = of_result.total(torch.mm(gradient.reshape(-1, gradient.shape[-1]), up))
+        read = of_result.total(torch.mm(rows_of(gradient, up.dtype), up))
         grad_x = input_gradient(gradient, weight, torch.mm(read, difference.t()), down) if needs_x else None
         grad_difference = torch.mm(coordinates.t(), read) if needs_difference else None
         return grad_x, grad_difference, gradient if needs_base else None, None, None
@@ -105,7 +114,8 @@ def subspace_update(
     Args:
         x: (..., in), or this process's share of its columns.
         difference: D, M − I times the scale, padded with zeros like the factors.
-        base: the layer's own output, or this process's share of its columns, or the linear layer; in the dtype of x.
+        base: the layer's own output, or this process's share of its columns, or the linear layer; this one in the dtype
+            of x.
         factors: down (r or more, in) and up (out, r or more), in the dtype of x and cut to the shares.
         shares: those of x and of the output under tensor parallelism.
 
@@ -133,16 +143,14 @@ class _LowRankUpdate(torch.autograd.Function):
         coordinates = of_x.total(torch.mm(flat, down.t()))
         ctx.save_for_backward(x, coordinates, down, up)
         ctx.weight, ctx.of_result = weight_of(base), of_result
-        result, rows = output_below(flat, x.shape, base)
-        rows.addmm_(coordinates, up.t())
-        return result
+        return output_with(flat, x.shape, base, coordinates, up.t())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         x, coordinates, down, up = ctx.saved_tensors
         needs_x, needs_down, needs_up, needs_base, *_ = ctx.needs_input_grad
-        flat = gradient.reshape(-1, gradient.shape[-1])
+        flat = rows_of(gradient, up.dtype)
         read = ctx.of_result.total(torch.mm(flat, up))
         grad_down = torch.mm(read.t(), x.reshape(-1, x.shape[-1])) if needs_down else None
         grad_up = torch.mm(flat.t(), coordinates) if needs_up else None

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from isotune.adapter.evaluation import autocasts
+from isotune.adapter.evaluation import autocasts, working_dtype
 from isotune.adapter.operator import Adapter, Base, Below, FrozenLinear
 from isotune.adapter.placement import Factors, Mark, Placement
 from isotune.parallel.tensor_parallel import UNSPLIT, Shares
@@ -37,18 +37,22 @@ class Update(Adapter):
         Args:
             x: (..., in), or this process's share of its columns.
             tensors: the result of `tensors`.
-            base: the layer's own output, or this process's share of its columns, or the linear layer; in the dtype of
-                x.
+            base: the layer's own output, or this process's share of its columns, or the linear layer; this one in the
+                dtype of x.
             shares: those of x and of the output.
         """
 
     def output(self, x: Tensor, tensors: tuple[Tensor, ...], below: Below) -> Tensor:
-        """The output below and the update of x, in its dtype; in training x has its dropout."""
+        """The output below, in its dtype, with the update of x; in training x has its dropout.
+
+        The update is computed in the dtype of the output, under autocast in that of autocast.
+        """
         result, division = below.call(x), below.division
         if not isinstance(result, Tensor):
             raise below.no_tensor(result)
         x = nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
-        return self.added(x.to(result.dtype), tensors, result, (division.of_input(x), division.of_output(result)))
+        dtype = working_dtype(x) if autocasts(x) else result.dtype
+        return self.added(x.to(dtype), tensors, result, (division.of_input(x), division.of_output(result)))
 
     def fused(self, x: Tensor, tensors: tuple[Tensor, ...], linear: FrozenLinear) -> Tensor | None:
         """x Wᵀ + b and the update in one node; None under autocast, with dropout, or if x has not the dtype of W."""

@@ -92,6 +92,11 @@ class EmbeddingHost(Host):
             return base_layer(x, *args, **kwargs), x.reshape(-1), None
         with _Rows() as seen:  # learned positions, for example, look up other rows than given
             found: Tensor = base_layer(x, *args, **kwargs)
+        if not isinstance(found, Tensor):
+            raise ValueError(
+                f"{self.name!r}, a {type(self.module).__name__}, returns a {type(found).__name__} and no tensor, so no "
+                "adapter can act on it; exclude the module with exclude_modules."
+            )
         if seen.found is None or seen.rows is None:
             return found, x.reshape(-1), None
         plain = type(self.module).forward is nn.Embedding.forward

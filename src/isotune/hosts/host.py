@@ -70,6 +70,7 @@ class Host:
         self.name = name
         self._in_use = threading.RLock()
         self.check()
+        self.weight_class = self._weight_class()
         self.out_features, self.in_features = self.shape()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -99,8 +100,7 @@ class Host:
                 "(torch.nn.utils.parametrize.remove_parametrizations), or exclude the module with exclude_modules."
             )
         weight, shape = self.weight, shape_of(self.weight)
-        # A library's own tensor class, such as torchao's, reports the dtype its values were packed from.
-        if hasattr(weight, "__tensor_flatten__") and not type(weight).__module__.startswith("torch."):
+        if _is_packed(type(weight)):
             raise ValueError(
                 f"The weight of {name!r} is a {type(weight).__module__}.{type(weight).__qualname__}, which is only "
                 "supported in linear layers. Load the base model without quantising it, or choose others in "
@@ -113,6 +113,14 @@ class Host:
                 "quantised by this library cannot be adapted: load the base model unquantised or quantised by another "
                 "library (see the guide on quantised bases), or exclude the layer with exclude_modules."
             )
+
+    def is_exchanged(self) -> bool:
+        """Whether the weight has been packed by a library since, or unpacked, in the same module."""
+        now, then = self._weight_class(), self.weight_class
+        return now is not then and now is not type(None) and _is_packed(now) is not _is_packed(then)
+
+    def _weight_class(self) -> type:
+        return type(getattr(self.module, self.parameter, None))  # a layer may call what it has packed otherwise
 
     @property
     def weight(self) -> Tensor:
@@ -233,6 +241,11 @@ class Host:
             else:
                 original.data = moved
         setattr(self.module, self.parameter, original)
+
+
+def _is_packed(kind: type) -> bool:
+    """Whether a class of tensors is a library's own, such as torchao's, with the dtype its values were packed from."""
+    return hasattr(kind, "__tensor_flatten__") and not kind.__module__.startswith("torch.")
 
 
 @contextmanager

@@ -173,9 +173,9 @@ class QuantisedHost(Host):
         return Kept(self.weight, copy_of(self.module))
 
     def restore(self, kept: Kept) -> None:
-        """Put the same tensors back, on the layer's current device."""
+        """Put the same tensors back, on the layer's current device and in its dtype."""
         assert kept.module is not None
-        device = self.weight.device
-        if packed(kept.module).device != device:
-            kept.module.to(device)
+        now, then = self.weight, packed(kept.module)
+        if then.device != now.device or (now.is_floating_point() and then.dtype != now.dtype):
+            kept.module.to(now.device, now.dtype if now.is_floating_point() else None)
         exchange_weight(self.module, kept.module)

@@ -333,9 +333,9 @@ class Layer(MergingLayer):
             return None
         weight: Tensor = module.weight  # type: ignore[assignment]
         bias: Tensor | None = module.bias  # type: ignore[assignment]
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
-            return None
-        return host.seen(weight), bias
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        exchanged = type(weight) is not host.weight_class and host.is_exchanged()
+        return None if trained or exchanged else (host.seen(weight), bias)
 
     def _mixed(self, x: Tensor, batch: MixedBatch, *args: Any, **kwargs: Any) -> Tensor:
         """Run each sample of the batch with the adapter named for it; "__base__" means none."""

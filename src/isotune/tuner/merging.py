@@ -18,6 +18,7 @@ from isotune.errors import IsotuneWarning
 from isotune.hosts import Host, Kept, host_for, widen
 from isotune.internals.offloading import brought
 from isotune.parallel.sharding import whole
+from isotune.tuner.quantisation import backend_of
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,10 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: it was, and adapters cannot act on the new one.
         """
-        module = self.get_base_layer()
-        if module is not self._host.module and not torch.compiler.is_compiling():
+        module, host = self.get_base_layer(), self._host
+        if torch.compiler.is_compiling():
+            return host
+        if module is not host.module or (self._kept is None and host.is_exchanged()):
             self._follow(module)
         return self._host
 
@@ -111,12 +114,13 @@ class MergingLayer(nn.Module, BaseTunerLayer):
                 setattr(self, name, value)
 
     def _follow(self, module: nn.Module) -> None:
-        if any(part is self._host.module for part in module.modules()):
+        if module is not self._host.module and any(part is self._host.module for part in module.modules()):
             return  # a wrapper of the layer that was there before, as of FSDP1 or torch.compile
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         why = f"it was exchanged for a {kind} after adapters were added. Exchange it first, or merge and unload them."
         try:
-            host = host_for(module, self.key, self.quantization_backend, self.parameter)
+            backend = None if self.parameter is not None else backend_of(module, self.key)
+            host = host_for(module, self.key, backend, self.parameter)
         except ValueError as error:
             raise ValueError(
                 f"The adapters of {self.key!r} cannot act on the layer that is there now: {why}"
@@ -124,7 +128,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         now, then = (host.out_features, host.in_features), (self._host.out_features, self._host.in_features)
         if now != then:
             raise ValueError(f"The weight of {self.key!r} is {now} and not {then}, as its adapters are: {why}")
-        self._host = host
+        self._host, self.quantization_backend = host, backend
 
     def adapter(self, adapter_name: str) -> Adapter:
         """The adapter of this name."""

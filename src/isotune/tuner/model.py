@@ -37,6 +37,8 @@ from isotune.tuner.refusals import (
     refuse_loading_by_one,
     refuse_names_of_saved,
     refuse_several_places,
+    refuse_without_gradient,
+    warn_of_lists,
     warn_of_missing,
     warn_of_tied,
 )
@@ -88,6 +90,8 @@ class IsotuneModel(Tuner):
             refuse_names_of_saved(model, self.peft_config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             refuse_several_places(model)
+            if first:
+                warn_of_lists(model)
             if config.origin is None and "target_modules" in config.given:  # else the names are PEFT's, of its tables
                 warn_of_missing(model, config)
                 warn_of_tied(model)
@@ -234,6 +238,7 @@ class IsotuneModel(Tuner):
             target.update_layer(adapter_name, peft_config)
             return
         layer = adapt(target, current_key, **get_quantization_kwargs(self.model))
+        refuse_without_gradient(layer, peft_config)
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)

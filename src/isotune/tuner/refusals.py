@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
 
+import torch
 from torch import nn
 
 from isotune.errors import IsotuneWarning
@@ -77,6 +78,46 @@ def refuse_several_places(model: nn.Module) -> None:
                 f"The target module {key!r} is the same object as {name!r}, so an adapter would act in one place but "
                 "be merged into all. Exclude the module with exclude_modules, or give each place a copy of its own."
             )
+
+
+def refuse_without_gradient(layer: Layer, config: IsotuneConfig) -> None:
+    """Refuse to train on a quantised layer that gives its input no gradient, as torchao's that quantise it, too.
+
+    Nothing before such a layer would be trained, a rotation of its input the least.
+    """
+    host = layer.host
+    if config.inference_mode or not host.quantised or host.weight.is_meta:
+        return
+    if not hasattr(host.weight, "__tensor_flatten__"):
+        return  # the layers of other libraries are nodes of their own, and some cannot be called yet
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.ones(1, layer.in_features, dtype=host.weight.dtype, device=host.weight.device, requires_grad=True)
+        y: torch.Tensor = host.module(x)
+        (gradient,) = torch.autograd.grad(y.sum(), x, allow_unused=True) if y.requires_grad else (None,)
+    if gradient is None:
+        raise ValueError(
+            f"{layer.key!r} is quantised together with its inputs, and gives them no gradient, so nothing before it "
+            "can be trained. Quantise weights only (torchao's Int8WeightOnlyConfig, for example), or exclude the "
+            "module with exclude_modules."
+        )
+
+
+def warn_of_lists(model: nn.Module) -> None:
+    """Warn of adapted layers that a module holds in a plain list too: what is called through it has no adapter."""
+    adapted = {id(m.base_layer): m.key for m in model.modules() if isinstance(m, Layer)}
+    for module in model.modules():
+        for attribute, held in vars(module).items():
+            if attribute == "_modules" or not isinstance(held, dict | list | tuple):
+                continue
+            for one in held.values() if isinstance(held, dict) else held:
+                if id(one) in adapted:
+                    warnings.warn(
+                        f"{adapted[id(one)]!r} lies in a plain {type(held).__name__} of its "
+                        f"{type(module).__name__} too, {attribute!r}; where the model calls it through that, its "
+                        "adapter does nothing. Then exclude the module with exclude_modules.",
+                        IsotuneWarning,
+                        stacklevel=2,
+                    )
 
 
 def warn_of_missing(model: nn.Module, config: IsotuneConfig) -> None:

@@ -351,7 +351,19 @@ def test_a_layer_that_gives_its_input_no_gradient_is_refused_for_training() -> N
         with pytest.raises(ValueError, match=r"'layer' is quantised together with its inputs.*Int8WeightOnlyConfig"):
             get_peft_model(copy.deepcopy(base), METHODS[method](target_modules=["layer"]))
         served = METHODS[method](target_modules=["layer"], inference_mode=True)
-        assert get_peft_model(copy.deepcopy(base), served)(torch.randn(2, 64)).shape == (2, 64)
+        model = get_peft_model(copy.deepcopy(base), served)
+        assert model(torch.randn(2, 64)).shape == (2, 64)
+        with pytest.raises(ValueError, match=r"'layer' is quantised together with its inputs"):
+            model.add_adapter("trained", METHODS[method](target_modules=["layer"]))
+        assert list(model.peft_config) == ["default"]
+
+
+def test_a_quantised_layer_exchanged_for_its_copy_can_be_merged() -> None:
+    model = adapt(quantise(OneLayer(spectral(64, 64)), "torchao-int8"), psoft(r=8, target_modules=["layer"]))
+    layer = only(model)
+    layer.base_layer = copy.deepcopy(layer.base_layer)
+    with pytest.warns(IsotuneWarning, match="quantised again"):
+        model.merge_adapter()
 
 
 # -- subspaces ---------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def test_nothing_is_kept_alive_and_nothing_is_weakly_referenced() -> None:
     assert not any(weakref.getweakrefcount(parameter) for parameter in model.parameters())
 
 
-def test_a_parameter_that_is_gone_or_new_is_left_alone() -> None:
+def test_another_parameter_of_the_name_has_the_flag() -> None:
     layer = nn.Linear(2, 2)
     flags = Flags.of(layer)
     layer.bias, layer.more = None, nn.Parameter(torch.zeros(2), requires_grad=False)
@@ -55,3 +55,6 @@ def test_a_parameter_that_is_gone_or_new_is_left_alone() -> None:
     flags.restore()
     assert layer.weight.requires_grad
     assert not layer.more.requires_grad
+    layer.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
+    flags.restore()
+    assert not layer.weight.requires_grad

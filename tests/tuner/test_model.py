@@ -520,7 +520,9 @@ def test_a_layer_that_is_called_through_a_plain_list_is_said() -> None:
         get_peft_model(Listed(), psoft(r=4, target_modules=["0", "last"]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        get_peft_model(Listed(), psoft(r=4, target_modules=["last"]))
+        model = get_peft_model(Listed(), psoft(r=4, target_modules=["last"]))
+    with pytest.warns(IsotuneWarning, match="'0' lies in a plain list"):
+        model.add_adapter("second", psoft(r=4, target_modules=["0", "last"]))
 
 
 def test_unloading_leaves_the_very_base() -> None:

@@ -51,11 +51,6 @@ def output_with(flat: Tensor, shape: Sequence[int], base: Base, left: Tensor, ri
     return result
 
 
-def rows_of(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient as (tokens, out), in the dtype in which the update was computed."""
-    return gradient.reshape(-1, gradient.shape[-1]).to(dtype)
-
-
 def input_gradient(gradient: Tensor, weight: Tensor | None, read: Tensor, down: Tensor) -> Tensor:
     """The gradient of x: that through the update, read · down, and that through W if the layer is inside the node."""
     if weight is None:
@@ -94,7 +89,7 @@ class _SubspaceUpdate(torch.autograd.Function):
         coordinates, difference = ctx.saved_tensors
         down, up, weight, of_result = ctx.frozen
         needs_x, needs_difference, needs_base, *_ = ctx.needs_input_grad
-        read = of_result.total(torch.mm(rows_of(gradient, up.dtype), up))
+        read = of_result.total(torch.mm(gradient.reshape(-1, gradient.shape[-1]).to(up.dtype), up))
         grad_x = input_gradient(gradient, weight, torch.mm(read, difference.t()), down) if needs_x else None
         grad_difference = torch.mm(coordinates.t(), read) if needs_difference else None
         return grad_x, grad_difference, gradient if needs_base else None, None, None
@@ -150,7 +145,7 @@ class _LowRankUpdate(torch.autograd.Function):
         refuse_double_backward()
         x, coordinates, down, up = ctx.saved_tensors
         needs_x, needs_down, needs_up, needs_base, *_ = ctx.needs_input_grad
-        flat = rows_of(gradient, up.dtype)
+        flat = gradient.reshape(-1, gradient.shape[-1]).to(up.dtype)
         read = ctx.of_result.total(torch.mm(flat, up))
         grad_down = torch.mm(read.t(), x.reshape(-1, x.shape[-1])) if needs_down else None
         grad_up = torch.mm(flat.t(), coordinates) if needs_up else None

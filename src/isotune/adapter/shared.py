@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from isotune.adapter.evaluation import is_recorded
-from isotune.adapter.kernels import input_gradient, output_with, rows_of, weight_of
+from isotune.adapter.kernels import input_gradient, output_with, weight_of
 from isotune.adapter.lowrank import LowRankAdapter
 from isotune.adapter.operator import Base
 from isotune.algebra.factors import refuse_double_backward
@@ -51,7 +51,7 @@ class _SharedUpdate(torch.autograd.Function):
         coordinates, d, b = ctx.saved_tensors
         down, up = ctx.factors
         needs_x, needs_d, needs_b, needs_base, *_ = ctx.needs_input_grad
-        flat = rows_of(gradient, up.dtype)
+        flat = gradient.reshape(-1, gradient.shape[-1]).to(up.dtype)
         grad_b = (torch.mm(flat.t(), coordinates * d) * up).sum(1) if needs_b else None
         read = ctx.of_result.total(torch.mm(flat, up * b[:, None]))
         grad_d = (read * coordinates).sum(0) if needs_d else None

@@ -26,7 +26,7 @@ def refuse_double_backward() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "An adapted layer can only be differentiated once; create_graph=True is not supported. Compute second "
-            "derivatives by torch.func, such as hessian or jvp, on the merged model, or by differences of gradients."
+            "derivatives by torch.func (hessian, jvp), or on the merged model, or by finite differences of gradients."
         )
 
 

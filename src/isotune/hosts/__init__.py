@@ -8,7 +8,7 @@ from isotune.hosts.conv import ConvHost
 from isotune.hosts.embedding import EmbeddingHost
 from isotune.hosts.experts import ExpertsHost
 from isotune.hosts.factored import FactoredHost, FactoredLinear
-from isotune.hosts.host import Host, Kept, widen
+from isotune.hosts.host import Host, Kept, is_packed, widen
 from isotune.hosts.linear import LinearHost
 from isotune.hosts.quantised import Backend, QuantisedHost
 from isotune.parallel.tensor_parallel import refuse_other_splits
@@ -25,6 +25,7 @@ __all__ = [
     "LinearHost",
     "QuantisedHost",
     "host_for",
+    "is_packed",
     "widen",
 ]
 

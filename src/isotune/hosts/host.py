@@ -100,7 +100,7 @@ class Host:
                 "(torch.nn.utils.parametrize.remove_parametrizations), or exclude the module with exclude_modules."
             )
         weight, shape = self.weight, shape_of(self.weight)
-        if _is_packed(type(weight)):
+        if is_packed(type(weight)):
             raise ValueError(
                 f"The weight of {name!r} is a {type(weight).__module__}.{type(weight).__qualname__}, which is only "
                 "supported in linear layers. Load the base model without quantising it, or choose others in "
@@ -117,7 +117,9 @@ class Host:
     def is_exchanged(self) -> bool:
         """Whether the weight has been packed by a library since, or unpacked, in the same module."""
         now, then = self._weight_class(), self.weight_class
-        return now is not then and now is not type(None) and _is_packed(now) is not _is_packed(then)
+        return (
+            is_packed(now) if not is_packed(then) else now in (nn.Parameter, Tensor)
+        )  # and no shard of what is packed
 
     def _weight_class(self) -> type:
         return type(getattr(self.module, self.parameter, None))  # a layer may call what it has packed otherwise
@@ -243,7 +245,7 @@ class Host:
         setattr(self.module, self.parameter, original)
 
 
-def _is_packed(kind: type) -> bool:
+def is_packed(kind: type) -> bool:
     """Whether a class of tensors is a library's own, such as torchao's, with the dtype its values were packed from."""
     return hasattr(kind, "__tensor_flatten__") and not kind.__module__.startswith("torch.")
 

@@ -25,4 +25,5 @@ class Flags(WeakKeyDictionary[nn.Module, dict[str, bool]]):
         """Set them again, where a module still has a parameter of that name."""
         for module, flags in self.items():
             for name, parameter in module.named_parameters(recurse=False):
-                parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+                if parameter.is_floating_point():  # others, as of packed weights, have no gradient
+                    parameter.requires_grad_(flags.get(name, parameter.requires_grad))

@@ -100,7 +100,8 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         module, host = self.get_base_layer(), self._host
         if torch.compiler.is_compiling():
             return host
-        if module is not host.module or (self._kept is None and host.is_exchanged()):
+        other = type(getattr(module, host.parameter, None)) is not host.weight_class  # every pass asks, so at no call
+        if module is not host.module or (other and self._kept is None and host.is_exchanged()):
             self._follow(module)
         return self._host
 
@@ -119,7 +120,9 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         why = f"it was exchanged for a {kind} after adapters were added. Exchange it first, or merge and unload them."
         try:
-            backend = None if self.parameter is not None else backend_of(module, self.key)
+            backend, known = backend_of(module, self.key), self.quantization_backend
+            if backend is not None and known is not None and backend.backend_name == known.backend_name:
+                backend = known  # which knows how to quantise again, if the model was loaded so
             host = host_for(module, self.key, backend, self.parameter)
         except ValueError as error:
             raise ValueError(

@@ -90,8 +90,7 @@ class IsotuneModel(Tuner):
             refuse_names_of_saved(model, self.peft_config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             refuse_several_places(model)
-            if first:
-                warn_of_lists(model)
+            warn_of_lists(model, adapter_name)
             if config.origin is None and "target_modules" in config.given:  # else the names are PEFT's, of its tables
                 warn_of_missing(model, config)
                 warn_of_tied(model)
@@ -235,6 +234,7 @@ class IsotuneModel(Tuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, Layer):
+            refuse_without_gradient(target, peft_config)
             target.update_layer(adapter_name, peft_config)
             return
         layer = adapt(target, current_key, **get_quantization_kwargs(self.model))

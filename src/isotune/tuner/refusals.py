@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from isotune.errors import IsotuneWarning
+from isotune.hosts import is_packed
 from isotune.methods.config import IsotuneConfig
 from isotune.parallel.processes import loaded_by_one
 from isotune.parallel.sharding import is_sharded
@@ -86,14 +87,15 @@ def refuse_without_gradient(layer: Layer, config: IsotuneConfig) -> None:
     Nothing before such a layer would be trained, a rotation of its input the least.
     """
     host = layer.host
-    if config.inference_mode or not host.quantised or host.weight.is_meta:
+    if config.inference_mode or host.weight.is_meta or not is_packed(type(host.weight)):
         return
-    if not hasattr(host.weight, "__tensor_flatten__"):
-        return  # the layers of other libraries are nodes of their own, and some cannot be called yet
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.ones(1, layer.in_features, dtype=host.weight.dtype, device=host.weight.device, requires_grad=True)
-        y: torch.Tensor = host.module(x)
-        (gradient,) = torch.autograd.grad(y.sum(), x, allow_unused=True) if y.requires_grad else (None,)
+        try:
+            y: torch.Tensor = host.module.forward(x)  # without hooks, to which this is no call
+            (gradient,) = torch.autograd.grad(y.sum(), x, allow_unused=True) if y.requires_grad else (None,)
+        except (NotImplementedError, RuntimeError):  # it cannot be asked here, as weights packed for another device
+            return
     if gradient is None:
         raise ValueError(
             f"{layer.key!r} is quantised together with its inputs, and gives them no gradient, so nothing before it "
@@ -102,9 +104,10 @@ def refuse_without_gradient(layer: Layer, config: IsotuneConfig) -> None:
         )
 
 
-def warn_of_lists(model: nn.Module) -> None:
-    """Warn of adapted layers that a module holds in a plain list too: what is called through it has no adapter."""
-    adapted = {id(m.base_layer): m.key for m in model.modules() if isinstance(m, Layer)}
+def warn_of_lists(model: nn.Module, adapter_name: str) -> None:
+    """Warn of newly adapted layers that a module holds in a plain list too: what it calls there has no adapter."""
+    layers = (m for m in model.modules() if isinstance(m, Layer))
+    adapted = {id(layer.base_layer): layer.key for layer in layers if list(layer.configs) == [adapter_name]}
     for module in model.modules():
         for attribute, held in vars(module).items():
             if attribute == "_modules" or not isinstance(held, dict | list | tuple):

@@ -233,13 +233,12 @@ class IsotuneModel(Tuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, Layer):
-            refuse_without_gradient(target, peft_config)
-            target.update_layer(adapter_name, peft_config)
-            return
-        layer = adapt(target, current_key, **get_quantization_kwargs(self.model))
+        kwargs = get_quantization_kwargs(self.model)
+        layer = target if isinstance(target, Layer) else adapt(target, current_key, **kwargs)
         refuse_without_gradient(layer, peft_config)
         layer.update_layer(adapter_name, peft_config)
+        if layer is target:
+            return
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         # PEFT's _replace_module would move the layer to its host's device, where it is already.

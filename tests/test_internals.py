@@ -117,6 +117,7 @@ EXCEPTIONS = {
     "tuner/adapted_model.py": {"_hf_peft_config_loaded", "_parameters"},
     "tuner/layer.py": {"_modules"},
     "tuner/refusals.py": {"_tp_size"},
+    "tuner/merging.py": {"_parameters"},
     "tuner/quantisation.py": {"_parameters"},
     "files/base_model.py": {"_class_name"},
     "experiments/engines.py": {"_exit"},

@@ -100,8 +100,8 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         module, host = self.get_base_layer(), self._host
         if torch.compiler.is_compiling():
             return host
-        # Compared here, without a call, since every pass asks.
-        other = type(getattr(module, host.parameter, None)) is not host.weight_class
+        # Looked up here, and not as an attribute, since every pass asks several times.
+        other = type(module._parameters.get(host.parameter)) is not host.weight_class
         if module is not host.module or (other and self._kept is None and host.is_exchanged()):
             self._follow(module)
         return self._host

@@ -116,10 +116,10 @@ class Host:
 
     def is_exchanged(self) -> bool:
         """Whether the weight has been packed by a library since, or unpacked, in the same module."""
-        now, then = self._weight_class(), self.weight_class
-        return (
-            is_packed(now) if not is_packed(then) else now in (nn.Parameter, Tensor)
-        )  # and no shard of what is packed
+        now = self._weight_class()
+        if is_packed(self.weight_class):
+            return now in (nn.Parameter, Tensor)  # a shard of what is packed is no other weight
+        return is_packed(now)
 
     def _weight_class(self) -> type:
         return type(getattr(self.module, self.parameter, None))  # a layer may call what it has packed otherwise

@@ -201,9 +201,10 @@ def _build(setting: Setting) -> Built:
 
 def _check_experts(model: nn.Module) -> None:
     """Refuse a mixture of experts where torch has no product of them all: then values decide what is computed."""
+    if GROUPED_PRODUCT is not None:
+        return
     kinds = ((module, parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    fused = any(p.ndim == 3 and len(p) > 1 and "Conv" not in type(module).__name__ for module, p in kinds)
-    if GROUPED_PRODUCT is None and fused:
+    if any(p.ndim == 3 and len(p) > 1 and "Conv" not in type(module).__name__ for module, p in kinds):
         raise ValueError(
             f"A step of {type(model).__name__} cannot be followed without its weights: PyTorch {torch.__version__} "
             "does not compute a mixture's experts by one product; a later one does."

@@ -190,6 +190,36 @@ def test_tied_weights() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*tied.*:UserWarning")
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("method", ["psoft", "hra"])
+def test_tying_again_shares_the_weights_of_the_base(method: str, targets: list[str], merged: bool) -> None:
+    """Trainer does so when it resumes, accelerate when it shards by FSDP2."""
+    base = tiny_llama(tie_word_embeddings=True)
+    weight, tokens = base.get_input_embeddings().weight, some_tokens()
+    original = base(tokens).logits.detach()
+    model = adapt(base, configured(method, targets))
+    randomize(model)
+    if merged:
+        model.merge_adapter()
+    expected, names = model(tokens).logits.detach(), list(model.state_dict())
+    model.tie_weights()
+    torch.testing.assert_close(model(tokens).logits, expected)
+    assert list(model.state_dict()) == names
+    if merged:
+        model.unmerge_adapter()
+    plain = model.unload()
+    assert plain.get_input_embeddings().weight is weight
+    assert plain.get_output_embeddings().weight is weight
+    assert torch.equal(plain(tokens).logits, original)
+
+
+def test_a_model_without_tied_weights_is_left_alone() -> None:
+    model = adapt(nn.Sequential(nn.Linear(8, 8)), psoft(r=4, target_modules=["0"]))
+    model.tie_weights()
+
+
+@pytest.mark.filterwarnings("ignore:.*tied.*:UserWarning")
 def test_a_merged_tied_head_survives_saving(tmp_path: Path) -> None:
     model = adapt(tiny_opt(tie_word_embeddings=True), target_modules=["lm_head"], r=8)
     expected = model(some_tokens()).logits

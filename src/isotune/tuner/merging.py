@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from isotune.errors import IsotuneWarning
 from isotune.hosts import Host, Kept, host_for, widen
 from isotune.internals.offloading import brought
 from isotune.parallel.sharding import whole
-from isotune.tuner.quantisation import backend_of
+from isotune.tuner.quantisation import backend_of, refuse_without_gradient
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,8 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         now, then = (host.out_features, host.in_features), (self._host.out_features, self._host.in_features)
         if now != then:
             raise ValueError(f"The weight of {self.key!r} is {now} and not {then}, as its adapters are: {why}")
+        if self.training and torch.is_grad_enabled() and any(one.requires_grad for one in self.parameters()):
+            refuse_without_gradient(host, self.key)
         self._host, self.quantization_backend = host, backend
 
     def adapter(self, adapter_name: str) -> Adapter:
@@ -163,7 +165,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
 
     def unmerged_matrix(self) -> Tensor:
         """The base's W (out, in), even while adapters are merged into the host."""
-        with brought(self.host.module), nullcontext() if self._kept is None else self._restored(self._kept):
+        with brought(self.host.module), self.unmerged():
             return self.host.matrix()
 
     @property
@@ -267,9 +269,13 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     @contextmanager
-    def _restored(self, kept: Kept) -> Iterator[None]:
+    def unmerged(self) -> Iterator[None]:
+        """While the block runs, the base's own weight is in the layer."""
+        if self._kept is None:
+            yield
+            return
         merged = self.host.keep()
-        self.host.restore(kept)
+        self.host.restore(self._kept)
         try:
             yield
         finally:

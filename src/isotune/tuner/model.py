@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -32,12 +32,12 @@ from isotune.tuner.merging import warn_of_requantising
 from isotune.tuner.mixed_batch import batch_of, check_names, measured, saved_modules_routed
 from isotune.tuner.moved import make_room
 from isotune.tuner.placing import place_adapter, share_basis
+from isotune.tuner.quantisation import refuse_without_gradient
 from isotune.tuner.refusals import (
     refuse_divided,
     refuse_loading_by_one,
     refuse_names_of_saved,
     refuse_several_places,
-    refuse_without_gradient,
     warn_of_lists,
     warn_of_missing,
     warn_of_tied,
@@ -164,6 +164,25 @@ class IsotuneModel(Tuner):
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         warn_of_requantising(layers)
 
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Tie the weights of the base model, as transformers' method of this name does, whatever adapters are on them.
+
+        transformers takes a weight to share from the layer that has it, where the base's own is meant: not one with
+        adapters in it, which is no parameter, nor one that they are merged into, which unmerging takes away again.
+        """
+        tie = getattr(self.model, "tie_weights", None)
+        if tie is None:
+            return
+        layers = [(path, module) for path, module in self.model.named_modules() if isinstance(module, Layer)]
+        with ExitStack() as stack:
+            for path, layer in reversed(layers):  # a layer within another's first
+                parent, _, name = path.rpartition(".")
+                owner = self.model.get_submodule(parent)
+                stack.enter_context(layer.unmerged())
+                stack.callback(setattr, owner, name, layer)
+                setattr(owner, name, layer.base_layer)
+            tie(*args, **kwargs)
+
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> list[Layer]:
         AdaptedModel.ready(self.model)  # or a copy that has not been called yet would not see other tuners
         layers = self._layers()
@@ -235,7 +254,8 @@ class IsotuneModel(Tuner):
     ) -> None:
         kwargs = get_quantization_kwargs(self.model)
         layer = target if isinstance(target, Layer) else adapt(target, current_key, **kwargs)
-        refuse_without_gradient(layer, peft_config)
+        if not peft_config.inference_mode:
+            refuse_without_gradient(layer.host, layer.key)
         layer.update_layer(adapter_name, peft_config)
         if layer is target:
             return

@@ -1,12 +1,13 @@
-"""How the weight of a quantised module is read and written."""
+"""How the weight of a quantised module is read and written, and whether a model can be trained through it."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
-from isotune.hosts import FactoredLinear
+from isotune.hosts import FactoredLinear, Host, is_packed
 from isotune.hosts.quantised import Backend, Functions, QuantisedHost, functions_for, product_with_identity
 from isotune.internals.peft_quantisation import is_forward_only, resolve_quantization_backend
 
@@ -39,6 +40,29 @@ def backend_of(module: nn.Module, key: str, get_apply_tensor_subclass: Any = Non
         backend.supports_merge = False
     found: Backend | None = backend
     return found
+
+
+def refuse_without_gradient(host: Host, key: str) -> None:
+    """Refuse to train on a quantised layer that gives its input no gradient, as torchao's that quantise it, too.
+
+    Nothing before such a layer would be trained, a rotation of its input the least.
+    """
+    weight = host.weight
+    if weight.is_meta or not is_packed(type(weight)):
+        return
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.ones(1, host.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)
+        try:
+            y: torch.Tensor = host.module.forward(x)  # without hooks, to which this is no call
+            (gradient,) = torch.autograd.grad(y.sum(), x, allow_unused=True) if y.requires_grad else (None,)
+        except (NotImplementedError, RuntimeError):  # it cannot be asked here, as weights packed for another device
+            return
+    if gradient is None:
+        raise ValueError(
+            f"{key!r} is quantised together with its inputs, and gives them no gradient, so nothing before it can be "
+            "trained. Quantise weights only (torchao's Int8WeightOnlyConfig, for example), or exclude the module with "
+            "exclude_modules."
+        )
 
 
 def _refuse_racing(module: Any, key: str) -> None:

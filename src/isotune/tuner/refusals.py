@@ -7,11 +7,9 @@ import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
 
-import torch
 from torch import nn
 
 from isotune.errors import IsotuneWarning
-from isotune.hosts import is_packed
 from isotune.methods.config import IsotuneConfig
 from isotune.parallel.processes import loaded_by_one
 from isotune.parallel.sharding import is_sharded
@@ -79,29 +77,6 @@ def refuse_several_places(model: nn.Module) -> None:
                 f"The target module {key!r} is the same object as {name!r}, so an adapter would act in one place but "
                 "be merged into all. Exclude the module with exclude_modules, or give each place a copy of its own."
             )
-
-
-def refuse_without_gradient(layer: Layer, config: IsotuneConfig) -> None:
-    """Refuse to train on a quantised layer that gives its input no gradient, as torchao's that quantise it, too.
-
-    Nothing before such a layer would be trained, a rotation of its input the least.
-    """
-    host = layer.host
-    if config.inference_mode or host.weight.is_meta or not is_packed(type(host.weight)):
-        return
-    with torch.inference_mode(False), torch.enable_grad():
-        x = torch.ones(1, layer.in_features, dtype=host.weight.dtype, device=host.weight.device, requires_grad=True)
-        try:
-            y: torch.Tensor = host.module.forward(x)  # without hooks, to which this is no call
-            (gradient,) = torch.autograd.grad(y.sum(), x, allow_unused=True) if y.requires_grad else (None,)
-        except (NotImplementedError, RuntimeError):  # it cannot be asked here, as weights packed for another device
-            return
-    if gradient is None:
-        raise ValueError(
-            f"{layer.key!r} is quantised together with its inputs, and gives them no gradient, so nothing before it "
-            "can be trained. Quantise weights only (torchao's Int8WeightOnlyConfig, for example), or exclude the "
-            "module with exclude_modules."
-        )
 
 
 def warn_of_lists(model: nn.Module, adapter_name: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from exports import assert_exports
@@ -311,14 +311,53 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
             torch.testing.assert_close(first[name], weights, rtol=1e-3, atol=1e-4)
 
 
-def test_a_checkpoint_cut_off_while_written_is_passed_over(tmp_path: Path) -> None:
-    for step, state in {2: "{}", 4: '{"half'}.items():
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint's files."""
+    folder = tmp_path_factory.mktemp("stored")
+    save_file({"weight": torch.zeros(3)}, folder / "adapter_model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"values": torch.zeros(3)}, folder / name)
+    (folder / "trainer_state.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("halved", [True, False])
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+)
+def test_a_checkpoint_of_which_a_part_is_missing_is_passed_over(
+    name: str, halved: bool, stored: Path, tmp_path: Path
+) -> None:
+    """Trainer goes on from what it finds, and begins the rest anew."""
+    for step in (2, 4):
+        shutil.copytree(stored, tmp_path / f"checkpoint-{step}")
+    assert progress.last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     (tmp_path / "checkpoint-6").mkdir()
+    file = tmp_path / "checkpoint-4" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]) if halved else file.unlink()
     assert progress.last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    assert not (tmp_path / "checkpoint-6").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     assert progress.last_checkpoint(tmp_path / "absent") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", [{"eval_steps": None}, {"eval_steps": 4}])
+def test_a_run_killed_between_points_of_its_curve_leaves_the_same_curve(
+    by: dict[str, Any], tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny["train"] |= {"batch_size": 5, "epochs": 3, **by}
+    whole = run(validate({**tiny, "output": str(tmp_path / "whole")}))
+    killed = validate({**tiny, "output": str(tmp_path / "killed")})
+
+    def kill(model: Any) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 35, kill)  # Trainer logs every third step, and the last checkpoint is of another
+        with pytest.raises(RuntimeError, match="killed"):
+            run(killed)
+    assert run(killed)["runs"][0]["curve"] == whole["runs"][0]["curve"]
 
 
 def test_a_second_interrupt_stops_at_once(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

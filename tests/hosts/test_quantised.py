@@ -358,17 +358,21 @@ def test_a_layer_that_gives_its_input_no_gradient_is_refused_for_training() -> N
         assert list(model.peft_config) == ["default"]
 
 
+@pytest.mark.parametrize("served_first", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_base_quantised_in_place_with_its_inputs_serves_and_is_not_trained(method: str) -> None:
+def test_a_base_quantised_in_place_with_its_inputs_serves_and_is_not_trained(method: str, served_first: bool) -> None:
     quantisation = pytest.importorskip("torchao.quantization")
     options = {"target_modules": ["layer"], "init_weights": False, **OPTIONS_FOR_12[method]}
     model, x = get_peft_model(OneLayer(spectral(64, 192)), METHODS[method](**options)).train(), torch.randn(5, 192)
     with torch.no_grad():
         expected = model(x)
     quantisation.quantize_(model, quantisation.Int8DynamicActivationInt8WeightConfig())
+    if served_first:
+        with torch.no_grad():
+            assert relative_error(model.eval()(x), expected) < 0.05
     for _ in range(2):
         with pytest.raises(ValueError, match="'layer' is quantised together with its inputs"):
-            model(x)
+            model.train()(x)
     with torch.no_grad():
         assert relative_error(model.eval()(x), expected) < 0.05
 

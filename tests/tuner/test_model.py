@@ -214,6 +214,46 @@ def test_tying_again_shares_the_weights_of_the_base(method: str, targets: list[s
     assert torch.equal(plain(tokens).logits, original)
 
 
+@pytest.mark.filterwarnings("ignore:.*tied.*:UserWarning")
+def test_tying_again_leaves_a_saved_module_to_itself() -> None:
+    base = tiny_llama(tie_word_embeddings=True)
+    weight, tokens = base.get_input_embeddings().weight, some_tokens()
+    model = adapt(base, configured("psoft", ["q_proj"], modules_to_save=["embed_tokens"]))
+    randomize(model)
+    expected = model(tokens).logits.detach()
+    model.tie_weights()
+    assert base.lm_head.weight is weight
+    torch.testing.assert_close(model(tokens).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*tied.*:UserWarning")
+@pytest.mark.parametrize("disabled", [False, True])
+def test_what_was_tied_to_a_merged_weight_is_tied_to_the_base_s_again(disabled: bool) -> None:
+    base = tiny_llama(tie_word_embeddings=True)
+    weight, tokens = base.get_input_embeddings().weight, some_tokens()
+    original = base(tokens).logits.detach()
+    model = adapt(base, configured("psoft", ["embed_tokens"]))
+    randomize(model)
+    expected = model(tokens).logits.detach()
+    model.merge_adapter()
+    base.tie_weights()
+    assert base.lm_head.weight is base.get_input_embeddings().base_layer.weight
+    if disabled:
+        with model.disable_adapter():
+            assert torch.equal(model(tokens).logits, original)
+    else:
+        model.unmerge_adapter()
+    assert base.lm_head.weight is weight
+    torch.testing.assert_close(model(tokens).logits, expected)
+
+
+def test_a_weight_of_another_shape_is_refused_by_name() -> None:
+    model = adapt(nn.Sequential(nn.Linear(8, 8)), psoft(r=4, target_modules=["0"]))
+    model.get_base_model()[0].base_layer.weight = nn.Parameter(torch.randn(9, 8))
+    with pytest.raises(ValueError, match=r"'0' is \(9, 8\) and not \(8, 8\), as its adapters are"):
+        model(torch.randn(2, 8))
+
+
 def test_a_model_without_tied_weights_is_left_alone() -> None:
     model = adapt(nn.Sequential(nn.Linear(8, 8)), psoft(r=4, target_modules=["0"]))
     model.tie_weights()

@@ -24,6 +24,8 @@ from helpers import (
     only,
     relative_error,
     seeded_host,
+    some_tokens,
+    tiny_llama,
     trainable,
 )
 
@@ -110,6 +112,55 @@ def test_offloaded_before_the_adapter(method: str, offload: Any, basis: str, tmp
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     for _ in range(2):
         assert error_of_update(loaded(x), model(x), Chain()(x)) < 1e-4
+
+
+@pytest.mark.covered(method=FEW)
+def test_loaded_onto_a_model_that_is_partly_on_disk(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT takes accelerate's hooks off until the file's tensors are there."""
+    monkeypatch.chdir(tmp_path)  # PEFT takes the folder's path for one below the current folder
+    trained = as_trained(method, tiny_llama(hidden_size=48), "q_proj")
+    adapter, tokens = tmp_path / "adapter", some_tokens()
+    expected = trained(tokens).logits.detach()
+    trained.save_pretrained(adapter)
+    plain = trained.unload()
+    plain.save_pretrained(tmp_path / "base")
+    names = ("model.embed_tokens", "model.layers.0", "model.norm", "lm_head", "model.rotary_emb")
+    devices = {**dict.fromkeys(names, "cpu"), "model.layers.1": "disk"}
+
+    def load(**options: Any) -> Any:
+        return type(plain).from_pretrained(tmp_path / "base", offload_folder=tmp_path / "off", **options).eval()
+
+    inside = {f"base_model.model.{name}": device for name, device in devices.items()}
+    model = PeftModel.from_pretrained(
+        load(device_map=devices), adapter, device_map=inside, offload_folder=str(tmp_path / "more")
+    ).eval()
+    assert relative_error(model(tokens).logits, expected) < 1e-5
+    model.merge_adapter()
+    assert relative_error(model(tokens).logits, expected) < 1e-4
+    if method == LORA:
+        return
+    with pytest.raises(ValueError, match=r"'model.layers.1.self_attn.q_proj' is on disk.*PeftModel.from_pretrained"):
+        load(device_map=devices).load_adapter(str(adapter))
+    whole = load(device_map={**devices, "model.layers.1": "cpu"})
+    whole.load_adapter(str(adapter))
+    assert relative_error(whole(tokens).logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize("offload", ACCELERATE)
+def test_unmerged_once_offloaded(method: str, offload: Any, tmp_path: Path) -> None:
+    """The weights that were merged are gone then, and no layer may be given another's."""
+    model, x = as_trained(method, Chain(*range(12, 156, 12))), torch.randn(5, 12)
+    with model.disable_adapter():
+        original = model(x).detach()
+    expected = model(x).detach()
+    model.merge_adapter()
+    offload(model, tmp_path)
+    model.unmerge_adapter()
+    assert relative_error(model(x), expected) < 1e-5
+    with model.disable_adapter():
+        assert relative_error(model(x), original) < 1e-6
 
 
 @pytest.mark.parametrize("offload", [to_cpu, to_disk])

@@ -9,19 +9,22 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from isotune.experiments import processes
-from isotune.experiments.files import read_json, read_object, storing, write_json, write_text
+from isotune.experiments.files import read_object, storing, write_json, write_text
 from isotune.experiments.recipe import Metric
+from isotune.experiments.text import from_json
 
 
 class TrainingDiverged(ValueError):
@@ -40,19 +43,40 @@ def diverged(what: str, step: int, folder: str) -> TrainingDiverged:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; one cut off while it was written is removed.
-
-    Trainer writes `trainer_state.json` last, so a checkpoint that has it has all.
-    """
+    """The newest complete checkpoint; one cut off while it was written, or damaged since, is removed."""
     newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if newest is None:
         return None
+    if _is_whole(Path(newest)):
+        return Path(newest)
+    shutil.rmtree(newest)
+    return last_checkpoint(folder)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether all is there that Trainer goes on from: it takes up whatever it finds, and begins the rest anew."""
+    parts = list(checkpoint.glob("*.pt*"))
+    names = " ".join(path.name for path in parts)
+    if not all(name in names for name in ("optimizer", "scheduler", "rng_state")):
+        return False
     try:
-        read_json(Path(newest) / TRAINER_STATE_NAME)
-    except ValueError:
-        shutil.rmtree(newest)
-        return last_checkpoint(folder)
-    return Path(newest)
+        from_json((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        for path in parts:
+            zipfile.ZipFile(path).close()  # which reads the list of contents at the file's end
+    except (FileNotFoundError, ValueError, zipfile.BadZipFile):  # any other error says nothing of the checkpoint
+        return False
+    return _has_weights(checkpoint)
+
+
+def _has_weights(checkpoint: Path) -> bool:
+    weights = list(checkpoint.glob("*.safetensors"))
+    try:
+        for path in weights:
+            with safe_open(path, "pt"):  # compares the length of the file with what it should hold
+                pass
+    except (FileNotFoundError, SafetensorError):
+        return False
+    return bool(weights)
 
 
 def prepare_to_resume(folder: Path) -> None:
@@ -62,7 +86,7 @@ def prepare_to_resume(folder: Path) -> None:
     checkpoint in the place of the best, and say nothing.
 
     Raises:
-        ValueError: the best checkpoint is no longer there.
+        ValueError: the best checkpoint is no longer there, or damaged.
     """
     newest = last_checkpoint(folder)  # removes what was cut off
     if newest is None:
@@ -72,8 +96,11 @@ def prepare_to_resume(folder: Path) -> None:
     if state.get("best_model_checkpoint") is None:
         return
     best = folder / f"checkpoint-{state['best_global_step']}"
-    if not best.is_dir():
-        raise ValueError(f"{best}, the best checkpoint so far, is gone; put it back, or remove {folder} to train anew")
+    if not _has_weights(best):
+        state_of_it = "damaged" if best.is_dir() else "gone"
+        raise ValueError(
+            f"{best}, the best checkpoint so far, is {state_of_it}; put it back, or remove {folder} to train anew"
+        )
     if state["best_model_checkpoint"] != str(best):
         with storing(str(file)):  # a loss in its history may be no number, unlike in our own records
             write_text(file, json.dumps({**state, "best_model_checkpoint": str(best)}, indent=2) + "\n")
@@ -123,9 +150,17 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.bar.update(state.global_step - self.bar.n)
         if state.global_step >= state.max_steps and args.eval_strategy == "steps":
             control.should_evaluate = True  # the last step is scored wherever it falls
+        self._log_with_checkpoint(control)
         # At the end of an epoch the checkpoint is left to the epoch's own end, which scores before it saves.
         if self.interrupted and not (args.eval_strategy == "epoch" and float(state.epoch).is_integer()):
             control.should_save = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._log_with_checkpoint(control)
+
+    def _log_with_checkpoint(self, control: Any) -> None:
+        """Trainer does not store the sum of losses since the last point, so a planned checkpoint begins a new one."""
+        control.should_log |= control.should_save
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" in logs:

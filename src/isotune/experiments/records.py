@@ -261,12 +261,12 @@ def read_run(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be read, or holds no run, as it says neither which method was trained nor its label.
     """
-    content = read_object(path)
-    if not content.get("label") and not content.get("method"):
-        raise ValueError(
-            f"cannot read {path}: it holds no run, as it names no method; remove it, and the same command trains that "
-            "run again"
-        )
+    try:
+        content = read_object(path)
+        if not content.get("label") and not content.get("method"):
+            raise ValueError(f"cannot read {path}: it holds no run, as it names no method")
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it, and the same command trains that run again") from error
     return content
 
 

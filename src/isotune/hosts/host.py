@@ -95,9 +95,10 @@ class Host:
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         if self.parameter not in dict(module.named_parameters(recurse=False, remove_duplicate=False)):
             raise ValueError(
-                f"The weight of {name!r}, a {kind}, is not a parameter: it is computed from others, as by weight_norm "
-                "and parametrizations, so no adapter can be merged into it. Remove the parametrisation first "
-                "(torch.nn.utils.parametrize.remove_parametrizations), or exclude the module with exclude_modules."
+                f"The weight of {name!r}, a {kind}, is not a parameter: it is computed from others, as by weight_norm, "
+                "parametrizations or pruning, so no adapter can be merged into it. Make it a parameter again first "
+                "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove), or exclude the module with "
+                "exclude_modules."
             )
         weight, shape = self.weight, shape_of(self.weight)
         if is_packed(type(weight)):

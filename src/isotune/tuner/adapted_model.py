@@ -49,6 +49,8 @@ class AdaptedModel:
         self.built = False
         self.warned = False
         """Whether the warning about parameters in too coarse a dtype has been given."""
+        self.has_exchanged = False
+        """Whether a base layer was exchanged, where nothing was trained, since all were asked for gradients."""
         self.flags = Flags()
         self.surroundings: list[nn.Module] = []
         """The modules on which accelerate or diffusers would put a hook that moves the layers' weights."""
@@ -180,6 +182,10 @@ class AdaptedModel:
         # Code that loads without load_state_dict (as transformers' own loader does), replaces the base's weights, or
         # adapts a model before its weights exist leaves no earlier moment for finding the subspaces.
         apart = self.place()
+        if self.has_exchanged and torch.is_grad_enabled() and self.model is not None and self.model.training:
+            for layer in self.layers:
+                layer.refuse_to_train(layer.host)
+            self.has_exchanged = False
         partitioned = [is_partitioned(shared.members[0].parameters_read()[0]) for shared in self.evaluations]
         for shared, is_zero3 in zip(self.evaluations, partitioned, strict=True):
             shared.apart = apart or is_zero3
@@ -264,7 +270,9 @@ class AdaptedModel:
         adapter, weight = layer.subspace(adapter_name), layer.base_weight
         placement = adapter.placement
         empty = is_symbolic(weight)
-        if placement is None or (is_symbolic(placement.down) != empty and not is_managed(layer.host.module)):
+        # What is kept elsewhere is brought where it is needed, so a placement need not be symbolic with it.
+        values_come = not empty or is_managed(layer.host.module)
+        if placement is None or is_symbolic(placement.down) == values_come:
             return False
         if empty:
             return True

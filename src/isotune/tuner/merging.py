@@ -59,6 +59,9 @@ def warn_of_requantising(layers: Iterable[MergingLayer]) -> None:
 class Owner(Protocol):
     """What a layer needs from the model-level object."""
 
+    has_exchanged: bool
+    """Set by a layer whose base was exchanged where nothing was trained."""
+
     def tuners_around(self, layer: nn.Module) -> list[BaseTunerLayer]:
         """Layers of other tuners that contain the layer."""
 
@@ -132,9 +135,16 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         now, then = (host.out_features, host.in_features), (self._host.out_features, self._host.in_features)
         if now != then:
             raise ValueError(f"The weight of {self.key!r} is {now} and not {then}, as its adapters are: {why}")
-        if self.training and torch.is_grad_enabled() and any(one.requires_grad for one in self.parameters()):
-            refuse_without_gradient(host, self.key)
+        if self.training and torch.is_grad_enabled():
+            self.refuse_to_train(host)
+        elif self.owner is not None:
+            self.owner.has_exchanged = True
         self._host, self.quantization_backend = host, backend
+
+    def refuse_to_train(self, host: Host) -> None:
+        """Refuse to train adapters on a layer that gives what is before it no gradient."""
+        if any(parameter.requires_grad for parameter in self.parameters()):
+            refuse_without_gradient(host, self.key)
 
     def adapter(self, adapter_name: str) -> Adapter:
         """The adapter of this name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,7 @@ from isotune.tuner.quantisation import refuse_without_gradient
 from isotune.tuner.refusals import (
     refuse_divided,
     refuse_loading_by_one,
+    refuse_loading_onto_disk,
     refuse_names_of_saved,
     refuse_several_places,
     warn_of_lists,
@@ -45,6 +46,7 @@ from isotune.tuner.refusals import (
 from isotune.tuner.sizes import size_layers
 from isotune.tuner.state import check_file, current_key, keys_in_model
 from isotune.tuner.truncating import refuse_other_truncation, refuse_untruncatable
+from isotune.tuner.tying import base_layers_in_place, kept_tied
 
 _PREFIX = "isotune_"
 
@@ -90,6 +92,7 @@ class IsotuneModel(Tuner):
             refuse_names_of_saved(model, self.peft_config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             refuse_several_places(model)
+            refuse_loading_onto_disk(model, adapter_name, config)
             warn_of_lists(model, adapter_name)
             if config.origin is None and "target_modules" in config.given:  # else the names are PEFT's, of its tables
                 warn_of_missing(model, config)
@@ -164,23 +167,22 @@ class IsotuneModel(Tuner):
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         warn_of_requantising(layers)
 
-    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Tie the weights of the base model, as transformers' method of this name does, whatever adapters are on them.
+    def unmerge_adapter(self) -> None:
+        """Restore the weights of the base; what was tied to a merged one meanwhile is tied to the base's again."""
+        with kept_tied(self.model):
+            super().unmerge_adapter()  # type: ignore[no-untyped-call]
 
-        transformers takes a weight to share from the layer that has it, where the base's own is meant: not one with
-        adapters in it, which is no parameter, nor one that they are merged into, which unmerging takes away again.
-        """
+    def disable_adapter_layers(self) -> None:
+        """Run without adapters, merged ones too."""
+        with kept_tied(self.model):
+            super().disable_adapter_layers()
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Tie the weights of the base model, whatever adapters are on them, by its own method of this name."""
         tie = getattr(self.model, "tie_weights", None)
         if tie is None:
             return
-        layers = [(path, module) for path, module in self.model.named_modules() if isinstance(module, Layer)]
-        with ExitStack() as stack:
-            for path, layer in reversed(layers):  # a layer within another's first
-                parent, _, name = path.rpartition(".")
-                owner = self.model.get_submodule(parent)
-                stack.enter_context(layer.unmerged())
-                stack.callback(setattr, owner, name, layer)
-                setattr(owner, name, layer.base_layer)
+        with base_layers_in_place(self.model):
             tie(*args, **kwargs)
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> list[Layer]:
@@ -204,9 +206,10 @@ class IsotuneModel(Tuner):
         if not merge:
             self._refuse_to_unload_within_others()
         tied = scales_by_tie(self.model) and self.model.config.tie_word_embeddings
-        model: Any = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+        with nullcontext() if merge else kept_tied(self.model):
+            model: Any = super()._unload_and_optionally_merge(
+                merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
         if tied:  # the merged head differs from the embedding, and is to be used as before
             model.config.tie_word_embeddings = True
         AdaptedModel.detach(model)

@@ -137,8 +137,17 @@ def keeps_its_basis(layer: Layer, adapter_name: str) -> bool:
 
     If the weight was rounded, the factors are recomputed from it with the same basis, and parameters that are still
     where the former ones let them start, start there again.
+
+    Raises:
+        ValueError: it has another shape.
     """
     adapter, matrix = layer.subspace(adapter_name), layer.unmerged_matrix()
+    now, then = tuple(matrix.shape[-2:]), (layer.out_features, layer.in_features)
+    if now != then:
+        raise ValueError(
+            f"The weight of {layer.key!r} is {now} and not {then}, as its adapters are: it was exchanged after they "
+            "were added. Exchange or resize it first, and add adapters then."
+        )
     placement, accumulated = adapter.placement, layer.accumulated(adapter_name)
     assert placement is not None
     wide = torch.promote_types(matrix.dtype, torch.float32)

@@ -67,6 +67,21 @@ def refuse_names_of_saved(model: nn.Module, configs: Mapping[str, IsotuneConfig]
             )
 
 
+def refuse_loading_onto_disk(model: nn.Module, adapter_name: str, config: IsotuneConfig) -> None:
+    """Refuse a file's adapter on layers on disk where transformers loads it, which leaves those tensors out."""
+    if config.origin is not None or "isotune_format" not in config.given:
+        return  # loaded by PEFT, or made here: only a file says its format
+    devices = getattr(model, "hf_device_map", None) or {}
+    on_disk = tuple(f"{path}." if path else "" for path, device in devices.items() if device == "disk")
+    for layer in model.modules():
+        if isinstance(layer, Layer) and adapter_name in layer.configs and f"{layer.key}.".startswith(on_disk):
+            raise ValueError(
+                f"{layer.key!r} is on disk, and transformers loads no adapter's tensors for such a layer. Load the "
+                "base model alone and then the adapter by peft.PeftModel.from_pretrained, or keep the layer in memory. "
+                "For a new adapter, make a new configuration instead of reading one."
+            )
+
+
 def refuse_several_places(model: nn.Module) -> None:
     """Refuse a model that uses one adapted module in several places, since PEFT injects into only one of them."""
     adapted = {id(m.base_layer): m.key for m in model.modules() if isinstance(m, Layer)}

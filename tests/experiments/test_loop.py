@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
@@ -342,7 +343,20 @@ def test_a_checkpoint_of_which_a_part_is_missing_is_passed_over(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", [{"eval_steps": None}, {"eval_steps": 4}])
+@pytest.mark.parametrize(
+    "by",
+    [
+        {"eval_steps": None},
+        pytest.param(
+            {"eval_steps": 4},
+            marks=pytest.mark.xfail(
+                Version(transformers.__version__) < Version("5.23"),
+                reason="5.6 takes the rest of an epoch in another order; those between are not known",
+                strict=False,
+            ),
+        ),
+    ],
+)
 def test_a_run_killed_between_points_of_its_curve_leaves_the_same_curve(
     by: dict[str, Any], tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from isotune.files.adapter import ADAPTER, config_of, describe, named_base, new_directory
 from isotune.files.base_model import copy_tokenizer, resolve_base
 from isotune.files.pooled import MeanPooled
+from isotune.tuner.adapted_model import stand_ins
 from isotune.tuner.layer import Layer
 from isotune.tuner.merging import warn_of_requantising
 from isotune.tuner.state import adapted_layers
@@ -90,18 +91,11 @@ def _merged_and_bare(model: nn.Module, adapter_name: str) -> Iterator[None]:
             layer.merge(adapter_names=[adapter_name])
             undo.callback(layer.unmerge)
         warn_of_requantising(merged_here)
-        # The innermost first: layers on several parameters of one module of experts are nested.
-        for name, module in reversed(list(model.named_modules())):
-            if isinstance(module, Layer):
-                plain = module.base_layer
-            elif isinstance(module, ModulesToSaveWrapper):
-                own = adapter_name in module.modules_to_save
-                plain = module.modules_to_save[adapter_name] if own else module.original_module
-            else:
-                continue
-            parent, _, attribute = name.rpartition(".")
-            owner = model.get_submodule(parent)
-            undo.callback(setattr, owner, attribute, module)
-            setattr(owner, attribute, plain)
+        for owner, name, module, original in stand_ins(model):
+            plain = original
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                plain = module.modules_to_save[adapter_name]
+            undo.callback(setattr, owner, name, module)
+            setattr(owner, name, plain)
         with torch.no_grad():
             yield

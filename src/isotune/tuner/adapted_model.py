@@ -182,7 +182,8 @@ class AdaptedModel:
         # Code that loads without load_state_dict (as transformers' own loader does), replaces the base's weights, or
         # adapts a model before its weights exist leaves no earlier moment for finding the subspaces.
         apart = self.place()
-        if self.has_exchanged and torch.is_grad_enabled() and self.model is not None and self.model.training:
+        trains = torch.is_grad_enabled() and self.model is not None and self.model.training
+        if self.has_exchanged and trains:
             for layer in self.layers:
                 layer.refuse_to_train(layer.host)
             self.has_exchanged = False
@@ -191,7 +192,7 @@ class AdaptedModel:
             shared.apart = apart or is_zero3
         if any(partitioned):
             self._gather_with_layers()
-        elif torch.is_grad_enabled() and not (self.warned or apart) and self.model is not None and self.model.training:
+        elif trains and not (self.warned or apart):
             several = [m for one in self.layers if isinstance(one, ExpertsLayer) for m in one.isotune_operator.values()]
             # One trainable adapter of each kind: this runs in every pass, and a frozen one would reveal nothing.
             trained = (filter(_is_trained, shared.members) for shared in self.evaluations)
@@ -355,17 +356,24 @@ def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
         own.place_after_load()
 
 
+def stand_ins(model: nn.Module) -> Iterator[tuple[nn.Module, str, Layer | ModulesToSaveWrapper, nn.Module]]:
+    """Owner, name there, module and the base's own, of all adapted and saved modules; inner ones of nested first."""
+    # Layers on several parameters of one module of experts are nested.
+    for path, module in reversed(list(model.named_modules())):
+        if isinstance(module, Layer | ModulesToSaveWrapper):
+            owner, _, name = path.rpartition(".")
+            original = module.base_layer if isinstance(module, Layer) else module.original_module
+            yield model.get_submodule(owner), name, module, original
+
+
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Remove a refused adapter from the model it was injected into; with the last adapter, all of isotune goes."""
-    for name, module in reversed(list(model.named_modules())):  # the inner one of nested layers first
-        if isinstance(module, Layer) and adapter_name in module.configs:
-            alone, original = len(module.configs) == 1, module.base_layer
-        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            alone, original = len(module.modules_to_save) == 1, module.original_module
-        else:
+    for owner, name, module, original in stand_ins(model):
+        known = module.configs if isinstance(module, Layer) else module.modules_to_save
+        if adapter_name not in known:
             continue
-        if alone:
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], original)
+        if len(known) == 1:
+            setattr(owner, name, original)
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT says which adapter is active now

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from isotune.tuner.adapted_model import AdaptedModel
+from isotune.tuner.adapted_model import AdaptedModel, stand_ins
 from isotune.tuner.layer import Layer
 
 
@@ -19,15 +18,12 @@ def base_layers_in_place(model: nn.Module) -> Iterator[None]:
     transformers takes a weight to share from the layer that has it, where the base's own is meant: not one with
     adapters in it, which is no parameter, nor one that they are merged into, which unmerging takes away again.
     """
-    wrapped = [(path, one) for path, one in model.named_modules() if isinstance(one, Layer | ModulesToSaveWrapper)]
     with ExitStack() as stack:
-        for path, module in reversed(wrapped):  # a layer within another's first
-            parent, _, name = path.rpartition(".")
-            owner = model.get_submodule(parent)
+        for owner, name, module, original in stand_ins(model):
             if isinstance(module, Layer):
                 stack.enter_context(module.unmerged())
             stack.callback(setattr, owner, name, module)
-            setattr(owner, name, module.base_layer if isinstance(module, Layer) else module.original_module)
+            setattr(owner, name, original)
         yield
 
 
